@@ -1,0 +1,9 @@
+"""The closed loop as Lightning callbacks. They meet in the ledger and never call each other."""
+
+from .error_monitor import ErrorSampleMonitor
+from .progress import StreamProgress
+from .prune_retrigger import PruneAndRetrigger
+from .scoreboard import Scoreboard
+from .ties_merge import LossAwareTiesMerge
+
+__all__ = ["ErrorSampleMonitor", "LossAwareTiesMerge", "PruneAndRetrigger", "Scoreboard", "StreamProgress"]

@@ -1,0 +1,120 @@
+"""Prune the worst shard and write its edits anew.
+
+REPAIR (arXiv 2510.01879), Sec. 2.4 and RETRIGGER of Alg. 4. Deviations: the error rate is failed over evaluated among the
+edits that a shard owns; with a pruned shard **every** edit it owned is requeued, the right ones included; what fails too
+often is quarantined and reported, never dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+
+from repair_lightning.data.ledger import EditStatus, Ledger
+from repair_lightning.errors import ConfigError
+from repair_lightning.types import Decision
+
+log = logging.getLogger(__name__)
+
+ErrorRates = Mapping[int, tuple[float, int]]
+"""Per shard: the error rate and the number of edits that it was measured on."""
+
+
+def worst_shard(rates: ErrorRates) -> int | None:
+    """The shard with the highest error rate; the lowest id among equals; None without shards."""
+    return max(rates, key=lambda shard: (rates[shard][0], -shard), default=None)
+
+
+def should_prune(rates: ErrorRates, pool: int, tau_prune: float, tau_pool: int) -> Decision:
+    """Whether the closed loop must act: a shard fails too often, or too many failed edits wait.
+
+    Args:
+        rates: error rate and number of evaluated edits per shard.
+        pool: size of the feedback pool.
+        tau_prune: highest error rate that a shard may have.
+        tau_pool: most edits that may wait in the feedback pool.
+    """
+    worst = worst_shard(rates)
+    if worst is None:
+        return Decision(False, "no shard was evaluated")
+    rate, evaluated = rates[worst]
+    if rate > tau_prune:
+        return Decision(True, f"shard {worst}: error {rate:.2f} > {tau_prune} over {evaluated} edits")
+    if pool > tau_pool and rate > 0:
+        return Decision(True, f"feedback pool: {pool} > {tau_pool} edits; shard {worst} is the worst, error {rate:.2f}")
+    return Decision(False, f"worst shard {worst}: error {rate:.2f} over {evaluated} edits, {pool} edits in the pool")
+
+
+def spent(ledger: Ledger, max_attempts: int) -> list[str]:
+    """Failed edits that have had all their attempts."""
+    return [id for id in ledger.with_status(EditStatus.FAILED) if ledger.entry(id).attempts >= max_attempts]
+
+
+class PruneAndRetrigger(pl.Callback):
+    """The closed loop's hand: prunes, requeues, and quarantines what cannot be written.
+
+    Args:
+        enabled: off leaves failed edits failed.
+        tau_prune: highest error rate of a shard, in [0, 1].
+        tau_pool: most edits in the feedback pool (tau_E); at the stream's end the pool is always emptied.
+        max_attempts: writes per edit before a failure is final.
+    """
+
+    def __init__(
+        self, enabled: bool = True, tau_prune: float = 0.35, tau_pool: int = 32, max_attempts: int = 4
+    ) -> None:
+        if not 0 <= tau_prune <= 1:
+            raise ConfigError(f"feedback.tau_prune must be in [0, 1], got {tau_prune}")
+        if max_attempts < 1:
+            raise ConfigError(f"feedback.max_attempts must be at least 1, got {max_attempts}")
+        self.enabled, self.tau_prune, self.tau_pool, self.max_attempts = enabled, tau_prune, tau_pool, max_attempts
+        self.pruned = 0
+        self.retriggered = 0
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Decide and act, once per window."""
+        if not self.enabled:
+            return
+        stream: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self.give_up(stream.ledger, pl_module)
+        failed = stream.ledger.with_status(EditStatus.FAILED)
+        rates = stream.ledger.error_rates()
+        decision = should_prune(rates, len(failed), self.tau_prune, self.tau_pool)
+        if decision and pl_module.can_prune:
+            self.prune(worst_shard(rates), decision.reason, stream.ledger, pl_module)
+        elif failed and stream.exhausted:
+            self.retry(failed, "the stream has ended", stream.ledger, pl_module)
+
+    def give_up(self, ledger: Ledger, editor: Any) -> None:
+        """Quarantine what has had all its attempts; the base answers its prompts again."""
+        for id in spent(ledger, self.max_attempts):
+            reason = f"still wrong after {ledger.entry(id).attempts} attempts"
+            log.warning("edit %s is quarantined: %s", id, reason)
+            ledger.quarantine([id], reason)
+            editor.forget([id])
+
+    def prune(self, shard: int | None, reason: str, ledger: Ledger, editor: Any) -> None:
+        """Empty a shard and requeue all it owned, with the failed edits of the other shards."""
+        assert shard is not None
+        ids = list(dict.fromkeys([*ledger.owned_by(shard), *ledger.with_status(EditStatus.FAILED)]))
+        log.info("prune: %s; %d edits are written anew", reason, len(ids))
+        editor.prune(shard)
+        self.pruned += 1
+        self.retry(ids, f"pruned: {reason}", ledger, editor)
+
+    def retry(self, ids: list[str], reason: str, ledger: Ledger, editor: Any) -> None:
+        """Send edits back to the worklist; the router forgets them until they are written."""
+        editor.forget(ids)
+        ledger.requeue(ids, reason)
+        self.retriggered += len(ids)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How often it acted."""
+        return {"pruned": self.pruned, "retriggered": self.retriggered}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self.pruned, self.retriggered = state_dict["pruned"], state_dict["retriggered"]

@@ -1,0 +1,106 @@
+"""The scoreboard: the score before editing, before the merge, and at the end; live scores in between.
+
+It only reports. Nothing here reaches a writer, a threshold or a decision.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from repair_lightning.data.ledger import EditStatus
+from repair_lightning.evaluation.protocols import AUTOREGRESSIVE
+from repair_lightning.evaluation.scoring import Result, Scorer, oracle_choice
+
+
+class Scoreboard(pl.Callback):
+    """Scores the model on the stream's edits, in both protocols.
+
+    Args:
+        live: edits that are scored after each window for the progress bar and the loggers; 0 turns that off.
+        batch_size: prompts per forward pass.
+        max_new_tokens: most tokens of an answer; None takes the longest target and 8 more, at least 32.
+        seed: of the live sample.
+
+    Attributes:
+        results: the score per stage: `pre_edit`, `before_merge`, `final`.
+        oracle: the final model's scores under perfect routing.
+        perplexity: of the targets, `pre` and `final`, for hallucination records.
+        seconds: spent on scoring.
+        edit_seconds: of fitting without the scoring.
+    """
+
+    def __init__(
+        self, live: int = 16, batch_size: int = 64, max_new_tokens: int | None = None, seed: int = 0
+    ) -> None:
+        self.live, self.batch_size, self.max_new_tokens, self.seed = live, batch_size, max_new_tokens, seed
+        self.results: dict[str, Result] = {}
+        self.oracle: dict[str, dict[str, float | None]] | None = None
+        self.perplexity: dict[str, float] | None = None
+        self.seconds = 0.0
+        self.edit_seconds = 0.0
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """The base's own score, before the first edit."""
+        with self._timed():
+            stream: Any = trainer.datamodule  # type: ignore[attr-defined]
+            self.scorer = Scorer(pl_module.edited, stream.edits, self.max_new_tokens, self.batch_size)
+            self._score("pre_edit", pl_module)
+            if stream.format == "hallucination":
+                self.perplexity = {"pre": self.scorer.perplexity(self._nobody())}
+        self._mark = time.perf_counter() - self.seconds
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Live scores on a sample of the edits that are written."""
+        stream: Any = trainer.datamodule  # type: ignore[attr-defined]
+        written = stream.ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED)
+        if not self.live or not written:
+            return
+        with self._timed():
+            draw = random.Random(f"{self.seed}/{stream.windows}").sample(written, min(self.live, len(written)))
+            part = self.scorer.subset(set(draw))
+            owners = pl_module.owner_choice([question.edit for question in part.questions])
+            scores = part.score("live", part.choose(), owners).scores[AUTOREGRESSIVE]
+        known = {f"live/{kind}": value for kind, value in scores.items() if value is not None}
+        pl_module.log_dict(known | {"live/edits": float(len(written))}, batch_size=len(draw))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """The score before the merge; this callback stands before the merging one."""
+        with self._timed():
+            self._score("before_merge", pl_module)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """The final model's score, and what perfect routing would score."""
+        self.edit_seconds = time.perf_counter() - self._mark - self.seconds
+        with self._timed():
+            result = self._score("final", pl_module)
+            owners = self._owners(pl_module)
+            oracle = oracle_choice(self.scorer.questions, owners)
+            self.oracle = self.scorer.score("oracle", oracle, owners, pl_module.base_changed).scores
+            if self.perplexity is not None:
+                memory = torch.tensor([row["memory"] for row in result.rows])
+                self.perplexity["final"] = self.scorer.perplexity(memory)
+
+    def _score(self, stage: str, editor: Any) -> Result:
+        choice = self.scorer.choose()
+        self.results[stage] = self.scorer.score(stage, choice, self._owners(editor), editor.base_changed)
+        return self.results[stage]
+
+    def _owners(self, editor: Any) -> Tensor:
+        return editor.owner_choice([question.edit for question in self.scorer.questions])
+
+    def _nobody(self) -> Tensor:
+        return torch.full((len(self.scorer.questions),), -1)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - start

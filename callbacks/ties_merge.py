@@ -1,0 +1,165 @@
+"""Fuse shards with a loss-aware TIES merge, if that costs nothing that matters.
+
+REPAIR (arXiv 2510.01879), Sec. 2.5 and LOSSAWARETIESMERGE of Alg. 4. Deviations: weights are renormalised over the shards
+that contribute at a coordinate (`normalize: global` is the literal rule); the merge is measured before it counts and
+undone where it costs more than `max_op_drop`; the fused shard stays routed by default (`target: main` writes it into W_v).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from repair_lightning.data.ledger import Ledger
+from repair_lightning.errors import ConfigError
+from repair_lightning.evaluation.correctness import correctness
+from repair_lightning.evaluation.metrics import overall_performance
+from repair_lightning.functional import Normalize, loss_weights, ties_merge, trim
+from repair_lightning.types import Decision
+
+log = logging.getLogger(__name__)
+
+
+def groups_of(shards: Sequence[int], size: int) -> list[list[int]]:
+    """Shards in groups of `size`, all in one for 0; a group of one is nothing to merge and left out."""
+    size = size or len(shards)
+    groups = [list(shards[at : at + size]) for at in range(0, len(shards), max(size, 1))]
+    return [group for group in groups if len(group) > 1]
+
+
+def mean_loss(ledger: Ledger, shard: int) -> float:
+    """Average last edit loss, in nats, of the edits that a shard owns; 0 for a shard without edits."""
+    losses = [ledger.entry(id).loss for id in ledger.owned_by(shard)]
+    known = [loss for loss in losses if loss is not None]
+    return sum(known) / len(known) if known else 0.0
+
+
+def accept(before: float, after: float, max_drop: float) -> Decision:
+    """Whether a merge may stay, from the guard's score before and after."""
+    drop = before - after
+    words = f"guard score {before:.3f} -> {after:.3f}"
+    if drop > max_drop:
+        return Decision(False, f"{words}: costs {drop:.3f}, more than {max_drop}")
+    return Decision(True, f"{words}: within {max_drop}")
+
+
+class LossAwareTiesMerge(pl.Callback):
+    """Merges groups of shards at the end of the stream and, if asked, every few windows.
+
+    Args:
+        enabled: off keeps all shards.
+        alpha: sensitivity of the weights to the shards' losses, per nat; 0 weighs all alike.
+        normalize: `contributors` or `global`.
+        density: share of a shard's coordinates that is kept before merging, in (0, 1].
+        group: shards per fused shard; 0 fuses all into one.
+        every_n_windows: also merge so often during the stream; None merges at its end alone.
+        target: `side` keeps the fused shard routed, `main` writes it into the base's W_v.
+        max_op_drop: a merge that costs more of the guard's score is undone.
+        guard_sample: most edits that the guard asks.
+    """
+
+    def __init__(
+        self,
+        enabled: bool = True,
+        alpha: float = 1.0,
+        normalize: Normalize = "contributors",
+        density: float = 1.0,
+        group: int = 0,
+        every_n_windows: int | None = None,
+        target: Literal["side", "main"] = "side",
+        max_op_drop: float = 0.01,
+        guard_sample: int = 256,
+    ) -> None:
+        if not 0 < density <= 1:
+            raise ConfigError(f"merge.density must be in (0, 1], got {density}")
+        if group < 0 or group == 1:
+            raise ConfigError(f"merge.group must be 0 (all) or at least 2, got {group}")
+        self.enabled, self.alpha, self.normalize, self.density = enabled, alpha, normalize, density
+        self.group, self.every_n_windows, self.target = group, every_n_windows, target
+        self.max_op_drop, self.guard_sample = max_op_drop, guard_sample
+        self.outcome: Decision | None = None
+        self.weights: dict[str, float] = {}
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Every n windows, if asked."""
+        windows = trainer.datamodule.windows  # type: ignore[attr-defined]
+        if self.enabled and self.every_n_windows and windows % self.every_n_windows == 0:
+            self.merge(pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """At the end of the stream."""
+        if self.enabled:
+            self.merge(pl_module)
+
+    def merge(self, editor: Any) -> None:
+        """Merge every group of shards that bears it; says in `outcome` whether all were accepted and why."""
+        if not editor.can_merge:
+            self.outcome = Decision(False, "this editor has no shards to merge")
+            return
+        owners = [shard for shard in editor.memory.ids if editor.ledger.owned_by(shard)]
+        groups = groups_of(owners, self.group)
+        if not groups and self.target == "side":
+            self.outcome = Decision(False, f"{len(owners)} shard: nothing to merge")
+            return
+        outcomes = [self.merge_group(group, editor) for group in groups or [owners]]
+        self.outcome = Decision(all(outcomes), "; ".join(outcome.reason for outcome in outcomes))
+        log.info("merge %s: %s", "accepted" if self.outcome else "rejected", self.outcome.reason)
+
+    def merge_group(self, shards: list[int], editor: Any) -> Decision:
+        """Fuse one group, measure, and undo it where it costs too much."""
+        before = guard_score(editor, self.guard_sample)
+        snapshot, router, owned = editor.memory.snapshot(), editor.router.state_dict(), _owners(editor.ledger, shards)
+        fused = editor.fuse(shards, self.fused_delta(shards, editor))
+        editor.ledger.reassign([id for ids in owned.values() for id in ids], fused)
+        editor.calibrate()
+        if self.target == "main":
+            editor.fold(fused)
+        after = guard_score(editor, self.guard_sample)
+        decision = accept(before, after, self.max_op_drop)
+        if not decision:
+            if self.target == "main":
+                editor.unfold()
+            editor.memory.restore(snapshot)
+            editor.router.load_state_dict(router)
+            for shard, ids in owned.items():
+                editor.ledger.reassign(ids, shard)
+        return Decision(decision.yes, f"shards {shards}: {decision.reason}")
+
+    @torch.no_grad()
+    def fused_delta(self, shards: list[int], editor: Any) -> Tensor:
+        """The weighted TIES merge of some shards' deltas, (D, F)."""
+        losses = torch.tensor([mean_loss(editor.ledger, shard) for shard in shards])
+        weights = loss_weights(losses, self.alpha)
+        self.weights = {str(shard): float(weight) for shard, weight in zip(shards, weights, strict=True)}
+        deltas = editor.memory.stacked(shards)
+        if self.density < 1:
+            deltas = torch.stack([trim(delta, self.density) for delta in deltas])
+        return ties_merge(deltas, weights.to(deltas), self.normalize)
+
+
+def _owners(ledger: Ledger, shards: Sequence[int]) -> dict[int, list[str]]:
+    return {shard: ledger.owned_by(shard) for shard in shards}
+
+
+def guard_score(editor: Any, sample: int) -> float:
+    """What a merge must not cost, from data that scoring never uses: in [0, 1], higher is better.
+
+    The geometric mean of three shares: edits answered right, edits answered right behind a context that the base wrote,
+    and held-out irrelevant prompts that the base still answers.
+    """
+    edits = [editor.ledger.edit(id) for shard in editor.memory.ids for id in editor.ledger.owned_by(shard)]
+    edits = edits or [editor.ledger.edit(id) for id in editor.ledger if editor.ledger.entry(id).score is not None]
+    edits = edits[:: max(1, len(edits) // sample)][:sample]
+    right = correctness(editor, edits)
+    in_context = correctness(editor, editor.in_context(edits))
+    kept = editor.kept_by_base()
+    return overall_performance(_mean(right), _mean(in_context), kept) or 0.0
+
+
+def _mean(scores: dict[str, float]) -> float:
+    return sum(scores.values()) / max(len(scores), 1)

@@ -1,0 +1,32 @@
+"""Score an edited model: `python evaluate.py --pack DIR --data.path FILE --data.format F [--base DIR] [--out FILE]`."""
+
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from repair_lightning.cli import guarded
+from repair_lightning.evaluation.evaluate import evaluate_pack
+from repair_lightning.evaluation.report import print_report, write_json
+
+
+def main() -> None:
+    """Load the pack and its base, ask every prompt, print the table."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--pack", required=True, help="the pack's folder")
+    parser.add_argument("--data.path", default="world", help="records: a file, a hub name or 'world'")
+    parser.add_argument("--data.format", default="jsonl", help="their format")
+    parser.add_argument("--data.max_edits", type=int | None, default=None, help="take the first so many")
+    parser.add_argument("--base", default=None, help="the base, where the pack's own name for it does not lead there")
+    parser.add_argument("--precision", default="auto", help="of the base")
+    parser.add_argument("--out", default=None, help="write the figures to this JSON file")
+    options = parser.parse_args()
+    metrics = evaluate_pack(
+        options.pack, options.data.path, options.data.format, options.data.max_edits, options.base, options.precision
+    )
+    print_report(metrics, None)
+    if options.out:
+        write_json(Path(options.out), metrics)
+
+
+if __name__ == "__main__":
+    guarded(main)

@@ -1,0 +1,182 @@
+"""The command line: configurations by name, a run directory, errors in one line. Only this file reads YAML."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from repair_lightning.data.ledger import EditStatus
+from repair_lightning.data.stream import EditStream
+from repair_lightning.editors import Editor
+from repair_lightning.errors import ConfigError, RepairError
+from repair_lightning.evaluation.report import print_report, write_json, write_rows
+from repair_lightning.packs import save_pack
+
+log = logging.getLogger(__name__)
+
+
+def config_path(name: str, folders: Sequence[Path]) -> Path:
+    """A configuration by path, or by name (with or without `.yaml`) in one of the folders.
+
+    Raises:
+        ConfigError: there is none; the message lists those that exist.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    for folder in folders:
+        for candidate in (folder / name, folder / f"{name}.yaml"):
+            if candidate.is_file():
+                return candidate
+    known = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
+    raise ConfigError(f"no configuration '{name}'; give a file or one of: {', '.join(known)}")
+
+
+def resolve_configs(argv: Sequence[str], folders: Sequence[Path]) -> tuple[list[str], list[Path]]:
+    """The arguments with each `--config NAME` as a path, and those paths."""
+    resolved: list[str] = []
+    found: list[Path] = []
+    expect = False
+    for argument in argv:
+        if expect or argument.startswith("--config="):
+            found.append(config_path(argument.removeprefix("--config="), folders))
+            argument = str(found[-1]) if expect else f"--config={found[-1]}"
+        expect = argument == "--config"
+        resolved.append(argument)
+    return resolved, found
+
+
+class EditCLI(LightningCLI):
+    """`train.py`'s command line: an editor, a stream and a trainer from YAML and options.
+
+    Args:
+        callbacks: option name -> callback class, configured under that name and always present, in this order.
+        configs: folders in which `--config NAME` is looked up.
+    """
+
+    def __init__(self, callbacks: Mapping[str, type[pl.Callback]], configs: Sequence[Path]) -> None:
+        self.started = time.perf_counter()
+        self.forced = callbacks
+        sys.argv[1:], self.config_files = resolve_configs(sys.argv[1:], configs)
+        super().__init__(
+            Editor,
+            EditStream,
+            subclass_mode_model=True,
+            run=False,
+            save_config_callback=None,
+            seed_everything_default=0,
+            trainer_defaults={
+                "max_epochs": -1,
+                "reload_dataloaders_every_n_epochs": 1,
+                "num_sanity_val_steps": 0,
+                "enable_model_summary": False,
+                "log_every_n_steps": 1,
+            },
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The run directory and the callbacks' own sections."""
+        parser.add_argument("--run_dir", type=str | None, default=None, help="default: runs/<name of the config>")
+        for name, callback in self.forced.items():
+            parser.add_lightning_class_args(callback, name)
+
+    def before_instantiate_classes(self) -> None:
+        """Everything that a run writes goes to its run directory."""
+        name = self.config_files[0].stem if self.config_files else "default"
+        self.run_dir = Path(self.config.run_dir or Path("runs") / name)
+        self.config.run_dir = str(self.run_dir)
+        self.config.trainer.default_root_dir = str(self.run_dir)
+        logger = self.config.trainer.logger
+        if hasattr(logger, "init_args") and logger.init_args.get("save_dir") in (None, "."):
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            logger.init_args.save_dir = str(self.run_dir)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """The trainer with a checkpoint after every window."""
+        folder = self.run_dir / "checkpoints"
+        checkpoint = ModelCheckpoint(folder, filename="last", every_n_epochs=1, enable_version_counter=False)
+        return super().instantiate_trainer(**kwargs, callbacks=[checkpoint])
+
+    def callback(self, kind: type) -> Any:
+        """The trainer's callback of a class."""
+        return next(callback for callback in self.trainer.callbacks if isinstance(callback, kind))  # type: ignore[attr-defined]
+
+    def provenance(self) -> dict[str, Any]:
+        """Command, seed and versions, for the pack."""
+        packages = ("repair-lightning", "torch", "lightning", "transformers")
+        return {
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "seed": self.config.seed_everything,
+            "python": platform.python_version(),
+            "versions": {name: version(name) for name in packages},
+        }
+
+
+def finish(cli: EditCLI, board: Any, feedback: Any, merge: Any) -> dict[str, Any]:
+    """Write a finished run's artefacts and print its report; returns the content of `metrics.json`."""
+    run_dir, editor, stream = cli.run_dir, cli.model, cli.datamodule
+    metrics = collect_metrics(cli, board, feedback, merge)
+    cli.parser.save(cli.config, run_dir / "config.yaml", overwrite=True, skip_check=True)
+    stream.ledger.to_parquet(run_dir / "edits.parquet")
+    save_pack(editor, run_dir / "pack", cli.provenance())
+    write_rows(run_dir / "generations.jsonl", (row for result in board.results.values() for row in result.rows))
+    metrics["seconds"]["total"] = time.perf_counter() - cli.started
+    write_json(run_dir / "metrics.json", metrics)
+    print_report(metrics, run_dir)
+    return metrics
+
+
+def collect_metrics(cli: EditCLI, board: Any, feedback: Any, merge: Any) -> dict[str, Any]:
+    """The content of `metrics.json`; figures that do not apply are None."""
+    editor, stream, results = cli.model, cli.datamodule, board.results
+    ledger, records = stream.ledger, stream.records
+    pre = results["pre_edit"].rows
+    outcome = merge.outcome
+    metrics: dict[str, Any] = {
+        "editor": editor.editor_name,
+        "base": {"name": editor.base.name, "sha256": editor.base.sha256, "parameters": editor.base.parameters},
+        "layer": editor.layer,
+        "shards": len(editor.memory),
+        "n_edits": len(stream.edits),
+        "seed": cli.config.seed_everything,
+        "seconds": {"load": cli.loaded - cli.started, "edit": board.edit_seconds, "evaluate": board.seconds},
+        "edits_per_minute": 60 * len(stream.edits) / max(board.edit_seconds, 1e-9),
+        **{stage: results[stage].scores for stage in ("pre_edit", "before_merge", "final")},
+        "routing": results["final"].routing,
+        "oracle_routing": board.oracle,
+        "closed_loop": {
+            "windows": stream.windows,
+            "pruned": feedback.pruned,
+            "retriggered": feedback.retriggered,
+            "quarantined": len(ledger.with_status(EditStatus.QUARANTINED)),
+        },
+        "merge": {"accepted": bool(outcome), "reason": outcome.reason if outcome is not None else "merging is off"},
+        "records": {
+            "bad": list(records.bad),
+            "duplicates": list(records.duplicates),
+            "superseded": dict(records.superseded),
+            "already_right": [row["id"] for row in pre if row["kind"] == "edit" and row["correct"]],
+        },
+        "edits": ledger.counts(),
+    }
+    return metrics if board.perplexity is None else metrics | {"perplexity": board.perplexity}
+
+
+def guarded(main: Callable[[], Any]) -> None:
+    """Run a command; a mistake of the user's becomes one line and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    try:
+        main()
+    except RepairError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

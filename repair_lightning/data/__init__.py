@@ -1,0 +1,1 @@
+"""Records, the stream, clustering and the ledger."""

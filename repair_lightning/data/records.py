@@ -1,0 +1,370 @@
+"""Reading edit records: every record is checked, and named by file, number and field, before anything is written.
+
+Files are parsed here, by the plain parsers of their format, so that a bad line is found under its own number; only
+records that passed become a `datasets.Dataset` with declared features, never one whose column types were guessed.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, Features, Value, load_dataset
+
+from repair_lightning.data import formats
+from repair_lightning.errors import ConfigError, FieldError, RecordError, RepairError
+from repair_lightning.types import Edit
+
+logger = logging.getLogger(__name__)
+
+FILE_SUFFIXES = (
+    ".json",
+    ".jsonl",
+    ".ndjson",
+    ".csv",
+    ".tsv",
+    ".parquet",
+    ".txt",
+    ".gz",
+    ".zip",
+    ".arrow",
+    ".yaml",
+    ".pt",
+)
+IRRELEVANT_FIELDS = ("question", "locality_prompt", "loc", "prompt")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class RecordSet:
+    """The edits of one source and what was not taken over from it.
+
+    Attributes:
+        edits: The edits to write, in the source's order.
+        bad: One message per record that was skipped.
+        superseded: Id of an edit that a later one with the same prompt and another target replaced -> id of that later
+            one, which is always in `edits`.
+        duplicates: Ids of records that were dropped because prompt and target repeat an earlier record's.
+        superseded_edits: The replaced edits themselves, for the ledger.
+    """
+
+    edits: tuple[Edit, ...]
+    bad: tuple[str, ...] = ()
+    superseded: Mapping[str, str] = field(default_factory=dict)
+    duplicates: tuple[str, ...] = ()
+    superseded_edits: tuple[Edit, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.edits)
+
+    def dataset(self) -> Dataset:
+        """The edits as a Hugging Face data set in the project's `jsonl` fields."""
+        return to_dataset(edit.as_dict() for edit in self.edits)
+
+
+def to_dataset(records: Iterable[Mapping[str, Any]]) -> Dataset:
+    """Checked `jsonl` records as a `datasets.Dataset` in memory, with declared (never guessed) column types."""
+    text, probes = Value("string"), [{"prompt": Value("string"), "answer": Value("string")}]
+    features = Features(id=text, subject=text, prompt=text, target=text, rephrases=[text], locality=probes, near=probes)
+    return Dataset.from_list([dict(record) for record in records], features=features)
+
+
+def load_records(
+    path_or_hub_name: str | Path,
+    format: str = "jsonl",
+    max_edits: int | None = None,
+    on_bad_record: Literal["stop", "skip"] = "stop",
+    split: str = "train",
+) -> RecordSet:
+    """Reads, checks and converts the edits of a local file or of a hub data set.
+
+    Every record of the source is checked, also those past `max_edits`.
+
+    Args:
+        path_or_hub_name: A file (`.jsonl`, `.json` with a list or with one object per line, `.csv`, `.tsv`,
+            `.parquet`) or a hub name (`org/name`) where no such file exists.
+        format: A name of :data:`formats.FORMATS`.
+        max_edits: Stop after so many edits, not counting duplicates; None for all.
+        on_bad_record: `stop` raises for the first bad record, `skip` leaves bad records out and lists them in `bad`.
+        split: The hub data set's split.
+
+    Raises:
+        RecordError: for a file or record that is bad (in mode `skip`: where nothing good is left).
+        ConfigError: for an unknown format or setting.
+        RepairError: where the source cannot be read at all.
+    """
+    chosen = formats.get_format(format)
+    _check_settings(max_edits, on_bad_record)
+    source, rows = str(path_or_hub_name), read_rows(path_or_hub_name, split)
+    if not rows:
+        raise RecordError(source, None, None, "holds no records", f"give at least one record in format '{format}'")
+    good, bad, repeated = _check_rows(source, rows, chosen)
+    if bad and (on_bad_record == "stop" or not good):
+        raise RecordError.at(source, *bad[0], more=len(bad) - 1)
+    messages = tuple(str(RecordError.at(source, number, error)) for number, error in bad)
+    found = _settle(good, max_edits)
+    result = RecordSet(found.edits, messages, found.superseded, (*repeated, *found.duplicates), found.superseded_edits)
+    _log_summary(source, result)
+    return result
+
+
+def load_irrelevant(path: str | Path, prefix: str = "") -> tuple[str, ...]:
+    """Reads prompts that no edit should touch, for calibrating and training the router.
+
+    Args:
+        path: A file of records with one of the fields `question`, `locality_prompt`, `loc`, `prompt` (the first that
+            the record has counts), or a hub name.
+        prefix: Put before each prompt as it stands, such as `nq question: `.
+
+    Returns:
+        The prompts in the file's order.
+
+    Raises:
+        RecordError: for the first bad record, saying how many more there are.
+        RepairError: where the file cannot be read at all.
+    """
+    source, rows = str(path), read_rows(path)
+    if not rows:
+        raise RecordError(source, None, None, "holds no records", 'give records such as {"question": "..."}')
+    prompts, bad = _attempt(rows, _irrelevant_prompt)
+    if bad:
+        raise RecordError.at(source, *bad[0], more=len(bad) - 1)
+    return tuple(prefix + prompt for _, prompt in prompts)
+
+
+def check_lengths(edits: Sequence[Edit], tokenizer: Any, max_tokens: int) -> dict[str, str]:
+    """Finds edits with a text that is too long for the model: prompt or rephrase with target and EOS, or a probe.
+
+    Args:
+        edits: The edits to check.
+        tokenizer: A Hugging Face tokenizer.
+        max_tokens: Most tokens a sequence may have, in tokens.
+
+    Returns:
+        Id of each offending edit -> a message that names its first over-long field; in the order of `edits`.
+    """
+    named = [(edit.id, name, text) for edit in edits for name, text in _model_texts(edit)]
+    if not named:
+        return {}
+    ids = tokenizer([text for *_, text in named], add_special_tokens=True)["input_ids"]
+    messages: dict[str, str] = {}
+    for (id, name, _), tokens in zip(named, ids, strict=True):
+        length = len(tokens) + 1
+        if length > max_tokens:
+            remedy = "shorten it or raise the limit, if the model reads that much"
+            message = f"edit '{id}', field '{name}': is {length} tokens long, at most {max_tokens} fit; {remedy}"
+            messages.setdefault(id, message)
+    return messages
+
+
+def read_rows(path_or_hub_name: str | Path, split: str = "train") -> list[Any]:
+    """The raw records of a file or hub data set; a record that cannot be parsed stands there as its `FieldError`.
+
+    Raises:
+        RecordError: where the file as a whole is no JSON, CSV or Parquet.
+        RepairError: where there is no such file, or it cannot be read.
+    """
+    path = Path(path_or_hub_name).expanduser()
+    if not path.exists() and _is_hub_name(str(path_or_hub_name)):
+        return _read_hub(str(path_or_hub_name), split)
+    if not path.is_file():
+        problem = "is a folder, not a file" if path.is_dir() else "no such file"
+        raise RepairError(
+            f"{path_or_hub_name}: {problem}; give a .jsonl, .json, .csv or .parquet file, or a hub name org/name"
+        )
+    readers = {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet}
+    try:
+        return readers.get(path.suffix.lower(), _read_json)(path, str(path_or_hub_name))
+    except OSError as error:
+        raise RepairError(f"{path_or_hub_name}: cannot be read ({error.strerror or error}); check the file") from error
+
+
+def _check_settings(max_edits: int | None, on_bad_record: str) -> None:
+    if max_edits is not None and max_edits < 1:
+        raise ConfigError(f"max_edits must be 1 or more, or null for all, got {max_edits}")
+    if on_bad_record not in ("stop", "skip"):
+        raise ConfigError(f"on_bad_record must be 'stop' or 'skip', got '{on_bad_record}'")
+
+
+def _is_hub_name(name: str) -> bool:
+    """True for `org/name` unless it looks like a file: a file's suffix, or a folder `org` that exists here."""
+    looks_like_file = name.lower().endswith(FILE_SUFFIXES) or Path(name).parent.exists()
+    return bool(_HUB_NAME.fullmatch(name)) and not looks_like_file
+
+
+def _read_hub(name: str, split: str) -> list[Any]:
+    try:
+        return list(load_dataset(name, split=split))
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RepairError(
+            f"{name}: no such file here, and the hub data set (split '{split}') could not be loaded: {reason}; "
+            "check name, split and network"
+        ) from error
+
+
+def _read_text(path: Path, source: str) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        remedy = "save it as UTF-8 text"
+        raise RecordError(source, None, None, f"is not UTF-8 text (byte {error.start})", remedy) from None
+
+
+def _read_json(path: Path, source: str) -> list[Any]:
+    """A JSON list, or one JSON value per line; which of them it is, the content says."""
+    text = _read_text(path, source)
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if text.lstrip().startswith("[") and path.suffix.lower() == ".json":
+            problem, remedy = f"is not valid JSON ({_json_reason(error)})", "correct the file at that line"
+            raise RecordError(source, None, None, problem, remedy) from None
+        lines = enumerate(text.split("\n"), start=1)  # not splitlines: U+2028 may stand inside a JSON string
+        return [_parse_line(number, line) for number, line in lines if line.strip()]
+    return whole if isinstance(whole, list) else [whole]
+
+
+def _parse_line(number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = _json_reason(error, number)
+        return FieldError(None, f"is not valid JSON ({reason})", "correct or remove that line")
+
+
+def _json_reason(error: Exception, line: int | None = None) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"line {line or error.lineno}, column {error.colno}: {error.msg}"
+    reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+    return f"line {line}: {reason}" if line else reason
+
+
+def _read_csv(path: Path, source: str) -> list[Any]:
+    """CSV or TSV with a header line; every cell is a text, an empty one counts as missing."""
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    lines = csv.reader(io.StringIO(_read_text(path, source), newline=""), delimiter=delimiter, strict=True)
+    try:
+        header, *cells = [line for line in lines if line] or [[]]
+    except csv.Error as error:
+        problem = f"is not valid CSV (line {lines.line_num}: {error})"
+        raise RecordError(source, None, None, problem, "correct the file at that line") from None
+    return [_csv_row(header, row) for row in cells]
+
+
+def _csv_row(header: list[str], row: list[str]) -> Any:
+    if len(row) > len(header):
+        return FieldError(
+            None, f"has {len(row)} cells, the header has {len(header)}", "put cells with commas in quotes"
+        )
+    return {name: cell or None for name, cell in zip_longest(header, row)}
+
+
+def _read_parquet(path: Path, source: str) -> list[Any]:
+    try:
+        return pq.read_table(path).to_pylist()
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        problem = f"is not a readable Parquet file ({str(error).splitlines()[0]})"
+        raise RecordError(source, None, None, problem, "write it again") from None
+
+
+def _attempt(rows: list[Any], convert: Callable[[int, Any], Any]) -> tuple[list[Any], list[tuple[int, FieldError]]]:
+    """`convert(number, row)` for each row, numbered from 1: the numbered results, and the numbered errors."""
+    good, bad = [], []
+    for number, row in enumerate(rows, start=1):
+        try:
+            if isinstance(row, FieldError):
+                raise row
+            good.append((number, convert(number, row)))
+        except FieldError as error:
+            bad.append((number, error))
+    return good, bad
+
+
+def _irrelevant_prompt(_: int, row: Any) -> str:
+    if not isinstance(row, Mapping):
+        raise FieldError(None, f"is {formats.kind_of(row)}, not an object", 'write {"question": "..."}')
+    name = next((name for name in IRRELEVANT_FIELDS if row.get(name) is not None), "question")
+    return formats.required_text(row, name, "give a prompt that no edit should touch, as 'question' or 'prompt'")
+
+
+class _Checker:
+    """Converts the rows of one source in order, and remembers which ids and prompts it has met."""
+
+    def __init__(self, chosen: formats.Format) -> None:
+        self.format = chosen
+        self.first_with_id: dict[str, tuple[int, Edit]] = {}
+        self.latest_target: dict[str, str] = {}
+
+    def __call__(self, number: int, row: Any) -> tuple[Edit, bool]:
+        """The edit, and whether it repeats the record that has its id already. Raises `FieldError`."""
+        record = formats.convert(row, self.format.name)
+        edit = Edit.from_dict({**record, "id": record["id"] or f"{self.format.name}-{number}"})
+        first, known = self.first_with_id.setdefault(edit.id, (number, edit))
+        if known is edit:
+            self.latest_target[edit.prompt] = edit.target
+            return edit, False
+        if known.prompt == edit.prompt and known.target == edit.target == self.latest_target[edit.prompt]:
+            return edit, True
+        raise FieldError("id", f"'{edit.id}' already belongs to record {first}", "give each record its own id")
+
+
+def _check_rows(
+    source: str, rows: list[Any], chosen: formats.Format
+) -> tuple[list[Edit], list[tuple[int, FieldError]], tuple[str, ...]]:
+    """The good edits, the numbered errors, and the ids of records that repeat an earlier one, id included."""
+    _warn_of_better_format(source, rows[0], chosen)
+    checked, bad = _attempt(rows, _Checker(chosen))
+    good = [edit for _, (edit, repeats) in checked if not repeats]
+    return good, bad, tuple(edit.id for _, (edit, repeats) in checked if repeats)
+
+
+def _warn_of_better_format(source: str, row: Any, chosen: formats.Format) -> None:
+    guess = formats.guess_format(row) if isinstance(row, Mapping) and chosen.fits(row) else None
+    if guess and guess != chosen.name:
+        logger.warning("%s: read as format '%s', though its fields look more like '%s'", source, chosen.name, guess)
+
+
+def _settle(edits: Sequence[Edit], max_edits: int | None) -> RecordSet:
+    """Drops duplicates and lets later edits supersede earlier ones, over the first records that yield `max_edits`."""
+    live: dict[str, int] = {}
+    replaced: dict[int, str] = {}
+    duplicates: list[str] = []
+    for i, edit in enumerate(edits):
+        if len(live) == max_edits:
+            break
+        earlier = live.get(edit.prompt)
+        if earlier is not None and edits[earlier].target == edit.target:
+            duplicates.append(edit.id)
+            continue
+        if earlier is not None:
+            replaced[earlier] = edit.prompt
+        live[edit.prompt] = i
+    dataset = to_dataset(edit.as_dict() for edit in edits).select(sorted(live.values()))
+    kept = tuple(Edit.from_dict(record) for record in dataset.to_list())
+    superseded = {edits[old].id: edits[live[prompt]].id for old, prompt in replaced.items()}
+    return RecordSet(kept, (), superseded, tuple(duplicates), tuple(edits[old] for old in sorted(replaced)))
+
+
+def _log_summary(source: str, found: RecordSet) -> None:
+    numbers = (len(found.edits), len(found.bad), len(found.duplicates), len(found.superseded))
+    logger.info("%s: %d edits, %d bad records skipped, %d duplicates dropped, %d superseded", source, *numbers)
+
+
+def _model_texts(edit: Edit) -> Iterable[tuple[str, str]]:
+    yield "prompt and target", f"{edit.prompt} {edit.target}"
+    for i, rephrase in enumerate(edit.rephrases):
+        yield f"rephrases[{i}] and target", f"{rephrase} {edit.target}"
+    for name in ("locality", "near"):
+        for i, probe in enumerate(getattr(edit, name)):
+            yield f"{name}[{i}]", f"{probe.prompt} {probe.answer or ''}".strip()

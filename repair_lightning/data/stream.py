@@ -1,0 +1,186 @@
+"""The stream of edits as a LightningDataModule: an epoch is a window, its batches are homogeneous clusters.
+
+Each window's worklist is sized and holds the arrivals, the residual pool and what the closed loop requeued; nothing of the
+future is looked at. Everything waits in the ledger, so nothing is lost between windows.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning.pytorch as pl
+from torch.utils.data import DataLoader
+
+from repair_lightning.data.clustering import form_batches
+from repair_lightning.data.ledger import EditStatus, Ledger
+from repair_lightning.data.records import RecordSet, check_lengths, load_irrelevant, load_records
+from repair_lightning.errors import ConfigError, RepairError
+from repair_lightning.models.sampling import own_texts
+from repair_lightning.types import Edit, EditBatch
+from repair_lightning.world import edits_path, irrelevant_path
+
+if TYPE_CHECKING:
+    from repair_lightning.editors.base import Editor
+
+log = logging.getLogger(__name__)
+
+WORLD = "world"
+"""The value of `path` and `irrelevant` that stands for the embedded world's files."""
+
+
+class EditStream(pl.LightningDataModule):
+    """Edits in the order in which they arrive, `window` of them at a time.
+
+    Args:
+        path: a local file, a hub data set, or `world` for the embedded one.
+        format: of the records, see `repair_lightning.data.formats`.
+        max_edits: take the first so many good records.
+        on_bad_record: `stop` writes nothing when a record is bad, `skip` writes the good ones and lists the bad ones.
+        window: edits that arrive and are handled together; 1 is the paper's strict stream.
+        batch_size: most edits of a batch.
+        clustering: form batches by the similarity of the base's features; else in the order of arrival.
+        max_regroups: an edit that left this many batches is written alone.
+        irrelevant: file of unrelated questions, `world` for the embedded ones; None lets the base write its own.
+        irrelevant_prefix: put before each of them.
+        max_irrelevant: take so many of them; half train the router, half calibrate it.
+        split: of a hub data set.
+    """
+
+    def __init__(
+        self,
+        path: str = WORLD,
+        format: str = "jsonl",
+        max_edits: int | None = None,
+        on_bad_record: Literal["stop", "skip"] = "stop",
+        window: int = 128,
+        batch_size: int = 128,
+        clustering: bool = True,
+        max_regroups: int = 2,
+        irrelevant: str | None = None,
+        irrelevant_prefix: str = "",
+        max_irrelevant: int = 1000,
+        split: str = "train",
+    ) -> None:
+        super().__init__()
+        for name, value in (("window", window), ("batch_size", batch_size), ("max_irrelevant", max_irrelevant)):
+            if value < 1:
+                raise ConfigError(f"data.{name} must be at least 1, got {value}")
+        self.path, self.format, self.split = path, format, split
+        self.max_edits, self.on_bad_record = max_edits, on_bad_record
+        self.window, self.batch_size = window, batch_size
+        self.clustering, self.max_regroups = clustering, max_regroups
+        self.irrelevant, self.irrelevant_prefix, self.max_irrelevant = irrelevant, irrelevant_prefix, max_irrelevant
+        self.ledger = Ledger()
+        self.records: RecordSet | None = None
+        self.arrived = 0
+        self.windows = 0
+
+    # -- loading ------------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str = "fit") -> None:
+        """Read and check every record before the first write; does nothing the second time."""
+        if self.records is not None:
+            return
+        path = str(edits_path()) if self.path == WORLD else self.path
+        self.records = load_records(path, self.format, self.max_edits, self.on_bad_record, self.split)
+        if not self.records.edits:
+            raise ConfigError(f"'{path}' holds no edit that can be written; see the messages above")
+
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """All edits of the stream in their order; superseded ones and duplicates are not among them."""
+        self.setup()
+        assert self.records is not None
+        return self.records.edits
+
+    def check_fit(self, tokenizer: Any, max_tokens: int) -> None:
+        """Refuse edits that are too long for the base, or leave them out where bad records are skipped."""
+        too_long = check_lengths(self.edits, tokenizer, max_tokens)
+        if not too_long:
+            return
+        if self.on_bad_record == "stop":
+            raise RepairError(f"{self.path}: {next(iter(too_long.values()))} ({len(too_long)} such edits in all)")
+        assert self.records is not None
+        kept = tuple(edit for edit in self.records.edits if edit.id not in too_long)
+        bad = (*self.records.bad, *too_long.values())
+        self.records = RecordSet(
+            kept, bad, self.records.superseded, self.records.duplicates, self.records.superseded_edits
+        )
+
+    def irrelevant_halves(self, editor: Editor) -> tuple[list[str], list[str]]:
+        """Irrelevant prompts for losses and centring, and others, held out, for thresholds."""
+        if self.irrelevant is None:
+            texts: Sequence[str] = own_texts(editor.edited.base, editor.tokenizer, self.max_irrelevant)
+        else:
+            path = irrelevant_path() if self.irrelevant == WORLD else self.irrelevant
+            texts = load_irrelevant(path, self.irrelevant_prefix)[: self.max_irrelevant]
+        asked = {edit.prompt for edit in self.edits}
+        texts = [text for text in dict.fromkeys(texts) if text not in asked]
+        if len(texts) < 2:
+            raise ConfigError(f"data.irrelevant: at least 2 unrelated prompts are needed, got {len(texts)}")
+        return list(texts[::2]), list(texts[1::2])
+
+    # -- the worklist -------------------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> DataLoader:
+        """The next window's batches. Lightning asks for it at the start of every epoch."""
+        return DataLoader(self.next_window(), batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
+
+    def next_window(self) -> list[EditBatch]:
+        """Let the next edits arrive and form batches of all that waits to be written."""
+        coming = self.edits[self.arrived : self.arrived + self.window]
+        self._arrive(coming)
+        self.arrived += len(coming)
+        self.windows += 1
+        waiting = self.waiting()
+        alone = [id for id in waiting if self.ledger.entry(id).regroups >= self.max_regroups]
+        together = [self.ledger.edit(id) for id in waiting if id not in set(alone)]
+        return [*self._batches(together), *(EditBatch((self.ledger.edit(id),)) for id in alone)]
+
+    def _arrive(self, coming: Sequence[Edit]) -> None:
+        """Enter arrivals in the ledger, each behind the edits that it supersedes."""
+        assert self.records is not None
+        replaced = {edit.id: edit for edit in self.records.superseded_edits}
+        for edit in coming:
+            older = [id for id, newer in self.records.superseded.items() if newer == edit.id]
+            self.ledger.arrive([*(replaced[id] for id in older), edit], self.windows)
+            for id in older:
+                self.ledger.supersede(id, edit.id)
+
+    def waiting(self) -> list[str]:
+        """Ids of the edits that no shard holds yet."""
+        return self.ledger.with_status(EditStatus.PENDING, EditStatus.RESIDUAL, EditStatus.REQUEUED)
+
+    def _batches(self, edits: Sequence[Edit]) -> Iterable[EditBatch]:
+        size = self.batch_size if self._editor.batchable else 1
+        if not self.clustering or len(edits) <= 1 or size == 1:
+            groups = [list(range(at, min(at + size, len(edits)))) for at in range(0, len(edits), size)]
+        else:
+            groups = form_batches(self._editor.features(edits), size)
+        return [EditBatch(tuple(edits[i] for i in group)) for group in groups]
+
+    @property
+    def _editor(self) -> Editor:
+        return self.trainer.lightning_module  # type: ignore[union-attr,return-value]
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether nothing is left to arrive or to be written."""
+        return self.arrived >= len(self.edits) and not self.waiting()
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The ledger and the place in the stream, in plain types."""
+        return {"ledger": self.ledger.state_dict(), "arrived": self.arrived, "windows": self.windows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self.ledger.load_state_dict(state_dict["ledger"])
+        self.arrived, self.windows = state_dict["arrived"], state_dict["windows"]
+
+
+def _as_it_is(batch: EditBatch) -> EditBatch:
+    return batch

@@ -1,0 +1,277 @@
+"""What every editing method is: a LightningModule that owns a frozen base and writes batches of edits.
+
+A new method is one file: subclass `Editor`, implement :meth:`Editor.write`, say what it can do in the class attributes,
+and the stream, the ledger, the scoring, the pack and the report work with it.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+
+from repair_lightning.data.ledger import Ledger
+from repair_lightning.data.tokenizing import Encoded, encode
+from repair_lightning.errors import ConfigError
+from repair_lightning.memory.query import Choice, Query, canonical_ids
+from repair_lightning.memory.routers import Router
+from repair_lightning.memory.side_memory import SideMemory
+from repair_lightning.models.architectures import architecture_of, resolve_layer, value_shape
+from repair_lightning.models.base import Base, load_base
+from repair_lightning.models.edited import EditedModel
+from repair_lightning.models.prefix import Capture, PrefixCache, stack_left
+from repair_lightning.models.sampling import own_texts
+from repair_lightning.types import BASE, Edit, EditBatch, EditReport
+
+log = logging.getLogger(__name__)
+
+
+class Editor(pl.LightningModule):
+    """A frozen base under correction. One epoch is one window of the stream; one training step writes one batch.
+
+    Args:
+        base: folder or hub name of a Hugging Face causal LM.
+        layer: the edited layer, `published`, or None for the default of `resolve_layer`.
+        precision: of the base: `auto`, `float32`, `bfloat16` or `float16`. Shards are float32.
+        trust_remote_code: let the base's repository run its own code.
+        cache_mib: memory for the prefix cache, in MiB.
+    """
+
+    batchable: ClassVar[bool] = True
+    """Whether several edits can be written in one step."""
+    can_merge: ClassVar[bool] = False
+    """Whether the memory can be fused."""
+    can_prune: ClassVar[bool] = False
+    """Whether a part of the memory can be forgotten and written anew."""
+
+    strict_loading = False  # the base stays out of checkpoints
+
+    def __init__(
+        self,
+        base: str = "",
+        layer: int | str | None = None,
+        precision: str = "auto",
+        trust_remote_code: bool = False,
+        cache_mib: int = 2048,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.base_name = base
+        self.layer_option = layer
+        self.precision_option = precision
+        self.trust_remote_code = trust_remote_code
+        self.cache_mib = cache_mib
+        self.ledger = Ledger()
+        self.base: Base | None = None
+        self.base_changed = False
+
+    # -- the base -----------------------------------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """Load the base and build the memory around it; does nothing the second time."""
+        if self.base is not None:
+            return
+        if not self.base_name:
+            raise ConfigError("no base: give --model.base a folder in Hugging Face format or a hub name")
+        self.base = load_base(self.base_name, self.precision_option, self.trust_remote_code)
+        model = self.base.model
+        self.layer = resolve_layer(model, self.layer_option)
+        value = architecture_of(model).value_module(model, self.layer)
+        memory = self.build_memory(value_shape(value))
+        self.edited = EditedModel(model, self.base.tokenizer, memory, self.build_router(), self.layer)
+        self.prefixes = PrefixCache(self.edited.split, self.cache_mib << 20)
+
+    def configure_model(self) -> None:
+        """Lightning's hook for building the model."""
+        self.load()
+
+    @abstractmethod
+    def build_memory(self, shape: tuple[int, int]) -> SideMemory:
+        """The (empty) bank of shards for a value matrix of (D, F)."""
+
+    @abstractmethod
+    def build_router(self) -> Router:
+        """The router over the bank."""
+
+    @property
+    def memory(self) -> SideMemory:
+        """The bank of shards."""
+        return self.edited.memory
+
+    @property
+    def router(self) -> Router:
+        """The router over the bank."""
+        return self.edited.router
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer."""
+        return self.edited.tokenizer
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest text that the base reads, in tokens."""
+        config = self.edited.config
+        known = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "n_ctx")]
+        return min([number for number in known if number] or [1 << 20])
+
+    def train(self, mode: bool = True) -> Editor:
+        """Shards may train; the base stays in evaluation mode, without dropout."""
+        super().train(mode)
+        if self.base is not None:
+            self.base.model.eval()
+        return self
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    def prepare(self, background: Sequence[str], held_out: Sequence[str]) -> None:
+        """Take in irrelevant prompts: `background` for losses and centring, `held_out` for thresholds."""
+        self.background = self.query_of([self.encode_prompt(text) for text in background], background)
+        self.held_out = self.query_of([self.encode_prompt(text) for text in held_out], held_out)
+        self.router.fit(self.background, self.edited.base.get_input_embeddings().weight.detach())
+
+    @abstractmethod
+    def write(self, batch: EditBatch) -> list[EditReport]:
+        """Write one batch into the memory; one report per edit."""
+
+    @abstractmethod
+    def forget(self, ids: Iterable[str]) -> None:
+        """Stop answering for edits, as far as the method can; the base answers their prompts."""
+
+    def finish_window(self) -> None:
+        """Called when a window's last batch is written, before anything is evaluated."""
+
+    # -- what others may ask ------------------------------------------------------------------------------------------
+
+    def encode(self, prompt: str, target: str) -> Encoded:
+        """A prompt and its target as token ids."""
+        return encode(self.tokenizer, prompt, target)
+
+    def encode_prompt(self, prompt: str) -> tuple[int, ...]:
+        """A prompt as token ids."""
+        return tuple(self.tokenizer(prompt)["input_ids"])
+
+    def captures(self, rows: Sequence[Sequence[int]]) -> list[Capture]:
+        """The states of token rows at the edited layer, from the cache where they are known."""
+        with self.edited.forced(None):
+            return self.prefixes.get(rows)
+
+    def in_context(self, edits: Sequence[Edit]) -> list[Edit]:
+        """The edits asked behind a context that the base wrote itself: a stand-in for other words."""
+        contexts = own_texts(self.edited.base, self.tokenizer, max(1, min(len(edits), 16)), length=8)
+        return [
+            replace(edit, prompt=f"{contexts[i % len(contexts)]}. {edit.prompt}") for i, edit in enumerate(edits)
+        ]
+
+    def kept_by_base(self) -> float:
+        """Share of the held-out irrelevant prompts that no memory answers."""
+        chosen = self.router.route(self.held_out, self.memory).memory
+        return float((chosen == BASE).float().mean())
+
+    def query_of(self, rows: Sequence[Sequence[int]], texts: Sequence[str]) -> Query:
+        """Prompts, given as token rows and as text, as a router sees them."""
+        captured = self.captures(rows)
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        hidden = stack_left([capture.hidden for capture in captured])
+        columns = torch.arange(hidden.shape[1], device=self.device)
+        mask = columns >= hidden.shape[1] - lengths[:, None]
+        activations = stack_left([capture.activations for capture in captured])
+        return Query(canonical_ids(self.tokenizer, texts), mask, hidden, activations)
+
+    def features(self, edits: Sequence[Edit]) -> np.ndarray:
+        """Unit features (n, D) of the edits' prompts in the frozen base, for clustering."""
+        rows = [self.encode_prompt(edit.prompt) for edit in edits]
+        last = torch.stack([capture.hidden[-1].float() for capture in self.captures(rows)])
+        return torch.nn.functional.normalize(last - self.background.last_hidden().mean(0), dim=-1).cpu().numpy()
+
+    def choose(self, prompts: Sequence[str]) -> Choice:
+        """The router's choice for prompts."""
+        return self.edited.choose(prompts)
+
+    def owner_choice(self, ids: Sequence[str]) -> Tensor:
+        """Oracle routing: the shard that owns each edit, or the base where none does."""
+        owners = [self.ledger.owner_of(id) if id in self.ledger else None for id in ids]
+        return torch.tensor([BASE if owner is None else owner for owner in owners], dtype=torch.long)
+
+    # -- Lightning ----------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """One optimiser that each write binds to its shard; between writes it holds a placeholder."""
+        return self.build_optimizer([torch.nn.Parameter(torch.zeros(0))])
+
+    @abstractmethod
+    def build_optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimiser of the inner steps."""
+
+    def on_fit_start(self) -> None:
+        """Share the stream's ledger and learn what is irrelevant."""
+        stream = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.ledger = stream.ledger
+        self.prepare(*stream.irrelevant_halves(self))
+
+    def transfer_batch_to_device(self, batch: EditBatch, device: torch.device, dataloader_idx: int) -> EditBatch:
+        """Batches are plain text and stay where they are."""
+        return batch
+
+    def training_step(self, batch: EditBatch, batch_idx: int) -> None:
+        """Write one batch and enter what came of it in the ledger."""
+        reports = self.write(batch)
+        self.ledger.written(reports)
+        self.log_losses(reports)
+        if self.trainer.is_last_batch:
+            self.finish_window()
+
+    def log_losses(self, reports: Sequence[EditReport]) -> None:
+        """The batch's mean losses to the loggers."""
+        size = len(reports)
+        self.log("write/loss", sum(report.loss for report in reports) / size, batch_size=size)
+        self.log("write/kd", sum(report.kd for report in reports) / size, batch_size=size)
+        self.log("write/steps", float(reports[0].steps), batch_size=size)
+
+    def on_train_epoch_end(self) -> None:
+        """Runs behind the callbacks: stop when the stream and the pools are empty."""
+        if self.trainer.datamodule.exhausted:  # type: ignore[attr-defined]
+            self.trainer.should_stop = True
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Everything but the base's weights."""
+        state = super().state_dict(*args, **kwargs)
+        return {key: value for key, value in state.items() if not key.startswith("edited.base.")}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The router's thresholds and keys travel with the shards."""
+        checkpoint["router"] = self.router.state_dict()
+        checkpoint["base"] = {"name": self.base.name, "sha256": self.base.sha256} if self.base else {}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The inverse of :meth:`on_save_checkpoint`; a checkpoint of another base is refused."""
+        self.load()
+        assert self.base is not None
+        known = checkpoint.get("base", {}).get("sha256")
+        if known and known != self.base.sha256:
+            raise ConfigError(
+                f"the checkpoint belongs to base {known[:12]}, but '{self.base.name}' is {self.base.sha256[:12]}; "
+                "give --model.base the base that it was made with"
+            )
+        self.router.load_state_dict(checkpoint["router"])
+
+
+REGISTRY: dict[str, type[Editor]] = {}
+
+
+def register(name: str) -> Callable[[type[Editor]], type[Editor]]:
+    """Class decorator: make an editor known by name."""
+
+    def add(editor: type[Editor]) -> type[Editor]:
+        REGISTRY[name] = editor
+        editor.editor_name = name  # type: ignore[attr-defined]
+        return editor
+
+    return add

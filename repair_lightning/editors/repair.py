@@ -1,0 +1,458 @@
+"""REPAIR: side-memory shards, homogeneous batches, distillation, a closed loop and a loss-aware merge.
+
+Paper: "REPAIR: Robust Editing via Progressive Adaptive Intervention and Reintegration", arXiv 2510.01879, Sec. 2, Alg. 1-4.
+WISE (arXiv 2405.14768) is the special case of one shard at a time, batches of one and no feedback.
+
+Our deviations, each a switch:
+  * routing by key is the default, the paper's activation score is `routing.router=activation`;
+  * the router sees the prompt alone, once per sequence; thresholds are calibrated on held-out irrelevant prompts;
+  * the edit loss includes the end-of-sequence token and may be averaged over contexts that the base wrote;
+  * margins are in units of the model's typical `||A W_v^T||` unless `routing.relative` is off;
+  * edits that the shard already holds are rehearsed beside the new ones (`writing.replay`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from repair_lightning.data.tokenizing import target_labels
+from repair_lightning.editors.base import Editor, register
+from repair_lightning.errors import ConfigError
+from repair_lightning.functional import (
+    Margins,
+    activation_scores,
+    kd_loss,
+    routing_margin_loss,
+    soft_kd_loss,
+    target_cross_entropy,
+    target_margin,
+)
+from repair_lightning.functional.routing import Pool
+from repair_lightning.memory.query import Query
+from repair_lightning.memory.routers import Router, make_router
+from repair_lightning.memory.side_memory import Shard, SideMemory
+from repair_lightning.models.prefix import pad_left, stack_left
+from repair_lightning.models.sampling import own_texts
+from repair_lightning.types import Edit, EditBatch, EditReport
+
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+
+
+@dataclass
+class Routing:
+    """How prompts find their memory.
+
+    Attributes:
+        router: `key`, `activation` (the paper's) or `hybrid`.
+        pool: `last`, `mean` or `max` over the prompt's tokens, for activation scores.
+        act_ratio: the paper's threshold rule; None calibrates on held-out irrelevant prompts.
+        false_fire_rate: share of irrelevant prompts that a calibrated threshold lets fire.
+        caution: how far a key's radius lies above its nearest known negative, 0 to 1.
+        state_weight: weight of the last hidden state in the key.
+        weight: lambda_a, the routing loss's weight; 0 leaves it out.
+        margins: (g1, g2, g) of Eq. 7.
+        relative: margins in units of the typical `||A W_v^T||`, else absolute.
+        sample: irrelevant prompts per step in the routing loss.
+    """
+
+    router: str = "key"
+    pool: Pool = "last"
+    act_ratio: float | None = None
+    false_fire_rate: float = 0.01
+    caution: float = 0.2
+    state_weight: float = 0.5
+    weight: float = 0.0
+    margins: tuple[float, float, float] = (0.1, 1.0, 0.5)
+    relative: bool = True
+    sample: int = 64
+
+
+@dataclass
+class Writing:
+    """How a batch is written into its shard.
+
+    Attributes:
+        optimizer: `adam`, `adamw` or `sgd`.
+        lr: its learning rate.
+        steps: most inner steps per batch (n_iter).
+        stop_margin: stop once every target token leads its best rival by this many nats; None takes all steps.
+        check_every: steps between looks at the margin.
+        mask_ratio: rho, the share of a shard's coordinates that may train.
+        capacity: most edits that a shard owns.
+        shards: how many are opened at the start; more open when all are full.
+        contexts: texts written by the base, put before each prompt as further training rows.
+        replay: most edits of the shard that are rehearsed beside a batch.
+        init_scale: standard deviation of a fresh delta, in units of W_v's (sigma_init of Alg. 4).
+    """
+
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    lr: float = 0.005
+    steps: int = 150
+    stop_margin: float | None = 2.0
+    check_every: int = 10
+    mask_ratio: float = 1.0
+    capacity: int = 128
+    shards: int = 0
+    contexts: int = 0
+    replay: int = 128
+    init_scale: float = 0.0
+
+
+@dataclass
+class Distillation:
+    """Intra-batch knowledge distillation, Eq. 4.
+
+    Attributes:
+        weight: lambda_KD; 0 leaves it out.
+        cosine: lambda, weight of the cosine term.
+        variance: theta, weight of the variance term.
+        temperature: of the optional KL term; None leaves it out.
+        consistency: eps_cons; edits whose distillation loss stays at or above it leave the batch. None keeps all.
+    """
+
+    weight: float = 0.0
+    cosine: float = 0.2
+    variance: float = 0.2
+    temperature: float | None = None
+    consistency: float | None = None
+
+
+@dataclass(slots=True)
+class _Rows:
+    """Training rows of one write: B rows of T tokens, with what the frozen part makes of them."""
+
+    ids: Tensor
+    mask: Tensor
+    hidden: Tensor
+    labels: Tensor
+    owner: Tensor
+    """(B,) index of the edit that a row belongs to; rows of rehearsed edits come behind the batch's."""
+    first: Tensor
+    """(n,) index of each batch member's plain row, without a context."""
+    prompts: Query
+    """The batch members' plain prompts."""
+    last: Tensor = field(init=False)
+    """(B,) index, among the kept positions, of the prompt's last token."""
+
+    def __post_init__(self) -> None:
+        keep = self.labels.shape[1]
+        self.last = keep - (self.labels >= 0).sum(-1)
+
+
+@register("repair")
+class Repair(Editor):
+    """The REPAIR editor; see the options' own docstrings.
+
+    Args:
+        base: folder or hub name of a Hugging Face causal LM.
+        layer: the edited layer; None for the last one, `published` for the paper's.
+        precision: of the base.
+        trust_remote_code: let the base's repository run its own code.
+        cache_mib: memory for the prefix cache, in MiB.
+        routing: how prompts find their memory.
+        writing: how a batch is written.
+        distillation: intra-batch distillation.
+        seed: of masks and samples.
+    """
+
+    can_merge = True
+    can_prune = True
+
+    def __init__(
+        self,
+        base: str = "",
+        layer: int | str | None = None,
+        precision: str = "auto",
+        trust_remote_code: bool = False,
+        cache_mib: int = 2048,
+        routing: Routing = Routing(),  # noqa: B008 - jsonargparse reads the defaults here
+        writing: Writing = Writing(),  # noqa: B008
+        distillation: Distillation = Distillation(),  # noqa: B008
+        seed: int = 0,
+    ) -> None:
+        super().__init__(base, layer, precision, trust_remote_code, cache_mib)
+        self.routing = routing
+        self.writing = writing
+        self.distillation = distillation
+        self.seed = seed
+        self._check()
+
+    def _check(self) -> None:
+        if self.writing.steps < 1:
+            raise ConfigError(f"writing.steps must be at least 1, got {self.writing.steps}")
+        if self.writing.capacity < 1:
+            raise ConfigError(f"writing.capacity must be at least 1, got {self.writing.capacity}")
+        if not 0 < self.writing.mask_ratio <= 1:
+            raise ConfigError(f"writing.mask_ratio must be in (0, 1], got {self.writing.mask_ratio}")
+        if not self.writing.lr > 0:
+            raise ConfigError(f"writing.lr must be positive, got {self.writing.lr}")
+
+    # -- building -----------------------------------------------------------------------------------------------------
+
+    def build_memory(self, shape: tuple[int, int]) -> SideMemory:
+        """A bank with the shards that are opened at the start."""
+        memory = SideMemory(shape, self.writing.mask_ratio, self.seed)
+        for _ in range(self.writing.shards):
+            memory.open_shard()
+        return memory
+
+    def build_router(self) -> Router:
+        """The router that `routing` names, with the options that it takes."""
+        options = self.routing
+        scoring = {"pool": options.pool, "act_ratio": options.act_ratio, "false_fire_rate": options.false_fire_rate}
+        keys = {"caution": options.caution, "state_weight": options.state_weight}
+        by_name: dict[str, dict[str, Any]] = {"activation": scoring, "key": keys, "hybrid": scoring | keys}
+        return make_router(options.router, **by_name.get(options.router, {}))
+
+    def build_optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimiser that `writing` names."""
+        return OPTIMIZERS[self.writing.optimizer](parameters, lr=self.writing.lr)
+
+    def prepare(self, background: Sequence[str], held_out: Sequence[str]) -> None:
+        """Besides the router's, measure the unit of relative margins and let the base write contexts."""
+        super().prepare(background, held_out)
+        value = self.edited.split.value
+        with self.edited.forced(None), torch.no_grad():
+            last = _last_activations(self.background)
+            self.unit = float(value(last).float().norm(dim=-1).mean())
+        number = self.writing.contexts
+        model = self.edited.base
+        self.contexts = own_texts(model, self.tokenizer, number, length=8) if number else []
+        g = Margins(*self.routing.margins)
+        self.margins = g.scaled(self.unit) if self.routing.relative else g
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    def write(self, batch: EditBatch) -> list[EditReport]:
+        """Write a batch into one shard: assign, train, register; a non-finite loss rolls the shard back."""
+        shard = self.assign(batch)
+        module = self.memory[shard]
+        before = module.delta.detach().clone()
+        rows = self._rows(batch.edits, self._rehearsal(shard, batch))
+        steps, loss, kd = self._train(shard, module, rows)
+        if not all(math.isfinite(value) for value in [*loss, *kd]):
+            module.delta.data.copy_(before)
+            reason = f"the loss was not finite after {steps} steps: rolled back"
+            return [EditReport(id, shard, *values, steps, error=reason) for id, *values in zip(batch.ids, loss, kd, strict=True)]
+        residual = [len(batch.edits) > 1 and self._inconsistent(value) for value in kd]
+        self._register(batch, [not leaves for leaves in residual], shard, rows.prompts)
+        return [EditReport(id, shard, loss[i], kd[i], steps, residual[i]) for i, id in enumerate(batch.ids)]
+
+    def assign(self, batch: EditBatch) -> int:
+        """The shard for a batch (Alg. 1): the highest activation for its teacher among those with room.
+
+        Ties, as at the start where all deltas are zero, go to the emptiest. A shard is opened where none has room.
+        """
+        owned = self.ledger.sizes()
+        load = {shard: owned.get(shard, 0) for shard in self.memory.ids}
+        room = [shard for shard in load if load[shard] + len(batch.edits) <= max(self.writing.capacity, len(batch.edits))]
+        if not room:
+            shard = self.memory.open_shard()
+            self._initialise(self.memory[shard])
+            return shard
+        teacher = self.query_of([self.encode_prompt(batch.edits[0].prompt)], [batch.edits[0].prompt])
+        deltas = self.memory.stacked(room).to(teacher.activations.device)
+        scores = activation_scores(teacher.activations.float(), deltas, teacher.mask, self.routing.pool)[0].tolist()
+        return max(zip(room, scores, strict=True), key=lambda pair: (round(pair[1], 6), -load[pair[0]], -pair[0]))[0]
+
+    def _initialise(self, module: Shard) -> None:
+        if self.writing.init_scale:
+            scale = self.writing.init_scale * float(self.edited.split.value.weight.float().std())  # type: ignore[union-attr]
+            noise = torch.randn(module.delta.shape, generator=self._generator(module.generation)) * scale
+            module.delta.data.copy_(noise if module.open is None else noise.to(module.open.device) * module.open)
+
+    def _generator(self, salt: int) -> torch.Generator:
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + len(self.ledger)) * 1_000_003 + salt)
+
+    def _rehearsal(self, shard: int, batch: EditBatch) -> list[Edit]:
+        known = [id for id in self.ledger.owned_by(shard) if id not in batch.ids]
+        return [self.ledger.edit(id) for id in known[-self.writing.replay :]] if self.writing.replay else []
+
+    def _rows(self, edits: Sequence[Edit], rehearsed: Sequence[Edit]) -> _Rows:
+        plain = [self.encode(edit.prompt, edit.target) for edit in edits]
+        in_context = [
+            [self.encode(f"{context}. {edit.prompt}", edit.target) for context in self.contexts] for edit in edits
+        ]
+        old = [self.encode(edit.prompt, edit.target) for edit in rehearsed]
+        encoded = [*plain, *(row for rows in in_context for row in rows), *old]
+        owners = [*range(len(edits)), *(i for i in range(len(edits)) for _ in self.contexts)]
+        owners += range(len(edits), len(edits) + len(old))
+        captured = self.captures([row.ids for row in encoded])
+        ids, mask = pad_left([row.ids for row in encoded], device=self.device)
+        hidden = stack_left([capture.hidden for capture in captured])
+        prompts = self.query_of([row.prompt for row in plain], [edit.prompt for edit in edits])
+        labels = target_labels(encoded, device=self.device)
+        return _Rows(
+            ids, mask, hidden, labels, torch.tensor(owners, device=self.device), torch.arange(len(edits)), prompts
+        )
+
+    def _train(self, shard: int, module: Shard, rows: _Rows) -> tuple[int, list[float], list[float]]:
+        """The inner loop; returns the steps taken and each member's last edit loss and distillation loss."""
+        members = len(rows.first)
+        keep = rows.labels.shape[1] + 1
+        with self._bound(module) as optimizer, self.edited.split.skipping(), self.edited.forced(shard):
+            for step in range(1, self.writing.steps + 1):
+                logits, features = self.edited.split.tail(rows.ids, rows.mask, rows.hidden, keep)
+                logits, features = logits[:, :-1], features[:, :-1]
+                losses = target_cross_entropy(logits, rows.labels)
+                kd, per_sample = self._distil(logits, features, rows)
+                if self._done(step, logits, rows.labels):
+                    break
+                total = losses.mean() + self.distillation.weight * kd + self._routing_loss(module, rows, step)
+                optimizer.zero_grad(set_to_none=True)
+                self._backward(total)
+                self._masked_step(optimizer, module)
+        own = torch.zeros(members, device=losses.device).index_reduce_(
+            0, rows.owner[rows.owner < members], losses.detach()[rows.owner < members], "mean", include_self=False
+        )
+        return step, own.tolist(), per_sample.detach().tolist()
+
+    def _distil(self, logits: Tensor, features: Tensor, rows: _Rows) -> tuple[Tensor, Tensor]:
+        index = rows.first.to(features.device)
+        at = rows.last[index]
+        if not self.distillation.weight:
+            return features.new_zeros(()), features.new_zeros(len(index), dtype=torch.float32)
+        loss, per_sample = kd_loss(features[index, at], self.distillation.cosine, self.distillation.variance)
+        if self.distillation.temperature and len(index) > 1:
+            loss = loss + soft_kd_loss(logits[index, at], self.distillation.temperature)
+        return loss, per_sample
+
+    def _routing_loss(self, module: Shard, rows: _Rows, step: int) -> Tensor | float:
+        if not self.routing.weight:
+            return 0.0
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        sample = torch.randperm(len(self.background), generator=generator)[: self.routing.sample]
+        edit = self._score(rows.prompts, module)
+        irrelevant = self._score(self.background.rows(sample), module)
+        return self.routing.weight * routing_margin_loss(edit, irrelevant, self.margins)
+
+    def _score(self, query: Query, module: Shard) -> Tensor:
+        return activation_scores(query.activations.float(), module.delta[None], query.mask, self.routing.pool)[:, 0]
+
+    def _done(self, step: int, logits: Tensor, labels: Tensor) -> bool:
+        margin = self.writing.stop_margin
+        if step == self.writing.steps:
+            return True
+        if margin is None or step % self.writing.check_every != 1:
+            return False
+        return bool((target_margin(logits.detach(), labels) >= margin).all())
+
+    def _masked_step(self, optimizer: Any, module: Shard) -> None:
+        """One step that stays inside the mask (Lemma 6): neither gradient nor momentum leaks outside."""
+        if module.open is None:
+            optimizer.step()
+            return
+        if module.delta.grad is not None:
+            module.delta.grad.mul_(module.open)
+        optimizer.step()
+        module.delta.data.mul_(module.open)
+
+    def _backward(self, loss: Tensor) -> None:
+        if self._trainer is None:
+            loss.backward()
+        else:
+            self.manual_backward(loss)
+
+    @contextmanager
+    def _bound(self, module: Shard) -> Iterator[Any]:
+        """The trainer's optimiser, bound to one shard with a fresh state; a plain one where there is no trainer."""
+        if self._trainer is None:
+            with torch.enable_grad():
+                yield self.build_optimizer([module.delta])
+            return
+        optimizer: Any = self.optimizers()
+        raw = optimizer.optimizer
+        placeholder = raw.param_groups[0]["params"]
+        raw.param_groups[0]["params"] = [module.delta]
+        raw.state.clear()
+        try:
+            with torch.enable_grad():
+                yield optimizer
+        finally:
+            module.delta.grad = None
+            raw.param_groups[0]["params"] = placeholder
+            raw.state.clear()
+
+    def _inconsistent(self, kd: float) -> bool:
+        limit = self.distillation.consistency if self.distillation.weight else None
+        return limit is not None and kd >= limit
+
+    # -- routing ------------------------------------------------------------------------------------------------------
+
+    def _register(self, batch: EditBatch, stays: list[bool], shard: int, prompts: Query) -> None:
+        kept = [edit for edit, keep in zip(batch.edits, stays, strict=True) if keep]
+        if kept:
+            anchors = [self._anchor(edit) for edit in kept]
+            self.router.add([edit.id for edit in kept], anchors, prompts.rows(torch.tensor(stays)), [shard] * len(kept))
+
+    def _anchor(self, edit: Edit) -> list[int]:
+        """The tokens that name what an edit is about: its subject where the prompt holds it, else the whole prompt."""
+        prompt, subject = edit.prompt.casefold(), (edit.subject or "").strip().casefold()
+        text = subject if subject and subject in prompt else prompt.strip()
+        return list(dict.fromkeys(self.tokenizer(" " + text, add_special_tokens=False)["input_ids"]))
+
+    def finish_window(self) -> None:
+        """Calibrate the router on what the shards own and on held-out irrelevant prompts."""
+        self.calibrate()
+
+    def calibrate(self) -> None:
+        """Thresholds anew; call it whenever a shard changed."""
+        owned = {}
+        if self.router.needs_owned:
+            for shard in self.memory.ids:
+                edits = [self.ledger.edit(id) for id in self.ledger.owned_by(shard)]
+                if edits:
+                    prompts = [edit.prompt for edit in edits]
+                    owned[shard] = self.query_of([self.encode_prompt(prompt) for prompt in prompts], prompts)
+        self.router.calibrate(self.memory, owned, self.held_out)
+
+    # -- commands of the closed loop ----------------------------------------------------------------------------------
+
+    def forget(self, ids: Iterable[str]) -> None:
+        """The router drops the edits; their prompts are the base's again where routing is by key."""
+        self.router.forget(list(ids))
+
+    def prune(self, shard: int) -> None:
+        """Empty a shard: fresh delta and mask, and none of its edits is routed to it."""
+        self.forget(self.ledger.owned_by(shard))
+        self.memory.prune(shard)
+        self._initialise(self.memory[shard])
+
+    def fuse(self, shards: Sequence[int], delta: Tensor) -> int:
+        """Replace shards by one that holds `delta` and owns all their edits; returns its id."""
+        fused = self.memory.fuse(shards, delta)
+        self.router.reassign(shards, fused)
+        return fused
+
+
+    def fold(self, shard: int) -> None:
+        """Write a shard into the base's W_v; it needs no router then, and the bank is empty."""
+        delta = self.memory[shard].delta.detach()
+        self._folded = (self.edited.split.value.weight.detach().clone(), self.memory.snapshot())
+        self._add_to_base(delta)
+        self.memory.restore(({}, self.memory.next_id))
+        self.base_changed = True
+
+    def unfold(self) -> None:
+        """Take the last :meth:`fold` back, bit by bit."""
+        weight, snapshot = self._folded
+        self.edited.split.value.weight.data.copy_(weight)  # type: ignore[union-attr]
+        self.memory.restore(snapshot)
+        self.base_changed = False
+
+    def _add_to_base(self, delta: Tensor) -> None:
+        weight: Tensor = self.edited.split.value.weight  # type: ignore[assignment]
+        oriented = delta if weight.shape == delta.shape and not hasattr(self.edited.split.value, "nf") else delta.T
+        weight.data.copy_((weight.data.float() + oriented.to(weight.device)).to(weight.dtype))
+
+
+def _last_activations(query: Query) -> Tensor:
+    steps = torch.arange(query.mask.shape[1], device=query.mask.device)
+    return query.activations[torch.arange(len(query), device=query.mask.device), (query.mask * steps).argmax(-1)]

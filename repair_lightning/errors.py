@@ -1,0 +1,82 @@
+"""What can go wrong, said in one line to the user; the command line prints it and exits with code 2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def _one_line(message: str) -> str:
+    """The message with line breaks and other control characters, which come from the user's data, made visible."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+
+
+class RepairError(Exception):
+    """A problem the user can solve: its message names the value, what is allowed and the remedy."""
+
+
+class ConfigError(RepairError):
+    """A setting has a value that cannot work."""
+
+
+class FieldError(RepairError):
+    """One field of one record is wrong; where the record stands is not known here (see :class:`RecordError`).
+
+    Args:
+        field: Name of the field, or None where the record as a whole is wrong.
+        problem: What is wrong, as the end of a sentence that starts with the field: `is empty`.
+        remedy: What to do about it, as an order: `give the text the model should answer`.
+    """
+
+    def __init__(self, field: str | None, problem: str, remedy: str) -> None:
+        self.field, self.problem, self.remedy = field, problem, remedy
+        super().__init__(_one_line((f"field '{field}': " if field else "") + f"{problem}; {remedy}"))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.field, self.problem, self.remedy)
+
+
+class RecordError(RepairError):
+    """A file or one of its records is bad: `edits.jsonl, record 3, field 'target': is empty; give the text ...`.
+
+    Args:
+        file: The file or the hub data set, as the user named it.
+        record: The record's number, counted from 1, or None where the file as a whole is wrong.
+        field: Name of the field, or None where the record as a whole is wrong.
+        problem: What is wrong.
+        remedy: What to do about it.
+        more: How many more records of the same file are bad.
+    """
+
+    def __init__(
+        self, file: str, record: int | None, field: str | None, problem: str, remedy: str, more: int = 0
+    ) -> None:
+        self.file, self.record, self.field = str(file), record, field
+        self.problem, self.remedy, self.more = problem, remedy, more
+        place = [self.file]
+        place += [f"record {record}"] if record is not None else []
+        place += [f"field '{field}'"] if field else []
+        rest = f" (and {more} more bad record{'s' * (more > 1)} in this file)" if more else ""
+        super().__init__(_one_line(f"{', '.join(place)}: {problem}; {remedy}{rest}"))
+
+    @classmethod
+    def at(cls, file: str, record: int, error: FieldError, more: int = 0) -> RecordError:
+        """The field error `error` with the place where it was found."""
+        return cls(file, record, error.field, error.problem, error.remedy, more)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.file, self.record, self.field, self.problem, self.remedy, self.more)
+
+
+class LedgerError(RepairError):
+    """The ledger was asked for a step that its rules forbid, or its stored form cannot be read."""
+
+
+class UnknownEditError(LedgerError, KeyError):
+    """The ledger does not know this edit."""
+
+    def __init__(self, id: str) -> None:
+        self.id = id
+        super().__init__(id)
+
+    def __str__(self) -> str:
+        return f"the ledger knows no edit with the id {self.id!r}; let it arrive first"

@@ -1,0 +1,65 @@
+"""Scoring from a pack alone, in another process, on the same or other records."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from repair_lightning.data.records import load_records
+from repair_lightning.data.stream import WORLD
+from repair_lightning.evaluation.scoring import Scorer, oracle_choice
+from repair_lightning.packs import load_edited, load_ledger, read_pack
+from repair_lightning.types import BASE, Edit
+from repair_lightning.world import edits_path
+
+
+def evaluate_pack(
+    pack: str | Path,
+    path: str,
+    format: str = "jsonl",
+    max_edits: int | None = None,
+    base: str | None = None,
+    precision: str = "auto",
+) -> dict[str, Any]:
+    """The figures of `metrics.json` that a finished model has; those of the run that made it stay there.
+
+    An edit of the records is the pack's own where prompt and target agree with the ledger's; others have no owner.
+    """
+    started = time.perf_counter()
+    config, _ = read_pack(pack)
+    edits = load_records(str(edits_path()) if path == WORLD else path, format, max_edits).edits
+    model, _ = load_edited(pack, base, precision)
+    loaded = time.perf_counter()
+    scorer = Scorer(model, edits)
+    owner = _owners(pack, edits)
+    owners = torch.tensor([owner[question.edit] for question in scorer.questions], dtype=torch.long)
+    nobody = torch.full((len(owners),), BASE)
+    before = scorer.score("pre_edit", oracle_choice(scorer.questions, nobody), owners)
+    choice = scorer.choose()
+    final = scorer.score("final", choice, owners)
+    oracle = scorer.score("oracle", oracle_choice(scorer.questions, owners), owners)
+    metrics: dict[str, Any] = {
+        "editor": config["editor"],
+        "base": {"name": config["base"]["name"], "sha256": config["base"]["sha256"]},
+        "n_edits": len(edits),
+        "pre_edit": before.scores,
+        "final": final.scores,
+        "routing": final.routing,
+        "oracle_routing": oracle.scores,
+        "provenance": config["provenance"],
+    }
+    if format == "hallucination":
+        metrics["perplexity"] = {"pre": scorer.perplexity(nobody), "final": scorer.perplexity(choice.memory)}
+    done = time.perf_counter()
+    metrics["seconds"] = {"load": loaded - started, "evaluate": done - loaded, "total": done - started}
+    return metrics
+
+
+def _owners(pack: str | Path, edits: tuple[Edit, ...]) -> dict[str, int]:
+    ledger = load_ledger(pack)
+    known = {(ledger.edit(id).prompt, ledger.edit(id).target): ledger.owner_of(id) for id in ledger}
+    found = {edit.id: known.get((edit.prompt, edit.target)) for edit in edits}
+    return {id: BASE if shard is None else shard for id, shard in found.items()}

@@ -1,0 +1,126 @@
+"""How an edited model is asked. Two protocols, never mixed (DESIGN 3.7).
+
+`autoregressive`: greedy generation from the prompt alone with natural stop, compared after normalisation.
+`teacher_forced`: the share of the expected tokens that are the argmax when the expected text is fed.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repair_lightning.data.tokenizing import encode, target_labels
+from repair_lightning.memory.query import Choice
+from repair_lightning.models.edited import EditedModel
+from repair_lightning.models.prefix import pad_left
+
+AUTOREGRESSIVE, TEACHER_FORCED = "autoregressive", "teacher_forced"
+PROTOCOLS = (AUTOREGRESSIVE, TEACHER_FORCED)
+
+
+def normalise(text: str) -> str:
+    """Text as answers are compared: Unicode composed, case folded, white space single, no full stop at the end."""
+    folded = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return folded.rstrip(" .")
+
+
+def forced_choice(memory: Tensor) -> Choice:
+    """A choice that some other authority made: shard ids or `BASE` per prompt (B,)."""
+    none = torch.zeros(len(memory))
+    return Choice(memory, none, none, (None,) * len(memory))
+
+
+def _sorted_batches(keys: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    order = sorted(range(len(keys)), key=lambda i: (keys[i], i))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+@torch.no_grad()
+def answers(
+    model: EditedModel, prompts: Sequence[str], memory: Tensor, max_new_tokens: int | Sequence[int], batch_size: int = 64
+) -> list[str]:
+    """Greedy answers to prompts, each by the memory that was chosen for it, until the model itself stops.
+
+    Args:
+        model: the edited model.
+        prompts: B prompts.
+        memory: (B,) shard ids or `BASE`.
+        max_new_tokens: most tokens of an answer, for all or for each.
+        batch_size: prompts per call.
+    """
+    rows = model.tokenizer(list(prompts))["input_ids"] if prompts else []
+    limits = [max_new_tokens] * len(rows) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    found = [""] * len(rows)
+    for index in _sorted_batches([len(row) for row in rows], batch_size):
+        ids, mask = pad_left([rows[i] for i in index], fill=model.tokenizer.pad_token_id or 0, device=model.device)
+        with model.forced(forced_choice(memory[index])):
+            output = model.base.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max(limits[i] for i in index),
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=model.tokenizer.pad_token_id,
+            )
+        texts = model.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+        for i, text in zip(index, texts, strict=True):
+            found[i] = text.strip()
+    return found
+
+
+@torch.no_grad()
+def _over_targets(
+    model: EditedModel,
+    prompts: Sequence[str],
+    targets: Sequence[str],
+    memory: Tensor,
+    read: Callable[[Tensor, Tensor], list[Any]],
+    batch_size: int,
+) -> list[Any]:
+    """Feed prompts with their targets; `read(logits (B, T, V), labels (B, T))` says what to keep per row."""
+    rows = [encode(model.tokenizer, prompt, target) for prompt, target in zip(prompts, targets, strict=True)]
+    found: list[Any] = [None] * len(rows)
+    for index in _sorted_batches([len(row.ids) for row in rows], batch_size):
+        ids, mask = pad_left([rows[i].ids for i in index], device=model.device)
+        labels = target_labels([rows[i] for i in index], device=model.device)
+        with model.forced(forced_choice(memory[index])):
+            logits = model.base(**model.split.inputs(ids, mask), logits_to_keep=labels.shape[1] + 1).logits
+        for i, value in zip(index, read(logits[:, :-1].float(), labels), strict=True):
+            found[i] = value
+    return found
+
+
+def _argmax_rows(logits: Tensor, labels: Tensor) -> list[list[int]]:
+    chosen = logits.argmax(-1)
+    return [row[keep].tolist() for row, keep in zip(chosen, labels >= 0, strict=True)]
+
+
+def forced_tokens(
+    model: EditedModel, prompts: Sequence[str], targets: Sequence[str], memory: Tensor, batch_size: int = 64
+) -> list[list[int]]:
+    """The argmax token at each position of the target and its end, under teacher forcing."""
+    return _over_targets(model, prompts, targets, memory, _argmax_rows, batch_size)
+
+
+def token_share(found: Sequence[int], expected: Sequence[int]) -> float:
+    """The share of positions where two token rows of one length agree."""
+    return sum(a == b for a, b in zip(found, expected, strict=True)) / max(len(expected), 1)
+
+
+def _mean_nll(logits: Tensor, labels: Tensor) -> list[tuple[float, int]]:
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
+    return list(zip(losses.sum(-1).tolist(), (labels >= 0).sum(-1).tolist(), strict=True))
+
+
+def perplexity(
+    model: EditedModel, prompts: Sequence[str], targets: Sequence[str], memory: Tensor, batch_size: int = 64
+) -> float:
+    """Token perplexity of the targets (with their end) given their prompts: exp of the mean over all tokens."""
+    sums = _over_targets(model, prompts, targets, memory, _mean_nll, batch_size)
+    return math.exp(sum(total for total, _ in sums) / max(sum(count for _, count in sums), 1))

@@ -1,0 +1,112 @@
+"""What a run leaves behind: `metrics.json`, `generations.jsonl`, the table that a person reads."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from repair_lightning.evaluation.metrics import KINDS
+from repair_lightning.evaluation.protocols import PROTOCOLS
+
+STAGES = {"pre_edit": "before", "before_merge": "before merge", "final": "after", "oracle_routing": "oracle routing"}
+_COLUMNS = (*KINDS, "op")
+
+
+def rounded(value: Any, digits: int = 6) -> Any:
+    """Plain numbers, rounded through nested mappings; what is not finite becomes None, as JSON wants it."""
+    if isinstance(value, Mapping):
+        return {key: rounded(item, digits) for key, item in value.items()}
+    if isinstance(value, float):
+        return round(value, digits) if abs(value) < float("inf") else None
+    return value
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file by way of a temporary name, so that a reader never sees half of it."""
+    _replace(path, json.dumps(rounded(content), indent=1, ensure_ascii=False) + "\n")
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write JSON lines, likewise."""
+    _replace(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    waiting = path.with_name(path.name + ".part")
+    waiting.write_text(text, encoding="utf-8")
+    os.replace(waiting, path)
+
+
+def score_table(metrics: Mapping[str, Any], title: str) -> Table:
+    """The score table: a row per stage and protocol, in per cent."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    table.add_column("protocol")
+    table.add_column("model")
+    for column in _COLUMNS:
+        table.add_column(column.upper() if column == "op" else column.capitalize(), justify="right")
+    for protocol in PROTOCOLS:
+        for stage, words in STAGES.items():
+            if metrics.get(stage):
+                scores = metrics[stage][protocol]
+                table.add_row(protocol.replace("_", " "), words, *(_percent(scores[column]) for column in _COLUMNS))
+        table.add_section()
+    return table
+
+
+def routing_table(routing: Mapping[str, Mapping[str, float] | None]) -> Table:
+    """Which memory answered each kind of prompt, in per cent."""
+    table = Table(title="Who answered", title_justify="left", header_style="bold")
+    for column in ("prompt", "base", "right shard", "wrong shard"):
+        table.add_column(column, justify="left" if column == "prompt" else "right")
+    for kind, shares in routing.items():
+        if shares:
+            table.add_row(kind, *(_percent(shares[name]) for name in ("base", "right", "wrong")))
+    return table
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def print_report(metrics: Mapping[str, Any], run_dir: Path | None, console: Console | None = None) -> None:
+    """The closing words of a run: scores, routing, what became of the edits, and where everything is."""
+    console = console or Console()
+    base = metrics["base"]["name"]
+    console.print()
+    console.print(score_table(metrics, f"{metrics['n_edits']} edits of {base}"))
+    console.print(routing_table(metrics["routing"]))
+    if "perplexity" in metrics:
+        console.print("Perplexity of the targets: " + ", ".join(f"{k} {v:.2f}" for k, v in metrics["perplexity"].items()))
+    if run_dir is None:
+        return
+    loop, merge, seconds = metrics["closed_loop"], metrics["merge"], metrics["seconds"]
+    console.print(
+        f"Closed loop: {loop['windows']} windows, {loop['pruned']} shards pruned, {loop['retriggered']} edits written "
+        f"anew, {loop['quarantined']} quarantined. Merge: {'accepted' if merge['accepted'] else 'not applied'}"
+        f" ({merge['reason']})."
+    )
+    console.print(
+        f"{metrics['edits_per_minute']:.0f} edits a minute: {seconds['edit']:.1f} s editing, "
+        f"{seconds['evaluate']:.1f} s scoring, {seconds['total']:.1f} s in all."
+    )
+    console.print(f"Everything is in [bold]{run_dir}[/bold]:", highlight=False)
+    for name, words in FILES.items():
+        if (run_dir / name).exists():
+            console.print(f"  {name:<18} {words}", highlight=False)
+
+
+FILES = {
+    "metrics.json": "all figures",
+    "generations.jsonl": "every prompt with every answer, before and after",
+    "edits.parquet": "the ledger: what became of each edit",
+    "pack": "the edited model: repair_lightning.load_edited('.../pack')",
+    "checkpoints": "the state of the stream",
+    "config.yaml": "the complete configuration",
+}

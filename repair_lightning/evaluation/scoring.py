@@ -1,0 +1,210 @@
+"""The score of an edited model on a set of edits: both protocols, routing confusion, every raw answer.
+
+The base is asked once; later only prompts that a shard answers are asked again, because the others get the base's bits.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repair_lightning.data.tokenizing import encode
+from repair_lightning.evaluation import protocols
+from repair_lightning.evaluation.metrics import KIND_OF_PROMPT, EditScores
+from repair_lightning.evaluation.protocols import AUTOREGRESSIVE, TEACHER_FORCED
+from repair_lightning.memory.query import Choice
+from repair_lightning.models.edited import EditedModel
+from repair_lightning.types import BASE, Edit
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One prompt of an edit: `kind` is `edit`, `rephrase`, `locality` or `near`; `expected` is the data set's answer."""
+
+    edit: str
+    kind: str
+    prompt: str
+    expected: str | None
+
+    @property
+    def keeps_base(self) -> bool:
+        """Whether the right answer is the base's own."""
+        return self.kind in ("locality", "near")
+
+
+def questions_of(edits: Iterable[Edit]) -> list[Question]:
+    """All prompts of the edits, kind by kind within each edit."""
+    found: list[Question] = []
+    for edit in edits:
+        found.append(Question(edit.id, "edit", edit.prompt, edit.target))
+        found += [Question(edit.id, "rephrase", prompt, edit.target) for prompt in edit.rephrases]
+        found += [Question(edit.id, "locality", probe.prompt, probe.answer) for probe in edit.locality]
+        found += [Question(edit.id, "near", probe.prompt, probe.answer) for probe in edit.near]
+    return found
+
+
+@dataclass(slots=True)
+class _Replies:
+    """What a model said to each question: its text, and its argmax tokens when the expected text is fed."""
+
+    text: list[str]
+    tokens: list[list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One stage's score. `rows` holds every question with its raw answers, `routing` the confusion in shares."""
+
+    stage: str
+    scores: dict[str, dict[str, float | None]]
+    routing: dict[str, dict[str, float] | None]
+    rows: list[dict[str, Any]] = field(repr=False, default_factory=list)
+
+
+class Scorer:
+    """Asks a model the prompts of a set of edits, before and after editing.
+
+    Args:
+        model: the edited model.
+        edits: whose prompts are asked.
+        max_new_tokens: most tokens of an answer; None takes the longest target and 8 more, at least 32.
+        batch_size: prompts per forward pass.
+    """
+
+    def __init__(
+        self, model: EditedModel, edits: Sequence[Edit], max_new_tokens: int | None = None, batch_size: int = 64
+    ) -> None:
+        self.model = model
+        self.batch_size = batch_size
+        self.questions = questions_of(edits)
+        longest = max((len(encode(model.tokenizer, e.prompt, e.target).target) for e in edits), default=0)
+        self.max_new_tokens = max(32, longest + 8) if max_new_tokens is None else max_new_tokens
+        self._base: _Replies | None = None
+
+    def subset(self, ids: Collection[str]) -> Scorer:
+        """A scorer of some of the edits that shares what the base replied."""
+        wanted = [i for i, question in enumerate(self.questions) if question.edit in ids]
+        part = Scorer(self.model, (), self.max_new_tokens, self.batch_size)
+        part.questions = [self.questions[i] for i in wanted]
+        part._base = _Replies([self.base.text[i] for i in wanted], [self.base.tokens[i] for i in wanted])
+        part.fed = [self.fed[i] for i in wanted]
+        return part
+
+    @property
+    def base(self) -> _Replies:
+        """The base's own replies; asked once, so ask before anything changes the base."""
+        if self._base is None:
+            memory = torch.full((len(self.questions),), BASE)
+            text = self._generate(self.questions, memory)
+            # Where the data set gives no answer to feed, the base's own serves.
+            self.fed = [q.expected or said or "." for q, said in zip(self.questions, text, strict=True)]
+            self._base = _Replies(text, self._force(self.questions, self.fed, memory))
+        return self._base
+
+    def score(self, stage: str, choice: Choice, owners: Tensor, fresh: bool = False) -> Result:
+        """Score a stage.
+
+        Args:
+            stage: its name in the report.
+            choice: the memory of each question.
+            owners: (n,) the shard that owns each question's edit, or `BASE`.
+            fresh: ask every question again, because the base itself has changed.
+        """
+        replies = self._replies(choice.memory, fresh)
+        metrics = {AUTOREGRESSIVE: EditScores(), TEACHER_FORCED: EditScores()}
+        rows = []
+        for i, question in enumerate(self.questions):
+            exact, share = self._judge(i, replies)
+            kind = KIND_OF_PROMPT[question.kind]
+            metrics[AUTOREGRESSIVE].update(kind, torch.tensor([float(exact)]))
+            metrics[TEACHER_FORCED].update(kind, torch.tensor([share]))
+            rows.append(self._row(stage, i, replies.text[i], exact, share, choice))
+        scores = {name: metric.compute() for name, metric in metrics.items()}
+        return Result(stage, scores, self._confusion(choice.memory, owners), rows)
+
+    def choose(self) -> Choice:
+        """The router's choice for every question, from its prompt alone."""
+        return self.model.choose([question.prompt for question in self.questions], self.batch_size)
+
+    def perplexity(self, memory: Tensor) -> float:
+        """Perplexity of the targets after the edits' own prompts."""
+        index = [i for i, question in enumerate(self.questions) if question.kind == "edit"]
+        asked = [self.questions[i] for i in index]
+        prompts, targets = [q.prompt for q in asked], [q.expected or "" for q in asked]
+        return protocols.perplexity(self.model, prompts, targets, memory[index], self.batch_size)
+
+    def _replies(self, memory: Tensor, fresh: bool) -> _Replies:
+        base = self.base
+        ask = list(range(len(memory))) if fresh else (memory != BASE).nonzero().flatten().tolist()
+        if not ask:
+            return base
+        chosen, questions = memory[ask], [self.questions[i] for i in ask]
+        text, tokens = list(base.text), list(base.tokens)
+        said = self._generate(questions, chosen)
+        argmax = self._force(questions, [self.fed[i] for i in ask], chosen)
+        for i, answer, row in zip(ask, said, argmax, strict=True):
+            text[i], tokens[i] = answer, row
+        return _Replies(text, tokens)
+
+    def _judge(self, i: int, replies: _Replies) -> tuple[bool, float]:
+        question, base = self.questions[i], self.base
+        right_text = base.text[i] if question.keeps_base else question.expected or ""
+        exact = protocols.normalise(replies.text[i]) == protocols.normalise(right_text)
+        right = base.tokens[i] if question.keeps_base else self._target(i)
+        return exact, protocols.token_share(replies.tokens[i], right)
+
+    def _target(self, i: int) -> tuple[int, ...]:
+        return encode(self.model.tokenizer, self.questions[i].prompt, self.fed[i]).target
+
+    def _row(self, stage: str, i: int, said: str, exact: bool, share: float, choice: Choice) -> dict[str, Any]:
+        question = self.questions[i]
+        return {
+            "stage": stage,
+            "id": question.edit,
+            "kind": question.kind,
+            "prompt": question.prompt,
+            "expected": question.expected,
+            "answer": said,
+            "base_answer": self.base.text[i],
+            "correct": exact,
+            "teacher_forced": round(share, 6),
+            "memory": int(choice.memory[i]),
+            "score": _finite(choice.score[i]),
+            "threshold": _finite(choice.threshold[i]),
+            "nearest": choice.nearest[i],
+        }
+
+    def _confusion(self, memory: Tensor, owners: Tensor) -> dict[str, dict[str, float] | None]:
+        counts = {kind: Counter[str]() for kind in KIND_OF_PROMPT}
+        for question, chosen, owner in zip(self.questions, memory.tolist(), owners.tolist(), strict=True):
+            counts[question.kind]["base" if chosen == BASE else "right" if chosen == owner else "wrong"] += 1
+        return {kind: _shares(count) for kind, count in counts.items()}
+
+    def _generate(self, questions: Sequence[Question], memory: Tensor) -> list[str]:
+        prompts = [question.prompt for question in questions]
+        return protocols.answers(self.model, prompts, memory, self.max_new_tokens, self.batch_size)
+
+    def _force(self, questions: Sequence[Question], fed: Sequence[str], memory: Tensor) -> list[list[int]]:
+        prompts = [question.prompt for question in questions]
+        return protocols.forced_tokens(self.model, prompts, fed, memory, self.batch_size)
+
+
+def oracle_choice(questions: Sequence[Question], owners: Tensor) -> Choice:
+    """Perfect routing: an edit's prompts to its owner, everything else to the base."""
+    memory = [BASE if q.keeps_base else owner for q, owner in zip(questions, owners.tolist(), strict=True)]
+    return replace(Choice.base(len(questions)), memory=torch.tensor(memory, dtype=torch.long))
+
+
+def _shares(count: Counter[str]) -> dict[str, float] | None:
+    total = sum(count.values())
+    return {name: count[name] / total for name in ("base", "right", "wrong")} if total else None
+
+
+def _finite(value: Tensor) -> float | None:
+    number = float(value)
+    return round(number, 6) if abs(number) != float("inf") else None

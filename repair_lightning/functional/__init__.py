@@ -1,0 +1,31 @@
+"""The method's mathematics: tensors in, tensors out. Knows torch and nothing else of this project."""
+
+from .losses import IGNORED, Margins, kd_loss, routing_margin_loss, soft_kd_loss, target_cross_entropy, target_margin
+from .masks import bernoulli_mask, masked_step, pack_mask, pack_values, unpack_mask, unpack_values
+from .routing import Pool, activation_scores, calibrate_threshold, decide, ratio_threshold
+from .ties import Normalize, loss_weights, ties_merge, trim
+
+__all__ = [
+    "IGNORED",
+    "Margins",
+    "Normalize",
+    "Pool",
+    "activation_scores",
+    "bernoulli_mask",
+    "calibrate_threshold",
+    "decide",
+    "kd_loss",
+    "loss_weights",
+    "masked_step",
+    "pack_mask",
+    "pack_values",
+    "ratio_threshold",
+    "routing_margin_loss",
+    "soft_kd_loss",
+    "target_cross_entropy",
+    "target_margin",
+    "ties_merge",
+    "trim",
+    "unpack_mask",
+    "unpack_values",
+]

@@ -1,0 +1,178 @@
+"""The activation router: how strongly a prompt wakes each shard, when that is enough, and where the line lies.
+
+Source: REPAIR, Sec. 2.2 (Eq. 2, 3), Alg. 2.
+
+Deviations:
+
+- Eq. 2 does not say which tokens are scored. Here: the prompt's, padding and target masked out, pooled per sequence.
+- One threshold per shard instead of one for all, so the winner has the largest `score / threshold`, not the largest
+  score.
+- The thresholds are calibrated from scores (`calibrate_threshold`); the paper's rule is `ratio_threshold`.
+
+Shapes: B prompts, T tokens, F = d_ffn, D = d_model, K shards, P positive and N negative scores.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ._tensors import check_bool, check_fraction, widen
+
+Pool = Literal["last", "mean", "max"]
+"""How the scores of a prompt's tokens become the prompt's score."""
+
+
+def activation_scores(activations: Tensor, deltas: Tensor, mask: Tensor, pool: Pool) -> Tensor:
+    """Eq. 2 per prompt and shard: `pool_t || A_t delta_i^T ||_2`.
+
+    Args:
+        activations: (B, T, F), the inputs A of the value matrix. Masked positions may hold anything, NaN included.
+        deltas: (K, D, F), `W'_i - W_v`; K may be 0.
+        mask: (B, T) bool, True on the prompt's tokens; padding may be left or right. Target tokens must be False: a
+            router that sees the answer is no router.
+        pool: `last` (the last True position; only that token is multiplied), `mean` or `max`.
+
+    Returns:
+        (B, K), at least 0, in float32 or wider; differentiable in both `activations` and `deltas`.
+
+    Raises:
+        ValueError: for an unknown pool, shapes that disagree, or a prompt without tokens.
+        TypeError: where `mask` is not boolean.
+    """
+    _check_prompts(activations, deltas, mask, pool)
+    if pool == "last":
+        activations, mask = _last_token(activations, mask)
+    tokens = activations.masked_fill(~mask.unsqueeze(-1), 0.0)
+    dtype = torch.promote_types(tokens.dtype, deltas.dtype)
+    tokens = tokens.to(dtype)
+    scores = [
+        _pool(torch.linalg.vector_norm(widen(tokens @ delta.to(dtype).T), dim=-1), mask, pool) for delta in deltas
+    ]
+    return torch.stack(scores, dim=1) if scores else widen(tokens.new_zeros(len(tokens), 0))
+
+
+def _check_prompts(activations: Tensor, deltas: Tensor, mask: Tensor, pool: str) -> None:
+    if pool not in get_args(Pool):
+        raise ValueError(f"pool must be one of {', '.join(get_args(Pool))}, got {pool!r}")
+    check_bool("mask", mask)
+    if activations.ndim != 3 or activations.shape[:2] != mask.shape:
+        raise ValueError(
+            f"mask must be (B, T) for activations (B, T, F), got {tuple(mask.shape)} for {tuple(activations.shape)}"
+        )
+    if deltas.ndim != 3 or deltas.shape[2] != activations.shape[2]:
+        raise ValueError(
+            f"deltas must be (K, D, F) with F = {activations.shape[2]}, the width of the activations, "
+            f"got {tuple(deltas.shape)}"
+        )
+    empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"mask must be True somewhere in every row, got none in rows {empty}: drop empty prompts")
+
+
+def _last_token(activations: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, 1, F) and (B, 1): each prompt's last True position, right or left of its padding."""
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    last = torch.where(mask, positions, -1).amax(dim=1, keepdim=True)
+    return activations.take_along_dim(last.unsqueeze(-1), dim=1), mask.take_along_dim(last, dim=1)
+
+
+def _pool(norms: Tensor, mask: Tensor, pool: Pool) -> Tensor:
+    """(B, T) -> (B,) over the True positions; the norms are 0 elsewhere, which no maximum and no sum notices."""
+    return norms.sum(dim=1) / mask.sum(dim=1) if pool == "mean" else norms.amax(dim=1)
+
+
+def decide(scores: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+    """Alg. 2: the shard with the largest `score / threshold` if that exceeds 1, else the base.
+
+    Args:
+        scores: (B, K), at least 0.
+        thresholds: (K,), positive, in the unit of the scores.
+
+    Returns:
+        choice: (B,) long, the shard's index or -1 for the base.
+        ratio: (B,) the largest `score / threshold`; 0 where K = 0. A NaN ratio is passed on and chooses the base.
+
+    Raises:
+        ValueError: where a threshold is not positive or the shapes disagree.
+    """
+    if scores.ndim != 2 or thresholds.shape != scores.shape[1:]:
+        raise ValueError(
+            f"thresholds must be (K,) for scores (B, K), got {tuple(thresholds.shape)} for {tuple(scores.shape)}"
+        )
+    if not bool((thresholds > 0).all()):
+        raise ValueError(f"thresholds must be positive, got {thresholds.tolist()}: calibrate each shard first")
+    if thresholds.numel() == 0:
+        base = scores.new_full((len(scores),), -1, dtype=torch.long)
+        return base, widen(scores.new_zeros(len(scores)))
+    ratio, shard = (widen(scores) / widen(thresholds)).max(dim=1)
+    return torch.where(ratio > 1, shard, -1), ratio
+
+
+def calibrate_threshold(positive: Tensor, negative: Tensor, false_fire_rate: float) -> float:
+    """The threshold of one shard from the scores of its own edits and of held-out irrelevant prompts.
+
+    First the smallest threshold that at most `false_fire_rate` of the negatives exceed (only a strictly greater score
+    fires). Where all positives lie above it there is a free band between the two, and the arithmetic midpoint of that
+    band is taken: rephrases score a little below their edit, unseen prompts a little above the seen. Without negatives
+    the band starts at 0, which gives half of the smallest positive. Where the sets overlap the negatives win.
+
+    Args:
+        positive: (P,) scores of the shard's own edits; P may be 0 where there are negatives.
+        negative: (N,) scores of irrelevant prompts; N may be 0 where there are positives.
+        false_fire_rate: in [0, 1), share of the negatives that may fire.
+
+    Returns:
+        A threshold > 0 in the unit of the scores.
+
+    Raises:
+        ValueError: for a rate outside [0, 1), no scores at all, or scores that are negative or not finite.
+    """
+    if not 0.0 <= false_fire_rate < 1.0:
+        raise ValueError(f"false_fire_rate must be in [0, 1), got {false_fire_rate}: 0.01 lets one in a hundred fire")
+    if positive.numel() + negative.numel() == 0:
+        raise ValueError("positive and negative must not both be empty, got 0 and 0: score some prompts first")
+    _check_scores("positive", positive)
+    _check_scores("negative", negative)
+    floor = _quietest(negative, false_fire_rate) if negative.numel() else 0.0
+    lowest = float(positive.min()) if positive.numel() else floor
+    return _above_zero((floor + lowest) / 2 if lowest > floor else floor)
+
+
+def _quietest(negative: Tensor, rate: float) -> float:
+    """The smallest score that at most `rate` of the scores exceed: 0.29 of 100 are 29, whatever the rounding."""
+    allowed = min(math.floor(rate * negative.numel() + 1e-9), negative.numel() - 1)
+    return float(negative.flatten().sort(descending=True).values[allowed])
+
+
+def ratio_threshold(positive: Tensor, act_ratio: float) -> float:
+    """The paper's rule (Table 6): `act_ratio` times the smallest score of the shard's own edits.
+
+    Args:
+        positive: (P,) scores, P >= 1.
+        act_ratio: in (0, 1] (published 0.2 to 0.88); at 1 the weakest edit itself no longer fires.
+
+    Returns:
+        A threshold > 0 in the unit of the scores.
+
+    Raises:
+        ValueError: for a ratio outside (0, 1], no scores, or scores that are negative or not finite.
+    """
+    check_fraction("act_ratio", act_ratio, "the paper uses 0.2 to 0.88")
+    if positive.numel() == 0:
+        raise ValueError("positive must not be empty, got 0 scores: the rule needs at least one edit of the shard")
+    _check_scores("positive", positive)
+    return _above_zero(act_ratio * float(positive.min()))
+
+
+def _check_scores(name: str, scores: Tensor) -> None:
+    if not bool(((scores >= 0) & scores.isfinite()).all()):
+        raise ValueError(f"{name} scores must be finite and at least 0, got {scores.flatten().tolist()}")
+
+
+def _above_zero(threshold: float) -> float:
+    """`threshold`, or the smallest normal float32 where it is 0 or vanishes in float32."""
+    return max(threshold, torch.finfo(torch.float32).tiny)

@@ -1,0 +1,1 @@
+"""The bank of shards and the routers over it."""

@@ -1,0 +1,93 @@
+"""What a router may look at: the prompt's own tokens and states, never the target's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repair_lightning.types import BASE, Route
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A batch of prompts at the edited layer.
+
+    Attributes:
+        words: (B, W) the prompt's words as token ids in a canonical spelling (see `canonical_ids`), on the CPU, -1 past
+            the end.
+        mask: (B, T) bool, true on the prompt's tokens; padding may stand on either side.
+        hidden: (B, T, D) where it enters the edited layer.
+        activations: (B, T, F), A(x).
+    """
+
+    words: Tensor
+    mask: Tensor
+    hidden: Tensor
+    activations: Tensor
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def last_hidden(self) -> Tensor:
+        """The hidden state (B, D) of each prompt's last token, float32."""
+        steps = torch.arange(self.mask.shape[1], device=self.mask.device)
+        last = (self.mask * steps).argmax(-1)
+        return self.hidden[torch.arange(len(self), device=last.device), last].float()
+
+    def rows(self, index: slice | Tensor) -> Query:
+        """The query of some of its prompts."""
+        return Query(self.words[index], self.mask[index], self.hidden[index], self.activations[index])
+
+
+def canonical_ids(tokenizer: Any, texts: Sequence[str]) -> Tensor:
+    """Texts as token ids (B, W) that do not depend on a word's case or place in the sentence; -1 past the end.
+
+    A byte-pair tokenizer spells a name differently at the start of a text and inside one, so texts are folded to one
+    case and led by a space before they are split.
+    """
+    rows = [tokenizer(" " + text.strip().casefold(), add_special_tokens=False)["input_ids"] for text in texts]
+    return pad_right(rows)
+
+
+def pad_right(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Ragged rows of ids as one tensor (B, W), -1 past each row's end."""
+    width = max((len(row) for row in rows), default=0)
+    return torch.tensor([[*row, *[-1] * (width - len(row))] for row in rows], dtype=torch.long).reshape(len(rows), width)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A router's answer for B prompts: `memory` (B,) holds shard ids or `BASE`, the rest says why."""
+
+    memory: Tensor
+    score: Tensor
+    threshold: Tensor
+    nearest: tuple[str | None, ...]
+
+    @classmethod
+    def base(cls, size: int) -> Choice:
+        """Every prompt to the base: there is nothing to choose from."""
+        none = torch.zeros(size)
+        return cls(torch.full((size,), BASE), none, torch.full((size,), float("inf")), (None,) * size)
+
+    @classmethod
+    def join(cls, parts: Sequence[Choice]) -> Choice:
+        """Several batches' choices as one."""
+        tensors = [torch.cat([getattr(part, name) for part in parts]) for name in ("memory", "score", "threshold")]
+        return cls(*tensors, nearest=tuple(name for part in parts for name in part.nearest))
+
+    def routes(self) -> list[Route]:
+        """The choice in words, a `Route` per prompt."""
+        rows = zip(self.memory.tolist(), self.score.tolist(), self.threshold.tolist(), self.nearest, strict=True)
+        return [Route(*row, reason=_reason(*row)) for row in rows]
+
+
+def _reason(memory: int, score: float, threshold: float, nearest: str | None) -> str:
+    beside = f", nearest edit {nearest}" if nearest else ""
+    if memory == BASE:
+        return f"base: score {score:.3f} does not exceed {threshold:.3f}{beside}"
+    return f"shard {memory}: score {score:.3f} exceeds {threshold:.3f}{beside}"

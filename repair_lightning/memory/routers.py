@@ -1,0 +1,385 @@
+"""Routers: which memory answers a prompt. One decision per sequence, from the prompt's tokens alone (DESIGN 3.1).
+
+`activation` is the paper's (arXiv 2510.01879, Eq. 2 and Alg. 2). `key` looks the prompt up among the edits' own keys;
+`hybrid` lets the key choose and asks both to agree. A new router is one class with a `name`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import faiss
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from repair_lightning.errors import ConfigError
+from repair_lightning.functional import activation_scores, calibrate_threshold, decide, ratio_threshold
+from repair_lightning.functional.keys import coverage, coverage_matrix, inverse_document_frequency
+from repair_lightning.functional.routing import Pool
+from repair_lightning.memory.query import Choice, Query, pad_right
+from repair_lightning.memory.side_memory import SideMemory
+from repair_lightning.types import BASE
+
+
+class Router(ABC):
+    """Decides which memory answers. The editor tells it of edits and shards; it never sees targets or scoring prompts."""
+
+    name: ClassVar[str]
+    needs_owned: ClassVar[bool] = True
+    """Whether calibration looks at the shards' own edits."""
+
+    def fit(self, background: Query, embeddings: Tensor) -> None:  # noqa: B027 - nothing to learn by default
+        """Learn what is common from irrelevant prompts, once, before the first edit. `embeddings` is (V, E)."""
+
+    def add(  # noqa: B027 - routers without keys keep nothing per edit
+        self, ids: Sequence[str], anchors: Sequence[Sequence[int]], prompts: Query, shards: Sequence[int]
+    ) -> None:
+        """Take in edits that were written: their ids, anchor tokens, prompts and shards; known ids are replaced."""
+
+    def forget(self, ids: Sequence[str]) -> None:  # noqa: B027
+        """Drop edits by id; unknown ones are passed over."""
+
+    def reassign(self, shards: Sequence[int], fused: int) -> None:  # noqa: B027
+        """Follow a merge: what the given shards owned belongs to `fused` now."""
+
+    @abstractmethod
+    def calibrate(self, memory: SideMemory, owned: Mapping[int, Query], background: Query) -> None:
+        """Set the thresholds from the shards' own edits and from held-out irrelevant prompts."""
+
+    @abstractmethod
+    def route(self, query: Query, memory: SideMemory) -> Choice:
+        """Choose a memory for each prompt."""
+
+    @abstractmethod
+    def options(self) -> dict[str, Any]:
+        """The constructor's arguments, in plain types."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain types only."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+
+
+class ActivationRouter(Router):
+    """The paper's router: a shard answers where its pooled `||A(x) delta^T||` exceeds its threshold the most.
+
+    Args:
+        pool: `last`, `mean` or `max` over the prompt's tokens.
+        act_ratio: the paper's rule, threshold = `act_ratio * min edit score`; None calibrates instead.
+        false_fire_rate: share of irrelevant prompts that may fire, for the calibrated threshold.
+    """
+
+    name = "activation"
+
+    def __init__(self, pool: Pool = "last", act_ratio: float | None = None, false_fire_rate: float = 0.01) -> None:
+        self.pool = pool
+        self.act_ratio = act_ratio
+        self.false_fire_rate = false_fire_rate
+        self.thresholds: dict[int, float] = {}
+
+    def options(self) -> dict[str, Any]:
+        """As given to the constructor."""
+        return {"pool": self.pool, "act_ratio": self.act_ratio, "false_fire_rate": self.false_fire_rate}
+
+    def scores(self, query: Query, memory: SideMemory, shards: Sequence[int] | None = None) -> Tensor:
+        """Activation scores (B, K) on the CPU."""
+        deltas = memory.stacked(shards).to(query.activations.device)
+        return activation_scores(query.activations.float(), deltas, query.mask, self.pool).detach().cpu()
+
+    def calibrate(self, memory: SideMemory, owned: Mapping[int, Query], background: Query) -> None:
+        """Thresholds per shard; a shard without edits never fires."""
+        self.thresholds = {}
+        for shard, edits in owned.items():
+            positive = self.scores(edits, memory, [shard]).flatten()
+            negative = self.scores(background, memory, [shard]).flatten()
+            self.thresholds[shard] = (
+                ratio_threshold(positive, self.act_ratio)
+                if self.act_ratio is not None
+                else calibrate_threshold(positive, negative, self.false_fire_rate)
+            )
+
+    def route(self, query: Query, memory: SideMemory) -> Choice:
+        """The shard with the largest score over threshold, if that ratio exceeds one."""
+        shards = [shard for shard in memory.ids if shard in self.thresholds]
+        if not shards:
+            return Choice.base(len(query))
+        scores = self.scores(query, memory, shards)
+        limits = torch.tensor([self.thresholds[shard] for shard in shards], dtype=scores.dtype)
+        choice, _ = decide(scores, limits)
+        best = (scores / limits).argmax(-1, keepdim=True)
+        memory_ids = torch.tensor([*shards, BASE])[choice]  # -1 picks the last entry: the base
+        return Choice(memory_ids, scores.gather(1, best)[:, 0], limits[best[:, 0]], (None,) * len(query))
+
+    def reassign(self, shards: Sequence[int], fused: int) -> None:
+        """The fused shard starts without a threshold; calibrate before routing."""
+        self.thresholds = {shard: limit for shard, limit in self.thresholds.items() if shard not in shards}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The thresholds."""
+        return {"thresholds": {str(shard): limit for shard, limit in self.thresholds.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Accepts what :meth:`state_dict` gave."""
+        self.thresholds = {int(shard): limit for shard, limit in state["thresholds"].items()}
+
+
+class KeyEncoder:
+    """Prompts as unit vectors: what they are about (rare tokens' embeddings) beside what is asked (last hidden state).
+
+    Both halves are centred on irrelevant prompts. `state_weight` scales the second half.
+    """
+
+    def __init__(self, state_weight: float = 0.5) -> None:
+        self.state_weight = state_weight
+        self.embeddings = torch.zeros(0, 0)
+        self.token_weights = torch.zeros(0)
+        self.centres = (torch.zeros(0), torch.zeros(0))
+
+    def fit(self, background: Query, embeddings: Tensor) -> None:
+        """Token weights and centres from irrelevant prompts; `embeddings` is the base's input table (V, E)."""
+        self.embeddings = embeddings
+        counts = document_counts(background.words, len(embeddings))
+        self.token_weights = inverse_document_frequency(counts, len(background))
+        self.centres = (self._lexical(background).mean(0), background.last_hidden().cpu().mean(0))
+
+    def __call__(self, query: Query) -> Tensor:
+        """Keys (B, E + D), unit length, float32 on the CPU."""
+        lexical = normalize(self._lexical(query) - self.centres[0], dim=-1)
+        state = normalize(query.last_hidden().cpu() - self.centres[1], dim=-1)
+        return normalize(torch.cat([lexical, self.state_weight * state], dim=-1), dim=-1)
+
+    def _lexical(self, query: Query) -> Tensor:
+        tokens = query.words
+        weights = self.token_weights[tokens.clamp_min(0)] * (tokens >= 0)
+        vectors = self.embeddings[tokens.clamp_min(0).to(self.embeddings.device)].float().cpu()
+        return torch.einsum("bt,bte->be", weights, vectors) / weights.sum(-1, keepdim=True).clamp_min(1e-12)
+
+
+def document_counts(tokens: Tensor, vocabulary: int) -> Tensor:
+    """In how many of the rows (N, T) each token stands, (V,); -1 is no token."""
+    counts = torch.zeros(vocabulary)
+    rows = torch.arange(len(tokens))[:, None].expand_as(tokens)
+    pairs = torch.stack([rows, tokens], -1)[tokens >= 0].unique(dim=0)
+    return counts.index_add_(0, pairs[:, 1], torch.ones(len(pairs)))
+
+
+class KeyRouter(Router):
+    """The prompt's nearest edit answers, if the prompt names what that edit is about.
+
+    FAISS finds the nearest keys; among them an edit is eligible where its anchor's coverage by the prompt exceeds the
+    edit's radius. The radius is calibrated per edit: above the coverage that irrelevant prompts and the other edits'
+    prompts (as neighbours) reach, by `caution` of the way to full coverage.
+
+    Args:
+        candidates: how many nearest keys are looked at.
+        caution: 0 puts the radius at the nearest known negative, 1 asks for full coverage.
+        state_weight: weight of the last hidden state in the key, against the rare tokens' embeddings.
+        min_similarity: keys further than this cosine are never eligible.
+    """
+
+    name = "key"
+    needs_owned = False
+
+    def __init__(
+        self, candidates: int = 64, caution: float = 0.2, state_weight: float = 0.5, min_similarity: float = 0.0
+    ) -> None:
+        self.candidates = candidates
+        self.caution = caution
+        self.min_similarity = min_similarity
+        self.encoder = KeyEncoder(state_weight)
+        self.ids: list[str] = []
+        self.keys = torch.zeros(0, 0)
+        self.shards = torch.zeros(0, dtype=torch.long)
+        self.anchors = torch.zeros(0, 0, dtype=torch.long)
+        self.prompts = torch.zeros(0, 0, dtype=torch.long)
+        self.radii = torch.zeros(0)
+        self.token_weights = torch.zeros(0)
+        self._background_counts = torch.zeros(0)
+        self._background_size = 0
+        self._index: faiss.IndexFlatIP | None = None
+
+    def options(self) -> dict[str, Any]:
+        """As given to the constructor."""
+        own = {"candidates": self.candidates, "caution": self.caution, "min_similarity": self.min_similarity}
+        return own | {"state_weight": self.encoder.state_weight}
+
+    def fit(self, background: Query, embeddings: Tensor) -> None:
+        """What is common to all prompts, from irrelevant ones."""
+        self.encoder.fit(background, embeddings)
+        self._background_counts = document_counts(background.words, len(embeddings))
+        self._background_size = len(background)
+
+    def add(
+        self, ids: Sequence[str], anchors: Sequence[Sequence[int]], prompts: Query, shards: Sequence[int]
+    ) -> None:
+        """Keys of the edits' own prompts. Radii follow with the next calibration; until then they ask for all."""
+        self.forget(ids)
+        self.ids += ids
+        keys = self.encoder(prompts)
+        self.keys = torch.cat([self.keys.reshape(-1, keys.shape[1]), keys])
+        self.shards = torch.cat([self.shards, torch.tensor(list(shards), dtype=torch.long)])
+        self.anchors = _stack_ragged(self.anchors, pad_right(anchors))
+        self.prompts = _stack_ragged(self.prompts, prompts.words)
+        self.radii = torch.cat([self.radii, torch.full((len(ids),), 0.999)])
+        self._index = None
+
+    def forget(self, ids: Sequence[str]) -> None:
+        """Drop edits; the others keep their order."""
+        gone = set(ids)
+        keep = torch.tensor([i for i, name in enumerate(self.ids) if name not in gone], dtype=torch.long)
+        if len(keep) == len(self.ids):
+            return
+        self.ids = [name for name in self.ids if name not in gone]
+        for field in ("keys", "shards", "anchors", "prompts", "radii"):
+            setattr(self, field, getattr(self, field)[keep])
+        self._index = None
+
+    def reassign(self, shards: Sequence[int], fused: int) -> None:
+        """The edits of the given shards belong to `fused`."""
+        self.shards = torch.where(torch.isin(self.shards, torch.tensor(list(shards))), fused, self.shards)
+
+    def calibrate(self, memory: SideMemory, owned: Mapping[int, Query], background: Query) -> None:
+        """Token weights and radii anew, from the edits' own prompts and the irrelevant ones."""
+        if not self.ids:
+            return
+        counts = self._background_counts + document_counts(self.prompts, len(self._background_counts))
+        self.token_weights = inverse_document_frequency(counts, self._background_size + len(self.ids))
+        negatives = coverage_matrix(background.words, self.anchors, self.token_weights).amax(0)
+        others = coverage_matrix(self.prompts, self.anchors, self.token_weights)
+        about_the_same = others >= 0.999  # the edit's own prompt, and edits of the same subject: no negatives
+        negatives = torch.maximum(negatives, others.masked_fill(about_the_same, 0).amax(0))
+        self.radii = negatives + self.caution * (1 - negatives)
+
+    def route(self, query: Query, memory: SideMemory) -> Choice:
+        """Nearest eligible edit's shard, else the base."""
+        if not self.ids:
+            return Choice.base(len(query))
+        similarity, found = self._search(self.encoder(query))
+        covered = coverage(query.words, self.anchors[found], self.token_weights)
+        radii = self.radii[found]
+        eligible = (covered > radii) & (similarity > self.min_similarity)
+        rank = covered + similarity + 4 * eligible
+        best = rank.argmax(-1, keepdim=True)
+        pick = found.gather(1, best)[:, 0]
+        fires = eligible.gather(1, best)[:, 0]
+        return Choice(
+            torch.where(fires, self.shards[pick], BASE),
+            covered.gather(1, best)[:, 0],
+            radii.gather(1, best)[:, 0],
+            tuple(self.ids[i] for i in pick.tolist()),
+        )
+
+    def _search(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        if self._index is None:
+            self._index = faiss.IndexFlatIP(self.keys.shape[1])
+            self._index.add(self.keys.numpy())
+        similarity, found = self._index.search(keys.numpy(), min(self.candidates, len(self.ids)))
+        return torch.from_numpy(similarity), torch.from_numpy(found)
+
+    _TENSORS = ("keys", "shards", "anchors", "prompts", "radii", "token_weights")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keys, radii, anchors and what is known of the background; the base's embeddings are not copied."""
+        state: dict[str, Any] = {field: getattr(self, field).contiguous() for field in self._TENSORS}
+        state |= {"ids": list(self.ids), "background_size": self._background_size}
+        state |= {"background_counts": self._background_counts, "encoder_weights": self.encoder.token_weights}
+        return state | {"lexical_centre": self.encoder.centres[0], "state_centre": self.encoder.centres[1]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Accepts what :meth:`state_dict` gave; give the embeddings with :meth:`bind`."""
+        for field in self._TENSORS:
+            setattr(self, field, state[field])
+        self.ids = list(state["ids"])
+        self._background_size = int(state["background_size"])
+        self._background_counts = state["background_counts"]
+        self.encoder.token_weights = state["encoder_weights"]
+        self.encoder.centres = (state["lexical_centre"], state["state_centre"])
+        self._index = None
+
+    def bind(self, embeddings: Tensor) -> None:
+        """Give the base's input embeddings (V, E) to a loaded router."""
+        self.encoder.embeddings = embeddings
+
+
+class HybridRouter(KeyRouter):
+    """The key chooses; the chosen shard's activation score must exceed its threshold too."""
+
+    name = "hybrid"
+    needs_owned = True
+
+    def __init__(
+        self,
+        pool: Pool = "last",
+        act_ratio: float | None = None,
+        false_fire_rate: float = 0.01,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.gate = ActivationRouter(pool, act_ratio, false_fire_rate)
+
+    def options(self) -> dict[str, Any]:
+        """Both routers' options."""
+        return super().options() | self.gate.options()
+
+    def calibrate(self, memory: SideMemory, owned: Mapping[int, Query], background: Query) -> None:
+        """Both routers' thresholds."""
+        super().calibrate(memory, owned, background)
+        self.gate.calibrate(memory, owned, background)
+
+    def route(self, query: Query, memory: SideMemory) -> Choice:
+        """The key's choice where both gates open."""
+        choice = super().route(query, memory)
+        shards = [shard for shard in memory.ids if shard in self.gate.thresholds]
+        if not shards:
+            return choice
+        scores = self.gate.scores(query, memory, shards)
+        column = {shard: i for i, shard in enumerate(shards)}
+        agreed = [
+            shard in column and bool(scores[row, column[shard]] > self.gate.thresholds[shard])
+            for row, shard in enumerate(choice.memory.tolist())
+        ]
+        kept = torch.where(torch.tensor(agreed), choice.memory, BASE)
+        return Choice(kept, choice.score, choice.threshold, choice.nearest)
+
+    def reassign(self, shards: Sequence[int], fused: int) -> None:
+        """Both routers follow."""
+        super().reassign(shards, fused)
+        self.gate.reassign(shards, fused)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Both states."""
+        return super().state_dict() | self.gate.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Both states."""
+        super().load_state_dict(state)
+        self.gate.load_state_dict(state)
+
+
+ROUTERS: Mapping[str, type[Router]] = {cls.name: cls for cls in (ActivationRouter, KeyRouter, HybridRouter)}
+
+
+def make_router(name: str, **options: Any) -> Router:
+    """A router by name with the options that its constructor takes; others are left to their owners.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    if name not in ROUTERS:
+        close = difflib.get_close_matches(name, ROUTERS, n=1)
+        hint = f" did you mean '{close[0]}'?" if close else ""
+        raise ConfigError(f"unknown router '{name}':{hint} known: {', '.join(ROUTERS)}")
+    return ROUTERS[name](**options)
+
+
+def _stack_ragged(above: Tensor, below: Tensor) -> Tensor:
+    width = max(above.shape[1], below.shape[1])
+    padded = [torch.nn.functional.pad(rows, (0, width - rows.shape[1]), value=-1) for rows in (above, below)]
+    return torch.cat(padded)

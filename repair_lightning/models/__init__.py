@@ -1,0 +1,1 @@
+"""Bases: loading, architectures, the prefix cache, and the edited model."""

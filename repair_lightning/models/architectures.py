@@ -1,0 +1,101 @@
+"""Where each supported architecture keeps its decoder layers and the value matrix of its feed-forward network.
+
+One row per `config.model_type`; a new architecture is one more row. Paths are attribute paths: `layers` from the causal
+LM, `value` from one decoder layer.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+from torch import nn
+
+from repair_lightning.errors import ConfigError
+
+DEFAULT_DEPTH = 1.0
+"""The default layer as a fraction of the depth, 1.0 being the last layer (measured: see the README's table of layers)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """Where the layers and the value (down-projection) matrix are.
+
+    `published` maps a number of layers to the layer that the paper edited in the base of that size.
+    """
+
+    layers: str
+    value: str
+    published: Mapping[int, int] | None = None
+
+    def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
+        """The list of decoder layers of a causal LM."""
+        return attrgetter(self.layers)(model)
+
+    def value_module(self, model: nn.Module, layer: int) -> nn.Module:
+        """The module that multiplies by W_v in one layer: `nn.Linear`, or the transposed `Conv1D` of GPT-2."""
+        return attrgetter(self.value)(self.decoder_layers(model)[layer])
+
+
+_LLAMA_LIKE = Architecture("model.layers", "mlp.down_proj")
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "llama": Architecture("model.layers", "mlp.down_proj", {32: 29}),
+    "mistral": _LLAMA_LIKE,
+    "qwen2": Architecture("model.layers", "mlp.down_proj", {28: 23}),
+    "qwen3": _LLAMA_LIKE,
+    "gemma": _LLAMA_LIKE,
+    "gemma2": _LLAMA_LIKE,
+    "gemma3_text": _LLAMA_LIKE,
+    "phi3": _LLAMA_LIKE,
+    "gpt2": Architecture("transformer.h", "mlp.c_proj"),
+    "gptj": Architecture("transformer.h", "mlp.fc_out"),
+    "gpt_neox": Architecture("gpt_neox.layers", "mlp.dense_4h_to_h"),
+    "opt": Architecture("model.decoder.layers", "fc2"),
+}
+
+
+def architecture_of(model: nn.Module) -> Architecture:
+    """The table's row for a loaded causal LM.
+
+    Raises:
+        ConfigError: the model type is not in the table.
+    """
+    model_type: str = getattr(getattr(model, "config", None), "model_type", "")
+    if model_type not in ARCHITECTURES:
+        close = difflib.get_close_matches(model_type, ARCHITECTURES, n=1)
+        hint = f" did you mean '{close[0]}'?" if close else ""
+        raise ConfigError(f"unsupported architecture '{model_type}':{hint} known: {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[model_type]
+
+
+def resolve_layer(model: nn.Module, layer: int | str | None) -> int:
+    """The index of the layer to edit: a number (negative ones count from the end), `published`, or None for the default.
+
+    The default is the last layer, which was measured to write best on small bases; `published` is the paper's layer for
+    a base of this architecture and depth.
+
+    Raises:
+        ConfigError: the layer does not exist, or the paper published none for this base.
+    """
+    arch = architecture_of(model)
+    depth = len(arch.decoder_layers(model))
+    if layer is None:
+        return max(0, round(DEFAULT_DEPTH * depth) - 1)
+    if layer == "published":
+        if depth not in (arch.published or {}):
+            raise ConfigError(f"layer 'published': the paper names none for {depth} layers; give a number below {depth}")
+        return arch.published[depth]  # type: ignore[index]
+    if not isinstance(layer, int) or not -depth <= layer < depth:
+        raise ConfigError(f"layer must be a number in [{-depth}, {depth - 1}] or 'published', got {layer!r}")
+    return layer % depth
+
+
+def value_shape(module: nn.Module) -> tuple[int, int]:
+    """The (d_model, d_ffn) of a value module, whatever its storage order."""
+    out_features: Any = getattr(module, "nf", None) or getattr(module, "out_features", None)
+    in_features: Any = getattr(module, "nx", None) or getattr(module, "in_features", None)
+    return int(out_features), int(in_features)

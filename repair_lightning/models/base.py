@@ -1,0 +1,127 @@
+"""Loading a frozen base: a folder or a hub name in, a causal LM, its tokenizer and its identity out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from repair_lightning.errors import ConfigError
+from repair_lightning.models.architectures import architecture_of
+
+log = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PROBE_TEXT = "In 1984, Zoë's 2 cats weren't at 51 Rue d'Été. 日本"
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A frozen causal LM with its tokenizer. `sha256` identifies the weights, whatever the precision loaded."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    name: str
+    sha256: str
+    parameters: int
+
+
+def load_base(name: str, precision: str = "auto", trust_remote_code: bool = False) -> Base:
+    """Load and freeze a base.
+
+    Args:
+        name: a local folder in Hugging Face format, or a hub name.
+        precision: `float32`, `bfloat16`, `float16`, or `auto`: bfloat16 where a GPU is, float32 on a CPU.
+        trust_remote_code: let the repository's own code run; off unless asked for.
+
+    Raises:
+        ConfigError: no such folder, an unknown precision, or an architecture that the table lacks.
+    """
+    local = _is_local(name)
+    options = {"local_files_only": local, "trust_remote_code": trust_remote_code}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=resolve_dtype(precision), **options)
+        tokenizer = load_tokenizer(name, **options)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"base '{name}' cannot be loaded: {_first_line(error)}") from error
+    architecture_of(model)
+    model.requires_grad_(False).eval()
+    return Base(model, tokenizer, name, weights_hash(name, model), sum(p.numel() for p in model.parameters()))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _is_local(name: str) -> bool:
+    if Path(name).is_dir():
+        return True
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ConfigError(f"base '{name}': no such folder; give a folder in Hugging Face format or a hub name")
+    return False
+
+
+def resolve_dtype(precision: str) -> torch.dtype:
+    """The dtype that a precision's name stands for on this machine."""
+    if precision == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    if precision not in _DTYPES:
+        raise ConfigError(f"precision must be one of auto, {', '.join(_DTYPES)}, got '{precision}'")
+    return _DTYPES[precision]
+
+
+def load_tokenizer(name: str, **options: Any) -> Any:
+    """The base's tokenizer, checked against its raw `tokenizer.json`: left padding, a padding token, true ids.
+
+    `AutoTokenizer` may rebuild a tokenizer by model type and so change its ids; where that happens, the raw file wins.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    raw = Path(name) / "tokenizer.json"
+    if raw.is_file():
+        truth = PreTrainedTokenizerFast(tokenizer_file=str(raw))
+        if tokenizer(_PROBE_TEXT)["input_ids"] != truth(_PROBE_TEXT)["input_ids"]:
+            log.warning("the tokenizer class of '%s' changes its ids: using its tokenizer.json as it stands", name)
+            tokenizer = _with_special_tokens(truth, Path(name) / "tokenizer_config.json")
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _with_special_tokens(tokenizer: PreTrainedTokenizerFast, config_file: Path) -> PreTrainedTokenizerFast:
+    config = json.loads(config_file.read_text()) if config_file.is_file() else {}
+    for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        token = config.get(key)
+        token = token.get("content") if isinstance(token, dict) else token
+        if token:
+            setattr(tokenizer, key, token)
+    return tokenizer
+
+
+def weights_hash(name: str, model: PreTrainedModel) -> str:
+    """SHA-256 over the weight files of a local folder, or over the loaded parameters of a hub model."""
+    files = sorted(Path(name).glob("*.safetensors")) or sorted(Path(name).glob("*.bin"))
+    if files:
+        return _digest(chunk for file in files for chunk in _chunks(file))
+    tensors = (tensor.detach().cpu().contiguous() for _, tensor in sorted(model.state_dict().items()))
+    return _digest(tensor.view(torch.uint8).numpy().tobytes() for tensor in tensors)
+
+
+def _chunks(file: Path, size: int = 1 << 22) -> Iterable[bytes]:
+    with file.open("rb") as stream:
+        while chunk := stream.read(size):
+            yield chunk
+
+
+def _digest(chunks: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()

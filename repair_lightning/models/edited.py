@@ -1,0 +1,187 @@
+"""A base with its side memory: called and asked to generate like any Hugging Face causal LM.
+
+Hooks on the base's own modules do the work, so its parameters, names and code stay as they are, and prompts that no shard
+answers get the base's own bits. The choice is made once per sequence, when its prompt is first seen, and held while the
+key-value cache grows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repair_lightning.errors import RepairError
+from repair_lightning.memory.query import Choice, Query, canonical_ids
+from repair_lightning.memory.routers import Router
+from repair_lightning.memory.side_memory import SideMemory
+from repair_lightning.models.prefix import SplitModel, pad_left
+from repair_lightning.types import BASE, Route
+
+
+@dataclass(slots=True)
+class _Turn:
+    """What the hooks know of the sequences in flight: their prompts until a choice is made, then the choice."""
+
+    words: Tensor | None = None
+    mask: Tensor | None = None
+    choice: Choice | None = None
+    hidden: Tensor | None = None
+
+
+class EditedModel(nn.Module):
+    """A frozen causal LM, its shards and its router.
+
+    Args:
+        base: the causal LM; it is not copied.
+        tokenizer: its tokenizer.
+        memory: the bank of shards of the edited layer.
+        router: picks among the shards.
+        layer: index of the edited layer.
+    """
+
+    def __init__(self, base: Any, tokenizer: Any, memory: SideMemory, router: Router, layer: int) -> None:
+        super().__init__()
+        self.base = base
+        self.memory = memory
+        self.tokenizer = tokenizer
+        self.router = router
+        self.layer = layer
+        self.split = SplitModel(base, layer)
+        self._turn: _Turn | None = None  # what the hooks obey, inside a call alone
+        self._held: _Turn | None = None  # the last forward pass's, for a call that continues its cache
+        self.split.layers[layer].register_forward_pre_hook(self._at_layer, with_kwargs=True)
+        self.split.value.register_forward_hook(self._at_value)
+
+    @property
+    def config(self) -> Any:
+        """The base's configuration."""
+        return self.base.config
+
+    @property
+    def generation_config(self) -> Any:
+        """The base's generation settings."""
+        return self.base.generation_config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base is."""
+        return self.base.device
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        prompt_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """The base's forward pass with each sequence answered by its memory.
+
+        Args:
+            input_ids: (B, T).
+            attention_mask: (B, T), by default all ones.
+            past_key_values: a filled cache continues the last prompt's choice.
+            prompt_mask: (B, T), true on the tokens that the router may see; by default all that attention sees.
+            options: as the base takes them.
+        """
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        continues = past_key_values is not None and past_key_values.get_seq_length() > 0
+        if not continues or self._held is None:
+            self._held = self._new_turn(input_ids, attention_mask if prompt_mask is None else prompt_mask)
+        with self._during(self._held):
+            return self.base(
+                input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values, **options
+            )
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
+        """Generate as the base does, every sequence with the memory that its prompt chose; see `transformers`."""
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        with self._during(self._new_turn(input_ids, attention_mask)):
+            return self.base.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
+
+    def route(self, prompts: str | Sequence[str]) -> list[Route]:
+        """Which memory answers each prompt, and why."""
+        return self.choose([prompts] if isinstance(prompts, str) else prompts).routes()
+
+    @torch.no_grad()
+    def choose(self, prompts: Sequence[str], batch_size: int = 64) -> Choice:
+        """The router's choice for prompts, given as text."""
+        parts = [
+            self.router.route(self.query(prompts[start : start + batch_size]), self.memory)
+            for start in range(0, len(prompts), batch_size)
+        ]
+        return Choice.join(parts)
+
+    @torch.no_grad()
+    def query(self, prompts: Sequence[str]) -> Query:
+        """Prompts as routers see them, from one pass to the edited layer."""
+        ids, mask = pad_left(self.tokenizer(list(prompts))["input_ids"], device=self.device)
+        with self.forced(None):
+            captured = self.split.capture(ids, mask)
+        return Query(canonical_ids(self.tokenizer, prompts), mask.bool(), captured.hidden, captured.activations)
+
+    @contextmanager
+    def forced(self, choice: Choice | int | None) -> Iterator[None]:
+        """Inside, the base's own calls are answered by a given choice: one per row, one shard for all, None: the base."""
+        if isinstance(choice, int):
+            choice = _uniform(choice)
+        with self._during(_Turn(choice=_uniform(BASE) if choice is None else choice)):
+            yield
+
+    @contextmanager
+    def _during(self, turn: _Turn) -> Iterator[None]:
+        before, self._turn = self._turn, turn
+        try:
+            yield
+        finally:
+            self._turn = before
+
+    def _new_turn(self, ids: Tensor, mask: Tensor) -> _Turn:
+        rows = [row[keep].tolist() for row, keep in zip(ids, mask.bool(), strict=True)]
+        if any(not row for row in rows):
+            raise RepairError("a prompt without tokens cannot be routed; give each sequence at least one token")
+        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return _Turn(words=canonical_ids(self.tokenizer, texts), mask=mask.bool())
+
+    def _at_layer(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self._turn is not None and self._turn.choice is None:
+            self._turn.hidden = args[0] if args else kwargs["hidden_states"]
+
+    def _at_value(self, _: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        turn = self._turn
+        if turn is None:
+            return None
+        if turn.choice is None:
+            turn.choice = self._decide(turn, args[0])
+        chosen = turn.choice.memory
+        if bool((chosen == BASE).all()):
+            return None
+        if len(chosen) == 1:  # one shard for every row, however the architecture lays out its tokens
+            rows = self.memory.apply_rows(output[None], args[0][None], chosen)
+            return rows[0]
+        shape = (len(chosen), -1, output.shape[-1])
+        activations = args[0].reshape(len(chosen), -1, args[0].shape[-1])
+        return self.memory.apply_rows(output.reshape(shape), activations, chosen).reshape(output.shape)
+
+    def _decide(self, turn: _Turn, activations: Tensor) -> Choice:
+        assert turn.hidden is not None
+        assert turn.words is not None
+        assert turn.mask is not None
+        size, width = turn.hidden.shape[:2]
+        copies = size // len(turn.words)  # beams and several samples per prompt come as repeated rows
+        mask = turn.mask[:, -width:].repeat_interleave(copies, 0)
+        words = turn.words.repeat_interleave(copies, 0)
+        query = Query(words, mask, turn.hidden.detach(), activations.detach().reshape(size, width, -1))
+        turn.hidden = None
+        return self.router.route(query, self.memory)
+
+
+def _uniform(memory: int) -> Choice:
+    none = torch.zeros(1)
+    return Choice(torch.tensor([memory]), none, none, (None,))

@@ -1,0 +1,203 @@
+"""The prefix cache: layers below the edited one never change, so they run once per text (DESIGN section 4).
+
+Legend for shapes: B sequences, T tokens, D = d_model, F = d_ffn, V vocabulary.
+
+`capture` runs the model up to the edited layer's value matrix and stops there; `tail` runs the edited layer and those
+above it from a stored hidden state. The model's own code still builds masks, position embeddings, the final norm and the
+head, so both are exact on every architecture of the table: the lower layers are swapped for pass-through modules in the
+same slots, and a pre-hook feeds the stored state.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repair_lightning.models.architectures import architecture_of
+
+
+class _Stop(Exception):
+    """Ends a forward pass once the edited layer's activations are known."""
+
+
+class _PassThrough(nn.Module):
+    """Stands in a lower layer's slot and hands its input on, in the form that the architecture's loop expects."""
+
+    def __init__(self, as_tuple: bool) -> None:
+        super().__init__()
+        self.as_tuple = as_tuple
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        return (hidden_states,) if self.as_tuple else hidden_states
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """What one prefix pass yields: `hidden` (B, T, D) where it enters the layer, `activations` (B, T, F) = A(x)."""
+
+    hidden: Tensor
+    activations: Tensor
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Position ids (B, T) that count real tokens only, whatever the padding side."""
+    return (mask.long().cumsum(-1) - 1).clamp_min(0)
+
+
+class SplitModel:
+    """A causal LM cut at the input of one layer: `capture` runs what is below, `tail` the rest.
+
+    Args:
+        model: a causal LM of a supported architecture.
+        layer: index of the edited layer.
+    """
+
+    def __init__(self, model: nn.Module, layer: int) -> None:
+        self.model = model
+        self.arch = architecture_of(model)
+        self.index = layer
+        self.layers = self.arch.decoder_layers(model)
+        self.value = self.arch.value_module(model, layer)
+        parameters = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in parameters
+        self._as_tuple = getattr(getattr(model, "config", None), "model_type", "") == "gptj"
+
+    def inputs(self, ids: Tensor, mask: Tensor) -> dict[str, Any]:
+        """Keyword arguments of a forward pass over padded rows (B, T), without a key-value cache."""
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        if self._takes_positions:
+            inputs["position_ids"] = positions(mask)
+        return inputs
+
+    @torch.no_grad()
+    def capture(self, ids: Tensor, mask: Tensor) -> Capture:
+        """Run layers 0..L to the value matrix; returns its input and the layer's (ids and mask are (B, T))."""
+        seen: dict[str, Tensor] = {}
+
+        def at_layer(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            seen["hidden"] = args[0] if args else kwargs["hidden_states"]
+
+        def at_value(_: nn.Module, args: tuple) -> None:
+            seen["activations"] = args[0]
+            raise _Stop
+
+        handles = [
+            self.layers[self.index].register_forward_pre_hook(at_layer, with_kwargs=True),
+            self.value.register_forward_pre_hook(at_value),
+        ]
+        try:
+            self.model(**self.inputs(ids, mask), logits_to_keep=1)
+        except _Stop:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return Capture(seen["hidden"], seen["activations"].reshape(*ids.shape, -1))
+
+    @contextmanager
+    def skipping(self) -> Iterator[None]:
+        """Inside, the lower layers are pass-throughs; they are put back however the block ends."""
+        originals = list(self.layers[: self.index])
+        for i in range(self.index):
+            self.layers[i] = _PassThrough(self._as_tuple)
+        try:
+            yield
+        finally:
+            for i, original in enumerate(originals):
+                self.layers[i] = original
+
+    def tail(self, ids: Tensor, mask: Tensor, hidden: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+        """Run layers L.. from `hidden` (B, T, D); inside :meth:`skipping`.
+
+        Returns:
+            logits (B, keep, V) of the last `keep` positions, and the features (B, keep, D) that enter the head.
+        """
+        features: list[Tensor] = []
+
+        def at_head(_: nn.Module, args: tuple) -> tuple:
+            features.append(args[0].contiguous())  # a slice of the sequence would cost the head a batched product
+            return (features[0], *args[1:])
+
+        def feed(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            if args:
+                return (hidden, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": hidden}
+
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        handles = [
+            self.layers[self.index].register_forward_pre_hook(feed, with_kwargs=True),
+            head.register_forward_pre_hook(at_head),
+        ]
+        try:
+            logits = self.model(**self.inputs(ids, mask), logits_to_keep=keep).logits
+        finally:
+            for handle in handles:
+                handle.remove()
+        return logits, features[0]
+
+
+class PrefixCache:
+    """Hidden states at the edited layer by token ids: least recently used entries leave when the budget is full.
+
+    Args:
+        budget: bytes of hidden states and activations kept in memory.
+    """
+
+    def __init__(self, split: SplitModel, budget: int = 2 << 30) -> None:
+        self.split = split
+        self.budget = budget
+        self.used = 0
+        self._entries: OrderedDict[tuple[int, ...], Capture] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, sequences: Sequence[Sequence[int]], batch_size: int = 64) -> list[Capture]:
+        """The captures of token sequences, each without padding: `hidden` (T, D), `activations` (T, F)."""
+        keys = [tuple(sequence) for sequence in sequences]
+        found = {key: self._entries[key] for key in dict.fromkeys(keys) if key in self._entries}
+        missing = sorted((key for key in dict.fromkeys(keys) if key not in found), key=len)
+        for start in range(0, len(missing), batch_size):
+            for key, entry in self._compute(missing[start : start + batch_size]):
+                found[key] = entry
+                self._store(key, entry)
+        for key in found:
+            if key in self._entries:
+                self._entries.move_to_end(key)
+        return [found[key] for key in keys]
+
+    def _compute(self, keys: list[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], Capture]]:
+        device = next(self.split.model.parameters()).device
+        ids, mask = pad_left(keys, device=device)
+        captured = self.split.capture(ids, mask)
+        for row, key in enumerate(keys):
+            n = len(key)
+            yield key, Capture(captured.hidden[row, -n:].clone(), captured.activations[row, -n:].clone())
+
+    def _store(self, key: tuple[int, ...], entry: Capture) -> None:
+        self._entries[key] = entry
+        self.used += entry.hidden.nbytes + entry.activations.nbytes
+        while self.used > self.budget and len(self._entries) > 1:
+            _, oldest = self._entries.popitem(last=False)
+            self.used -= oldest.hidden.nbytes + oldest.activations.nbytes
+
+
+def pad_left(sequences: Sequence[Sequence[int]], fill: int = 0, device: Any = None) -> tuple[Tensor, Tensor]:
+    """Token ids (B, T) padded on the left with `fill`, and their attention mask (B, T)."""
+    width = max(len(sequence) for sequence in sequences)
+    ids = torch.tensor([[fill] * (width - len(s)) + list(s) for s in sequences], device=device)
+    mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in sequences], device=device)
+    return ids, mask
+
+
+def stack_left(rows: Sequence[Tensor]) -> Tensor:
+    """Rows (T_i, D) padded on the left with zeros to (B, max T, D)."""
+    width = max(len(row) for row in rows)
+    return torch.stack([nn.functional.pad(row, (0, 0, width - len(row), 0)) for row in rows])

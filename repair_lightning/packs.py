@@ -1,0 +1,168 @@
+"""The pack: an edited model's side memory as `repair_config.json`, `side_memory.safetensors` and the ledger.
+
+Loading one reads JSON and safetensors only and never runs code. Shards with a mask are stored as their open coordinates.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from repair_lightning.data.ledger import Ledger
+from repair_lightning.errors import RepairError
+from repair_lightning.functional import pack_mask, pack_values, unpack_mask, unpack_values
+from repair_lightning.memory.routers import KeyRouter, make_router
+from repair_lightning.memory.side_memory import Shard, SideMemory
+from repair_lightning.models.base import Base, load_base
+from repair_lightning.models.edited import EditedModel
+
+if TYPE_CHECKING:
+    from repair_lightning.editors.base import Editor
+
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+CONFIG_FILE, WEIGHTS_FILE, LEDGER_FILE, MERGED_FOLDER = (
+    "repair_config.json",
+    "side_memory.safetensors",
+    "ledger.parquet",
+    "merged",
+)
+
+
+def save_pack(editor: Editor, folder: str | Path, provenance: Mapping[str, Any]) -> Path:
+    """Write an editor's memory, router and ledger; returns the folder.
+
+    Where a merge wrote into the base's own W_v, the whole base goes along as a plain Hugging Face checkpoint.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    assert editor.base is not None
+    state = editor.router.state_dict()
+    router = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
+    tensors = {f"router.{key}": value.contiguous() for key, value in state.items() if isinstance(value, Tensor)}
+    tensors |= shard_tensors(editor.memory)
+    config = {
+        "format_version": FORMAT_VERSION,
+        "editor": editor.editor_name,  # type: ignore[attr-defined]
+        "base": {"name": editor.base.name, "sha256": editor.base.sha256},
+        "layer": editor.layer,
+        "shape": list(editor.memory.shape),
+        "mask_ratio": editor.memory.mask_ratio,
+        "next_shard": editor.memory.next_id,
+        "shards": {str(shard): editor.memory[shard].generation for shard in editor.memory.ids},
+        "router": {"name": editor.router.name, "options": editor.router.options(), "state": router},
+        "merged": editor.base_changed,
+        "provenance": dict(provenance),
+    }
+    save_file(tensors, folder / WEIGHTS_FILE)
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n")
+    editor.ledger.to_parquet(folder / LEDGER_FILE)
+    if editor.base_changed:
+        editor.base.model.save_pretrained(folder / MERGED_FOLDER)
+        editor.base.tokenizer.save_pretrained(folder / MERGED_FOLDER)
+    return folder
+
+
+def shard_tensors(memory: SideMemory) -> dict[str, Tensor]:
+    """The shards' deltas; a masked one as its bit-packed mask and the values that the mask opens."""
+    tensors: dict[str, Tensor] = {}
+    for shard in memory.ids:
+        delta, mask = memory[shard].delta.detach().cpu(), memory[shard].open
+        if mask is None:
+            tensors[f"shard.{shard}.delta"] = delta.contiguous()
+        else:
+            tensors[f"shard.{shard}.mask"] = pack_mask(mask.cpu())
+            tensors[f"shard.{shard}.values"] = pack_values(delta, mask.cpu())
+    return tensors
+
+
+def read_pack(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A pack's configuration and tensors.
+
+    Raises:
+        RepairError: no pack there, damaged, or of a version that this release does not read.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG_FILE).is_file():
+        raise RepairError(f"'{folder}' is no pack: it has no {CONFIG_FILE}; give the folder that train.py wrote")
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        tensors = load_file(folder / WEIGHTS_FILE)
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, OSError) as error:
+        raise RepairError(f"pack '{folder}' is damaged: {str(error).splitlines()[0]}; restore it from a copy") from error
+    version = config.get("format_version") if isinstance(config, dict) else None
+    if version != FORMAT_VERSION:
+        raise RepairError(f"pack '{folder}' has format version {version}; this release reads {FORMAT_VERSION}")
+    return config, tensors
+
+
+def load_edited(
+    folder: str | Path, base: str | None = None, precision: str = "auto", trust_remote_code: bool = False
+) -> tuple[EditedModel, Any]:
+    """An edited model and its tokenizer from a pack and the base that it was made with.
+
+    Args:
+        folder: the pack.
+        base: the base's folder or hub name; None takes the name that the pack remembers.
+        precision: of the base.
+        trust_remote_code: let the base's repository run its own code.
+
+    Raises:
+        RepairError: the pack is damaged or belongs to another base.
+    """
+    config, tensors = read_pack(folder)
+    loaded = _base_of(Path(folder), config, base, precision, trust_remote_code)
+    memory = memory_from(config, tensors)
+    router = make_router(config["router"]["name"], **config["router"]["options"])
+    of_router = {key[len("router.") :]: value for key, value in tensors.items() if key.startswith("router.")}
+    router.load_state_dict(config["router"]["state"] | of_router)
+    if isinstance(router, KeyRouter):
+        router.bind(loaded.model.get_input_embeddings().weight.detach())
+    model = EditedModel(loaded.model, loaded.tokenizer, memory.to(loaded.model.device), router, config["layer"])
+    return model.eval(), loaded.tokenizer
+
+
+def _base_of(folder: Path, config: Mapping[str, Any], base: str | None, precision: str, trust: bool) -> Base:
+    if config["merged"]:
+        return load_base(str(folder / MERGED_FOLDER), precision, trust)
+    loaded = load_base(base or config["base"]["name"], precision, trust)
+    wanted = config["base"]["sha256"]
+    if loaded.sha256 != wanted:
+        raise RepairError(
+            f"the pack belongs to base '{config['base']['name']}' ({wanted[:12]}), but '{loaded.name}' is "
+            f"{loaded.sha256[:12]}; give the base that it was made with"
+        )
+    return loaded
+
+
+def memory_from(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SideMemory:
+    """The bank of shards that a pack holds."""
+    shape = (int(config["shape"][0]), int(config["shape"][1]))
+    memory = SideMemory(shape, config["mask_ratio"])
+    memory.next_id = config["next_shard"]
+    for name, generation in config["shards"].items():
+        if f"shard.{name}.delta" in tensors:
+            mask, delta = None, tensors[f"shard.{name}.delta"]
+        elif f"shard.{name}.values" in tensors:
+            mask = unpack_mask(tensors[f"shard.{name}.mask"], shape)
+            delta = unpack_values(tensors[f"shard.{name}.values"], mask)
+        else:
+            raise RepairError(f"the pack lacks shard {name}; restore it from a copy")
+        shard = Shard(shape, mask, generation)
+        shard.delta = torch.nn.Parameter(delta, requires_grad=False)
+        memory.shards[name] = shard
+    return memory
+
+
+def load_ledger(folder: str | Path) -> Ledger:
+    """The ledger that travels with a pack."""
+    return Ledger.from_parquet(Path(folder) / LEDGER_FILE)

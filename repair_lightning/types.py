@@ -1,0 +1,102 @@
+"""The words of the system as frozen dataclasses: plain types inside, no tensors, no behaviour beyond conversion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+BASE = -1
+"""The memory id of the base model: no shard answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A question that an edit must leave alone. `answer` is the data set's, where it gives one."""
+
+    prompt: str
+    answer: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """One correction: `prompt` must be answered by `target`.
+
+    `rephrases`, `locality` (unrelated prompts) and `near` (neighbours: same relation, other subject) are for scoring
+    alone; no writer, router or threshold may read them.
+    """
+
+    id: str
+    prompt: str
+    target: str
+    subject: str | None = None
+    rephrases: tuple[str, ...] = ()
+    locality: tuple[Probe, ...] = ()
+    near: tuple[Probe, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The edit as one record of the project's own `jsonl` format."""
+        record = asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in record.items()}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Edit:
+        """The inverse of :meth:`as_dict`; expects a record that was already checked."""
+        probes = {name: tuple(Probe(**probe) for probe in record.get(name) or ()) for name in ("locality", "near")}
+        return cls(
+            id=record["id"],
+            prompt=record["prompt"],
+            target=record["target"],
+            subject=record.get("subject"),
+            rephrases=tuple(record.get("rephrases") or ()),
+            **probes,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class EditBatch:
+    """A homogeneous group of edits that is written together into one shard; its first member is the teacher."""
+
+    edits: tuple[Edit, ...]
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The ids of the members, teacher first."""
+        return tuple(edit.id for edit in self.edits)
+
+
+@dataclass(frozen=True, slots=True)
+class EditReport:
+    """What writing did to one edit: the shard, its last loss and distillation loss (nats), and the steps taken."""
+
+    id: str
+    shard: int
+    loss: float
+    kd: float
+    steps: int
+    residual: bool = False
+    """True where the distillation loss stayed high: the edit waits for other company."""
+    error: str | None = None
+    """Why the write was rolled back, if it was."""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Which memory answers a prompt and why: `memory` is a shard id or `BASE`; it fires where `score > threshold`."""
+
+    memory: int
+    score: float
+    threshold: float
+    nearest: str | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A yes or no with the sentence that goes to the log; true where the answer is yes."""
+
+    yes: bool
+    reason: str
+
+    def __bool__(self) -> bool:
+        return self.yes

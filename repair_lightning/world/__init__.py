@@ -1,0 +1,23 @@
+"""The embedded small world: invented facts, edits of them, and a base model that knows them."""
+
+from pathlib import Path
+
+
+def world_dir() -> Path:
+    """The folder that holds the shipped world."""
+    return Path(__file__).parent
+
+
+def base_dir() -> Path:
+    """The folder of the base model and its tokenizer, in Hugging Face format."""
+    return world_dir() / "base"
+
+
+def edits_path() -> Path:
+    """The edits, one JSON object per line."""
+    return world_dir() / "edits.jsonl"
+
+
+def irrelevant_path() -> Path:
+    """Questions about neither edits nor locality prompts, one JSON object per line."""
+    return world_dir() / "irrelevant.jsonl"

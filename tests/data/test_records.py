@@ -1,0 +1,493 @@
+"""Reading edit files: good ones, every kind of bad one (real files), and the real sets where they are at hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import pickle
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from repair_lightning.data import records
+from repair_lightning.data.formats import FORMATS
+from repair_lightning.data.records import check_lengths, load_irrelevant, load_records
+from repair_lightning.errors import ConfigError, FieldError, RecordError, RepairError
+from repair_lightning.types import Edit, Probe
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+
+ROME = {"prompt": "Where is Rome?", "target": "Italy"}
+OSLO = {"prompt": "Where is Oslo?", "target": "Norway"}
+BERN = {"prompt": "Where is Bern?", "target": "Switzerland"}
+
+
+def lines(path: Path, *rows: object) -> Path:
+    """Writes a jsonl file; a row that is a string stands there as it is."""
+    text = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
+    path.write_text(text + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    return lambda *rows: lines(tmp_path / "edits.jsonl", *rows)
+
+
+def real(name: str) -> Path:
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"{path} is not on this machine")
+    return path
+
+
+# -- good files ------------------------------------------------------------------------------------------------------
+
+FULL = Edit(
+    id="r",
+    prompt="Where is Rome?",
+    target="Italy",
+    subject="Rome",
+    rephrases=("Rome is in", "Rome\u2028lies in"),
+    locality=(Probe("Who wrote Faust?", "Goethe"), Probe("Who wrote Emma?", None)),
+    near=(Probe("Where is Milan?", "Italy"),),
+)
+BARE = Edit(id="jsonl-2", prompt="Where is Oslo?", target="Norway")
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    text = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\r\n")
+
+
+def write_json(path: Path, rows: list[dict]) -> None:
+    path.write_text(json.dumps(rows, indent=2), encoding="utf-8")
+
+
+def write_parquet(path: Path, rows: list[dict]) -> None:
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("e.jsonl", write_jsonl),
+        ("e.json", write_jsonl),
+        ("e.json", write_json),
+        ("e.jsonl", write_json),
+        ("e.parquet", write_parquet),
+    ],
+)
+def test_every_kind_of_file_gives_the_same_edits(tmp_path, name, write):
+    """Blank lines, a byte order mark, CRLF and a U+2028 inside a text change nothing."""
+    write(tmp_path / name, [FULL.as_dict(), OSLO])
+    found = load_records(tmp_path / name)
+    assert found.edits == (FULL, BARE)
+    assert (found.bad, found.superseded, found.duplicates, found.superseded_edits) == ((), {}, (), ())
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("e.csv", ","), ("e.tsv", "\t")])
+def test_csv_cells_stay_texts_and_empty_ones_are_missing(tmp_path, name, delimiter):
+    with open(tmp_path / name, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter=delimiter)
+        writer.writerow(["subject", "src", "alt", "rephrase"])
+        writer.writerow(["NaN", "When,\twhere\nand why?", "2006", ""])
+    (edit,) = load_records(tmp_path / name, "zsre").edits
+    assert edit == Edit("zsre-1", "When,\twhere\nand why?", "2006", subject="NaN")
+
+
+def test_one_object_alone_is_one_record(tmp_path):
+    path = tmp_path / "e.json"
+    path.write_text(json.dumps(ROME, indent=1))
+    assert load_records(path).edits == (Edit("jsonl-1", **ROME),)
+
+
+def test_ids_come_from_the_record_or_from_its_number(jsonl):
+    path = jsonl({**ROME, "id": 7}, "", OSLO, {**BERN, "id": "b"})
+    assert [edit.id for edit in load_records(path).edits] == ["7", "jsonl-2", "b"]
+
+
+def test_the_dataset_has_declared_columns_even_where_all_are_empty(jsonl):
+    found = load_records(jsonl(ROME, OSLO))
+    dataset = found.dataset()
+    assert isinstance(dataset, Dataset)
+    assert [Edit.from_dict(row) for row in dataset] == list(found.edits)
+    assert dataset.features["near"].feature["answer"].dtype == "string"
+    assert len(dataset.filter(lambda row: row["target"] == "Norway")) == 1
+
+
+# -- repeated prompts ------------------------------------------------------------------------------------------------
+
+
+def test_an_exact_duplicate_is_dropped_and_reported(jsonl):
+    found = load_records(jsonl(ROME, OSLO, {**ROME, "prompt": " Where is Rome?"}))
+    assert [edit.id for edit in found.edits] == ["jsonl-1", "jsonl-2"]
+    assert (found.duplicates, found.superseded) == (("jsonl-3",), {})
+
+
+def test_a_repeated_line_with_its_own_id_is_a_duplicate(jsonl):
+    found = load_records(jsonl({**ROME, "id": "a"}, {**ROME, "id": "a"}))
+    assert ([edit.id for edit in found.edits], found.duplicates) == (["a"], ("a",))
+
+
+def test_a_later_target_supersedes_and_a_chain_ends_at_the_last(jsonl):
+    found = load_records(jsonl(ROME, {**ROME, "target": "Spain"}, OSLO, {**ROME, "target": "Peru"}))
+    assert [(edit.id, edit.target) for edit in found.edits] == [("jsonl-3", "Norway"), ("jsonl-4", "Peru")]
+    assert found.superseded == {"jsonl-1": "jsonl-4", "jsonl-2": "jsonl-4"}
+    assert [edit.target for edit in found.superseded_edits] == ["Italy", "Spain"]
+
+
+def test_going_back_to_the_first_target_is_no_duplicate(jsonl):
+    found = load_records(jsonl(ROME, {**ROME, "target": "Spain"}, ROME))
+    assert [(edit.id, edit.target) for edit in found.edits] == [("jsonl-3", "Italy")]
+    assert (set(found.superseded.values()), found.duplicates) == ({"jsonl-3"}, ())
+
+
+def test_going_back_under_the_first_id_is_an_error(jsonl):
+    path = jsonl({**ROME, "id": "a"}, {**ROME, "target": "Spain"}, {**ROME, "id": "a"})
+    with pytest.raises(RecordError, match="record 3, field 'id': 'a' already belongs to record 1"):
+        load_records(path)
+
+
+def test_max_edits_counts_what_is_written(jsonl):
+    """Three edits are reached with record 5: one duplicate and one superseded record do not count."""
+    rows = (ROME, ROME, {**ROME, "target": "Spain"}, OSLO, BERN, {**OSLO, "target": "Peru"})
+    found = load_records(jsonl(*rows), max_edits=3)
+    assert [edit.id for edit in found.edits] == ["jsonl-3", "jsonl-4", "jsonl-5"]
+    assert (found.superseded, found.duplicates) == ({"jsonl-1": "jsonl-3"}, ("jsonl-2",))
+
+
+def test_max_edits_does_not_hide_a_bad_record(jsonl):
+    with pytest.raises(RecordError, match="record 2, field 'target'"):
+        load_records(jsonl(ROME, {"prompt": "x"}), max_edits=1)
+
+
+# -- bad records -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({**OSLO, "target": ""}, "field 'target': is empty; give the text the model should answer"),
+        ({"prompt": "x"}, "field 'target': is missing; give the text the model should answer"),
+        ({**OSLO, "target": 4}, "field 'target': is a number, not a text; give the text"),
+        ({**OSLO, "near": "x"}, "field 'near': is a text, not a list; write "),
+        ({**OSLO, "rephrase": ["x"]}, "field 'rephrase': is not a field of format 'jsonl'; did you mean 'rephrases'?"),
+        ({**OSLO, "id": "r"}, "field 'id': 'r' already belongs to record 1; give each record its own id"),
+        ({"src": "x", "alt": "y"}, "is not in format 'jsonl'; its fields look like format 'zsre'"),
+        ("[1, 2]", "is a list, not an object; write each record as"),
+        ('{"prompt": "x", "target": "y",}', "is not valid JSON (line 3, column "),
+        ('{"prompt": "x"', "is not valid JSON (line 3, column "),
+        ("[" * 100_000, "is not valid JSON (line 3"),
+        ('{"id": ' + "9" * 5000 + "}", "is not valid JSON (line 3: "),
+        ('{"prompt": "\\udc80", "target": "y"}', "field 'prompt': holds a broken character"),
+    ],
+)
+def test_a_bad_record_is_named_and_can_be_skipped(jsonl, row, message):
+    path = jsonl({**ROME, "id": "r"}, "", row, BERN)
+    with pytest.raises(RecordError) as caught:
+        load_records(path)
+    place = f"{path}, record 2" + (", " if message.startswith("field") else ": ")
+    assert str(caught.value).startswith(place + message)
+    assert (caught.value.record, caught.value.more) == (2, 0)
+    skipped = load_records(path, on_bad_record="skip")
+    assert [edit.id for edit in skipped.edits] == ["r", "jsonl-3"]
+    assert skipped.bad == (str(caught.value),)
+
+
+def test_the_one_error_says_how_many_more_there_are(jsonl):
+    path = jsonl(ROME, {"prompt": "x"}, "{", 7)
+    with pytest.raises(RecordError, match=r"record 2, .*\(and 2 more bad records in this file\)$"):
+        load_records(path)
+    found = load_records(path, on_bad_record="skip")
+    assert [message.split(": ")[0].split(", ")[1] for message in found.bad] == ["record 2", "record 3", "record 4"]
+
+
+def test_skipping_everything_is_still_an_error(jsonl):
+    with pytest.raises(RecordError, match=r"record 1, .*and 1 more bad record in this file"):
+        load_records(jsonl({"prompt": "x"}, "{"), on_bad_record="skip")
+
+
+def test_a_file_read_under_a_format_that_only_half_fits_is_warned_about(tmp_path, caplog):
+    row = {"prompt": "a", "target_new": "b", "rephrase_prompt": "c", "locality_prompt": "d", "case_id": 3}
+    path = lines(tmp_path / "e.jsonl", row)
+    with caplog.at_level(logging.WARNING):
+        load_records(path, "counterfact")
+        assert not caplog.records
+        load_records(path, "hallucination")
+    assert "fields look more like 'counterfact'" in caplog.text
+
+
+# -- bad files and settings ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["", " \n\n", "[]"])
+@pytest.mark.parametrize("read", [load_records, load_irrelevant])
+def test_an_empty_file(tmp_path, text, read):
+    path = tmp_path / "edits.json"
+    path.write_text(text)
+    with pytest.raises(RecordError, match=r"edits\.json: holds no records; give "):
+        read(path)
+
+
+def test_a_broken_json_list_names_the_line(tmp_path):
+    path = tmp_path / "edits.json"
+    path.write_text('[\n{"prompt": "a", "target": "b"},\n{"prompt": "a" "target"}\n]')
+    with pytest.raises(RecordError, match=r"edits\.json: is not valid JSON \(line 3, column 16: "):
+        load_records(path, on_bad_record="skip")
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+@pytest.mark.parametrize("text", ["[" * 100_000, '[{"id": ' + "9" * 5000 + "}]"])
+def test_json_that_python_itself_gives_up_on(tmp_path, suffix, text):
+    path = tmp_path / f"edits{suffix}"
+    path.write_text(text)
+    with pytest.raises(RecordError, match="is not valid JSON"):
+        load_records(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("e.jsonl", b"\xff\xfe{", "is not UTF-8 text"),
+        ("e.parquet", b"PAR1 no", "is not a readable Parquet file"),
+        ("e.parquet", b"", "is not a readable Parquet file"),
+        ("e.csv", b'prompt,target\na,"b\n', r"is not valid CSV \(line "),
+        ("e.csv", b"prompt,target\na,b,c\n", "record 1: has 3 cells, the header has 2"),
+        ("e.csv", b"prompt,target\n", "holds no records"),
+        ("e.csv", b"", "holds no records"),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(RecordError, match=message):
+        load_records(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["edits.json", "edits", "data/edits.jsonl", "a/b/c", "here/edits", "./x", "~/no/such"])
+def test_a_missing_file_is_said_at_once_and_never_sought_on_the_hub(tmp_path, monkeypatch, name):
+    def refuse(*_, **__):
+        raise AssertionError("asked the hub")
+
+    monkeypatch.setattr(records, "load_dataset", refuse)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    with pytest.raises(RepairError, match=f"^{name}: no such file; give a "):
+        load_records(name)
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(RepairError, match="is a folder, not a file"):
+        load_records(tmp_path)
+
+
+def test_hub_names_go_to_datasets_with_their_split(monkeypatch):
+    asked = []
+
+    def fake(name, split):
+        asked.append((name, split))
+        return Dataset.from_list([{"update": "Where is Rome?", "ans": "Italy", "loc": None}])
+
+    monkeypatch.setattr(records, "load_dataset", fake)
+    found = load_records("some-org/wiki_big.edit", "wikibigedit", split="test")
+    assert asked == [("some-org/wiki_big.edit", "test")]
+    assert found.edits == (Edit("wikibigedit-1", "Where is Rome?", "Italy"),)
+
+
+def test_a_hub_failure_is_one_line_with_the_cause(monkeypatch):
+    def fail(name, split):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(records, "load_dataset", fail)
+    with pytest.raises(
+        RepairError, match=r"^some/set: .*\(split 'dev'\) could not be loaded: no route; check"
+    ) as caught:
+        load_records("some/set", split="dev")
+    assert isinstance(caught.value.__cause__, ConnectionError)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"format": "jsnl"}, "did you mean 'jsonl'"),
+        ({"max_edits": 0}, "max_edits must be 1 or more, or null for all, got 0"),
+        ({"on_bad_record": "ignore"}, "on_bad_record must be 'stop' or 'skip', got 'ignore'"),
+    ],
+)
+def test_bad_settings(jsonl, options, message):
+    with pytest.raises(ConfigError, match=message):
+        load_records(jsonl(ROME), **options)
+
+
+def test_record_errors_survive_the_way_between_processes():
+    error = RecordError.at("e.jsonl", 3, FieldError("target", "is empty", "fill it"), more=2)
+    again = pickle.loads(pickle.dumps(error))
+    assert (
+        str(again)
+        == str(error)
+        == "e.jsonl, record 3, field 'target': is empty; fill it (and 2 more bad records in this file)"
+    )
+    assert (again.file, again.record, again.field, again.more) == ("e.jsonl", 3, "target", 2)
+    assert str(pickle.loads(pickle.dumps(FieldError("a", "b", "c")))) == "field 'a': b; c"
+
+
+# -- irrelevant prompts ----------------------------------------------------------------------------------------------
+
+
+def test_irrelevant_prompts_get_their_prefix(jsonl):
+    path = jsonl({"question": " who ", "answer": ["x"]}, {"prompt": "b"}, {"prompt": "edit", "locality_prompt": "c"})
+    assert load_irrelevant(path, "nq question: ") == ("nq question: who", "nq question: b", "nq question: c")
+    assert load_irrelevant(path) == ("who", "b", "c")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"q": "x"}, "record 2, field 'question': is missing; give a prompt"),
+        ({"question": ""}, "record 2, field 'question': is empty"),
+        ({"prompt": 3}, "record 2, field 'prompt': is a number, not a text"),
+        (3, "record 2: is a number, not an object"),
+        ("{", r"record 2: is not valid JSON \(line 2, "),
+    ],
+)
+def test_bad_irrelevant_records(jsonl, row, message):
+    with pytest.raises(RecordError, match=message + r".*\(and 1 more bad record in this file\)"):
+        load_irrelevant(jsonl({"question": "a"}, row, "null"))
+
+
+# -- lengths ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One token per word."""
+    model = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>")
+
+
+def test_lengths_count_prompt_target_and_end(tokenizer):
+    """3 words + 1 word + EOS = 5 tokens."""
+    edits = [Edit("a", "where is rome", "italy"), Edit("b", "where is", "italy")]
+    assert check_lengths(edits, tokenizer, 5) == {}
+    assert list(check_lengths(edits, tokenizer, 4)) == ["a"]
+    message = check_lengths(edits, tokenizer, 4)["a"]
+    assert message.startswith("edit 'a', field 'prompt and target': is 5 tokens long, at most 4 fit; ")
+    assert check_lengths([], tokenizer, 4) == {}
+
+
+@pytest.mark.parametrize(
+    ("edit", "field"),
+    [
+        (Edit("a", "x", "y", rephrases=("1 2", "1 2 3 4")), "rephrases[1] and target"),
+        (Edit("a", "x", "y", locality=(Probe("1 2 3", "4 5"),)), "locality[0]"),
+        (Edit("a", "x", "y", near=(Probe("1 2 3 4 5"),)), "near[0]"),
+    ],
+)
+def test_lengths_cover_every_text_the_model_reads(tokenizer, edit, field):
+    assert f"field '{field}': is 6 tokens" in check_lengths([edit], tokenizer, 5)["a"]
+    assert check_lengths([edit], tokenizer, 6) == {}
+
+
+# -- anything at all -------------------------------------------------------------------------------------------------
+
+NAMES = sorted({name for entry in FORMATS.values() for name in entry.fields})
+
+
+def objects(values):
+    return st.dictionaries(st.sampled_from(["prompt", "answer", "str", "target_new", "subject"]), values, max_size=3)
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | objects(inner), max_leaves=5)
+TEXTS = st.sampled_from(["a", "b", " a ", "", "\ud800", "{}"])
+
+
+def rows_of(name: str):
+    """Records of a format, most of them good, with some fields replaced or added; sometimes anything."""
+    good = st.fixed_dictionaries({field: st.sampled_from(["a", "b", " a "]) for field in FORMATS[name].required[0]})
+    changes = st.dictionaries(st.sampled_from(sorted(FORMATS[name].fields)), TEXTS | VALUES, max_size=2)
+    extras = st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=1)
+    return st.builds(lambda *parts: {k: v for part in parts for k, v in part.items()}, good, changes, extras) | VALUES
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("on_bad_record", ["stop", "skip"])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_malformed_records_give_edits_or_one_clear_error(tmp_path_factory, name, on_bad_record, data):
+    rows = data.draw(st.lists(rows_of(name), min_size=1, max_size=4))
+    path = tmp_path_factory.getbasetemp() / f"any-{name}.jsonl"
+    lines(path, *(json.dumps(row) for row in rows))
+    found, error = None, ""
+    try:
+        found = load_records(path, name, on_bad_record=on_bad_record)
+    except RecordError as caught:
+        error = str(caught)
+    if found is None:
+        assert error.startswith(str(path))
+        assert error.splitlines() == [error]
+        return
+    ids = [edit.id for edit in found.edits]
+    assert 0 < len(ids) == len(set(ids)) == len({edit.prompt for edit in found.edits})
+    assert all(
+        edit.prompt == edit.prompt.strip() != "" and edit.target == edit.target.strip() != "" for edit in found.edits
+    )
+    assert set(found.superseded.values()) <= set(ids)
+    source = len(json.loads(path.read_text())) if len(rows) == 1 and isinstance(rows[0], list) else len(rows)
+    assert len(ids) + len(found.bad) + len(found.superseded) + len(found.duplicates) == source
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
+@settings(max_examples=100, deadline=None)
+@given(content=st.binary(max_size=60) | st.text('[]{}",:\n\r aé0\u2028', max_size=40).map(str.encode))
+def test_any_bytes_give_an_error_of_ours(tmp_path_factory, suffix, content):
+    """No such short file holds prompt and target, so all must be refused, in one line that names the file."""
+    path = tmp_path_factory.getbasetemp() / f"any{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(RecordError) as caught:
+        load_records(path, on_bad_record="skip")
+    assert str(caught.value).startswith(str(path))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+# -- the real sets ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "edits", "superseded", "near"),
+    [
+        ("zsre/zsre_mend_edit.json", "zsre", 1037, 0, 0),
+        ("counterfact/counterfact_edit_3k.json", "counterfact", 2992, 8, 1),
+        ("hallucination/hallucination-edit.json", "hallucination", 600, 0, 0),
+        ("temporal/temporal-edit.json", "temporal", 75, 0, 0),
+    ],
+)
+def test_real_sets(path, name, edits, superseded, near):
+    found = load_records(real(path), name)
+    assert (len(found), len(found.superseded), found.bad, found.duplicates) == (edits, superseded, (), ())
+    assert all(len(edit.locality) == 1 and len(edit.near) == near for edit in found.edits)
+
+
+def test_the_first_thousand_of_zsre():
+    found = load_records(real("zsre/zsre_mend_edit.json"), "zsre", max_edits=1000)
+    assert [found.edits[i].id for i in (0, 999)] == ["zsre-1", "zsre-1000"]
+    first = found.edits[0]
+    assert (first.prompt, first.target) == ("When was the inception of IAAF Combined Events Challenge?", "2006")
+    assert first.locality[0].prompt.startswith("nq question: what is the name of the last episode")
+
+
+def test_real_irrelevant_prompts():
+    prompts = load_irrelevant(real("nq/nq_open_dev.jsonl"), "nq question: ")
+    assert len(prompts) == 3610
+    assert prompts[0] == "nq question: when was the last time anyone was on the moon"
+    assert len(load_irrelevant(real("probes/entity_questions_probes.json"))) == 1440
+    assert load_irrelevant(real("hallucination/hallucination-train.json"))[0].startswith("Academic Coach")

@@ -1,0 +1,30 @@
+"""Run an edit stream: `python train.py --config NAME_OR_PATH [--model.base DIR] [--data.path FILE] ...`."""
+
+import time
+from pathlib import Path
+
+from callbacks import ErrorSampleMonitor, LossAwareTiesMerge, PruneAndRetrigger, Scoreboard, StreamProgress
+from repair_lightning.cli import EditCLI, finish, guarded
+
+CALLBACKS = {
+    "monitor": ErrorSampleMonitor,
+    "feedback": PruneAndRetrigger,
+    "scoreboard": Scoreboard,
+    "merge": LossAwareTiesMerge,
+    "progress": StreamProgress,
+}
+
+
+def main() -> None:
+    """Load, edit, score, and write everything to the run directory."""
+    cli = EditCLI(CALLBACKS, configs=[Path(__file__).parent / "configs"])
+    cli.datamodule.setup()  # every record is checked before the base is loaded
+    cli.model.load()
+    cli.datamodule.check_fit(cli.model.tokenizer, cli.model.max_tokens)
+    cli.loaded = time.perf_counter()
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    finish(cli, *(cli.callback(kind) for kind in (Scoreboard, PruneAndRetrigger, LossAwareTiesMerge)))
+
+
+if __name__ == "__main__":
+    guarded(main)
