@@ -1,8 +1,8 @@
 """Prune the worst shard and write its edits anew.
 
-REPAIR (arXiv 2510.01879), Sec. 2.4 and RETRIGGER of Alg. 4. Deviations: the error rate is failed over evaluated among the
-edits that a shard owns; with a pruned shard **every** edit it owned is requeued, the right ones included; what fails too
-often is quarantined and reported, never dropped.
+REPAIR (arXiv 2510.01879), Sec. 2.4 and RETRIGGER of Alg. 4. Deviations: the error rate is failed over evaluated among
+the edits that a shard owns; with a pruned shard **every** edit it owned is requeued, the right ones included; what
+fails too often is quarantined and reported, never dropped.
 """
 
 from __future__ import annotations
@@ -90,11 +90,13 @@ class PruneAndRetrigger(pl.Callback):
 
     def give_up(self, ledger: Ledger, editor: Any) -> None:
         """Quarantine what has had all its attempts; the base answers its prompts again."""
-        for id in spent(ledger, self.max_attempts):
-            reason = f"still wrong after {ledger.entry(id).attempts} attempts"
-            log.warning("edit %s is quarantined: %s", id, reason)
-            ledger.quarantine([id], reason)
-            editor.forget([id])
+        ids = spent(ledger, self.max_attempts)
+        if not ids:
+            return
+        for id in ids:
+            ledger.quarantine([id], f"still wrong after {ledger.entry(id).attempts} attempts")
+        editor.forget(ids)
+        log.warning("%d edits are quarantined, still wrong after %d attempts: %s", len(ids), self.max_attempts, ids[:5])
 
     def prune(self, shard: int | None, reason: str, ledger: Ledger, editor: Any) -> None:
         """Empty a shard and requeue all it owned, with the failed edits of the other shards."""

@@ -37,9 +37,7 @@ class Scoreboard(pl.Callback):
         edit_seconds: of fitting without the scoring.
     """
 
-    def __init__(
-        self, live: int = 16, batch_size: int = 64, max_new_tokens: int | None = None, seed: int = 0
-    ) -> None:
+    def __init__(self, live: int = 16, batch_size: int = 64, max_new_tokens: int | None = None, seed: int = 0) -> None:
         self.live, self.batch_size, self.max_new_tokens, self.seed = live, batch_size, max_new_tokens, seed
         self.results: dict[str, Result] = {}
         self.oracle: dict[str, dict[str, float | None]] | None = None

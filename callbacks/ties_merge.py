@@ -1,8 +1,9 @@
 """Fuse shards with a loss-aware TIES merge, if that costs nothing that matters.
 
-REPAIR (arXiv 2510.01879), Sec. 2.5 and LOSSAWARETIESMERGE of Alg. 4. Deviations: weights are renormalised over the shards
-that contribute at a coordinate (`normalize: global` is the literal rule); the merge is measured before it counts and
-undone where it costs more than `max_op_drop`; the fused shard stays routed by default (`target: main` writes it into W_v).
+REPAIR (arXiv 2510.01879), Sec. 2.5 and LOSSAWARETIESMERGE of Alg. 4. Deviations: weights are renormalised over the
+shards that contribute at a coordinate (`normalize: global` is the literal rule); the merge is measured before it
+counts and undone where it costs more than `max_op_drop`; the fused shard stays routed by default (`target: main`
+writes it into W_v).
 """
 
 from __future__ import annotations

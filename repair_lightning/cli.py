@@ -65,7 +65,7 @@ class EditCLI(LightningCLI):
     """
 
     def __init__(self, callbacks: Mapping[str, type[pl.Callback]], configs: Sequence[Path]) -> None:
-        self.started = time.perf_counter()
+        self.started = self.loaded = time.perf_counter()
         self.forced = callbacks
         sys.argv[1:], self.config_files = resolve_configs(sys.argv[1:], configs)
         super().__init__(

@@ -1,6 +1,6 @@
 """The pack: an edited model's side memory as `repair_config.json`, `side_memory.safetensors` and the ledger.
 
-Loading one reads JSON and safetensors only and never runs code. Shards with a mask are stored as their open coordinates.
+Loading one reads JSON and safetensors only and never runs code. Of a masked shard only the open coordinates are stored.
 """
 
 from __future__ import annotations
@@ -98,7 +98,9 @@ def read_pack(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         config = json.loads((folder / CONFIG_FILE).read_text())
         tensors = load_file(folder / WEIGHTS_FILE)
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, OSError) as error:
-        raise RepairError(f"pack '{folder}' is damaged: {str(error).splitlines()[0]}; restore it from a copy") from error
+        raise RepairError(
+            f"pack '{folder}' is damaged: {str(error).splitlines()[0]}; restore it from a copy"
+        ) from error
     version = config.get("format_version") if isinstance(config, dict) else None
     if version != FORMAT_VERSION:
         raise RepairError(f"pack '{folder}' has format version {version}; this release reads {FORMAT_VERSION}")
@@ -126,7 +128,7 @@ def load_edited(
     of_router = {key[len("router.") :]: value for key, value in tensors.items() if key.startswith("router.")}
     router.load_state_dict(config["router"]["state"] | of_router)
     if isinstance(router, KeyRouter):
-        router.bind(loaded.model.get_input_embeddings().weight.detach())
+        router.bind(loaded.embeddings)
     model = EditedModel(loaded.model, loaded.tokenizer, memory.to(loaded.model.device), router, config["layer"])
     return model.eval(), loaded.tokenizer
 

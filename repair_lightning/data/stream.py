@@ -1,7 +1,7 @@
 """The stream of edits as a LightningDataModule: an epoch is a window, its batches are homogeneous clusters.
 
-Each window's worklist is sized and holds the arrivals, the residual pool and what the closed loop requeued; nothing of the
-future is looked at. Everything waits in the ledger, so nothing is lost between windows.
+Each window's worklist is sized and holds the arrivals, the residual pool and what the closed loop requeued; nothing
+of the future is looked at. Everything waits in the ledger, so nothing is lost between windows.
 """
 
 from __future__ import annotations
@@ -19,15 +19,12 @@ from repair_lightning.data.records import RecordSet, check_lengths, load_irrelev
 from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.models.sampling import own_texts
 from repair_lightning.types import Edit, EditBatch
-from repair_lightning.world import edits_path, irrelevant_path
+from repair_lightning.world import WORLD, edits_path, irrelevant_path
 
 if TYPE_CHECKING:
     from repair_lightning.editors.base import Editor
 
 log = logging.getLogger(__name__)
-
-WORLD = "world"
-"""The value of `path` and `irrelevant` that stands for the embedded world's files."""
 
 
 class EditStream(pl.LightningDataModule):

@@ -38,7 +38,7 @@ class Editor(pl.LightningModule):
 
     Args:
         base: folder or hub name of a Hugging Face causal LM.
-        layer: the edited layer, `published`, or None for the default of `resolve_layer`.
+        layer: the edited layer, or None for the default of `resolve_layer`.
         precision: of the base: `auto`, `float32`, `bfloat16` or `float16`. Shards are float32.
         trust_remote_code: let the base's repository run its own code.
         cache_mib: memory for the prefix cache, in MiB.
@@ -56,7 +56,7 @@ class Editor(pl.LightningModule):
     def __init__(
         self,
         base: str = "",
-        layer: int | str | None = None,
+        layer: int | None = None,
         precision: str = "auto",
         trust_remote_code: bool = False,
         cache_mib: int = 2048,
@@ -135,7 +135,8 @@ class Editor(pl.LightningModule):
         """Take in irrelevant prompts: `background` for losses and centring, `held_out` for thresholds."""
         self.background = self.query_of([self.encode_prompt(text) for text in background], background)
         self.held_out = self.query_of([self.encode_prompt(text) for text in held_out], held_out)
-        self.router.fit(self.background, self.edited.base.get_input_embeddings().weight.detach())
+        assert self.base is not None
+        self.router.fit(self.background, self.base.embeddings)
 
     @abstractmethod
     def write(self, batch: EditBatch) -> list[EditReport]:
@@ -166,9 +167,7 @@ class Editor(pl.LightningModule):
     def in_context(self, edits: Sequence[Edit]) -> list[Edit]:
         """The edits asked behind a context that the base wrote itself: a stand-in for other words."""
         contexts = own_texts(self.edited.base, self.tokenizer, max(1, min(len(edits), 16)), length=8)
-        return [
-            replace(edit, prompt=f"{contexts[i % len(contexts)]}. {edit.prompt}") for i, edit in enumerate(edits)
-        ]
+        return [replace(edit, prompt=f"{contexts[i % len(contexts)]}. {edit.prompt}") for i, edit in enumerate(edits)]
 
     def kept_by_base(self) -> float:
         """Share of the held-out irrelevant prompts that no memory answers."""
@@ -240,7 +239,7 @@ class Editor(pl.LightningModule):
         if self.trainer.datamodule.exhausted:  # type: ignore[attr-defined]
             self.trainer.should_stop = True
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Everything but the base's weights."""
         state = super().state_dict(*args, **kwargs)
         return {key: value for key, value in state.items() if not key.startswith("edited.base.")}

@@ -1,7 +1,7 @@
 """REPAIR: side-memory shards, homogeneous batches, distillation, a closed loop and a loss-aware merge.
 
-Paper: "REPAIR: Robust Editing via Progressive Adaptive Intervention and Reintegration", arXiv 2510.01879, Sec. 2, Alg. 1-4.
-WISE (arXiv 2405.14768) is the special case of one shard at a time, batches of one and no feedback.
+Paper: "REPAIR: Robust Editing via Progressive Adaptive Intervention and Reintegration", arXiv 2510.01879, Sec. 2,
+Alg. 1-4. WISE (arXiv 2405.14768) is the special case of one shard at a time, batches of one and no feedback.
 
 Our deviations, each a switch:
   * routing by key is the default, the paper's activation score is `routing.router=activation`;
@@ -14,6 +14,7 @@ Our deviations, each a switch:
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,8 +36,8 @@ from repair_lightning.functional import (
     target_margin,
 )
 from repair_lightning.functional.routing import Pool
-from repair_lightning.memory.query import Query
-from repair_lightning.memory.routers import Router, make_router
+from repair_lightning.memory.query import Query, canonical_ids
+from repair_lightning.memory.routers import Anchor, Neighbours, Router, make_router
 from repair_lightning.memory.side_memory import Shard, SideMemory
 from repair_lightning.models.prefix import pad_left, stack_left
 from repair_lightning.models.sampling import own_texts
@@ -54,7 +55,10 @@ class Routing:
         pool: `last`, `mean` or `max` over the prompt's tokens, for activation scores.
         act_ratio: the paper's threshold rule; None calibrates on held-out irrelevant prompts.
         false_fire_rate: share of irrelevant prompts that a calibrated threshold lets fire.
-        caution: how far a key's radius lies above its nearest known negative, 0 to 1.
+        caution: how far a key's radius lies above its nearest known negative, 0 to 1, where the subject is known.
+        caution_unnamed: the same where it is not.
+        relation_caution: how much more alike than its made-up neighbours a prompt must be, 0 to 1.
+        neighbours: made-up neighbours per edit (its subject in other edits' words); 0 leaves that check out.
         state_weight: weight of the last hidden state in the key.
         weight: lambda_a, the routing loss's weight; 0 leaves it out.
         margins: (g1, g2, g) of Eq. 7.
@@ -66,7 +70,10 @@ class Routing:
     pool: Pool = "last"
     act_ratio: float | None = None
     false_fire_rate: float = 0.01
-    caution: float = 0.2
+    caution: float = 0.6
+    caution_unnamed: float = 0.2
+    relation_caution: float = 0.15
+    neighbours: int = 8
     state_weight: float = 0.5
     weight: float = 0.0
     margins: tuple[float, float, float] = (0.1, 1.0, 0.5)
@@ -93,7 +100,7 @@ class Writing:
     """
 
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    lr: float = 0.005
+    lr: float = 0.03
     steps: int = 150
     stop_margin: float | None = 2.0
     check_every: int = 10
@@ -152,7 +159,7 @@ class Repair(Editor):
 
     Args:
         base: folder or hub name of a Hugging Face causal LM.
-        layer: the edited layer; None for the last one, `published` for the paper's.
+        layer: the edited layer; None for the default of `resolve_layer`.
         precision: of the base.
         trust_remote_code: let the base's repository run its own code.
         cache_mib: memory for the prefix cache, in MiB.
@@ -168,7 +175,7 @@ class Repair(Editor):
     def __init__(
         self,
         base: str = "",
-        layer: int | str | None = None,
+        layer: int | None = None,
         precision: str = "auto",
         trust_remote_code: bool = False,
         cache_mib: int = 2048,
@@ -207,7 +214,8 @@ class Repair(Editor):
         """The router that `routing` names, with the options that it takes."""
         options = self.routing
         scoring = {"pool": options.pool, "act_ratio": options.act_ratio, "false_fire_rate": options.false_fire_rate}
-        keys = {"caution": options.caution, "state_weight": options.state_weight}
+        names = ("caution", "caution_unnamed", "relation_caution", "state_weight")
+        keys = {name: getattr(options, name) for name in names}
         by_name: dict[str, dict[str, Any]] = {"activation": scoring, "key": keys, "hybrid": scoring | keys}
         return make_router(options.router, **by_name.get(options.router, {}))
 
@@ -220,7 +228,7 @@ class Repair(Editor):
         super().prepare(background, held_out)
         value = self.edited.split.value
         with self.edited.forced(None), torch.no_grad():
-            last = _last_activations(self.background)
+            last = self.background.at_last().activations
             self.unit = float(value(last).float().norm(dim=-1).mean())
         number = self.writing.contexts
         model = self.edited.base
@@ -240,7 +248,7 @@ class Repair(Editor):
         if not all(math.isfinite(value) for value in [*loss, *kd]):
             module.delta.data.copy_(before)
             reason = f"the loss was not finite after {steps} steps: rolled back"
-            return [EditReport(id, shard, *values, steps, error=reason) for id, *values in zip(batch.ids, loss, kd, strict=True)]
+            return [EditReport(id, shard, loss[i], kd[i], steps, error=reason) for i, id in enumerate(batch.ids)]
         residual = [len(batch.edits) > 1 and self._inconsistent(value) for value in kd]
         self._register(batch, [not leaves for leaves in residual], shard, rows.prompts)
         return [EditReport(id, shard, loss[i], kd[i], steps, residual[i]) for i, id in enumerate(batch.ids)]
@@ -252,7 +260,9 @@ class Repair(Editor):
         """
         owned = self.ledger.sizes()
         load = {shard: owned.get(shard, 0) for shard in self.memory.ids}
-        room = [shard for shard in load if load[shard] + len(batch.edits) <= max(self.writing.capacity, len(batch.edits))]
+        room = [
+            shard for shard in load if load[shard] + len(batch.edits) <= max(self.writing.capacity, len(batch.edits))
+        ]
         if not room:
             shard = self.memory.open_shard()
             self._initialise(self.memory[shard])
@@ -264,7 +274,7 @@ class Repair(Editor):
 
     def _initialise(self, module: Shard) -> None:
         if self.writing.init_scale:
-            scale = self.writing.init_scale * float(self.edited.split.value.weight.float().std())  # type: ignore[union-attr]
+            scale = self.writing.init_scale * float(self._value_weight.float().std())
             noise = torch.randn(module.delta.shape, generator=self._generator(module.generation)) * scale
             module.delta.data.copy_(noise if module.open is None else noise.to(module.open.device) * module.open)
 
@@ -390,13 +400,32 @@ class Repair(Editor):
         kept = [edit for edit, keep in zip(batch.edits, stays, strict=True) if keep]
         if kept:
             anchors = [self._anchor(edit) for edit in kept]
-            self.router.add([edit.id for edit in kept], anchors, prompts.rows(torch.tensor(stays)), [shard] * len(kept))
+            query = prompts.rows(torch.tensor(stays))
+            self.router.add([edit.id for edit in kept], anchors, query, [shard] * len(kept), self._neighbours(kept))
 
-    def _anchor(self, edit: Edit) -> list[int]:
-        """The tokens that name what an edit is about: its subject where the prompt holds it, else the whole prompt."""
-        prompt, subject = edit.prompt.casefold(), (edit.subject or "").strip().casefold()
-        text = subject if subject and subject in prompt else prompt.strip()
-        return list(dict.fromkeys(self.tokenizer(" " + text, add_special_tokens=False)["input_ids"]))
+    def _anchor(self, edit: Edit) -> Anchor:
+        """What names the edit: its subject where the prompt holds it, else the whole prompt."""
+        named = _holds_subject(edit)
+        tokens = canonical_ids(self.tokenizer, [edit.subject if named and edit.subject else edit.prompt])[0].tolist()
+        return Anchor(tuple(dict.fromkeys(tokens)), named)
+
+    def _neighbours(self, edits: Sequence[Edit]) -> Neighbours | None:
+        """Each edit's subject in the words of other edits that have arrived."""
+        arrived = [edit for edit in map(self.ledger.edit, self.ledger) if _holds_subject(edit)]
+        texts: list[str] = []
+        of: list[int] = []
+        for i, edit in enumerate(edits):
+            if not _holds_subject(edit):
+                continue
+            draw = random.Random(f"{self.seed}/{edit.id}").sample(arrived, min(self.routing.neighbours, len(arrived)))
+            made = [other.prompt.replace(str(other.subject), str(edit.subject)) for other in draw]
+            made = [text for text in made if text != edit.prompt]
+            texts += made
+            of += [i] * len(made)
+        if not texts:
+            return None
+        parts = [self.edited.query(texts[at : at + 64]).at_last() for at in range(0, len(texts), 64)]
+        return Neighbours(Query.join(parts), torch.tensor(of))
 
     def finish_window(self) -> None:
         """Calibrate the router on what the shards own and on held-out irrelevant prompts."""
@@ -431,11 +460,10 @@ class Repair(Editor):
         self.router.reassign(shards, fused)
         return fused
 
-
     def fold(self, shard: int) -> None:
         """Write a shard into the base's W_v; it needs no router then, and the bank is empty."""
         delta = self.memory[shard].delta.detach()
-        self._folded = (self.edited.split.value.weight.detach().clone(), self.memory.snapshot())
+        self._folded = (self._value_weight.detach().clone(), self.memory.snapshot())
         self._add_to_base(delta)
         self.memory.restore(({}, self.memory.next_id))
         self.base_changed = True
@@ -443,16 +471,19 @@ class Repair(Editor):
     def unfold(self) -> None:
         """Take the last :meth:`fold` back, bit by bit."""
         weight, snapshot = self._folded
-        self.edited.split.value.weight.data.copy_(weight)  # type: ignore[union-attr]
+        self._value_weight.data.copy_(weight)
         self.memory.restore(snapshot)
         self.base_changed = False
 
+    @property
+    def _value_weight(self) -> Tensor:
+        return self.edited.split.value.weight  # type: ignore[return-value]
+
     def _add_to_base(self, delta: Tensor) -> None:
-        weight: Tensor = self.edited.split.value.weight  # type: ignore[assignment]
+        weight = self._value_weight
         oriented = delta if weight.shape == delta.shape and not hasattr(self.edited.split.value, "nf") else delta.T
         weight.data.copy_((weight.data.float() + oriented.to(weight.device)).to(weight.dtype))
 
 
-def _last_activations(query: Query) -> Tensor:
-    steps = torch.arange(query.mask.shape[1], device=query.mask.device)
-    return query.activations[torch.arange(len(query), device=query.mask.device), (query.mask * steps).argmax(-1)]
+def _holds_subject(edit: Edit) -> bool:
+    return bool(edit.subject) and str(edit.subject) in edit.prompt

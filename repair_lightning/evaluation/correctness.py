@@ -34,9 +34,7 @@ def correctness(
     if protocol == AUTOREGRESSIVE:
         # Two tokens past the target are enough to see that an answer does not stop where it should.
         said = protocols.answers(editor.edited, prompts, chosen, [len(row.target) + 2 for row in encoded])
-        scores = [
-            float(protocols.normalise(a) == protocols.normalise(b)) for a, b in zip(said, targets, strict=True)
-        ]
+        scores = [float(protocols.normalise(a) == protocols.normalise(b)) for a, b in zip(said, targets, strict=True)]
     else:
         tokens = protocols.forced_tokens(editor.edited, prompts, targets, chosen)
         scores = [protocols.token_share(a, row.target) for a, row in zip(tokens, encoded, strict=True)]

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 from repair_lightning.data.records import load_records
-from repair_lightning.data.stream import WORLD
 from repair_lightning.evaluation.scoring import Scorer, oracle_choice
 from repair_lightning.packs import load_edited, load_ledger, read_pack
 from repair_lightning.types import BASE, Edit
-from repair_lightning.world import edits_path
+from repair_lightning.world import WORLD, edits_path
 
 
 def evaluate_pack(

@@ -36,9 +36,7 @@ class EditScores(Metric):
 
     def compute(self) -> dict[str, float | None]:  # type: ignore[override]
         """The means so far."""
-        means = {
-            kind: float(self.total[i] / self.count[i]) if self.count[i] else None for i, kind in enumerate(KINDS)
-        }
+        means = {kind: float(self.total[i] / self.count[i]) if self.count[i] else None for i, kind in enumerate(KINDS)}
         return means | {"op": overall_performance(means["rel"], means["gen"], means["loc"])}
 
 

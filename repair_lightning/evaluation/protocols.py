@@ -43,7 +43,11 @@ def _sorted_batches(keys: Sequence[int], batch_size: int) -> Iterator[list[int]]
 
 @torch.no_grad()
 def answers(
-    model: EditedModel, prompts: Sequence[str], memory: Tensor, max_new_tokens: int | Sequence[int], batch_size: int = 64
+    model: EditedModel,
+    prompts: Sequence[str],
+    memory: Tensor,
+    max_new_tokens: int | Sequence[int],
+    batch_size: int = 64,
 ) -> list[str]:
     """Greedy answers to prompts, each by the memory that was chosen for it, until the model itself stops.
 

@@ -83,7 +83,9 @@ def print_report(metrics: Mapping[str, Any], run_dir: Path | None, console: Cons
     console.print(score_table(metrics, f"{metrics['n_edits']} edits of {base}"))
     console.print(routing_table(metrics["routing"]))
     if "perplexity" in metrics:
-        console.print("Perplexity of the targets: " + ", ".join(f"{k} {v:.2f}" for k, v in metrics["perplexity"].items()))
+        console.print(
+            "Perplexity of the targets: " + ", ".join(f"{k} {v:.2f}" for k, v in metrics["perplexity"].items())
+        )
     if run_dir is None:
         return
     loop, merge, seconds = metrics["closed_loop"], metrics["merge"], metrics["seconds"]

@@ -24,7 +24,8 @@ from repair_lightning.types import BASE, Edit
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One prompt of an edit: `kind` is `edit`, `rephrase`, `locality` or `near`; `expected` is the data set's answer."""
+    """One prompt of an edit: `kind` is `edit`, `rephrase`, `locality` or `near`; `expected` is the data set's
+    answer."""
 
     edit: str
     kind: str

@@ -1,9 +1,9 @@
 """Lexical anchors for the key router: how much of what an edit is about occurs in a prompt.
 
-Not in the paper, whose router scores activations alone. An edit's anchor is the set of tokens that names what it is about:
-those of its subject where the record gives one, else those of its prompt. Tokens weigh by their squared inverse document
-frequency, so the words that all prompts share count for little and a rare name for much. Coverage is asymmetric: a
-rephrase may add any number of other words.
+Not in the paper, whose router scores activations alone. An edit's anchor is the set of tokens that names what it is
+about: those of its subject where the record gives one, else those of its prompt. Tokens weigh by their squared
+inverse document frequency, so the words that all prompts share count for little and a rare name for much. Coverage is
+asymmetric: a rephrase may add any number of other words.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from repair_lightning.types import BASE, Route
 
@@ -34,13 +35,27 @@ class Query:
 
     def last_hidden(self) -> Tensor:
         """The hidden state (B, D) of each prompt's last token, float32."""
-        steps = torch.arange(self.mask.shape[1], device=self.mask.device)
-        last = (self.mask * steps).argmax(-1)
-        return self.hidden[torch.arange(len(self), device=last.device), last].float()
+        return self.at_last().hidden[:, 0].float()
 
     def rows(self, index: slice | Tensor) -> Query:
         """The query of some of its prompts."""
         return Query(self.words[index], self.mask[index], self.hidden[index], self.activations[index])
+
+    def at_last(self) -> Query:
+        """The query with the states of each prompt's last token alone (T = 1); its words stay whole."""
+        steps = torch.arange(self.mask.shape[1], device=self.mask.device)
+        last = (self.mask * steps).argmax(-1)
+        rows = torch.arange(len(self), device=last.device)
+        one = torch.ones(len(self), 1, dtype=torch.bool, device=last.device)
+        return Query(self.words, one, self.hidden[rows, last][:, None], self.activations[rows, last][:, None])
+
+    @classmethod
+    def join(cls, parts: Sequence[Query]) -> Query:
+        """Several batches of prompts with states of one width as one."""
+        width = max(part.words.shape[1] for part in parts)
+        words = torch.cat([pad(part.words, (0, width - part.words.shape[1]), value=-1) for part in parts])
+        states = [torch.cat([getattr(part, name) for part in parts]) for name in ("mask", "hidden", "activations")]
+        return cls(words, *states)
 
 
 def canonical_ids(tokenizer: Any, texts: Sequence[str]) -> Tensor:
@@ -56,7 +71,9 @@ def canonical_ids(tokenizer: Any, texts: Sequence[str]) -> Tensor:
 def pad_right(rows: Sequence[Sequence[int]]) -> Tensor:
     """Ragged rows of ids as one tensor (B, W), -1 past each row's end."""
     width = max((len(row) for row in rows), default=0)
-    return torch.tensor([[*row, *[-1] * (width - len(row))] for row in rows], dtype=torch.long).reshape(len(rows), width)
+    return torch.tensor([[*row, *[-1] * (width - len(row))] for row in rows], dtype=torch.long).reshape(
+        len(rows), width
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +94,10 @@ class Choice:
     @classmethod
     def join(cls, parts: Sequence[Choice]) -> Choice:
         """Several batches' choices as one."""
-        tensors = [torch.cat([getattr(part, name) for part in parts]) for name in ("memory", "score", "threshold")]
-        return cls(*tensors, nearest=tuple(name for part in parts for name in part.nearest))
+        memory, score, threshold = (
+            torch.cat([getattr(part, name) for part in parts]) for name in ("memory", "score", "threshold")
+        )
+        return cls(memory, score, threshold, tuple(name for part in parts for name in part.nearest))
 
     def routes(self) -> list[Route]:
         """The choice in words, a `Route` per prompt."""

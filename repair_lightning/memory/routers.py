@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import faiss
@@ -25,8 +26,28 @@ from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.types import BASE
 
 
+@dataclass(frozen=True, slots=True)
+class Anchor:
+    """The tokens that name what an edit is about, in canonical spelling; `named` where they are its subject's."""
+
+    tokens: tuple[int, ...]
+    named: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """Prompts made up as neighbours of edits: the edit's subject in other edits' words, so another relation of it.
+
+    `of` (N,) is the index of the edit that each prompt is a neighbour of.
+    """
+
+    prompts: Query
+    of: Tensor
+
+
 class Router(ABC):
-    """Decides which memory answers. The editor tells it of edits and shards; it never sees targets or scoring prompts."""
+    """Decides which memory answers. The editor tells it of edits and shards; it never sees targets or scoring
+    prompts."""
 
     name: ClassVar[str]
     needs_owned: ClassVar[bool] = True
@@ -36,9 +57,14 @@ class Router(ABC):
         """Learn what is common from irrelevant prompts, once, before the first edit. `embeddings` is (V, E)."""
 
     def add(  # noqa: B027 - routers without keys keep nothing per edit
-        self, ids: Sequence[str], anchors: Sequence[Sequence[int]], prompts: Query, shards: Sequence[int]
+        self,
+        ids: Sequence[str],
+        anchors: Sequence[Anchor],
+        prompts: Query,
+        shards: Sequence[int],
+        neighbours: Neighbours | None = None,
     ) -> None:
-        """Take in edits that were written: their ids, anchor tokens, prompts and shards; known ids are replaced."""
+        """Take in edits that were written: their ids, anchors, prompts and shards; known ids are replaced."""
 
     def forget(self, ids: Sequence[str]) -> None:  # noqa: B027
         """Drop edits by id; unknown ones are passed over."""
@@ -130,6 +156,9 @@ class ActivationRouter(Router):
         self.thresholds = {int(shard): limit for shard, limit in state["thresholds"].items()}
 
 
+_PER_EDIT = ("keys", "shards", "anchors", "prompts", "radii", "floors", "named")
+
+
 class KeyEncoder:
     """Prompts as unit vectors: what they are about (rare tokens' embeddings) beside what is asked (last hidden state).
 
@@ -175,24 +204,32 @@ class KeyRouter(Router):
 
     FAISS finds the nearest keys; among them an edit is eligible where its anchor's coverage by the prompt exceeds the
     edit's radius. The radius is calibrated per edit: above the coverage that irrelevant prompts and the other edits'
-    prompts (as neighbours) reach, by `caution` of the way to full coverage.
+    prompts (as neighbours) reach, by `caution` of the way to full coverage. Of one subject only the relation that was
+    edited is answered: the prompt's last state must be closer to the edit's than its made-up neighbours' are.
 
     Args:
         candidates: how many nearest keys are looked at.
-        caution: 0 puts the radius at the nearest known negative, 1 asks for full coverage.
+        caution: where between the nearest known negative (0) and full coverage (1) the radius lies, for edits whose
+            subject is known.
+        caution_unnamed: the same for edits whose subject is not: a rephrase covers less of a whole prompt.
+        relation_caution: where between the median of an edit's made-up neighbours (same subject, other relation) and 1
+            the floor of the last states' cosine lies.
         state_weight: weight of the last hidden state in the key, against the rare tokens' embeddings.
-        min_similarity: keys further than this cosine are never eligible.
     """
 
     name = "key"
     needs_owned = False
 
     def __init__(
-        self, candidates: int = 64, caution: float = 0.2, state_weight: float = 0.5, min_similarity: float = 0.0
+        self,
+        candidates: int = 64,
+        caution: float = 0.6,
+        caution_unnamed: float = 0.2,
+        relation_caution: float = 0.15,
+        state_weight: float = 0.5,
     ) -> None:
         self.candidates = candidates
-        self.caution = caution
-        self.min_similarity = min_similarity
+        self.caution, self.caution_unnamed, self.relation_caution = caution, caution_unnamed, relation_caution
         self.encoder = KeyEncoder(state_weight)
         self.ids: list[str] = []
         self.keys = torch.zeros(0, 0)
@@ -200,6 +237,8 @@ class KeyRouter(Router):
         self.anchors = torch.zeros(0, 0, dtype=torch.long)
         self.prompts = torch.zeros(0, 0, dtype=torch.long)
         self.radii = torch.zeros(0)
+        self.floors = torch.zeros(0)
+        self.named = torch.zeros(0, dtype=torch.bool)
         self.token_weights = torch.zeros(0)
         self._background_counts = torch.zeros(0)
         self._background_size = 0
@@ -207,8 +246,8 @@ class KeyRouter(Router):
 
     def options(self) -> dict[str, Any]:
         """As given to the constructor."""
-        own = {"candidates": self.candidates, "caution": self.caution, "min_similarity": self.min_similarity}
-        return own | {"state_weight": self.encoder.state_weight}
+        names = ("candidates", "caution", "caution_unnamed", "relation_caution")
+        return {name: getattr(self, name) for name in names} | {"state_weight": self.encoder.state_weight}
 
     def fit(self, background: Query, embeddings: Tensor) -> None:
         """What is common to all prompts, from irrelevant ones."""
@@ -217,7 +256,12 @@ class KeyRouter(Router):
         self._background_size = len(background)
 
     def add(
-        self, ids: Sequence[str], anchors: Sequence[Sequence[int]], prompts: Query, shards: Sequence[int]
+        self,
+        ids: Sequence[str],
+        anchors: Sequence[Anchor],
+        prompts: Query,
+        shards: Sequence[int],
+        neighbours: Neighbours | None = None,
     ) -> None:
         """Keys of the edits' own prompts. Radii follow with the next calibration; until then they ask for all."""
         self.forget(ids)
@@ -225,7 +269,9 @@ class KeyRouter(Router):
         keys = self.encoder(prompts)
         self.keys = torch.cat([self.keys.reshape(-1, keys.shape[1]), keys])
         self.shards = torch.cat([self.shards, torch.tensor(list(shards), dtype=torch.long)])
-        self.anchors = _stack_ragged(self.anchors, pad_right(anchors))
+        self.anchors = _stack_ragged(self.anchors, pad_right([anchor.tokens for anchor in anchors]))
+        self.named = torch.cat([self.named, torch.tensor([anchor.named for anchor in anchors])])
+        self.floors = torch.cat([self.floors, self._floors(keys, neighbours)])
         self.prompts = _stack_ragged(self.prompts, prompts.words)
         self.radii = torch.cat([self.radii, torch.full((len(ids),), 0.999)])
         self._index = None
@@ -237,7 +283,7 @@ class KeyRouter(Router):
         if len(keep) == len(self.ids):
             return
         self.ids = [name for name in self.ids if name not in gone]
-        for field in ("keys", "shards", "anchors", "prompts", "radii"):
+        for field in _PER_EDIT:
             setattr(self, field, getattr(self, field)[keep])
         self._index = None
 
@@ -255,16 +301,35 @@ class KeyRouter(Router):
         others = coverage_matrix(self.prompts, self.anchors, self.token_weights)
         about_the_same = others >= 0.999  # the edit's own prompt, and edits of the same subject: no negatives
         negatives = torch.maximum(negatives, others.masked_fill(about_the_same, 0).amax(0))
-        self.radii = negatives + self.caution * (1 - negatives)
+        caution = torch.where(self.named, self.caution, self.caution_unnamed)
+        self.radii = negatives + caution * (1 - negatives)
+
+    def _floors(self, keys: Tensor, neighbours: Neighbours | None) -> Tensor:
+        """How alike (cosine of the last states) a prompt must ask: beyond the median of the edit's own neighbours."""
+        floors = torch.full((len(keys),), -1.0)
+        if neighbours is None:
+            return floors
+        alike = self._state_similarity(self.encoder(neighbours.prompts), keys[neighbours.of])
+        for edit in neighbours.of.unique().tolist():
+            median = alike[neighbours.of == edit].median()
+            floors[edit] = median + self.relation_caution * (1 - median)
+        return floors
+
+    def _state_similarity(self, keys: Tensor, others: Tensor) -> Tensor:
+        weight = self.encoder.state_weight
+        size = len(self.encoder.centres[0])
+        return (keys[..., size:] * others[..., size:]).sum(-1) * (1 + weight**2) / max(weight**2, 1e-12)
 
     def route(self, query: Query, memory: SideMemory) -> Choice:
         """Nearest eligible edit's shard, else the base."""
         if not self.ids:
             return Choice.base(len(query))
-        similarity, found = self._search(self.encoder(query))
+        keys = self.encoder(query)
+        similarity, found = self._search(keys)
+        alike = self._state_similarity(keys[:, None], self.keys[found])
         covered = coverage(query.words, self.anchors[found], self.token_weights)
         radii = self.radii[found]
-        eligible = (covered > radii) & (similarity > self.min_similarity)
+        eligible = (covered > radii) & (alike >= self.floors[found])
         rank = covered + similarity + 4 * eligible
         best = rank.argmax(-1, keepdim=True)
         pick = found.gather(1, best)[:, 0]
@@ -283,18 +348,16 @@ class KeyRouter(Router):
         similarity, found = self._index.search(keys.numpy(), min(self.candidates, len(self.ids)))
         return torch.from_numpy(similarity), torch.from_numpy(found)
 
-    _TENSORS = ("keys", "shards", "anchors", "prompts", "radii", "token_weights")
-
     def state_dict(self) -> dict[str, Any]:
         """Keys, radii, anchors and what is known of the background; the base's embeddings are not copied."""
-        state: dict[str, Any] = {field: getattr(self, field).contiguous() for field in self._TENSORS}
+        state: dict[str, Any] = {field: getattr(self, field).contiguous() for field in (*_PER_EDIT, "token_weights")}
         state |= {"ids": list(self.ids), "background_size": self._background_size}
         state |= {"background_counts": self._background_counts, "encoder_weights": self.encoder.token_weights}
         return state | {"lexical_centre": self.encoder.centres[0], "state_centre": self.encoder.centres[1]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Accepts what :meth:`state_dict` gave; give the embeddings with :meth:`bind`."""
-        for field in self._TENSORS:
+        for field in (*_PER_EDIT, "token_weights"):
             setattr(self, field, state[field])
         self.ids = list(state["ids"])
         self._background_size = int(state["background_size"])

@@ -1,8 +1,8 @@
 """The bank of shards: trainable deltas of one FFN value matrix and the router that picks among them.
 
-REPAIR (arXiv 2510.01879), Sec. 2.2. A shard is stored as `delta = W'_i - W_v` in float32, in the layout (D, F) whatever
-the base's own storage order, and is applied to the value matrix's output: `y + A(x) delta^T`. Rows that no shard answers
-are not touched, so their bits stay the base's.
+REPAIR (arXiv 2510.01879), Sec. 2.2. A shard is stored as `delta = W'_i - W_v` in float32, in the layout (D, F)
+whatever the base's own storage order, and is applied to the value matrix's output: `y + A(x) delta^T`. Rows that no
+shard answers are not touched, so their bits stay the base's.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class SideMemory(nn.Module):
 
     def stacked(self, shards: Iterable[int] | None = None) -> Tensor:
         """The deltas (K, D, F) of the given shards, by default of all."""
-        chosen = [self[shard].delta for shard in (self.ids if shards is None else shards)]
+        chosen: list[Tensor] = [self[shard].delta for shard in (self.ids if shards is None else shards)]
         return torch.stack(chosen) if chosen else torch.zeros(0, *self.shape, device=self.device)
 
     def apply_rows(self, output: Tensor, activations: Tensor, choice: Tensor) -> Tensor:
@@ -139,7 +139,9 @@ class SideMemory(nn.Module):
     def _mask(self, shard: int, generation: int) -> Tensor | None:
         if self.mask_ratio == 1:
             return None
-        generator = torch.Generator().manual_seed(((self.seed * 1_000_003 + shard) * 1_000_003 + generation) % (1 << 63))
+        generator = torch.Generator().manual_seed(
+            ((self.seed * 1_000_003 + shard) * 1_000_003 + generation) % (1 << 63)
+        )
         return bernoulli_mask(self.shape, self.mask_ratio, generator)
 
     def _put(self, shard: int, module: Shard) -> None:

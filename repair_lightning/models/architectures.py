@@ -17,7 +17,8 @@ from torch import nn
 from repair_lightning.errors import ConfigError
 
 DEFAULT_DEPTH = 1.0
-"""The default layer as a fraction of the depth, 1.0 being the last layer (measured: see the README's table of layers)."""
+"""The default layer as a fraction of the depth, 1.0 being the last layer (measured: see the README's table of
+layers)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,25 +73,21 @@ def architecture_of(model: nn.Module) -> Architecture:
     return ARCHITECTURES[model_type]
 
 
-def resolve_layer(model: nn.Module, layer: int | str | None) -> int:
-    """The index of the layer to edit: a number (negative ones count from the end), `published`, or None for the default.
+def resolve_layer(model: nn.Module, layer: int | None) -> int:
+    """The index of the layer to edit; negative numbers count from the end.
 
-    The default is the last layer, which was measured to write best on small bases; `published` is the paper's layer for
-    a base of this architecture and depth.
+    None takes the paper's layer where it published one for a base of this architecture and depth, else `DEFAULT_DEPTH`
+    of the depth.
 
     Raises:
-        ConfigError: the layer does not exist, or the paper published none for this base.
+        ConfigError: the layer does not exist.
     """
     arch = architecture_of(model)
     depth = len(arch.decoder_layers(model))
     if layer is None:
-        return max(0, round(DEFAULT_DEPTH * depth) - 1)
-    if layer == "published":
-        if depth not in (arch.published or {}):
-            raise ConfigError(f"layer 'published': the paper names none for {depth} layers; give a number below {depth}")
-        return arch.published[depth]  # type: ignore[index]
-    if not isinstance(layer, int) or not -depth <= layer < depth:
-        raise ConfigError(f"layer must be a number in [{-depth}, {depth - 1}] or 'published', got {layer!r}")
+        return (arch.published or {}).get(depth, max(0, round(DEFAULT_DEPTH * depth) - 1))
+    if not -depth <= layer < depth:
+        raise ConfigError(f"layer must be in [{-depth}, {depth - 1}] for a base of {depth} layers, got {layer}")
     return layer % depth
 
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from repair_lightning.errors import ConfigError
 from repair_lightning.models.architectures import architecture_of
+from repair_lightning.world import WORLD, base_dir
 
 log = logging.getLogger(__name__)
 
@@ -32,18 +33,26 @@ class Base:
     sha256: str
     parameters: int
 
+    @property
+    def embeddings(self) -> torch.Tensor:
+        """The input embeddings (V, E)."""
+        return self.model.get_input_embeddings().weight.detach()  # type: ignore[operator,return-value]
+
 
 def load_base(name: str, precision: str = "auto", trust_remote_code: bool = False) -> Base:
     """Load and freeze a base.
 
     Args:
-        name: a local folder in Hugging Face format, or a hub name.
+        name: a local folder in Hugging Face format, a hub name, or `world` for the embedded base.
         precision: `float32`, `bfloat16`, `float16`, or `auto`: bfloat16 where a GPU is, float32 on a CPU.
         trust_remote_code: let the repository's own code run; off unless asked for.
 
     Raises:
         ConfigError: no such folder, an unknown precision, or an architecture that the table lacks.
     """
+    given = name
+    if name == WORLD:
+        name = str(base_dir())
     local = _is_local(name)
     options = {"local_files_only": local, "trust_remote_code": trust_remote_code}
     try:
@@ -53,7 +62,7 @@ def load_base(name: str, precision: str = "auto", trust_remote_code: bool = Fals
         raise ConfigError(f"base '{name}' cannot be loaded: {_first_line(error)}") from error
     architecture_of(model)
     model.requires_grad_(False).eval()
-    return Base(model, tokenizer, name, weights_hash(name, model), sum(p.numel() for p in model.parameters()))
+    return Base(model, tokenizer, given, weights_hash(name, model), sum(p.numel() for p in model.parameters()))
 
 
 def _first_line(error: Exception) -> str:

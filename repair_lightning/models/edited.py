@@ -1,8 +1,8 @@
 """A base with its side memory: called and asked to generate like any Hugging Face causal LM.
 
-Hooks on the base's own modules do the work, so its parameters, names and code stay as they are, and prompts that no shard
-answers get the base's own bits. The choice is made once per sequence, when its prompt is first seen, and held while the
-key-value cache grows.
+Hooks on the base's own modules do the work, so its parameters, names and code stay as they are, and prompts that no
+shard answers get the base's own bits. The choice is made once per sequence, when its prompt is first seen, and held
+while the key-value cache grows.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class EditedModel(nn.Module):
 
     @contextmanager
     def forced(self, choice: Choice | int | None) -> Iterator[None]:
-        """Inside, the base's own calls are answered by a given choice: one per row, one shard for all, None: the base."""
+        """Inside, a given choice answers the base's own calls: one per row, one shard for all, or None for the base."""
         if isinstance(choice, int):
             choice = _uniform(choice)
         with self._during(_Turn(choice=_uniform(BASE) if choice is None else choice)):

@@ -3,9 +3,9 @@
 Legend for shapes: B sequences, T tokens, D = d_model, F = d_ffn, V vocabulary.
 
 `capture` runs the model up to the edited layer's value matrix and stops there; `tail` runs the edited layer and those
-above it from a stored hidden state. The model's own code still builds masks, position embeddings, the final norm and the
-head, so both are exact on every architecture of the table: the lower layers are swapped for pass-through modules in the
-same slots, and a pre-hook feeds the stored state.
+above it from a stored hidden state. The model's own code still builds masks, position embeddings, the final norm and
+the head, so both are exact on every architecture of the table: the lower layers are swapped for pass-through modules
+in the same slots, and a pre-hook feeds the stored state.
 """
 
 from __future__ import annotations

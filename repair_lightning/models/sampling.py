@@ -1,4 +1,4 @@
-"""Texts that the base writes by itself: stand-ins for irrelevant prompts, and contexts to put before an edit's prompt."""
+"""Texts that the base writes by itself: stand-ins for irrelevant prompts, and contexts to put before a prompt."""
 
 from __future__ import annotations
 

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+WORLD = "world"
+"""Stands for the embedded base, edits or irrelevant prompts wherever a path or a hub name is asked for."""
+
 
 def world_dir() -> Path:
     """The folder that holds the shipped world."""

@@ -221,6 +221,7 @@ def save_base(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folde
     shutil.rmtree(fresh, ignore_errors=True)
     model.eval().to(torch.float16).save_pretrained(fresh)
     tokenizer.save_pretrained(fresh)
+    (fresh / "model.safetensors").chmod(0o644)  # safetensors writes files that only their owner may read
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
 

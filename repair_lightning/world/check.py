@@ -62,10 +62,9 @@ def generate(
     answers = []
     for start in range(0, len(prompts), batch_size):
         batch = tokenizer(list(prompts[start : start + batch_size]), return_tensors="pt", padding=True)
-        output = model.generate(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=8, do_sample=False
-        )
-        new = output[:, batch["input_ids"].shape[1] :]
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=8, do_sample=False)  # type: ignore
+        new = output[:, ids.shape[1] :]
         answers += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
     return answers
 

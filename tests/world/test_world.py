@@ -332,6 +332,11 @@ class TestCommandLine:
         lines = capsys.readouterr().out.splitlines()
         assert [line[:12].strip() for line in lines] == ["questions", "trained", "held out", "places", "irrelevant"]
 
+    def test_build_writes_everything_and_check_refuses_an_untrained_base(self, tmp_path: Path):
+        assert main(["build", "--out", str(tmp_path), "--epochs", "0"]) == 0
+        assert {path.name for path in tmp_path.iterdir()} == {"base", "edits.jsonl", "irrelevant.jsonl"}
+        assert main(["check", "--dir", str(tmp_path / "base"), "--sample", "20"]) == 1
+
     def test_a_command_is_needed(self, capsys: pytest.CaptureFixture[str]):
         with pytest.raises(SystemExit):
             main([])

@@ -1,0 +1,41 @@
+# make quickstart   install and run the main job on the embedded default
+# make test         install and run the tests
+# make check        ruff (lint, format) and mypy
+# make world        rebuild the embedded world and its base from their seed
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: quickstart test test-all check format world clean
+
+quickstart: $(INSTALLED)
+	$(BIN)/python train.py --config quickstart
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+world: $(INSTALLED)
+	$(BIN)/python -m repair_lightning.world build
+	$(BIN)/python -m repair_lightning.world check
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; make PYTHON=... names one")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info
