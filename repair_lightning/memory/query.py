@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from repair_lightning.types import BASE, Route
+
+
+_WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +65,11 @@ class Query:
 def canonical_ids(tokenizer: Any, texts: Sequence[str]) -> Tensor:
     """Texts as token ids (B, W) that do not depend on a word's case or place in the sentence; -1 past the end.
 
-    A byte-pair tokenizer spells a name differently at the start of a text and inside one, so texts are folded to one
-    case and led by a space before they are split.
+    A byte-pair tokenizer spells a name differently at the start of a text, inside one and before a question mark, so
+    texts are folded to one case and reduced to their words, each led by a space, before they are split.
     """
-    rows = [tokenizer(" " + text.strip().casefold(), add_special_tokens=False)["input_ids"] for text in texts]
-    return pad_right(rows)
+    plain = [" " + " ".join(_WORD.findall(text.casefold())) for text in texts]
+    return pad_right(tokenizer(plain, add_special_tokens=False)["input_ids"] if plain else [])
 
 
 def pad_right(rows: Sequence[Sequence[int]]) -> Tensor:
