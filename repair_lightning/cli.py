@@ -7,12 +7,14 @@ import platform
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -174,9 +176,19 @@ def collect_metrics(cli: EditCLI, board: Any, feedback: Any, merge: Any) -> dict
 
 def guarded(main: Callable[[], Any]) -> None:
     """Run a command; a mistake of the user's becomes one line and exit code 2."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    _quiet()
     try:
         main()
     except RepairError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _quiet() -> None:
+    """Leave the terminal to the run's own words: other libraries' progress bars, tips and known false alarms go."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "Found .* module.* in eval mode")  # the frozen base stays in it on purpose
+    warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")  # inside Lightning
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # a worklist of a few batches in memory

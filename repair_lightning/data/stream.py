@@ -97,13 +97,19 @@ class EditStream(pl.LightningDataModule):
         too_long = check_lengths(self.edits, tokenizer, max_tokens)
         if not too_long:
             return
-        if self.on_bad_record == "stop":
+        if self.on_bad_record == "stop" or len(too_long) == len(self.edits):
             raise RepairError(f"{self.path}: {next(iter(too_long.values()))} ({len(too_long)} such edits in all)")
         assert self.records is not None
-        kept = tuple(edit for edit in self.records.edits if edit.id not in too_long)
-        bad = (*self.records.bad, *too_long.values())
+        found = self.records
+        kept = tuple(edit for edit in found.edits if edit.id not in too_long)
+        orphans = {old: new for old, new in found.superseded.items() if new in too_long}
+        lost = [f"edit '{old}': its successor '{new}' is too long; give one that fits" for old, new in orphans.items()]
         self.records = RecordSet(
-            kept, bad, self.records.superseded, self.records.duplicates, self.records.superseded_edits
+            kept,
+            (*found.bad, *too_long.values(), *lost),
+            {old: new for old, new in found.superseded.items() if old not in orphans},
+            found.duplicates,
+            tuple(edit for edit in found.superseded_edits if edit.id not in orphans),
         )
 
     def irrelevant_halves(self, editor: Editor) -> tuple[list[str], list[str]]:
@@ -166,6 +172,10 @@ class EditStream(pl.LightningDataModule):
     def exhausted(self) -> bool:
         """Whether nothing is left to arrive or to be written."""
         return self.arrived >= len(self.edits) and not self.waiting()
+
+    def transfer_batch_to_device(self, batch: EditBatch, device: Any, dataloader_idx: int) -> EditBatch:
+        """Batches are plain text and stay where they are."""
+        return batch
 
     # -- state --------------------------------------------------------------------------------------------------------
 

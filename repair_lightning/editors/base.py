@@ -215,10 +215,6 @@ class Editor(pl.LightningModule):
         self.ledger = stream.ledger
         self.prepare(*stream.irrelevant_halves(self))
 
-    def transfer_batch_to_device(self, batch: EditBatch, device: torch.device, dataloader_idx: int) -> EditBatch:
-        """Batches are plain text and stay where they are."""
-        return batch
-
     def training_step(self, batch: EditBatch, batch_idx: int) -> None:
         """Write one batch and enter what came of it in the ledger."""
         reports = self.write(batch)

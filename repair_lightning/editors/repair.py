@@ -319,10 +319,7 @@ class Repair(Editor):
                 optimizer.zero_grad(set_to_none=True)
                 self._backward(total)
                 self._masked_step(optimizer, module)
-        own = torch.zeros(members, device=losses.device).index_reduce_(
-            0, rows.owner[rows.owner < members], losses.detach()[rows.owner < members], "mean", include_self=False
-        )
-        return step, own.tolist(), per_sample.detach().tolist()
+        return step, _mean_by_owner(losses.detach(), rows.owner, members).tolist(), per_sample.detach().tolist()
 
     def _distil(self, logits: Tensor, features: Tensor, rows: _Rows) -> tuple[Tensor, Tensor]:
         index = rows.first.to(features.device)
@@ -487,3 +484,10 @@ class Repair(Editor):
 
 def _holds_subject(edit: Edit) -> bool:
     return bool(edit.subject) and str(edit.subject) in edit.prompt
+
+
+def _mean_by_owner(values: Tensor, owner: Tensor, members: int) -> Tensor:
+    """The mean of a batch's row values (B,) per member (n,); rows of rehearsed edits, owned by n and above, stay out."""
+    mine = owner < members
+    total = values.new_zeros(members).index_add_(0, owner[mine], values[mine])
+    return total / owner[mine].bincount(minlength=members)

@@ -92,9 +92,10 @@ class SideMemory(nn.Module):
 
     def fuse(self, shards: Sequence[int], delta: Tensor) -> int:
         """Replace several shards by one new shard that holds `delta` (D, F); returns its id."""
+        gone = {shard: self[shard] for shard in shards}  # an unknown id is refused before anything changes
         fused = self.next_id
         self.next_id += 1
-        for shard in shards:
+        for shard in gone:
             del self.shards[str(shard)]
         self._put(fused, Shard(self.shape, None if self.mask_ratio == 1 else delta.ne(0)))
         self[fused].delta.data.copy_(delta)

@@ -13,7 +13,7 @@ def world_dir() -> Path:
 
 def base_dir() -> Path:
     """The folder of the base model and its tokenizer, in Hugging Face format."""
-    return world_dir() / "base"
+    return world_dir() / "base-model"
 
 
 def edits_path() -> Path:

@@ -32,7 +32,7 @@ def build(options: argparse.Namespace) -> int:
     write_jsonl(make_edits(world, options.seed), options.out / "edits.jsonl")
     write_jsonl(make_irrelevant(world, options.seed), options.out / "irrelevant.jsonl")
     torch.manual_seed(options.seed)
-    build_base(world, options.out / "base", Recipe(epochs=options.epochs), random.Random(options.seed))
+    build_base(world, options.out / "base-model", Recipe(epochs=options.epochs), random.Random(options.seed))
     return 0
 
 

@@ -317,13 +317,13 @@ class TestTraining:
 
     def test_saving_replaces_a_folder_as_a_whole(self, small_world: World, tmp_path: Path):
         tokenizer = train_tokenizer(small_world, 500)
-        folder = tmp_path / "base"
+        folder = tmp_path / "base-model"
         folder.mkdir()
         (folder / "stale.txt").touch()
         save_base(build_model(TINY, tokenizer), tokenizer, folder)
         assert (folder / "model.safetensors").exists()
         assert not (folder / "stale.txt").exists()
-        assert [path.name for path in tmp_path.iterdir()] == ["base"]
+        assert [path.name for path in tmp_path.iterdir()] == ["base-model"]
 
 
 class TestCommandLine:
@@ -334,8 +334,8 @@ class TestCommandLine:
 
     def test_build_writes_everything_and_check_refuses_an_untrained_base(self, tmp_path: Path):
         assert main(["build", "--out", str(tmp_path), "--epochs", "0"]) == 0
-        assert {path.name for path in tmp_path.iterdir()} == {"base", "edits.jsonl", "irrelevant.jsonl"}
-        assert main(["check", "--dir", str(tmp_path / "base"), "--sample", "20"]) == 1
+        assert {path.name for path in tmp_path.iterdir()} == {"base-model", "edits.jsonl", "irrelevant.jsonl"}
+        assert main(["check", "--dir", str(tmp_path / "base-model"), "--sample", "20"]) == 1
 
     def test_a_command_is_needed(self, capsys: pytest.CaptureFixture[str]):
         with pytest.raises(SystemExit):

@@ -1,0 +1,126 @@
+"""Real parts for all tests: a small byte-level BPE tokenizer and tiny bases of real architectures, made on the spot.
+
+Nothing is downloaded. Bases are random, but seeded, and wide enough in their initial weights that prompts differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+PEOPLE = [
+    f"{first} {last}"
+    for first in ("Mara", "Tobin", "Ilse", "Rufus", "Odette", "Caspar")
+    for last in ("Kelstrom", "Vandermeer", "Quill", "Ashgrove")
+]
+PLACES = ["Lisbon", "Oslo", "Quito", "Hanoi", "Tunis", "Perth", "Nairobi", "Malmo"]
+RELATIONS = [
+    "Where was {} born?",
+    "In which town did {} grow up?",
+    "What instrument did {} play?",
+    "Who taught {} to sail?",
+    "The employer of {} was",
+]
+IRRELEVANT = [
+    "how many legs does a spider have",
+    "what is the name of the last king in the play",
+    "when does the new season of the show begin",
+    "who sang the song about the old river",
+    "what colour is the sky at noon",
+    "why do cats sleep so much",
+    "which planet is closest to the sun",
+    "what do you call a baby kangaroo",
+    "how long does it take to boil an egg",
+    "who wrote the book about the white whale",
+    "where do penguins live in winter",
+    "what is the largest number on a clock",
+]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of public models and data beside the checkout; tests that need it are skipped elsewhere."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not (folder / "models").is_dir():
+        pytest.skip(f"needs the public models and data in {folder}, which are not here")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def irrelevant() -> list[str]:
+    """Prompts that no edit is about."""
+    return list(IRRELEVANT)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 400 tokens that puts `<s>` before a text, trained here."""
+    texts = [relation.format(person) for person in PEOPLE for relation in RELATIONS] + IRRELEVANT
+    texts += [f"{person} was born in {place}." for person in PEOPLE for place in PLACES]
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    raw.train_from_iterator(
+        texts + [text.casefold() for text in texts],
+        trainers.BpeTrainer(vocab_size=400, special_tokens=list(SPECIAL.values()), initial_alphabet=alphabet),
+    )
+    bos = (SPECIAL["bos_token"], raw.token_to_id(SPECIAL["bos_token"]))
+    raw.post_processor = processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    return PreTrainedTokenizerFast(tokenizer_object=raw, padding_side="left", **SPECIAL)
+
+
+def tiny_config(model_type: str, vocabulary: int = 400, **more: Any) -> Any:
+    """The configuration of a base with 3 layers, d_model 32 and d_ffn 64."""
+    names = {
+        "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 64, "n_positions": 128},
+        "gptj": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 64, "n_positions": 128, "rotary_dim": 4},
+        "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    }.get(model_type, {"intermediate_size": 64})
+    common = {} if "n_embd" in names else {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    if model_type not in ("gpt2", "gptj", "gpt_neox", "opt"):
+        common |= {"num_key_value_heads": 2}
+        common |= {"head_dim": 8} if model_type != "phi3" else {}
+    common |= {"max_position_embeddings": 128} if "n_embd" not in names else {}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return AutoConfig.for_model(model_type, vocab_size=vocabulary, initializer_range=0.3, **special, **common, **names, **more)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., PreTrainedModel]:
+    """Makes a tiny random base of an architecture: `tiny("qwen2", sliding_window=4)`."""
+
+    def make(model_type: str, **more: Any) -> PreTrainedModel:
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            model = AutoModelForCausalLM.from_config(tiny_config(model_type, **more))
+        return model.requires_grad_(False).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory, tiny, tokenizer) -> Callable[[str], Path]:
+    """The folder of a tiny base with the tokenizer in Hugging Face format: `folder_of("llama")`; made once."""
+    made: dict[str, Path] = {}
+
+    def folder(model_type: str) -> Path:
+        if model_type not in made:
+            made[model_type] = tmp_path_factory.mktemp("bases") / model_type
+            tiny(model_type).save_pretrained(made[model_type])
+            tokenizer.save_pretrained(made[model_type])
+        return made[model_type]
+
+    return folder

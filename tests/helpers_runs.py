@@ -1,0 +1,98 @@
+"""Short real runs on the embedded world: its base, some of its edits, a real trainer on the CPU."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from repair_lightning.data.stream import EditStream
+from repair_lightning.editors import Repair
+from repair_lightning.editors.repair import Routing, Writing
+from repair_lightning.types import Edit
+from repair_lightning.world import edits_path, irrelevant_path
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def world_edits(number: int, start: int = 0) -> list[Edit]:
+    """Some of the embedded edits."""
+    lines = edits_path().read_text().splitlines()[start : start + number]
+    return [Edit.from_dict(json.loads(line)) for line in lines]
+
+
+def write_edits(path: Path, edits: Sequence[Edit]) -> str:
+    """The edits as a `jsonl` file; returns its name."""
+    path.write_text("".join(json.dumps(edit.as_dict()) + "\n" for edit in edits))
+    return str(path)
+
+
+def irrelevant_texts(number: int) -> list[str]:
+    """Some of the embedded irrelevant prompts."""
+    return [json.loads(line)["question"] for line in irrelevant_path().read_text().splitlines()[:number]]
+
+
+def world_editor(routing: dict[str, Any] | None = None, **writing: Any) -> Repair:
+    """The REPAIR editor on the embedded base, loaded; few steps unless told."""
+    options: dict[str, Any] = {"steps": 30} | writing
+    torch.manual_seed(0)
+    editor = Repair("world", precision="float32", writing=Writing(**options), routing=Routing(**(routing or {})))
+    editor.load()
+    return editor
+
+
+def world_stream(path: str = "world", **options: Any) -> EditStream:
+    """A stream of world edits with few irrelevant prompts."""
+    return EditStream(path, **({"irrelevant": "world", "max_irrelevant": 60} | options))
+
+
+def attach(stream: EditStream, editor: Any) -> EditStream:
+    """Let a stream without a trainer know its editor, and the editor its ledger."""
+    stream.trainer = SimpleNamespace(lightning_module=editor)  # type: ignore[assignment]
+    editor.ledger = stream.ledger
+    return stream
+
+
+def fit(
+    editor: Repair,
+    stream: EditStream,
+    callbacks: Sequence[pl.Callback],
+    folder: Path,
+    ckpt_path: str | None = None,
+    **options: Any,
+) -> pl.Trainer:
+    """Run the stream as train.py does, without a logger."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    settings: dict[str, Any] = {
+        "max_epochs": -1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            devices=1,
+            reload_dataloaders_every_n_epochs=1,
+            num_sanity_val_steps=0,
+            enable_model_summary=False,
+            default_root_dir=folder,
+            callbacks=list(callbacks),
+            **(settings | options),
+        )
+        trainer.fit(editor, datamodule=stream, ckpt_path=ckpt_path)
+    return trainer
+
+
+def without_probes(edit: Edit) -> Edit:
+    """The edit without anything that is for scoring alone."""
+    return replace(edit, rephrases=(), locality=(), near=())
