@@ -15,7 +15,7 @@ import lightning.pytorch as pl
 
 from repair_lightning.data.ledger import EditStatus, Ledger
 from repair_lightning.errors import ConfigError
-from repair_lightning.types import Decision
+from repair_lightning.types import BASE, Decision
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class PruneAndRetrigger(pl.Callback):
         stream: Any = trainer.datamodule  # type: ignore[attr-defined]
         self.give_up(stream.ledger, pl_module)
         failed = stream.ledger.with_status(EditStatus.FAILED)
-        rates = stream.ledger.error_rates()
+        rates = {shard: rate for shard, rate in stream.ledger.error_rates().items() if shard != BASE}
         decision = should_prune(rates, len(failed), self.tau_prune, self.tau_pool)
         if decision and pl_module.can_prune:
             self.prune(worst_shard(rates), decision.reason, stream.ledger, pl_module)

@@ -16,12 +16,12 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from repair_lightning.data.ledger import Ledger
+from repair_lightning.data.ledger import EditStatus, Ledger
 from repair_lightning.errors import ConfigError
 from repair_lightning.evaluation.correctness import correctness
 from repair_lightning.evaluation.metrics import overall_performance
 from repair_lightning.functional import Normalize, loss_weights, ties_merge, trim
-from repair_lightning.types import Decision
+from repair_lightning.types import BASE, Decision
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class LossAwareTiesMerge(pl.Callback):
             return
         owners = [shard for shard in editor.memory.ids if editor.ledger.owned_by(shard)]
         groups = groups_of(owners, self.group)
-        if not groups and self.target == "side":
+        if not groups and (self.target == "side" or not owners):
             self.outcome = Decision(False, f"{len(owners)} shard: nothing to merge")
             return
         outcomes = [self.merge_group(group, editor) for group in groups or [owners]]
@@ -129,6 +129,8 @@ class LossAwareTiesMerge(pl.Callback):
             editor.router.load_state_dict(router)
             for shard, ids in owned.items():
                 editor.ledger.reassign(ids, shard)
+        elif self.target == "main":
+            editor.ledger.reassign(editor.ledger.owned_by(fused), BASE)
         return Decision(decision.yes, f"shards {shards}: {decision.reason}")
 
     @torch.no_grad()
@@ -153,8 +155,7 @@ def guard_score(editor: Any, sample: int) -> float:
     The geometric mean of three shares: edits answered right, edits answered right behind a context that the base wrote,
     and held-out irrelevant prompts that the base still answers.
     """
-    edits = [editor.ledger.edit(id) for shard in editor.memory.ids for id in editor.ledger.owned_by(shard)]
-    edits = edits or [editor.ledger.edit(id) for id in editor.ledger if editor.ledger.entry(id).score is not None]
+    edits = [editor.ledger.edit(id) for id in editor.ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED)]
     edits = edits[:: max(1, len(edits) // sample)][:sample]
     right = correctness(editor, edits)
     in_context = correctness(editor, editor.in_context(edits))

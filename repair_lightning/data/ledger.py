@@ -65,7 +65,7 @@ class LedgerEntry:
         arrival: Its place in the order of arrival, from 0.
         window: The window it arrived in.
         status: Where it stands.
-        shard: The shard that owns it, or None.
+        shard: The shard that owns it, `BASE` where a merge wrote it into the base's own weights, or None.
         attempts: How often it was written, residual writes not counted.
         regroups: How often it was moved to the residual pool.
         loss: Edit loss after its last write, in nats per token; None before that or where it was not finite.

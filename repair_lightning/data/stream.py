@@ -157,7 +157,7 @@ class EditStream(pl.LightningDataModule):
         return self.ledger.with_status(EditStatus.PENDING, EditStatus.RESIDUAL, EditStatus.REQUEUED)
 
     def _batches(self, edits: Sequence[Edit]) -> Iterable[EditBatch]:
-        size = self.batch_size if self._editor.batchable else 1
+        size = max(1, min(self.batch_size, self._editor.batch_limit(edits)))
         if not self.clustering or len(edits) <= 1 or size == 1:
             groups = [list(range(at, min(at + size, len(edits)))) for at in range(0, len(edits), size)]
         else:

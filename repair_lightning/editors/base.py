@@ -138,6 +138,10 @@ class Editor(pl.LightningModule):
         assert self.base is not None
         self.router.fit(self.background, self.base.embeddings)
 
+    def batch_limit(self, edits: Sequence[Edit]) -> int:
+        """Most edits of this kind in one batch."""
+        return len(edits) if self.batchable else 1
+
     @abstractmethod
     def write(self, batch: EditBatch) -> list[EditReport]:
         """Write one batch into the memory; one report per edit."""

@@ -17,7 +17,7 @@ import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -39,7 +39,7 @@ from repair_lightning.functional.routing import Pool
 from repair_lightning.memory.query import Query, canonical_ids
 from repair_lightning.memory.routers import Anchor, Neighbours, Router, make_router
 from repair_lightning.memory.side_memory import Shard, SideMemory
-from repair_lightning.models.prefix import pad_left, stack_left
+from repair_lightning.models.prefix import SplitModel, pad_left, stack_left
 from repair_lightning.models.sampling import own_texts
 from repair_lightning.types import Edit, EditBatch, EditReport
 
@@ -88,11 +88,12 @@ class Writing:
     Attributes:
         optimizer: `adam`, `adamw` or `sgd`.
         lr: its learning rate.
-        steps: most inner steps per batch (n_iter).
+        steps: most inner steps per batch (n_iter); as many again for each earlier attempt of its hardest edit.
         stop_margin: stop once every target token leads its best rival by this many nats; None takes all steps.
         check_every: steps between looks at the margin.
         mask_ratio: rho, the share of a shard's coordinates that may train.
         capacity: most edits that a shard owns.
+        capacity_tokens: most target tokens that a shard holds, which lowers `capacity` for long targets.
         shards: how many are opened at the start; more open when all are full.
         contexts: texts written by the base, put before each prompt as further training rows.
         replay: most edits of the shard that are rehearsed beside a batch.
@@ -106,6 +107,7 @@ class Writing:
     check_every: int = 10
     mask_ratio: float = 1.0
     capacity: int = 128
+    capacity_tokens: int = 1024
     shards: int = 0
     contexts: int = 0
     replay: int = 128
@@ -133,24 +135,68 @@ class Distillation:
 
 @dataclass(slots=True)
 class _Rows:
-    """Training rows of one write: B rows of T tokens, with what the frozen part makes of them."""
+    """Training rows of one write: B rows of T tokens, M target tokens in all, n batch members."""
 
     ids: Tensor
+    """(B, T) token ids, padded on the left."""
     mask: Tensor
+    """(B, T) attention mask."""
     hidden: Tensor
+    """(B, T, D) where it enters the edited layer."""
+    activations: Tensor
+    """(B, T, F), A(x)."""
     labels: Tensor
+    """(B, longest target), `IGNORED` where a target is shorter."""
     owner: Tensor
-    """(B,) index of the edit that a row belongs to; rows of rehearsed edits come behind the batch's."""
-    first: Tensor
-    """(n,) index of each batch member's plain row, without a context."""
+    """(B,) index of the edit that a row belongs to; rehearsed edits are counted on behind the members."""
+    members: int
+    """n; the first n rows are the members' own, without a context."""
     prompts: Query
-    """The batch members' plain prompts."""
-    last: Tensor = field(init=False)
-    """(B,) index, among the kept positions, of the prompt's last token."""
+    """The members' prompts."""
 
-    def __post_init__(self) -> None:
-        keep = self.labels.shape[1]
-        self.last = keep - (self.labels >= 0).sum(-1)
+    @property
+    def real(self) -> Tensor:
+        """(B, longest target) true at target tokens."""
+        return self.labels >= 0
+
+    @property
+    def row(self) -> Tensor:
+        """(M,) the row of each target token."""
+        return self.real.nonzero()[:, 0]
+
+    @property
+    def firsts(self) -> Tensor:
+        """(B,) where each row's first target token stands among the M: read at the prompt's last token."""
+        lengths = self.real.sum(-1)
+        return lengths.cumsum(0) - lengths
+
+    def reading(self, states: Tensor) -> Tensor:
+        """States (B, T, ...) at the positions from which the M target tokens are read, (M, ...)."""
+        return states[:, -self.labels.shape[1] - 1 : -1][self.real]
+
+
+class _Tail:
+    """The logits of a write's target tokens as a function of the shard: everything above the value matrix.
+
+    Where the last layer is edited and its value output is simply added, only the positions that are read take part;
+    otherwise the edited layer and those above it run over whole rows.
+    """
+
+    def __init__(self, split: SplitModel, rows: _Rows, short: bool) -> None:
+        self.split, self.rows, self.short = split, rows, short
+        if short:
+            with split.skipping():
+                self.out = rows.reading(split.layer_output(rows.ids, rows.mask, rows.hidden))
+            self.activations = rows.reading(rows.activations).float()
+
+    def __call__(self, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (M, V) and the features (M, D) that enter the head, with the shard `delta` (D, F)."""
+        if self.short:
+            pushed = torch.nn.functional.linear(self.activations, delta).to(self.out.dtype)
+            return self.split.readout(self.out + pushed)
+        rows = self.rows
+        logits, features = self.split.tail(rows.ids, rows.mask, rows.hidden, rows.labels.shape[1] + 1)
+        return logits[:, :-1][rows.real], features[:, :-1][rows.real]
 
 
 @register("repair")
@@ -232,6 +278,7 @@ class Repair(Editor):
             self.unit = float(value(last).float().norm(dim=-1).mean())
         number = self.writing.contexts
         model = self.edited.base
+        self.short = self.edited.split.adds_up()
         self.contexts = own_texts(model, self.tokenizer, number, length=8) if number else []
         g = Margins(*self.routing.margins)
         self.margins = g.scaled(self.unit) if self.routing.relative else g
@@ -244,7 +291,7 @@ class Repair(Editor):
         module = self.memory[shard]
         before = module.delta.detach().clone()
         rows = self._rows(batch.edits, self._rehearsal(shard, batch))
-        steps, loss, kd = self._train(shard, module, rows)
+        steps, loss, kd = self._train(shard, module, rows, self._budget(batch))
         if not all(math.isfinite(value) for value in [*loss, *kd]):
             module.delta.data.copy_(before)
             reason = f"the loss was not finite after {steps} steps: rolled back"
@@ -253,6 +300,17 @@ class Repair(Editor):
         self._register(batch, [not leaves for leaves in residual], shard, rows.prompts)
         return [EditReport(id, shard, loss[i], kd[i], steps, residual[i]) for i, id in enumerate(batch.ids)]
 
+    def _budget(self, batch: EditBatch) -> int:
+        """Most inner steps: as many again for each attempt that its hardest edit has had."""
+        attempts = [self.ledger.entry(id).attempts for id in batch.ids if id in self.ledger]
+        return self.writing.steps * (1 + max(attempts, default=0))
+
+    def batch_limit(self, edits: Sequence[Edit]) -> int:
+        """How many edits of this length a shard holds: `capacity`, or fewer where their targets are long."""
+        tokens = [len(self.encode(edit.prompt, edit.target).target) for edit in edits]
+        mean = sum(tokens) / max(len(tokens), 1)
+        return max(1, min(self.writing.capacity, int(self.writing.capacity_tokens / max(mean, 1))))
+
     def assign(self, batch: EditBatch) -> int:
         """The shard for a batch (Alg. 1): the highest activation for its teacher among those with room.
 
@@ -260,9 +318,8 @@ class Repair(Editor):
         """
         owned = self.ledger.sizes()
         load = {shard: owned.get(shard, 0) for shard in self.memory.ids}
-        room = [
-            shard for shard in load if load[shard] + len(batch.edits) <= max(self.writing.capacity, len(batch.edits))
-        ]
+        limit = max(self.batch_limit(batch.edits), len(batch.edits))
+        room = [shard for shard in load if load[shard] + len(batch.edits) <= limit]
         if not room:
             shard = self.memory.open_shard()
             self._initialise(self.memory[shard])
@@ -296,39 +353,43 @@ class Repair(Editor):
         owners += range(len(edits), len(edits) + len(old))
         captured = self.captures([row.ids for row in encoded])
         ids, mask = pad_left([row.ids for row in encoded], device=self.device)
-        hidden = stack_left([capture.hidden for capture in captured])
-        prompts = self.query_of([row.prompt for row in plain], [edit.prompt for edit in edits])
-        labels = target_labels(encoded, device=self.device)
         return _Rows(
-            ids, mask, hidden, labels, torch.tensor(owners, device=self.device), torch.arange(len(edits)), prompts
+            ids,
+            mask,
+            stack_left([capture.hidden for capture in captured]),
+            stack_left([capture.activations for capture in captured]),
+            target_labels(encoded, device=self.device),
+            torch.tensor(owners, device=self.device),
+            len(edits),
+            self.query_of([row.prompt for row in plain], [edit.prompt for edit in edits]),
         )
 
-    def _train(self, shard: int, module: Shard, rows: _Rows) -> tuple[int, list[float], list[float]]:
+    def _train(self, shard: int, module: Shard, rows: _Rows, budget: int) -> tuple[int, list[float], list[float]]:
         """The inner loop; returns the steps taken and each member's last edit loss and distillation loss."""
-        members = len(rows.first)
-        keep = rows.labels.shape[1] + 1
-        with self._bound(module) as optimizer, self.edited.split.skipping(), self.edited.forced(shard):
-            for step in range(1, self.writing.steps + 1):
-                logits, features = self.edited.split.tail(rows.ids, rows.mask, rows.hidden, keep)
-                logits, features = logits[:, :-1], features[:, :-1]
-                losses = target_cross_entropy(logits, rows.labels)
+        tail = _Tail(self.edited.split, rows, self.short)
+        labels, row = rows.labels[rows.real], rows.row
+        with self._bound(module) as optimizer, self.edited.split.skipping(self.short), self.edited.forced(shard):
+            for step in range(1, budget + 1):
+                logits, features = tail(module.delta)
+                losses = _mean_by(row, target_cross_entropy(logits[:, None], labels[:, None]), len(rows.ids))
                 kd, per_sample = self._distil(logits, features, rows)
-                if self._done(step, logits, rows.labels):
+                if step == budget or self._written(step, logits, labels):
                     break
                 total = losses.mean() + self.distillation.weight * kd + self._routing_loss(module, rows, step)
                 optimizer.zero_grad(set_to_none=True)
                 self._backward(total)
                 self._masked_step(optimizer, module)
-        return step, _mean_by_owner(losses.detach(), rows.owner, members).tolist(), per_sample.detach().tolist()
+        own = rows.owner < rows.members
+        loss = _mean_by(rows.owner[own], losses.detach()[own], rows.members)
+        return step, loss.tolist(), per_sample.detach().tolist()
 
     def _distil(self, logits: Tensor, features: Tensor, rows: _Rows) -> tuple[Tensor, Tensor]:
-        index = rows.first.to(features.device)
-        at = rows.last[index]
+        at = rows.firsts[: rows.members]
         if not self.distillation.weight:
-            return features.new_zeros(()), features.new_zeros(len(index), dtype=torch.float32)
-        loss, per_sample = kd_loss(features[index, at], self.distillation.cosine, self.distillation.variance)
-        if self.distillation.temperature and len(index) > 1:
-            loss = loss + soft_kd_loss(logits[index, at], self.distillation.temperature)
+            return features.new_zeros(()), features.new_zeros(len(at), dtype=torch.float32)
+        loss, per_sample = kd_loss(features[at], self.distillation.cosine, self.distillation.variance)
+        if self.distillation.temperature and len(at) > 1:
+            loss = loss + soft_kd_loss(logits[at], self.distillation.temperature)
         return loss, per_sample
 
     def _routing_loss(self, module: Shard, rows: _Rows, step: int) -> Tensor | float:
@@ -343,13 +404,12 @@ class Repair(Editor):
     def _score(self, query: Query, module: Shard) -> Tensor:
         return activation_scores(query.activations.float(), module.delta[None], query.mask, self.routing.pool)[:, 0]
 
-    def _done(self, step: int, logits: Tensor, labels: Tensor) -> bool:
+    def _written(self, step: int, logits: Tensor, labels: Tensor) -> bool:
+        """Whether every target token leads its best rival by the margin; looked at every few steps."""
         margin = self.writing.stop_margin
-        if step == self.writing.steps:
-            return True
         if margin is None or step % self.writing.check_every != 1:
             return False
-        return bool((target_margin(logits.detach(), labels) >= margin).all())
+        return bool((target_margin(logits.detach()[:, None], labels[:, None]) >= margin).all())
 
     def _masked_step(self, optimizer: Any, module: Shard) -> None:
         """One step that stays inside the mask (Lemma 6): neither gradient nor momentum leaks outside."""
@@ -458,19 +518,20 @@ class Repair(Editor):
         return fused
 
     def fold(self, shard: int) -> None:
-        """Write a shard into the base's W_v; it needs no router then, and the bank is empty."""
-        delta = self.memory[shard].delta.detach()
-        self._folded = (self._value_weight.detach().clone(), self.memory.snapshot())
-        self._add_to_base(delta)
-        self.memory.restore(({}, self.memory.next_id))
+        """Write a shard into the base's W_v: it leaves the bank, and its edits need no router."""
+        self._folded = (self._value_weight.detach().clone(), self.memory.snapshot(), self.base_changed)
+        self._add_to_base(self.memory[shard].delta.detach())
+        self.forget(self.ledger.owned_by(shard))
+        shards, next_id = self.memory.snapshot()
+        del shards[str(shard)]
+        self.memory.restore((shards, next_id))
         self.base_changed = True
 
     def unfold(self) -> None:
-        """Take the last :meth:`fold` back, bit by bit."""
-        weight, snapshot = self._folded
+        """Take the last :meth:`fold` back, bit by bit; the router's state is the caller's to restore."""
+        weight, snapshot, self.base_changed = self._folded
         self._value_weight.data.copy_(weight)
         self.memory.restore(snapshot)
-        self.base_changed = False
 
     @property
     def _value_weight(self) -> Tensor:
@@ -486,8 +547,6 @@ def _holds_subject(edit: Edit) -> bool:
     return bool(edit.subject) and str(edit.subject) in edit.prompt
 
 
-def _mean_by_owner(values: Tensor, owner: Tensor, members: int) -> Tensor:
-    """The mean of a batch's row values (B,) per member (n,); rows of rehearsed edits, owned by n and above, stay out."""
-    mine = owner < members
-    total = values.new_zeros(members).index_add_(0, owner[mine], values[mine])
-    return total / owner[mine].bincount(minlength=members)
+def _mean_by(group: Tensor, values: Tensor, groups: int) -> Tensor:
+    """The mean of values (M,) by group index (M,), (groups,); every group has at least one."""
+    return values.new_zeros(groups).index_add_(0, group, values) / group.bincount(minlength=groups)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from repair_lightning.evaluation.metrics import KINDS
@@ -19,9 +20,11 @@ _COLUMNS = (*KINDS, "op")
 
 
 def rounded(value: Any, digits: int = 6) -> Any:
-    """Plain numbers, rounded through nested mappings; what is not finite becomes None, as JSON wants it."""
+    """Plain numbers, rounded through mappings and lists; what is not finite becomes None, as JSON wants it."""
     if isinstance(value, Mapping):
         return {key: rounded(item, digits) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(item, digits) for item in value]
     if isinstance(value, float):
         return round(value, digits) if abs(value) < float("inf") else None
     return value
@@ -46,7 +49,7 @@ def _replace(path: Path, text: str) -> None:
 
 def score_table(metrics: Mapping[str, Any], title: str) -> Table:
     """The score table: a row per stage and protocol, in per cent."""
-    table = Table(title=title, title_justify="left", header_style="bold")
+    table = Table(title=escape(title), title_justify="left", header_style="bold")
     table.add_column("protocol")
     table.add_column("model")
     for column in _COLUMNS:
@@ -92,13 +95,13 @@ def print_report(metrics: Mapping[str, Any], run_dir: Path | None, console: Cons
     console.print(
         f"Closed loop: {loop['windows']} windows, {loop['pruned']} shards pruned, {loop['retriggered']} edits written "
         f"anew, {loop['quarantined']} quarantined. Merge: {'accepted' if merge['accepted'] else 'not applied'}"
-        f" ({merge['reason']})."
+        f" ({escape(merge['reason'])})."
     )
     console.print(
         f"{metrics['edits_per_minute']:.0f} edits a minute: {seconds['edit']:.1f} s editing, "
         f"{seconds['evaluate']:.1f} s scoring, {seconds['total']:.1f} s in all."
     )
-    console.print(f"Everything is in [bold]{run_dir}[/bold]:", highlight=False)
+    console.print(f"Everything is in [bold]{escape(str(run_dir))}[/bold]:", highlight=False)
     for name, words in FILES.items():
         if (run_dir / name).exists():
             console.print(f"  {name:<18} {words}", highlight=False)

@@ -13,7 +13,6 @@ from torch.nn.functional import pad
 
 from repair_lightning.types import BASE, Route
 
-
 _WORD = re.compile(r"\w+")
 
 

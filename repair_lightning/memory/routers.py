@@ -156,7 +156,10 @@ class ActivationRouter(Router):
         self.thresholds = {int(shard): limit for shard, limit in state["thresholds"].items()}
 
 
-_PER_EDIT = ("keys", "shards", "anchors", "prompts", "radii", "floors", "named")
+_PER_EDIT = ("keys", "shards", "anchors", "prompts", "radii", "floors", "limits", "named")
+
+_FULL = 0.95
+"""Coverage that counts as naming the subject in full."""
 
 
 class KeyEncoder:
@@ -238,6 +241,7 @@ class KeyRouter(Router):
         self.prompts = torch.zeros(0, 0, dtype=torch.long)
         self.radii = torch.zeros(0)
         self.floors = torch.zeros(0)
+        self.limits = torch.zeros(0)
         self.named = torch.zeros(0, dtype=torch.bool)
         self.token_weights = torch.zeros(0)
         self._background_counts = torch.zeros(0)
@@ -254,6 +258,7 @@ class KeyRouter(Router):
         self.encoder.fit(background, embeddings)
         self._background_counts = document_counts(background.words, len(embeddings))
         self._background_size = len(background)
+        self.token_weights = self.encoder.token_weights  # until the first calibration counts the edits' words too
 
     def add(
         self,
@@ -273,7 +278,8 @@ class KeyRouter(Router):
         self.named = torch.cat([self.named, torch.tensor([anchor.named for anchor in anchors])])
         self.floors = torch.cat([self.floors, self._floors(keys, neighbours)])
         self.prompts = _stack_ragged(self.prompts, prompts.words)
-        self.radii = torch.cat([self.radii, torch.full((len(ids),), 0.999)])
+        self.radii = torch.cat([self.radii, torch.full((len(ids),), _FULL)])
+        self.limits = torch.cat([self.limits, self.floors[-len(ids) :]])
         self._index = None
 
     def forget(self, ids: Sequence[str]) -> None:
@@ -297,12 +303,21 @@ class KeyRouter(Router):
             return
         counts = self._background_counts + document_counts(self.prompts, len(self._background_counts))
         self.token_weights = inverse_document_frequency(counts, self._background_size + len(self.ids))
-        negatives = coverage_matrix(background.words, self.anchors, self.token_weights).amax(0)
+        unrelated = coverage_matrix(background.words, self.anchors, self.token_weights)
         others = coverage_matrix(self.prompts, self.anchors, self.token_weights)
-        about_the_same = others >= 0.999  # the edit's own prompt, and edits of the same subject: no negatives
-        negatives = torch.maximum(negatives, others.masked_fill(about_the_same, 0).amax(0))
+        about_the_same = others >= _FULL  # the edit's own prompt, and edits of the same subject: no negatives
+        negatives = torch.maximum(unrelated.amax(0), others.masked_fill(about_the_same, 0).amax(0))
         caution = torch.where(self.named, self.caution, self.caution_unnamed)
-        self.radii = negatives + caution * (1 - negatives)
+        self.radii = (negatives + caution * (1 - negatives)).clamp_max(_FULL)
+        self.limits = torch.maximum(self.floors, self._above(unrelated > self.radii, self.encoder(background)))
+
+    def _above(self, covered: Tensor, keys: Tensor) -> Tensor:
+        """How alike a prompt must ask so that no irrelevant prompt which names the subject (M, N) gets through:
+        (N,)."""
+        rows, edits = covered.nonzero(as_tuple=True)
+        alike = self._state_similarity(keys[rows], self.keys[edits])
+        worst = torch.full((len(self.ids),), -1.0).scatter_reduce_(0, edits, alike, reduce="amax")
+        return worst + self.relation_caution * (1 - worst) * (worst > -1)
 
     def _floors(self, keys: Tensor, neighbours: Neighbours | None) -> Tensor:
         """How alike (cosine of the last states) a prompt must ask: beyond the median of the edit's own neighbours."""
@@ -329,7 +344,7 @@ class KeyRouter(Router):
         alike = self._state_similarity(keys[:, None], self.keys[found])
         covered = coverage(query.words, self.anchors[found], self.token_weights)
         radii = self.radii[found]
-        eligible = (covered > radii) & (alike >= self.floors[found])
+        eligible = (covered > radii) & (alike >= self.limits[found])
         rank = covered + similarity + 4 * eligible
         best = rank.argmax(-1, keepdim=True)
         pick = found.gather(1, best)[:, 0]

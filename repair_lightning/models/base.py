@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from repair_lightning.errors import ConfigError
@@ -51,14 +54,13 @@ def load_base(name: str, precision: str = "auto", trust_remote_code: bool = Fals
         ConfigError: no such folder, an unknown precision, or an architecture that the table lacks.
     """
     given = name
-    if name == WORLD:
-        name = str(base_dir())
+    name = str(base_dir()) if name == WORLD else os.path.expanduser(name)
     local = _is_local(name)
     options = {"local_files_only": local, "trust_remote_code": trust_remote_code}
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=resolve_dtype(precision), **options)
         tokenizer = load_tokenizer(name, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"base '{name}' cannot be loaded: {_first_line(error)}") from error
     architecture_of(model)
     model.requires_grad_(False).eval()
@@ -92,12 +94,14 @@ def load_tokenizer(name: str, **options: Any) -> Any:
     `AutoTokenizer` may rebuild a tokenizer by model type and so change its ids; where that happens, the raw file wins.
     """
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    raw = Path(name) / "tokenizer.json"
+    folder = _folder(name)
+    raw = folder / "tokenizer.json"
     if raw.is_file():
         truth = PreTrainedTokenizerFast(tokenizer_file=str(raw))
         if tokenizer(_PROBE_TEXT)["input_ids"] != truth(_PROBE_TEXT)["input_ids"]:
             log.warning("the tokenizer class of '%s' changes its ids: using its tokenizer.json as it stands", name)
-            tokenizer = _with_special_tokens(truth, Path(name) / "tokenizer_config.json")
+            truth.chat_template = tokenizer.chat_template
+            tokenizer = _with_special_tokens(truth, folder / "tokenizer_config.json")
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -115,12 +119,28 @@ def _with_special_tokens(tokenizer: PreTrainedTokenizerFast, config_file: Path) 
 
 
 def weights_hash(name: str, model: PreTrainedModel) -> str:
-    """SHA-256 over the weight files of a local folder, or over the loaded parameters of a hub model."""
-    files = sorted(Path(name).glob("*.safetensors")) or sorted(Path(name).glob("*.bin"))
+    """SHA-256 over a base's weight files, or over the loaded parameters where there is no file to be found."""
+    files = _weight_files(_folder(name))
     if files:
         return _digest(chunk for file in files for chunk in _chunks(file))
     tensors = (tensor.detach().cpu().contiguous() for _, tensor in sorted(model.state_dict().items()))
     return _digest(tensor.view(torch.uint8).numpy().tobytes() for tensor in tensors)
+
+
+def _folder(name: str) -> Path:
+    """Where a base's files are: the folder itself, or a hub model's snapshot in the local cache."""
+    if Path(name).is_dir():
+        return Path(name)
+    cached = try_to_load_from_cache(name, "config.json")
+    return Path(cached).parent if isinstance(cached, str) else Path(name)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return sorted({folder / file for file in json.loads(index.read_text())["weight_map"].values()})
+    single = folder / "model.safetensors"
+    return [single] if single.is_file() else sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
 
 
 def _chunks(file: Path, size: int = 1 << 22) -> Iterable[bytes]:

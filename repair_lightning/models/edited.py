@@ -22,6 +22,9 @@ from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.models.prefix import SplitModel, pad_left
 from repair_lightning.types import BASE, Route
 
+_HELD = "_repair_turn"
+"""The attribute of a key-value cache that remembers which memory its sequences chose."""
+
 
 @dataclass(slots=True)
 class _Turn:
@@ -53,7 +56,6 @@ class EditedModel(nn.Module):
         self.layer = layer
         self.split = SplitModel(base, layer)
         self._turn: _Turn | None = None  # what the hooks obey, inside a call alone
-        self._held: _Turn | None = None  # the last forward pass's, for a call that continues its cache
         self.split.layers[layer].register_forward_pre_hook(self._at_layer, with_kwargs=True)
         self.split.value.register_forward_hook(self._at_value)
 
@@ -85,18 +87,23 @@ class EditedModel(nn.Module):
         Args:
             input_ids: (B, T).
             attention_mask: (B, T), by default all ones.
-            past_key_values: a filled cache continues the last prompt's choice.
+            past_key_values: a filled cache continues with the choice of the prompt that filled it.
             prompt_mask: (B, T), true on the tokens that the router may see; by default all that attention sees.
             options: as the base takes them.
         """
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         continues = past_key_values is not None and past_key_values.get_seq_length() > 0
-        if not continues or self._held is None:
-            self._held = self._new_turn(input_ids, attention_mask if prompt_mask is None else prompt_mask)
-        with self._during(self._held):
-            return self.base(
+        turn = getattr(past_key_values, _HELD, None) if continues else None
+        if turn is None:
+            turn = self._new_turn(input_ids, attention_mask if prompt_mask is None else prompt_mask)
+        with self._during(turn):
+            output = self.base(
                 input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values, **options
             )
+        cache = past_key_values if past_key_values is not None else getattr(output, "past_key_values", None)
+        if cache is not None:
+            setattr(cache, _HELD, turn)
+        return output
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
@@ -112,6 +119,8 @@ class EditedModel(nn.Module):
     @torch.no_grad()
     def choose(self, prompts: Sequence[str], batch_size: int = 64) -> Choice:
         """The router's choice for prompts, given as text."""
+        if not prompts:
+            return Choice.base(0)
         parts = [
             self.router.route(self.query(prompts[start : start + batch_size]), self.memory)
             for start in range(0, len(prompts), batch_size)
@@ -121,10 +130,12 @@ class EditedModel(nn.Module):
     @torch.no_grad()
     def query(self, prompts: Sequence[str]) -> Query:
         """Prompts as routers see them, from one pass to the edited layer."""
-        ids, mask = pad_left(self.tokenizer(list(prompts))["input_ids"], device=self.device)
+        rows = self.tokenizer(list(prompts))["input_ids"]
+        words = self._words(rows)
+        ids, mask = pad_left(rows, device=self.device)
         with self.forced(None):
             captured = self.split.capture(ids, mask)
-        return Query(canonical_ids(self.tokenizer, prompts), mask.bool(), captured.hidden, captured.activations)
+        return Query(words, mask.bool(), captured.hidden, captured.activations)
 
     @contextmanager
     def forced(self, choice: Choice | int | None) -> Iterator[None]:
@@ -144,10 +155,14 @@ class EditedModel(nn.Module):
 
     def _new_turn(self, ids: Tensor, mask: Tensor) -> _Turn:
         rows = [row[keep].tolist() for row, keep in zip(ids, mask.bool(), strict=True)]
-        if any(not row for row in rows):
+        return _Turn(words=self._words(rows), mask=mask.bool())
+
+    def _words(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """The words (B, W) of prompts given as token ids; a template's special tokens are no words."""
+        if not all(rows):
             raise RepairError("a prompt without tokens cannot be routed; give each sequence at least one token")
-        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
-        return _Turn(words=canonical_ids(self.tokenizer, texts), mask=mask.bool())
+        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return canonical_ids(self.tokenizer, texts)
 
     def _at_layer(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
         if self._turn is not None and self._turn.choice is None:

@@ -102,10 +102,10 @@ class SplitModel:
         return Capture(seen["hidden"], seen["activations"].reshape(*ids.shape, -1))
 
     @contextmanager
-    def skipping(self) -> Iterator[None]:
-        """Inside, the lower layers are pass-throughs; they are put back however the block ends."""
-        originals = list(self.layers[: self.index])
-        for i in range(self.index):
+    def skipping(self, whole: bool = False) -> Iterator[None]:
+        """Inside, the layers below the edited one (or all) are pass-throughs; they are put back however it ends."""
+        originals = list(self.layers if whole else self.layers[: self.index])
+        for i in range(len(originals)):
             self.layers[i] = _PassThrough(self._as_tuple)
         try:
             yield
@@ -119,6 +119,62 @@ class SplitModel:
         Returns:
             logits (B, keep, V) of the last `keep` positions, and the features (B, keep, D) that enter the head.
         """
+        return self._run(self.index, hidden, self.inputs(ids, mask), keep)
+
+    def readout(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """What follows the last layer, for states (M, D) that leave it; inside :meth:`skipping` the whole.
+
+        Returns:
+            logits (M, V), and the features (M, D) that enter the head.
+        """
+        ids = torch.zeros(len(hidden), 1, dtype=torch.long, device=hidden.device)
+        logits, features = self._run(0, hidden[:, None], self.inputs(ids, torch.ones_like(ids)), 1)
+        return logits[:, 0], features[:, 0]
+
+    @torch.no_grad()
+    def layer_output(self, ids: Tensor, mask: Tensor, hidden: Tensor) -> Tensor:
+        """What leaves the edited layer, (B, T, D), from what enters it; inside :meth:`skipping`."""
+        seen: list[Tensor] = []
+
+        def behind(_: nn.Module, __: tuple, output: Any) -> None:
+            seen.append(output[0] if isinstance(output, tuple) else output)
+            raise _Stop
+
+        handle = self.layers[self.index].register_forward_hook(behind)
+        try:
+            self.tail(ids, mask, hidden, 1)
+        except _Stop:
+            pass
+        finally:
+            handle.remove()
+        return seen[0]
+
+    @torch.no_grad()
+    def adds_up(self) -> bool:
+        """Whether the edited layer is the last one and its value matrix's output is simply added to what leaves it.
+
+        Then a shard's effect on the logits needs no attention: only the positions that are read. Measured, not assumed:
+        some architectures normalise behind the feed-forward network.
+        """
+        if self.index != len(self.layers) - 1:
+            return False
+        weight = next(self.model.parameters())
+        ids = torch.arange(4, device=weight.device)[None]
+        mask = torch.ones_like(ids)
+        hidden = self.capture(ids, mask).hidden
+        push = torch.linspace(-1, 1, hidden.shape[-1], device=hidden.device, dtype=hidden.dtype)
+        with self.skipping():
+            before = self.layer_output(ids, mask, hidden)
+            handle = self.value.register_forward_hook(lambda _, __, output: output + push)
+            try:
+                after = self.layer_output(ids, mask, hidden)
+            finally:
+                handle.remove()
+        tolerance = 8 * torch.finfo(hidden.dtype).eps * float(before.abs().max() + 1)
+        return bool(((after - before - push).abs() <= tolerance).all())
+
+    def _run(self, at: int, hidden: Tensor, inputs: dict[str, Any], keep: int) -> tuple[Tensor, Tensor]:
+        """A forward pass in which layer `at` is fed `hidden`; logits and head inputs of the last `keep` positions."""
         features: list[Tensor] = []
 
         def at_head(_: nn.Module, args: tuple) -> tuple:
@@ -130,13 +186,12 @@ class SplitModel:
                 return (hidden, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": hidden}
 
-        head = self.model.get_output_embeddings()  # type: ignore[operator]
         handles = [
-            self.layers[self.index].register_forward_pre_hook(feed, with_kwargs=True),
-            head.register_forward_pre_hook(at_head),
+            self.layers[at].register_forward_pre_hook(feed, with_kwargs=True),
+            self.model.get_output_embeddings().register_forward_pre_hook(at_head),  # type: ignore[operator]
         ]
         try:
-            logits = self.model(**self.inputs(ids, mask), logits_to_keep=keep).logits
+            logits = self.model(**inputs, logits_to_keep=keep).logits
         finally:
             for handle in handles:
                 handle.remove()
