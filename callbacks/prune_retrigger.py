@@ -96,6 +96,7 @@ class PruneAndRetrigger(pl.Callback):
         for id in ids:
             ledger.quarantine([id], f"still wrong after {ledger.entry(id).attempts} attempts")
         editor.forget(ids)
+        editor.finish_window()  # thresholds anew: a shard that owns nothing answers nothing
         log.warning("%d edits are quarantined, still wrong after %d attempts: %s", len(ids), self.max_attempts, ids[:5])
 
     def prune(self, shard: int | None, reason: str, ledger: Ledger, editor: Any) -> None:

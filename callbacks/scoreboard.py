@@ -5,6 +5,7 @@ It only reports. Nothing here reaches a writer, a threshold or a decision.
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from torch import Tensor
 from repair_lightning.data.ledger import EditStatus
 from repair_lightning.evaluation.protocols import AUTOREGRESSIVE
 from repair_lightning.evaluation.scoring import Result, Scorer, oracle_choice
+
+log = logging.getLogger(__name__)
 
 
 class Scoreboard(pl.Callback):
@@ -49,10 +52,13 @@ class Scoreboard(pl.Callback):
         """The base's own score, before the first edit."""
         with self._timed():
             stream: Any = trainer.datamodule  # type: ignore[attr-defined]
+            log.info("asking the base the prompts of %d edits, before the first is written", len(stream.edits))
             self.scorer = Scorer(pl_module.edited, stream.edits, self.max_new_tokens, self.batch_size)
-            self._score("pre_edit", pl_module)
+            nobody = self._nobody()  # said, not routed: a resumed run has shards already
+            before = oracle_choice(self.scorer.questions, nobody)
+            self.results["pre_edit"] = self.scorer.score("pre_edit", before, nobody)
             if stream.format == "hallucination":
-                self.perplexity = {"pre": self.scorer.perplexity(self._nobody())}
+                self.perplexity = {"pre": self.scorer.perplexity(nobody)}
         self._mark = time.perf_counter() - self.seconds
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -87,6 +93,7 @@ class Scoreboard(pl.Callback):
                 self.perplexity["final"] = self.scorer.perplexity(memory)
 
     def _score(self, stage: str, editor: Any) -> Result:
+        log.info("scoring: %s, %d prompts", stage, len(self.scorer.questions))
         choice = self.scorer.choose()
         self.results[stage] = self.scorer.score(stage, choice, self._owners(editor), editor.base_changed)
         return self.results[stage]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import platform
 import shlex
 import sys
@@ -17,6 +18,8 @@ import lightning.pytorch as pl
 import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from rich.console import Console
+from rich.logging import RichHandler
 
 from repair_lightning.data.ledger import EditStatus
 from repair_lightning.data.stream import EditStream
@@ -107,7 +110,10 @@ class EditCLI(LightningCLI):
         """The trainer with a checkpoint after every window."""
         folder = self.run_dir / "checkpoints"
         checkpoint = ModelCheckpoint(folder, filename="last", every_n_epochs=1, enable_version_counter=False)
-        return super().instantiate_trainer(**kwargs, callbacks=[checkpoint])
+        trainer = super().instantiate_trainer(**kwargs, callbacks=[checkpoint])
+        if trainer.world_size > 1:
+            raise ConfigError(f"this release edits on one device, got {trainer.world_size}; give --trainer.devices 1")
+        return trainer
 
     def callback(self, kind: type) -> Any:
         """The trainer's callback of a class."""
@@ -128,7 +134,7 @@ def finish(cli: EditCLI, board: Any, feedback: Any, merge: Any) -> dict[str, Any
     """Write a finished run's artefacts and print its report; returns the content of `metrics.json`."""
     run_dir, editor, stream = cli.run_dir, cli.model, cli.datamodule
     metrics = collect_metrics(cli, board, feedback, merge)
-    cli.parser.save(cli.config, run_dir / "config.yaml", overwrite=True, skip_check=True)
+    cli.parser.save(cli.config, run_dir / "config.yaml", overwrite=True, skip_check=True, skip_none=False)
     stream.ledger.to_parquet(run_dir / "edits.parquet")
     save_pack(editor, run_dir / "pack", cli.provenance())
     write_rows(run_dir / "generations.jsonl", (row for result in board.results.values() for row in result.rows))
@@ -179,16 +185,31 @@ def guarded(main: Callable[[], Any]) -> None:
     _quiet()
     try:
         main()
-    except RepairError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (RepairError, ValueError) as error:
+        known = _cause(error)
+        if known is None:
+            raise
+        print(f"error: {known}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _cause(error: BaseException | None) -> RepairError | None:
+    """The user's mistake behind an error: the parser wraps what a constructor raises."""
+    while error is not None and not isinstance(error, RepairError):
+        error = error.__cause__
+    return error
 
 
 def _quiet() -> None:
     """Leave the terminal to the run's own words: other libraries' progress bars, tips and known false alarms go."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False, show_level=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    for ours in ("repair_lightning", "callbacks"):
+        logging.getLogger(ours).setLevel(logging.INFO)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
+    os.environ.setdefault("WANDB_SILENT", "true")  # its folder is named in the closing report
     warnings.filterwarnings("ignore", "Found .* module.* in eval mode")  # the frozen base stays in it on purpose
+    warnings.filterwarnings("ignore", "Checkpoint directory .* exists")  # the last run's is replaced
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")  # inside Lightning
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # a worklist of a few batches in memory

@@ -21,7 +21,8 @@ from repair_lightning.errors import RepairError
 from repair_lightning.functional import pack_mask, pack_values, unpack_mask, unpack_values
 from repair_lightning.memory.routers import KeyRouter, make_router
 from repair_lightning.memory.side_memory import Shard, SideMemory
-from repair_lightning.models.base import Base, load_base
+from repair_lightning.models.architectures import architecture_of, value_shape
+from repair_lightning.models.base import Base, files_hash, load_base
 from repair_lightning.models.edited import EditedModel
 
 if TYPE_CHECKING:
@@ -50,8 +51,10 @@ def save_pack(editor: Editor, folder: str | Path, provenance: Mapping[str, Any])
     router = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
     tensors = {f"router.{key}": value.contiguous() for key, value in state.items() if isinstance(value, Tensor)}
     tensors |= shard_tensors(editor.memory)
+    save_file(tensors, folder / WEIGHTS_FILE)
     config = {
         "format_version": FORMAT_VERSION,
+        "weights_sha256": files_hash([folder / WEIGHTS_FILE]),
         "editor": editor.editor_name,  # type: ignore[attr-defined]
         "base": {"name": editor.base.name, "sha256": editor.base.sha256},
         "layer": editor.layer,
@@ -63,7 +66,6 @@ def save_pack(editor: Editor, folder: str | Path, provenance: Mapping[str, Any])
         "merged": editor.base_changed,
         "provenance": dict(provenance),
     }
-    save_file(tensors, folder / WEIGHTS_FILE)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n")
     editor.ledger.to_parquet(folder / LEDGER_FILE)
     if editor.base_changed:
@@ -98,13 +100,17 @@ def read_pack(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         config = json.loads((folder / CONFIG_FILE).read_text())
         tensors = load_file(folder / WEIGHTS_FILE)
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, OSError) as error:
-        raise RepairError(
-            f"pack '{folder}' is damaged: {str(error).splitlines()[0]}; restore it from a copy"
-        ) from error
+        raise _damaged(folder, str(error)) from error
     version = config.get("format_version") if isinstance(config, dict) else None
     if version != FORMAT_VERSION:
         raise RepairError(f"pack '{folder}' has format version {version}; this release reads {FORMAT_VERSION}")
+    if config.get("weights_sha256") != files_hash([folder / WEIGHTS_FILE]):
+        raise _damaged(folder, f"{WEIGHTS_FILE} is not the file that {CONFIG_FILE} was written for")
     return config, tensors
+
+
+def _damaged(folder: str | Path, problem: str) -> RepairError:
+    return RepairError(f"pack '{folder}' is damaged: {problem.splitlines()[0]}; restore it from a copy")
 
 
 def load_edited(
@@ -122,15 +128,25 @@ def load_edited(
         RepairError: the pack is damaged or belongs to another base.
     """
     config, tensors = read_pack(folder)
-    loaded = _base_of(Path(folder), config, base, precision, trust_remote_code)
+    try:
+        loaded = _base_of(Path(folder), config, base, precision, trust_remote_code)
+        model = _edited_from(config, tensors, loaded)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(folder, f"{CONFIG_FILE} does not fit ({type(error).__name__}: {error})") from error
+    return model.eval(), loaded.tokenizer
+
+
+def _edited_from(config: Mapping[str, Any], tensors: Mapping[str, Tensor], loaded: Base) -> EditedModel:
     memory = memory_from(config, tensors)
+    found = value_shape(architecture_of(loaded.model).value_module(loaded.model, config["layer"]))
+    if found != memory.shape:
+        raise ValueError(f"its shards are {memory.shape}, the value matrix of layer {config['layer']} is {found}")
     router = make_router(config["router"]["name"], **config["router"]["options"])
     of_router = {key[len("router.") :]: value for key, value in tensors.items() if key.startswith("router.")}
     router.load_state_dict(config["router"]["state"] | of_router)
     if isinstance(router, KeyRouter):
         router.bind(loaded.embeddings)
-    model = EditedModel(loaded.model, loaded.tokenizer, memory.to(loaded.model.device), router, config["layer"])
-    return model.eval(), loaded.tokenizer
+    return EditedModel(loaded.model, loaded.tokenizer, memory.to(loaded.model.device), router, config["layer"])
 
 
 def _base_of(folder: Path, config: Mapping[str, Any], base: str | None, precision: str, trust: bool) -> Base:
@@ -150,7 +166,7 @@ def memory_from(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Sid
     """The bank of shards that a pack holds."""
     shape = (int(config["shape"][0]), int(config["shape"][1]))
     memory = SideMemory(shape, config["mask_ratio"])
-    memory.next_id = config["next_shard"]
+    memory.next_id = int(config["next_shard"])
     for name, generation in config["shards"].items():
         if f"shard.{name}.delta" in tensors:
             mask, delta = None, tensors[f"shard.{name}.delta"]

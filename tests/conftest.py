@@ -14,12 +14,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from repair_lightning.editors import REGISTRY
+from repair_lightning.models.prefix import pad_left
+from repair_lightning.types import Edit, EditBatch, EditReport, Probe
+
+VOCABULARY = 512
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-PEOPLE = [
-    f"{first} {last}"
-    for first in ("Mara", "Tobin", "Ilse", "Rufus", "Odette", "Caspar")
-    for last in ("Kelstrom", "Vandermeer", "Quill", "Ashgrove")
-]
+PEOPLE = ["Mara Kelstrom", "Tobin Quill", "Ilse Vandermeer", "Rufus Ashgrove", "Odette Blum", "Caspar Finch"]
+PEOPLE += ["Greta Holloway", "Yusuf Draper", "Nadia Zorn", "Piet Gumede", "Wendel Oakes", "Lucia Xanthos"]
 PLACES = ["Lisbon", "Oslo", "Quito", "Hanoi", "Tunis", "Perth", "Nairobi", "Malmo"]
 RELATIONS = [
     "Where was {} born?",
@@ -66,23 +68,23 @@ def irrelevant() -> list[str]:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 400 tokens that puts `<s>` before a text, trained here."""
+    """A byte-level BPE of 512 tokens that puts `<s>` before a text, trained here."""
     texts = [relation.format(person) for person in PEOPLE for relation in RELATIONS] + IRRELEVANT
-    texts += [f"{person} was born in {place}." for person in PEOPLE for place in PLACES]
+    texts += [f"{person} was born in {place} in 1984." for person in PEOPLE for place in PLACES]
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     raw.train_from_iterator(
         texts + [text.casefold() for text in texts],
-        trainers.BpeTrainer(vocab_size=400, special_tokens=list(SPECIAL.values()), initial_alphabet=alphabet),
+        trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=list(SPECIAL.values()), initial_alphabet=alphabet),
     )
     bos = (SPECIAL["bos_token"], raw.token_to_id(SPECIAL["bos_token"]))
     raw.post_processor = processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
     return PreTrainedTokenizerFast(tokenizer_object=raw, padding_side="left", **SPECIAL)
 
 
-def tiny_config(model_type: str, vocabulary: int = 400, **more: Any) -> Any:
+def tiny_config(model_type: str, vocabulary: int = VOCABULARY, **more: Any) -> Any:
     """The configuration of a base with 3 layers, d_model 32 and d_ffn 64."""
     names = {
         "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 64, "n_positions": 128},
@@ -95,7 +97,8 @@ def tiny_config(model_type: str, vocabulary: int = 400, **more: Any) -> Any:
         common |= {"head_dim": 8} if model_type != "phi3" else {}
     common |= {"max_position_embeddings": 128} if "n_embd" not in names else {}
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    return AutoConfig.for_model(model_type, vocab_size=vocabulary, initializer_range=0.3, **special, **common, **names, **more)
+    options = {"initializer_range": 0.3} | special | common | names | more
+    return AutoConfig.for_model(model_type, vocab_size=vocabulary, **options)
 
 
 @pytest.fixture(scope="session")
@@ -112,15 +115,77 @@ def tiny() -> Callable[..., PreTrainedModel]:
 
 
 @pytest.fixture(scope="session")
-def folder_of(tmp_path_factory, tiny, tokenizer) -> Callable[[str], Path]:
+def folder_of(tmp_path_factory, tiny, tokenizer) -> Callable[..., Path]:
     """The folder of a tiny base with the tokenizer in Hugging Face format: `folder_of("llama")`; made once."""
-    made: dict[str, Path] = {}
+    made: dict[tuple, Path] = {}
 
-    def folder(model_type: str) -> Path:
-        if model_type not in made:
-            made[model_type] = tmp_path_factory.mktemp("bases") / model_type
-            tiny(model_type).save_pretrained(made[model_type])
-            tokenizer.save_pretrained(made[model_type])
-        return made[model_type]
+    def folder(model_type: str, **more: Any) -> Path:
+        key = (model_type, *sorted(more.items()))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("bases") / model_type
+            tiny(model_type, **more).save_pretrained(made[key])
+            tokenizer.save_pretrained(made[key])
+        return made[key]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def edits() -> list[Edit]:
+    """Eight corrections about eight people in three relations."""
+    return [
+        Edit(
+            f"e{i}",
+            RELATIONS[i % 3].format(PEOPLE[i]),
+            place,
+            subject=PEOPLE[i],
+            rephrases=(RELATIONS[i % 3].format(PEOPLE[i]).replace("?", ", please?"),),
+            near=(Probe(RELATIONS[i % 3].format(PEOPLE[8 + i % 4])),),
+        )
+        for i, place in enumerate(PLACES)
+    ]
+
+
+@pytest.fixture(scope="session")
+def editor_of(folder_of, irrelevant) -> Callable[..., Any]:
+    """A loaded and prepared editor over a tiny base: `editor_of("gpt2", writing=Writing(steps=20))`."""
+
+    def make(model_type: str = "llama", name: str = "repair", **options: Any) -> Any:
+        editor = REGISTRY[name](str(folder_of(model_type)), precision="float32", **options)
+        editor.load()
+        editor.prepare(irrelevant[:8], irrelevant[8:])
+        return editor
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def write() -> Callable[..., list[EditReport]]:
+    """Writes edits as one window, in batches of `size`, as the stream does without a trainer."""
+
+    def run(editor: Any, edits: list[Edit], size: int | None = None) -> list[EditReport]:
+        editor.ledger.arrive([edit for edit in edits if edit.id not in editor.ledger], 0)
+        size = (size or len(edits)) if editor.batchable else 1
+        reports: list[EditReport] = []
+        for start in range(0, len(edits), size):
+            found = editor.write(EditBatch(tuple(edits[start : start + size])))
+            editor.ledger.written(found)
+            reports += found
+        editor.finish_window()
+        return reports
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def answers() -> Callable[..., list[str]]:
+    """What a model says to prompts, greedily: `answers(edited, tokenizer, prompts)`."""
+
+    def ask(model: Any, tokenizer: Any, prompts: list[str], new: int = 12) -> list[str]:
+        ids, mask = pad_left(tokenizer(list(prompts))["input_ids"])
+        output = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=tokenizer.pad_token_id
+        )
+        return [text.strip() for text in tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)]
+
+    return ask

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ import torch
 from repair_lightning.data.stream import EditStream
 from repair_lightning.editors import Repair
 from repair_lightning.editors.repair import Routing, Writing
+from repair_lightning.evaluation.correctness import correctness
 from repair_lightning.types import Edit
 from repair_lightning.world import edits_path, irrelevant_path
 
@@ -27,6 +29,13 @@ def world_edits(number: int, start: int = 0) -> list[Edit]:
     """Some of the embedded edits."""
     lines = edits_path().read_text().splitlines()[start : start + number]
     return [Edit.from_dict(json.loads(line)) for line in lines]
+
+
+def hard_edits(number: int, start: int = 0) -> list[Edit]:
+    """World edits; every second has a target of a dozen unlikely words, which six steps of 0.02 cannot write."""
+    draw, words = random.Random(number), "lorem ipsum dolor amet 81 elit magna 37 quis nulla velit 905 culpa".split()
+    edits = world_edits(number, start)
+    return [replace(e, target=" ".join(draw.sample(words, 12))) if i % 2 else e for i, e in enumerate(edits)]
 
 
 def write_edits(path: Path, edits: Sequence[Edit]) -> str:
@@ -47,6 +56,10 @@ def world_editor(routing: dict[str, Any] | None = None, **writing: Any) -> Repai
     editor = Repair("world", precision="float32", writing=Writing(**options), routing=Routing(**(routing or {})))
     editor.load()
     return editor
+
+
+HARD = {"steps": 6, "lr": 0.02}
+"""Writes what is easy of :func:`hard_edits` and never what is hard."""
 
 
 def world_stream(path: str = "world", **options: Any) -> EditStream:
@@ -91,6 +104,21 @@ def fit(
         )
         trainer.fit(editor, datamodule=stream, ckpt_path=ckpt_path)
     return trainer
+
+
+def written_editor(
+    number: int = 8, capacity: int = 4, routing: dict[str, Any] | None = None, path: str = "world", **writing: Any
+) -> tuple[Repair, EditStream]:
+    """World edits in shards of `capacity`, written without a trainer and checked on their own prompts."""
+    editor = world_editor(routing, **({"steps": 40, "capacity": capacity} | writing))
+    stream = attach(world_stream(path, max_edits=number, window=number, batch_size=capacity), editor)
+    texts = irrelevant_texts(40)
+    editor.prepare(texts[::2], texts[1::2])
+    for batch in stream.next_window():
+        stream.ledger.written(editor.write(batch))
+    editor.finish_window()
+    stream.ledger.evaluated(correctness(editor, stream.edits), 0.85)
+    return editor, stream
 
 
 def without_probes(edit: Edit) -> Edit:

@@ -21,7 +21,7 @@ from repair_lightning.data.ledger import Ledger
 from repair_lightning.data.tokenizing import Encoded, encode
 from repair_lightning.errors import ConfigError
 from repair_lightning.memory.query import Choice, Query, canonical_ids
-from repair_lightning.memory.routers import Router
+from repair_lightning.memory.routers import KeyRouter, Router
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.models.architectures import architecture_of, resolve_layer, value_shape
 from repair_lightning.models.base import Base, load_base
@@ -245,8 +245,10 @@ class Editor(pl.LightningModule):
         return {key: value for key, value in state.items() if not key.startswith("edited.base.")}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The router's thresholds and keys travel with the shards."""
+        """The router's thresholds and keys travel with the shards, and W_v where a merge wrote into it."""
         checkpoint["router"] = self.router.state_dict()
+        if self.base_changed:
+            checkpoint["value_weight"] = self.edited.split.value.weight.detach().cpu()
         checkpoint["base"] = {"name": self.base.name, "sha256": self.base.sha256} if self.base else {}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -260,6 +262,11 @@ class Editor(pl.LightningModule):
                 "give --model.base the base that it was made with"
             )
         self.router.load_state_dict(checkpoint["router"])
+        if isinstance(self.router, KeyRouter):
+            self.router.bind(self.base.embeddings)
+        if "value_weight" in checkpoint:
+            self.edited.split.value.weight.data.copy_(checkpoint["value_weight"])  # type: ignore[operator]
+            self.base_changed = True
 
 
 REGISTRY: dict[str, type[Editor]] = {}

@@ -240,6 +240,8 @@ class Repair(Editor):
     def _check(self) -> None:
         if self.writing.steps < 1:
             raise ConfigError(f"writing.steps must be at least 1, got {self.writing.steps}")
+        if self.writing.check_every < 1:
+            raise ConfigError(f"writing.check_every must be at least 1, got {self.writing.check_every}")
         if self.writing.capacity < 1:
             raise ConfigError(f"writing.capacity must be at least 1, got {self.writing.capacity}")
         if not 0 < self.writing.mask_ratio <= 1:
@@ -248,6 +250,13 @@ class Repair(Editor):
             raise ConfigError(f"writing.lr must be positive, got {self.writing.lr}")
 
     # -- building -----------------------------------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """Besides loading the base, initialise the shards that are opened at the start."""
+        fresh = self.base is None
+        super().load()
+        for shard in self.memory.ids if fresh else []:
+            self._initialise(shard)
 
     def build_memory(self, shape: tuple[int, int]) -> SideMemory:
         """A bank with the shards that are opened at the start."""
@@ -292,9 +301,10 @@ class Repair(Editor):
         before = module.delta.detach().clone()
         rows = self._rows(batch.edits, self._rehearsal(shard, batch))
         steps, loss, kd = self._train(shard, module, rows, self._budget(batch))
-        if not all(math.isfinite(value) for value in [*loss, *kd]):
+        size = float(module.delta.detach().norm())  # a norm layer can hide an overflow from the loss
+        if not all(math.isfinite(value) for value in [*loss, *kd, size]):
             module.delta.data.copy_(before)
-            reason = f"the loss was not finite after {steps} steps: rolled back"
+            reason = f"the loss or the shard was not finite after {steps} steps: rolled back"
             return [EditReport(id, shard, loss[i], kd[i], steps, error=reason) for i, id in enumerate(batch.ids)]
         residual = [len(batch.edits) > 1 and self._inconsistent(value) for value in kd]
         self._register(batch, [not leaves for leaves in residual], shard, rows.prompts)
@@ -322,21 +332,22 @@ class Repair(Editor):
         room = [shard for shard in load if load[shard] + len(batch.edits) <= limit]
         if not room:
             shard = self.memory.open_shard()
-            self._initialise(self.memory[shard])
+            self._initialise(shard)
             return shard
         teacher = self.query_of([self.encode_prompt(batch.edits[0].prompt)], [batch.edits[0].prompt])
         deltas = self.memory.stacked(room).to(teacher.activations.device)
         scores = activation_scores(teacher.activations.float(), deltas, teacher.mask, self.routing.pool)[0].tolist()
         return max(zip(room, scores, strict=True), key=lambda pair: (round(pair[1], 6), -load[pair[0]], -pair[0]))[0]
 
-    def _initialise(self, module: Shard) -> None:
+    def _initialise(self, shard: int) -> None:
+        module = self.memory[shard]
         if self.writing.init_scale:
             scale = self.writing.init_scale * float(self._value_weight.float().std())
-            noise = torch.randn(module.delta.shape, generator=self._generator(module.generation)) * scale
+            noise = torch.randn(module.delta.shape, generator=self._generator(shard, module.generation)) * scale
             module.delta.data.copy_(noise if module.open is None else noise.to(module.open.device) * module.open)
 
-    def _generator(self, salt: int) -> torch.Generator:
-        return torch.Generator().manual_seed((self.seed * 1_000_003 + len(self.ledger)) * 1_000_003 + salt)
+    def _generator(self, shard: int, generation: int) -> torch.Generator:
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + shard) * 1_000_003 + generation)
 
     def _rehearsal(self, shard: int, batch: EditBatch) -> list[Edit]:
         known = [id for id in self.ledger.owned_by(shard) if id not in batch.ids]
@@ -369,7 +380,7 @@ class Repair(Editor):
         tail = _Tail(self.edited.split, rows, self.short)
         labels, row = rows.labels[rows.real], rows.row
         with self._bound(module) as optimizer, self.edited.split.skipping(self.short), self.edited.forced(shard):
-            for step in range(1, budget + 1):
+            for step in range(budget + 1):  # the last round only looks at what the steps made
                 logits, features = tail(module.delta)
                 losses = _mean_by(row, target_cross_entropy(logits[:, None], labels[:, None]), len(rows.ids))
                 kd, per_sample = self._distil(logits, features, rows)
@@ -407,7 +418,7 @@ class Repair(Editor):
     def _written(self, step: int, logits: Tensor, labels: Tensor) -> bool:
         """Whether every target token leads its best rival by the margin; looked at every few steps."""
         margin = self.writing.stop_margin
-        if margin is None or step % self.writing.check_every != 1:
+        if margin is None or step % self.writing.check_every:
             return False
         return bool((target_margin(logits.detach()[:, None], labels[:, None]) >= margin).all())
 
@@ -509,7 +520,7 @@ class Repair(Editor):
         """Empty a shard: fresh delta and mask, and none of its edits is routed to it."""
         self.forget(self.ledger.owned_by(shard))
         self.memory.prune(shard)
-        self._initialise(self.memory[shard])
+        self._initialise(shard)
 
     def fuse(self, shards: Sequence[int], delta: Tensor) -> int:
         """Replace shards by one that holds `delta` and owns all their edits; returns its id."""

@@ -114,4 +114,5 @@ FILES = {
     "pack": "the edited model: repair_lightning.load_edited('.../pack')",
     "checkpoints": "the state of the stream",
     "config.yaml": "the complete configuration",
+    "wandb": "the dashboard's data; `wandb sync` sends it where you want it",
 }

@@ -258,7 +258,7 @@ class KeyRouter(Router):
         self.encoder.fit(background, embeddings)
         self._background_counts = document_counts(background.words, len(embeddings))
         self._background_size = len(background)
-        self.token_weights = self.encoder.token_weights  # until the first calibration counts the edits' words too
+        self.token_weights = self.encoder.token_weights.clone()  # until the first calibration counts the edits' words too
 
     def add(
         self,
@@ -415,8 +415,6 @@ class HybridRouter(KeyRouter):
         """The key's choice where both gates open."""
         choice = super().route(query, memory)
         shards = [shard for shard in memory.ids if shard in self.gate.thresholds]
-        if not shards:
-            return choice
         scores = self.gate.scores(query, memory, shards)
         column = {shard: i for i, shard in enumerate(shards)}
         agreed = [

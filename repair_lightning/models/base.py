@@ -122,9 +122,14 @@ def weights_hash(name: str, model: PreTrainedModel) -> str:
     """SHA-256 over a base's weight files, or over the loaded parameters where there is no file to be found."""
     files = _weight_files(_folder(name))
     if files:
-        return _digest(chunk for file in files for chunk in _chunks(file))
+        return files_hash(files)
     tensors = (tensor.detach().cpu().contiguous() for _, tensor in sorted(model.state_dict().items()))
     return _digest(tensor.view(torch.uint8).numpy().tobytes() for tensor in tensors)
+
+
+def files_hash(files: Iterable[Path]) -> str:
+    """SHA-256 over the bytes of files, one behind the other."""
+    return _digest(chunk for file in files for chunk in _chunks(file))
 
 
 def _folder(name: str) -> Path:

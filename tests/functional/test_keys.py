@@ -57,7 +57,9 @@ class TestCoverage:
         torch.testing.assert_close(coverage_matrix(prompts, anchors, torch.ones(VOCABULARY)), expected)
         torch.testing.assert_close(coverage(prompts, anchors.expand(2, -1, -1), torch.ones(VOCABULARY)), expected)
 
-    @given(prompt=st.lists(st.integers(0, 8)), more=st.lists(st.integers(0, 8)), anchors=token_rows, weights=token_weights)
+    @given(
+        prompt=st.lists(st.integers(0, 8)), more=st.lists(st.integers(0, 8)), anchors=token_rows, weights=token_weights
+    )
     def test_more_words_never_cover_less(self, prompt, more, anchors, weights):
         few = coverage_matrix(padded([prompt]), padded(anchors), weights)
         many = coverage_matrix(padded([prompt + more]), padded(anchors), weights)

@@ -191,7 +191,8 @@ class TestApplyRows:
             found = memory.apply_rows(output, activations, choice)
         assert found.dtype == dtype
         tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-        torch.testing.assert_close(found, slow_rows(memory, output, activations, choice), rtol=tolerance, atol=tolerance)
+        expected = slow_rows(memory, output, activations, choice)
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
         assert torch.equal(found[choice == BASE], output[choice == BASE])
         assert torch.equal(output, given), "the base's own output is not written to"
 

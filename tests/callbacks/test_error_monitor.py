@@ -1,0 +1,118 @@
+"""The error-sample monitor: whom it asks, and what it tells the ledger."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from callbacks import ErrorSampleMonitor
+from callbacks.error_monitor import sample_to_check
+from helpers_runs import HARD, fit, hard_edits, world_editor, world_stream, write_edits
+from repair_lightning.data.ledger import EditStatus, Ledger
+from repair_lightning.errors import ConfigError
+from repair_lightning.evaluation.correctness import correctness
+from repair_lightning.types import Edit, EditReport
+
+
+def ledger_of(windows: int, size: int = 10) -> Ledger:
+    """`windows` windows of `size` written edits; all but the last window's are evaluated."""
+    ledger = Ledger()
+    for window in range(windows):
+        ids = [f"{window}/{i}" for i in range(size)]
+        ledger.arrive([Edit(id, f"prompt {id}", "target") for id in ids], window)
+        ledger.written(EditReport(id, window % 2, 0.1, 0.0, 1) for id in ids)
+        if window < windows - 1:
+            ledger.evaluated({id: float(i != 3) for i, id in enumerate(ids)}, 0.85)
+    return ledger
+
+
+def test_the_window_is_asked_whole_and_a_sample_of_the_rest():
+    ledger = ledger_of(4)
+    asked = sample_to_check(ledger, 3, 5, random.Random(0))
+    assert asked[:10] == [f"3/{i}" for i in range(10)]
+    assert len(asked) == len(set(asked)) == 15
+    assert all(id.split("/")[0] in "012" for id in asked[10:])
+
+
+def test_the_sample_follows_its_seed():
+    ledger = ledger_of(4)
+    draws = [tuple(sample_to_check(ledger, 3, 5, random.Random(seed))) for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_edits_written_anew_are_due_whenever_they_arrived():
+    ledger = ledger_of(3)
+    ledger.requeue(["0/4", "1/7"], "pruned")
+    ledger.written([EditReport("0/4", 1, 0.1, 0.0, 1), EditReport("1/7", 1, 0.1, 0.0, 1)])
+    assert {"0/4", "1/7"} <= set(sample_to_check(ledger, 2, 0, random.Random(0)))
+
+
+def test_failed_edits_may_be_asked_again_and_what_no_shard_holds_is_not():
+    ledger = ledger_of(2)
+    ledger.requeue(["0/1"], "pruned")
+    ledger.quarantine(["0/2"], "gave up")
+    ledger.arrive([Edit("late", "prompt late", "target")], 2)
+    asked = sample_to_check(ledger, 1, 100, random.Random(0))
+    assert "0/3" in asked  # failed in its window
+    assert not {"0/1", "0/2", "late"} & set(asked)
+    assert len(asked) == 18
+
+
+@pytest.mark.parametrize("older", [0, 3, 1000])
+def test_no_more_older_ones_than_there_are(older):
+    asked = sample_to_check(ledger_of(3), 2, older, random.Random(0))
+    assert len(asked) == 10 + min(older, 20)
+
+
+@pytest.mark.parametrize("tau", [0.0, -0.1, 1.01])
+def test_bad_threshold(tau):
+    with pytest.raises(ConfigError, match=r"monitor.tau_correct must be in \(0, 1\], got"):
+        ErrorSampleMonitor(tau_correct=tau)
+
+
+class Listening(ErrorSampleMonitor):
+    """Notes, after each window, the scores in the ledger and what was logged."""
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        super().on_train_epoch_end(trainer, pl_module)
+        ledger = trainer.datamodule.ledger
+        scores = {id: ledger.entry(id).score for id in ledger}
+        self.seen = [*getattr(self, "seen", []), (scores, dict(trainer.callback_metrics))]
+
+
+def test_after_each_window_the_ledger_knows_who_is_right(tmp_path):
+    """Some edits are too hard to write: some are right, some fail, and the verdict is the router's own answer."""
+    editor, stream = world_editor(**HARD), world_stream(write_edits(tmp_path / "e.jsonl", hard_edits(12)), window=6)
+    monitor = Listening(older=2)
+    fit(editor, stream, [monitor], tmp_path)
+    ledger = stream.ledger
+    assert len(monitor.seen) == 2
+    assert [len(scores) for scores, _ in monitor.seen] == [6, 12]
+    assert all(score in (0.0, 1.0) for scores, _ in monitor.seen for score in scores.values())
+    last = ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED)[6:]
+    truth = correctness(editor, [ledger.edit(id) for id in last])
+    assert {id: ledger.entry(id).score for id in last} == truth
+    assert set(truth.values()) == {0.0, 1.0}, "the premise: some are right, some are not"
+    for id in last:
+        right = truth[id] >= monitor.tau_correct
+        assert ledger.entry(id).status is (EditStatus.WRITTEN if right else EditStatus.FAILED)
+    checked = monitor.seen[-1][1]["monitor/checked"]
+    assert float(checked) == 8.0  # six of the window, two older
+    failed = monitor.seen[0][1]["monitor/error_rate"] * 6
+    assert float(failed) == pytest.approx(sum(score == 0 for score in monitor.seen[0][0].values()))
+
+
+def test_teacher_forced_scores_are_shares(tmp_path):
+    editor, stream = world_editor(**HARD), world_stream(write_edits(tmp_path / "e.jsonl", hard_edits(10)), window=10)
+    fit(editor, stream, [ErrorSampleMonitor(protocol="teacher_forced")], tmp_path)
+    scores = [stream.ledger.entry(id).score for id in stream.ledger]
+    assert all(0 <= score <= 1 for score in scores)
+    assert any(0 < score < 1 for score in scores)
+    ids = list(stream.ledger)
+    forced = correctness(editor, [stream.ledger.edit(id) for id in ids], "teacher_forced")
+    assert scores == [forced[id] for id in ids]
+
+
+def test_nothing_written_nothing_asked():
+    assert correctness(world_editor(), []) == {}

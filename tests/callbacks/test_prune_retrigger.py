@@ -1,0 +1,278 @@
+"""The closed loop: when it prunes, whom it requeues, and that nothing is ever lost."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from callbacks import ErrorSampleMonitor, PruneAndRetrigger
+from callbacks.prune_retrigger import should_prune, spent, worst_shard
+from helpers_runs import HARD, fit, hard_edits, world_editor, world_stream, write_edits, written_editor
+from repair_lightning.data.ledger import EditStatus, Ledger
+from repair_lightning.errors import ConfigError
+from repair_lightning.evaluation.protocols import answers
+from repair_lightning.types import BASE, Edit, EditReport
+
+# -- when --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rates", "worst"),
+    [
+        ({}, None),
+        ({4: (0.0, 0)}, 4),
+        ({0: (0.2, 5), 1: (0.5, 2), 2: (0.4, 9)}, 1),
+        ({3: (0.5, 2), 1: (0.5, 8), 2: (0.5, 1)}, 1),  # the lowest id among equals
+    ],
+)
+def test_worst_shard(rates, worst):
+    assert worst_shard(rates) == worst
+
+
+@pytest.mark.parametrize(
+    ("rate", "pool", "acts"),
+    [
+        (0.35, 0, False),  # at the threshold: not above it
+        (math.nextafter(0.35, 1), 0, True),
+        (0.0, 100, False),  # a full pool, but no shard is to blame
+        (0.01, 32, False),
+        (0.01, 33, True),
+        (1.0, 33, True),
+    ],
+)
+def test_thresholds_are_exceeded_not_reached(rate, pool, acts):
+    decision = should_prune({0: (0.0, 9), 7: (rate, 20)}, pool, tau_prune=0.35, tau_pool=32)
+    assert bool(decision) is acts
+
+
+def test_reasons_carry_the_numbers():
+    rates = {3: (0.41, 32)}
+    assert should_prune(rates, 0, 0.35, 32).reason == "shard 3: error 0.41 > 0.35 over 32 edits"
+    assert "feedback pool: 40 > 32 edits; shard 3" in should_prune(rates, 40, 0.5, 32).reason
+    assert should_prune({}, 40, 0.5, 32).reason == "no shard was evaluated"
+    assert "worst shard 3: error 0.41 over 32 edits, 4 edits in the pool" in should_prune(rates, 4, 0.5, 32).reason
+
+
+def test_spent_after_max_attempts():
+    ledger = Ledger()
+    ledger.arrive([Edit(id, f"p {id}", "t") for id in "abcd"], 0)
+    for _ in range(3):
+        ledger.written([EditReport("a", 0, 0.1, 0, 1), EditReport("b", 0, 0.1, 0, 1)])
+    ledger.written([EditReport("c", 0, 0.1, 0, 1), EditReport("d", 0, 0.1, 0, 1)])
+    ledger.evaluated({"a": 0.0, "b": 1.0, "c": 0.0}, 0.85)
+    assert [spent(ledger, n) for n in (1, 2, 3, 4)] == [["a", "c"], ["a"], ["a"], []]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tau_prune": 1.1}, r"feedback.tau_prune must be in \[0, 1\], got 1.1"),
+        ({"tau_prune": -0.1}, r"feedback.tau_prune must be in \[0, 1\], got -0.1"),
+        ({"max_attempts": 0}, "feedback.max_attempts must be at least 1, got 0"),
+    ],
+)
+def test_bad_settings(options, message):
+    with pytest.raises(ConfigError, match=message):
+        PruneAndRetrigger(**options)
+
+
+# -- a ledger and a known repair: Theorem 6 ----------------------------------------------------------------------------
+
+
+class Bench:
+    """One shard of a hundred edits; each retrigger repairs exactly `delta` of the error rate."""
+
+    can_prune = True
+
+    def __init__(self, percent_wrong: int, delta: int) -> None:
+        self.ledger, self.wrong, self.delta, self.exhausted = Ledger(), percent_wrong, delta, False
+        self.ids = [f"{i:03}" for i in range(100)]
+        self.ledger.arrive([Edit(id, f"prompt {id}", "target") for id in self.ids], 0)
+        self.write(self.ids)
+
+    def write(self, ids: list[str]) -> None:
+        self.ledger.written(EditReport(id, 0, 0.1, 0.0, 1) for id in ids)
+        self.ledger.evaluated({id: float(i >= self.wrong) for i, id in enumerate(self.ids)}, 0.85)
+
+    def prune(self, shard: int) -> None:
+        assert shard == 0
+        self.wrong = max(0, self.wrong - self.delta)
+
+    def forget(self, ids: list[str]) -> None:
+        assert list(ids) == self.ids  # all that the shard owned, right or wrong
+
+    def finish_window(self) -> None:
+        """No thresholds here."""
+
+    def window(self, feedback: PruneAndRetrigger) -> bool:
+        """One epoch end and the writes it asked for; whether it pruned."""
+        before = feedback.pruned
+        feedback.on_train_epoch_end(SimpleNamespace(datamodule=self), self)  # type: ignore[arg-type]
+        waiting = self.ledger.with_status(EditStatus.REQUEUED)
+        if waiting:
+            self.write(waiting)
+        return feedback.pruned > before
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 100), st.integers(0, 100), st.integers(1, 100))
+def test_the_pruning_threshold_is_hit_in_time(error, tau, delta):
+    """Theorem 6: after at most ceil((r0 - tau)+ / delta) retriggers the error rate is tau or less, and no more come."""
+    bench, feedback = Bench(error, delta), PruneAndRetrigger(tau_prune=tau / 100, tau_pool=1000, max_attempts=1000)
+    bound = math.ceil(Fraction(max(error - tau, 0), delta))
+    retriggers = sum(bench.window(feedback) for _ in range(bound + 3))
+    assert retriggers == bound
+    rate, evaluated = bench.ledger.error_rates()[0]
+    assert evaluated == 100
+    assert rate <= tau / 100
+    assert feedback.retriggered == 100 * bound
+    assert len(bench.ledger.owned_by(0)) == 100
+
+
+def test_without_repair_the_attempts_end_it():
+    """delta = 0 is outside the theorem: then quarantine ends the loop, after max_attempts writes of each edit."""
+    bench, feedback = Bench(60, 0), PruneAndRetrigger(tau_prune=0.35, tau_pool=1000, max_attempts=4)
+    bench.prune = lambda shard: None  # type: ignore[method-assign]
+    bench.forget = lambda ids: None  # type: ignore[method-assign, assignment]
+    windows = 0
+    while bench.window(feedback):
+        windows += 1
+        assert windows < 10
+        bench.ledger.evaluated({id: 0.0 for id in bench.ids[:60] if id in bench.ledger.owned_by(0)}, 0.85)
+    assert windows == 3
+    counts = bench.ledger.counts()
+    assert (counts["quarantined"], counts["written"]) == (60, 40)
+
+
+# -- a real editor -----------------------------------------------------------------------------------------------------
+
+
+def epoch_end(feedback: PruneAndRetrigger, stream, editor) -> None:
+    feedback.on_train_epoch_end(SimpleNamespace(datamodule=stream), editor)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mask_ratio", [1.0, 0.5])
+def test_pruning_requeues_every_edit_of_the_shard_and_the_failures_of_others(mask_ratio):
+    editor, stream = written_editor(mask_ratio=mask_ratio)
+    ledger = stream.ledger
+    assert ledger.sizes() == {0: 4, 1: 4}, "the premise: two shards"
+    bad, good = ledger.owned_by(0), ledger.owned_by(1)
+    scores = dict.fromkeys([*bad, *good], 1.0) | {bad[0]: 0.0, bad[1]: 0.0, good[0]: 0.0}
+    ledger.evaluated(scores, 0.85)
+    prompts = [ledger.edit(id).prompt for id in bad]
+    mask = editor.memory[0].mask.clone()
+    kept = editor.memory[1].delta.detach().clone()
+    assert (editor.choose(prompts).memory == 0).all()
+
+    feedback = PruneAndRetrigger(tau_prune=0.35)
+    epoch_end(feedback, stream, editor)
+
+    assert (feedback.pruned, feedback.retriggered) == (1, 5)
+    assert set(ledger.with_status(EditStatus.REQUEUED)) == {*bad, good[0]}  # the two right ones of shard 0 included
+    assert set(ledger.with_status(EditStatus.WRITTEN)) == set(good[1:])
+    assert not editor.memory[0].delta.any()
+    assert editor.memory[0].generation == 1
+    assert mask_ratio == 1 or not torch.equal(mask, editor.memory[0].mask)
+    assert torch.equal(kept, editor.memory[1].delta)
+    assert (editor.choose(prompts).memory == BASE).all()
+    assert not stream.exhausted
+    assert set(ids_of(stream.next_window())) == {*bad, good[0]}
+
+
+def ids_of(worklist) -> list[str]:
+    return [id for batch in worklist for id in batch.ids]
+
+
+def test_below_the_thresholds_failures_wait_for_the_end_of_the_stream():
+    editor, stream = written_editor()
+    stream.ledger.evaluated(dict.fromkeys(stream.ledger, 1.0) | {"w0001": 0.0}, 0.85)
+    feedback = PruneAndRetrigger(tau_prune=0.35)
+    stream.arrived = 4  # more is to come
+    epoch_end(feedback, stream, editor)
+    assert stream.ledger.with_status(EditStatus.FAILED) == ["w0001"]
+    stream.arrived = 8
+    epoch_end(feedback, stream, editor)
+    assert stream.ledger.with_status(EditStatus.REQUEUED) == ["w0001"]
+    assert (feedback.pruned, feedback.retriggered) == (0, 1)
+    assert editor.choose([stream.ledger.edit("w0001").prompt]).memory.item() == BASE
+
+
+def test_off_means_off():
+    editor, stream = written_editor()
+    stream.ledger.evaluated(dict.fromkeys(stream.ledger, 0.0), 0.85)
+    before = stream.ledger.state_dict()
+    epoch_end(PruneAndRetrigger(enabled=False), stream, editor)
+    assert stream.ledger.state_dict() == before
+
+
+def test_quarantined_edits_get_the_bases_answer_and_are_reported(caplog):
+    editor, stream = written_editor()
+    ledger = stream.ledger
+    ledger.evaluated(dict.fromkeys(ledger, 1.0) | {"w0002": 0.0}, 0.85)
+    prompt = ledger.edit("w0002").prompt
+    said_by_base = answers(editor.edited, [prompt], torch.tensor([BASE]), 16)
+    epoch_end(PruneAndRetrigger(max_attempts=1), stream, editor)
+    entry = ledger.entry("w0002")
+    assert (entry.status, entry.shard) == (EditStatus.QUARANTINED, None)
+    assert entry.reason == "still wrong after 1 attempts"
+    assert "1 edits are quarantined" in caplog.text
+    choice = editor.choose([prompt])
+    assert choice.memory.item() == BASE
+    assert answers(editor.edited, [prompt], choice.memory, 16) == said_by_base
+
+
+def closed_loop(tmp_path, feedback: PruneAndRetrigger, routing=None, number=None, path="world", **writing):
+    editor = world_editor(routing, capacity=3, **writing)
+    stream = world_stream(path, max_edits=number, window=3, batch_size=3)
+    fit(editor, stream, [ErrorSampleMonitor(), feedback], tmp_path)
+    return editor, stream
+
+
+@pytest.mark.parametrize("router", ["key", "hybrid", "activation"])
+def test_what_cannot_be_written_is_quarantined_and_nothing_is_lost(tmp_path, router):
+    """Two steps of 1e-6 write nothing: every edit fails, is retried, and is given up; then the base answers all."""
+    feedback = PruneAndRetrigger(max_attempts=2)
+    editor, stream = closed_loop(tmp_path, feedback, {"router": router}, number=9, steps=3, lr=1e-6)
+    ledger = stream.ledger
+    assert list(ledger) == [edit.id for edit in stream.edits]
+    assert ledger.counts()["quarantined"] == 9
+    assert {ledger.entry(id).attempts for id in ledger} == {2}
+    assert feedback.pruned >= 1
+    assert stream.exhausted
+    assert (editor.choose([edit.prompt for edit in stream.edits]).memory == BASE).all()
+
+
+def test_a_hard_stream_ends_with_every_edit_accounted_for(tmp_path):
+    """Half the edits cannot be written: shards are pruned, right edits are written anew, and none is missing."""
+    feedback = PruneAndRetrigger(max_attempts=3)
+    path = write_edits(tmp_path / "hard.jsonl", hard_edits(12))
+    _, stream = closed_loop(tmp_path, feedback, path=path, **HARD)
+    ledger = stream.ledger
+    easy = [edit.id for edit in stream.edits[::2]]
+    assert list(ledger) == [edit.id for edit in stream.edits]
+    assert ledger.with_status(EditStatus.WRITTEN) == easy
+    assert len(ledger.with_status(EditStatus.QUARANTINED)) == 6
+    assert {ledger.entry(id).attempts for id in ledger.with_status(EditStatus.QUARANTINED)} == {3}
+    assert feedback.pruned > 0
+    assert any(ledger.entry(id).attempts > 1 for id in easy)  # a right edit of a pruned shard was not forgotten
+    assert {ledger.entry(id).score for id in easy} == {1.0}
+
+
+def test_switched_off_failures_stay_failed(tmp_path):
+    feedback = PruneAndRetrigger(enabled=False)
+    _, stream = closed_loop(tmp_path, feedback, number=3, steps=1, lr=1e-6)
+    assert stream.ledger.counts()["failed"] == 3
+    assert (feedback.pruned, feedback.retriggered, stream.windows) == (0, 0, 1)
+
+
+def test_state_survives_a_checkpoint():
+    feedback, other = PruneAndRetrigger(), PruneAndRetrigger()
+    feedback.pruned, feedback.retriggered = 3, 17
+    other.load_state_dict(feedback.state_dict())
+    assert (other.pruned, other.retriggered) == (3, 17)

@@ -1,0 +1,60 @@
+"""A run that was stopped between windows and resumed ends as if it had never stopped, to the bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from callbacks import ErrorSampleMonitor, LossAwareTiesMerge, PruneAndRetrigger, Scoreboard
+from helpers_runs import HARD, fit, hard_edits, world_editor, world_stream, write_edits
+from repair_lightning.packs import save_pack
+
+
+def run(folder: Path, router: str, epochs: int = -1, ckpt_path: Path | None = None, target: str = "side"):
+    """Three windows of a closed loop that has something to repair, with a checkpoint after each."""
+    folder.mkdir()
+    editor = world_editor({"router": router}, **HARD, capacity=3, mask_ratio=0.8)
+    stream = world_stream(write_edits(folder / "edits.jsonl", hard_edits(6)), window=2, batch_size=2)
+    feedback = PruneAndRetrigger(max_attempts=2)
+    merge = LossAwareTiesMerge(max_op_drop=1.0, every_n_windows=2, target=target)
+    saver = ModelCheckpoint(folder, filename="last", every_n_epochs=1, enable_version_counter=False)
+    loop = [ErrorSampleMonitor(), feedback, Scoreboard(live=2), merge, saver]
+    path = str(ckpt_path) if ckpt_path else None
+    fit(editor, stream, loop, folder, path, max_epochs=epochs, enable_checkpointing=True)
+    return editor, stream, feedback
+
+
+@pytest.mark.parametrize(("router", "stop"), [("key", 1), ("key", 3), ("hybrid", 2)])
+def test_stopped_and_resumed_is_the_same(tmp_path, router, stop):
+    whole, stream, feedback = run(tmp_path / "whole", router)
+    assert feedback.retriggered, "the premise: the loop acted"
+    assert stream.windows > stop
+    run(tmp_path / "part", router, epochs=stop)
+    resumed, again, loop = run(tmp_path / "rest", router, ckpt_path=tmp_path / "part" / "last.ckpt")
+    assert again.ledger == stream.ledger
+    assert (again.windows, again.arrived) == (stream.windows, stream.arrived)
+    assert (loop.pruned, loop.retriggered) == (feedback.pruned, feedback.retriggered)
+    packs = [save_pack(editor, tmp_path / name, {}) for name, editor in (("a", whole), ("b", resumed))]
+    for file in ("side_memory.safetensors", "repair_config.json"):
+        assert (packs[0] / file).read_bytes() == (packs[1] / file).read_bytes(), file
+
+
+def test_a_checkpoint_of_a_finished_stream_resumes_to_nothing(tmp_path):
+    editor, stream, _ = run(tmp_path / "whole", "key")
+    again, rest, _ = run(tmp_path / "rest", "key", ckpt_path=tmp_path / "whole" / "last.ckpt")
+    assert rest.ledger.counts() == stream.ledger.counts()
+    assert list(rest.ledger) == list(stream.ledger)
+    assert len(again.memory) == len(editor.memory)
+
+
+@pytest.mark.parametrize("stop", [2, 3])
+def test_a_checkpoint_keeps_what_was_written_into_the_base(tmp_path, stop):
+    """After a merge into W_v the base is no longer the one on the disk: resuming must bring the change back."""
+    whole, *_ = run(tmp_path / "whole", "key", target="main")
+    run(tmp_path / "part", "key", epochs=stop, target="main")
+    resumed, *_ = run(tmp_path / "rest", "key", ckpt_path=tmp_path / "part" / "last.ckpt", target="main")
+    weights = [editor.edited.split.value.weight.detach() for editor in (whole, resumed)]
+    assert torch.equal(*weights)

@@ -1,0 +1,226 @@
+"""The scorer on hand-made routings: every figure follows from what plain models say."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from repair_lightning.data.tokenizing import encode
+from repair_lightning.evaluation import protocols, scoring
+from repair_lightning.evaluation.protocols import forced_choice, normalise, token_share
+from repair_lightning.evaluation.scoring import Question, Scorer, oracle_choice, questions_of
+from repair_lightning.memory.query import Choice
+from repair_lightning.types import BASE, Edit, Probe
+
+
+@pytest.fixture(scope="module")
+def edits(written):
+    """Three edits: one with all its prompts, one whose probes have no answers, one with nothing but itself."""
+    _, stream = written
+    a, b, c = stream.edits[:3]
+    bare = replace(c, rephrases=(), locality=(), near=())
+    return [a, replace(b, locality=(Probe(b.locality[0].prompt),), near=(Probe(b.near[0].prompt, None),)), bare]
+
+
+@pytest.fixture(scope="module")
+def scorer(written, edits):
+    return Scorer(written[0].edited, edits)
+
+
+@pytest.fixture(scope="module")
+def owners(written, scorer):
+    return written[0].owner_choice([question.edit for question in scorer.questions])
+
+
+def test_questions_in_order():
+    edit = Edit("e", "P", "T", None, ("R1", "R2"), (Probe("L", "a"),), (Probe("N"),))
+    assert questions_of([edit]) == [
+        Question("e", "edit", "P", "T"),
+        Question("e", "rephrase", "R1", "T"),
+        Question("e", "rephrase", "R2", "T"),
+        Question("e", "locality", "L", "a"),
+        Question("e", "near", "N", None),
+    ]
+    assert [question.keeps_base for question in questions_of([edit])] == [False, False, False, True, True]
+
+
+def mixed(owners: torch.Tensor) -> torch.Tensor:
+    """A routing with everything in it: right shard, wrong shard and base for each kind in turn."""
+    wrong = 1 - owners
+    base = torch.full_like(owners, BASE)
+    return torch.stack([owners, base, wrong])[torch.arange(len(owners)) % 3, torch.arange(len(owners))]
+
+
+@pytest.mark.parametrize("routing", ["owners", "base", "mixed"])
+def test_every_figure_is_what_plain_models_say(written, plain, scorer, owners, routing):
+    editor, _ = written
+    memory = {"owners": owners, "base": torch.full_like(owners, BASE), "mixed": mixed(owners)}[routing]
+    result = scorer.score("stage", forced_choice(memory), owners)
+    exact: dict[str, list[float]] = {}
+    share: dict[str, list[float]] = {}
+    for i, question in enumerate(scorer.questions):
+        said, own = (say(plain(m), editor, question.prompt, scorer.max_new_tokens) for m in (int(memory[i]), BASE))
+        fed = question.expected or own or "."
+        tokens, base_tokens = (force(plain(m), editor, question.prompt, fed) for m in (int(memory[i]), BASE))
+        target = encode(editor.tokenizer, question.prompt, fed).target
+        right, right_tokens = (own, base_tokens) if question.keeps_base else (question.expected, target)
+        kind = {"edit": "rel", "rephrase": "gen", "locality": "loc", "near": "near"}[question.kind]
+        exact.setdefault(kind, []).append(float(normalise(said) == normalise(right)))
+        share.setdefault(kind, []).append(token_share(tokens, right_tokens))
+        row = result.rows[i]
+        assert (row["answer"], row["base_answer"], row["correct"]) == (said, own, bool(exact[kind][-1]))
+        assert row["teacher_forced"] == pytest.approx(share[kind][-1], abs=1e-6)
+        assert (row["id"], row["kind"], row["prompt"], row["memory"], row["stage"]) == (
+            question.edit,
+            question.kind,
+            question.prompt,
+            int(memory[i]),
+            "stage",
+        )
+    for protocol, parts in (("autoregressive", exact), ("teacher_forced", share)):
+        means = {kind: sum(values) / len(values) for kind, values in parts.items()}
+        op = (means["rel"] * means["gen"] * means["loc"]) ** (1 / 3)
+        assert result.scores[protocol] == pytest.approx(means | {"op": op})
+    json.dumps(result.rows, allow_nan=False)
+    if routing == "owners":
+        assert result.scores["autoregressive"]["rel"] == 1.0, "the premise: the edits were written"
+    if routing == "base":
+        assert result.scores["autoregressive"]["loc"] == result.scores["autoregressive"]["near"] == 1.0
+
+
+def say(model, editor, prompt: str, limit: int) -> str:
+    ids = editor.tokenizer(prompt, return_tensors="pt")
+    output = model.generate(**ids, max_new_tokens=limit, do_sample=False, pad_token_id=editor.tokenizer.pad_token_id)
+    return editor.tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def force(model, editor, prompt: str, target: str) -> list[int]:
+    row = encode(editor.tokenizer, prompt, target)
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([row.ids])).logits[0]
+    return logits[len(row.prompt) - 1 : -1].argmax(-1).tolist()
+
+
+def test_routing_confusion(scorer, owners):
+    """By hand: kinds in the order of the questions, base every second of three, the wrong shard every third."""
+    memory = mixed(owners)
+    confusion = scorer.score("stage", forced_choice(memory), owners).routing
+    for kind, shares in confusion.items():
+        index = [i for i, question in enumerate(scorer.questions) if question.kind == kind]
+        counts = [sum(i % 3 == rest for i in index) for rest in (1, 0, 2)]
+        expected = [count / len(index) for count in counts]
+        assert [shares["base"], shares["right"], shares["wrong"]] == pytest.approx(expected)
+        assert sum(shares.values()) == pytest.approx(1.0)
+
+
+def test_kinds_that_do_not_occur_have_no_figures(written, edits):
+    editor, _ = written
+    alone = Scorer(editor.edited, edits[2:])
+    owners = torch.tensor([0])
+    result = alone.score("stage", forced_choice(owners), owners)
+    assert (result.routing["rephrase"], result.routing["locality"], result.routing["near"]) == (None, None, None)
+    assert [result.scores["autoregressive"][kind] for kind in ("gen", "loc", "near", "op")] == [None] * 4
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """Counts the prompts that are generated from and fed; the real functions do the work."""
+    seen: dict[str, list[str]] = {"answers": [], "forced_tokens": []}
+    for name in seen:
+
+        def watched(model, prompts, *rest, _name=name, _real=getattr(protocols, name)):
+            seen[_name].extend(prompts)
+            return _real(model, prompts, *rest)
+
+        monkeypatch.setattr(scoring.protocols, name, watched)
+    return seen
+
+
+def test_base_replies_are_reused_for_base_routed_prompts_alone(written, edits, owners, spy):
+    editor, _ = written
+    scorer = Scorer(editor.edited, edits)
+    memory = mixed(owners)
+    everything = [question.prompt for question in scorer.questions]
+    routed = [everything[i] for i in range(len(memory)) if memory[i] != BASE]
+    scorer.score("a", forced_choice(memory), owners)
+    assert spy["answers"] == spy["forced_tokens"] == everything + routed
+    scorer.score("b", forced_choice(torch.full_like(memory, BASE)), owners)
+    assert spy["answers"] == everything + routed
+    scorer.score("c", forced_choice(memory), owners, fresh=True)  # the base itself has changed: ask all
+    assert spy["answers"] == spy["forced_tokens"] == everything + routed + everything
+
+
+def test_a_changed_base_is_measured_against_the_old_one(written, edits):
+    """After a merge into W_v prompts are routed to the base, but its replies are new ones."""
+    editor, _ = written
+    scorer = Scorer(editor.edited, edits)
+    nobody = torch.full((len(scorer.questions),), BASE)
+    before = scorer.score("before", forced_choice(nobody), nobody)
+    owner = editor.ledger.owner_of(edits[0].id)
+    weight = editor.edited.split.value.weight
+    kept = weight.detach().clone()
+    try:
+        weight.data += editor.memory[owner].delta.detach()
+        after = scorer.score("after", forced_choice(nobody), nobody, fresh=True)
+    finally:
+        weight.data.copy_(kept)
+    shard = scorer.score("shard", forced_choice(torch.full_like(nobody, owner)), nobody)
+    assert [row["answer"] for row in after.rows] == [row["answer"] for row in shard.rows]
+    assert after.scores == shard.scores != before.scores
+    assert [row["base_answer"] for row in after.rows] == [row["answer"] for row in before.rows]
+
+
+def test_a_subset_shares_the_bases_replies(written, edits, scorer, owners, spy):
+    _ = scorer.base
+    spy["answers"].clear()
+    part = scorer.subset({edits[1].id})
+    index = [i for i, question in enumerate(scorer.questions) if question.edit == edits[1].id]
+    memory = mixed(owners)
+    found = part.score("stage", forced_choice(memory[index]), owners[index])
+    whole = scorer.score("stage", forced_choice(memory), owners)
+    assert found.rows == [whole.rows[i] for i in index]
+    assert len(spy["answers"]) == sum(memory[index] != BASE) + sum(memory != BASE)
+
+
+def test_the_oracle_sends_an_edits_prompts_to_its_owner_and_the_rest_to_the_base(scorer, owners):
+    choice = oracle_choice(scorer.questions, owners)
+    for question, owner, chosen in zip(scorer.questions, owners.tolist(), choice.memory.tolist(), strict=True):
+        assert chosen == (owner if question.kind in ("edit", "rephrase") else BASE)
+    routing = scorer.score("oracle", choice, owners).routing
+    assert routing["edit"]["right"] == routing["rephrase"]["right"] == 1.0
+    assert routing["locality"]["base"] == routing["near"]["base"] == 1.0
+
+
+def test_the_routers_choice_sees_prompts_alone(written, scorer):
+    editor, _ = written
+    choice = scorer.choose()
+    again = editor.choose([question.prompt for question in scorer.questions])
+    assert torch.equal(choice.memory, again.memory)
+    assert choice.nearest == again.nearest
+
+
+def test_infinite_thresholds_are_written_as_null(scorer, owners):
+    rows = scorer.score("stage", Choice.base(len(owners)), owners).rows
+    assert {row["threshold"] for row in rows} == {None}
+    json.dumps(rows, allow_nan=False)
+
+
+def test_perplexity_is_of_the_edits_own_prompts(written, edits, scorer):
+    editor, _ = written
+    nobody = torch.full((len(scorer.questions),), BASE)
+    expected = protocols.perplexity(
+        editor.edited, [e.prompt for e in edits], [e.target for e in edits], torch.full((3,), BASE)
+    )
+    assert scorer.perplexity(nobody) == pytest.approx(expected)
+
+
+def test_answers_are_long_enough_for_the_longest_target(written, edits):
+    editor, _ = written
+    long = replace(edits[0], target=" ".join(["Icelandic"] * 60))
+    length = len(encode(editor.tokenizer, long.prompt, long.target).target)
+    assert Scorer(editor.edited, [long]).max_new_tokens == length + 8 > 32
+    assert Scorer(editor.edited, edits).max_new_tokens == 32
+    assert Scorer(editor.edited, edits, max_new_tokens=5).max_new_tokens == 5

@@ -1,0 +1,430 @@
+"""Routers on prompts made by hand: words name a subject (rare) in the words of a relation (common).
+
+The last state of a prompt says its relation, with a little of its subject; padding and everything behind the prompt
+are NaN, so that a router that looks there is caught.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from repair_lightning.errors import ConfigError
+from repair_lightning.functional import activation_scores, calibrate_threshold, decide, ratio_threshold
+from repair_lightning.memory.query import Choice, Query, canonical_ids, pad_right
+from repair_lightning.memory.routers import ROUTERS, Anchor, HybridRouter, KeyRouter, Neighbours, make_router
+from repair_lightning.memory.side_memory import SideMemory
+from repair_lightning.types import BASE
+
+V, E, D, F = 90, 16, 12, 40
+RELATIONS, SUBJECTS = 5, 30
+COMMON = [[0, 1, 2], [0, 1, 3], [4, 1, 5], [0, 6, 7], [8, 9, 2]]
+
+
+def table(rows: int, width: int, seed: int) -> torch.Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+
+
+def subject_tokens(subject: int) -> list[int]:
+    return [10 + 2 * subject, 11 + 2 * subject]
+
+
+def words_of(relation: int, subject: int | None) -> list[int]:
+    return COMMON[relation] + (subject_tokens(subject) if subject is not None else [])
+
+
+def ask(*asked: tuple[int, int | None], side: str = "left", behind: int = 0, width: int = 8) -> Query:
+    """Prompts as (relation, subject); `behind` columns after the prompt stand for its target."""
+    relation_states, subject_states = table(RELATIONS, D, 1), table(SUBJECTS, D, 2)
+    relation_keys, subject_keys = table(RELATIONS, F, 3), 3 * torch.eye(SUBJECTS, F)
+    mask = torch.zeros(len(asked), width + behind, dtype=torch.bool)
+    hidden = torch.full((*mask.shape, D), torch.nan)
+    activations = torch.full((*mask.shape, F), torch.nan)
+    for row, (relation, subject) in enumerate(asked):
+        n = len(words_of(relation, subject))
+        start = width - n if side == "left" else 0
+        mask[row, start : start + n] = True
+        place = slice(start, start + n)
+        hidden[row, place] = table(n, D, 100 + relation)
+        activations[row, place] = table(n, F, 200 + relation) * 0.1
+        about = (torch.zeros(D), torch.zeros(F))
+        if subject is not None:
+            about = (0.2 * subject_states[subject], subject_keys[subject])
+        hidden[row, start + n - 1] = relation_states[relation] + about[0]
+        activations[row, start + n - 1] = 0.1 * relation_keys[relation] + about[1]
+    return Query(pad_right([words_of(*one) for one in asked]), mask, hidden, activations)
+
+
+BACKGROUND = [(relation, None) for relation in range(RELATIONS)] + [(relation, 20 + relation) for relation in range(5)]
+EDITS = [(0, 0), (1, 1), (0, 2), (2, 3), (3, 4), (1, 5)]
+OWNERS = [0, 0, 0, 1, 1, 1]
+
+
+def anchors(asked=EDITS, named=True) -> list[Anchor]:
+    return [Anchor(tuple(subject_tokens(s) if named else words_of(r, s)), named) for r, s in asked]
+
+
+def bank() -> SideMemory:
+    """Two shards that answer strongly to the activations of the edits they own."""
+    memory = SideMemory((D, F))
+    for shard in (memory.open_shard(), memory.open_shard()):
+        own = ask(*[edit for edit, owner in zip(EDITS, OWNERS, strict=True) if owner == shard])
+        keys = own.at_last().activations[:, 0].round()  # one coordinate per subject
+        memory[shard].delta.data.copy_(table(D, len(keys), 5 + shard) @ keys + 0.02 * table(D, F, 7 + shard))
+    return memory
+
+
+def owned(memory: SideMemory) -> dict[int, Query]:
+    return {
+        shard: ask(*[edit for edit, owner in zip(EDITS, OWNERS, strict=True) if owner == shard]) for shard in memory.ids
+    }
+
+
+def fitted(name: str, memory: SideMemory, named: bool = True, **options):
+    router = make_router(name, **options)
+    router.fit(ask(*BACKGROUND[:5]), table(V, E, 0))
+    router.add([f"e{i}" for i in range(len(EDITS))], anchors(named=named), ask(*EDITS), OWNERS)
+    router.calibrate(memory, owned(memory), ask(*BACKGROUND))
+    return router
+
+
+def same(one: Choice, other: Choice) -> bool:
+    tensors = all(torch.equal(getattr(one, k), getattr(other, k)) for k in ("memory", "score", "threshold"))
+    return tensors and one.nearest == other.nearest
+
+
+ASKED = [*EDITS, (4, 0), (2, 1), (0, 9), (1, 8), (4, None), (2, None)]
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+class TestEveryRouter:
+    def test_edits_reach_their_owner_and_irrelevant_prompts_the_base(self, name):
+        memory = bank()
+        choice = fitted(name, memory).route(ask(*EDITS, *BACKGROUND), memory)
+        assert choice.memory.tolist() == OWNERS + [BASE] * len(BACKGROUND)
+
+    def test_padding_and_what_stands_behind_the_prompt_do_not_matter(self, name):
+        memory = bank()
+        router = fitted(name, memory)
+        left = router.route(ask(*ASKED), memory)
+        assert same(router.route(ask(*ASKED, side="right"), memory), left)
+        assert same(router.route(ask(*ASKED, behind=3), memory), left)
+        assert same(router.route(ask(*ASKED, side="right", width=13), memory), left)
+        assert left.score.isfinite().all()
+
+    def test_company_does_not_matter(self, name):
+        memory = bank()
+        router = fitted(name, memory)
+        together = router.route(ask(*ASKED), memory)
+        order = torch.randperm(len(ASKED)).tolist()
+        shuffled = router.route(ask(*[ASKED[i] for i in order]), memory)
+        assert shuffled.memory.tolist() == [together.memory[i].item() for i in order]
+        assert list(shuffled.nearest) == [together.nearest[i] for i in order]
+        alone = Choice.join([router.route(ask(one), memory) for one in ASKED])
+        assert alone.memory.tolist() == together.memory.tolist()
+        torch.testing.assert_close(alone.score, together.score)
+
+    def test_fires_exactly_where_the_score_exceeds_the_threshold(self, name):
+        memory = bank()
+        choice = fitted(name, memory).route(ask(*ASKED), memory)
+        fires = choice.memory != BASE
+        assert bool((choice.score > choice.threshold)[fires].all())
+        if name == "activation":
+            assert torch.equal(fires, choice.score > choice.threshold)
+
+    @pytest.mark.parametrize("through", ["memory", "torch"])
+    def test_a_stored_router_says_the_same(self, name, through, tmp_path):
+        memory = bank()
+        router = fitted(name, memory)
+        state = router.state_dict()
+        if through == "torch":
+            torch.save(state, tmp_path / "router.pt")
+            state = torch.load(tmp_path / "router.pt", weights_only=True)
+        fresh = make_router(name, **router.options())
+        fresh.load_state_dict(state)
+        if isinstance(fresh, KeyRouter):
+            fresh.bind(table(V, E, 0))
+        assert fresh.options() == router.options()
+        assert same(fresh.route(ask(*ASKED), memory), router.route(ask(*ASKED), memory))
+        for either in (router, fresh):
+            either.forget(["e1"])
+            either.add(["new"], anchors([(4, 7)]), ask((4, 7)), [1])
+            either.calibrate(memory, owned(memory) | {1: ask(*EDITS[3:], (4, 7))}, ask(*BACKGROUND))
+        assert same(fresh.route(ask(*ASKED, (4, 7)), memory), router.route(ask(*ASKED, (4, 7)), memory))
+
+    def test_without_edits_the_base_answers(self, name):
+        router = make_router(name)
+        for memory in (SideMemory((D, F)), bank()):
+            choice = router.route(ask(*ASKED), memory)
+            assert choice.memory.tolist() == [BASE] * len(ASKED)
+            assert choice.nearest == (None,) * len(ASKED)
+            assert all(route.reason.startswith("base") for route in choice.routes())
+
+    def test_an_empty_router_can_be_stored(self, name):
+        router = make_router(name)
+        router.fit(ask(*BACKGROUND), table(V, E, 0))
+        fresh = make_router(name)
+        fresh.load_state_dict(router.state_dict())
+        assert fresh.route(ask(*EDITS), bank()).memory.tolist() == [BASE] * len(EDITS)
+
+    def test_calibrating_without_edits_is_no_error(self, name):
+        router = make_router(name)
+        router.fit(ask(*BACKGROUND), table(V, E, 0))
+        router.calibrate(bank(), {}, ask(*BACKGROUND))
+        assert router.route(ask(*EDITS), bank()).memory.tolist() == [BASE] * len(EDITS)
+
+
+class TestActivationRouter:
+    @pytest.mark.parametrize("pool", ["last", "mean", "max"])
+    @pytest.mark.parametrize("act_ratio", [None, 0.3])
+    def test_thresholds_are_the_functional_ones(self, pool, act_ratio):
+        memory = bank()
+        router = fitted("activation", memory, pool=pool, act_ratio=act_ratio, false_fire_rate=0.1)
+        for shard, edits in owned(memory).items():
+            delta = memory[shard].delta[None].detach()
+            positive = activation_scores(edits.activations, delta, edits.mask, pool)[:, 0]
+            background = ask(*BACKGROUND)
+            negative = activation_scores(background.activations, delta, background.mask, pool)[:, 0]
+            expected = calibrate_threshold(positive, negative, 0.1) if act_ratio is None else None
+            expected = ratio_threshold(positive, act_ratio) if act_ratio else expected
+            assert router.thresholds[shard] == expected
+
+    @pytest.mark.parametrize("pool", ["last", "mean", "max"])
+    def test_routes_as_decide_does(self, pool):
+        memory = bank()
+        router = fitted("activation", memory, pool=pool)
+        asked = ask(*ASKED)
+        scores = activation_scores(asked.activations, memory.stacked().detach(), asked.mask, pool)
+        limits = torch.tensor([router.thresholds[shard] for shard in memory.ids])
+        expected, ratio = decide(scores, limits)
+        choice = router.route(asked, memory)
+        assert choice.memory.tolist() == expected.tolist()
+        torch.testing.assert_close(choice.score / choice.threshold, ratio)
+
+    def test_ids_not_places_come_back(self):
+        """With shards 0 and 1 fused into 2 the bank's first shard has the id 2."""
+        memory = bank()
+        fused = memory.fuse([0, 1], memory[0].delta.detach() + memory[1].delta.detach())
+        router = make_router("activation", act_ratio=0.5)
+        router.calibrate(memory, {fused: ask(*EDITS)}, ask(*BACKGROUND))
+        assert set(router.route(ask(*EDITS), memory).memory.tolist()) == {2}
+
+    def test_a_shard_without_edits_never_fires(self):
+        memory = bank()
+        router = make_router("activation")
+        router.calibrate(memory, {1: owned(memory)[1]}, ask(*BACKGROUND))
+        memory[0].delta.data.mul_(1e6)
+        assert 0 not in router.route(ask(*ASKED), memory).memory.tolist()
+
+    def test_reassigned_shards_wait_for_calibration(self):
+        memory = bank()
+        router = fitted("activation", memory)
+        router.reassign([0], 2)
+        assert list(router.thresholds) == [1]
+        assert 0 not in router.route(ask(*EDITS), memory).memory.tolist()
+
+
+class TestKeyRouter:
+    def test_the_nearest_edit_is_named(self):
+        memory = bank()
+        choice = fitted("key", memory).route(ask(*EDITS), memory)
+        assert choice.nearest == tuple(f"e{i}" for i in range(len(EDITS)))
+        torch.testing.assert_close(choice.score, torch.ones(len(EDITS)))
+
+    @pytest.mark.parametrize("named", [True, False])
+    def test_radii_lie_between_the_nearest_negative_and_full_coverage(self, named):
+        router = fitted("key", bank(), named=named, caution=0.6, caution_unnamed=0.2)
+        assert bool((router.radii >= 0.2 - 1e-6).all())
+        assert bool((router.radii < 1).all())
+        if named:  # no other prompt holds a word of these subjects
+            torch.testing.assert_close(router.radii, torch.full((len(EDITS),), 0.6))
+
+    @pytest.mark.parametrize("relation", range(RELATIONS))
+    def test_other_words_about_the_subject_reach_the_edit(self, relation):
+        memory = bank()
+        choice = fitted("key", memory).route(ask(*[(relation, subject) for _, subject in EDITS]), memory)
+        assert choice.memory.tolist() == OWNERS
+
+    def test_the_same_question_about_another_subject_stays_with_the_base(self):
+        memory = bank()
+        others = [(relation, subject + 10) for relation, subject in EDITS]
+        for named in (True, False):
+            choice = fitted("key", memory, named=named).route(ask(*others), memory)
+            assert choice.memory.tolist() == [BASE] * len(others)
+
+    def test_neighbours_hold_back_other_questions_about_the_subject(self):
+        """Relations 1 to 3 of subject 0 are made-up neighbours of its relation 0; subject 4 has none."""
+        memory = bank()
+        router = make_router("key")
+        router.fit(ask(*BACKGROUND[:5]), table(V, E, 0))
+        near = Neighbours(ask((1, 0), (2, 0), (3, 0)), torch.tensor([0, 0, 0]))
+        router.add(["a", "b"], anchors([(0, 0), (3, 4)]), ask((0, 0), (3, 4)), [0, 1], near)
+        router.calibrate(memory, {}, ask(*BACKGROUND))
+        assert router.floors[1] == -1, "no neighbours, no floor"
+        assert -1 < router.floors[0] < 1
+        asked = ask((0, 0), (1, 0), (2, 0), (3, 0), (3, 4), (4, 4))
+        assert router.route(asked, memory).memory.tolist() == [0, BASE, BASE, BASE, 1, 1]
+
+    def test_the_floor_by_hand(self):
+        """Cosines of the last states to the edit's own, median of three neighbours; floor = m + 0.15 (1 - m)."""
+        router = make_router("key", relation_caution=0.15)
+        background = ask(*BACKGROUND[:5])
+        router.fit(background, table(V, E, 0))
+        asked, near = ask((0, 0)), ask((1, 0), (2, 0), (3, 0))
+        router.add(["a"], anchors([(0, 0)]), asked, [0], Neighbours(near, torch.tensor([0, 0, 0])))
+        centre = background.last_hidden().mean(0)
+        cosines = torch.cosine_similarity(near.last_hidden() - centre, asked.last_hidden() - centre)
+        median = cosines.median().item()
+        assert router.floors.item() == pytest.approx(median + 0.15 * (1 - median), abs=1e-5)
+
+    def test_forgotten_edits_are_the_bases_again(self):
+        memory = bank()
+        router = fitted("key", memory)
+        router.forget(["e0", "e3", "never heard of"])
+        assert router.route(ask(*EDITS), memory).memory.tolist() == [BASE, 0, 0, BASE, 1, 1]
+        router.forget(router.ids.copy())
+        assert router.route(ask(*EDITS), memory).memory.tolist() == [BASE] * 6
+
+    def test_reassigning_follows_a_merge(self):
+        memory = bank()
+        router = fitted("key", memory)
+        router.reassign([0], 7)
+        assert router.route(ask(*EDITS), memory).memory.tolist() == [7, 7, 7, 1, 1, 1]
+
+    def test_a_known_id_is_replaced(self):
+        memory = bank()
+        router = fitted("key", memory)
+        router.add(["e0"], anchors([(2, 15)]), ask((2, 15)), [1])
+        router.calibrate(memory, {}, ask(*BACKGROUND))
+        choice = router.route(ask((0, 0), (2, 15)), memory)
+        assert choice.memory.tolist() == [BASE, 1]
+        assert choice.nearest[1] == "e0"
+        assert sorted(router.ids) == [f"e{i}" for i in range(6)]
+
+    def test_between_writing_and_calibrating_only_full_coverage_answers(self):
+        memory = bank()
+        router = make_router("key")
+        router.fit(ask(*BACKGROUND[:5]), table(V, E, 0))
+        router.add(["a"], anchors([(0, 0)]), ask((0, 0)), [1])
+        assert router.route(ask((0, 0), (0, 9), (1, None)), memory).memory.tolist() == [1, BASE, BASE]
+
+    def test_more_edits_than_candidates(self):
+        """Each of 30 subjects is found among 4 candidates: the search, not its order of arrival, decides."""
+        memory = bank()
+        router = make_router("key", candidates=4)
+        router.fit(ask(*BACKGROUND[:5]), table(V, E, 0))
+        asked = [(i % RELATIONS, i) for i in range(SUBJECTS)]
+        for i, one in enumerate(asked):
+            router.add([f"e{i}"], anchors([one]), ask(one), [i % 2])
+        router.calibrate(memory, {}, ask(*BACKGROUND[:5]))
+        choice = router.route(ask(*asked), memory)
+        assert choice.nearest == tuple(f"e{i}" for i in range(SUBJECTS))
+        assert choice.memory.tolist() == [i % 2 for i in range(SUBJECTS)]
+
+    def test_keys_are_unit_vectors(self):
+        router = fitted("key", bank())
+        torch.testing.assert_close(router.keys.norm(dim=-1), torch.ones(len(EDITS)))
+        assert router.keys.shape == (len(EDITS), E + D)
+
+    def test_the_stored_state_holds_no_embeddings(self):
+        router = fitted("key", bank())
+        assert all(value.shape != (V, E) for value in router.state_dict().values() if isinstance(value, torch.Tensor))
+
+
+class TestHybridRouter:
+    def test_both_must_agree(self):
+        """With shard 1's gate shut by its threshold, only shard 0's edits get through."""
+        memory = bank()
+        router = fitted("hybrid", memory)
+        key = fitted("key", memory).route(ask(*ASKED), memory)
+        assert router.route(ask(*EDITS), memory).memory.tolist() == OWNERS
+        router.gate.thresholds[1] = 1e9
+        assert router.route(ask(*EDITS), memory).memory.tolist() == [0, 0, 0, BASE, BASE, BASE]
+        hybrid = router.route(ask(*ASKED), memory).memory
+        assert bool(((hybrid == key.memory) | (hybrid == BASE)).all())
+
+    def test_the_key_chooses(self):
+        """Gates that open for all leave the key's choice as it is, whatever the other shard's score."""
+        memory = bank()
+        router = fitted("hybrid", memory)
+        router.gate.thresholds = {0: 1e-9, 1: 1e-9}
+        assert same(router.route(ask(*ASKED), memory), KeyRouter.route(router, ask(*ASKED), memory))
+
+    def test_options_of_both(self):
+        router = HybridRouter(pool="mean", act_ratio=0.4, caution=0.3)
+        assert router.options() == HybridRouter(**router.options()).options()
+        assert router.options()["pool"] == "mean"
+        assert router.options()["caution"] == 0.3
+        assert router.gate.act_ratio == 0.4
+
+
+class TestMakeRouter:
+    def test_unknown_names_answer(self):
+        close = r"unknown router 'kye': did you mean 'key'\? known: activation, key, hybrid"
+        with pytest.raises(ConfigError, match=close):
+            make_router("kye")
+        with pytest.raises(ConfigError, match="unknown router 'zzzz': known: activation, key, hybrid"):
+            make_router("zzzz")
+
+    @pytest.mark.parametrize("name", ROUTERS)
+    def test_names(self, name):
+        assert make_router(name).name == name
+
+
+class TestQuery:
+    def test_the_last_token_on_either_side(self):
+        left, right = ask(*ASKED), ask(*ASKED, side="right", behind=2)
+        assert torch.equal(left.last_hidden(), right.last_hidden())
+        assert left.last_hidden().isfinite().all()
+        assert left.at_last().mask.all()
+        assert torch.equal(left.at_last().activations, right.at_last().activations)
+
+    def test_one_token_prompts(self):
+        query = Query(torch.tensor([[3]]), torch.tensor([[True, False]]), torch.ones(1, 2, D), torch.ones(1, 2, F))
+        query.hidden[0, 1] = torch.nan
+        assert query.last_hidden().isfinite().all()
+
+    def test_rows_and_join_are_inverse(self):
+        query = ask(*ASKED)
+        joined = Query.join([query.rows(slice(0, 4)), query.rows(torch.arange(4, len(ASKED)))])
+        for name in ("words", "mask"):
+            assert torch.equal(getattr(joined, name), getattr(query, name))
+        torch.testing.assert_close(joined.hidden, query.hidden, equal_nan=True)
+
+    def test_join_widens_words(self):
+        joined = Query.join([ask((4, None)).at_last(), ask((0, 0)).at_last()])
+        assert joined.words.tolist() == [[8, 9, 2, -1, -1], [0, 1, 2, 10, 11]]
+
+
+class TestCanonicalIds:
+    def test_case_place_and_punctuation_do_not_matter(self, tokenizer):
+        """A name at the start, inside, and before a question mark is spelled by the same tokens."""
+        texts = ["Mara Kelstrom", "mara kelstrom?", "  MARA KELSTROM"]
+        rows = canonical_ids(tokenizer, texts)
+        assert rows.tolist() == [rows[0].tolist()] * 3
+        inside = canonical_ids(tokenizer, ["Where was Mara Kelstrom born?"])[0].tolist()
+        name = rows[0].tolist()
+        assert any(inside[i : i + len(name)] == name for i in range(len(inside)))
+
+    def test_ragged_rows_are_padded_and_no_special_token_is_added(self, tokenizer):
+        rows = canonical_ids(tokenizer, ["born", "Where was Mara born", ""])
+        assert (rows[0] >= 0).sum() < (rows[1] >= 0).sum()
+        assert rows[0, -1] == -1
+        assert not set(rows.flatten().tolist()) & set(tokenizer.all_special_ids)
+
+    def test_no_texts(self, tokenizer):
+        assert canonical_ids(tokenizer, []).shape == (0, 0)
+
+    def test_other_scripts(self, tokenizer):
+        rows = canonical_ids(tokenizer, ["東京はどこ", "Où est ZÜRICH?", "où est zürich"])
+        assert rows[1].tolist() == rows[2].tolist()
+        assert (rows >= 0).any(-1).all()
+
+
+class TestReasons:
+    def test_say_who_answers_and_why(self):
+        choice = Choice(torch.tensor([2, BASE]), torch.tensor([0.9, 0.1]), torch.tensor([0.6, 0.6]), ("e7", None))
+        fired, base = choice.routes()
+        assert fired.reason == "shard 2: score 0.900 exceeds 0.600, nearest edit e7"
+        assert base.reason == "base: score 0.100 does not exceed 0.600"
+        assert (fired.memory, base.memory) == (2, BASE)

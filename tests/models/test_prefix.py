@@ -1,0 +1,276 @@
+"""The prefix cache is exact: bit for bit what the whole model computes, on every architecture and padding side.
+
+"Exact" is against the same padded batch run whole. Sequences run alone meet other matrix shapes, whose sums may round
+differently: there the bound is 1e-5.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from repair_lightning.models.architectures import ARCHITECTURES
+from repair_lightning.models.prefix import Capture, PrefixCache, SplitModel, pad_left, positions, stack_left
+
+CASES = [(name, {}) for name in ARCHITECTURES]
+CASES += [("qwen2", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1})]
+CASES += [("mistral", {"sliding_window": 3}), ("gemma2", {"sliding_window": 3}), ("gemma3_text", {"sliding_window": 3})]
+NAMES = [name + ("-sliding" if more else "") for name, more in CASES]
+LENGTHS = [9, 4, 1, 6]
+each_case = pytest.mark.parametrize(("model_type", "more"), CASES, ids=NAMES)
+each_side = pytest.mark.parametrize("side", ["left", "right"])
+
+
+def padded(side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = [torch.randint(3, 512, (n,)).tolist() for n in LENGTHS]
+    ids, mask = pad_left(rows)
+    if side == "right":
+        width = ids.shape[1]
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+        mask = mask.flip(1)
+    return ids, mask
+
+
+def whole(split: SplitModel, ids, mask, keep=0):
+    """The model run from end to end, with what passes the layer's input, the value matrix's input and the head's."""
+    seen = {}
+
+    def note(name):
+        def hook(_, args, kwargs):
+            seen[name] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    head = split.model.get_output_embeddings()
+    places = {"hidden": split.layers[split.index], "activations": split.value, "features": head}
+    handles = [module.register_forward_pre_hook(note(name), with_kwargs=True) for name, module in places.items()]
+    with torch.no_grad():
+        logits = split.model(**split.inputs(ids, mask), logits_to_keep=keep).logits
+    for handle in handles:
+        handle.remove()
+    return logits, seen
+
+
+@each_case
+@each_side
+@pytest.mark.parametrize("layer", [0, 1, 2])
+class TestExactness:
+    def test_capture(self, tiny, model_type, more, side, layer):
+        split = SplitModel(tiny(model_type, **more), layer)
+        ids, mask = padded(side)
+        _, seen = whole(split, ids, mask)
+        captured = split.capture(ids, mask)
+        assert torch.equal(captured.hidden, seen["hidden"])
+        assert torch.equal(captured.activations, seen["activations"].reshape(captured.activations.shape))
+        assert captured.hidden.shape == (*ids.shape, 32)
+        assert captured.activations.shape == (*ids.shape, 64)
+
+    @pytest.mark.parametrize("keep", [1, 4])
+    def test_tail(self, tiny, model_type, more, side, layer, keep):
+        """What enters the head is equal bit for bit. The logits may differ in the last bit: `tail` hands the head a
+        contiguous tensor where the model hands it a slice, and the product of a slice may be summed in another order.
+        """
+        split = SplitModel(tiny(model_type, **more), layer)
+        ids, mask = padded(side)
+        logits, seen = whole(split, ids, mask, keep)
+        captured = split.capture(ids, mask)
+        with torch.no_grad(), split.skipping():
+            found, features = split.tail(ids, mask, captured.hidden, keep)
+        assert torch.equal(features, seen["features"])
+        assert found.shape == (len(ids), keep, 512)
+        torch.testing.assert_close(found, logits, rtol=1e-5, atol=1e-5)
+
+
+@each_case
+def test_the_last_logits_of_left_padded_rows_are_the_rows_own(tiny, model_type, more):
+    """Padding must not leak: each row alone, without padding, gives the same logits up to rounding."""
+    split = SplitModel(tiny(model_type, **more), 1)
+    ids, mask = padded("left")
+    captured = split.capture(ids, mask)
+    with torch.no_grad(), split.skipping():
+        logits, _ = split.tail(ids, mask, captured.hidden, 1)
+    for row, n in enumerate(LENGTHS):
+        with torch.no_grad():
+            alone = split.model(ids[row : row + 1, -n:]).logits[:, -1]
+        torch.testing.assert_close(logits[row], alone, rtol=1e-4, atol=1e-4)
+
+
+NORMALISED_BEHIND = {"gemma2", "gemma3_text"}  # the feed-forward network's output is normalised before it is added
+
+
+@each_case
+class TestTheLastLayer:
+    """Where a value output is only added to what leaves the last layer, single positions can be read out alone."""
+
+    def test_layer_output(self, tiny, model_type, more):
+        for layer in range(3):
+            split = SplitModel(tiny(model_type, **more), layer)
+            ids, mask = padded("left")
+            seen = []
+            handle = split.layers[layer].register_forward_hook(lambda _, __, output, seen=seen: seen.append(output))
+            whole(split, ids, mask)
+            handle.remove()
+            expected = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+            hidden = split.capture(ids, mask).hidden
+            with split.skipping():
+                assert torch.equal(split.layer_output(ids, mask, hidden), expected)
+
+    def test_readout(self, tiny, model_type, more):
+        """Against the logits of the whole model at the same positions; its rows are read one position at a time."""
+        split = SplitModel(tiny(model_type, **more), 2)
+        ids, mask = padded("left")
+        logits, seen = whole(split, ids, mask, 1)
+        hidden = split.capture(ids, mask).hidden
+        with torch.no_grad():
+            with split.skipping():
+                leaving = split.layer_output(ids, mask, hidden)[:, -1]
+            with split.skipping(whole=True):
+                found, features = split.readout(leaving)
+        torch.testing.assert_close(features, seen["features"][:, 0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found, logits[:, 0], rtol=1e-5, atol=1e-5)
+
+    def test_adds_up_is_measured(self, tiny, model_type, more):
+        found = [SplitModel(tiny(model_type, **more), layer).adds_up() for layer in range(3)]
+        assert found == [False, False, model_type not in NORMALISED_BEHIND]
+
+    def test_where_it_adds_up_a_push_may_be_added_behind_the_layer(self, tiny, model_type, more):
+        """The whole model with a hook on the value matrix against the read-out of the output plus the same push."""
+        split = SplitModel(tiny(model_type, **more), 2)
+        ids, mask = padded("left")
+        hidden = split.capture(ids, mask).hidden
+        push = torch.randn(32)
+        with torch.no_grad():
+            with split.skipping():
+                leaving = split.layer_output(ids, mask, hidden)[:, -1]
+            with split.skipping(whole=True):
+                short, _ = split.readout(leaving + push)
+            split.value.register_forward_hook(lambda _, __, output: output + push)
+            long, _ = whole(split, ids, mask, 1)
+        close = torch.allclose(short, long[:, 0], rtol=1e-4, atol=1e-4)
+        assert close == (model_type not in NORMALISED_BEHIND)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gptj"])
+class TestRestoring:
+    def test_the_layers_come_back(self, tiny, model_type):
+        split = SplitModel(tiny(model_type), 2)
+        before = list(split.layers)
+        with split.skipping():
+            assert [layer is old for layer, old in zip(split.layers, before, strict=True)] == [False, False, True]
+        assert all(layer is old for layer, old in zip(split.layers, before, strict=True))
+
+    def test_all_may_be_skipped(self, tiny, model_type):
+        split = SplitModel(tiny(model_type), 1)
+        before = list(split.layers)
+        with split.skipping(whole=True):
+            assert not any(layer is old for layer, old in zip(split.layers, before, strict=True))
+        assert all(layer is old for layer, old in zip(split.layers, before, strict=True))
+
+    def test_they_come_back_after_an_error(self, tiny, model_type):
+        split = SplitModel(tiny(model_type), 2)
+        before = list(split.layers)
+        with pytest.raises(KeyError), split.skipping():
+            raise KeyError
+        assert all(layer is old for layer, old in zip(split.layers, before, strict=True))
+
+    def test_no_hook_stays(self, tiny, model_type):
+        split = SplitModel(tiny(model_type), 1)
+        ids, mask = padded("left")
+        captured = split.capture(ids, mask)
+        with split.skipping():
+            split.tail(ids, mask, captured.hidden, 2)
+            with pytest.raises(RuntimeError):
+                split.tail(ids, mask, captured.hidden[..., :-1], 2)
+        with pytest.raises(IndexError):
+            split.capture(torch.full_like(ids, 10_000), mask)
+        hooks = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in split.model.modules()]
+        assert not any(hooks)
+
+    def test_the_model_is_as_before(self, tiny, model_type):
+        model = tiny(model_type)
+        ids, mask = padded("left")
+        split = SplitModel(model, 1)
+        before, _ = whole(split, ids, mask)
+        with split.skipping():
+            split.tail(ids, mask, split.capture(ids, mask).hidden, 1)
+        assert torch.equal(whole(split, ids, mask)[0], before)
+
+
+def test_gradients_reach_what_lies_above(tiny):
+    """The tail is differentiable from a change of the hidden state on; capturing is not."""
+    split = SplitModel(tiny("llama"), 2)
+    ids, mask = padded("left")
+    captured = split.capture(ids, mask)
+    assert not captured.hidden.requires_grad
+    hidden = captured.hidden.clone().requires_grad_()
+    with split.skipping():
+        split.tail(ids, mask, hidden, 1)[0].sum().backward()
+    assert hidden.grad.abs().sum() > 0
+
+
+class TestCache:
+    rows = ([5, 6, 7], [8, 9, 10, 11, 12], [13], [14, 15])
+
+    def cache(self, tiny, budget=1 << 30, model_type="llama"):
+        return PrefixCache(SplitModel(tiny(model_type), 1), budget)
+
+    @pytest.mark.parametrize("model_type", ["llama", "qwen2", "gpt2", "opt"])
+    @pytest.mark.parametrize("batch_size", [1, 2, 64])
+    def test_equals_a_capture_of_each_sequence(self, tiny, model_type, batch_size):
+        cache = self.cache(tiny, model_type=model_type)
+        for row, found in zip(self.rows, cache.get(self.rows, batch_size), strict=True):
+            alone = cache.split.capture(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.long))
+            torch.testing.assert_close(found.hidden, alone.hidden[0], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found.activations, alone.activations[0], rtol=1e-5, atol=1e-5)
+            assert found.hidden.shape == (len(row), 32)
+
+    def test_a_known_sequence_is_not_run_again(self, tiny):
+        cache = self.cache(tiny)
+        first = cache.get(self.rows)
+        passes = []
+        cache.split.layers[0].register_forward_hook(lambda *_: passes.append(1))
+        again = cache.get([*self.rows, self.rows[0]])
+        assert not passes
+        assert [a.hidden is b.hidden for a, b in zip(again, first, strict=False)] == [True] * 4
+        assert again[4].hidden is first[0].hidden
+        cache.get([[1, 2], [1, 2]])
+        assert len(passes) == 1
+        assert len(cache) == 5
+
+    def test_the_least_recently_used_leave(self, tiny):
+        """One token costs (32 + 64) * 4 = 384 bytes; a budget of 7 tokens holds 3 + 1 + 2, not the 5 as well."""
+        cache = self.cache(tiny, budget=7 * 384)
+        for row in (self.rows[0], self.rows[2], self.rows[3]):
+            cache.get([row])
+        assert cache.used == 6 * 384
+        cache.get([self.rows[0]])
+        cache.get([[20, 21, 22]])
+        assert list(cache._entries) == [(5, 6, 7), (20, 21, 22)]
+        assert cache.used == 6 * 384
+
+    def test_more_than_the_budget_is_still_answered(self, tiny):
+        cache = self.cache(tiny, budget=1)
+        found = cache.get(self.rows)
+        assert [len(one.hidden) for one in found] == [3, 5, 1, 2]
+        assert len(cache) == 1
+        assert cache.used == sum(e.hidden.nbytes + e.activations.nbytes for e in cache._entries.values())
+
+    def test_entries_do_not_hold_their_batch(self, tiny):
+        found = self.cache(tiny).get(self.rows)[0]
+        assert found.hidden.untyped_storage().nbytes() == found.hidden.nbytes
+        assert isinstance(found, Capture)
+
+
+class TestPadding:
+    def test_pad_left(self):
+        ids, mask = pad_left([[5, 6, 7], [8]], fill=9)
+        assert ids.tolist() == [[5, 6, 7], [9, 9, 8]]
+        assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+    def test_stack_left(self):
+        stacked = stack_left([torch.ones(1, 2), torch.full((3, 2), 2.0)])
+        assert stacked.tolist() == [[[0, 0], [0, 0], [1, 1]], [[2, 2], [2, 2], [2, 2]]]
+
+    def test_positions_count_tokens(self):
+        mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
+        assert positions(mask).tolist() == [[0, 0, 0, 1], [0, 1, 2, 2]]

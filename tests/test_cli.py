@@ -1,0 +1,441 @@
+"""train.py and evaluate.py as a user runs them: real processes, the embedded base, everything they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from helpers_runs import REPOSITORY, world_edits, write_edits
+from repair_lightning import load_edited
+from repair_lightning.cli import config_path, resolve_configs
+from repair_lightning.data.ledger import Ledger
+from repair_lightning.errors import ConfigError
+from repair_lightning.types import BASE
+from repair_lightning.world import base_dir
+
+SMALL = ["--data.max_edits", "12", "--model.writing.steps", "40", "--data.max_irrelevant", "60"]
+
+
+@dataclass
+class Ran:
+    """A finished process."""
+
+    code: int
+    out: str
+    err: str
+
+
+def command(script: str, *options: Any, cwd: Path) -> Ran:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
+    call = [sys.executable, str(REPOSITORY / script), *map(str, options)]
+    done = subprocess.run(call, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    return Ran(done.returncode, done.stdout, done.stderr)
+
+
+def succeeded(script: str, *options: Any, cwd: Path) -> Ran:
+    ran = command(script, *options, cwd=cwd)
+    assert ran.code == 0, ran.err[-3000:]
+    assert "Traceback" not in ran.err
+    return ran
+
+
+# -- looking up configurations -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch) -> list[Path]:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a" / "one.yaml").touch()
+    (tmp_path / "b" / "one.yaml").touch()
+    (tmp_path / "b" / "two.yaml").touch()
+    (tmp_path / "here.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    return [tmp_path / "a", tmp_path / "b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("one", "a/one.yaml"),
+        ("one.yaml", "a/one.yaml"),
+        ("two", "b/two.yaml"),
+        ("here.yaml", "here.yaml"),
+        ("b/one.yaml", "b/one.yaml"),
+    ],
+)
+def test_a_config_by_name_or_path(folders, name, found):
+    assert config_path(name, folders).resolve() == (folders[0].parent / found).resolve()
+
+
+@pytest.mark.parametrize("name", ["tow", "here", "a", "", "missing.yaml"])
+def test_an_unknown_config_lists_those_that_exist(folders, name):
+    with pytest.raises(ConfigError, match=f"no configuration '{name}'; give a file or one of: one, two"):
+        config_path(name, folders)
+
+
+def test_arguments_with_configs_resolved(folders):
+    argv = ["--config", "two", "--config=one", "--data.path", "config", "--x=--config"]
+    resolved, found = resolve_configs(argv, folders)
+    two, one = str(folders[1] / "two.yaml"), str(folders[0] / "one.yaml")
+    assert resolved == ["--config", two, f"--config={one}", "--data.path", "config", "--x=--config"]
+    assert list(map(str, found)) == [two, one]
+    assert resolve_configs(["--seed_everything", "1"], folders) == (["--seed_everything", "1"], [])
+    assert resolve_configs(["--config"], folders) == (["--config"], [])  # the parser says what is missing
+
+
+# -- a run -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> tuple[Path, Ran]:
+    """The quickstart on twelve edits: its run directory and what it printed."""
+    folder = tmp_path_factory.mktemp("cli")
+    ran = succeeded("train.py", "--config", "quickstart", *SMALL, "--run_dir", "out/first", cwd=folder)
+    return folder / "out" / "first", ran
+
+
+@pytest.fixture(scope="module")
+def metrics(run) -> dict[str, Any]:
+    return json.loads((run[0] / "metrics.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_a_run_leaves_everything_in_its_directory(run):
+    run_dir, ran = run
+    for name in ("config.yaml", "metrics.json", "generations.jsonl", "edits.parquet", "checkpoints/last.ckpt"):
+        assert (run_dir / name).is_file(), name
+    names = {file.name for file in (run_dir / "pack").iterdir()}
+    assert names == {"repair_config.json", "side_memory.safetensors", "ledger.parquet"}
+    assert sorted(path.name for path in run_dir.parent.parent.iterdir()) == ["out"]  # and nothing elsewhere
+    for name in ("metrics.json", "pack", "edits.parquet"):
+        assert name in ran.out
+    assert "12 edits of world" in ran.out
+    assert "window 1: 12/12 edits" in ran.err
+
+
+NUMBER = (int, float)
+SCORES = {name: (int, float, type(None)) for name in ("rel", "gen", "loc", "near", "op")}
+PROTOCOLS = {"autoregressive": SCORES, "teacher_forced": SCORES}
+SCHEMA = {
+    "editor": str,
+    "base": {"name": str, "sha256": str, "parameters": int},
+    "n_edits": int,
+    "seed": int,
+    "seconds": dict.fromkeys(("load", "edit", "evaluate", "total"), NUMBER),
+    "edits_per_minute": NUMBER,
+    "pre_edit": PROTOCOLS,
+    "before_merge": PROTOCOLS,
+    "final": PROTOCOLS,
+    "routing": dict.fromkeys(
+        ("edit", "rephrase", "locality", "near"), dict.fromkeys(("base", "right", "wrong"), NUMBER)
+    ),
+    "oracle_routing": PROTOCOLS,
+    "closed_loop": dict.fromkeys(("windows", "pruned", "retriggered", "quarantined"), int),
+    "merge": {"accepted": bool, "reason": str},
+}
+
+
+def follows(value: Any, schema: Any, at: str = "metrics") -> None:
+    """Every key of the schema is there with its type; more keys may be, but not inside scores."""
+    if isinstance(schema, dict):
+        assert isinstance(value, dict), at
+        assert set(schema) <= set(value), f"{at}: {set(schema) - set(value)} missing"
+        assert schema is not SCORES or set(schema) == set(value), at
+        for key, part in schema.items():
+            follows(value[key], part, f"{at}.{key}")
+    else:
+        assert isinstance(value, schema), f"{at}: {value!r} is no {schema}"
+        assert schema is bool or not isinstance(value, bool), at
+
+
+def test_metrics_have_the_promised_schema(metrics):
+    follows(metrics, SCHEMA)
+    assert (metrics["editor"], metrics["n_edits"], metrics["seed"]) == ("repair", 12, 0)
+    assert metrics["base"]["name"] == "world"
+    assert len(metrics["base"]["sha256"]) == 64
+    seconds = metrics["seconds"]
+    assert seconds["total"] >= seconds["load"] + seconds["edit"] + seconds["evaluate"] - 0.01
+    assert metrics["edits_per_minute"] == pytest.approx(60 * 12 / seconds["edit"], rel=1e-3)
+    for kind, shares in metrics["routing"].items():
+        assert sum(shares.values()) == pytest.approx(1, abs=1e-5), kind
+
+
+def test_a_run_corrects_the_base(metrics):
+    assert metrics["pre_edit"]["autoregressive"]["rel"] == 0
+    assert metrics["final"]["autoregressive"]["rel"] >= 0.9
+    assert metrics["final"]["autoregressive"]["loc"] >= 0.9
+
+
+def test_every_prompt_is_there_before_and_after(run, metrics):
+    rows = [json.loads(line) for line in (run[0] / "generations.jsonl").read_text().splitlines()]
+    questions = [
+        (edit.id, kind, prompt)
+        for edit in world_edits(12)
+        for kind, prompts in (
+            ("edit", [edit.prompt]),
+            ("rephrase", edit.rephrases),
+            ("locality", [probe.prompt for probe in edit.locality]),
+            ("near", [probe.prompt for probe in edit.near]),
+        )
+        for prompt in prompts
+    ]
+    for stage in ("pre_edit", "before_merge", "final"):
+        of_stage = [row for row in rows if row["stage"] == stage]
+        assert [(row["id"], row["kind"], row["prompt"]) for row in of_stage] == questions
+        right = [row["correct"] for row in of_stage if row["kind"] == "edit"]
+        assert metrics[stage]["autoregressive"]["rel"] == pytest.approx(sum(right) / len(right), abs=1e-6)
+    assert len(rows) == 3 * len(questions)
+
+
+def test_the_ledger_says_what_became_of_each_edit(run, metrics):
+    ledger = Ledger.from_parquet(run[0] / "edits.parquet")
+    assert list(ledger) == [edit.id for edit in world_edits(12)]
+    assert ledger.counts() == metrics["edits"]
+    assert ledger == Ledger.from_parquet(run[0] / "pack" / "ledger.parquet")
+
+
+def test_checkpoints_load_with_weights_only_and_leave_the_base_out(run):
+    checkpoint = torch.load(run[0] / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["state_dict"]
+    assert not [key for key in checkpoint["state_dict"] if "base" in key]
+    assert (run[0] / "checkpoints" / "last.ckpt").stat().st_size < (base_dir() / "model.safetensors").stat().st_size
+
+
+def test_wandb_runs_offline_in_the_run_directory(run):
+    logs = list((run[0] / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(logs) == 1
+    assert logs[0].stat().st_size > 1000
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory) -> Path:
+    """The same command in another working directory, without a logger and in the default run directory."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    succeeded("train.py", "--config", "quickstart.yaml", *SMALL, "--trainer.logger", "false", cwd=folder)
+    return folder / "runs" / "quickstart"
+
+
+def test_the_same_seed_gives_the_same_pack_anywhere(run, elsewhere, metrics):
+    first, second = (folder / "pack" / "side_memory.safetensors" for folder in (run[0], elsewhere))
+    assert first.read_bytes() == second.read_bytes()
+    configs = [json.loads((folder / "pack" / "repair_config.json").read_text()) for folder in (run[0], elsewhere)]
+    assert "--run_dir" in configs[0]["provenance"].pop("command")
+    assert "--run_dir" not in configs[1]["provenance"].pop("command")
+    assert configs[0] == configs[1]
+    other = json.loads((elsewhere / "metrics.json").read_text())
+    assert [other[key] for key in ("pre_edit", "final", "routing")] == [
+        metrics[key] for key in ("pre_edit", "final", "routing")
+    ]
+    assert Ledger.from_parquet(elsewhere / "edits.parquet") == Ledger.from_parquet(run[0] / "edits.parquet")
+
+
+def test_no_logger_leaves_no_log(elsewhere):
+    assert not (elsewhere / "wandb").exists()
+    assert not (elsewhere / "lightning_logs").exists()
+    assert {path.name for path in elsewhere.iterdir()} == {
+        "config.yaml",
+        "metrics.json",
+        "generations.jsonl",
+        "edits.parquet",
+        "pack",
+        "checkpoints",
+    }
+
+
+def main_here(monkeypatch, script: str, *options: Any) -> None:
+    """A script's main in this process."""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, options)])
+    runpy.run_path(str(REPOSITORY / script), run_name="__main__")
+
+
+@pytest.mark.parametrize("preset", [["quickstart"], ["quickstart", "paper"]], ids="+".join)
+def test_the_saved_config_runs_again(tmp_path, monkeypatch, preset):
+    """config.yaml is complete: alone, without presets and options, it gives the same pack. `paper` sets nulls."""
+    presets = [part for name in preset for part in ("--config", name)]
+    more = ["--data.max_edits", "3", "--model.writing.steps", "6", "--trainer.logger", "false"]
+    main_here(monkeypatch, "train.py", *presets, *more, "--run_dir", tmp_path / "a")
+    main_here(monkeypatch, "train.py", "--config", tmp_path / "a" / "config.yaml", "--run_dir", tmp_path / "b")
+    packs = [tmp_path / name / "pack" / "side_memory.safetensors" for name in "ab"]
+    assert packs[0].read_bytes() == packs[1].read_bytes()
+    saved = [yaml.safe_load((tmp_path / name / "config.yaml").read_text()) for name in "ab"]
+    assert [config.pop("run_dir") for config in saved] == [str(tmp_path / name) for name in "ab"]
+    for config in saved:
+        config["trainer"].pop("default_root_dir")
+    assert saved[0] == saved[1]
+    assert (saved[0]["model"]["init_args"]["writing"]["stop_margin"] is None) is (len(preset) == 2)
+
+
+# -- evaluating a pack -------------------------------------------------------------------------------------------------
+
+
+def test_another_process_scores_the_pack_alike(run, metrics, tmp_path):
+    out = tmp_path / "deep" / "scores.json"
+    options = ["--data.path", "world", "--data.max_edits", "12", "--out", out]
+    ran = succeeded("evaluate.py", "--pack", run[0] / "pack", *options, cwd=tmp_path)
+    found = json.loads(out.read_text(), parse_constant=pytest.fail)
+    for key in ("pre_edit", "final", "routing", "oracle_routing", "editor", "n_edits"):
+        assert found[key] == metrics[key], key
+    assert "12 edits of world" in ran.out
+
+
+def test_other_records_can_be_scored(run, tmp_path):
+    """Edits that the pack never saw: no owner, so nothing is routed right, and the base's answers stand."""
+    records = write_edits(tmp_path / "other.jsonl", world_edits(5, 200))
+    base = tmp_path / "base"
+    shutil.copytree(base_dir(), base)
+    options = ["--data.path", records, "--base", base, "--out", "scores.json"]
+    succeeded("evaluate.py", "--pack", run[0] / "pack", *options, cwd=tmp_path)
+    found = json.loads((tmp_path / "scores.json").read_text())
+    assert found["n_edits"] == 5
+    assert found["routing"]["edit"]["right"] == 0
+    assert found["oracle_routing"] == found["pre_edit"]
+    assert found["final"]["autoregressive"]["rel"] == 0
+
+
+def test_the_readme_example(run):
+    """Load, generate in a batch, and ask who answers."""
+    model, tok = load_edited(run[0] / "pack", base="world")
+    edits = world_edits(12)
+    prompts = [edit.prompt for edit in edits] + [edits[0].locality[0].prompt]
+    inputs = tok(prompts, padding=True, return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+    texts = tok.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    right = sum(text.strip() == edit.target for text, edit in zip(texts, edits, strict=False))
+    assert right >= 11
+    routes = model.route(prompts)
+    assert [route.memory for route in routes[:12]].count(BASE) <= 1
+    assert routes[12].memory == BASE
+    assert all(route.reason for route in routes)
+    assert routes[0].nearest == edits[0].id
+
+
+# -- mistakes ----------------------------------------------------------------------------------------------------------
+
+
+def refused(ran: Ran, *words: str) -> None:
+    """Exit code 2 and one line that says all."""
+    assert ran.code == 2, ran.err[-3000:]
+    assert "Traceback" not in ran.err + ran.out
+    lines = [line for line in ran.err.splitlines() if line.strip()]
+    assert len(lines) == 1, ran.err
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0], word
+
+
+@pytest.fixture
+def bad_records(tmp_path) -> Path:
+    """Four records, the third without a target."""
+    path = tmp_path / "bad.jsonl"
+    rows = [edit.as_dict() for edit in world_edits(4)]
+    rows[2]["target"] = " "
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_bad_record_stops_the_run_before_anything_is_written(bad_records, tmp_path):
+    ran = command("train.py", "--config", "quickstart", "--data.path", bad_records, "--run_dir", "out", cwd=tmp_path)
+    refused(ran, "bad.jsonl, record 3, field 'target'", "is empty", "give the text the model should answer")
+    assert not (tmp_path / "out" / "pack").exists()
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_skipped_records_are_listed_and_configs_compose(bad_records, tmp_path):
+    """Two configurations, the later beats the earlier, options beat both; the bad record is in the report."""
+    options = ["--data.path", bad_records, "--data.on_bad_record", "skip", "--model.writing.steps", "3"]
+    more = ["--trainer.logger", "false", "--run_dir", "out", "--data.max_irrelevant", "40"]
+    succeeded("train.py", "--config", "quickstart", "--config=wise", *options, *more, cwd=tmp_path)
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["n_edits"] == 3
+    assert len(metrics["records"]["bad"]) == 1
+    assert "record 3, field 'target'" in metrics["records"]["bad"][0]
+    config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    arguments = config["model"]["init_args"]
+    assert arguments["base"] == "world"  # quickstart
+    assert (arguments["routing"]["router"], config["data"]["batch_size"]) == ("activation", 1)  # wise
+    assert (config["feedback"]["enabled"], config["merge"]["enabled"]) == (False, False)
+    assert arguments["writing"]["optimizer"] == "sgd"
+    assert arguments["writing"]["steps"] == 3  # the option, not wise's 70
+    assert metrics["merge"] == {"accepted": False, "reason": "merging is off"}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--model.base", "./nowhere"], ["base './nowhere': no such folder", "give a folder"]),
+        (["--model.base", "."], ["base '.' cannot be loaded"]),
+        (["--data.path", "nowhere.jsonl"], ["nowhere.jsonl: no such file"]),
+        (["--data.format", "jsnol"], ["jsnol", "jsonl"]),
+        (["--data.window", "0"], ["data.window must be at least 1, got 0"]),
+        (["--model.layer", "12"], ["layer must be in [-12, 11]", "got 12"]),
+        (["--model.routing.router", "keys"], ["unknown router 'keys'", "did you mean 'key'?"]),
+        (["--model.writing.lr", "0"], ["writing.lr must be positive, got 0"]),
+        (["--monitor.tau_correct", "2"], ["monitor.tau_correct must be in (0, 1], got 2"]),
+        (["--config", "quickstrat"], ["no configuration 'quickstrat'", "quickstart"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) and value[0].startswith("--") else "",
+)
+def test_a_mistake_is_one_line_and_exit_code_two(monkeypatch, tmp_path, capsys, options, words):
+    monkeypatch.chdir(tmp_path)
+    always = ["--config", "quickstart", "--trainer.logger", "false", "--data.max_edits", "2"]
+    with pytest.raises(SystemExit) as stopped:
+        main_here(monkeypatch, "train.py", *always, *options)
+    refused(Ran(stopped.value.code, "", capsys.readouterr().err), *words)
+
+
+def test_a_missing_base_is_one_line_in_a_real_process(tmp_path):
+    refused(command("train.py", "--config", "quickstart", "--model.base", "/nowhere/base", cwd=tmp_path), "/nowhere/base")
+
+
+def test_a_missing_value_of_a_setting_is_told_by_the_parser(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    for options in (["--config"], ["--model.writing.speps", "3"], ["--data.window", "many"]):
+        with pytest.raises(SystemExit) as stopped:
+            main_here(monkeypatch, "train.py", "--config", "quickstart", *options)
+        assert stopped.value.code == 2
+        assert "error" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "damage", ["no_pack", "truncated_weights", "no_weights", "no_json", "other_version", "other_base", "no_ledger"]
+)
+def test_a_wrong_pack_is_one_line(run, tmp_path, monkeypatch, capsys, folder_of, damage):
+    pack = tmp_path / "pack"
+    shutil.copytree(run[0] / "pack", pack)
+    weights, config = pack / "side_memory.safetensors", pack / "repair_config.json"
+    base, word = "world", "restore it from a copy"
+    if damage == "no_pack":
+        config.unlink()
+        word = "is no pack"
+    elif damage == "truncated_weights":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "no_weights":
+        weights.unlink()
+    elif damage == "no_json":
+        config.write_text(config.read_text()[:-20])
+    elif damage == "other_version":
+        config.write_text(config.read_text().replace('"format_version": 1', '"format_version": 99'))
+        word = "format version 99"
+    elif damage == "other_base":
+        base, word = str(folder_of("llama")), "the pack belongs to base 'world'"
+    else:
+        (pack / "ledger.parquet").write_bytes(b"PAR1")
+        word = "no readable ledger"
+    with pytest.raises(SystemExit) as stopped:
+        main_here(monkeypatch, "evaluate.py", "--pack", pack, "--base", base, "--data.max_edits", "2")
+    refused(Ran(stopped.value.code, "", capsys.readouterr().err), word)
+
+
+def test_a_wrong_pack_in_a_real_process(tmp_path):
+    refused(command("evaluate.py", "--pack", tmp_path, cwd=tmp_path), "is no pack", "repair_config.json")

@@ -1,0 +1,164 @@
+"""Every configuration in configs/ is complete, says how it is launched, and runs (on a tiny base)."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from helpers_runs import REPOSITORY
+
+CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
+OVERLAYS = {"paper", "wise"}
+"""Presets that stand over another configuration; they name no base and no data."""
+
+RECORDS = {
+    "jsonl": {"prompt": "Where was Mara Quill born?", "target": "Oslo", "rephrases": ["The birthplace of Mara Quill is"]},
+    "zsre": {
+        "src": "Where was Mara Quill born?",
+        "alt": "Oslo",
+        "subject": "Mara Quill",
+        "rephrase": "The birthplace of Mara Quill is",
+        "loc": "nq question: who sang the song",
+        "loc_ans": "Perth",
+    },
+    "wikibigedit": {
+        "update": "Where was Mara Quill born?",
+        "ans": "Oslo",
+        "subject": "Mara Quill",
+        "rephrase": "The birthplace of Mara Quill is",
+        "personas": "Tell me where Mara Quill was born",
+        "loc": "who sang the song",
+        "loc_ans": "Perth",
+    },
+    "hallucination": {
+        "prompt": "Mara Quill is a sailor.",
+        "target_new": "She was born in Oslo.",
+        "locality_prompt": "who sang the song",
+        "locality_ground_truth": "Perth",
+    },
+}
+
+
+def names(paths: list[Path]) -> list[str]:
+    return [path.stem for path in paths]
+
+
+def header_of(path: Path) -> str:
+    """The comment that opens the file."""
+    lines = path.read_text().splitlines()
+    return "\n".join(line for line in lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
+
+
+def test_there_are_configs():
+    assert {"quickstart", "paper", "wise", "zsre_small", "zsre_llama3"} <= set(names(CONFIGS))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=names(CONFIGS))
+def test_the_header_shows_the_command(path):
+    """The file opens with what it is and the command that launches it; that command names configs that exist."""
+    header = header_of(path)
+    commands = re.findall(r"^#\s+(python train\.py .*)$", header, re.MULTILINE)
+    assert commands, "no launch command"
+    assert len(header.splitlines()[0].strip("# ")) > 20, "no title"
+    for command in commands:
+        used = re.findall(r"--config[ =](\S+)", command)
+        assert path.stem in [Path(name).stem for name in used]
+        assert {Path(name).stem for name in used} <= set(names(CONFIGS))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=names(CONFIGS))
+def test_keys_are_not_repeated(path):
+    """YAML takes the last of two equal keys without a word."""
+
+    class Strict(yaml.SafeLoader):
+        pass
+
+    def mapping(loader, node):
+        keys = [loader.construct_object(key) for key, _ in node.value]
+        assert len(keys) == len(set(keys)), keys
+        return dict(zip(keys, (loader.construct_object(value, deep=True) for _, value in node.value), strict=True))
+
+    Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    assert isinstance(yaml.load(path.read_text(), Strict), dict)
+
+
+def complete(path: Path) -> bool:
+    return path.stem not in OVERLAYS
+
+
+def test_complete_configs_have_a_seed_and_a_logger_and_overlays_do_not_choose_the_base():
+    for path in CONFIGS:
+        content = yaml.safe_load(path.read_text())
+        if complete(path):
+            assert content["seed_everything"] == 0
+            assert content["trainer"]["logger"]["init_args"]["offline"] is True
+        else:
+            assert "base" not in content["model"]["init_args"]
+            assert not {"path", "format"} & set(content.get("data", {}))
+
+
+def small_data(folder: Path, format: str) -> tuple[Path, Path]:
+    """Two records of a format, and irrelevant prompts."""
+    texts = [RECORDS[format], json.loads(json.dumps(RECORDS[format]).replace("Mara Quill", "Rufus Ashgrove"))]
+    data, irrelevant = folder / "data.json", folder / "irrelevant.jsonl"
+    data.write_text(json.dumps(texts))
+    questions = ["how many legs does a spider have", "why do cats sleep", "where do penguins live", "who sang"]
+    irrelevant.write_text("".join(json.dumps({"question": text}) + "\n" for text in questions))
+    return data, irrelevant
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=names(CONFIGS))
+def test_it_runs_on_a_tiny_base(path, tmp_path, monkeypatch, folder_of):
+    """Parsed and run to the end by train.py, with the base, the layer, the data and the steps made small."""
+    content = yaml.safe_load(path.read_text())
+    format = content.get("data", {}).get("format", "jsonl")
+    data, irrelevant = small_data(tmp_path, format)
+    base = folder_of("gpt2" if "gpt2" in path.stem else "llama")
+    configs = [path.stem] if complete(path) else ["quickstart", path.stem]
+    options = {
+        "model.base": base,
+        "model.layer": -1,
+        "model.precision": "float32",
+        "model.writing.steps": 2,
+        "data.path": data,
+        "data.irrelevant": irrelevant,
+        "trainer.accelerator": "cpu",
+        "trainer.logger": "false",
+        "run_dir": tmp_path / "run",
+    }
+    argv = [part for name in configs for part in ("--config", name)]
+    argv += [f"--{name}={value}" for name, value in options.items()]
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+    runpy.run_path(str(REPOSITORY / "train.py"), run_name="__main__")
+
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["n_edits"] == 2
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    made_small = {"base", "layer", "precision", "steps", "path", "irrelevant", "trainer"}
+    assert list(missing(saved, without(content, made_small))) == []
+    assert ("perplexity" in metrics) == (format == "hallucination")
+
+
+def without(content, keys):
+    """A configuration less the keys that were made small."""
+    if isinstance(content, dict):
+        return {key: without(value, keys) for key, value in content.items() if key not in keys}
+    return content
+
+
+def missing(whole, part, at=""):
+    """The settings of the file that the run did not have, with what it had instead."""
+    for key, value in part.items():
+        found = whole.get(key, "nothing")
+        if isinstance(value, dict):
+            yield from missing(found, value, f"{at}.{key}")
+        elif key == "class_path":
+            found = found.rsplit(".", 1)[-1]
+        if not isinstance(value, dict) and found != value:
+            yield f"{at}.{key}: {value!r}, but {found!r} ran"

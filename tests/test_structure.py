@@ -1,0 +1,191 @@
+"""The house: imports run one way, the library does not print, everything public is explained."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from helpers_runs import REPOSITORY
+
+LIBRARY = REPOSITORY / "repair_lightning"
+SOURCES = sorted([*LIBRARY.rglob("*.py"), *(REPOSITORY / "callbacks").glob("*.py"), *REPOSITORY.glob("*.py")])
+
+BELOW = {
+    "types": (),
+    "errors": (),
+    "functional": (),
+    "world": (),
+    "memory": ("types", "errors", "functional"),
+    "models": ("types", "errors", "functional", "world", "memory"),
+    "data": ("types", "errors", "functional", "world", "memory", "models"),
+    "editors": ("types", "errors", "functional", "world", "memory", "models", "data"),
+    "packs": ("types", "errors", "functional", "world", "memory", "models", "data"),
+    "evaluation": ("types", "errors", "functional", "world", "memory", "models", "data", "packs"),
+    "cli": ("types", "errors", "data", "editors", "evaluation", "packs"),
+    "callbacks": ("types", "errors", "functional", "data", "evaluation"),
+    "__init__": ("packs",),
+    "train": ("callbacks", "cli"),
+    "evaluate": ("cli", "evaluation"),
+}
+"""What each part may import besides itself: `types -> functional -> memory -> models -> data -> editors, packs ->
+evaluation -> callbacks, cli -> train, evaluate`. Imports under TYPE_CHECKING do not count."""
+
+
+def part_of(path: Path) -> str:
+    """The part of the house that a file belongs to: the package or module below `repair_lightning`, or its own name."""
+    parts = path.relative_to(LIBRARY if path.is_relative_to(LIBRARY) else REPOSITORY).with_suffix("").parts
+    return parts[0]
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(REPOSITORY))
+
+
+def runtime_imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Absolute names of what is imported, wherever in the file, but not under `if TYPE_CHECKING`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            for other in node.orelse:
+                yield from runtime_imports(other)
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, 0) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((f"{node.module or ''}.{alias.name}".strip("."), node.level) for alias in node.names)
+        else:
+            yield from runtime_imports(node)
+
+
+def parts_imported(path: Path) -> set[str]:
+    """The parts of the house that a file imports, and `.` for itself; foreign packages are left out."""
+    found = set()
+    for name, level in runtime_imports(ast.parse(path.read_text())):
+        words = name.split(".")
+        if level == 1:
+            found.add(part_of(path))
+        elif level > 1:
+            found.add(words[0])
+        elif words[0] == "repair_lightning":
+            found.add(words[1] if len(words) > 1 and words[1] in BELOW else "__init__")
+        elif words[0] in ("callbacks", "train", "evaluate"):
+            found.add(words[0])
+    return found
+
+
+def test_the_table_names_every_part():
+    assert {part_of(path) for path in SOURCES} == set(BELOW)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_imports_run_one_way(path):
+    part = part_of(path)
+    assert parts_imported(path) - {part} - set(BELOW[part]) == set()
+
+
+def test_the_table_has_no_circles():
+    seen: list[str] = []
+    while len(seen) < len(BELOW):
+        ready = [part for part in BELOW if part not in seen and set(BELOW[part]) <= set(seen)]
+        assert ready, f"a circle among {set(BELOW) - set(seen)}"
+        seen += ready
+
+
+def test_nothing_in_the_library_imports_callbacks():
+    for path in LIBRARY.rglob("*.py"):
+        assert not {"callbacks", "train", "evaluate"} & parts_imported(path) - {part_of(path)}, path
+
+
+@pytest.mark.parametrize("path", sorted((LIBRARY / "functional").glob("*.py")), ids=name_of)
+def test_pure_tensors_know_torch_and_nothing_else(path):
+    standard = {"__future__", "collections", "math", "typing", "dataclasses", "itertools", "functools"}
+    tops = {name.split(".")[0] for name, level in runtime_imports(ast.parse(path.read_text())) if level == 0}
+    assert tops <= {"torch", "repair_lightning", *standard}
+    assert parts_imported(path) <= {"functional"}
+
+
+def calls_of(tree: ast.AST, name: str) -> list[int]:
+    """Lines that call a builtin by name."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    return [call.lineno for call in calls if call.func.id == name]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_the_library_does_not_print(path):
+    """It logs. The command line may: a module that is run (`__main__`), and the one line of `cli.guarded`."""
+    if path.name == "__main__.py":
+        return
+    tree = ast.parse(path.read_text())
+    lines = calls_of(tree, "print")
+    if path == LIBRARY / "cli.py":
+        (guarded,) = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == "guarded")
+        assert lines == calls_of(guarded, "print")
+        lines = lines[1:]
+    assert lines == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_no_error_is_swallowed_unseen(path):
+    """No bare except, and none that catches everything and passes."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"line {node.lineno}: bare except"
+            broad = isinstance(node.type, ast.Name) and node.type.id in ("Exception", "BaseException")
+            assert not (broad and isinstance(node.body[0], ast.Pass)), f"line {node.lineno}: swallows everything"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_no_seeding_and_no_device_choice_outside_the_entry_points(path):
+    text = path.read_text()
+    assert "CUDA_VISIBLE_DEVICES" not in text
+    if part_of(path) not in ("world", "cli", "train"):
+        assert "seed_everything(" not in text
+        assert "torch.manual_seed(" not in text
+
+
+def public(node: ast.AST) -> bool:
+    return isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_everything_public_is_explained(path):
+    tree = ast.parse(path.read_text())
+    assert path.name == "__init__.py" and not path.read_text().strip() or ast.get_docstring(tree), "the module"
+    scopes = [tree, *(node for node in ast.iter_child_nodes(tree) if isinstance(node, ast.ClassDef) and public(node))]
+    bare = [
+        node.name  # type: ignore[attr-defined]
+        for scope in scopes
+        for node in ast.iter_child_nodes(scope)
+        if public(node) and not ast.get_docstring(node)  # type: ignore[arg-type]
+    ]
+    assert bare == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_functions_stay_short(path):
+    """What spoils a codebase is its longest function: at most fifty lines, docstring included."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+    long = {node.name: node.end_lineno - node.lineno + 1 for node in nodes}  # type: ignore[operator]
+    assert {name: lines for name, lines in long.items() if lines > 50} == {}
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "README.md", "pyproject.toml"])
+def test_the_usual_files_are_there(name):
+    assert (REPOSITORY / name).stat().st_size > 200
+
+
+def test_entry_points_stay_small():
+    for name in ("train.py", "evaluate.py"):
+        assert len((REPOSITORY / name).read_text().splitlines()) <= 45
+
+
+def test_a_light_import():
+    """`import repair_lightning` alone must not load torch: the heavy parts come when they are asked for."""
+    names = {name.split(".")[0] for name, _ in runtime_imports(ast.parse((LIBRARY / "__init__.py").read_text()))}
+    top = ast.parse((LIBRARY / "__init__.py").read_text()).body
+    eager = [node for node in top if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert {node.module for node in eager if isinstance(node, ast.ImportFrom)} <= {"__future__", "typing"}
+    assert not [node for node in eager if isinstance(node, ast.Import)]
+    assert "torch" not in names
