@@ -26,7 +26,7 @@ from repair_lightning.packs import (
 )
 from repair_lightning.types import BASE
 
-ROUTINGS = {"key": {}, "activation": {"weight": 1.0}, "hybrid": {"act_ratio": 0.2}}
+ROUTINGS = {"key": {}, "activation": {"weight": 1.0, "act_ratio": 0.5}, "hybrid": {"act_ratio": 0.2}}
 
 
 def logits(model, tokenizer, prompts):
@@ -74,7 +74,7 @@ class TestRoundTrip:
         folder = save_pack(editor, tmp_path / "pack", {"command": "test"})
         model, tokenizer = load_edited(folder, precision="float32")
         assert model.route(prompts) == editor.edited.route(prompts)
-        assert {BASE} < {route.memory for route in model.route(prompts)}
+        assert {route.memory for route in model.route(prompts)} - {BASE}
         assert torch.equal(logits(model, tokenizer, prompts), logits(editor.edited, editor.tokenizer, prompts))
         assert answers(model, tokenizer, prompts) == answers(editor.edited, editor.tokenizer, prompts)
         for shard in editor.memory.ids:

@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
 from repair_lightning.data.clustering import form_batches
-from repair_lightning.data.ledger import EditStatus, Ledger
+from repair_lightning.data.ledger import EditStatus, Ledger, LedgerEntry
 from repair_lightning.data.records import RecordSet, check_lengths, load_irrelevant, load_records
 from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.models.sampling import own_texts
@@ -73,6 +73,8 @@ class EditStream(pl.LightningDataModule):
         self.records: RecordSet | None = None
         self.arrived = 0
         self.windows = 0
+        self._open: list[EditBatch] = []  # handed out; still the same as long as nothing of it was written
+        self._open_entries: dict[str, LedgerEntry] = {}
 
     # -- loading ------------------------------------------------------------------------------------------------------
 
@@ -128,8 +130,11 @@ class EditStream(pl.LightningDataModule):
     # -- the worklist -------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> DataLoader:
-        """The next window's batches. Lightning asks for it at the start of every epoch."""
-        return DataLoader(self.next_window(), batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
+        """The next window's batches. Lightning asks for it at the start of every epoch, and twice when it resumes."""
+        if not self._open or any(self.ledger.entry(id) is not entry for id, entry in self._open_entries.items()):
+            self._open = self.next_window()
+            self._open_entries = {id: self.ledger.entry(id) for batch in self._open for id in batch.ids}
+        return DataLoader(self._open, batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
 
     def next_window(self) -> list[EditBatch]:
         """Let the next edits arrive and form batches of all that waits to be written."""
@@ -187,6 +192,7 @@ class EditStream(pl.LightningDataModule):
         """The inverse of :meth:`state_dict`."""
         self.ledger.load_state_dict(state_dict["ledger"])
         self.arrived, self.windows = state_dict["arrived"], state_dict["windows"]
+        self._open, self._open_entries = [], {}
 
 
 def _as_it_is(batch: EditBatch) -> EditBatch:

@@ -87,7 +87,9 @@ class Writing:
 
     Attributes:
         optimizer: `adam`, `adamw` or `sgd`.
-        lr: its learning rate.
+        lr: its learning rate, in units of `relative`.
+        relative: the rate is relative to the base: at 1, one Adam step may move each coordinate of the layer's output by
+            the root mean square of what enters the layer. Off, the rate is absolute, as the published ones are.
         steps: most inner steps per batch (n_iter); as many again for each earlier attempt of its hardest edit.
         stop_margin: stop once every target token leads its best rival by this many nats; None takes all steps.
         check_every: steps between looks at the margin.
@@ -101,7 +103,8 @@ class Writing:
     """
 
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    lr: float = 0.03
+    lr: float = 1.0
+    relative: bool = True
     steps: int = 150
     stop_margin: float | None = 2.0
     check_every: int = 10
@@ -235,6 +238,7 @@ class Repair(Editor):
         self.writing = writing
         self.distillation = distillation
         self.seed = seed
+        self.lr_unit = 1.0
         self._check()
 
     def _check(self) -> None:
@@ -276,7 +280,7 @@ class Repair(Editor):
 
     def build_optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         """The optimiser that `writing` names."""
-        return OPTIMIZERS[self.writing.optimizer](parameters, lr=self.writing.lr)
+        return OPTIMIZERS[self.writing.optimizer](parameters, lr=self.writing.lr * self.lr_unit)
 
     def prepare(self, background: Sequence[str], held_out: Sequence[str]) -> None:
         """Besides the router's, measure the unit of relative margins and let the base write contexts."""
@@ -287,10 +291,18 @@ class Repair(Editor):
             self.unit = float(value(last).float().norm(dim=-1).mean())
         number = self.writing.contexts
         model = self.edited.base
+        self.lr_unit = self._measured_lr_unit() if self.writing.relative else 1.0
         self.short = self.edited.split.adds_up()
         self.contexts = own_texts(model, self.tokenizer, number, length=8) if number else []
         g = Margins(*self.routing.margins)
         self.margins = g.scaled(self.unit) if self.routing.relative else g
+
+    def _measured_lr_unit(self) -> float:
+        """The rate at which one step of the sign of the gradient moves the layer's output by its input's RMS."""
+        prompts = self.background.at_last()
+        size = prompts.hidden.float().square().mean(-1).sqrt()
+        reach = prompts.activations.float().abs().sum(-1)
+        return float((size / reach.clamp_min(1e-12)).mean())
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
@@ -449,6 +461,7 @@ class Repair(Editor):
         raw = optimizer.optimizer
         placeholder = raw.param_groups[0]["params"]
         raw.param_groups[0]["params"] = [module.delta]
+        raw.param_groups[0]["lr"] = self.writing.lr * self.lr_unit  # measured after the optimiser was made
         raw.state.clear()
         try:
             with torch.enable_grad():

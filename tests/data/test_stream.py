@@ -20,11 +20,13 @@ from repair_lightning.types import EditBatch, EditReport
 class Watcher:
     """The real editor; remembers for which edits it was asked for features."""
 
-    batchable = True
-
     def __init__(self, editor: Repair) -> None:
         self.editor = editor
+        self.limit: int | None = None
         self.asked: list[tuple[str, ...]] = []
+
+    def batch_limit(self, edits: Any) -> int:
+        return self.limit or self.editor.batch_limit(edits)
 
     def features(self, edits: Any) -> Any:
         self.asked.append(tuple(edit.id for edit in edits))
@@ -104,6 +106,18 @@ def test_worklists_are_sized_and_hold_each_arrival_once(tmp_path, watcher, windo
     assert stream.next_window() == []  # past the end
 
 
+def test_a_window_is_handed_out_again_as_long_as_nothing_of_it_was_written(tmp_path, watcher):
+    """Lightning asks twice when it resumes; that must not merge two windows into one."""
+    stream = stream_of(tmp_path, watcher)
+    first = list(stream.train_dataloader())
+    assert list(stream.train_dataloader()) == first
+    assert (stream.windows, stream.arrived) == (1, 4)
+    stream.ledger.written([EditReport(first[0].ids[0], 0, 0.1, 0.0, 1)])
+    second = list(stream.train_dataloader())
+    assert stream.windows == 2
+    assert set(ids_of(second)) == {*ids_of(first), *(edit.id for edit in stream.edits[4:8])} - {first[0].ids[0]}
+
+
 def test_without_clustering_batches_keep_the_order_of_arrival(tmp_path, watcher):
     stream = stream_of(tmp_path, watcher, clustering=False, window=5)
     worklist = stream.next_window()
@@ -128,10 +142,16 @@ def test_clustering_groups_what_is_alike(tmp_path, watcher):
 
 
 def test_an_editor_that_writes_one_at_a_time_gets_batches_of_one(tmp_path, watcher):
-    watcher.batchable = False
+    watcher.limit = 1
     stream = stream_of(tmp_path, watcher, batch_size=3)
     assert [len(batch.edits) for batch in stream.next_window()] == [1, 1, 1, 1]
     assert watcher.asked == []
+
+
+def test_the_editors_limit_bounds_a_batch(tmp_path, watcher):
+    watcher.limit = 2
+    stream = stream_of(tmp_path, watcher, batch_size=100)
+    assert [len(batch.edits) for batch in stream.next_window()] == [2, 2]
 
 
 # -- pools -------------------------------------------------------------------------------------------------------------

@@ -276,7 +276,9 @@ class TestGenerate:
         """Low temperature makes sampling greedy: all three copies of a prompt must be its greedy text."""
         found = greedy(edited, PROMPTS, do_sample=True, temperature=1e-4, num_return_sequences=3)
         assert found == [text for text in greedy(edited, PROMPTS) for _ in range(3)]
-        assert len(edited.router.asked) == 2
+        copies, once = edited.router.asked
+        assert torch.equal(copies.mask, once.mask.repeat_interleave(3, 0))
+        assert torch.equal(copies.words, once.words.repeat_interleave(3, 0))
 
     @pytest.mark.parametrize("returned", [1, 2])
     def test_beams(self, edited, returned):
