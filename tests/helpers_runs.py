@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import random
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,10 +31,10 @@ def world_edits(number: int, start: int = 0) -> list[Edit]:
 
 
 def hard_edits(number: int, start: int = 0) -> list[Edit]:
-    """World edits; every second has a target of a dozen unlikely words, which six steps of 0.02 cannot write."""
-    draw, words = random.Random(number), "lorem ipsum dolor amet 81 elit magna 37 quis nulla velit 905 culpa".split()
+    """World edits; every second can never be answered right, whatever is written: its target has a padding token,
+    which no text that a model says shows."""
     edits = world_edits(number, start)
-    return [replace(e, target=" ".join(draw.sample(words, 12))) if i % 2 else e for i, e in enumerate(edits)]
+    return [replace(e, target=f"{e.target} <pad> {e.target}") if i % 2 else e for i, e in enumerate(edits)]
 
 
 def write_edits(path: Path, edits: Sequence[Edit]) -> str:
@@ -50,16 +49,12 @@ def irrelevant_texts(number: int) -> list[str]:
 
 
 def world_editor(routing: dict[str, Any] | None = None, **writing: Any) -> Repair:
-    """The REPAIR editor on the embedded base, loaded; few steps unless told."""
-    options: dict[str, Any] = {"steps": 30} | writing
+    """The REPAIR editor on the embedded base, loaded; fewer steps than usual unless told."""
+    options: dict[str, Any] = {"steps": 40} | writing
     torch.manual_seed(0)
     editor = Repair("world", precision="float32", writing=Writing(**options), routing=Routing(**(routing or {})))
     editor.load()
     return editor
-
-
-HARD = {"steps": 6, "lr": 0.02}
-"""Writes what is easy of :func:`hard_edits` and never what is hard."""
 
 
 def world_stream(path: str = "world", **options: Any) -> EditStream:

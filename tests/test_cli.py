@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-
 from helpers_runs import REPOSITORY, world_edits, write_edits
+
 from repair_lightning import load_edited
 from repair_lightning.cli import config_path, resolve_configs
 from repair_lightning.data.ledger import Ledger
@@ -37,7 +37,12 @@ class Ran:
 
 
 def command(script: str, *options: Any, cwd: Path) -> Ran:
-    env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "COLUMNS": "160",
+    }
     call = [sys.executable, str(REPOSITORY / script), *map(str, options)]
     done = subprocess.run(call, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
     return Ran(done.returncode, done.stdout, done.stderr)
@@ -395,7 +400,9 @@ def test_a_mistake_is_one_line_and_exit_code_two(monkeypatch, tmp_path, capsys, 
 
 
 def test_a_missing_base_is_one_line_in_a_real_process(tmp_path):
-    refused(command("train.py", "--config", "quickstart", "--model.base", "/nowhere/base", cwd=tmp_path), "/nowhere/base")
+    refused(
+        command("train.py", "--config", "quickstart", "--model.base", "/nowhere/base", cwd=tmp_path), "/nowhere/base"
+    )
 
 
 def test_a_missing_value_of_a_setting_is_told_by_the_parser(monkeypatch, tmp_path, capsys):

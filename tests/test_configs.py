@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-
 from helpers_runs import REPOSITORY
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -18,7 +17,11 @@ OVERLAYS = {"paper", "wise"}
 """Presets that stand over another configuration; they name no base and no data."""
 
 RECORDS = {
-    "jsonl": {"prompt": "Where was Mara Quill born?", "target": "Oslo", "rephrases": ["The birthplace of Mara Quill is"]},
+    "jsonl": {
+        "prompt": "Where was Mara Quill born?",
+        "target": "Oslo",
+        "rephrases": ["The birthplace of Mara Quill is"],
+    },
     "zsre": {
         "src": "Where was Mara Quill born?",
         "alt": "Oslo",

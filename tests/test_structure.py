@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from helpers_runs import REPOSITORY
 
 LIBRARY = REPOSITORY / "repair_lightning"
@@ -152,7 +151,7 @@ def public(node: ast.AST) -> bool:
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_everything_public_is_explained(path):
     tree = ast.parse(path.read_text())
-    assert path.name == "__init__.py" and not path.read_text().strip() or ast.get_docstring(tree), "the module"
+    assert (path.name == "__init__.py" and not path.read_text().strip()) or ast.get_docstring(tree), "the module"
     scopes = [tree, *(node for node in ast.iter_child_nodes(tree) if isinstance(node, ast.ClassDef) and public(node))]
     bare = [
         node.name  # type: ignore[attr-defined]
@@ -171,7 +170,9 @@ def test_functions_stay_short(path):
     assert {name: lines for name, lines in long.items() if lines > 50} == {}
 
 
-@pytest.mark.parametrize("name", ["LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "README.md", "pyproject.toml"])
+@pytest.mark.parametrize(
+    "name", ["LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "README.md", "pyproject.toml"]
+)
 def test_the_usual_files_are_there(name):
     assert (REPOSITORY / name).stat().st_size > 200
 

@@ -248,7 +248,7 @@ class Editor(pl.LightningModule):
         """The router's thresholds and keys travel with the shards, and W_v where a merge wrote into it."""
         checkpoint["router"] = self.router.state_dict()
         if self.base_changed:
-            checkpoint["value_weight"] = self.edited.split.value.weight.detach().cpu()
+            checkpoint["value_weight"] = self.edited.split.value.weight.detach().cpu()  # type: ignore[operator]
         checkpoint["base"] = {"name": self.base.name, "sha256": self.base.sha256} if self.base else {}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

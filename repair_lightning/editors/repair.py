@@ -482,7 +482,8 @@ class Repair(Editor):
         if kept:
             anchors = [self._anchor(edit) for edit in kept]
             query = prompts.rows(torch.tensor(stays))
-            self.router.add([edit.id for edit in kept], anchors, query, [shard] * len(kept), self._neighbours(kept))
+            neighbours = self._neighbours(kept) if self.router.needs_neighbours else None
+            self.router.add([edit.id for edit in kept], anchors, query, [shard] * len(kept), neighbours)
 
     def _anchor(self, edit: Edit) -> Anchor:
         """What names the edit: its subject where the prompt holds it, else the whole prompt."""

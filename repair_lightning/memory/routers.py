@@ -52,6 +52,8 @@ class Router(ABC):
     name: ClassVar[str]
     needs_owned: ClassVar[bool] = True
     """Whether calibration looks at the shards' own edits."""
+    needs_neighbours: ClassVar[bool] = False
+    """Whether made-up neighbours are of use when edits are added."""
 
     def fit(self, background: Query, embeddings: Tensor) -> None:  # noqa: B027 - nothing to learn by default
         """Learn what is common from irrelevant prompts, once, before the first edit. `embeddings` is (V, E)."""
@@ -222,6 +224,7 @@ class KeyRouter(Router):
 
     name = "key"
     needs_owned = False
+    needs_neighbours = True
 
     def __init__(
         self,

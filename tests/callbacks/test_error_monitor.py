@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 
 import pytest
+from helpers_runs import fit, hard_edits, world_editor, world_stream, write_edits
 
 from callbacks import ErrorSampleMonitor
 from callbacks.error_monitor import sample_to_check
-from helpers_runs import HARD, fit, hard_edits, world_editor, world_stream, write_edits
 from repair_lightning.data.ledger import EditStatus, Ledger
 from repair_lightning.errors import ConfigError
 from repair_lightning.evaluation.correctness import correctness
@@ -82,8 +82,8 @@ class Listening(ErrorSampleMonitor):
 
 
 def test_after_each_window_the_ledger_knows_who_is_right(tmp_path):
-    """Some edits are too hard to write: some are right, some fail, and the verdict is the router's own answer."""
-    editor, stream = world_editor(**HARD), world_stream(write_edits(tmp_path / "e.jsonl", hard_edits(12)), window=6)
+    """Some edits cannot be answered right: some are right, some fail, and the verdict is the router's own answer."""
+    editor, stream = world_editor(), world_stream(write_edits(tmp_path / "e.jsonl", hard_edits(12)), window=6)
     monitor = Listening(older=2)
     fit(editor, stream, [monitor], tmp_path)
     ledger = stream.ledger
@@ -104,7 +104,7 @@ def test_after_each_window_the_ledger_knows_who_is_right(tmp_path):
 
 
 def test_teacher_forced_scores_are_shares(tmp_path):
-    editor, stream = world_editor(**HARD), world_stream(write_edits(tmp_path / "e.jsonl", hard_edits(10)), window=10)
+    editor, stream = world_editor(steps=2, lr=1e-6), world_stream(max_edits=10, window=10)  # the base's own shares
     fit(editor, stream, [ErrorSampleMonitor(protocol="teacher_forced")], tmp_path)
     scores = [stream.ledger.entry(id).score for id in stream.ledger]
     assert all(0 <= score <= 1 for score in scores)

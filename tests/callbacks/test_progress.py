@@ -6,10 +6,10 @@ import io
 import re
 
 import pytest
+from helpers_runs import fit, world_editor, world_stream
 from rich.console import Console
 
 from callbacks import ErrorSampleMonitor, Scoreboard, StreamProgress
-from helpers_runs import fit, world_editor, world_stream
 
 
 def run(folder, progress: StreamProgress, *more) -> None:

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers_runs import fit, hard_edits, world_editor, world_stream, write_edits, written_editor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from callbacks import ErrorSampleMonitor, PruneAndRetrigger
 from callbacks.prune_retrigger import should_prune, spent, worst_shard
-from helpers_runs import HARD, fit, hard_edits, world_editor, world_stream, write_edits, written_editor
 from repair_lightning.data.ledger import EditStatus, Ledger
 from repair_lightning.errors import ConfigError
 from repair_lightning.evaluation.protocols import answers
@@ -252,7 +252,7 @@ def test_a_hard_stream_ends_with_every_edit_accounted_for(tmp_path):
     """Half the edits cannot be written: shards are pruned, right edits are written anew, and none is missing."""
     feedback = PruneAndRetrigger(max_attempts=3)
     path = write_edits(tmp_path / "hard.jsonl", hard_edits(12))
-    _, stream = closed_loop(tmp_path, feedback, path=path, **HARD)
+    _, stream = closed_loop(tmp_path, feedback, path=path)
     ledger = stream.ledger
     easy = [edit.id for edit in stream.edits[::2]]
     assert list(ledger) == [edit.id for edit in stream.edits]

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers_runs import fit, hard_edits, world_editor, world_stream, write_edits
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks import ErrorSampleMonitor, LossAwareTiesMerge, PruneAndRetrigger, Scoreboard
-from helpers_runs import HARD, fit, hard_edits, world_editor, world_stream, write_edits
 from repair_lightning.packs import read_pack, save_pack
 
 
 def run(folder: Path, router: str, epochs: int = -1, ckpt_path: Path | None = None, target: str = "side"):
     """Three windows of a closed loop that has something to repair, with a checkpoint after each."""
     folder.mkdir()
-    editor = world_editor({"router": router}, **HARD, capacity=3, mask_ratio=0.8)
+    editor = world_editor({"router": router}, capacity=3, mask_ratio=0.8)
     stream = world_stream(write_edits(folder / "edits.jsonl", hard_edits(6)), window=2, batch_size=2)
     feedback = PruneAndRetrigger(max_attempts=2)
     merge = LossAwareTiesMerge(max_op_drop=1.0, every_n_windows=2, target=target)
@@ -59,11 +59,10 @@ def test_a_checkpoint_of_a_finished_stream_resumes_to_nothing(tmp_path):
     assert len(again.memory) == len(editor.memory)
 
 
-@pytest.mark.parametrize("stop", [2, 3])
-def test_a_checkpoint_keeps_what_was_written_into_the_base(tmp_path, stop):
+def test_a_checkpoint_keeps_what_was_written_into_the_base(tmp_path):
     """After a merge into W_v the base is no longer the one on the disk: resuming must bring the change back."""
     whole, *_ = run(tmp_path / "whole", "key", target="main")
-    run(tmp_path / "part", "key", epochs=stop, target="main")
+    run(tmp_path / "part", "key", epochs=2, target="main")
     resumed, *_ = run(tmp_path / "rest", "key", ckpt_path=tmp_path / "part" / "last.ckpt", target="main")
     weights = [editor.edited.split.value.weight.detach() for editor in (whole, resumed)]
     torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
+from helpers_runs import fit, hard_edits, world_editor, world_edits, world_stream, write_edits
 
 from callbacks import ErrorSampleMonitor, LossAwareTiesMerge, PruneAndRetrigger, Scoreboard
-from helpers_runs import HARD, fit, hard_edits, world_edits, world_editor, world_stream, write_edits
 from repair_lightning.packs import save_pack
 
 
 def run(folder, board: Scoreboard, **stream):
     """Two windows with a closed loop that has something to do."""
-    editor = world_editor(**HARD, capacity=4)
+    editor = world_editor(capacity=4)
     path = write_edits(folder / "edits.jsonl", hard_edits(8))
     edits = world_stream(**({"path": path, "window": 4, "batch_size": 4} | stream))
     feedback, merge = PruneAndRetrigger(max_attempts=2), LossAwareTiesMerge(max_op_drop=1.0)

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_runs import fit, world_editor, world_stream, written_editor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from callbacks import ErrorSampleMonitor, LossAwareTiesMerge, PruneAndRetrigger, Scoreboard
 from callbacks.ties_merge import accept, groups_of, guard_score, mean_loss
-from helpers_runs import fit, world_editor, world_stream, written_editor
 from repair_lightning.data.ledger import Ledger
 from repair_lightning.errors import ConfigError
 from repair_lightning.evaluation.correctness import correctness

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_runs import attach, fit, irrelevant_texts, world_editor, world_edits, world_stream, write_edits
 
-from helpers_runs import attach, fit, irrelevant_texts, world_edits, world_editor, world_stream, write_edits
 from repair_lightning.data.ledger import EditStatus
 from repair_lightning.data.stream import EditStream
 from repair_lightning.editors import Repair

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers_runs import world_edits
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from helpers_runs import world_edits
 from repair_lightning.data.tokenizing import Encoded, encode, target_labels
 from repair_lightning.functional import IGNORED
 from repair_lightning.models.prefix import pad_left

@@ -515,6 +515,21 @@ class TestFold:
         assert editor.memory.ids == [0]
         assert all(torch.equal(value, weights[name]) for name, value in editor.base.model.state_dict().items())
 
+    @each_model
+    def test_a_checkpoint_brings_the_folded_weight_along(self, editor_of, write, answers, edits, tmp_path, model_type):
+        editor = editor_of(model_type)
+        write(editor, edits[:4])
+        editor.fold(0)
+        checkpoint = {"state_dict": editor.state_dict()}
+        editor.on_save_checkpoint(checkpoint)
+        torch.save(checkpoint, tmp_path / "folded.ckpt")
+        fresh = editor_of(model_type)
+        loaded = torch.load(tmp_path / "folded.ckpt", weights_only=True)
+        fresh.on_load_checkpoint(loaded)
+        fresh.load_state_dict(loaded["state_dict"], strict=False)
+        assert fresh.base_changed
+        assert answers(fresh.edited, fresh.tokenizer, prompts_of(edits[:4])) == targets_of(edits[:4])
+
     def test_other_shards_stay(self, editor_of, write, edits):
         editor = editor_of(writing=Writing(capacity=4))
         write(editor, edits, 4)

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_runs import written_editor
 from transformers import AutoModelForCausalLM
 
-from helpers_runs import written_editor
 from repair_lightning.types import BASE
 from repair_lightning.world import base_dir
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers_runs import fit, hard_edits, without_probes, world_editor, world_stream, write_edits
 
 from callbacks import ErrorSampleMonitor, LossAwareTiesMerge, PruneAndRetrigger, Scoreboard
-from helpers_runs import HARD, fit, hard_edits, without_probes, world_editor, world_stream, write_edits
 from repair_lightning.packs import save_pack
 from repair_lightning.types import Edit, Probe
 
@@ -25,7 +25,7 @@ def other_probes(edit: Edit) -> Edit:
 
 def run(folder: Path, edits: list[Edit], router: str) -> tuple[bytes, bytes]:
     """A closed loop that prunes, a merge, live scores: everything that could leak."""
-    editor = world_editor({"router": router}, **HARD, capacity=4)
+    editor = world_editor({"router": router}, capacity=4)
     stream = world_stream(write_edits(folder / "edits.jsonl", edits), window=4, batch_size=4)
     feedback = PruneAndRetrigger(max_attempts=2)
     loop = [ErrorSampleMonitor(), feedback, Scoreboard(live=4), LossAwareTiesMerge(max_op_drop=0.5)]
@@ -35,7 +35,7 @@ def run(folder: Path, edits: list[Edit], router: str) -> tuple[bytes, bytes]:
     return (pack / "side_memory.safetensors").read_bytes(), (pack / "repair_config.json").read_bytes()
 
 
-@pytest.mark.parametrize("router", ["key", "hybrid", "activation"])
+@pytest.mark.parametrize("router", ["key", "hybrid"])
 def test_scoring_prompts_do_not_matter(tmp_path, router):
     edits = hard_edits(8)
     found = []
