@@ -19,7 +19,7 @@ from torch import Tensor
 from repair_lightning.data.ledger import Ledger
 from repair_lightning.errors import RepairError
 from repair_lightning.functional import pack_mask, pack_values, unpack_mask, unpack_values
-from repair_lightning.memory.routers import KeyRouter, make_router
+from repair_lightning.memory.routers import make_router
 from repair_lightning.memory.side_memory import Shard, SideMemory
 from repair_lightning.models.architectures import architecture_of, value_shape
 from repair_lightning.models.base import Base, files_hash, load_base
@@ -144,8 +144,7 @@ def _edited_from(config: Mapping[str, Any], tensors: Mapping[str, Tensor], loade
     router = make_router(config["router"]["name"], **config["router"]["options"])
     of_router = {key[len("router.") :]: value for key, value in tensors.items() if key.startswith("router.")}
     router.load_state_dict(config["router"]["state"] | of_router)
-    if isinstance(router, KeyRouter):
-        router.bind(loaded.embeddings)
+    router.bind(loaded.embeddings)
     return EditedModel(loaded.model, loaded.tokenizer, memory.to(loaded.model.device), router, config["layer"])
 
 

@@ -21,7 +21,7 @@ from repair_lightning.data.ledger import Ledger
 from repair_lightning.data.tokenizing import Encoded, encode
 from repair_lightning.errors import ConfigError
 from repair_lightning.memory.query import Choice, Query, canonical_ids
-from repair_lightning.memory.routers import KeyRouter, Router
+from repair_lightning.memory.routers import Router
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.models.architectures import architecture_of, resolve_layer, value_shape
 from repair_lightning.models.base import Base, load_base
@@ -262,8 +262,7 @@ class Editor(pl.LightningModule):
                 "give --model.base the base that it was made with"
             )
         self.router.load_state_dict(checkpoint["router"])
-        if isinstance(self.router, KeyRouter):
-            self.router.bind(self.base.embeddings)
+        self.router.bind(self.base.embeddings)
         if "value_weight" in checkpoint:
             self.edited.split.value.weight.data.copy_(checkpoint["value_weight"])  # type: ignore[operator]
             self.base_changed = True

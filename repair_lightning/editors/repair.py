@@ -25,6 +25,7 @@ from torch import Tensor
 
 from repair_lightning.data.tokenizing import target_labels
 from repair_lightning.editors.base import Editor, register
+from repair_lightning.editors.inner_loop import TargetRows, TargetTail, mean_by
 from repair_lightning.errors import ConfigError
 from repair_lightning.functional import (
     Margins,
@@ -39,7 +40,7 @@ from repair_lightning.functional.routing import Pool
 from repair_lightning.memory.query import Query, canonical_ids
 from repair_lightning.memory.routers import Anchor, Neighbours, Router, make_router
 from repair_lightning.memory.side_memory import Shard, SideMemory
-from repair_lightning.models.prefix import SplitModel, pad_left, stack_left
+from repair_lightning.models.prefix import pad_left, stack_left
 from repair_lightning.models.sampling import own_texts
 from repair_lightning.types import Edit, EditBatch, EditReport
 
@@ -88,8 +89,8 @@ class Writing:
     Attributes:
         optimizer: `adam`, `adamw` or `sgd`.
         lr: its learning rate, in units of `relative`.
-        relative: the rate is relative to the base: at 1, one Adam step may move each coordinate of the layer's output by
-            the root mean square of what enters the layer. Off, the rate is absolute, as the published ones are.
+        relative: the rate is relative to the base: at 1, one Adam step may move each coordinate of the layer's output
+            by the root mean square of what enters the layer. Off, the rate is absolute, as the published ones are.
         steps: most inner steps per batch (n_iter); as many again for each earlier attempt of its hardest edit.
         stop_margin: stop once every target token leads its best rival by this many nats; None takes all steps.
         check_every: steps between looks at the margin.
@@ -134,72 +135,6 @@ class Distillation:
     variance: float = 0.2
     temperature: float | None = None
     consistency: float | None = None
-
-
-@dataclass(slots=True)
-class _Rows:
-    """Training rows of one write: B rows of T tokens, M target tokens in all, n batch members."""
-
-    ids: Tensor
-    """(B, T) token ids, padded on the left."""
-    mask: Tensor
-    """(B, T) attention mask."""
-    hidden: Tensor
-    """(B, T, D) where it enters the edited layer."""
-    activations: Tensor
-    """(B, T, F), A(x)."""
-    labels: Tensor
-    """(B, longest target), `IGNORED` where a target is shorter."""
-    owner: Tensor
-    """(B,) index of the edit that a row belongs to; rehearsed edits are counted on behind the members."""
-    members: int
-    """n; the first n rows are the members' own, without a context."""
-    prompts: Query
-    """The members' prompts."""
-
-    @property
-    def real(self) -> Tensor:
-        """(B, longest target) true at target tokens."""
-        return self.labels >= 0
-
-    @property
-    def row(self) -> Tensor:
-        """(M,) the row of each target token."""
-        return self.real.nonzero()[:, 0]
-
-    @property
-    def firsts(self) -> Tensor:
-        """(B,) where each row's first target token stands among the M: read at the prompt's last token."""
-        lengths = self.real.sum(-1)
-        return lengths.cumsum(0) - lengths
-
-    def reading(self, states: Tensor) -> Tensor:
-        """States (B, T, ...) at the positions from which the M target tokens are read, (M, ...)."""
-        return states[:, -self.labels.shape[1] - 1 : -1][self.real]
-
-
-class _Tail:
-    """The logits of a write's target tokens as a function of the shard: everything above the value matrix.
-
-    Where the last layer is edited and its value output is simply added, only the positions that are read take part;
-    otherwise the edited layer and those above it run over whole rows.
-    """
-
-    def __init__(self, split: SplitModel, rows: _Rows, short: bool) -> None:
-        self.split, self.rows, self.short = split, rows, short
-        if short:
-            with split.skipping():
-                self.out = rows.reading(split.layer_output(rows.ids, rows.mask, rows.hidden))
-            self.activations = rows.reading(rows.activations).float()
-
-    def __call__(self, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (M, V) and the features (M, D) that enter the head, with the shard `delta` (D, F)."""
-        if self.short:
-            pushed = torch.nn.functional.linear(self.activations, delta).to(self.out.dtype)
-            return self.split.readout(self.out + pushed)
-        rows = self.rows
-        logits, features = self.split.tail(rows.ids, rows.mask, rows.hidden, rows.labels.shape[1] + 1)
-        return logits[:, :-1][rows.real], features[:, :-1][rows.real]
 
 
 @register("repair")
@@ -365,7 +300,7 @@ class Repair(Editor):
         known = [id for id in self.ledger.owned_by(shard) if id not in batch.ids]
         return [self.ledger.edit(id) for id in known[-self.writing.replay :]] if self.writing.replay else []
 
-    def _rows(self, edits: Sequence[Edit], rehearsed: Sequence[Edit]) -> _Rows:
+    def _rows(self, edits: Sequence[Edit], rehearsed: Sequence[Edit]) -> TargetRows:
         plain = [self.encode(edit.prompt, edit.target) for edit in edits]
         in_context = [
             [self.encode(f"{context}. {edit.prompt}", edit.target) for context in self.contexts] for edit in edits
@@ -376,7 +311,7 @@ class Repair(Editor):
         owners += range(len(edits), len(edits) + len(old))
         captured = self.captures([row.ids for row in encoded])
         ids, mask = pad_left([row.ids for row in encoded], device=self.device)
-        return _Rows(
+        return TargetRows(
             ids,
             mask,
             stack_left([capture.hidden for capture in captured]),
@@ -387,14 +322,14 @@ class Repair(Editor):
             self.query_of([row.prompt for row in plain], [edit.prompt for edit in edits]),
         )
 
-    def _train(self, shard: int, module: Shard, rows: _Rows, budget: int) -> tuple[int, list[float], list[float]]:
+    def _train(self, shard: int, module: Shard, rows: TargetRows, budget: int) -> tuple[int, list[float], list[float]]:
         """The inner loop; returns the steps taken and each member's last edit loss and distillation loss."""
-        tail = _Tail(self.edited.split, rows, self.short)
+        tail = TargetTail(self.edited.split, rows, self.short)
         labels, row = rows.labels[rows.real], rows.row
         with self._bound(module) as optimizer, self.edited.split.skipping(self.short), self.edited.forced(shard):
             for step in range(budget + 1):  # the last round only looks at what the steps made
                 logits, features = tail(module.delta)
-                losses = _mean_by(row, target_cross_entropy(logits[:, None], labels[:, None]), len(rows.ids))
+                losses = mean_by(row, target_cross_entropy(logits[:, None], labels[:, None]), len(rows.ids))
                 kd, per_sample = self._distil(logits, features, rows)
                 if step == budget or self._written(step, logits, labels):
                     break
@@ -403,10 +338,10 @@ class Repair(Editor):
                 self._backward(total)
                 self._masked_step(optimizer, module)
         own = rows.owner < rows.members
-        loss = _mean_by(rows.owner[own], losses.detach()[own], rows.members)
+        loss = mean_by(rows.owner[own], losses.detach()[own], rows.members)
         return step, loss.tolist(), per_sample.detach().tolist()
 
-    def _distil(self, logits: Tensor, features: Tensor, rows: _Rows) -> tuple[Tensor, Tensor]:
+    def _distil(self, logits: Tensor, features: Tensor, rows: TargetRows) -> tuple[Tensor, Tensor]:
         at = rows.firsts[: rows.members]
         if not self.distillation.weight:
             return features.new_zeros(()), features.new_zeros(len(at), dtype=torch.float32)
@@ -415,7 +350,7 @@ class Repair(Editor):
             loss = loss + soft_kd_loss(logits[at], self.distillation.temperature)
         return loss, per_sample
 
-    def _routing_loss(self, module: Shard, rows: _Rows, step: int) -> Tensor | float:
+    def _routing_loss(self, module: Shard, rows: TargetRows, step: int) -> Tensor | float:
         if not self.routing.weight:
             return 0.0
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
@@ -570,8 +505,3 @@ class Repair(Editor):
 
 def _holds_subject(edit: Edit) -> bool:
     return bool(edit.subject) and str(edit.subject) in edit.prompt
-
-
-def _mean_by(group: Tensor, values: Tensor, groups: int) -> Tensor:
-    """The mean of values (M,) by group index (M,), (groups,); every group has at least one."""
-    return values.new_zeros(groups).index_add_(0, group, values) / group.bincount(minlength=groups)

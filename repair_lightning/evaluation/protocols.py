@@ -1,4 +1,4 @@
-"""How an edited model is asked. Two protocols, never mixed (DESIGN 3.7).
+"""How an edited model is asked. Two protocols, never mixed.
 
 `autoregressive`: greedy generation from the prompt alone with natural stop, compared after normalisation.
 `teacher_forced`: the share of the expected tokens that are the argmax when the expected text is fed.

@@ -1,4 +1,4 @@
-"""The prefix cache: layers below the edited one never change, so they run once per text (DESIGN section 4).
+"""The prefix cache: layers below the edited one never change, so they run once per text.
 
 Legend for shapes: B sequences, T tokens, D = d_model, F = d_ffn, V vocabulary.
 

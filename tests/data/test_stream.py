@@ -320,7 +320,7 @@ def test_bad_settings(name, value):
 def test_bad_settings_of_the_reader():
     with pytest.raises(ConfigError, match="max_edits must be 1 or more"):
         EditStream(max_edits=0).setup()
-    with pytest.raises(ConfigError, match="unknown.*format.*jsonl"):
+    with pytest.raises(ConfigError, match=r"unknown.*format.*jsonl"):
         EditStream(format="jsonk").setup()
     with pytest.raises(RepairError, match=r"nowhere.jsonl: no such file"):
         EditStream("nowhere.jsonl").setup()

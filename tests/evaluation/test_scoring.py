@@ -129,13 +129,17 @@ def test_kinds_that_do_not_occur_have_no_figures(written, edits):
 def spy(monkeypatch):
     """Counts the prompts that are generated from and fed; the real functions do the work."""
     seen: dict[str, list[str]] = {"answers": [], "forced_tokens": []}
+    real = {name: getattr(protocols, name) for name in seen}
+
+    def watch(name):
+        def watched(model, prompts, *rest):
+            seen[name].extend(prompts)
+            return real[name](model, prompts, *rest)
+
+        return watched
+
     for name in seen:
-
-        def watched(model, prompts, *rest, _name=name, _real=getattr(protocols, name)):
-            seen[_name].extend(prompts)
-            return _real(model, prompts, *rest)
-
-        monkeypatch.setattr(scoring.protocols, name, watched)
+        monkeypatch.setattr(scoring.protocols, name, watch(name))
     return seen
 
 

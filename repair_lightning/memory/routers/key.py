@@ -1,162 +1,23 @@
-"""Routers: which memory answers a prompt. One decision per sequence, from the prompt's tokens alone (DESIGN 3.1).
+"""The key router: the edit that a prompt is closest to answers it, if the prompt names its subject and asks the same.
 
-`activation` is the paper's (arXiv 2510.01879, Eq. 2 and Alg. 2). `key` looks the prompt up among the edits' own keys;
-`hybrid` lets the key choose and asks both to agree. A new router is one class with a `name`.
+Ours, not the paper's: the activation score finds the right shard for fewer prompts than the nearest key does.
 """
 
 from __future__ import annotations
 
-import difflib
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import faiss
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from repair_lightning.errors import ConfigError
-from repair_lightning.functional import activation_scores, calibrate_threshold, decide, ratio_threshold
 from repair_lightning.functional.keys import coverage, coverage_matrix, inverse_document_frequency
-from repair_lightning.functional.routing import Pool
 from repair_lightning.memory.query import Choice, Query, pad_right
+from repair_lightning.memory.routers.base import Anchor, Neighbours, Router
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.types import BASE
-
-
-@dataclass(frozen=True, slots=True)
-class Anchor:
-    """The tokens that name what an edit is about, in canonical spelling; `named` where they are its subject's."""
-
-    tokens: tuple[int, ...]
-    named: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Neighbours:
-    """Prompts made up as neighbours of edits: the edit's subject in other edits' words, so another relation of it.
-
-    `of` (N,) is the index of the edit that each prompt is a neighbour of.
-    """
-
-    prompts: Query
-    of: Tensor
-
-
-class Router(ABC):
-    """Decides which memory answers. The editor tells it of edits and shards; it never sees targets or scoring
-    prompts."""
-
-    name: ClassVar[str]
-    needs_owned: ClassVar[bool] = True
-    """Whether calibration looks at the shards' own edits."""
-    needs_neighbours: ClassVar[bool] = False
-    """Whether made-up neighbours are of use when edits are added."""
-
-    def fit(self, background: Query, embeddings: Tensor) -> None:  # noqa: B027 - nothing to learn by default
-        """Learn what is common from irrelevant prompts, once, before the first edit. `embeddings` is (V, E)."""
-
-    def add(  # noqa: B027 - routers without keys keep nothing per edit
-        self,
-        ids: Sequence[str],
-        anchors: Sequence[Anchor],
-        prompts: Query,
-        shards: Sequence[int],
-        neighbours: Neighbours | None = None,
-    ) -> None:
-        """Take in edits that were written: their ids, anchors, prompts and shards; known ids are replaced."""
-
-    def forget(self, ids: Sequence[str]) -> None:  # noqa: B027
-        """Drop edits by id; unknown ones are passed over."""
-
-    def reassign(self, shards: Sequence[int], fused: int) -> None:  # noqa: B027
-        """Follow a merge: what the given shards owned belongs to `fused` now."""
-
-    @abstractmethod
-    def calibrate(self, memory: SideMemory, owned: Mapping[int, Query], background: Query) -> None:
-        """Set the thresholds from the shards' own edits and from held-out irrelevant prompts."""
-
-    @abstractmethod
-    def route(self, query: Query, memory: SideMemory) -> Choice:
-        """Choose a memory for each prompt."""
-
-    @abstractmethod
-    def options(self) -> dict[str, Any]:
-        """The constructor's arguments, in plain types."""
-
-    @abstractmethod
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain types only."""
-
-    @abstractmethod
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`."""
-
-
-class ActivationRouter(Router):
-    """The paper's router: a shard answers where its pooled `||A(x) delta^T||` exceeds its threshold the most.
-
-    Args:
-        pool: `last`, `mean` or `max` over the prompt's tokens.
-        act_ratio: the paper's rule, threshold = `act_ratio * min edit score`; None calibrates instead.
-        false_fire_rate: share of irrelevant prompts that may fire, for the calibrated threshold.
-    """
-
-    name = "activation"
-
-    def __init__(self, pool: Pool = "last", act_ratio: float | None = None, false_fire_rate: float = 0.01) -> None:
-        self.pool = pool
-        self.act_ratio = act_ratio
-        self.false_fire_rate = false_fire_rate
-        self.thresholds: dict[int, float] = {}
-
-    def options(self) -> dict[str, Any]:
-        """As given to the constructor."""
-        return {"pool": self.pool, "act_ratio": self.act_ratio, "false_fire_rate": self.false_fire_rate}
-
-    def scores(self, query: Query, memory: SideMemory, shards: Sequence[int] | None = None) -> Tensor:
-        """Activation scores (B, K) on the CPU."""
-        deltas = memory.stacked(shards).to(query.activations.device)
-        return activation_scores(query.activations.float(), deltas, query.mask, self.pool).detach().cpu()
-
-    def calibrate(self, memory: SideMemory, owned: Mapping[int, Query], background: Query) -> None:
-        """Thresholds per shard; a shard without edits never fires."""
-        self.thresholds = {}
-        for shard, edits in owned.items():
-            positive = self.scores(edits, memory, [shard]).flatten()
-            negative = self.scores(background, memory, [shard]).flatten()
-            self.thresholds[shard] = (
-                ratio_threshold(positive, self.act_ratio)
-                if self.act_ratio is not None
-                else calibrate_threshold(positive, negative, self.false_fire_rate)
-            )
-
-    def route(self, query: Query, memory: SideMemory) -> Choice:
-        """The shard with the largest score over threshold, if that ratio exceeds one."""
-        shards = [shard for shard in memory.ids if shard in self.thresholds]
-        if not shards:
-            return Choice.base(len(query))
-        scores = self.scores(query, memory, shards)
-        limits = torch.tensor([self.thresholds[shard] for shard in shards], dtype=scores.dtype)
-        choice, _ = decide(scores, limits)
-        best = (scores / limits).argmax(-1, keepdim=True)
-        memory_ids = torch.tensor([*shards, BASE])[choice]  # -1 picks the last entry: the base
-        return Choice(memory_ids, scores.gather(1, best)[:, 0], limits[best[:, 0]], (None,) * len(query))
-
-    def reassign(self, shards: Sequence[int], fused: int) -> None:
-        """The fused shard starts without a threshold; calibrate before routing."""
-        self.thresholds = {shard: limit for shard, limit in self.thresholds.items() if shard not in shards}
-
-    def state_dict(self) -> dict[str, Any]:
-        """The thresholds."""
-        return {"thresholds": {str(shard): limit for shard, limit in self.thresholds.items()}}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Accepts what :meth:`state_dict` gave."""
-        self.thresholds = {int(shard): limit for shard, limit in state["thresholds"].items()}
-
 
 _PER_EDIT = ("keys", "shards", "anchors", "prompts", "radii", "floors", "limits", "named")
 
@@ -261,7 +122,9 @@ class KeyRouter(Router):
         self.encoder.fit(background, embeddings)
         self._background_counts = document_counts(background.words, len(embeddings))
         self._background_size = len(background)
-        self.token_weights = self.encoder.token_weights.clone()  # until the first calibration counts the edits' words too
+        self.token_weights = (
+            self.encoder.token_weights.clone()
+        )  # until the first calibration counts the edits' words too
 
     def add(
         self,
@@ -387,75 +250,6 @@ class KeyRouter(Router):
     def bind(self, embeddings: Tensor) -> None:
         """Give the base's input embeddings (V, E) to a loaded router."""
         self.encoder.embeddings = embeddings
-
-
-class HybridRouter(KeyRouter):
-    """The key chooses; the chosen shard's activation score must exceed its threshold too."""
-
-    name = "hybrid"
-    needs_owned = True
-
-    def __init__(
-        self,
-        pool: Pool = "last",
-        act_ratio: float | None = None,
-        false_fire_rate: float = 0.01,
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        self.gate = ActivationRouter(pool, act_ratio, false_fire_rate)
-
-    def options(self) -> dict[str, Any]:
-        """Both routers' options."""
-        return super().options() | self.gate.options()
-
-    def calibrate(self, memory: SideMemory, owned: Mapping[int, Query], background: Query) -> None:
-        """Both routers' thresholds."""
-        super().calibrate(memory, owned, background)
-        self.gate.calibrate(memory, owned, background)
-
-    def route(self, query: Query, memory: SideMemory) -> Choice:
-        """The key's choice where both gates open."""
-        choice = super().route(query, memory)
-        shards = [shard for shard in memory.ids if shard in self.gate.thresholds]
-        scores = self.gate.scores(query, memory, shards)
-        column = {shard: i for i, shard in enumerate(shards)}
-        agreed = [
-            shard in column and bool(scores[row, column[shard]] > self.gate.thresholds[shard])
-            for row, shard in enumerate(choice.memory.tolist())
-        ]
-        kept = torch.where(torch.tensor(agreed), choice.memory, BASE)
-        return Choice(kept, choice.score, choice.threshold, choice.nearest)
-
-    def reassign(self, shards: Sequence[int], fused: int) -> None:
-        """Both routers follow."""
-        super().reassign(shards, fused)
-        self.gate.reassign(shards, fused)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Both states."""
-        return super().state_dict() | self.gate.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Both states."""
-        super().load_state_dict(state)
-        self.gate.load_state_dict(state)
-
-
-ROUTERS: Mapping[str, type[Router]] = {cls.name: cls for cls in (ActivationRouter, KeyRouter, HybridRouter)}
-
-
-def make_router(name: str, **options: Any) -> Router:
-    """A router by name with the options that its constructor takes; others are left to their owners.
-
-    Raises:
-        ConfigError: unknown name.
-    """
-    if name not in ROUTERS:
-        close = difflib.get_close_matches(name, ROUTERS, n=1)
-        hint = f" did you mean '{close[0]}'?" if close else ""
-        raise ConfigError(f"unknown router '{name}':{hint} known: {', '.join(ROUTERS)}")
-    return ROUTERS[name](**options)
 
 
 def _stack_ragged(above: Tensor, below: Tensor) -> Tensor:

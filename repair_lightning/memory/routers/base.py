@@ -1,0 +1,85 @@
+"""What every router is: it decides which memory answers a prompt, once per sequence, from the prompt's tokens alone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from repair_lightning.memory.query import Choice, Query
+from repair_lightning.memory.side_memory import SideMemory
+
+
+@dataclass(frozen=True, slots=True)
+class Anchor:
+    """The tokens that name what an edit is about, in canonical spelling; `named` where they are its subject's."""
+
+    tokens: tuple[int, ...]
+    named: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """Prompts made up as neighbours of edits: the edit's subject in other edits' words, so another relation of it.
+
+    `of` (N,) is the index of the edit that each prompt is a neighbour of.
+    """
+
+    prompts: Query
+    of: Tensor
+
+
+class Router(ABC):
+    """Decides which memory answers. The editor tells it of edits and shards; it never sees targets or scoring
+    prompts."""
+
+    name: ClassVar[str]
+    needs_owned: ClassVar[bool] = True
+    """Whether calibration looks at the shards' own edits."""
+    needs_neighbours: ClassVar[bool] = False
+    """Whether made-up neighbours are of use when edits are added."""
+
+    def fit(self, background: Query, embeddings: Tensor) -> None:  # noqa: B027 - nothing to learn by default
+        """Learn what is common from irrelevant prompts, once, before the first edit. `embeddings` is (V, E)."""
+
+    def add(  # noqa: B027 - routers without keys keep nothing per edit
+        self,
+        ids: Sequence[str],
+        anchors: Sequence[Anchor],
+        prompts: Query,
+        shards: Sequence[int],
+        neighbours: Neighbours | None = None,
+    ) -> None:
+        """Take in edits that were written: their ids, anchors, prompts and shards; known ids are replaced."""
+
+    def forget(self, ids: Sequence[str]) -> None:  # noqa: B027
+        """Drop edits by id; unknown ones are passed over."""
+
+    def reassign(self, shards: Sequence[int], fused: int) -> None:  # noqa: B027
+        """Follow a merge: what the given shards owned belongs to `fused` now."""
+
+    def bind(self, embeddings: Tensor) -> None:  # noqa: B027
+        """Give a loaded router the base's input embeddings (V, E); they are not stored with it."""
+
+    @abstractmethod
+    def calibrate(self, memory: SideMemory, owned: Mapping[int, Query], background: Query) -> None:
+        """Set the thresholds from the shards' own edits and from held-out irrelevant prompts."""
+
+    @abstractmethod
+    def route(self, query: Query, memory: SideMemory) -> Choice:
+        """Choose a memory for each prompt."""
+
+    @abstractmethod
+    def options(self) -> dict[str, Any]:
+        """The constructor's arguments, in plain types."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain types only."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""

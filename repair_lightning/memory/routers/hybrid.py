@@ -1,0 +1,68 @@
+"""The hybrid router: the key chooses, and the chosen shard's activation must agree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from repair_lightning.functional.routing import Pool
+from repair_lightning.memory.query import Choice, Query
+from repair_lightning.memory.routers.activation import ActivationRouter
+from repair_lightning.memory.routers.key import KeyRouter
+from repair_lightning.memory.side_memory import SideMemory
+from repair_lightning.types import BASE
+
+
+class HybridRouter(KeyRouter):
+    """The key chooses; the chosen shard's activation score must exceed its threshold too."""
+
+    name = "hybrid"
+    needs_owned = True
+
+    def __init__(
+        self,
+        pool: Pool = "last",
+        act_ratio: float | None = None,
+        false_fire_rate: float = 0.01,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.gate = ActivationRouter(pool, act_ratio, false_fire_rate)
+
+    def options(self) -> dict[str, Any]:
+        """Both routers' options."""
+        return super().options() | self.gate.options()
+
+    def calibrate(self, memory: SideMemory, owned: Mapping[int, Query], background: Query) -> None:
+        """Both routers' thresholds."""
+        super().calibrate(memory, owned, background)
+        self.gate.calibrate(memory, owned, background)
+
+    def route(self, query: Query, memory: SideMemory) -> Choice:
+        """The key's choice where both gates open."""
+        choice = super().route(query, memory)
+        shards = [shard for shard in memory.ids if shard in self.gate.thresholds]
+        scores = self.gate.scores(query, memory, shards)
+        column = {shard: i for i, shard in enumerate(shards)}
+        agreed = [
+            shard in column and bool(scores[row, column[shard]] > self.gate.thresholds[shard])
+            for row, shard in enumerate(choice.memory.tolist())
+        ]
+        kept = torch.where(torch.tensor(agreed), choice.memory, BASE)
+        return Choice(kept, choice.score, choice.threshold, choice.nearest)
+
+    def reassign(self, shards: Sequence[int], fused: int) -> None:
+        """Both routers follow."""
+        super().reassign(shards, fused)
+        self.gate.reassign(shards, fused)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Both states."""
+        return super().state_dict() | self.gate.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Both states."""
+        super().load_state_dict(state)
+        self.gate.load_state_dict(state)
