@@ -206,7 +206,8 @@ def _quiet() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     for ours in ("repair_lightning", "callbacks"):
         logging.getLogger(ours).setLevel(logging.INFO)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for theirs in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(theirs).setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     os.environ.setdefault("WANDB_SILENT", "true")  # its folder is named in the closing report
     warnings.filterwarnings("ignore", "Found .* module.* in eval mode")  # the frozen base stays in it on purpose
