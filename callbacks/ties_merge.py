@@ -9,7 +9,7 @@ writes it into W_v).
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -20,6 +20,7 @@ from repair_lightning.data.ledger import EditStatus, Ledger
 from repair_lightning.errors import ConfigError
 from repair_lightning.evaluation.correctness import correctness
 from repair_lightning.evaluation.metrics import overall_performance
+from repair_lightning.evaluation.protocols import answers
 from repair_lightning.functional import Normalize, loss_weights, ties_merge, trim
 from repair_lightning.types import BASE, Decision
 
@@ -105,7 +106,7 @@ class LossAwareTiesMerge(pl.Callback):
         owners = [shard for shard in editor.memory.ids if editor.ledger.owned_by(shard)]
         groups = groups_of(owners, self.group)
         if not groups and (self.target == "side" or not owners):
-            self.outcome = Decision(False, f"{len(owners)} shard: nothing to merge")
+            self.outcome = self.outcome or Decision(False, f"{len(owners)} shard: nothing to merge")
             return
         outcomes = [self.merge_group(group, editor) for group in groups or [owners]]
         self.outcome = Decision(all(outcomes), "; ".join(outcome.reason for outcome in outcomes))
@@ -113,14 +114,15 @@ class LossAwareTiesMerge(pl.Callback):
 
     def merge_group(self, shards: list[int], editor: Any) -> Decision:
         """Fuse one group, measure, and undo it where it costs too much."""
-        before = guard_score(editor, self.guard_sample)
+        guard = MergeGuard(editor, self.guard_sample)
+        before = guard.score()
         snapshot, router, owned = editor.memory.snapshot(), editor.router.state_dict(), _owners(editor.ledger, shards)
         fused = editor.fuse(shards, self.fused_delta(shards, editor))
         editor.ledger.reassign([id for ids in owned.values() for id in ids], fused)
         editor.calibrate()
         if self.target == "main":
             editor.fold(fused)
-        after = guard_score(editor, self.guard_sample)
+        after = guard.score()
         decision = accept(before, after, self.max_op_drop)
         if not decision:
             if self.target == "main":
@@ -149,19 +151,39 @@ def _owners(ledger: Ledger, shards: Sequence[int]) -> dict[int, list[str]]:
     return {shard: ledger.owned_by(shard) for shard in shards}
 
 
-def guard_score(editor: Any, sample: int) -> float:
-    """What a merge must not cost, from data that scoring never uses: in [0, 1], higher is better.
+class MergeGuard:
+    """What a merge must not cost, from data that scoring never uses.
 
-    The geometric mean of three shares: edits answered right, edits answered right behind a context that the base wrote,
-    and held-out irrelevant prompts that the base still answers.
+    Args:
+        editor: whose memory is about to be merged; what it answers now is the reference.
+        sample: most edits, and most irrelevant prompts, that are asked.
     """
-    edits = [editor.ledger.edit(id) for id in editor.ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED)]
-    edits = edits[:: max(1, len(edits) // sample)][:sample]
-    right = correctness(editor, edits)
-    in_context = correctness(editor, editor.in_context(edits))
-    kept = editor.kept_by_base()
-    return overall_performance(_mean(right), _mean(in_context), kept) or 0.0
+
+    def __init__(self, editor: Any, sample: int) -> None:
+        self.editor = editor
+        ledger = editor.ledger
+        written = [ledger.edit(id) for id in ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED)]
+        self.edits = written[:: max(1, len(written) // sample)][:sample]
+        self.in_context = editor.in_context(self.edits)
+        self.unrelated = editor.held_out_prompts[:sample]
+        self.reference = self._unrelated_answers()
+
+    def score(self) -> float:
+        """In [0, 1], higher is better: the geometric mean of three shares.
+
+        Edits answered right; edits answered right behind a context that the base wrote; held-out irrelevant prompts
+        answered as before.
+        """
+        right = correctness(self.editor, self.edits)
+        in_context = correctness(self.editor, self.in_context)
+        same = [a == b for a, b in zip(self.reference, self._unrelated_answers(), strict=True)]
+        return overall_performance(_mean(right.values()), _mean(in_context.values()), _mean(same)) or 0.0
+
+    def _unrelated_answers(self) -> list[str]:
+        chosen = self.editor.choose(self.unrelated).memory
+        return answers(self.editor.edited, self.unrelated, chosen, max_new_tokens=8)
 
 
-def _mean(scores: dict[str, float]) -> float:
-    return sum(scores.values()) / max(len(scores), 1)
+def _mean(scores: Iterable[float]) -> float:
+    known = list(scores)
+    return sum(known) / max(len(known), 1)

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+FOLDED = "base.value_weight"
+"""The base's W_v after a merge into it."""
 CONFIG_FILE, WEIGHTS_FILE, LEDGER_FILE, MERGED_FOLDER = (
     "repair_config.json",
     "side_memory.safetensors",
@@ -42,7 +44,8 @@ CONFIG_FILE, WEIGHTS_FILE, LEDGER_FILE, MERGED_FOLDER = (
 def save_pack(editor: Editor, folder: str | Path, provenance: Mapping[str, Any]) -> Path:
     """Write an editor's memory, router and ledger; returns the folder.
 
-    Where a merge wrote into the base's own W_v, the whole base goes along as a plain Hugging Face checkpoint.
+    Where a merge wrote into the base's own W_v, that matrix goes along, and the whole base beside it as a plain Hugging
+    Face checkpoint that needs neither pack nor router.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,6 +54,8 @@ def save_pack(editor: Editor, folder: str | Path, provenance: Mapping[str, Any])
     router = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
     tensors = {f"router.{key}": value.contiguous() for key, value in state.items() if isinstance(value, Tensor)}
     tensors |= shard_tensors(editor.memory)
+    if editor.base_changed:
+        tensors[FOLDED] = editor.edited.value_weight.detach().cpu().contiguous()
     save_file(tensors, folder / WEIGHTS_FILE)
     config = {
         "format_version": FORMAT_VERSION,
@@ -63,7 +68,6 @@ def save_pack(editor: Editor, folder: str | Path, provenance: Mapping[str, Any])
         "next_shard": editor.memory.next_id,
         "shards": {str(shard): editor.memory[shard].generation for shard in editor.memory.ids},
         "router": {"name": editor.router.name, "options": editor.router.options(), "state": router},
-        "merged": editor.base_changed,
         "provenance": dict(provenance),
     }
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n")
@@ -128,12 +132,33 @@ def load_edited(
         RepairError: the pack is damaged or belongs to another base.
     """
     config, tensors = read_pack(folder)
+    model = open_pack(folder, config, tensors, base, precision, trust_remote_code)
+    fold_into(model, tensors)
+    return model, model.tokenizer
+
+
+def open_pack(
+    folder: str | Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    base: str | None = None,
+    precision: str = "auto",
+    trust_remote_code: bool = False,
+) -> EditedModel:
+    """The model of a pack that was read, before :func:`fold_into`: its base still has its own weights."""
     try:
-        loaded = _base_of(Path(folder), config, base, precision, trust_remote_code)
-        model = _edited_from(config, tensors, loaded)
+        loaded = _base_of(config, base, precision, trust_remote_code)
+        return _edited_from(config, tensors, loaded).eval()
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(folder, f"{CONFIG_FILE} does not fit ({type(error).__name__}: {error})") from error
-    return model.eval(), loaded.tokenizer
+
+
+def fold_into(model: EditedModel, tensors: Mapping[str, Tensor]) -> bool:
+    """Write a merged W_v into the base, where the pack holds one; returns whether it does."""
+    if FOLDED not in tensors:
+        return False
+    model.value_weight.data.copy_(tensors[FOLDED])
+    return True
 
 
 def _edited_from(config: Mapping[str, Any], tensors: Mapping[str, Tensor], loaded: Base) -> EditedModel:
@@ -148,9 +173,7 @@ def _edited_from(config: Mapping[str, Any], tensors: Mapping[str, Tensor], loade
     return EditedModel(loaded.model, loaded.tokenizer, memory.to(loaded.model.device), router, config["layer"])
 
 
-def _base_of(folder: Path, config: Mapping[str, Any], base: str | None, precision: str, trust: bool) -> Base:
-    if config["merged"]:
-        return load_base(str(folder / MERGED_FOLDER), precision, trust)
+def _base_of(config: Mapping[str, Any], base: str | None, precision: str, trust: bool) -> Base:
     loaded = load_base(base or config["base"]["name"], precision, trust)
     wanted = config["base"]["sha256"]
     if loaded.sha256 != wanted:

@@ -134,6 +134,7 @@ class Editor(pl.LightningModule):
     def prepare(self, background: Sequence[str], held_out: Sequence[str]) -> None:
         """Take in irrelevant prompts: `background` for losses and centring, `held_out` for thresholds."""
         self.background = self.query_of([self.encode_prompt(text) for text in background], background)
+        self.held_out_prompts = tuple(held_out)
         self.held_out = self.query_of([self.encode_prompt(text) for text in held_out], held_out)
         assert self.base is not None
         self.router.fit(self.background, self.base.embeddings)
@@ -172,11 +173,6 @@ class Editor(pl.LightningModule):
         """The edits asked behind a context that the base wrote itself: a stand-in for other words."""
         contexts = own_texts(self.edited.base, self.tokenizer, max(1, min(len(edits), 16)), length=8)
         return [replace(edit, prompt=f"{contexts[i % len(contexts)]}. {edit.prompt}") for i, edit in enumerate(edits)]
-
-    def kept_by_base(self) -> float:
-        """Share of the held-out irrelevant prompts that no memory answers."""
-        chosen = self.router.route(self.held_out, self.memory).memory
-        return float((chosen == BASE).float().mean())
 
     def query_of(self, rows: Sequence[Sequence[int]], texts: Sequence[str]) -> Query:
         """Prompts, given as token rows and as text, as a router sees them."""
@@ -248,7 +244,7 @@ class Editor(pl.LightningModule):
         """The router's thresholds and keys travel with the shards, and W_v where a merge wrote into it."""
         checkpoint["router"] = self.router.state_dict()
         if self.base_changed:
-            checkpoint["value_weight"] = self.edited.split.value.weight.detach().cpu()  # type: ignore[operator]
+            checkpoint["value_weight"] = self.edited.value_weight.detach().cpu()  # type: ignore[operator]
         checkpoint["base"] = {"name": self.base.name, "sha256": self.base.sha256} if self.base else {}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -264,7 +260,7 @@ class Editor(pl.LightningModule):
         self.router.load_state_dict(checkpoint["router"])
         self.router.bind(self.base.embeddings)
         if "value_weight" in checkpoint:
-            self.edited.split.value.weight.data.copy_(checkpoint["value_weight"])  # type: ignore[operator]
+            self.edited.value_weight.data.copy_(checkpoint["value_weight"])
             self.base_changed = True
 
 

@@ -289,7 +289,7 @@ class Repair(Editor):
     def _initialise(self, shard: int) -> None:
         module = self.memory[shard]
         if self.writing.init_scale:
-            scale = self.writing.init_scale * float(self._value_weight.float().std())
+            scale = self.writing.init_scale * float(self.edited.value_weight.float().std())
             noise = torch.randn(module.delta.shape, generator=self._generator(shard, module.generation)) * scale
             module.delta.data.copy_(noise if module.open is None else noise.to(module.open.device) * module.open)
 
@@ -479,7 +479,7 @@ class Repair(Editor):
 
     def fold(self, shard: int) -> None:
         """Write a shard into the base's W_v: it leaves the bank, and its edits need no router."""
-        self._folded = (self._value_weight.detach().clone(), self.memory.snapshot(), self.base_changed)
+        self._folded = (self.edited.value_weight.detach().clone(), self.memory.snapshot(), self.base_changed)
         self._add_to_base(self.memory[shard].delta.detach())
         self.forget(self.ledger.owned_by(shard))
         shards, next_id = self.memory.snapshot()
@@ -490,15 +490,11 @@ class Repair(Editor):
     def unfold(self) -> None:
         """Take the last :meth:`fold` back, bit by bit; the router's state is the caller's to restore."""
         weight, snapshot, self.base_changed = self._folded
-        self._value_weight.data.copy_(weight)
+        self.edited.value_weight.data.copy_(weight)
         self.memory.restore(snapshot)
 
-    @property
-    def _value_weight(self) -> Tensor:
-        return self.edited.split.value.weight  # type: ignore[return-value]
-
     def _add_to_base(self, delta: Tensor) -> None:
-        weight = self._value_weight
+        weight = self.edited.value_weight
         oriented = delta if weight.shape == delta.shape and not hasattr(self.edited.split.value, "nf") else delta.T
         weight.data.copy_((weight.data.float() + oriented.to(weight.device)).to(weight.dtype))
 

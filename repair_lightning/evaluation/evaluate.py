@@ -10,7 +10,7 @@ import torch
 
 from repair_lightning.data.records import load_records
 from repair_lightning.evaluation.scoring import Scorer, oracle_choice
-from repair_lightning.packs import load_edited, load_ledger, read_pack
+from repair_lightning.packs import fold_into, load_ledger, open_pack, read_pack
 from repair_lightning.types import BASE, Edit
 from repair_lightning.world import WORLD, edits_path
 
@@ -28,18 +28,20 @@ def evaluate_pack(
     An edit of the records is the pack's own where prompt and target agree with the ledger's; others have no owner.
     """
     started = time.perf_counter()
-    config, _ = read_pack(pack)
+    config, tensors = read_pack(pack)
     edits = load_records(str(edits_path()) if path == WORLD else path, format, max_edits).edits
-    model, _ = load_edited(pack, base, precision)
+    model = open_pack(pack, config, tensors, base, precision)
     loaded = time.perf_counter()
     scorer = Scorer(model, edits)
     owner = _owners(pack, edits)
     owners = torch.tensor([owner[question.edit] for question in scorer.questions], dtype=torch.long)
     nobody = torch.full((len(owners),), BASE)
     before = scorer.score("pre_edit", oracle_choice(scorer.questions, nobody), owners)
+    perplexity = {"pre": scorer.perplexity(nobody)} if format == "hallucination" else None
+    changed = fold_into(model, tensors)  # only now: the base's own answers are what must be kept
     choice = scorer.choose()
-    final = scorer.score("final", choice, owners)
-    oracle = scorer.score("oracle", oracle_choice(scorer.questions, owners), owners)
+    final = scorer.score("final", choice, owners, changed)
+    oracle = scorer.score("oracle", oracle_choice(scorer.questions, owners), owners, changed)
     metrics: dict[str, Any] = {
         "editor": config["editor"],
         "base": {"name": config["base"]["name"], "sha256": config["base"]["sha256"]},
@@ -50,8 +52,8 @@ def evaluate_pack(
         "oracle_routing": oracle.scores,
         "provenance": config["provenance"],
     }
-    if format == "hallucination":
-        metrics["perplexity"] = {"pre": scorer.perplexity(nobody), "final": scorer.perplexity(choice.memory)}
+    if perplexity is not None:
+        metrics["perplexity"] = perplexity | {"final": scorer.perplexity(choice.memory)}
     done = time.perf_counter()
     metrics["seconds"] = {"load": loaded - started, "evaluate": done - loaded, "total": done - started}
     return metrics

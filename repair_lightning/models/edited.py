@@ -70,6 +70,11 @@ class EditedModel(nn.Module):
         return self.base.generation_config
 
     @property
+    def value_weight(self) -> Tensor:
+        """The base's own W_v, in its storage order."""
+        return self.split.value.weight  # type: ignore[return-value]
+
+    @property
     def device(self) -> torch.device:
         """Where the base is."""
         return self.base.device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from typing import Any
 
@@ -12,10 +13,11 @@ from helpers_runs import fit, world_editor, world_stream, written_editor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from callbacks import ErrorSampleMonitor, LossAwareTiesMerge, PruneAndRetrigger, Scoreboard
-from callbacks.ties_merge import accept, groups_of, guard_score, mean_loss
+from callbacks.ties_merge import MergeGuard, accept, groups_of, mean_loss
 from repair_lightning.data.ledger import Ledger
 from repair_lightning.errors import ConfigError
 from repair_lightning.evaluation.correctness import correctness
+from repair_lightning.evaluation.evaluate import evaluate_pack
 from repair_lightning.functional import ties_merge
 from repair_lightning.packs import load_edited, save_pack
 from repair_lightning.types import BASE, Edit, EditReport
@@ -281,8 +283,38 @@ def test_the_guard_asks_no_scoring_prompt(monkeypatch):
     asked: list[str] = []
     choose = type(editor).choose
     monkeypatch.setattr(type(editor), "choose", lambda self, prompts: asked.extend(prompts) or choose(self, prompts))
-    score = guard_score(editor, 256)
-    assert 0 <= score <= 1
+    assert 0 <= MergeGuard(editor, 256).score() <= 1
     own = [editor.ledger.edit(id).prompt for id in editor.ledger]
-    assert sorted(asked[: len(own)]) == sorted(own)
-    assert all(any(text.endswith(f". {prompt}") for prompt in own) for text in asked[len(own) :])
+    unrelated = list(editor.held_out_prompts[:256])
+    assert asked[: len(unrelated)] == unrelated
+    assert asked[-len(unrelated) :] == unrelated
+    of_edits = asked[len(unrelated) : -len(unrelated)]
+    assert sorted(of_edits[: len(own)]) == sorted(own)
+    assert all(any(text.endswith(f". {prompt}") for prompt in own) for text in of_edits[len(own) :])
+
+
+def test_the_guard_sees_damage_to_unrelated_answers():
+    """A W_v that was overwritten with noise answers unrelated prompts otherwise, though no prompt is routed."""
+    editor = shards_of()
+    guard = MergeGuard(editor, 64)
+    before = guard.score()
+    weight = editor.edited.value_weight
+    original = weight.detach().clone()
+    weight.data.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * 10 * weight.std())
+    try:
+        assert guard.score() < before
+    finally:
+        weight.data.copy_(original)
+
+
+def test_evaluating_a_merged_pack_compares_with_the_unmerged_base(tmp_path):
+    """`evaluate_pack` asks the base before it folds W_v in: before editing no edit is answered, afterwards all are."""
+    editor = shards_of(number=4, capacity=4)
+    records = tmp_path / "records.jsonl"
+    records.write_text("".join(json.dumps(editor.ledger.edit(id).as_dict()) + "\n" for id in editor.ledger))
+    LossAwareTiesMerge(max_op_drop=1.0, target="main").merge(editor)
+    metrics = evaluate_pack(save_pack(editor, tmp_path / "pack", {}), str(records))
+    assert metrics["pre_edit"]["autoregressive"]["rel"] < 1.0
+    assert metrics["pre_edit"]["autoregressive"]["loc"] == 1.0
+    assert metrics["final"]["autoregressive"]["rel"] == 1.0
+    assert metrics["routing"]["edit"]["base"] == 1.0

@@ -73,7 +73,7 @@ def test_no_effect_before_the_first_edit(make, asked):
         logits(editor.edited, editor.tokenizer, asked), logits(editor.base.model, editor.tokenizer, asked)
     )
     assert {route.memory for route in editor.edited.route(asked)} == {BASE}
-    assert editor.kept_by_base() == 1.0
+    assert (editor.router.route(editor.held_out, editor.memory).memory == BASE).all()
 
 
 def test_edits_are_answered_and_the_base_keeps_its_weights(make, write, answers, edits, irrelevant):
