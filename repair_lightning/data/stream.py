@@ -7,7 +7,7 @@ of the future is looked at. Everything waits in the ledger, so nothing is lost b
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
@@ -144,8 +144,12 @@ class EditStream(pl.LightningDataModule):
         self.windows += 1
         waiting = self.waiting()
         alone = [id for id in waiting if self.ledger.entry(id).regroups >= self.max_regroups]
-        together = [self.ledger.edit(id) for id in waiting if id not in set(alone)]
-        return [*self._batches(together), *(EditBatch((self.ledger.edit(id),)) for id in alone)]
+        batches = [EditBatch((self.ledger.edit(id),)) for id in alone]
+        together = [self.ledger.entry(id) for id in waiting if id not in set(alone)]
+        for attempts in sorted({entry.attempts for entry in together}, reverse=True):
+            # What failed together is not written together again: the editor grants it less company.
+            batches[:0] = self._batches([entry.edit for entry in together if entry.attempts == attempts])
+        return batches
 
     def _arrive(self, coming: Sequence[Edit]) -> None:
         """Enter arrivals in the ledger, each behind the edits that it supersedes."""
@@ -161,7 +165,7 @@ class EditStream(pl.LightningDataModule):
         """Ids of the edits that no shard holds yet."""
         return self.ledger.with_status(EditStatus.PENDING, EditStatus.RESIDUAL, EditStatus.REQUEUED)
 
-    def _batches(self, edits: Sequence[Edit]) -> Iterable[EditBatch]:
+    def _batches(self, edits: Sequence[Edit]) -> list[EditBatch]:
         size = max(1, min(self.batch_size, self._editor.batch_limit(edits)))
         if not self.clustering or len(edits) <= 1 or size == 1:
             groups = [list(range(at, min(at + size, len(edits)))) for at in range(0, len(edits), size)]

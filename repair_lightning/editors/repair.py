@@ -95,7 +95,7 @@ class Writing:
         stop_margin: stop once every target token leads its best rival by this many nats; None takes all steps.
         check_every: steps between looks at the margin.
         mask_ratio: rho, the share of a shard's coordinates that may train.
-        capacity: most edits that a shard owns.
+        capacity: most edits that a shard owns; edits that failed are granted a quarter of it for each earlier attempt.
         capacity_tokens: most target tokens that a shard holds, which lowers `capacity` for long targets.
         shards: how many are opened at the start; more open when all are full.
         contexts: texts written by the base, put before each prompt as further training rows.
@@ -247,7 +247,8 @@ class Repair(Editor):
         module = self.memory[shard]
         before = module.delta.detach().clone()
         rows = self._rows(batch.edits, self._rehearsal(shard, batch))
-        steps, loss, kd = self._train(shard, module, rows, self._budget(batch))
+        budget = self.writing.steps * (1 + self._attempts(batch.edits))
+        steps, loss, kd = self._train(shard, module, rows, budget)
         size = float(module.delta.detach().norm())  # a norm layer can hide an overflow from the loss
         if not all(math.isfinite(value) for value in [*loss, *kd, size]):
             module.delta.data.copy_(before)
@@ -257,16 +258,16 @@ class Repair(Editor):
         self._register(batch, [not leaves for leaves in residual], shard, rows.prompts)
         return [EditReport(id, shard, loss[i], kd[i], steps, residual[i]) for i, id in enumerate(batch.ids)]
 
-    def _budget(self, batch: EditBatch) -> int:
-        """Most inner steps: as many again for each attempt that its hardest edit has had."""
-        attempts = [self.ledger.entry(id).attempts for id in batch.ids if id in self.ledger]
-        return self.writing.steps * (1 + max(attempts, default=0))
+    def _attempts(self, edits: Sequence[Edit]) -> int:
+        """How often the hardest of some edits was written before."""
+        return max((self.ledger.entry(edit.id).attempts for edit in edits if edit.id in self.ledger), default=0)
 
     def batch_limit(self, edits: Sequence[Edit]) -> int:
-        """How many edits of this length a shard holds: `capacity`, or fewer where their targets are long."""
+        """How many such edits a shard holds: `capacity`, fewer where targets are long, a quarter after each attempt."""
         tokens = [len(self.encode(edit.prompt, edit.target).target) for edit in edits]
         mean = sum(tokens) / max(len(tokens), 1)
-        return max(1, min(self.writing.capacity, int(self.writing.capacity_tokens / max(mean, 1))))
+        limit = min(self.writing.capacity, int(self.writing.capacity_tokens / max(mean, 1)))
+        return max(1, limit >> 2 * self._attempts(edits))
 
     def assign(self, batch: EditBatch) -> int:
         """The shard for a batch (Alg. 1): the highest activation for its teacher among those with room.
