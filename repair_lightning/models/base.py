@@ -64,7 +64,21 @@ def load_base(name: str, precision: str = "auto", trust_remote_code: bool = Fals
         raise ConfigError(f"base '{name}' cannot be loaded: {_first_line(error)}") from error
     architecture_of(model)
     model.requires_grad_(False).eval()
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"the tokenizer of '{given}' names no end-of-sequence token; set eos_token in its configuration"
+        )
+    if not can_stop(model, tokenizer):
+        log.warning("'%s' cannot end an answer: no state makes its end-of-sequence token the likeliest", given)
     return Base(model, tokenizer, given, weights_hash(name, model), sum(p.numel() for p in model.parameters()))
+
+
+@torch.no_grad()
+def can_stop(model: PreTrainedModel, tokenizer: Any) -> bool:
+    """Whether the head can rank the end-of-sequence token first: an untrained one often shares its row with others."""
+    head = model.get_output_embeddings().weight.float()  # type: ignore[operator,union-attr]
+    toward = head[tokenizer.eos_token_id] - head.mean(0)
+    return int((head @ toward).argmax()) == tokenizer.eos_token_id
 
 
 def _first_line(error: Exception) -> str:
