@@ -63,7 +63,7 @@ class Routing:
         state_weight: weight of the last hidden state in the key.
         weight: lambda_a, the routing loss's weight; 0 leaves it out.
         margins: (g1, g2, g) of Eq. 7.
-        relative: margins in units of the typical `||A W_v^T||`, else absolute.
+        relative: scores and margins in units of the base's typical `||A W_v^T||`, else absolute.
         sample: irrelevant prompts per step in the routing loss.
     """
 
@@ -229,8 +229,7 @@ class Repair(Editor):
         self.lr_unit = self._measured_lr_unit() if self.writing.relative else 1.0
         self.short = self.edited.split.adds_up()
         self.contexts = own_texts(model, self.tokenizer, number, length=8) if number else []
-        g = Margins(*self.routing.margins)
-        self.margins = g.scaled(self.unit) if self.routing.relative else g
+        self.margins = Margins(*self.routing.margins)
 
     def _measured_lr_unit(self) -> float:
         """The rate at which one step of the sign of the gradient moves the layer's output by its input's RMS."""
@@ -358,7 +357,8 @@ class Repair(Editor):
         sample = torch.randperm(len(self.background), generator=generator)[: self.routing.sample]
         edit = self._score(rows.prompts, module)
         irrelevant = self._score(self.background.rows(sample), module)
-        return self.routing.weight * routing_margin_loss(edit, irrelevant, self.margins)
+        unit = self.unit if self.routing.relative else 1.0  # scores, not margins, are scaled: the loss stays near one
+        return self.routing.weight * routing_margin_loss(edit / unit, irrelevant / unit, self.margins)
 
     def _score(self, query: Query, module: Shard) -> Tensor:
         return activation_scores(query.activations.float(), module.delta[None], query.mask, self.routing.pool)[:, 0]
