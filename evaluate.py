@@ -16,12 +16,14 @@ def main() -> None:
     parser.add_argument("--data.path", default="world", help="records: a file, a hub name or 'world'")
     parser.add_argument("--data.format", default="jsonl", help="their format")
     parser.add_argument("--data.max_edits", type=int | None, default=None, help="take the first so many")
+    parser.add_argument("--data.on_bad_record", default="stop", choices=["stop", "skip"], help="as in training")
     parser.add_argument("--base", default=None, help="the base, where the pack's own name for it does not lead there")
     parser.add_argument("--precision", default="auto", help="of the base")
     parser.add_argument("--out", default=None, help="write the figures to this JSON file")
     options = parser.parse_args()
+    data = options.data
     metrics = evaluate_pack(
-        options.pack, options.data.path, options.data.format, options.data.max_edits, options.base, options.precision
+        options.pack, data.path, data.format, data.max_edits, options.base, options.precision, data.on_bad_record
     )
     print_report(metrics, None)
     if options.out:

@@ -71,7 +71,7 @@ class Scoreboard(pl.Callback):
             draw = random.Random(f"{self.seed}/{stream.windows}").sample(written, min(self.live, len(written)))
             part = self.scorer.subset(set(draw))
             owners = pl_module.owner_choice([question.edit for question in part.questions])
-            scores = part.score("live", part.choose(), owners).scores[AUTOREGRESSIVE]
+            scores = part.score("live", part.choose(), owners, pl_module.base_changed).scores[AUTOREGRESSIVE]
         known = {f"live/{kind}": value for kind, value in scores.items() if value is not None}
         pl_module.log_dict(known | {"live/edits": float(len(written))}, batch_size=len(draw))
 

@@ -106,7 +106,8 @@ class LossAwareTiesMerge(pl.Callback):
         owners = [shard for shard in editor.memory.ids if editor.ledger.owned_by(shard)]
         groups = groups_of(owners, self.group)
         if not groups and (self.target == "side" or not owners):
-            self.outcome = self.outcome or Decision(False, f"{len(owners)} shard: nothing to merge")
+            if self.outcome is None:
+                self.outcome = Decision(False, f"{len(owners)} shard: nothing to merge")
             return
         outcomes = [self.merge_group(group, editor) for group in groups or [owners]]
         self.outcome = Decision(all(outcomes), "; ".join(outcome.reason for outcome in outcomes))

@@ -91,13 +91,14 @@ class EditCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The run directory and the callbacks' own sections."""
-        parser.add_argument("--run_dir", type=str | None, default=None, help="default: runs/<name of the config>")
+        parser.add_argument("--run_dir", type=str | None, default=None, help="default: runs/<names of the configs>")
         for name, callback in self.forced.items():
             parser.add_lightning_class_args(callback, name)
 
     def before_instantiate_classes(self) -> None:
         """Everything that a run writes goes to its run directory."""
-        name = self.config_files[0].stem if self.config_files else "default"
+        name = "-".join(file.stem for file in self.config_files) or "default"
+        self._follow_seed()
         self.run_dir = Path(self.config.run_dir or Path("runs") / name)
         self.config.run_dir = str(self.run_dir)
         self.config.trainer.default_root_dir = str(self.run_dir)
@@ -105,6 +106,13 @@ class EditCLI(LightningCLI):
         if hasattr(logger, "init_args") and logger.init_args.get("save_dir") in (None, "."):
             self.run_dir.mkdir(parents=True, exist_ok=True)
             logger.init_args.save_dir = str(self.run_dir)
+
+    def _follow_seed(self) -> None:
+        """Seeds that were left at 0 follow `seed_everything`."""
+        sections = (self.config.model.init_args, *(self.config[name] for name in self.forced))
+        for section in sections:
+            if section.get("seed") == 0 and isinstance(self.config.seed_everything, int):
+                section.seed = int(self.config.seed_everything)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer with a checkpoint after every window."""

@@ -117,12 +117,15 @@ class EditStream(pl.LightningDataModule):
     def irrelevant_halves(self, editor: Editor) -> tuple[list[str], list[str]]:
         """Irrelevant prompts for losses and centring, and others, held out, for thresholds."""
         if self.irrelevant is None:
-            texts: Sequence[str] = own_texts(editor.edited.base, editor.tokenizer, self.max_irrelevant)
+            found: Sequence[str] = own_texts(editor.edited.base, editor.tokenizer, self.max_irrelevant)
         else:
             path = irrelevant_path() if self.irrelevant == WORLD else self.irrelevant
-            texts = load_irrelevant(path, self.irrelevant_prefix)[: self.max_irrelevant]
-        asked = {edit.prompt for edit in self.edits}
-        texts = [text for text in dict.fromkeys(texts) if text not in asked]
+            found = load_irrelevant(path, self.irrelevant_prefix)
+        asked = {_folded(text) for edit in self.edits for text in _prompts_of(edit)}
+        texts = [text for text in dict.fromkeys(found) if _folded(text) not in asked]
+        if len(texts) < len(found):
+            log.info("%d irrelevant prompts repeat another or are asked in scoring: left out", len(found) - len(texts))
+        texts = texts[: self.max_irrelevant]
         if len(texts) < 2:
             raise ConfigError(f"data.irrelevant: at least 2 unrelated prompts are needed, got {len(texts)}")
         return list(texts[::2]), list(texts[1::2])
@@ -197,6 +200,15 @@ class EditStream(pl.LightningDataModule):
         self.ledger.load_state_dict(state_dict["ledger"])
         self.arrived, self.windows = state_dict["arrived"], state_dict["windows"]
         self._open, self._open_entries = [], {}
+
+
+def _prompts_of(edit: Edit) -> list[str]:
+    """Everything that an edit's record asks: none of it may serve as an irrelevant prompt."""
+    return [edit.prompt, *edit.rephrases, *(probe.prompt for probe in (*edit.locality, *edit.near))]
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.casefold().split())
 
 
 def _as_it_is(batch: EditBatch) -> EditBatch:

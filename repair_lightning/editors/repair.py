@@ -150,7 +150,7 @@ class Repair(Editor):
         routing: how prompts find their memory.
         writing: how a batch is written.
         distillation: intra-batch distillation.
-        seed: of masks and samples.
+        seed: of masks and samples; on the command line 0 follows `seed_everything`.
     """
 
     can_merge = True
@@ -241,7 +241,11 @@ class Repair(Editor):
     # -- writing ------------------------------------------------------------------------------------------------------
 
     def write(self, batch: EditBatch) -> list[EditReport]:
-        """Write a batch into one shard: assign, train, register; a non-finite loss rolls the shard back."""
+        """Write a batch into one shard: assign, train, register.
+
+        A loss that is not finite rolls the shard back; the batch is then written in halves, until the edit that spoils
+        it stands alone and is reported.
+        """
         shard = self.assign(batch)
         module = self.memory[shard]
         before = module.delta.detach().clone()
@@ -251,6 +255,9 @@ class Repair(Editor):
         size = float(module.delta.detach().norm())  # a norm layer can hide an overflow from the loss
         if not all(math.isfinite(value) for value in [*loss, *kd, size]):
             module.delta.data.copy_(before)
+            if len(batch.edits) > 1:  # find the edit that spoils the batch
+                half = len(batch.edits) // 2
+                return [*self.write(EditBatch(batch.edits[:half])), *self.write(EditBatch(batch.edits[half:]))]
             reason = f"the loss or the shard was not finite after {steps} steps: rolled back"
             return [EditReport(id, shard, loss[i], kd[i], steps, error=reason) for i, id in enumerate(batch.ids)]
         residual = [len(batch.edits) > 1 and self._inconsistent(value) for value in kd]
@@ -423,9 +430,11 @@ class Repair(Editor):
 
     def _anchor(self, edit: Edit) -> Anchor:
         """What names the edit: its subject where the prompt holds it, else the whole prompt."""
-        named = _holds_subject(edit)
-        tokens = canonical_ids(self.tokenizer, [edit.subject if named and edit.subject else edit.prompt])[0].tolist()
-        return Anchor(tuple(dict.fromkeys(tokens)), named)
+        texts = [edit.prompt, edit.subject or edit.prompt]
+        rows = canonical_ids(self.tokenizer, texts).tolist()
+        prompt, subject = ([token for token in dict.fromkeys(row) if token >= 0] for row in rows)
+        named = bool(edit.subject and subject) and set(subject) <= set(prompt)
+        return Anchor(tuple(subject if named else prompt), named)
 
     def _neighbours(self, edits: Sequence[Edit]) -> Neighbours | None:
         """Each edit's subject in the words of other edits that have arrived."""

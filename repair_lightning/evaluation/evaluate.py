@@ -22,6 +22,7 @@ def evaluate_pack(
     max_edits: int | None = None,
     base: str | None = None,
     precision: str = "auto",
+    on_bad_record: str = "stop",
 ) -> dict[str, Any]:
     """The figures of `metrics.json` that a finished model has; those of the run that made it stay there.
 
@@ -29,8 +30,9 @@ def evaluate_pack(
     """
     started = time.perf_counter()
     config, tensors = read_pack(pack)
-    edits = load_records(str(edits_path()) if path == WORLD else path, format, max_edits).edits
+    edits = load_records(str(edits_path()) if path == WORLD else path, format, max_edits, on_bad_record).edits  # type: ignore[arg-type]
     model = open_pack(pack, config, tensors, base, precision)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     loaded = time.perf_counter()
     scorer = Scorer(model, edits)
     owner = _owners(pack, edits)

@@ -70,6 +70,8 @@ def answers(
                 max_new_tokens=max(limits[i] for i in index),
                 do_sample=False,
                 num_beams=1,
+                repetition_penalty=1.0,  # greedy, whatever the base's own generation settings say
+                no_repeat_ngram_size=0,
                 pad_token_id=model.tokenizer.pad_token_id,
             )
         texts = model.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)

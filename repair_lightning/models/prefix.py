@@ -162,7 +162,8 @@ class SplitModel:
         ids = torch.arange(4, device=weight.device)[None]
         mask = torch.ones_like(ids)
         hidden = self.capture(ids, mask).hidden
-        push = torch.linspace(-1, 1, hidden.shape[-1], device=hidden.device, dtype=hidden.dtype)
+        push = torch.linspace(-1, 1, hidden.shape[-1], device=hidden.device) * float(hidden.abs().max())
+        push = push.to(hidden.dtype)
         with self.skipping():
             before = self.layer_output(ids, mask, hidden)
             handle = self.value.register_forward_hook(lambda _, __, output: output + push)
@@ -170,8 +171,8 @@ class SplitModel:
                 after = self.layer_output(ids, mask, hidden)
             finally:
                 handle.remove()
-        tolerance = 8 * torch.finfo(hidden.dtype).eps * float(before.abs().max() + 1)
-        return bool(((after - before - push).abs() <= tolerance).all())
+        tolerance = 8 * torch.finfo(hidden.dtype).eps * (before.abs() + push.abs().max())
+        return bool(((after.float() - before.float() - push.float()).abs() <= tolerance.float()).all())
 
     def _run(self, at: int, hidden: Tensor, inputs: dict[str, Any], keep: int) -> tuple[Tensor, Tensor]:
         """A forward pass in which layer `at` is fed `hidden`; logits and head inputs of the last `keep` positions."""
