@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -287,6 +288,27 @@ def test_irrelevant_halves_are_disjoint_and_hold_no_edit_prompt(tmp_path, watche
     assert not set(background) & set(held_out)
     assert sorted(background + held_out) == sorted(irrelevant_texts(9))
     assert abs(len(background) - len(held_out)) <= 1
+
+
+def test_irrelevant_prompts_that_scoring_asks_are_left_out(tmp_path, watcher, editor):
+    """Rephrases, locality and near prompts, in any case and spacing, reach neither half; the number is kept up."""
+    edits = [
+        {
+            "prompt": "Where was Mara Quill born?",
+            "target": "Oslo",
+            "rephrases": ["The birthplace of Mara Quill is"],
+            "locality": [{"prompt": "who sang the song", "answer": "Perth"}],
+            "near": [{"prompt": "Where was Nils Okon born?"}],
+        }
+    ]
+    asked = ["The birthplace of Mara Quill is", "Who  sang the song", "Where was Nils Okon born?"]
+    records, unrelated = tmp_path / "records.jsonl", tmp_path / "unrelated.jsonl"
+    records.write_text("".join(json.dumps(edit) + "\n" for edit in edits))
+    texts = [*asked, *(f"unrelated question {i}" for i in range(8))]
+    unrelated.write_text("".join(json.dumps({"question": text}) + "\n" for text in texts))
+    stream = EditStream(path=str(records), irrelevant=str(unrelated), max_irrelevant=6)
+    background, held_out = stream.irrelevant_halves(editor)
+    assert sorted([*background, *held_out]) == texts[3:9]
 
 
 def test_irrelevant_prefix_and_number(tmp_path, watcher, editor):

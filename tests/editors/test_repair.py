@@ -301,6 +301,17 @@ class TestRollback:
         write(editor, edits[:3])
         assert answers(editor.edited, editor.tokenizer, prompts_of(edits[:3])) == targets_of(edits[:3])
 
+    def test_one_bad_edit_does_not_take_its_batch_along(self, editor_of, write, answers, edits):
+        """A state that is not a number, as an overflowing base gives: that edit alone fails, the rest is written."""
+        editor = editor_of()
+        row = editor.encode(edits[2].prompt, edits[2].target).ids
+        editor.captures([row])[0].hidden.fill_(torch.nan)
+        reports = write(editor, edits[:5])
+        assert [bool(report.error) for report in reports] == [False, False, True, False, False]
+        good = [edit for i, edit in enumerate(edits[:5]) if i != 2]
+        assert answers(editor.edited, editor.tokenizer, prompts_of(good)) == targets_of(good)
+        assert editor.ledger.entry(edits[2].id).status == EditStatus.FAILED
+
 
 class TestDistillation:
     def written(self, editor_of, write, edits, consistency, **options):
