@@ -142,7 +142,7 @@ def finish(cli: EditCLI, board: Any, feedback: Any, merge: Any) -> dict[str, Any
     """Write a finished run's artefacts and print its report; returns the content of `metrics.json`."""
     run_dir, editor, stream = cli.run_dir, cli.model, cli.datamodule
     metrics = collect_metrics(cli, board, feedback, merge)
-    cli.parser.save(cli.config, run_dir / "config.yaml", overwrite=True, skip_check=True, skip_none=False)
+    cli.parser.save(cli.config, run_dir / "config.yaml", overwrite=True, skip_validation=True, skip_unset=False)
     stream.ledger.to_parquet(run_dir / "edits.parquet")
     save_pack(editor, run_dir / "pack", cli.provenance())
     write_rows(run_dir / "generations.jsonl", (row for result in board.results.values() for row in result.rows))
