@@ -97,7 +97,12 @@ class PruneAndRetrigger(pl.Callback):
             ledger.quarantine([id], f"still wrong after {ledger.entry(id).attempts} attempts")
         editor.forget(ids)
         editor.finish_window()  # thresholds anew: a shard that owns nothing answers nothing
-        log.warning("%d edits are quarantined, still wrong after %d attempts: %s", len(ids), self.max_attempts, ids[:5])
+        log.warning(
+            "quarantined, still wrong after %d attempts: %d edits (%s); edits.parquet says which and why",
+            self.max_attempts,
+            len(ids),
+            ", ".join(ids[:5]) + (", ..." if len(ids) > 5 else ""),
+        )
 
     def prune(self, shard: int | None, reason: str, ledger: Ledger, editor: Any) -> None:
         """Empty a shard and requeue all it owned, with the failed edits of the other shards."""

@@ -57,6 +57,7 @@ def save_pack(editor: Editor, folder: str | Path, provenance: Mapping[str, Any])
     if editor.base_changed:
         tensors[FOLDED] = editor.edited.value_weight.detach().cpu().contiguous()
     save_file(tensors, folder / WEIGHTS_FILE)
+    (folder / WEIGHTS_FILE).chmod(0o644)  # safetensors writes for the owner alone
     config = {
         "format_version": FORMAT_VERSION,
         "weights_sha256": files_hash([folder / WEIGHTS_FILE]),
