@@ -221,7 +221,7 @@ def test_quarantined_edits_get_the_bases_answer_and_are_reported(caplog):
     entry = ledger.entry("w0002")
     assert (entry.status, entry.shard) == (EditStatus.QUARANTINED, None)
     assert entry.reason == "still wrong after 1 attempts"
-    assert "still wrong after 2 attempts: 1 edits (w0006)" in caplog.text
+    assert "still wrong after 1 attempts: 1 edits (w0002)" in caplog.text
     choice = editor.choose([prompt])
     assert choice.memory.item() == BASE
     assert answers(editor.edited, [prompt], choice.memory, 16) == said_by_base
