@@ -122,9 +122,8 @@ class KeyRouter(Router):
         self.encoder.fit(background, embeddings)
         self._background_counts = document_counts(background.words, len(embeddings))
         self._background_size = len(background)
-        self.token_weights = (
-            self.encoder.token_weights.clone()
-        )  # until the first calibration counts the edits' words too
+        # Until the first calibration counts the edits' words too.
+        self.token_weights = self.encoder.token_weights.clone()
 
     def add(
         self,
@@ -175,7 +174,10 @@ class KeyRouter(Router):
         negatives = torch.maximum(unrelated.amax(0), others.masked_fill(about_the_same, 0).amax(0))
         caution = torch.where(self.named, self.caution, self.caution_unnamed)
         self.radii = (negatives + caution * (1 - negatives)).clamp_max(_FULL)
-        self.limits = torch.maximum(self.floors, self._above(unrelated > self.radii, self.encoder(background)))
+        self.limits = self.floors
+        if self.encoder.state_weight:
+            above = self._above(unrelated > self.radii, self.encoder(background))
+            self.limits = torch.maximum(self.floors, above)
 
     def _above(self, covered: Tensor, keys: Tensor) -> Tensor:
         """How alike a prompt must ask so that no irrelevant prompt which names the subject (M, N) gets through:
@@ -188,7 +190,7 @@ class KeyRouter(Router):
     def _floors(self, keys: Tensor, neighbours: Neighbours | None) -> Tensor:
         """How alike (cosine of the last states) a prompt must ask: beyond the median of the edit's own neighbours."""
         floors = torch.full((len(keys),), -1.0)
-        if neighbours is None:
+        if neighbours is None or not self.encoder.state_weight:  # keys without states cannot tell relations apart
             return floors
         alike = self._state_similarity(self.encoder(neighbours.prompts), keys[neighbours.of])
         for edit in neighbours.of.unique().tolist():
