@@ -16,6 +16,7 @@ from repair_lightning.memory.query import canonical_ids
 from repair_lightning.memory.routers import Anchor
 from repair_lightning.models.architectures import ARCHITECTURES
 from repair_lightning.models.prefix import pad_left
+from repair_lightning.packs import save_pack
 from repair_lightning.types import BASE, Edit, EditBatch, EditReport
 
 MODELS = ["llama", "qwen2", "gpt2"]
@@ -644,3 +645,11 @@ class TestRealBase:
         assert torch.equal(logits(editor.edited, editor.tokenizer, irrelevant[24:]), before)
         rephrased = [edit.rephrases[0] for edit in edits]
         assert sum(route.memory == 0 for route in editor.edited.route(rephrased)) >= 6
+
+
+def test_the_key_router_works_without_states(editor_of, write, answers, edits, tmp_path):
+    """With `state_weight=0` keys cannot tell relations apart: no floor is asked for, edits are answered, and it saves."""
+    editor = editor_of(routing=Routing(state_weight=0.0))
+    write(editor, edits[:4])
+    assert answers(editor.edited, editor.tokenizer, prompts_of(edits[:4])) == targets_of(edits[:4])
+    save_pack(editor, tmp_path / "pack", {})

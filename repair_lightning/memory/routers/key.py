@@ -174,7 +174,7 @@ class KeyRouter(Router):
         negatives = torch.maximum(unrelated.amax(0), others.masked_fill(about_the_same, 0).amax(0))
         caution = torch.where(self.named, self.caution, self.caution_unnamed)
         self.radii = (negatives + caution * (1 - negatives)).clamp_max(_FULL)
-        self.limits = self.floors
+        self.limits = self.floors.clone()
         if self.encoder.state_weight:
             above = self._above(unrelated > self.radii, self.encoder(background))
             self.limits = torch.maximum(self.floors, above)
