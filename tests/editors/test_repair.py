@@ -648,7 +648,7 @@ class TestRealBase:
 
 
 def test_the_key_router_works_without_states(editor_of, write, answers, edits, tmp_path):
-    """With `state_weight=0` keys cannot tell relations apart: no floor is asked for, edits are answered, and it saves."""
+    """With `state_weight=0` keys cannot tell relations apart: no floor is set, edits are answered, and it saves."""
     editor = editor_of(routing=Routing(state_weight=0.0))
     write(editor, edits[:4])
     assert answers(editor.edited, editor.tokenizer, prompts_of(edits[:4])) == targets_of(edits[:4])
