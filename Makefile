@@ -1,6 +1,7 @@
 # make quickstart   install and run the main job on the embedded default
 # make test         install and run the tests
 # make check        ruff (lint, format) and mypy
+# make bench        measure speed, memory and scaling (benchmarks/README.md); BENCH="--quick" says how
 # make world        rebuild the embedded world and its base from their seed
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test test-all check format world clean
+.PHONY: quickstart test test-all check format bench world clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python train.py --config quickstart
@@ -25,6 +26,9 @@ check: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks $(BENCH)
 
 world: $(INSTALLED)
 	$(BIN)/python -m repair_lightning.world build

@@ -1,6 +1,5 @@
 """Run an edit stream: `python train.py --config NAME_OR_PATH [--model.base DIR] [--data.path FILE] ...`."""
 
-import time
 from pathlib import Path
 
 from callbacks import ErrorSampleMonitor, LossAwareTiesMerge, PruneAndRetrigger, Scoreboard, StreamProgress
@@ -18,10 +17,7 @@ CALLBACKS = {
 def main() -> None:
     """Load, edit, score, and write everything to the run directory."""
     cli = EditCLI(CALLBACKS, configs=[Path(__file__).parent / "configs"])
-    cli.datamodule.setup()  # every record is checked before the base is loaded
-    cli.model.load()
-    cli.datamodule.check_fit(cli.model.tokenizer, cli.model.max_tokens)
-    cli.loaded = time.perf_counter()
+    cli.load()
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     finish(cli, *(cli.callback(kind) for kind in (Scoreboard, PruneAndRetrigger, LossAwareTiesMerge)))
 

@@ -59,6 +59,8 @@ class LossAwareTiesMerge(pl.Callback):
         normalize: `contributors` or `global`.
         density: share of a shard's coordinates that is kept before merging, in (0, 1].
         group: shards per fused shard; 0 fuses all into one.
+        max_shards: more shards than this in one group are not merged: what so many say does not fit one matrix, and each
+            is laid out in full for it.
         every_n_windows: also merge so often during the stream; None merges at its end alone.
         target: `side` keeps the fused shard routed, `main` writes it into the base's W_v.
         max_op_drop: a merge that costs more of the guard's score is undone.
@@ -72,6 +74,7 @@ class LossAwareTiesMerge(pl.Callback):
         normalize: Normalize = "contributors",
         density: float = 1.0,
         group: int = 0,
+        max_shards: int = 64,
         every_n_windows: int | None = None,
         target: Literal["side", "main"] = "side",
         max_op_drop: float = 0.01,
@@ -82,7 +85,8 @@ class LossAwareTiesMerge(pl.Callback):
         if group < 0 or group == 1:
             raise ConfigError(f"merge.group must be 0 (all) or at least 2, got {group}")
         self.enabled, self.alpha, self.normalize, self.density = enabled, alpha, normalize, density
-        self.group, self.every_n_windows, self.target = group, every_n_windows, target
+        self.group, self.max_shards = group, max_shards
+        self.every_n_windows, self.target = every_n_windows, target
         self.max_op_drop, self.guard_sample = max_op_drop, guard_sample
         self.outcome: Decision | None = None
         self.weights: dict[str, float] = {}
@@ -109,13 +113,18 @@ class LossAwareTiesMerge(pl.Callback):
             if self.outcome is None:
                 self.outcome = Decision(False, f"{len(owners)} shard: nothing to merge")
             return
-        outcomes = [self.merge_group(group, editor) for group in groups or [owners]]
+        groups = groups or [owners]
+        largest = max(map(len, groups))
+        if largest > self.max_shards:
+            self.outcome = Decision(False, f"{largest} shards are more than merge.max_shards, {self.max_shards}")
+            return
+        outcomes = [self.merge_group(group, editor) for group in groups]
         self.outcome = Decision(all(outcomes), "; ".join(outcome.reason for outcome in outcomes))
         log.info("merge %s: %s", "accepted" if self.outcome else "rejected", self.outcome.reason)
 
     def merge_group(self, shards: list[int], editor: Any) -> Decision:
         """Fuse one group, measure, and undo it where it costs too much."""
-        guard = MergeGuard(editor, self.guard_sample)
+        guard = MergeGuard(editor, self.guard_sample, self.target == "main")
         before = guard.score()
         snapshot, router, owned = editor.memory.snapshot(), editor.router.state_dict(), _owners(editor.ledger, shards)
         fused = editor.fuse(shards, self.fused_delta(shards, editor))
@@ -158,16 +167,18 @@ class MergeGuard:
     Args:
         editor: whose memory is about to be merged; what it answers now is the reference.
         sample: most edits, and most irrelevant prompts, that are asked.
+        into_base: the merge will change the base itself, so that prompts which no shard answers must be asked too.
     """
 
-    def __init__(self, editor: Any, sample: int) -> None:
-        self.editor = editor
+    def __init__(self, editor: Any, sample: int, into_base: bool = False) -> None:
+        self.editor, self.into_base = editor, into_base
         ledger = editor.ledger
         written = [ledger.edit(id) for id in ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED)]
         self.edits = written[:: max(1, len(written) // sample)][:sample]
         self.in_context = editor.in_context(self.edits)
         self.unrelated = editor.held_out_prompts[:sample]
-        self.reference = self._unrelated_answers()
+        self.chosen = self._choice()
+        self.before = self._answers([i for i, memory in enumerate(self.chosen) if into_base or memory != BASE])
 
     def score(self) -> float:
         """In [0, 1], higher is better: the geometric mean of three shares.
@@ -177,12 +188,24 @@ class MergeGuard:
         """
         right = correctness(self.editor, self.edits)
         in_context = correctness(self.editor, self.in_context)
-        same = [a == b for a, b in zip(self.reference, self._unrelated_answers(), strict=True)]
-        return overall_performance(_mean(right.values()), _mean(in_context.values()), _mean(same)) or 0.0
+        return overall_performance(_mean(right.values()), _mean(in_context.values()), self._same()) or 0.0
 
-    def _unrelated_answers(self) -> list[str]:
-        chosen = self.editor.choose(self.unrelated).memory
-        return answers(self.editor.edited, self.unrelated, chosen, max_new_tokens=8)
+    def _same(self) -> float:
+        """The share of irrelevant prompts that are answered as before; those that were and are the base's are."""
+        chosen = self._choice()
+        pairs = enumerate(zip(self.chosen, chosen, strict=True))
+        ask = [i for i, pair in pairs if self.into_base or pair != (BASE, BASE)]
+        self.before |= self._answers([i for i in ask if i not in self.before], [BASE] * len(self.chosen))
+        after = self._answers(ask, chosen)
+        return 1 - sum(self.before[i] != after[i] for i in ask) / max(len(chosen), 1)
+
+    def _choice(self) -> list[int]:
+        return self.editor.edited.choose(self.unrelated).memory.tolist()
+
+    def _answers(self, index: list[int], chosen: list[int] | None = None) -> dict[int, str]:
+        chosen = self.chosen if chosen is None else chosen
+        prompts, memory = [self.unrelated[i] for i in index], torch.tensor([chosen[i] for i in index], dtype=torch.long)
+        return dict(zip(index, answers(self.editor.edited, prompts, memory, max_new_tokens=8), strict=True))
 
 
 def _mean(scores: Iterable[float]) -> float:

@@ -123,6 +123,14 @@ class EditCLI(LightningCLI):
             raise ConfigError(f"this release edits on one device, got {trainer.world_size}; give --trainer.devices 1")
         return trainer
 
+    def load(self) -> None:
+        """Read and check every record, load the base, and check that the edits fit it: all before the first write."""
+        self.datamodule.setup()
+        self.model.scratch = self.run_dir / "scratch"
+        self.model.load()
+        self.datamodule.check_fit(self.model.tokenizer, self.model.max_tokens)
+        self.loaded = time.perf_counter()
+
     def callback(self, kind: type) -> Any:
         """The trainer's callback of a class."""
         return next(callback for callback in self.trainer.callbacks if isinstance(callback, kind))  # type: ignore[attr-defined]

@@ -11,14 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from repair_lightning.data.ledger import Ledger
 from repair_lightning.errors import RepairError
-from repair_lightning.functional import pack_mask, pack_values, unpack_mask, unpack_values
 from repair_lightning.memory.routers import make_router
 from repair_lightning.memory.side_memory import Shard, SideMemory
 from repair_lightning.models.architectures import architecture_of, value_shape
@@ -33,6 +31,8 @@ log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 FOLDED = "base.value_weight"
 """The base's W_v after a merge into it."""
+LOW_RANK = "low_rank."
+"""What the names of the low-rank shards' tensors begin with."""
 CONFIG_FILE, WEIGHTS_FILE, LEDGER_FILE, MERGED_FOLDER = (
     "repair_config.json",
     "side_memory.safetensors",
@@ -80,16 +80,12 @@ def save_pack(editor: Editor, folder: str | Path, provenance: Mapping[str, Any])
 
 
 def shard_tensors(memory: SideMemory) -> dict[str, Tensor]:
-    """The shards' deltas; a masked one as its bit-packed mask and the values that the mask opens."""
-    tensors: dict[str, Tensor] = {}
-    for shard in memory.ids:
-        delta, mask = memory[shard].delta.detach().cpu(), memory[shard].open
-        if mask is None:
-            tensors[f"shard.{shard}.delta"] = delta.contiguous()
-        else:
-            tensors[f"shard.{shard}.mask"] = pack_mask(mask.cpu())
-            tensors[f"shard.{shard}.values"] = pack_values(delta, mask.cpu())
-    return tensors
+    """The dense shards' deltas, a masked one as its bit-packed mask and the values that the mask opens; the low-rank
+    shards' factors."""
+    states = ((shard, memory[shard].state_dict()) for shard in memory.ids)
+    found = {f"shard.{shard}.{key}": value for shard, state in states for key, value in state.items()}
+    found |= {f"{LOW_RANK}{key}": value for key, value in memory.low_rank_tensors().items()}
+    return {key: value.cpu().contiguous() for key, value in found.items()}
 
 
 def read_pack(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -190,17 +186,19 @@ def memory_from(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Sid
     shape = (int(config["shape"][0]), int(config["shape"][1]))
     memory = SideMemory(shape, config["mask_ratio"])
     memory.next_id = int(config["next_shard"])
+    low_rank = {key[len(LOW_RANK) :]: value for key, value in tensors.items() if key.startswith(LOW_RANK)}
+    if low_rank:
+        memory.load_low_rank(low_rank)
     for name, generation in config["shards"].items():
-        if f"shard.{name}.delta" in tensors:
-            mask, delta = None, tensors[f"shard.{name}.delta"]
-        elif f"shard.{name}.values" in tensors:
-            mask = unpack_mask(tensors[f"shard.{name}.mask"], shape)
-            delta = unpack_values(tensors[f"shard.{name}.values"], mask)
-        else:
+        if name in memory.shards:
+            continue
+        start = f"shard.{name}."
+        state = {key[len(start) :]: value for key, value in tensors.items() if key.startswith(start)}
+        if not ({"delta"} <= state.keys() or {"mask", "values"} <= state.keys()):
             raise RepairError(f"the pack lacks shard {name}; restore it from a copy")
-        shard = Shard(shape, mask, generation)
-        shard.delta = torch.nn.Parameter(delta, requires_grad=False)
-        memory.shards[name] = shard
+        shard = Shard(shape, generation=generation)
+        shard.load_state_dict(state)
+        memory.shards[name] = shard.requires_grad_(False)
     return memory
 
 

@@ -49,8 +49,8 @@ def irrelevant_texts(number: int) -> list[str]:
 
 
 def world_editor(routing: dict[str, Any] | None = None, **writing: Any) -> Repair:
-    """The REPAIR editor on the embedded base, loaded; fewer steps than usual unless told."""
-    options: dict[str, Any] = {"steps": 40} | writing
+    """The REPAIR editor on the embedded base, loaded; dense shards and fewer steps than usual unless told."""
+    options: dict[str, Any] = {"steps": 40, "form": "dense"} | writing
     torch.manual_seed(0)
     editor = Repair("world", precision="float32", writing=Writing(**options), routing=Routing(**(routing or {})))
     editor.load()

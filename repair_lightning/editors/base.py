@@ -10,6 +10,8 @@ import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -20,13 +22,13 @@ from torch import Tensor
 from repair_lightning.data.ledger import Ledger
 from repair_lightning.data.tokenizing import Encoded, encode
 from repair_lightning.errors import ConfigError
-from repair_lightning.memory.query import Choice, Query, canonical_ids
+from repair_lightning.memory.query import Choice, Query
 from repair_lightning.memory.routers import Router
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.models.architectures import architecture_of, resolve_layer, value_shape
 from repair_lightning.models.base import Base, load_base
 from repair_lightning.models.edited import EditedModel
-from repair_lightning.models.prefix import Capture, PrefixCache, stack_left
+from repair_lightning.models.prefix_cache import PrefixCache
 from repair_lightning.models.sampling import own_texts
 from repair_lightning.types import BASE, Edit, EditBatch, EditReport
 
@@ -41,7 +43,8 @@ class Editor(pl.LightningModule):
         layer: the edited layer, or None for the default of `resolve_layer`.
         precision: of the base: `auto`, `float32`, `bfloat16` or `float16`. Shards are float32.
         trust_remote_code: let the base's repository run its own code.
-        cache_mib: memory for the prefix cache, in MiB.
+        cache_mib: memory for the prefix cache, in MiB; 0 goes without and runs the whole base again and again.
+        cache_disk_mib: scratch space on disk for what the prefix cache cannot hold in memory, in MiB.
     """
 
     batchable: ClassVar[bool] = True
@@ -60,17 +63,23 @@ class Editor(pl.LightningModule):
         precision: str = "auto",
         trust_remote_code: bool = False,
         cache_mib: int = 2048,
+        cache_disk_mib: int = 8192,
     ) -> None:
         super().__init__()
+        for name, value in (("cache_mib", cache_mib), ("cache_disk_mib", cache_disk_mib)):
+            if value < 0:
+                raise ConfigError(f"{name} must be at least 0, got {value}")
         self.automatic_optimization = False
         self.base_name = base
         self.layer_option = layer
         self.precision_option = precision
         self.trust_remote_code = trust_remote_code
-        self.cache_mib = cache_mib
+        self.cache_mib, self.cache_disk_mib = cache_mib, cache_disk_mib
         self.ledger = Ledger()
         self.base: Base | None = None
         self.base_changed = False
+        self.scratch: Path | None = None
+        """A folder for what the prefix cache cannot hold in memory; None computes it anew."""
 
     # -- the base -----------------------------------------------------------------------------------------------------
 
@@ -86,7 +95,14 @@ class Editor(pl.LightningModule):
         value = architecture_of(model).value_module(model, self.layer)
         memory = self.build_memory(value_shape(value))
         self.edited = EditedModel(model, self.base.tokenizer, memory, self.build_router(), self.layer)
-        self.prefixes = PrefixCache(self.edited.split, self.cache_mib << 20)
+        self.edited.prefixes = self._prefix_cache()
+        self._encode = lru_cache(1 << 16)(partial(encode, self.base.tokenizer))
+
+    def _prefix_cache(self) -> PrefixCache:
+        assert self.base is not None
+        identity = f"{self.base.sha256[:16]}-{self.layer}-{str(self.base.model.dtype).removeprefix('torch.')}"
+        scratch = self.scratch if self.cache_disk_mib else None
+        return PrefixCache(self.edited.split, self.cache_mib << 20, scratch, self.cache_disk_mib << 20, identity)
 
     def configure_model(self) -> None:
         """Lightning's hook for building the model."""
@@ -133,9 +149,9 @@ class Editor(pl.LightningModule):
 
     def prepare(self, background: Sequence[str], held_out: Sequence[str]) -> None:
         """Take in irrelevant prompts: `background` for losses and centring, `held_out` for thresholds."""
-        self.background = self.query_of([self.encode_prompt(text) for text in background], background)
+        self.background = self.edited.query(background)
         self.held_out_prompts = tuple(held_out)
-        self.held_out = self.query_of([self.encode_prompt(text) for text in held_out], held_out)
+        self.held_out = self.edited.query(held_out)
         assert self.base is not None
         self.router.fit(self.background, self.base.embeddings)
 
@@ -156,43 +172,33 @@ class Editor(pl.LightningModule):
 
     # -- what others may ask ------------------------------------------------------------------------------------------
 
-    def encode(self, prompt: str, target: str) -> Encoded:
-        """A prompt and its target as token ids."""
-        return encode(self.tokenizer, prompt, target)
-
-    def encode_prompt(self, prompt: str) -> tuple[int, ...]:
-        """A prompt as token ids."""
-        return tuple(self.tokenizer(prompt)["input_ids"])
-
-    def captures(self, rows: Sequence[Sequence[int]]) -> list[Capture]:
-        """The states of token rows at the edited layer, from the cache where they are known."""
-        with self.edited.forced(None):
-            return self.prefixes.get(rows)
+    def encode(self, edit: Edit) -> Encoded:
+        """An edit's prompt and target as token ids."""
+        return self._encode(edit.prompt, edit.target)
 
     def in_context(self, edits: Sequence[Edit]) -> list[Edit]:
         """The edits asked behind a context that the base wrote itself: a stand-in for other words."""
         contexts = own_texts(self.edited.base, self.tokenizer, max(1, min(len(edits), 16)), length=8)
         return [replace(edit, prompt=f"{contexts[i % len(contexts)]}. {edit.prompt}") for i, edit in enumerate(edits)]
 
-    def query_of(self, rows: Sequence[Sequence[int]], texts: Sequence[str]) -> Query:
-        """Prompts, given as token rows and as text, as a router sees them."""
-        captured = self.captures(rows)
-        lengths = torch.tensor([len(row) for row in rows], device=self.device)
-        hidden = stack_left([capture.hidden for capture in captured])
-        columns = torch.arange(hidden.shape[1], device=self.device)
-        mask = columns >= hidden.shape[1] - lengths[:, None]
-        activations = stack_left([capture.activations for capture in captured])
-        return Query(canonical_ids(self.tokenizer, texts), mask, hidden, activations)
+    def query_of(self, edits: Sequence[Edit]) -> Query:
+        """The edits' prompts as a router sees them, from the one pass that serves their writing too."""
+        rows = [self.encode(edit) for edit in edits]
+        return self.edited.query_of([row.prompt for row in rows], self.edited.captures([row.ids for row in rows]))
 
     def features(self, edits: Sequence[Edit]) -> np.ndarray:
         """Unit features (n, D) of the edits' prompts in the frozen base, for clustering."""
-        rows = [self.encode_prompt(edit.prompt) for edit in edits]
-        last = torch.stack([capture.hidden[-1].float() for capture in self.captures(rows)])
+        last = self.query_of(edits).last_hidden()
         return torch.nn.functional.normalize(last - self.background.last_hidden().mean(0), dim=-1).cpu().numpy()
 
     def choose(self, prompts: Sequence[str]) -> Choice:
         """The router's choice for prompts."""
         return self.edited.choose(prompts)
+
+    @torch.no_grad()
+    def choose_for(self, edits: Sequence[Edit]) -> Choice:
+        """The router's choice for the edits' own prompts, from the states that are known of them."""
+        return self.router.route(self.query_of(edits), self.memory) if edits else Choice.base(0)
 
     def owner_choice(self, ids: Sequence[str]) -> Tensor:
         """Oracle routing: the shard that owns each edit, or the base where none does."""

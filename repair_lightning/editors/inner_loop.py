@@ -1,86 +1,154 @@
 """What the inner steps of a write compute: the logits of its target tokens as a function of the value matrix's delta.
 
-Shared by the editors that train. Shapes: B rows of T tokens, M target tokens in all, n batch members, D = d_model,
-F = d_ffn, V vocabulary.
+Shared by the editors that train. Nothing in here waits for the device: whatever depends on the rows alone is worked out
+before the first step.
+
+Shapes: B rows of T tokens, M target tokens in all, n batch members, D = d_model, F = d_ffn, V vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from repair_lightning.data.tokenizing import Encoded, target_labels
 from repair_lightning.memory.query import Query
-from repair_lightning.models.prefix import SplitModel
+from repair_lightning.memory.side_memory import Shard
+from repair_lightning.models.prefix import Capture, SplitModel, pad_left, stack_left
+
+Tail = Literal["positions", "rows", "model"]
+"""How much runs in a step: the positions that are read, whole rows from the edited layer on, or the whole model."""
 
 
-@dataclass(slots=True)
 class TargetRows:
-    """Training rows of one write: B rows of T tokens, M target tokens in all, n batch members."""
+    """Training rows of one write.
 
-    ids: Tensor
-    """(B, T) token ids, padded on the left."""
-    mask: Tensor
-    """(B, T) attention mask."""
-    hidden: Tensor
-    """(B, T, D) where it enters the edited layer."""
-    activations: Tensor
-    """(B, T, F), A(x)."""
-    labels: Tensor
-    """(B, longest target), `IGNORED` where a target is shorter."""
-    owner: Tensor
-    """(B,) index of the edit that a row belongs to; rehearsed edits are counted on behind the members."""
-    members: int
-    """n; the first n rows are the members' own, without a context."""
-    prompts: Query
-    """The members' prompts."""
+    Args:
+        encoded: B prompts with their targets.
+        captures: their states at the edited layer.
+        owners: B indices: the edit that a row belongs to; rehearsed edits are counted on behind the members.
+        members: n; the first n rows are the members' own, without a context.
+        prompts: the members' prompts.
+
+    Attributes:
+        ids, mask: (B, T), padded on the left.
+        hidden: (B, T, D) where it enters the edited layer.
+        activations: (B, T, F), A(x).
+        labels: (M,) the target tokens, row by row.
+        row: (M,) the row of each.
+        firsts: (B,) where each row's first target token stands among the M: it is read at the prompt's last token.
+        span: of how many last positions of a row the logits are needed.
+    """
+
+    def __init__(
+        self,
+        encoded: Sequence[Encoded],
+        captures: Sequence[Capture],
+        owners: Sequence[int],
+        members: int,
+        prompts: Query,
+    ) -> None:
+        self._source = (list(encoded), list(captures), list(owners))
+        self.hidden = stack_left([capture.hidden for capture in captures])
+        self.activations = stack_left([capture.activations for capture in captures])
+        device = self.hidden.device
+        self.ids, self.mask = pad_left([row.ids for row in encoded], device=device)
+        labels = target_labels(encoded)
+        self.row, column = ((labels >= 0).nonzero().T).to(device)
+        self.labels = labels[labels >= 0].to(device)
+        self.span = labels.shape[1] + 1
+        self._at = self.row * self.span + column
+        lengths = torch.tensor([len(row.target) for row in encoded])
+        self.firsts = (lengths.cumsum(0) - lengths).to(device)
+        self._per_row = lengths.to(device)
+        own = torch.tensor([i for i, owner in enumerate(owners) if owner < members])
+        self._own = own.to(device)
+        self._owner = torch.tensor(list(owners))[own].to(device)
+        self._per_member = torch.tensor(list(owners))[own].bincount(minlength=members).to(device)
+        self.members, self.prompts = members, prompts
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def part(self, members: Sequence[int]) -> TargetRows:
+        """The rows of some of the members, in their order."""
+        place = {member: i for i, member in enumerate(members)}
+        rows = [row for row in zip(*self._source, strict=True) if row[2] in place]
+        encoded, captures, owners = zip(*rows, strict=True)
+        new_owners = [place[owner] for owner in owners]
+        return TargetRows(encoded, captures, new_owners, len(members), self.prompts.rows(torch.tensor(list(members))))
 
     @property
-    def real(self) -> Tensor:
-        """(B, longest target) true at target tokens."""
-        return self.labels >= 0
-
-    @property
-    def row(self) -> Tensor:
-        """(M,) the row of each target token."""
-        return self.real.nonzero()[:, 0]
-
-    @property
-    def firsts(self) -> Tensor:
-        """(B,) where each row's first target token stands among the M: read at the prompt's last token."""
-        lengths = self.real.sum(-1)
-        return lengths.cumsum(0) - lengths
+    def owner(self) -> Tensor:
+        """(B,) the edit that a row belongs to."""
+        return torch.tensor(self._source[2], device=self.ids.device)
 
     def reading(self, states: Tensor) -> Tensor:
-        """States (B, T, ...) at the positions from which the M target tokens are read, (M, ...)."""
-        return states[:, -self.labels.shape[1] - 1 : -1][self.real]
+        """States (B, `span` or more, ...) at the positions from which the M target tokens are read, (M, ...)."""
+        return states[:, -self.span :].flatten(0, 1).index_select(0, self._at)
+
+    def per_row(self, tokens: Tensor) -> Tensor:
+        """The mean of token values (M,) in each row, (B,)."""
+        return tokens.new_zeros(len(self)).index_add(0, self.row, tokens) / self._per_row
+
+    def per_member(self, rows: Tensor) -> Tensor:
+        """The mean of row values (B,) of each member, (n,)."""
+        return rows.new_zeros(self.members).index_add(0, self._owner, rows[self._own]) / self._per_member
 
 
 class TargetTail:
-    """The logits of a write's target tokens as a function of the shard: everything above the value matrix.
+    """The logits of a write's target tokens as a function of what the shard adds.
 
     Where the last layer is edited and its value output is simply added, only the positions that are read take part;
-    otherwise the edited layer and those above it run over whole rows.
+    otherwise the edited layer and those above it run over whole rows, or, without a prefix cache, the whole model.
     """
 
-    def __init__(self, split: SplitModel, rows: TargetRows, short: bool) -> None:
-        self.split, self.rows, self.short = split, rows, short
-        if short:
+    def __init__(self, split: SplitModel, rows: TargetRows, kind: Tail) -> None:
+        self.split, self.rows, self.kind = split, rows, kind
+        if kind == "positions":
             with split.skipping():
                 self.out = rows.reading(split.layer_output(rows.ids, rows.mask, rows.hidden))
             self.activations = rows.reading(rows.activations).float()
 
-    def __call__(self, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (M, V) and the features (M, D) that enter the head, with the shard `delta` (D, F)."""
-        if self.short:
-            pushed = torch.nn.functional.linear(self.activations, delta).to(self.out.dtype)
-            return self.split.readout(self.out + pushed)
+    def __call__(self, product: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits (M, V) and the features (M, D) that enter the head.
+
+        Args:
+            product: what the shard adds, (M, D), for activations (M, F) at the positions that are read. Where more than
+                these positions run, it is the model's own hook that adds it.
+        """
         rows = self.rows
-        logits, features = self.split.tail(rows.ids, rows.mask, rows.hidden, rows.labels.shape[1] + 1)
-        return logits[:, :-1][rows.real], features[:, :-1][rows.real]
+        if self.kind == "positions":
+            return self.split.readout(self.out + product(self.activations).to(self.out.dtype))
+        hidden = rows.hidden if self.kind == "rows" else None
+        logits, features = self.split.tail(rows.ids, rows.mask, hidden, rows.span)
+        return rows.reading(logits), rows.reading(features)
 
 
-def mean_by(group: Tensor, values: Tensor, groups: int) -> Tensor:
-    """The mean of values (M,) by group index (M,), (groups,); every group has at least one."""
-    return values.new_zeros(groups).index_add_(0, group, values) / group.bincount(minlength=groups)
+class OpenCoordinates:
+    """What an optimiser sees of a shard: all of its delta, or as one vector the coordinates that its mask opens.
+
+    Neither a step nor its momentum can reach a closed coordinate (Lemma 6), and neither costs anything there.
+    """
+
+    def __init__(self, shard: Shard) -> None:
+        self.shard = shard
+        self.index = None if shard.open is None else shard.open.flatten().nonzero()[:, 0]
+        self.parameter: nn.Parameter = shard.delta
+        if self.index is not None:
+            self.parameter = nn.Parameter(shard.delta.detach().flatten()[self.index])
+
+    def step(self, optimizer: Any) -> None:
+        """One step from the gradient of the shard's delta, which is used up."""
+        delta = self.shard.delta
+        if self.index is None:
+            optimizer.step()
+        else:
+            assert delta.grad is not None
+            self.parameter.grad = delta.grad.flatten()[self.index]
+            optimizer.step()
+            delta.data.view(-1).index_copy_(0, self.index, self.parameter.detach())
+        delta.grad = None

@@ -16,16 +16,16 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from repair_lightning.data.tokenizing import target_labels
 from repair_lightning.editors.base import Editor, register
-from repair_lightning.editors.inner_loop import TargetRows, TargetTail, mean_by
+from repair_lightning.editors.inner_loop import OpenCoordinates, Tail, TargetRows, TargetTail
+from repair_lightning.editors.low_rank import LowRankWriter, Outcome
 from repair_lightning.errors import ConfigError
 from repair_lightning.functional import (
     Margins,
@@ -40,9 +40,8 @@ from repair_lightning.functional.routing import Pool
 from repair_lightning.memory.query import Query, canonical_ids
 from repair_lightning.memory.routers import Anchor, Neighbours, Router, make_router
 from repair_lightning.memory.side_memory import Shard, SideMemory
-from repair_lightning.models.prefix import pad_left, stack_left
 from repair_lightning.models.sampling import own_texts
-from repair_lightning.types import Edit, EditBatch, EditReport
+from repair_lightning.types import BASE, Edit, EditBatch, EditReport
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
@@ -84,9 +83,11 @@ class Routing:
 
 @dataclass
 class Writing:
-    """How a batch is written into its shard.
+    """How a batch is written.
 
     Attributes:
+        form: `low_rank` gives each edit a shard of its own, the least change that says its target; `dense` trains whole
+            copies of the value matrix, each for many edits, as the paper does.
         optimizer: `adam`, `adamw` or `sgd`.
         lr: its learning rate, in units of `relative`.
         relative: the rate is relative to the base: at 1, one Adam step may move each coordinate of the layer's output
@@ -94,28 +95,35 @@ class Writing:
         steps: most inner steps per batch (n_iter); as many again for each earlier attempt of its hardest edit.
         stop_margin: stop once every target token leads its best rival by this many nats; None takes all steps.
         check_every: steps between looks at the margin.
-        mask_ratio: rho, the share of a shard's coordinates that may train.
-        capacity: most edits that a shard owns; edits that failed are granted a quarter of it for each earlier attempt.
-        capacity_tokens: most target tokens that a shard holds, which lowers `capacity` for long targets.
-        shards: how many are opened at the start; more open when all are full.
+        capacity: most edits that a shard owns; None takes 1 for `low_rank` and 128 for `dense`. Of a dense shard edits
+            that failed are granted a quarter for each earlier attempt.
+        batch_tokens: most target tokens of a batch, and so of a dense shard: long targets make smaller batches.
         contexts: texts written by the base, put before each prompt as further training rows.
-        replay: most edits of the shard that are rehearsed beside a batch.
-        init_scale: standard deviation of a fresh delta, in units of W_v's (sigma_init of Alg. 4).
+        mask_ratio: dense: rho, the share of a shard's coordinates that may train.
+        shards: dense: how many are opened at the start; more open when all are full.
+        replay: dense: most edits of the shard that are rehearsed beside a batch.
+        init_scale: dense: standard deviation of a fresh delta, in units of W_v's (sigma_init of Alg. 4).
     """
 
+    form: Literal["low_rank", "dense"] = "low_rank"
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     lr: float = 1.0
     relative: bool = True
     steps: int = 150
     stop_margin: float | None = 2.0
     check_every: int = 10
-    mask_ratio: float = 1.0
-    capacity: int = 128
-    capacity_tokens: int = 1024
-    shards: int = 0
+    capacity: int | None = None
+    batch_tokens: int = 1024
     contexts: int = 0
+    mask_ratio: float = 1.0
+    shards: int = 0
     replay: int = 128
     init_scale: float = 0.0
+
+    @property
+    def capacity_of_a_shard(self) -> int:
+        """`capacity`, or the form's own."""
+        return self.capacity or (1 if self.form == "low_rank" else 128)
 
 
 @dataclass
@@ -146,7 +154,8 @@ class Repair(Editor):
         layer: the edited layer; None for the default of `resolve_layer`.
         precision: of the base.
         trust_remote_code: let the base's repository run its own code.
-        cache_mib: memory for the prefix cache, in MiB.
+        cache_mib: memory for the prefix cache, in MiB; 0 goes without and runs the whole base again and again.
+        cache_disk_mib: scratch space on disk for what the prefix cache cannot hold in memory, in MiB.
         routing: how prompts find their memory.
         writing: how a batch is written.
         distillation: intra-batch distillation.
@@ -163,12 +172,13 @@ class Repair(Editor):
         precision: str = "auto",
         trust_remote_code: bool = False,
         cache_mib: int = 2048,
+        cache_disk_mib: int = 8192,
         routing: Routing = Routing(),  # noqa: B008 - jsonargparse reads the defaults here
         writing: Writing = Writing(),  # noqa: B008
         distillation: Distillation = Distillation(),  # noqa: B008
         seed: int = 0,
     ) -> None:
-        super().__init__(base, layer, precision, trust_remote_code, cache_mib)
+        super().__init__(base, layer, precision, trust_remote_code, cache_mib, cache_disk_mib)
         self.routing = routing
         self.writing = writing
         self.distillation = distillation
@@ -181,12 +191,22 @@ class Repair(Editor):
             raise ConfigError(f"writing.steps must be at least 1, got {self.writing.steps}")
         if self.writing.check_every < 1:
             raise ConfigError(f"writing.check_every must be at least 1, got {self.writing.check_every}")
-        if self.writing.capacity < 1:
+        if self.writing.capacity is not None and self.writing.capacity < 1:
             raise ConfigError(f"writing.capacity must be at least 1, got {self.writing.capacity}")
         if not 0 < self.writing.mask_ratio <= 1:
             raise ConfigError(f"writing.mask_ratio must be in (0, 1], got {self.writing.mask_ratio}")
         if not self.writing.lr > 0:
             raise ConfigError(f"writing.lr must be positive, got {self.writing.lr}")
+        if self.writing.form == "low_rank":
+            plain = Writing()
+            dense = [
+                name
+                for name in ("mask_ratio", "shards", "init_scale")
+                if getattr(self.writing, name) != getattr(plain, name)
+            ]
+            dense += ["routing.weight"] if self.routing.weight else []
+            if dense:
+                raise ConfigError(f"{dense[0]} is for dense shards; give writing.form dense or leave it out")
 
     # -- building -----------------------------------------------------------------------------------------------------
 
@@ -211,7 +231,9 @@ class Repair(Editor):
         names = ("caution", "caution_unnamed", "relation_caution", "state_weight")
         keys = {name: getattr(options, name) for name in names}
         by_name: dict[str, dict[str, Any]] = {"activation": scoring, "key": keys, "hybrid": scoring | keys}
-        return make_router(options.router, **by_name.get(options.router, {}))
+        router = make_router(options.router, **by_name.get(options.router, {}))
+        router.reads_all_tokens = options.pool != "last"  # the routing loss and the assignment pool too
+        return router
 
     def build_optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         """The optimiser that `writing` names."""
@@ -226,28 +248,58 @@ class Repair(Editor):
             self.unit = float(value(last).float().norm(dim=-1).mean())
         number = self.writing.contexts
         model = self.edited.base
-        self.lr_unit = self._measured_lr_unit() if self.writing.relative else 1.0
-        self.short = self.edited.split.adds_up()
+        self.lr_unit, self.value_rate = 1.0, self.writing.lr
+        if self.writing.relative:
+            prompts = self.background.at_last()
+            size = prompts.hidden.float().square().mean(-1).sqrt()
+            reach = prompts.activations.float().abs().sum(-1)
+            self.lr_unit = float((size / reach.clamp_min(1e-12)).mean())
+            self.value_rate *= float(size.mean())
+        self.tail: Tail = "model"
+        if self.cache_mib:
+            self.tail = "positions" if self.edited.split.adds_up() else "rows"
         self.contexts = own_texts(model, self.tokenizer, number, length=8) if number else []
         self.margins = Margins(*self.routing.margins)
-
-    def _measured_lr_unit(self) -> float:
-        """The rate at which one step of the sign of the gradient moves the layer's output by its input's RMS."""
-        prompts = self.background.at_last()
-        size = prompts.hidden.float().square().mean(-1).sqrt()
-        reach = prompts.activations.float().abs().sum(-1)
-        return float((size / reach.clamp_min(1e-12)).mean())
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
     def write(self, batch: EditBatch) -> list[EditReport]:
+        """Write a batch: into low-rank shards of its edits' own, or into one dense shard."""
+        return self._write_low_rank(batch) if self.writing.form == "low_rank" else self._write_dense(batch)
+
+    def _write_low_rank(self, batch: EditBatch) -> list[EditReport]:
+        """Train the edits side by side; each group gets a new shard, unless what came of it is not finite."""
+        rows = self._rows(batch.edits, ())
+        outcomes = LowRankWriter(self).train(rows, self.writing.steps * (1 + self._attempts(batch.edits)))
+        reports: list[EditReport] = []
+        for outcome in outcomes:
+            members = list(outcome.loss)
+            values = [*outcome.loss.values(), *outcome.kd.values(), float(outcome.left.norm())]
+            if not all(math.isfinite(value) for value in values):
+                reason = f"the loss or the shard was not finite after {outcome.steps} steps: rolled back"
+                reports += [self._report(batch, i, BASE, outcome, error=reason) for i in members]
+                continue
+            residual = [rows.members > 1 and self._inconsistent(outcome.kd[i]) for i in members]
+            shard = BASE if all(residual) else self.memory.add(outcome.left, outcome.right)
+            reports += [self._report(batch, i, shard, outcome, r) for i, r in zip(members, residual, strict=True)]
+        stays = [report.error is None and not report.residual for report in reports]
+        self._register(batch, stays, [report.shard for report in reports], rows.prompts)
+        return reports
+
+    @staticmethod
+    def _report(
+        batch: EditBatch, i: int, shard: int, outcome: Outcome, residual: bool = False, error: str | None = None
+    ) -> EditReport:
+        return EditReport(batch.ids[i], shard, outcome.loss[i], outcome.kd[i], outcome.steps, residual, error)
+
+    def _write_dense(self, batch: EditBatch) -> list[EditReport]:
         """Write a batch into one shard: assign, train, register.
 
         A loss that is not finite rolls the shard back; the batch is then written in halves, until the edit that spoils
         it stands alone and is reported.
         """
         shard = self.assign(batch)
-        module = self.memory[shard]
+        module = self._dense(shard)
         before = module.delta.detach().clone()
         rows = self._rows(batch.edits, self._rehearsal(shard, batch))
         budget = self.writing.steps * (1 + self._attempts(batch.edits))
@@ -257,11 +309,14 @@ class Repair(Editor):
             module.delta.data.copy_(before)
             if len(batch.edits) > 1:  # find the edit that spoils the batch
                 half = len(batch.edits) // 2
-                return [*self.write(EditBatch(batch.edits[:half])), *self.write(EditBatch(batch.edits[half:]))]
+                return [
+                    *self._write_dense(EditBatch(batch.edits[:half])),
+                    *self._write_dense(EditBatch(batch.edits[half:])),
+                ]
             reason = f"the loss or the shard was not finite after {steps} steps: rolled back"
             return [EditReport(id, shard, loss[i], kd[i], steps, error=reason) for i, id in enumerate(batch.ids)]
         residual = [len(batch.edits) > 1 and self._inconsistent(value) for value in kd]
-        self._register(batch, [not leaves for leaves in residual], shard, rows.prompts)
+        self._register(batch, [not leaves for leaves in residual], [shard] * len(batch.edits), rows.prompts)
         return [EditReport(id, shard, loss[i], kd[i], steps, residual[i]) for i, id in enumerate(batch.ids)]
 
     def _attempts(self, edits: Sequence[Edit]) -> int:
@@ -269,11 +324,15 @@ class Repair(Editor):
         return max((self.ledger.entry(edit.id).attempts for edit in edits if edit.id in self.ledger), default=0)
 
     def batch_limit(self, edits: Sequence[Edit]) -> int:
-        """How many such edits a shard holds: `capacity`, fewer where targets are long, a quarter after each attempt."""
-        tokens = [len(self.encode(edit.prompt, edit.target).target) for edit in edits]
-        mean = sum(tokens) / max(len(tokens), 1)
-        limit = min(self.writing.capacity, int(self.writing.capacity_tokens / max(mean, 1)))
-        return max(1, limit >> 2 * self._attempts(edits))
+        """How many such edits are written together: fewer where targets are long.
+
+        Of dense shards also no more than `capacity`, a quarter of it after each attempt.
+        """
+        tokens = [len(self.encode(edit).target) for edit in edits]
+        limit = int(self.writing.batch_tokens / max(sum(tokens) / max(len(tokens), 1), 1))
+        if self.writing.form == "dense":
+            limit = min(self.writing.capacity_of_a_shard, limit) >> 2 * self._attempts(edits)
+        return max(1, limit)
 
     def assign(self, batch: EditBatch) -> int:
         """The shard for a batch (Alg. 1): the highest activation for its teacher among those with room.
@@ -288,13 +347,18 @@ class Repair(Editor):
             shard = self.memory.open_shard()
             self._initialise(shard)
             return shard
-        teacher = self.query_of([self.encode_prompt(batch.edits[0].prompt)], [batch.edits[0].prompt])
-        deltas = self.memory.stacked(room).to(teacher.activations.device)
+        teacher = self.query_of(batch.edits[:1])
+        deltas = [self.memory[shard].delta.detach() for shard in room]
         scores = activation_scores(teacher.activations.float(), deltas, teacher.mask, self.routing.pool)[0].tolist()
         return max(zip(room, scores, strict=True), key=lambda pair: (round(pair[1], 6), -load[pair[0]], -pair[0]))[0]
 
-    def _initialise(self, shard: int) -> None:
+    def _dense(self, shard: int) -> Shard:
         module = self.memory[shard]
+        assert isinstance(module, Shard)
+        return module
+
+    def _initialise(self, shard: int) -> None:
+        module = self._dense(shard)
         if self.writing.init_scale:
             scale = self.writing.init_scale * float(self.edited.value_weight.float().std())
             noise = torch.randn(module.delta.shape, generator=self._generator(shard, module.generation)) * scale
@@ -308,47 +372,49 @@ class Repair(Editor):
         return [self.ledger.edit(id) for id in known[-self.writing.replay :]] if self.writing.replay else []
 
     def _rows(self, edits: Sequence[Edit], rehearsed: Sequence[Edit]) -> TargetRows:
-        plain = [self.encode(edit.prompt, edit.target) for edit in edits]
+        plain = [self.encode(edit) for edit in edits]
         in_context = [
-            [self.encode(f"{context}. {edit.prompt}", edit.target) for context in self.contexts] for edit in edits
+            self.encode(replace(edit, prompt=f"{context}. {edit.prompt}"))
+            for edit in edits
+            for context in self.contexts
         ]
-        old = [self.encode(edit.prompt, edit.target) for edit in rehearsed]
-        encoded = [*plain, *(row for rows in in_context for row in rows), *old]
-        owners = [*range(len(edits)), *(i for i in range(len(edits)) for _ in self.contexts)]
-        owners += range(len(edits), len(edits) + len(old))
-        captured = self.captures([row.ids for row in encoded])
-        ids, mask = pad_left([row.ids for row in encoded], device=self.device)
-        return TargetRows(
-            ids,
-            mask,
-            stack_left([capture.hidden for capture in captured]),
-            stack_left([capture.activations for capture in captured]),
-            target_labels(encoded, device=self.device),
-            torch.tensor(owners, device=self.device),
-            len(edits),
-            self.query_of([row.prompt for row in plain], [edit.prompt for edit in edits]),
-        )
+        encoded = [*plain, *in_context, *map(self.encode, rehearsed)]
+        members = range(len(edits))
+        owners = [
+            *members,
+            *(i for i in members for _ in self.contexts),
+            *range(len(edits), len(edits) + len(rehearsed)),
+        ]
+        captures = self.edited.captures([row.ids for row in encoded])
+        prompts = self.edited.query_of([row.prompt for row in plain], captures[: len(plain)])
+        return TargetRows(encoded, captures, owners, len(edits), prompts)
 
     def _train(self, shard: int, module: Shard, rows: TargetRows, budget: int) -> tuple[int, list[float], list[float]]:
         """The inner loop; returns the steps taken and each member's last edit loss and distillation loss."""
-        tail = TargetTail(self.edited.split, rows, self.short)
-        labels, row = rows.labels[rows.real], rows.row
-        with self._bound(module) as optimizer, self.edited.split.skipping(self.short), self.edited.forced(shard):
+        tail = TargetTail(self.edited.split, rows, self.tail)
+        trained = OpenCoordinates(module)
+        irrelevant = self._irrelevant(budget)
+        rate = self.writing.lr * self.lr_unit
+        with self.bound(trained.parameter, rate) as optimizer, self.cut(), self.edited.forced(shard):
             for step in range(budget + 1):  # the last round only looks at what the steps made
-                logits, features = tail(module.delta)
-                losses = mean_by(row, target_cross_entropy(logits[:, None], labels[:, None]), len(rows.ids))
-                kd, per_sample = self._distil(logits, features, rows)
-                if step == budget or self._written(step, logits, labels):
+                logits, features = tail(module.product)
+                losses = rows.per_row(target_cross_entropy(logits[:, None], rows.labels[:, None]))
+                kd, per_sample = self.distil(logits, features, rows)
+                if step == budget or self._written(step, logits, rows.labels):
                     break
-                total = losses.mean() + self.distillation.weight * kd + self._routing_loss(module, rows, step)
-                optimizer.zero_grad(set_to_none=True)
-                self._backward(total)
-                self._masked_step(optimizer, module)
-        own = rows.owner < rows.members
-        loss = mean_by(rows.owner[own], losses.detach()[own], rows.members)
-        return step, loss.tolist(), per_sample.detach().tolist()
+                total = losses.mean() + self.distillation.weight * kd
+                if self.routing.weight:
+                    total = total + self._routing_loss(module, rows, irrelevant[step])
+                self.backpropagate(total)
+                trained.step(optimizer)
+        return step, rows.per_member(losses.detach()).tolist(), per_sample.detach().tolist()
 
-    def _distil(self, logits: Tensor, features: Tensor, rows: TargetRows) -> tuple[Tensor, Tensor]:
+    def cut(self) -> AbstractContextManager[None]:
+        """What the steps need not run is out of the way."""
+        return nullcontext() if self.tail == "model" else self.edited.split.skipping(whole=self.tail == "positions")
+
+    def distil(self, logits: Tensor, features: Tensor, rows: TargetRows) -> tuple[Tensor, Tensor]:
+        """The distillation loss of a batch and each member's own (n,), from logits (M, V) and features (M, D)."""
         at = rows.firsts[: rows.members]
         if not self.distillation.weight:
             return features.new_zeros(()), features.new_zeros(len(at), dtype=torch.float32)
@@ -357,18 +423,24 @@ class Repair(Editor):
             loss = loss + soft_kd_loss(logits[at], self.distillation.temperature)
         return loss, per_sample
 
-    def _routing_loss(self, module: Shard, rows: TargetRows, step: int) -> Tensor | float:
+    def _irrelevant(self, steps: int) -> Tensor:
+        """Indices (steps, `routing.sample`) of the irrelevant prompts that each step's routing loss sees."""
         if not self.routing.weight:
-            return 0.0
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        sample = torch.randperm(len(self.background), generator=generator)[: self.routing.sample]
-        edit = self._score(rows.prompts, module)
-        irrelevant = self._score(self.background.rows(sample), module)
-        unit = self.unit if self.routing.relative else 1.0  # scores, not margins, are scaled: the loss stays near one
+            return torch.zeros(0, dtype=torch.long)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003)
+        size = len(self.background)
+        draws = [torch.randperm(size, generator=generator)[: self.routing.sample] for _ in range(steps)]
+        return torch.stack(draws).to(self.device)
+
+    def _routing_loss(self, module: Shard, rows: TargetRows, sample: Tensor) -> Tensor:
+        known, unit = self.background, self.unit if self.routing.relative else 1.0
+        edit = self._score(rows.prompts.activations, rows.prompts.mask, module)
+        irrelevant = self._score(known.activations[sample], known.mask[sample], module)
+        # The scores, not the margins, are scaled: the loss stays near one.
         return self.routing.weight * routing_margin_loss(edit / unit, irrelevant / unit, self.margins)
 
-    def _score(self, query: Query, module: Shard) -> Tensor:
-        return activation_scores(query.activations.float(), module.delta[None], query.mask, self.routing.pool)[:, 0]
+    def _score(self, activations: Tensor, mask: Tensor, module: Shard) -> Tensor:
+        return activation_scores(activations.float(), [module.delta], mask, self.routing.pool, check=False)[:, 0]
 
     def _written(self, step: int, logits: Tensor, labels: Tensor) -> bool:
         """Whether every target token leads its best rival by the margin; looked at every few steps."""
@@ -377,40 +449,32 @@ class Repair(Editor):
             return False
         return bool((target_margin(logits.detach()[:, None], labels[:, None]) >= margin).all())
 
-    def _masked_step(self, optimizer: Any, module: Shard) -> None:
-        """One step that stays inside the mask (Lemma 6): neither gradient nor momentum leaks outside."""
-        if module.open is None:
-            optimizer.step()
-            return
-        if module.delta.grad is not None:
-            module.delta.grad.mul_(module.open)
-        optimizer.step()
-        module.delta.data.mul_(module.open)
-
-    def _backward(self, loss: Tensor) -> None:
+    def backpropagate(self, loss: Tensor) -> None:
+        """Backward, through the trainer where there is one."""
         if self._trainer is None:
             loss.backward()
         else:
             self.manual_backward(loss)
 
     @contextmanager
-    def _bound(self, module: Shard) -> Iterator[Any]:
-        """The trainer's optimiser, bound to one shard with a fresh state; a plain one where there is no trainer."""
+    def bound(self, parameter: torch.nn.Parameter, rate: float) -> Iterator[Any]:
+        """The trainer's optimiser, bound to a parameter with a fresh state; a plain one where there is no trainer."""
         if self._trainer is None:
             with torch.enable_grad():
-                yield self.build_optimizer([module.delta])
+                plain = self.build_optimizer([parameter])
+                plain.param_groups[0]["lr"] = rate
+                yield plain
             return
         optimizer: Any = self.optimizers()
         raw = optimizer.optimizer
         placeholder = raw.param_groups[0]["params"]
-        raw.param_groups[0]["params"] = [module.delta]
-        raw.param_groups[0]["lr"] = self.writing.lr * self.lr_unit  # measured after the optimiser was made
+        raw.param_groups[0]["params"] = [parameter]
+        raw.param_groups[0]["lr"] = rate  # its unit was measured after the optimiser was made
         raw.state.clear()
         try:
             with torch.enable_grad():
                 yield optimizer
         finally:
-            module.delta.grad = None
             raw.param_groups[0]["params"] = placeholder
             raw.state.clear()
 
@@ -420,13 +484,14 @@ class Repair(Editor):
 
     # -- routing ------------------------------------------------------------------------------------------------------
 
-    def _register(self, batch: EditBatch, stays: list[bool], shard: int, prompts: Query) -> None:
+    def _register(self, batch: EditBatch, stays: list[bool], shards: list[int], prompts: Query) -> None:
         kept = [edit for edit, keep in zip(batch.edits, stays, strict=True) if keep]
         if kept:
             anchors = [self._anchor(edit) for edit in kept]
             query = prompts.rows(torch.tensor(stays))
             neighbours = self._neighbours(kept) if self.router.needs_neighbours else None
-            self.router.add([edit.id for edit in kept], anchors, query, [shard] * len(kept), neighbours)
+            owners = [shard for shard, keep in zip(shards, stays, strict=True) if keep]
+            self.router.add([edit.id for edit in kept], anchors, query, owners, neighbours)
 
     def _anchor(self, edit: Edit) -> Anchor:
         """What names the edit: its subject where the prompt holds it, else the whole prompt."""
@@ -451,11 +516,13 @@ class Repair(Editor):
             of += [i] * len(made)
         if not texts:
             return None
-        parts = [self.edited.query(texts[at : at + 64]).at_last() for at in range(0, len(texts), 64)]
-        return Neighbours(Query.join(parts), torch.tensor(of))
+        return Neighbours(self.edited.last_states(texts), torch.tensor(of))
 
     def finish_window(self) -> None:
         """Calibrate the router on what the shards own and on held-out irrelevant prompts."""
+        if self.writing.form == "low_rank":  # an edit that was written anew left its old shard behind
+            owned = self.ledger.sizes()
+            self.memory.drop([shard for shard in self.memory.ids if shard not in owned])
         self.calibrate()
 
     def calibrate(self) -> None:
@@ -465,8 +532,7 @@ class Repair(Editor):
             for shard in self.memory.ids:
                 edits = [self.ledger.edit(id) for id in self.ledger.owned_by(shard)]
                 if edits:
-                    prompts = [edit.prompt for edit in edits]
-                    owned[shard] = self.query_of([self.encode_prompt(prompt) for prompt in prompts], prompts)
+                    owned[shard] = self.query_of(edits)
         self.router.calibrate(self.memory, owned, self.held_out)
 
     # -- commands of the closed loop ----------------------------------------------------------------------------------
@@ -476,10 +542,12 @@ class Repair(Editor):
         self.router.forget(list(ids))
 
     def prune(self, shard: int) -> None:
-        """Empty a shard: fresh delta and mask, and none of its edits is routed to it."""
+        """Empty a shard: a dense one starts with a fresh delta and mask, another leaves. None of its edits is routed
+        to it."""
         self.forget(self.ledger.owned_by(shard))
         self.memory.prune(shard)
-        self._initialise(shard)
+        if shard in self.memory.ids:
+            self._initialise(shard)
 
     def fuse(self, shards: Sequence[int], delta: Tensor) -> int:
         """Replace shards by one that holds `delta` and owns all their edits; returns its id."""

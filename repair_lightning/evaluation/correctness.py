@@ -29,13 +29,10 @@ def correctness(
     if not edits:
         return {}
     prompts, targets = [edit.prompt for edit in edits], [edit.target for edit in edits]
-    chosen = editor.choose(prompts).memory if memory is None else memory
-    encoded = [editor.encode(edit.prompt, edit.target) for edit in edits]
+    chosen = editor.choose_for(edits).memory if memory is None else memory
     if protocol == AUTOREGRESSIVE:
-        # Two tokens past the target are enough to see that an answer does not stop where it should.
-        said = protocols.answers(editor.edited, prompts, chosen, [len(row.target) + 2 for row in encoded])
-        scores = [float(protocols.normalise(a) == protocols.normalise(b)) for a, b in zip(said, targets, strict=True)]
+        scores = [float(right) for right in protocols.answered(editor.edited, prompts, targets, chosen)]
     else:
         tokens = protocols.forced_tokens(editor.edited, prompts, targets, chosen)
-        scores = [protocols.token_share(a, row.target) for a, row in zip(tokens, encoded, strict=True)]
+        scores = [protocols.token_share(a, editor.encode(edit).target) for a, edit in zip(tokens, edits, strict=True)]
     return {edit.id: score for edit, score in zip(edits, scores, strict=True)}

@@ -10,6 +10,7 @@ import torch
 
 from repair_lightning.data.records import load_records
 from repair_lightning.evaluation.scoring import Scorer, oracle_choice
+from repair_lightning.models.prefix_cache import PrefixCache
 from repair_lightning.packs import fold_into, load_ledger, open_pack, read_pack
 from repair_lightning.types import BASE, Edit
 from repair_lightning.world import WORLD, edits_path
@@ -33,6 +34,7 @@ def evaluate_pack(
     edits = load_records(str(edits_path()) if path == WORLD else path, format, max_edits, on_bad_record).edits  # type: ignore[arg-type]
     model = open_pack(pack, config, tensors, base, precision)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.prefixes = PrefixCache(model.split)
     loaded = time.perf_counter()
     scorer = Scorer(model, edits)
     owner = _owners(pack, edits)

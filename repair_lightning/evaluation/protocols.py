@@ -17,7 +17,7 @@ from torch import Tensor
 from repair_lightning.data.tokenizing import encode, target_labels
 from repair_lightning.memory.query import Choice
 from repair_lightning.models.edited import EditedModel
-from repair_lightning.models.prefix import pad_left
+from repair_lightning.models.prefix import pad_left, stack_left
 
 AUTOREGRESSIVE, TEACHER_FORCED = "autoregressive", "teacher_forced"
 PROTOCOLS = (AUTOREGRESSIVE, TEACHER_FORCED)
@@ -89,14 +89,18 @@ def _over_targets(
     read: Callable[[Tensor, Tensor], list[Any]],
     batch_size: int,
 ) -> list[Any]:
-    """Feed prompts with their targets; `read(logits (B, T, V), labels (B, T))` says what to keep per row."""
+    """Feed prompts with their targets; `read(logits (B, T, V), labels (B, T))` says what to keep per row.
+
+    The layers below the edited one run once per row where the model has a prefix cache.
+    """
     rows = [encode(model.tokenizer, prompt, target) for prompt, target in zip(prompts, targets, strict=True)]
     found: list[Any] = [None] * len(rows)
     for index in _sorted_batches([len(row.ids) for row in rows], batch_size):
         ids, mask = pad_left([rows[i].ids for i in index], device=model.device)
         labels = target_labels([rows[i] for i in index], device=model.device)
-        with model.forced(forced_choice(memory[index])):
-            logits = model.base(**model.split.inputs(ids, mask), logits_to_keep=labels.shape[1] + 1).logits
+        hidden = stack_left([capture.hidden for capture in model.captures([rows[i].ids for i in index])])
+        with model.forced(forced_choice(memory[index])), model.split.skipping():
+            logits, _ = model.split.tail(ids, mask, hidden, labels.shape[1] + 1)
         for i, value in zip(index, read(logits[:, :-1].float(), labels), strict=True):
             found[i] = value
     return found
@@ -112,6 +116,39 @@ def forced_tokens(
 ) -> list[list[int]]:
     """The argmax token at each position of the target and its end, under teacher forcing."""
     return _over_targets(model, prompts, targets, memory, _argmax_rows, batch_size)
+
+
+def answered(
+    model: EditedModel, prompts: Sequence[str], targets: Sequence[str], memory: Tensor, batch_size: int = 64
+) -> list[bool]:
+    """Whether each greedy answer equals its target, as :func:`answers` and :func:`normalise` would find.
+
+    One pass with the target fed settles nearly all: where every token, the end included, is the argmax, greedy decoding
+    says just that; where the first other token cannot lead to the same text, it does not. Only the rest is generated.
+    """
+    rows = [encode(model.tokenizer, prompt, target).target for prompt, target in zip(prompts, targets, strict=True)]
+    forced = forced_tokens(model, prompts, targets, memory, batch_size)
+    found = [
+        _settled(model.tokenizer, said, row, target) for said, row, target in zip(forced, rows, targets, strict=True)
+    ]
+    unsettled = [i for i, right in enumerate(found) if right is None]
+    # Two tokens past the target are enough to see that an answer does not stop where it should.
+    limits = [len(rows[i]) + 2 for i in unsettled]
+    said = answers(model, [prompts[i] for i in unsettled], memory[unsettled], limits, batch_size)
+    for i, text in zip(unsettled, said, strict=True):
+        found[i] = normalise(text) == normalise(targets[i])
+    return [bool(right) for right in found]
+
+
+def _settled(tokenizer: Any, said: Sequence[int], row: Sequence[int], target: str) -> bool | None:
+    """What the argmax tokens at a target's positions say of a greedy answer: right, wrong, or None for not known."""
+    wrong = next((i for i, (a, b) in enumerate(zip(said, row, strict=True)) if a != b), None)
+    ends = wrong is None or said[wrong] == tokenizer.eos_token_id
+    begun = normalise(tokenizer.decode(list(said if wrong is None else said[: wrong + 1]), skip_special_tokens=True))
+    if ends:
+        return begun == normalise(target)
+    # The last character may still change with what follows it: a part of a letter, an accent, a full stop.
+    return None if normalise(target).startswith(begun.rstrip("\ufffd")[:-1]) else False
 
 
 def token_share(found: Sequence[int], expected: Sequence[int]) -> float:

@@ -18,6 +18,7 @@ from repair_lightning.evaluation import protocols
 from repair_lightning.evaluation.metrics import KIND_OF_PROMPT, EditScores
 from repair_lightning.evaluation.protocols import AUTOREGRESSIVE, TEACHER_FORCED
 from repair_lightning.memory.query import Choice
+from repair_lightning.memory.side_memory import content_hash
 from repair_lightning.models.edited import EditedModel
 from repair_lightning.types import BASE, Edit
 
@@ -86,6 +87,7 @@ class Scorer:
         longest = max((len(encode(model.tokenizer, e.prompt, e.target).target) for e in edits), default=0)
         self.max_new_tokens = max(32, longest + 8) if max_new_tokens is None else max_new_tokens
         self._base: _Replies | None = None
+        self._said: dict[tuple[int, str], tuple[str, list[int]]] = {}
 
     def subset(self, ids: Collection[str]) -> Scorer:
         """A scorer of some of the edits that shares what the base replied."""
@@ -140,17 +142,26 @@ class Scorer:
         return protocols.perplexity(self.model, prompts, targets, memory[index], self.batch_size)
 
     def _replies(self, memory: Tensor, fresh: bool) -> _Replies:
-        base = self.base
-        ask = list(range(len(memory))) if fresh else (memory != BASE).nonzero().flatten().tolist()
-        if not ask:
-            return base
-        chosen, questions = memory[ask], [self.questions[i] for i in ask]
+        """What each question's memory says; it is asked again only if it changed since it was last asked."""
+        base, state = self.base, self._fingerprints(memory, fresh)
+        keys = [(i, state[shard]) for i, shard in enumerate(memory.tolist()) if fresh or shard != BASE]
+        ask = [i for i, key in keys if (i, key) not in self._said]
+        if ask:
+            chosen, questions = memory[ask], [self.questions[i] for i in ask]
+            said = self._generate(questions, chosen)
+            argmax = self._force(questions, [self.fed[i] for i in ask], chosen)
+            known = dict(keys)
+            self._said |= {(i, known[i]): (text, row) for i, text, row in zip(ask, said, argmax, strict=True)}
         text, tokens = list(base.text), list(base.tokens)
-        said = self._generate(questions, chosen)
-        argmax = self._force(questions, [self.fed[i] for i in ask], chosen)
-        for i, answer, row in zip(ask, said, argmax, strict=True):
-            text[i], tokens[i] = answer, row
+        for i, key in keys:
+            text[i], tokens[i] = self._said[i, key]
         return _Replies(text, tokens)
+
+    def _fingerprints(self, memory: Tensor, fresh: bool) -> dict[int, str]:
+        """What each memory in use holds, as a hash: equal ones give equal answers."""
+        changed = content_hash(self.model.value_weight) if fresh else ""
+        used = [shard for shard in memory.unique().tolist() if shard != BASE]
+        return {BASE: changed} | {shard: changed + self.model.memory[shard].fingerprint() for shard in used}
 
     def _judge(self, i: int, replies: _Replies) -> tuple[bool, float]:
         question, base = self.questions[i], self.base

@@ -8,8 +8,29 @@ asymmetric: a rephrase may add any number of other words.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+_TABLE = 1 << 20
+"""Cells (token, prompt) of the table that a block of prompts is looked up in: 4 MB of float32, so that it stays in the
+cache. A block has at least 64 prompts, whatever the vocabulary: 38 MB for 150,000 tokens."""
+_BLOCK = 1 << 19
+"""Cells (anchor, prompt) of a block of coverages: 2 MB of float32."""
+
+
+def document_counts(tokens: Tensor, vocabulary: int) -> Tensor:
+    """In how many of the rows (N, T) each token stands, (V,) float32; -1 is no token."""
+    counts = torch.zeros(vocabulary)
+    for rows in tokens.split(4096):
+        ordered = rows.sort(-1).values
+        first = ordered >= 0
+        first[:, 1:] &= ordered[:, 1:] != ordered[:, :-1]
+        counts += torch.bincount(ordered[first], minlength=vocabulary)
+    return counts
 
 
 def inverse_document_frequency(document_counts: Tensor, documents: int) -> Tensor:
@@ -41,13 +62,73 @@ def coverage(prompt_ids: Tensor, anchor_ids: Tensor, token_weights: Tensor) -> T
 
 
 def coverage_matrix(prompt_ids: Tensor, anchor_ids: Tensor, token_weights: Tensor) -> Tensor:
-    """Coverage of every anchor (N, A) by every prompt (B, T), as one matrix product over the tokens in use: (B, N)."""
-    used, columns = anchor_ids.clamp_min(0).unique(return_inverse=True)
+    """Coverage of every anchor (N, A) by every prompt (B, T) at once: (B, N)."""
+    found = torch.zeros(len(prompt_ids), len(anchor_ids))
+    for prompts, anchors, shares in _blocks(prompt_ids, anchor_ids, token_weights):
+        found[prompts, anchors] = shares.T
+    return found
+
+
+def highest_coverage(prompt_ids: Tensor, anchor_ids: Tensor, token_weights: Tensor, below: float = math.inf) -> Tensor:
+    """The highest coverage of each anchor (N, A) by any of the prompts (M, T) that lies below a limit: (N,).
+
+    Coverages at or above `below` are passed over; 0 where nothing is left. M x N is gone through in blocks, never
+    stored: time grows with the product, memory with the sum.
+    """
+    best = torch.zeros(len(anchor_ids))
+    for _, anchors, shares in _blocks(prompt_ids, anchor_ids, token_weights):
+        highest = shares.amax(-1)
+        over = (highest >= below).nonzero()[:, 0]
+        if len(over):  # rare: most blocks hold no prompt that names the subject
+            rest = shares[over]
+            highest[over] = rest.masked_fill_(rest >= below, 0).amax(-1)
+        best[anchors] = torch.maximum(best[anchors], highest)
+    return best
+
+
+def pairs_above(prompt_ids: Tensor, anchor_ids: Tensor, token_weights: Tensor, above: float) -> tuple[Tensor, Tensor]:
+    """Which prompts (M, T) cover which anchors (N, A) by more than `above`: indices of both, (P,) each."""
+    pairs = [torch.zeros(0, 2, dtype=torch.long)]
+    for prompts, anchors, shares in _blocks(prompt_ids, anchor_ids, token_weights):
+        pairs.append((shares > above).nonzero() + torch.tensor([anchors.start, prompts.start]))
+    found = torch.cat(pairs)
+    return found[:, 1], found[:, 0]
+
+
+def _blocks(prompt_ids: Tensor, anchor_ids: Tensor, token_weights: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Blocks of the coverages, as (which prompts, which anchors, (anchors, prompts)).
+
+    Each anchor is a bag of rows of a table (token, prompt) of ones and zeros that holds one block of prompts. A bag is
+    summed in the order of its tokens, so a coverage does not depend on the block in which it is computed, to the bit.
+    """
     real = anchor_ids >= 0
     weights = token_weights[anchor_ids.clamp_min(0)] * real
-    table = torch.zeros(len(anchor_ids), len(used)).scatter_add_(1, columns, weights)
-    # A token that stands twice in an anchor adds its weight twice here as it does in `coverage`.
-    place = torch.searchsorted(used, prompt_ids.clamp_min(0)).clamp_max(len(used) - 1)
-    known = (used[place] == prompt_ids) & (prompt_ids >= 0)
-    present = torch.zeros(len(prompt_ids), len(used)).scatter_reduce_(1, place, known.float(), reduce="amax")
-    return (present @ table.T) / weights.sum(-1).clamp_min(1e-12)
+    total = weights.sum(-1, keepdim=True).clamp_min(1e-12)
+    shared = _occurs(prompt_ids, token_weights) & _occurs(anchor_ids, token_weights)
+    place = shared.cumsum(0) - 1
+    used = max(int(shared.sum()), 1)
+    held = real & shared[anchor_ids.clamp_min(0)]
+    bags, weights = place[anchor_ids[held]], weights[held]
+    ends = torch.cat([torch.zeros(1, dtype=torch.long), held.sum(-1).cumsum(0)])
+    width = max(min(max(_TABLE // used, 64), 4096, len(prompt_ids)), 1)
+    height = _BLOCK // width
+    table = torch.zeros(used, width)
+    for first in range(0, len(prompt_ids), width):
+        block = prompt_ids[first : first + width]
+        row, column = ((block >= 0) & shared[block.clamp_min(0)]).nonzero(as_tuple=True)
+        cells = place[block[row, column]], row
+        table[cells] = 1
+        for start in range(0, len(anchor_ids), height):
+            stop = min(start + height, len(anchor_ids))
+            low, high = int(ends[start]), int(ends[stop])
+            offsets = ends[start:stop] - low
+            scores = embedding_bag(bags[low:high], table, offsets, mode="sum", per_sample_weights=weights[low:high])
+            yield slice(first, first + len(block)), slice(start, stop), scores[:, : len(block)].div_(total[start:stop])
+        table[cells] = 0
+
+
+def _occurs(tokens: Tensor, token_weights: Tensor) -> Tensor:
+    """Which tokens of the vocabulary stand anywhere in (N, T): (V,) bool."""
+    found = torch.zeros(len(token_weights), dtype=torch.bool)
+    found[tokens[tokens >= 0]] = True
+    return found

@@ -15,6 +15,7 @@ Shapes: B prompts, T tokens, F = d_ffn, D = d_model, K shards, P positive and N 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -26,15 +27,18 @@ Pool = Literal["last", "mean", "max"]
 """How the scores of a prompt's tokens become the prompt's score."""
 
 
-def activation_scores(activations: Tensor, deltas: Tensor, mask: Tensor, pool: Pool) -> Tensor:
+def activation_scores(
+    activations: Tensor, deltas: Tensor | Sequence[Tensor], mask: Tensor, pool: Pool, *, check: bool = True
+) -> Tensor:
     """Eq. 2 per prompt and shard: `pool_t || A_t delta_i^T ||_2`.
 
     Args:
         activations: (B, T, F), the inputs A of the value matrix. Masked positions may hold anything, NaN included.
-        deltas: (K, D, F), `W'_i - W_v`; K may be 0.
+        deltas: (K, D, F) or K tensors (D, F), which are not copied: `W'_i - W_v`; K may be 0.
         mask: (B, T) bool, True on the prompt's tokens; padding may be left or right. Target tokens must be False: a
             router that sees the answer is no router.
         pool: `last` (the last True position; only that token is multiplied), `mean` or `max`.
+        check: look for prompts without tokens, which waits for the device.
 
     Returns:
         (B, K), at least 0, in float32 or wider; differentiable in both `activations` and `deltas`.
@@ -43,19 +47,21 @@ def activation_scores(activations: Tensor, deltas: Tensor, mask: Tensor, pool: P
         ValueError: for an unknown pool, shapes that disagree, or a prompt without tokens.
         TypeError: where `mask` is not boolean.
     """
-    _check_prompts(activations, deltas, mask, pool)
+    _check_shapes(activations, deltas, mask, pool)
+    if check:
+        _check_prompts(mask)
     if pool == "last":
         activations, mask = _last_token(activations, mask)
     tokens = activations.masked_fill(~mask.unsqueeze(-1), 0.0)
-    dtype = torch.promote_types(tokens.dtype, deltas.dtype)
-    tokens = tokens.to(dtype)
-    scores = [
-        _pool(torch.linalg.vector_norm(widen(tokens @ delta.to(dtype).T), dim=-1), mask, pool) for delta in deltas
-    ]
+    scores = []
+    for delta in deltas:
+        dtype = torch.promote_types(tokens.dtype, delta.dtype)
+        norms = torch.linalg.vector_norm(widen(tokens.to(dtype) @ delta.to(dtype).T), dim=-1)
+        scores.append(_pool(norms, mask, pool))
     return torch.stack(scores, dim=1) if scores else widen(tokens.new_zeros(len(tokens), 0))
 
 
-def _check_prompts(activations: Tensor, deltas: Tensor, mask: Tensor, pool: str) -> None:
+def _check_shapes(activations: Tensor, deltas: Tensor | Sequence[Tensor], mask: Tensor, pool: str) -> None:
     if pool not in get_args(Pool):
         raise ValueError(f"pool must be one of {', '.join(get_args(Pool))}, got {pool!r}")
     check_bool("mask", mask)
@@ -63,11 +69,14 @@ def _check_prompts(activations: Tensor, deltas: Tensor, mask: Tensor, pool: str)
         raise ValueError(
             f"mask must be (B, T) for activations (B, T, F), got {tuple(mask.shape)} for {tuple(activations.shape)}"
         )
-    if deltas.ndim != 3 or deltas.shape[2] != activations.shape[2]:
+    shapes = [tuple(delta.shape) for delta in deltas]
+    if any(len(shape) != 2 or shape[1] != activations.shape[2] for shape in shapes):
         raise ValueError(
-            f"deltas must be (K, D, F) with F = {activations.shape[2]}, the width of the activations, "
-            f"got {tuple(deltas.shape)}"
+            f"deltas must be (K, D, F) with F = {activations.shape[2]}, the width of the activations, got {shapes}"
         )
+
+
+def _check_prompts(mask: Tensor) -> None:
     empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
     if empty:
         raise ValueError(f"mask must be True somewhere in every row, got none in rows {empty}: drop empty prompts")

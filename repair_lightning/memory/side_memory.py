@@ -1,20 +1,33 @@
-"""The bank of shards: trainable deltas of one FFN value matrix and the router that picks among them.
+"""The bank of shards: deltas of one FFN value matrix.
 
-REPAIR (arXiv 2510.01879), Sec. 2.2. A shard is stored as `delta = W'_i - W_v` in float32, in the layout (D, F)
-whatever the base's own storage order, and is applied to the value matrix's output: `y + A(x) delta^T`. Rows that no
-shard answers are not touched, so their bits stay the base's.
+REPAIR (arXiv 2510.01879), Sec. 2.2. A shard stands for `delta = W'_i - W_v` in float32, in the layout (D, F) whatever
+the base's own storage order, and is applied to the value matrix's output: `y + A(x) delta^T`. It is stored dense (the
+paper's, with its mask), or as two factors (ours). Rows that no shard answers are not touched, so their bits stay the
+base's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from repair_lightning.errors import RepairError
-from repair_lightning.functional import bernoulli_mask
+from repair_lightning.functional import bernoulli_mask, pack_mask, pack_values, unpack_mask, unpack_values
 from repair_lightning.types import BASE
+
+_LOW_RANK = "low_rank."
+"""What the names of the low-rank shards' tensors begin with."""
+
+
+def content_hash(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes."""
+    values = tensor.detach().cpu().contiguous().view(torch.uint8)
+    return hashlib.sha256(values.numpy().data).hexdigest()
 
 
 class Shard(nn.Module):
@@ -36,6 +49,127 @@ class Shard(nn.Module):
     def open(self) -> Tensor | None:
         """The mask (D, F), or None where every coordinate is open."""
         return self.mask if self.mask.numel() else None
+
+    def product(self, activations: Tensor) -> Tensor:
+        """`A delta^T` (..., D) for float32 activations (..., F)."""
+        return nn.functional.linear(activations, self.delta)
+
+    def fingerprint(self) -> str:
+        """A hash of what it holds."""
+        return content_hash(self.delta)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Of a masked shard only what the mask opens is stored, beside the mask in bits."""
+        delta = self.delta if keep_vars else self.delta.detach()
+        if self.open is None:
+            destination[f"{prefix}delta"] = delta
+        else:
+            destination[f"{prefix}mask"] = pack_mask(self.mask)
+            destination[f"{prefix}values"] = pack_values(delta, self.mask)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *_: object) -> None:
+        if f"{prefix}delta" in state_dict:
+            self.mask = torch.ones(0, dtype=torch.bool, device=self.delta.device)
+            found = state_dict[f"{prefix}delta"]
+        else:
+            self.mask = unpack_mask(state_dict[f"{prefix}mask"], self.delta.shape).to(self.delta.device)
+            found = unpack_values(state_dict[f"{prefix}values"].to(self.delta.device), self.mask)
+        with torch.no_grad():
+            self.delta.copy_(found)
+
+
+class LowRankShard(nn.Module):
+    """A side memory `delta = left right` of rank R, with `left` (D, R) and `right` (R, F)."""
+
+    left: Tensor
+    right: Tensor
+    open = None
+    generation = 0
+
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("left", left.detach().float())
+        self.register_buffer("right", right.detach().float())
+
+    @property
+    def delta(self) -> Tensor:
+        """The whole matrix (D, F), computed anew each time."""
+        return self.left @ self.right
+
+    def product(self, activations: Tensor) -> Tensor:
+        """`A delta^T` (..., D) for float32 activations (..., F)."""
+        return nn.functional.linear(nn.functional.linear(activations, self.right), self.left)
+
+    def fingerprint(self) -> str:
+        """A hash of what it holds."""
+        return content_hash(self.left) + content_hash(self.right)
+
+    def _save_to_state_dict(self, *_: object) -> None:
+        """The bank stores its low-rank shards together."""
+
+    def _load_from_state_dict(self, *_: object) -> None:
+        """They were loaded when they were made."""
+
+
+AnyShard = Shard | LowRankShard
+
+
+class Factors(nn.Module):
+    """The low-rank shards of some rows, gathered: `left` (n, D, R) and `right` (n, R, F), each row with its own."""
+
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        super().__init__()
+        self.left, self.right = left, right
+
+    @classmethod
+    def of(cls, shards: Sequence[LowRankShard]) -> Factors:
+        """Shards of any ranks, filled up with zeros to the highest."""
+        left = pad_sequence([shard.left.T for shard in shards], batch_first=True).mT
+        return cls(left, pad_sequence([shard.right for shard in shards], batch_first=True))
+
+    def product(self, activations: Tensor) -> Tensor:
+        """`A_n delta_n^T` (n, T, D) for float32 activations (n, T, F)."""
+        return activations @ self.right.mT @ self.left.mT
+
+
+class Adds(Protocol):
+    """What can be added to the value matrix's output."""
+
+    def product(self, activations: Tensor) -> Tensor:
+        """`A delta^T` (..., D) for float32 activations (..., F)."""
+
+
+class Selection:
+    """The shards that answer the rows of a batch, sorted out once and applied at every token.
+
+    Args:
+        size: B, the number of rows.
+        parts: what answers which rows; None stands for all of them.
+    """
+
+    def __init__(self, size: int, parts: Sequence[tuple[Adds, Tensor | None]]) -> None:
+        self.size = size
+        self._parts = parts
+
+    def __bool__(self) -> bool:
+        """Whether any row is a shard's."""
+        return bool(self._parts)
+
+    def __call__(self, output: Tensor, activations: Tensor) -> Tensor:
+        """Add each row's shard to the value matrix's output; rows routed to the base keep their bits.
+
+        Args:
+            output: (B, T, D), the base's own output.
+            activations: (B, T, F), the value matrix's input.
+        """
+        changed = output
+        for shard, rows in self._parts:
+            if rows is None:
+                return output + shard.product(activations.float()).to(output.dtype)
+            changed = output.clone() if changed is output else changed
+            pushed = shard.product(activations.index_select(0, rows).float())
+            changed.index_add_(0, rows, pushed.to(output.dtype))
+        return changed
 
 
 class SideMemory(nn.Module):
@@ -73,7 +207,7 @@ class SideMemory(nn.Module):
     def __len__(self) -> int:
         return len(self.shards)
 
-    def __getitem__(self, shard: int) -> Shard:
+    def __getitem__(self, shard: int) -> AnyShard:
         if str(shard) not in self.shards:
             raise RepairError(f"there is no shard {shard}; known: {self.ids}")
         return self.shards[str(shard)]  # type: ignore[return-value]
@@ -85,8 +219,23 @@ class SideMemory(nn.Module):
         self._put(shard, Shard(self.shape, self._mask(shard, 0)))
         return shard
 
+    def add(self, left: Tensor, right: Tensor) -> int:
+        """Add a low-rank shard `left` (D, R) times `right` (R, F); returns its id."""
+        shard = self.next_id
+        self.next_id += 1
+        self._put(shard, LowRankShard(left, right))
+        return shard
+
+    def drop(self, shards: Iterable[int]) -> None:
+        """Take shards out for good."""
+        for shard in list(shards):
+            del self.shards[str(shard)]
+
     def prune(self, shard: int) -> None:
-        """Forget what a shard holds: its delta becomes zero and its mask is drawn anew."""
+        """Forget what a shard holds: a dense one's delta becomes zero and its mask is drawn anew, another leaves."""
+        if isinstance(self[shard], LowRankShard):
+            self.drop([shard])
+            return
         generation = self[shard].generation + 1
         self._put(shard, Shard(self.shape, self._mask(shard, generation), generation))
 
@@ -112,30 +261,24 @@ class SideMemory(nn.Module):
 
     def stacked(self, shards: Iterable[int] | None = None) -> Tensor:
         """The deltas (K, D, F) of the given shards, by default of all."""
-        chosen: list[Tensor] = [self[shard].delta for shard in (self.ids if shards is None else shards)]
+        chosen = [self[shard].delta for shard in (self.ids if shards is None else shards)]
         return torch.stack(chosen) if chosen else torch.zeros(0, *self.shape, device=self.device)
 
-    def apply_rows(self, output: Tensor, activations: Tensor, choice: Tensor) -> Tensor:
-        """Add each row's shard to the value matrix's output; rows routed to the base keep their bits.
-
-        Args:
-            output: (B, T, D), the base's own output.
-            activations: (B, T, F), the value matrix's input.
-            choice: (B,) shard ids or `BASE`, on the CPU or the model's device.
-        """
+    def select(self, choice: Tensor) -> Selection:
+        """What a choice (B,) of shard ids or `BASE` does to the value matrix's output."""
+        choice = choice.cpu()
         wanted = [shard for shard in choice.unique().tolist() if shard != BASE]
-        if not wanted:
-            return output
         if len(wanted) == 1 and bool((choice == wanted[0]).all()):
-            return output + self._product(activations, wanted[0], output.dtype)
-        output = output.clone()
-        for shard in wanted:
-            rows = (choice == shard).nonzero().squeeze(-1).to(output.device)
-            output[rows] = output[rows] + self._product(activations[rows], shard, output.dtype)
-        return output
-
-    def _product(self, activations: Tensor, shard: int, dtype: torch.dtype) -> Tensor:
-        return nn.functional.linear(activations.float(), self[shard].delta).to(dtype)
+            return Selection(len(choice), [(self[wanted[0]], None)])
+        dense = [shard for shard in wanted if isinstance(self[shard], Shard)]
+        parts: list[tuple[Adds, Tensor | None]] = [
+            (self[shard], (choice == shard).nonzero()[:, 0].to(self.device)) for shard in dense
+        ]
+        rows = [i for i, shard in enumerate(choice.tolist()) if shard != BASE and shard not in dense]
+        if rows:
+            factors = Factors.of([self[shard] for shard in choice[rows].tolist()])  # type: ignore[misc]
+            parts.append((factors, torch.tensor(rows, device=self.device)))
+        return Selection(len(choice), parts)
 
     def _mask(self, shard: int, generation: int) -> Tensor | None:
         if self.mask_ratio == 1:
@@ -145,7 +288,7 @@ class SideMemory(nn.Module):
         )
         return bernoulli_mask(self.shape, self.mask_ratio, generator)
 
-    def _put(self, shard: int, module: Shard) -> None:
+    def _put(self, shard: int, module: AnyShard) -> None:
         self.shards[str(shard)] = module.to(self.device)
 
     def get_extra_state(self) -> dict:
@@ -157,13 +300,42 @@ class SideMemory(nn.Module):
         """Accepts what :meth:`get_extra_state` gave; the shards themselves were made by `_load_from_state_dict`."""
         self.next_id = state["next_id"]
         for key, generation in state["generations"].items():
-            self.shards[key].generation = generation
+            if isinstance(self.shards[key], Shard):
+                self.shards[key].generation = generation  # type: ignore[assignment]
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
-        keys = [key for key in state_dict if key.startswith(f"{prefix}shards.") and key.endswith(".delta")]
-        names = sorted((key[len(prefix) + 7 : -6] for key in keys), key=int)
-        self.shards = nn.ModuleDict()
-        for name in names:
-            mask = state_dict[f"{prefix}shards.{name}.mask"]
-            self.shards[name] = Shard(self.shape, mask if mask.numel() else None)
+    def low_rank_tensors(self) -> dict[str, Tensor]:
+        """The low-rank shards in four tensors: `ids` and `ranks` (N,), `left` (sum R, D) and `right` (sum R, F)."""
+        found = {int(key): shard for key, shard in self.shards.items() if isinstance(shard, LowRankShard)}
+        if not found:
+            return {}
+        return {
+            "ids": torch.tensor(list(found)),
+            "ranks": torch.tensor([len(shard.right) for shard in found.values()]),
+            "left": torch.cat([shard.left.T for shard in found.values()]),
+            "right": torch.cat([shard.right for shard in found.values()]),
+        }
+
+    def load_low_rank(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take in what :meth:`low_rank_tensors` gave, beside the shards that are here."""
+        ranks = tensors["ranks"].tolist()
+        factors = zip(tensors["left"].split(ranks), tensors["right"].split(ranks), strict=True)
+        for id, (left, right) in zip(tensors["ids"].tolist(), factors, strict=True):
+            self._put(id, LowRankShard(left.T.clone(), right.clone()))
+        self.shards = nn.ModuleDict({key: self.shards[key] for key in sorted(self.shards, key=int)})
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({f"{prefix}{_LOW_RANK}{key}": value for key, value in self.low_rank_tensors().items()})
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        """Make the shards that are stored; the dense ones load themselves."""
+        start = f"{prefix}shards."
+        names = {key[len(start) :].split(".")[0] for key in state_dict if key.startswith(start)}
+        self.shards = nn.ModuleDict({name: Shard(self.shape).to(self.device) for name in sorted(names, key=int)})
+        start = f"{prefix}{_LOW_RANK}"
+        low_rank = {key[len(start) :]: value for key, value in state_dict.items() if key.startswith(start)}
+        if low_rank:
+            self.load_low_rank(low_rank)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        unexpected: list[str] = args[3]
+        unexpected[:] = [key for key in unexpected if not key.startswith(start)]

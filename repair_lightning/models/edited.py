@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from repair_lightning.errors import RepairError
 from repair_lightning.memory.query import Choice, Query, canonical_ids
 from repair_lightning.memory.routers import Router
-from repair_lightning.memory.side_memory import SideMemory
-from repair_lightning.models.prefix import SplitModel, pad_left
+from repair_lightning.memory.side_memory import Selection, SideMemory
+from repair_lightning.models.prefix import Capture, SplitModel, pad_left, stack_left
+from repair_lightning.models.prefix_cache import PrefixCache
 from repair_lightning.types import BASE, Route
 
 _HELD = "_repair_turn"
@@ -33,6 +34,7 @@ class _Turn:
     words: Tensor | None = None
     mask: Tensor | None = None
     choice: Choice | None = None
+    selection: Selection | None = None
     hidden: Tensor | None = None
 
 
@@ -45,6 +47,9 @@ class EditedModel(nn.Module):
         memory: the bank of shards of the edited layer.
         router: picks among the shards.
         layer: index of the edited layer.
+
+    Attributes:
+        prefixes: where the states of prompts that come again are kept; None runs the base anew each time.
     """
 
     def __init__(self, base: Any, tokenizer: Any, memory: SideMemory, router: Router, layer: int) -> None:
@@ -55,6 +60,7 @@ class EditedModel(nn.Module):
         self.router = router
         self.layer = layer
         self.split = SplitModel(base, layer)
+        self.prefixes: PrefixCache | None = None
         self._turn: _Turn | None = None  # what the hooks obey, inside a call alone
         self.split.layers[layer].register_forward_pre_hook(self._at_layer, with_kwargs=True)
         self.split.value.register_forward_hook(self._at_value)
@@ -132,22 +138,68 @@ class EditedModel(nn.Module):
         ]
         return Choice.join(parts)
 
-    @torch.no_grad()
     def query(self, prompts: Sequence[str]) -> Query:
-        """Prompts as routers see them, from one pass to the edited layer."""
-        rows = self.tokenizer(list(prompts))["input_ids"]
+        """Prompts as routers see them."""
+        return self.query_rows(self.tokenizer(list(prompts))["input_ids"])
+
+    def query_rows(self, rows: Sequence[Sequence[int]]) -> Query:
+        """Prompts, given as token ids, as routers see them."""
+        return self.query_of(rows, self.captures(rows))
+
+    def query_of(self, rows: Sequence[Sequence[int]], captures: Sequence[Capture]) -> Query:
+        """Prompts, given as token ids with their states, as routers see them.
+
+        States may go on behind the prompt; what follows is cut off. Where the router reads last tokens alone, the
+        others are left out.
+        """
         words = self._words(rows)
-        ids, mask = pad_left(rows, device=self.device)
+        first = 0 if self.router.reads_all_tokens else -1
+        hidden = [capture.hidden[: len(row)][first:] for row, capture in zip(rows, captures, strict=True)]
+        activations = [capture.activations[: len(row)][first:] for row, capture in zip(rows, captures, strict=True)]
+        lengths = torch.tensor([len(part) for part in hidden], device=self.device)
+        padded = stack_left(hidden)
+        columns = torch.arange(padded.shape[1], device=self.device)
+        mask = columns >= padded.shape[1] - lengths[:, None]
+        return Query(words, mask, padded, stack_left(activations))
+
+    @torch.no_grad()
+    def last_states(self, prompts: Sequence[str], batch_size: int = 64) -> Query:
+        """Prompts with the state of their last token alone and no activations: the cheapest look at a prompt."""
+        rows = self.tokenizer(list(prompts))["input_ids"]
+        _refuse_empty(rows)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        hidden: list[Tensor] = [torch.empty(0)] * len(rows)
+        for start in range(0, len(rows), batch_size):
+            index = order[start : start + batch_size]
+            ids, mask = pad_left([rows[i] for i in index], device=self.device)
+            with self.forced(None):
+                for i, state in zip(index, self.split.states(ids, mask)[:, -1], strict=True):
+                    hidden[i] = state
+        states = torch.stack(hidden)[:, None]
+        one = torch.ones(len(rows), 1, dtype=torch.bool, device=self.device)
+        return Query(self._words(rows), one, states, states[..., :0])
+
+    @torch.no_grad()
+    def captures(self, rows: Sequence[Sequence[int]]) -> list[Capture]:
+        """The states of token rows at the edited layer, each without padding."""
+        _refuse_empty(rows)
         with self.forced(None):
-            captured = self.split.capture(ids, mask)
-        return Query(words, mask.bool(), captured.hidden, captured.activations)
+            if self.prefixes is not None:
+                return self.prefixes.get(rows)
+            ids, mask = pad_left(rows, device=self.device)
+            found = self.split.capture(ids, mask)
+        return [Capture(found.hidden[i, -len(row) :], found.activations[i, -len(row) :]) for i, row in enumerate(rows)]
 
     @contextmanager
-    def forced(self, choice: Choice | int | None) -> Iterator[None]:
+    def forced(self, choice: Choice | Selection | int | None) -> Iterator[None]:
         """Inside, a given choice answers the base's own calls: one per row, one shard for all, or None for the base."""
-        if isinstance(choice, int):
-            choice = _uniform(choice)
-        with self._during(_Turn(choice=_uniform(BASE) if choice is None else choice)):
+        if isinstance(choice, Selection):
+            turn = _Turn(selection=choice)
+        elif choice is None or isinstance(choice, int):
+            turn = _Turn(choice=_uniform(BASE if choice is None else choice))
+        else:
+            turn = _Turn(choice=choice)
+        with self._during(turn):
             yield
 
     @contextmanager
@@ -164,30 +216,31 @@ class EditedModel(nn.Module):
 
     def _words(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """The words (B, W) of prompts given as token ids; a template's special tokens are no words."""
-        if not all(rows):
-            raise RepairError("a prompt without tokens cannot be routed; give each sequence at least one token")
-        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        _refuse_empty(rows)
+        texts = self.tokenizer.batch_decode(
+            [list(row) for row in rows], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         return canonical_ids(self.tokenizer, texts)
 
     def _at_layer(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self._turn is not None and self._turn.choice is None:
+        if self._turn is not None and self._turn.choice is None and self._turn.selection is None:
             self._turn.hidden = args[0] if args else kwargs["hidden_states"]
 
     def _at_value(self, _: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         turn = self._turn
         if turn is None:
             return None
-        if turn.choice is None:
-            turn.choice = self._decide(turn, args[0])
-        chosen = turn.choice.memory
-        if bool((chosen == BASE).all()):
+        if turn.selection is None:
+            turn.choice = self._decide(turn, args[0]) if turn.choice is None else turn.choice
+            turn.selection = self.memory.select(turn.choice.memory)
+        selection = turn.selection
+        if not selection:
             return None
-        if len(chosen) == 1:  # one shard for every row, however the architecture lays out its tokens
-            rows = self.memory.apply_rows(output[None], args[0][None], chosen)
-            return rows[0]
-        shape = (len(chosen), -1, output.shape[-1])
-        activations = args[0].reshape(len(chosen), -1, args[0].shape[-1])
-        return self.memory.apply_rows(output.reshape(shape), activations, chosen).reshape(output.shape)
+        if selection.size == 1:  # one shard for every row, however the architecture lays out its tokens
+            return selection(output[None], args[0][None])[0]
+        shape = (selection.size, -1, output.shape[-1])
+        activations = args[0].reshape(selection.size, -1, args[0].shape[-1])
+        return selection(output.reshape(shape), activations).reshape(output.shape)
 
     def _decide(self, turn: _Turn, activations: Tensor) -> Choice:
         assert turn.hidden is not None
@@ -199,7 +252,12 @@ class EditedModel(nn.Module):
         words = turn.words.repeat_interleave(copies, 0)
         query = Query(words, mask, turn.hidden.detach(), activations.detach().reshape(size, width, -1))
         turn.hidden = None
-        return self.router.route(query, self.memory)
+        return self.router.route(query if self.router.reads_all_tokens else query.at_last(), self.memory)
+
+
+def _refuse_empty(rows: Sequence[Sequence[int]]) -> None:
+    if not all(rows):
+        raise RepairError("a prompt without tokens cannot be routed; give each sequence at least one token")
 
 
 def _uniform(memory: int) -> Choice:

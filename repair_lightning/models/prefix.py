@@ -11,7 +11,6 @@ in the same slots, and a pre-hook feeds the stored state.
 from __future__ import annotations
 
 import inspect
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,10 +78,22 @@ class SplitModel:
     @torch.no_grad()
     def capture(self, ids: Tensor, mask: Tensor) -> Capture:
         """Run layers 0..L to the value matrix; returns its input and the layer's (ids and mask are (B, T))."""
+        seen = self._seen(ids, mask, to_value=True)
+        return Capture(seen["hidden"], seen["activations"].reshape(*ids.shape, -1))
+
+    @torch.no_grad()
+    def states(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Run the layers below L; returns what enters it, (B, T, D)."""
+        return self._seen(ids, mask, to_value=False)["hidden"]
+
+    def _seen(self, ids: Tensor, mask: Tensor, to_value: bool) -> dict[str, Tensor]:
+        """What enters the edited layer, and its value matrix if asked; the pass ends there."""
         seen: dict[str, Tensor] = {}
 
         def at_layer(_: nn.Module, args: tuple, kwargs: dict) -> None:
             seen["hidden"] = args[0] if args else kwargs["hidden_states"]
+            if not to_value:
+                raise _Stop
 
         def at_value(_: nn.Module, args: tuple) -> None:
             seen["activations"] = args[0]
@@ -99,7 +110,7 @@ class SplitModel:
         finally:
             for handle in handles:
                 handle.remove()
-        return Capture(seen["hidden"], seen["activations"].reshape(*ids.shape, -1))
+        return seen
 
     @contextmanager
     def skipping(self, whole: bool = False) -> Iterator[None]:
@@ -113,8 +124,8 @@ class SplitModel:
             for i, original in enumerate(originals):
                 self.layers[i] = original
 
-    def tail(self, ids: Tensor, mask: Tensor, hidden: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-        """Run layers L.. from `hidden` (B, T, D); inside :meth:`skipping`.
+    def tail(self, ids: Tensor, mask: Tensor, hidden: Tensor | None, keep: int) -> tuple[Tensor, Tensor]:
+        """Run layers L.. from `hidden` (B, T, D), inside :meth:`skipping`; for None the whole model, outside of it.
 
         Returns:
             logits (B, keep, V) of the last `keep` positions, and the features (B, keep, D) that enter the head.
@@ -174,15 +185,21 @@ class SplitModel:
         tolerance = 8 * torch.finfo(hidden.dtype).eps * (before.abs() + push.abs().max())
         return bool(((after.float() - before.float() - push.float()).abs() <= tolerance.float()).all())
 
-    def _run(self, at: int, hidden: Tensor, inputs: dict[str, Any], keep: int) -> tuple[Tensor, Tensor]:
-        """A forward pass in which layer `at` is fed `hidden`; logits and head inputs of the last `keep` positions."""
+    def _run(self, at: int, hidden: Tensor | None, inputs: dict[str, Any], keep: int) -> tuple[Tensor, Tensor]:
+        """A forward pass in which layer `at` is fed `hidden` or what comes from below it.
+
+        Returns:
+            logits and head inputs of the last `keep` positions.
+        """
         features: list[Tensor] = []
 
         def at_head(_: nn.Module, args: tuple) -> tuple:
             features.append(args[0].contiguous())  # a slice of the sequence would cost the head a batched product
             return (features[0], *args[1:])
 
-        def feed(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        def feed(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            if hidden is None:
+                return None
             if args:
                 return (hidden, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": hidden}
@@ -197,52 +214,6 @@ class SplitModel:
             for handle in handles:
                 handle.remove()
         return logits, features[0]
-
-
-class PrefixCache:
-    """Hidden states at the edited layer by token ids: least recently used entries leave when the budget is full.
-
-    Args:
-        budget: bytes of hidden states and activations kept in memory.
-    """
-
-    def __init__(self, split: SplitModel, budget: int = 2 << 30) -> None:
-        self.split = split
-        self.budget = budget
-        self.used = 0
-        self._entries: OrderedDict[tuple[int, ...], Capture] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def get(self, sequences: Sequence[Sequence[int]], batch_size: int = 64) -> list[Capture]:
-        """The captures of token sequences, each without padding: `hidden` (T, D), `activations` (T, F)."""
-        keys = [tuple(sequence) for sequence in sequences]
-        found = {key: self._entries[key] for key in dict.fromkeys(keys) if key in self._entries}
-        missing = sorted((key for key in dict.fromkeys(keys) if key not in found), key=len)
-        for start in range(0, len(missing), batch_size):
-            for key, entry in self._compute(missing[start : start + batch_size]):
-                found[key] = entry
-                self._store(key, entry)
-        for key in found:
-            if key in self._entries:
-                self._entries.move_to_end(key)
-        return [found[key] for key in keys]
-
-    def _compute(self, keys: list[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], Capture]]:
-        device = next(self.split.model.parameters()).device
-        ids, mask = pad_left(keys, device=device)
-        captured = self.split.capture(ids, mask)
-        for row, key in enumerate(keys):
-            n = len(key)
-            yield key, Capture(captured.hidden[row, -n:].clone(), captured.activations[row, -n:].clone())
-
-    def _store(self, key: tuple[int, ...], entry: Capture) -> None:
-        self._entries[key] = entry
-        self.used += entry.hidden.nbytes + entry.activations.nbytes
-        while self.used > self.budget and len(self._entries) > 1:
-            _, oldest = self._entries.popitem(last=False)
-            self.used -= oldest.hidden.nbytes + oldest.activations.nbytes
 
 
 def pad_left(sequences: Sequence[Sequence[int]], fill: int = 0, device: Any = None) -> tuple[Tensor, Tensor]:

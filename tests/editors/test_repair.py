@@ -1,9 +1,11 @@
-"""The REPAIR editor on tiny real bases: what is written is answered, and everything else keeps its bits."""
+"""The REPAIR editor with dense shards, as the paper's, on tiny real bases: what is written is answered, and everything
+else keeps its bits."""
 
 from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +23,17 @@ from repair_lightning.types import BASE, Edit, EditBatch, EditReport
 
 MODELS = ["llama", "qwen2", "gpt2"]
 each_model = pytest.mark.parametrize("model_type", MODELS)
+
+
+def dense(optimizer: str = "adam", **options: Any) -> Writing:
+    """How to write dense shards."""
+    return Writing("dense", optimizer, **options)
+
+
+@pytest.fixture
+def editor_of(editor_of):
+    """As everywhere, but with dense shards."""
+    return lambda *model_type, **options: editor_of(*model_type, **({"writing": dense()} | options))
 
 
 def own(shard: int, *ids: str) -> list[EditReport]:
@@ -79,29 +92,31 @@ class TestWriting:
     def test_every_architecture(self, editor_of, write, answers, edits, model_type):
         """The first layer, because Gemma 2 and 3 normalise what the value matrix gives: in the last one of a random
         base nothing that is written could outweigh the residual stream."""
-        editor = editor_of(model_type, layer=0, writing=Writing(steps=300))
+        editor = editor_of(model_type, layer=0, writing=dense(steps=300))
         write(editor, edits[:3])
         assert answers(editor.edited, editor.tokenizer, prompts_of(edits[:3])) == targets_of(edits[:3])
 
     @each_model
     def test_the_short_way_and_the_long_way_write_the_same(self, editor_of, write, edits, model_type):
-        """On the last layer only the positions that are read are run; the whole rows must give the same deltas.
+        """On the last layer only the positions that are read are run; whole rows and the whole model must give the
+        same deltas.
 
         Ten steps of plain gradient descent, so that rounding has no time to grow.
         """
         deltas, reports = [], []
-        for short in (True, False):
-            editor = editor_of(model_type, writing=Writing("sgd", lr=0.01, steps=10, stop_margin=None))
-            assert editor.short
-            editor.short = short
+        for tail in ("positions", "rows", "model"):
+            editor = editor_of(model_type, writing=dense("sgd", lr=0.01, steps=10, stop_margin=None))
+            assert editor.tail == "positions"
+            editor.tail = tail
             reports.append(write(editor, edits[:4]))
             deltas.append(editor.memory[0].delta.detach())
-        torch.testing.assert_close(deltas[0], deltas[1], rtol=1e-3, atol=1e-5)
-        for one, other in zip(*reports, strict=True):
-            assert one.loss == pytest.approx(other.loss, rel=1e-3)
+        for i in (1, 2):
+            torch.testing.assert_close(deltas[0], deltas[i], rtol=1e-3, atol=1e-5)
+            for one, other in zip(reports[0], reports[i], strict=True):
+                assert one.loss == pytest.approx(other.loss, rel=1e-3)
 
     def test_in_half_precision(self, folder_of, write, answers, edits, irrelevant):
-        editor = Repair(str(folder_of("llama")), precision="bfloat16")
+        editor = Repair(str(folder_of("llama")), precision="bfloat16", writing=dense())
         editor.load()
         editor.prepare(irrelevant[:8], irrelevant[8:])
         write(editor, edits[:4])
@@ -109,7 +124,7 @@ class TestWriting:
         assert answers(editor.edited, editor.tokenizer, prompts_of(edits[:4])) == targets_of(edits[:4])
 
     def test_contexts_are_further_rows(self, editor_of, write, answers, edits):
-        editor = editor_of(writing=Writing(contexts=2))
+        editor = editor_of(writing=dense(contexts=2))
         assert len(editor.contexts) == 2
         write(editor, edits[:3])
         in_context = [f"{context}. {edit.prompt}" for edit in edits[:3] for context in editor.contexts]
@@ -129,7 +144,7 @@ class TestSteps:
     @pytest.mark.parametrize("steps", [1, 2, 7])
     def test_as_many_as_asked_for(self, editor_of, write, edits, steps):
         """The optimiser counts its own steps."""
-        editor = editor_of(writing=Writing("sgd", lr=0.1, steps=steps, stop_margin=None))
+        editor = editor_of(writing=dense("sgd", lr=0.1, steps=steps, stop_margin=None))
         taken = []
         editor.build_optimizer = lambda parameters: _Counting(parameters, 0.1, taken)
         reports = write(editor, edits[:2])
@@ -141,7 +156,7 @@ class TestSteps:
         """It looks every `check_every` steps, so it stops at most that many later than one that always looks."""
         steps = {}
         for every in (1, check_every):
-            editor = editor_of(writing=Writing(stop_margin=1.0, check_every=every))
+            editor = editor_of(writing=dense(stop_margin=1.0, check_every=every))
             steps[every] = write(editor, edits[:4])[0].steps
         assert 0 < steps[1] < 150
         assert steps[1] <= steps[check_every] < steps[1] + check_every
@@ -156,9 +171,9 @@ class TestSteps:
 
     def test_the_loss_is_that_of_the_final_shard(self, editor_of, write, edits):
         """Mean nats per target token, end of sequence included, recomputed with the shard forced."""
-        editor = editor_of(writing=Writing(steps=13, stop_margin=None))
+        editor = editor_of(writing=dense(steps=13, stop_margin=None))
         for edit, report in zip(edits, write(editor, edits), strict=True):
-            row = editor.encode(edit.prompt, edit.target)
+            row = editor.encode(edit)
             assert row.target[-1] == editor.tokenizer.eos_token_id
             ids = torch.tensor([row.ids])
             with torch.no_grad(), editor.edited.forced(0):
@@ -190,7 +205,7 @@ class TestAssignment:
         return editor.assign(EditBatch(edits))
 
     def test_ties_go_to_the_emptiest_then_to_the_oldest(self, editor_of, edits):
-        editor = editor_of(writing=Writing(shards=3, capacity=4))
+        editor = editor_of(writing=dense(shards=3, capacity=4))
         editor.ledger.arrive(edits, 0)
         assert self.assign(editor, edits[7]) == 0
         editor.ledger.written(own(0, "e0", "e1") + own(1, "e2"))
@@ -199,16 +214,16 @@ class TestAssignment:
         assert self.assign(editor, edits[7]) == 1
 
     def test_else_the_highest_activation_for_the_teacher(self, editor_of, edits):
-        editor = editor_of(writing=Writing(shards=3))
+        editor = editor_of(writing=dense(shards=3))
         for shard, scale in enumerate((1.0, 3.0, 2.0)):
             editor.memory[shard].delta.data.copy_(scale * torch.ones(32, 64))
         assert self.assign(editor, edits[0], edits[1]) == 1
-        query = editor.query_of([editor.encode_prompt(edits[0].prompt)], [edits[0].prompt])
+        query = editor.query_of(edits[:1])
         scores = activation_scores(query.activations, editor.memory.stacked().detach(), query.mask, "last")
         assert scores.argmax().item() == 1
 
     def test_a_full_shard_takes_no_more(self, editor_of, edits):
-        editor = editor_of(writing=Writing(shards=2, capacity=2))
+        editor = editor_of(writing=dense(shards=2, capacity=2))
         editor.memory[0].delta.data.add_(1.0)
         editor.ledger.arrive(edits, 0)
         editor.ledger.written(own(0, "e0"))
@@ -222,13 +237,13 @@ class TestAssignment:
 
     @pytest.mark.parametrize("size", [1, 2, 4])
     def test_shards_open_as_edits_come(self, editor_of, write, answers, edits, size):
-        editor = editor_of(writing=Writing(capacity=size))
+        editor = editor_of(writing=dense(capacity=size))
         write(editor, edits, size)
         assert editor.ledger.sizes() == dict.fromkeys(range(8 // size), size)
         assert answers(editor.edited, editor.tokenizer, prompts_of(edits)) == targets_of(edits)
 
     def test_a_batch_larger_than_the_capacity_gets_a_shard_of_its_own(self, editor_of, write, edits):
-        editor = editor_of(writing=Writing(capacity=2))
+        editor = editor_of(writing=dense(capacity=2))
         write(editor, edits[:1])
         write(editor, edits[1:6])
         write(editor, edits[6:])
@@ -239,11 +254,11 @@ class TestAssignment:
         """Targets of n tokens each (the end included) and room for 2 n: two such edits fill a shard."""
         editor = editor_of()
         long = [Edit(edit.id, edit.prompt, "Lisbon and Oslo and Quito") for edit in edits]
-        tokens = len(editor.encode(long[0].prompt, long[0].target).target)
-        editor.writing = Writing(capacity=100, capacity_tokens=2 * tokens)
+        tokens = len(editor.encode(long[0]).target)
+        editor.writing = dense(capacity=100, batch_tokens=2 * tokens)
         assert editor.batch_limit(long[:1]) == 2
         assert editor.batch_limit(edits[:1]) > 2
-        editor.writing = Writing(capacity=100, capacity_tokens=1)
+        editor.writing = dense(capacity=100, batch_tokens=1)
         assert editor.batch_limit(long) == 1
 
 
@@ -252,7 +267,7 @@ class TestMasks:
     @pytest.mark.parametrize("options", [{}, {"replay": 0}, {"init_scale": 0.1}], ids=str)
     def test_writing_never_leaves_the_mask(self, editor_of, write, edits, optimizer, options):
         lr = 0.5 if optimizer == "sgd" else 0.03
-        editor = editor_of(writing=Writing(optimizer, lr=lr, steps=20, mask_ratio=0.2, **options))
+        editor = editor_of(writing=dense(optimizer, lr=lr, steps=20, mask_ratio=0.2, **options))
         write(editor, edits[:4], 2)
         shard = editor.memory[0]
         assert 0.1 < shard.open.float().mean() < 0.3
@@ -261,14 +276,14 @@ class TestMasks:
 
     def test_momentum_does_not_leak(self, editor_of, write, edits):
         """An optimiser that moves every coordinate, as one with an old momentum does, moves the open ones alone."""
-        editor = editor_of(writing=Writing("sgd", lr=0.1, steps=20, mask_ratio=0.3, stop_margin=None))
+        editor = editor_of(writing=dense("sgd", lr=0.1, steps=20, mask_ratio=0.3, stop_margin=None))
         editor.build_optimizer = lambda parameters: _Restless(parameters, lr=0.1)
         write(editor, edits[:4], 2)
         assert editor.memory[0].delta[editor.memory[0].open].all()
         assert not editor.memory[0].delta[~editor.memory[0].open].any()
 
     def test_masked_edits_are_answered(self, editor_of, write, answers, edits):
-        editor = editor_of(writing=Writing(mask_ratio=0.5, steps=300))
+        editor = editor_of(writing=dense(mask_ratio=0.5, steps=300))
         write(editor, edits)
         assert answers(editor.edited, editor.tokenizer, prompts_of(edits)) == targets_of(edits)
 
@@ -279,11 +294,11 @@ class TestRollback:
     def test_an_overflow_leaves_no_trace(self, editor_of, write, answers, edits, model_type, mask_ratio):
         """A learning rate of 1e30 overflows float32, for real: LayerNorm makes the loss NaN of it, but RMSNorm divides
         it away, so that the loss stays finite at log(vocabulary) and only the shard itself tells."""
-        editor = editor_of(model_type, writing=Writing(mask_ratio=mask_ratio))
+        editor = editor_of(model_type, writing=dense(mask_ratio=mask_ratio))
         write(editor, edits[:3])
         delta = editor.memory[0].delta.detach().clone()
         routes = editor.edited.route(prompts_of(edits))
-        editor.writing = Writing("sgd", lr=1e30, steps=5, stop_margin=None, mask_ratio=mask_ratio)
+        editor.writing = dense("sgd", lr=1e30, steps=5, stop_margin=None, mask_ratio=mask_ratio)
         reports = write(editor, edits[3:6])
         assert all("not finite" in report.error and "rolled back" in report.error for report in reports)
         assert torch.equal(editor.memory[0].delta, delta)
@@ -294,10 +309,10 @@ class TestRollback:
             assert (entry.status, entry.shard, entry.attempts) == (EditStatus.FAILED, None, 1)
 
     def test_the_next_write_succeeds(self, editor_of, write, answers, edits):
-        editor = editor_of(writing=Writing("sgd", lr=1e30, steps=5, stop_margin=None))
+        editor = editor_of(writing=dense("sgd", lr=1e30, steps=5, stop_margin=None))
         write(editor, edits[:3])
         assert not editor.memory[0].delta.any()
-        editor.writing = Writing()
+        editor.writing = dense()
         editor.ledger.requeue([edit.id for edit in edits[:3]], "again")
         write(editor, edits[:3])
         assert answers(editor.edited, editor.tokenizer, prompts_of(edits[:3])) == targets_of(edits[:3])
@@ -305,8 +320,8 @@ class TestRollback:
     def test_one_bad_edit_does_not_take_its_batch_along(self, editor_of, write, answers, edits):
         """A state that is not a number, as an overflowing base gives: that edit alone fails, the rest is written."""
         editor = editor_of()
-        row = editor.encode(edits[2].prompt, edits[2].target).ids
-        editor.captures([row])[0].hidden.fill_(torch.nan)
+        row = editor.encode(edits[2]).ids
+        editor.edited.captures([row])[0].hidden.fill_(torch.nan)
         reports = write(editor, edits[:5])
         assert [bool(report.error) for report in reports] == [False, False, True, False, False]
         good = [edit for i, edit in enumerate(edits[:5]) if i != 2]
@@ -317,7 +332,7 @@ class TestRollback:
 class TestDistillation:
     def written(self, editor_of, write, edits, consistency, **options):
         distillation = Distillation(weight=1.0, consistency=consistency, **options)
-        editor = editor_of(distillation=distillation, writing=Writing(steps=10, stop_margin=None))
+        editor = editor_of(distillation=distillation, writing=dense(steps=10, stop_margin=None))
         return editor, write(editor, edits)
 
     def test_who_leaves(self, editor_of, write, edits):
@@ -351,7 +366,7 @@ class TestDistillation:
         assert report.kd == 0
 
     def test_without_its_weight_nobody_leaves(self, editor_of, write, edits):
-        editor = editor_of(distillation=Distillation(weight=0.0, consistency=0.0), writing=Writing(steps=3))
+        editor = editor_of(distillation=Distillation(weight=0.0, consistency=0.0), writing=dense(steps=3))
         assert not any(report.residual or report.kd for report in write(editor, edits))
 
     @pytest.mark.parametrize("temperature", [None, 2.0])
@@ -359,7 +374,7 @@ class TestDistillation:
         spread = {}
         for weight in (1e-6, 5.0):
             distillation = Distillation(weight, temperature=temperature)
-            editor = editor_of(distillation=distillation, writing=Writing(steps=40, stop_margin=None))
+            editor = editor_of(distillation=distillation, writing=dense(steps=40, stop_margin=None))
             spread[weight] = sum(report.kd for report in write(editor, edits[:4]))
         assert spread[5.0] < spread[1e-6]
 
@@ -367,7 +382,7 @@ class TestDistillation:
 class TestReplay:
     def later(self, editor_of, write, edits, replay):
         """Losses of the first three edits after the last five were written into the same shard."""
-        editor = editor_of(writing=Writing(replay=replay))
+        editor = editor_of(writing=dense(replay=replay))
         write(editor, edits[:3])
         write(editor, edits[3:])
         assert set(editor.ledger.sizes()) == {0}
@@ -383,7 +398,7 @@ class TestReplay:
         lead = {}
         for replay in (0, 128):
             editor = self.later(editor_of, write, edits, replay)
-            rows = [editor.encode(edit.prompt, edit.target) for edit in edits[:3]]
+            rows = [editor.encode(edit) for edit in edits[:3]]
             with editor.edited.forced(0):
                 scores = [logits(editor.base.model, editor.tokenizer, [edit.prompt])[0, -1] for edit in edits[:3]]
             lead[replay] = min(
@@ -393,12 +408,12 @@ class TestReplay:
         assert lead[0] < lead[128]
 
     def test_rows_are_the_shards_own_latest(self, editor_of, write, edits):
-        editor = editor_of(writing=Writing(replay=2, steps=2))
+        editor = editor_of(writing=dense(replay=2, steps=2))
         write(editor, edits[:4])
         batch = EditBatch((edits[5],))
         assert [edit.id for edit in editor._rehearsal(0, batch)] == ["e2", "e3"]
         assert [edit.id for edit in editor._rehearsal(0, EditBatch((edits[3],)))] == ["e1", "e2"]
-        editor.writing = Writing(replay=0)
+        editor.writing = dense(replay=0)
         assert editor._rehearsal(0, batch) == []
 
 
@@ -411,10 +426,10 @@ class TestRoutingLoss:
             editor = editor_of(
                 model_type,
                 routing=Routing(router="activation", weight=weight),
-                writing=Writing(steps=150, stop_margin=None),
+                writing=dense(steps=150, stop_margin=None),
             )
             write(editor, edits[:4])
-            asked = editor.query_of([editor.encode_prompt(p) for p in prompts_of(edits[:4])], prompts_of(edits[:4]))
+            asked = editor.query_of(edits[:4])
             scores = editor.router.scores(asked, editor.memory)
             background = editor.router.scores(editor.background, editor.memory)
             gap[weight] = ((scores.min() - background.max()) / editor.unit).item()
@@ -423,7 +438,7 @@ class TestRoutingLoss:
 
     @pytest.mark.parametrize("router", ["activation", "hybrid"])
     def test_the_papers_router_answers_edits(self, editor_of, write, answers, edits, irrelevant, router):
-        editor = editor_of(routing=Routing(router=router, weight=1.0), writing=Writing(steps=200, stop_margin=None))
+        editor = editor_of(routing=Routing(router=router, weight=1.0), writing=dense(steps=200, stop_margin=None))
         write(editor, edits[:4])
         assert answers(editor.edited, editor.tokenizer, prompts_of(edits[:4])) == targets_of(edits[:4])
         assert (editor.router.route(editor.held_out, editor.memory).memory == BASE).all()
@@ -434,7 +449,7 @@ class TestRoutingLoss:
         editor = editor_of(model_type)
         norms = []
         for text in irrelevant[:8]:
-            ids = torch.tensor([editor.encode_prompt(text)])
+            ids = torch.tensor([editor.tokenizer(text)["input_ids"]])
             activations = editor.edited.split.capture(ids, torch.ones_like(ids)).activations[0, -1]
             norms.append(editor.edited.split.value(activations).norm().item())
         assert editor.unit == pytest.approx(sum(norms) / len(norms), rel=1e-5)
@@ -459,7 +474,7 @@ class TestForgetPruneFuse:
     @pytest.mark.parametrize("router", ["key", "hybrid", "activation"])
     def test_a_pruned_shard_is_empty_and_the_others_go_on(self, editor_of, write, answers, edits, router):
         editor = editor_of(
-            routing=Routing(router=router, act_ratio=0.05), writing=Writing(capacity=4, mask_ratio=0.5, steps=200)
+            routing=Routing(router=router, act_ratio=0.05), writing=dense(capacity=4, mask_ratio=0.5, steps=200)
         )
         write(editor, edits, 4)
         mask = editor.memory[0].mask.clone()
@@ -478,7 +493,7 @@ class TestForgetPruneFuse:
     @pytest.mark.parametrize("router", ["key", "hybrid", "activation"])
     def test_a_fused_shard_owns_the_edits_of_its_parts(self, editor_of, write, answers, edits, router):
         """The fused delta is the one shard's alone, so that its own edits must still be answered."""
-        editor = editor_of(routing=Routing(router=router, act_ratio=0.05), writing=Writing(capacity=4, steps=200))
+        editor = editor_of(routing=Routing(router=router, act_ratio=0.05), writing=dense(capacity=4, steps=200))
         write(editor, edits, 4)
         fused = editor.fuse([0, 1], editor.memory[1].delta.detach().clone())
         assert fused == 2
@@ -492,7 +507,7 @@ class TestForgetPruneFuse:
 
     @pytest.mark.parametrize("router", ["hybrid", "activation"])
     def test_between_a_merge_and_its_calibration_gates_are_shut(self, editor_of, write, edits, router):
-        editor = editor_of(routing=Routing(router=router, act_ratio=0.05), writing=Writing(capacity=4))
+        editor = editor_of(routing=Routing(router=router, act_ratio=0.05), writing=dense(capacity=4))
         write(editor, edits, 4)
         editor.fuse([0, 1], editor.memory[1].delta.detach().clone())
         assert {route.memory for route in editor.edited.route(prompts_of(edits))} == {BASE}
@@ -502,7 +517,7 @@ class TestFold:
     @pytest.mark.parametrize(("model_type", "more"), [*((name, {}) for name in MODELS), ("gpt2", {"n_inner": 32})])
     def test_there_and_back(self, folder_of, write, answers, edits, irrelevant, model_type, more):
         """GPT-2 stores W_v transposed, and with d_ffn = d_model its shape does not say so."""
-        editor = Repair(str(folder_of(model_type, **more)), precision="float32", writing=Writing(steps=300))
+        editor = Repair(str(folder_of(model_type, **more)), precision="float32", writing=dense(steps=300))
         editor.load()
         editor.prepare(irrelevant[:8], irrelevant[8:])
         some = edits[:4]
@@ -541,7 +556,7 @@ class TestFold:
         assert answers(fresh.edited, fresh.tokenizer, prompts_of(edits[:4])) == targets_of(edits[:4])
 
     def test_other_shards_stay(self, editor_of, write, edits):
-        editor = editor_of(writing=Writing(capacity=4))
+        editor = editor_of(writing=dense(capacity=4))
         write(editor, edits, 4)
         editor.fold(0)
         assert editor.memory.ids == [1]
@@ -553,7 +568,7 @@ class TestSeeds:
     def delta(self, editor_of, write, edits, seed, noise=0):
         torch.manual_seed(noise)
         routing, distillation = Routing(weight=0.5, sample=4), Distillation(weight=0.5)
-        writing = Writing(mask_ratio=0.5, steps=15, contexts=1, init_scale=0.1, capacity=4)
+        writing = dense(mask_ratio=0.5, steps=15, contexts=1, init_scale=0.1, capacity=4)
         editor = editor_of(routing=routing, writing=writing, distillation=distillation, seed=seed)
         write(editor, edits, 4)
         return editor.memory.stacked().detach()
@@ -568,7 +583,7 @@ class TestSeeds:
 
     def test_fresh_shards_start_from_noise_of_their_own(self, editor_of):
         """Standard deviation 0.5 of W_v's; 2,048 coordinates make 10 % more than five standard errors."""
-        editor = editor_of(writing=Writing(init_scale=0.5, shards=2))
+        editor = editor_of(writing=dense(init_scale=0.5, shards=2))
         deltas = editor.memory.stacked().detach()
         assert not torch.equal(deltas[0], deltas[1])
         expected = 0.5 * editor.edited.split.value.weight.std().item()
@@ -632,7 +647,7 @@ class TestRealBase:
         ]
         lines = (shared / "data/nq/nq_open_dev.jsonl").read_text().splitlines()[:48]
         irrelevant = [f"nq question: {json.loads(line)['question']}" for line in lines]
-        editor = Repair(str(shared / "models/qa-llama"), precision="float32", writing=Writing(steps=40))
+        editor = Repair(str(shared / "models/qa-llama"), precision="float32", writing=dense(steps=40))
         editor.load()
         editor.prepare(irrelevant[:24], irrelevant[24:])
         before = logits(editor.base.model, editor.tokenizer, irrelevant[24:])

@@ -180,6 +180,7 @@ def test_a_changed_base_is_measured_against_the_old_one(written, edits):
 def test_a_subset_shares_the_bases_replies(written, edits, scorer, owners, spy):
     _ = scorer.base
     spy["answers"].clear()
+    scorer._said.clear()
     part = scorer.subset({edits[1].id})
     index = [i for i, question in enumerate(scorer.questions) if question.edit == edits[1].id]
     memory = mixed(owners)

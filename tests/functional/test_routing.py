@@ -106,7 +106,7 @@ class TestActivationScores:
             activation_scores(activations, deltas, mask, "median")
         with pytest.raises(TypeError, match=r"mask must be torch\.bool, got torch\.int64: pass mask\.bool\(\)"):
             activation_scores(activations, deltas, mask.long(), "last")
-        with pytest.raises(ValueError, match=r"deltas must be \(K, D, F\) with F = 5, .* got \(1, 5, 6\)"):
+        with pytest.raises(ValueError, match=r"deltas must be \(K, D, F\) with F = 5, .* got \[\(5, 6\)\]"):
             activation_scores(activations, deltas.mT, mask, "last")
         with pytest.raises(ValueError, match=r"mask must be \(B, T\) .* got \(3, 3\)"):
             activation_scores(activations, deltas, mask[:, 1:], "last")

@@ -188,7 +188,7 @@ class TestApplyRows:
         activations = torch.randn(len(choice), 5, SHAPE[1]).to(dtype)
         given = output.clone()
         with torch.no_grad():
-            found = memory.apply_rows(output, activations, choice)
+            found = memory.select(choice)(output, activations)
         assert found.dtype == dtype
         tolerance = 1e-5 if dtype == torch.float32 else 2e-2
         expected = slow_rows(memory, output, activations, choice)
@@ -199,24 +199,24 @@ class TestApplyRows:
     def test_all_base_returns_the_same_tensor(self):
         memory = bank()
         output = torch.randn(3, 5, SHAPE[0])
-        assert memory.apply_rows(output, torch.randn(3, 5, SHAPE[1]), torch.full((3,), BASE)) is output
+        assert memory.select(torch.full((3,), BASE))(output, torch.randn(3, 5, SHAPE[1])) is output
 
     def test_a_row_does_not_feel_its_company(self):
         memory = bank(3)
         output, activations = torch.randn(3, 5, SHAPE[0]), torch.randn(3, 5, SHAPE[1])
         with torch.no_grad():
-            mixed = memory.apply_rows(output, activations, torch.tensor([0, 1, 2]))
-            alone = [memory.apply_rows(output[i : i + 1], activations[i : i + 1], torch.tensor([i])) for i in range(3)]
+            mixed = memory.select(torch.tensor([0, 1, 2]))(output, activations)
+            alone = [memory.select(torch.tensor([i]))(output[i : i + 1], activations[i : i + 1]) for i in range(3)]
         torch.testing.assert_close(mixed, torch.cat(alone))
 
     def test_an_unknown_shard_is_named(self):
         with pytest.raises(RepairError, match="there is no shard 8"):
-            bank().apply_rows(torch.zeros(1, 1, SHAPE[0]), torch.zeros(1, 1, SHAPE[1]), torch.tensor([8]))
+            bank().select(torch.tensor([8]))
 
     @pytest.mark.parametrize("choice", [[0, 0], [0, BASE]])
     def test_gradients_reach_the_shard_and_no_other(self, choice):
         memory = bank(2, 1.0)
-        found = memory.apply_rows(torch.zeros(2, 3, SHAPE[0]), torch.randn(2, 3, SHAPE[1]), torch.tensor(choice))
+        found = memory.select(torch.tensor(choice))(torch.zeros(2, 3, SHAPE[0]), torch.randn(2, 3, SHAPE[1]))
         found.square().sum().backward()
         assert memory[0].delta.grad.abs().sum() > 0
         assert memory[1].delta.grad is None

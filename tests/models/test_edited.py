@@ -35,6 +35,7 @@ class FirstWordRouter(Router):
     """Routes by the tokens of the prompt's first word, and remembers what it was asked."""
 
     name = "first-word"
+    reads_all_tokens = True
 
     def __init__(self, shards: Mapping[tuple[int, ...], int]) -> None:
         self.shards = shards

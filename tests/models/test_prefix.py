@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from repair_lightning.models.architectures import ARCHITECTURES
-from repair_lightning.models.prefix import Capture, PrefixCache, SplitModel, pad_left, positions, stack_left
+from repair_lightning.models.prefix import SplitModel, pad_left, positions, stack_left
 
 CASES = [(name, {}) for name in ARCHITECTURES]
 CASES += [("qwen2", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1})]
@@ -206,59 +206,6 @@ def test_gradients_reach_what_lies_above(tiny):
     with split.skipping():
         split.tail(ids, mask, hidden, 1)[0].sum().backward()
     assert hidden.grad.abs().sum() > 0
-
-
-class TestCache:
-    rows = ([5, 6, 7], [8, 9, 10, 11, 12], [13], [14, 15])
-
-    def cache(self, tiny, budget=1 << 30, model_type="llama"):
-        return PrefixCache(SplitModel(tiny(model_type), 1), budget)
-
-    @pytest.mark.parametrize("model_type", ["llama", "qwen2", "gpt2", "opt"])
-    @pytest.mark.parametrize("batch_size", [1, 2, 64])
-    def test_equals_a_capture_of_each_sequence(self, tiny, model_type, batch_size):
-        cache = self.cache(tiny, model_type=model_type)
-        for row, found in zip(self.rows, cache.get(self.rows, batch_size), strict=True):
-            alone = cache.split.capture(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.long))
-            torch.testing.assert_close(found.hidden, alone.hidden[0], rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(found.activations, alone.activations[0], rtol=1e-5, atol=1e-5)
-            assert found.hidden.shape == (len(row), 32)
-
-    def test_a_known_sequence_is_not_run_again(self, tiny):
-        cache = self.cache(tiny)
-        first = cache.get(self.rows)
-        passes = []
-        cache.split.layers[0].register_forward_hook(lambda *_: passes.append(1))
-        again = cache.get([*self.rows, self.rows[0]])
-        assert not passes
-        assert [a.hidden is b.hidden for a, b in zip(again, first, strict=False)] == [True] * 4
-        assert again[4].hidden is first[0].hidden
-        cache.get([[1, 2], [1, 2]])
-        assert len(passes) == 1
-        assert len(cache) == 5
-
-    def test_the_least_recently_used_leave(self, tiny):
-        """One token costs (32 + 64) * 4 = 384 bytes; a budget of 7 tokens holds 3 + 1 + 2, not the 5 as well."""
-        cache = self.cache(tiny, budget=7 * 384)
-        for row in (self.rows[0], self.rows[2], self.rows[3]):
-            cache.get([row])
-        assert cache.used == 6 * 384
-        cache.get([self.rows[0]])
-        cache.get([[20, 21, 22]])
-        assert list(cache._entries) == [(5, 6, 7), (20, 21, 22)]
-        assert cache.used == 6 * 384
-
-    def test_more_than_the_budget_is_still_answered(self, tiny):
-        cache = self.cache(tiny, budget=1)
-        found = cache.get(self.rows)
-        assert [len(one.hidden) for one in found] == [3, 5, 1, 2]
-        assert len(cache) == 1
-        assert cache.used == sum(e.hidden.nbytes + e.activations.nbytes for e in cache._entries.values())
-
-    def test_entries_do_not_hold_their_batch(self, tiny):
-        found = self.cache(tiny).get(self.rows)[0]
-        assert found.hidden.untyped_storage().nbytes() == found.hidden.nbytes
-        assert isinstance(found, Capture)
 
 
 class TestPadding:

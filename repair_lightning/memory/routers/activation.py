@@ -35,6 +35,7 @@ class ActivationRouter(Router):
         self.pool = pool
         self.act_ratio = act_ratio
         self.false_fire_rate = false_fire_rate
+        self.reads_all_tokens = pool != "last"
         self.thresholds: dict[int, float] = {}
 
     def options(self) -> dict[str, Any]:
@@ -43,7 +44,7 @@ class ActivationRouter(Router):
 
     def scores(self, query: Query, memory: SideMemory, shards: Sequence[int] | None = None) -> Tensor:
         """Activation scores (B, K) on the CPU."""
-        deltas = memory.stacked(shards).to(query.activations.device)
+        deltas = [memory[shard].delta for shard in (memory.ids if shards is None else shards)]
         return activation_scores(query.activations.float(), deltas, query.mask, self.pool).detach().cpu()
 
     def calibrate(self, memory: SideMemory, owned: Mapping[int, Query], background: Query) -> None:

@@ -39,6 +39,8 @@ class Router(ABC):
     name: ClassVar[str]
     needs_owned: ClassVar[bool] = True
     """Whether calibration looks at the shards' own edits."""
+    reads_all_tokens: bool = False
+    """Whether the states of all the prompt's tokens matter, not the last one's alone."""
     needs_neighbours: ClassVar[bool] = False
     """Whether made-up neighbours are of use when edits are added."""
 

@@ -30,6 +30,7 @@ class HybridRouter(KeyRouter):
     ) -> None:
         super().__init__(**options)
         self.gate = ActivationRouter(pool, act_ratio, false_fire_rate)
+        self.reads_all_tokens = self.gate.reads_all_tokens
 
     def options(self) -> dict[str, Any]:
         """Both routers' options."""
