@@ -123,7 +123,8 @@ def generation(axis: Any, result: dict[str, Any]) -> None:
     """A heat map of the ratios."""
     from matplotlib.colors import LinearSegmentedColormap
 
-    cells = {(cell["shards"], cell["batch"]): cell["ratio"] for cell in result["cells"]}
+    low_rank = [cell for cell in result["cells"] if cell["form"] == "low_rank"]
+    cells = {(cell["shards"], cell["batch"]): cell["ratio"] for cell in low_rank}
     shards, batches = sorted({key[0] for key in cells}), sorted({key[1] for key in cells})
     values = [[cells[k, b] for b in batches] for k in shards]
     colours = LinearSegmentedColormap.from_list("ratio", ["#eef5f8", OURS])

@@ -20,45 +20,40 @@ from repair_lightning.models.prefix import pad_left
 from repair_lightning.types import BASE, Edit, EditBatch
 
 TITLE = "Generation: routed over plain"
-_PER_SHARD = 8
+_PER_DENSE_SHARD = 8
 _ROUTING = ("_new_turn", "_decide")
 """Methods of the edited model in which prompts are read and routed; both run once per call of `generate`."""
 
 
 def run_part(context: Context) -> dict[str, Any]:
     """Time `generate` of the edited model and of a second, plain copy of its base on the same prompts."""
-    edits, _ = load_edits(context, max(_PER_SHARD * max(context.shards), max(context.batches)))
-    writing = Writing(steps=1, capacity=_PER_SHARD)  # a shard is full with its first batch
-    editor = prepared(context, edits, precision="float32", writing=writing)
+    edits, _ = load_edits(context, max(_PER_DENSE_SHARD * max(context.shards), max(context.batches)))
     plain = load_base(context.base, "float32").model
-    watch = Stopwatch()
-    for name in _ROUTING:
-        watch.wrap(editor.edited, name)
-    empty = editor.memory.snapshot()
     cells = []
-    for shards in context.shards:
-        clear(editor, empty)
-        owned = fill(editor, edits, shards, context.seed)
-        for batch in context.batches:
-            cells.append(cell(context, editor, plain, owned, batch, watch))
-    return {"tokens": context.tokens, "per_shard": _PER_SHARD, "cells": cells}
+    for form, size in (("low_rank", 1), ("dense", _PER_DENSE_SHARD)):
+        writing = Writing(form=form, steps=1, capacity=size)  # type: ignore[arg-type]  # full with its first batch
+        editor = prepared(context, edits, precision="float32", writing=writing)
+        watch = Stopwatch()
+        for name in _ROUTING:
+            watch.wrap(editor.edited, name)
+        empty = editor.memory.snapshot()
+        for shards in context.shards:
+            clear(editor, empty)
+            owned = fill(editor, edits, shards, size)
+            cells += [{"form": form} | cell(context, editor, plain, owned, batch, watch) for batch in context.batches]
+    return {"tokens": context.tokens, "cells": cells}
 
 
-def fill(editor: Repair, edits: Sequence[Edit], shards: int, seed: int) -> list[list[Edit]]:
-    """Write edits with a single step each into shards of their own, and put small random deltas there.
+def fill(editor: Repair, edits: Sequence[Edit], shards: int, size: int) -> list[list[Edit]]:
+    """Write edits with a single step each into shards of `size`; the router knows their prompts as after a real stream.
 
-    The router then knows their prompts as after a real stream. Returns each shard's edits.
+    Returns each shard's edits.
     """
-    generator = torch.Generator().manual_seed(seed)
-    owned = [list(edits[i * _PER_SHARD : (i + 1) * _PER_SHARD]) for i in range(shards)]
+    owned = [list(edits[i * size : (i + 1) * size]) for i in range(shards)]
     owned = [group for group in owned if group]
-    scale = 0.01 * float(editor.edited.value_weight.float().std())
     for group in owned:
         editor.ledger.arrive(group, 0)
-        reports = editor.write(EditBatch(tuple(group)))
-        editor.ledger.written(reports)
-        delta = editor.memory[reports[0].shard].delta
-        delta.data.copy_(torch.randn(delta.shape, generator=generator) * scale)
+        editor.ledger.written(editor.write(EditBatch(tuple(group))))
     editor.finish_window()
     return owned
 
@@ -107,9 +102,20 @@ def cell(
 
 def tables(result: dict[str, Any]) -> list[Table]:
     """A row per batch size and bank."""
-    header = ("batch", "shards", "memories in batch", "plain ms", "routed ms", "ratio", "of best", "prefill routing")
+    header = (
+        "form",
+        "batch",
+        "shards",
+        "memories in batch",
+        "plain ms",
+        "routed ms",
+        "ratio",
+        "of best",
+        "prefill routing",
+    )
     rows = [
         (
+            row["form"].replace("_", " "),
             str(row["batch"]),
             str(row["shards"]),
             f"{row['memories_in_batch']} ({percent(row['answered_by_shards'])} % by shards)",

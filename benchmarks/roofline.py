@@ -5,7 +5,7 @@ Legend: M target tokens, R real tokens of the rows, D = d_model, F = d_ffn, V vo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
@@ -18,6 +18,7 @@ from benchmarks.streams import clear, load_edits, prepared
 from benchmarks.timing import seconds_of
 from repair_lightning.editors import Repair
 from repair_lightning.editors.inner_loop import TargetRows
+from repair_lightning.editors.low_rank import LowRankWriter
 from repair_lightning.editors.repair import Writing
 from repair_lightning.types import Edit, EditBatch
 
@@ -27,57 +28,75 @@ _PRODUCTS = 7
 
 
 def run_part(context: Context) -> dict[str, Any]:
-    """Write a full batch, then a second one beside which the first is rehearsed, into one shard; repeat anew."""
+    """Write a full batch: into low-rank shards, into a dense one, and into that beside the rehearsed first; repeat."""
     size = context.batch
     edits, _ = load_edits(context, 2 * size)
     size = len(edits) // 2
-    writing = Writing(capacity=2 * size, capacity_tokens=1 << 30, replay=size)
-    editor = prepared(context, edits, precision="float32", writing=writing)
-    halves = {"fresh batch": edits[:size], "batch beside rehearsed": edits[size:]}
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in halves}
-    empty = editor.memory.snapshot()
-    for turn in range(context.repeats + 1):
-        clear(editor, empty)
-        for name, half in halves.items():
-            found = measured_write(editor, half)
-            if turn:  # the first round warms up
-                runs[name].append(found)
+    first, second = edits[:size], edits[size:]
+    dense = Writing(form="dense", capacity=2 * size, batch_tokens=1 << 30, replay=size)
+    writes = {"low rank": (Writing(batch_tokens=1 << 30), [first]), "dense": (dense, [first, second])}
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for name, (writing, halves) in writes.items():
+        editor = prepared(context, edits, precision="float32", writing=writing)
+        empty = editor.memory.snapshot()
+        for turn in range(context.repeats + 1):
+            clear(editor, empty)
+            for i, half in enumerate(halves):
+                found = measured_write(editor, half)
+                if turn:  # the first round warms up
+                    runs.setdefault(name + (", beside rehearsed" if i else ""), []).append(found)
     return {"batch": size, "layer": editor.layer, "batches": {name: summary(found) for name, found in runs.items()}}
 
 
 def measured_write(editor: Repair, edits: Sequence[Edit]) -> dict[str, Any]:
     """Write one batch as the stream would, and look at its inner loop."""
+    editor.ledger.arrive(list(edits), 0)
+    if editor.writing.form == "low_rank":
+        return measured_low_rank(editor, edits)
     seen: dict[str, Any] = {}
     train = editor._train
 
-    def spied(*args: Any, **kwargs: Any) -> Any:
-        rows = next(value for value in (*args, *kwargs.values()) if isinstance(value, TargetRows))
-        flops = step_flops(editor, rows)
-        seen.update(flops=flops, targets=targets_of(rows), rate=matmul_rate(editor, targets_of(rows)))
-        seen["seconds"] = seconds_of(lambda: seen.update(result=train(*args, **kwargs)))
-        seen["rate"] = max(seen["rate"], matmul_rate(editor, seen["targets"]))
-        return seen["result"]
+    def spied(*args: Any) -> Any:
+        rows = next(value for value in args if isinstance(value, TargetRows))
+        seen["measured"] = measured(editor, rows, lambda: train(*args))
+        seen["rows"] = rows
+        return seen["measured"][1]
 
-    editor.ledger.arrive(list(edits), 0)
-    editor._train = spied  # type: ignore[method-assign]
+    editor._train = spied  # type: ignore[method-assign,assignment]
     try:
         reports = editor.write(EditBatch(tuple(edits)))
     finally:
         del editor._train  # the class's own again
     editor.ledger.written(reports)
-    steps = reports[0].steps
-    needed = steps * seen["flops"]["step"] + seen["flops"]["look"]  # one more forward looks at what the steps made
-    ideal = needed / seen["rate"]
-    return {
-        "steps": steps,
-        "targets": seen["targets"],
-        "flops": seen["flops"],
-        "needed_flops": needed,
-        "rate": seen["rate"],
-        "ideal_seconds": ideal,
-        "seconds": seen["seconds"],
-        "share": ideal / seen["seconds"],
-    }
+    timing, (steps, _, _) = seen["measured"]
+    flops = step_flops(editor, seen["rows"])
+    return result_of(timing, steps, flops, steps * flops["step"] + flops["look"])
+
+
+def measured_low_rank(editor: Repair, edits: Sequence[Edit]) -> dict[str, Any]:
+    """The same for low-rank shards, each of which takes its own number of steps."""
+    rows = editor._rows(edits, ())
+    timing, outcomes = measured(editor, rows, lambda: LowRankWriter(editor).train(rows, editor.writing.steps))
+    own = [step_flops(editor, rows.part(list(outcome.loss))) for outcome in outcomes]
+    needed = sum(outcome.steps * flops["step"] + flops["look"] for outcome, flops in zip(outcomes, own, strict=True))
+    steps = round(sum(outcome.steps for outcome in outcomes) / len(outcomes))
+    return result_of(timing, steps, step_flops(editor, rows), needed)
+
+
+def measured(editor: Repair, rows: TargetRows, call: Callable[[], Any]) -> tuple[dict[str, float], Any]:
+    """Seconds of a call and the best matmul rate right before and behind it, with what the call returned."""
+    kept: list[Any] = []
+    before = matmul_rate(editor, targets_of(rows))
+    seconds = seconds_of(lambda: kept.append(call()))
+    rate = max(before, matmul_rate(editor, targets_of(rows)))
+    return {"seconds": seconds, "rate": rate, "targets": targets_of(rows)}, kept[0]
+
+
+def result_of(timing: dict[str, float], steps: int, flops: dict[str, float], needed: float) -> dict[str, Any]:
+    """What was needed beside what it took."""
+    ideal = needed / timing["rate"]
+    share = ideal / timing["seconds"]
+    return timing | {"steps": steps, "flops": flops, "needed_flops": needed, "ideal_seconds": ideal, "share": share}
 
 
 def targets_of(rows: TargetRows) -> int:
@@ -98,6 +117,8 @@ def step_flops(editor: Repair, rows: TargetRows) -> dict[str, float]:
     alone = editor.edited.split.adds_up()
     positions = targets if alone else real
     value = 2 * positions * d * f
+    if editor.writing.form == "low_rank":  # an edit's own target tokens excite its own right factor
+        value = 2 * d * int((rows.row.bincount() ** 2).sum())
     head = 2 * targets * vocabulary * width
     above = 0.0 if alone else sum(layer_flops(layer, rows, d) for layer in layers_above(editor))
     return {
@@ -158,7 +179,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
     rows = [
         (
             name,
-            str(row["targets"]),
+            str(int(row["targets"])),
             str(row["steps"]),
             number(row["flops"]["step"] / 1e6),
             number(row["rate"] / 1e9),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from repair_lightning.data.ledger import EditStatus
+from repair_lightning.evaluation.probes import ProbeScorer, load_probes
 from repair_lightning.evaluation.protocols import AUTOREGRESSIVE
 from repair_lightning.evaluation.scoring import Result, Scorer, oracle_choice
 
@@ -31,17 +32,28 @@ class Scoreboard(pl.Callback):
         batch_size: prompts per forward pass.
         max_new_tokens: most tokens of an answer; None takes the longest target and 8 more, at least 32.
         seed: of the live sample.
+        probes: file of general-knowledge questions that no edit touches, asked before the first edit and at the end.
 
     Attributes:
         results: the score per stage: `pre_edit`, `before_merge`, `final`.
         oracle: the final model's scores under perfect routing.
         perplexity: of the targets, `pre` and `final`, for hallucination records.
+        kept: what the probes say, see `ProbeScorer.score`.
         seconds: spent on scoring.
         edit_seconds: of fitting without the scoring.
     """
 
-    def __init__(self, live: int = 16, batch_size: int = 64, max_new_tokens: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        live: int = 16,
+        batch_size: int = 64,
+        max_new_tokens: int | None = None,
+        seed: int = 0,
+        probes: str | None = None,
+    ) -> None:
         self.live, self.batch_size, self.max_new_tokens, self.seed = live, batch_size, max_new_tokens, seed
+        self.probes = load_probes(probes) if probes else ()
+        self.kept: dict[str, float | int] | None = None
         self.results: dict[str, Result] = {}
         self.oracle: dict[str, dict[str, float | None]] | None = None
         self.perplexity: dict[str, float] | None = None
@@ -57,6 +69,8 @@ class Scoreboard(pl.Callback):
             nobody = self._nobody()  # said, not routed: a resumed run has shards already
             before = oracle_choice(self.scorer.questions, nobody)
             self.results["pre_edit"] = self.scorer.score("pre_edit", before, nobody)
+            if self.probes:
+                self.probe_scorer = ProbeScorer(pl_module.edited, self.probes, batch_size=self.batch_size)
             if stream.format == "hallucination":
                 self.perplexity = {"pre": self.scorer.perplexity(nobody)}
         self._mark = time.perf_counter() - self.seconds
@@ -88,6 +102,8 @@ class Scoreboard(pl.Callback):
             owners = self._owners(pl_module)
             oracle = oracle_choice(self.scorer.questions, owners)
             self.oracle = self.scorer.score("oracle", oracle, owners, pl_module.base_changed).scores
+            if self.probes:
+                self.kept = self.probe_scorer.score(pl_module.base_changed)
             if self.perplexity is not None:
                 memory = torch.tensor([row["memory"] for row in result.rows])
                 self.perplexity["final"] = self.scorer.perplexity(memory)

@@ -59,8 +59,8 @@ class LossAwareTiesMerge(pl.Callback):
         normalize: `contributors` or `global`.
         density: share of a shard's coordinates that is kept before merging, in (0, 1].
         group: shards per fused shard; 0 fuses all into one.
-        max_shards: more shards than this in one group are not merged: what so many say does not fit one matrix, and each
-            is laid out in full for it.
+        max_shards: more shards than this in one group are not merged: what so many say does not fit one matrix, and
+            each is laid out in full for it.
         every_n_windows: also merge so often during the stream; None merges at its end alone.
         target: `side` keeps the fused shard routed, `main` writes it into the base's W_v.
         max_op_drop: a merge that costs more of the guard's score is undone.

@@ -193,7 +193,8 @@ def collect_metrics(cli: EditCLI, board: Any, feedback: Any, merge: Any) -> dict
         },
         "edits": ledger.counts(),
     }
-    return metrics if board.perplexity is None else metrics | {"perplexity": board.perplexity}
+    found = {"perplexity": board.perplexity, "probes": board.kept}
+    return metrics | {name: figures for name, figures in found.items() if figures is not None}
 
 
 def guarded(main: Callable[[], Any]) -> None:

@@ -16,6 +16,7 @@ from helpers_runs import REPOSITORY, world_edits
 from benchmarks import clustering, editing, figure, flat, generation, gpu, memory, report, roofline, streams, timing
 from benchmarks.__main__ import main
 from benchmarks.context import PARTS, Context, parse
+from repair_lightning.editors.repair import Writing
 from repair_lightning.types import EditBatch
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48, "num_attention_heads": 4}
@@ -116,10 +117,12 @@ def test_invented_edits_are_new_and_named(context):
 def test_roofline(context):
     result = roofline.run_part(replace(context, batch=4))
     finite(result)
-    fresh, beside = result["batches"].values()
-    assert beside["targets"] > fresh["targets"]  # the first batch is rehearsed
+    low_rank, fresh, beside = result["batches"].values()
+    assert beside["targets"] > fresh["targets"] == low_rank["targets"]  # the first batch is rehearsed
     assert fresh["needed_flops"] == fresh["steps"] * fresh["flops"]["step"] + fresh["flops"]["look"]
-    assert "batch beside rehearsed" in shown("roofline", result)
+    assert low_rank["needed_flops"] > 0
+    assert low_rank["flops"]["value_forward"] < fresh["flops"]["value_forward"]
+    assert "dense, beside rehearsed" in shown("roofline", result)
 
 
 @pytest.mark.parametrize("layer", [-1, 9])
@@ -128,7 +131,7 @@ def test_flops_of_a_step(context, layer):
     above, the delta meets all R tokens, and two layers of 192 x (192 + 64 + 64 + 192 + 3 x 576) entries cost R tokens
     2 FLOPs per entry forward and as many backward, beside attention: 2 x 192 x T^2 per row forward, twice that back."""
     edits = world_edits(3)
-    editor = streams.prepared(context, edits, precision="float32", layer=layer)
+    editor = streams.prepared(context, edits, precision="float32", layer=layer, writing=Writing(form="dense"))
     seen: dict[str, Any] = {}
     train = editor._train
     editor._train = lambda *args: seen.update(rows=args[2]) or train(*args)  # type: ignore[func-returns-value,method-assign]
@@ -149,7 +152,9 @@ def test_flops_of_a_step(context, layer):
 def test_generation(context):
     result = generation.run_part(replace(context, batches=(1, 3), shards=(2,), tokens=3))
     finite(result)
-    assert [(cell["batch"], cell["shards"]) for cell in result["cells"]] == [(1, 2), (3, 2)]
+    assert [(cell["form"], cell["batch"], cell["shards"]) for cell in result["cells"]] == [
+        (form, batch, 2) for form in ("low_rank", "dense") for batch in (1, 3)
+    ]
     assert result["cells"][1]["memories_in_batch"] == 2
     assert all(cell["answered_by_shards"] == 1 and cell["routing_share"] < 1 for cell in result["cells"])
     assert "100.0 % by shards" in shown("generation", result)
@@ -161,7 +166,8 @@ def test_memory(context):
     (row,) = result["streams"]
     finite(result)
     assert row["base_bytes"] == 4 * 5_657_280
-    assert row["shard_bytes"] == 4 * 192 * 576
+    tokens = row["shard_bytes"] / (4 * (192 + 576))  # low-rank shards: a column and a row per target token
+    assert tokens == int(tokens) >= 2 * 12
     assert row["cache_used"] <= row["cache_budget"] == 4 << 20
     assert row["peak"] >= row["rss"] > row["base_bytes"]
     assert "MiB" in shown("memory", result)

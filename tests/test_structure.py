@@ -24,13 +24,14 @@ BELOW = {
     "packs": ("types", "errors", "functional", "world", "memory", "models", "data"),
     "evaluation": ("types", "errors", "functional", "world", "memory", "models", "data", "packs"),
     "cli": ("types", "errors", "data", "editors", "evaluation", "packs"),
+    "compare": ("errors", "evaluation", "cli"),
     "callbacks": ("types", "errors", "functional", "data", "evaluation"),
     "__init__": ("packs",),
     "train": ("callbacks", "cli"),
     "evaluate": ("cli", "evaluation"),
 }
 """What each part may import besides itself: `types -> functional -> memory -> models -> data -> editors, packs ->
-evaluation -> callbacks, cli -> train, evaluate`. Imports under TYPE_CHECKING do not count."""
+evaluation -> callbacks, cli -> compare, train, evaluate`. Imports under TYPE_CHECKING do not count."""
 
 
 def part_of(path: Path) -> str:

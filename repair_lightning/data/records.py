@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import logging
+import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -85,6 +86,7 @@ def load_records(
     max_edits: int | None = None,
     on_bad_record: Literal["stop", "skip"] = "stop",
     split: str = "train",
+    sample_seed: int | None = None,
 ) -> RecordSet:
     """Reads, checks and converts the edits of a local file or of a hub data set.
 
@@ -97,6 +99,8 @@ def load_records(
         max_edits: Stop after so many edits, not counting duplicates; None for all.
         on_bad_record: `stop` raises for the first bad record, `skip` leaves bad records out and lists them in `bad`.
         split: The hub data set's split.
+        sample_seed: Draw the `max_edits` edits at random with this seed, from what the whole source comes to, and keep
+            the source's order; what repeats a drawn edit, or was superseded by it, comes along. None takes the first.
 
     Raises:
         RecordError: for a file or record that is bad (in mode `skip`: where nothing good is left).
@@ -112,6 +116,9 @@ def load_records(
     if bad and (on_bad_record == "stop" or not good):
         raise RecordError.at(source, *bad[0], more=len(bad) - 1)
     messages = tuple(str(RecordError.at(source, number, error)) for number, error in bad)
+    if sample_seed is not None and max_edits is not None:
+        good, repeated = _draw(good, repeated, max_edits, sample_seed)
+        max_edits = None  # all that is said of the drawn prompts counts, also after the last of them has come up
     found = _settle(good, max_edits)
     result = RecordSet(found.edits, messages, found.superseded, (*repeated, *found.duplicates), found.superseded_edits)
     _log_summary(source, result)
@@ -354,6 +361,19 @@ def _settle(edits: Sequence[Edit], max_edits: int | None) -> RecordSet:
     kept = tuple(Edit.from_dict(record) for record in dataset.to_list())
     superseded = {edits[old].id: edits[live[prompt]].id for old, prompt in replaced.items()}
     return RecordSet(kept, (), superseded, tuple(duplicates), tuple(edits[old] for old in sorted(replaced)))
+
+
+def _draw(good: Sequence[Edit], repeated: Sequence[str], number: int, seed: int) -> tuple[list[Edit], tuple[str, ...]]:
+    """The records and repeated ids of `number` prompts, drawn at random; a larger draw holds the smaller ones.
+
+    Prompts are drawn, not records: what a prompt's last record supersedes and repeats stays with it, whole.
+    """
+    prompts = list(dict.fromkeys(edit.prompt for edit in good))
+    random.Random(seed).shuffle(prompts)
+    drawn = set(prompts[:number])
+    kept = [edit for edit in good if edit.prompt in drawn]
+    ids = {edit.id for edit in kept}
+    return kept, tuple(id for id in repeated if id in ids)
 
 
 def _log_summary(source: str, found: RecordSet) -> None:

@@ -43,6 +43,9 @@ class EditStream(pl.LightningDataModule):
         irrelevant_prefix: put before each of them.
         max_irrelevant: take so many of them; half train the router, half calibrate it.
         split: of a hub data set.
+        sample_seed: draw `max_edits` of the good records at random with this seed; they arrive in the file's order, so
+            that a correction stays later than what it corrects, and a larger draw holds every smaller one of its seed.
+            None takes the first.
     """
 
     def __init__(
@@ -59,13 +62,14 @@ class EditStream(pl.LightningDataModule):
         irrelevant_prefix: str = "",
         max_irrelevant: int = 1000,
         split: str = "train",
+        sample_seed: int | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("window", window), ("batch_size", batch_size), ("max_irrelevant", max_irrelevant)):
             if value < 1:
                 raise ConfigError(f"data.{name} must be at least 1, got {value}")
         self.path, self.format, self.split = path, format, split
-        self.max_edits, self.on_bad_record = max_edits, on_bad_record
+        self.max_edits, self.sample_seed, self.on_bad_record = max_edits, sample_seed, on_bad_record
         self.window, self.batch_size = window, batch_size
         self.clustering, self.max_regroups = clustering, max_regroups
         self.irrelevant, self.irrelevant_prefix, self.max_irrelevant = irrelevant, irrelevant_prefix, max_irrelevant
@@ -83,7 +87,8 @@ class EditStream(pl.LightningDataModule):
         if self.records is not None:
             return
         path = str(edits_path()) if self.path == WORLD else self.path
-        self.records = load_records(path, self.format, self.max_edits, self.on_bad_record, self.split)
+        chosen = (self.max_edits, self.on_bad_record, self.split, self.sample_seed)
+        self.records = load_records(path, self.format, *chosen)
         if not self.records.edits:
             raise ConfigError(f"'{path}' holds no edit that can be written; see the messages above")
 

@@ -101,7 +101,7 @@ class Editor(pl.LightningModule):
     def _prefix_cache(self) -> PrefixCache:
         assert self.base is not None
         identity = f"{self.base.sha256[:16]}-{self.layer}-{str(self.base.model.dtype).removeprefix('torch.')}"
-        scratch = self.scratch if self.cache_disk_mib else None
+        scratch = self.scratch if self.cache_mib and self.cache_disk_mib else None
         return PrefixCache(self.edited.split, self.cache_mib << 20, scratch, self.cache_disk_mib << 20, identity)
 
     def configure_model(self) -> None:

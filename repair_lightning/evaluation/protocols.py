@@ -147,8 +147,10 @@ def _settled(tokenizer: Any, said: Sequence[int], row: Sequence[int], target: st
     begun = normalise(tokenizer.decode(list(said if wrong is None else said[: wrong + 1]), skip_special_tokens=True))
     if ends:
         return begun == normalise(target)
-    # The last character may still change with what follows it: a part of a letter, an accent, a full stop.
-    return None if normalise(target).startswith(begun.rstrip("\ufffd")[:-1]) else False
+    # The last character may still change with what follows it: a part of a letter, an accent, a full stop. So may a
+    # space before it, which some tokenizers take away from a sign.
+    whole, begun = (text.replace(" ", "") for text in (normalise(target), begun))
+    return None if whole.startswith(begun.rstrip("\ufffd")[:-1]) else False
 
 
 def token_share(found: Sequence[int], expected: Sequence[int]) -> float:

@@ -89,6 +89,12 @@ def print_report(metrics: Mapping[str, Any], run_dir: Path | None, console: Cons
         console.print(
             "Perplexity of the targets: " + ", ".join(f"{k} {v:.2f}" for k, v in metrics["perplexity"].items())
         )
+    if "probes" in metrics:
+        kept = metrics["probes"]
+        console.print(
+            f"{kept['number']} probes that no edit touches: {_percent(kept['pre'])} % right before, "
+            f"{_percent(kept['final'])} % after; {_percent(kept['same'])} % of the answers are unchanged."
+        )
     if run_dir is None:
         return
     loop, merge, seconds = metrics["closed_loop"], metrics["merge"], metrics["seconds"]

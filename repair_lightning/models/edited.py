@@ -19,8 +19,8 @@ from repair_lightning.errors import RepairError
 from repair_lightning.memory.query import Choice, Query, canonical_ids
 from repair_lightning.memory.routers import Router
 from repair_lightning.memory.side_memory import Selection, SideMemory
-from repair_lightning.models.prefix import Capture, SplitModel, pad_left, stack_left
-from repair_lightning.models.prefix_cache import PrefixCache
+from repair_lightning.models.prefix import Capture, SplitModel, stack_left
+from repair_lightning.models.prefix_cache import PrefixCache, canonical_batches, capture_rows
 from repair_lightning.types import BASE, Route
 
 _HELD = "_repair_turn"
@@ -167,17 +167,15 @@ class EditedModel(nn.Module):
         """Prompts with the state of their last token alone and no activations: the cheapest look at a prompt."""
         rows = self.tokenizer(list(prompts))["input_ids"]
         _refuse_empty(rows)
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        hidden: list[Tensor] = [torch.empty(0)] * len(rows)
-        for start in range(0, len(rows), batch_size):
-            index = order[start : start + batch_size]
-            ids, mask = pad_left([rows[i] for i in index], device=self.device)
-            with self.forced(None):
-                for i, state in zip(index, self.split.states(ids, mask)[:, -1], strict=True):
-                    hidden[i] = state
-        states = torch.stack(hidden)[:, None]
+        hidden: list[Any] = [None] * len(rows)
+        with self.forced(None):
+            for index, ids in canonical_batches(self.split, rows, batch_size):
+                states = self.split.states(ids, torch.ones_like(ids))
+                for i, row in zip(index, states, strict=True):
+                    hidden[i] = row[len(rows[i]) - 1]
+        last = torch.stack(hidden)[:, None]
         one = torch.ones(len(rows), 1, dtype=torch.bool, device=self.device)
-        return Query(self._words(rows), one, states, states[..., :0])
+        return Query(self._words(rows), one, last, last[..., :0])
 
     @torch.no_grad()
     def captures(self, rows: Sequence[Sequence[int]]) -> list[Capture]:
@@ -186,9 +184,7 @@ class EditedModel(nn.Module):
         with self.forced(None):
             if self.prefixes is not None:
                 return self.prefixes.get(rows)
-            ids, mask = pad_left(rows, device=self.device)
-            found = self.split.capture(ids, mask)
-        return [Capture(found.hidden[i, -len(row) :], found.activations[i, -len(row) :]) for i, row in enumerate(rows)]
+            return capture_rows(self.split, rows)
 
     @contextmanager
     def forced(self, choice: Choice | Selection | int | None) -> Iterator[None]:

@@ -139,7 +139,10 @@ class SplitModel:
             logits (M, V), and the features (M, D) that enter the head.
         """
         ids = torch.zeros(len(hidden), 1, dtype=torch.long, device=hidden.device)
-        logits, features = self._run(0, hidden[:, None], self.inputs(ids, torch.ones_like(ids)), 1)
+        inputs = self.inputs(ids, torch.ones_like(ids))
+        # No layer reads the mask; with four dimensions it is taken as it is, unread: a look waits for the device.
+        inputs["attention_mask"] = torch.ones_like(ids)[:, None, None]
+        logits, features = self._run(0, hidden[:, None], inputs, 1)
         return logits[:, 0], features[:, 0]
 
     @torch.no_grad()

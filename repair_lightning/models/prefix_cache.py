@@ -44,10 +44,10 @@ def canonical_width(length: int, limit: int | None = None) -> int:
     return width if limit is None else max(length, min(width, limit))
 
 
-def capture_rows(
+def canonical_batches(
     split: SplitModel, rows: Sequence[Sequence[int]], batch_size: int = 64
-) -> Iterator[tuple[int, Capture]]:
-    """Capture token rows, each in its own canonical form: the same bits in every batch, order and place.
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Token rows in passes in which each has its own canonical form: the same bits in every batch, order and place.
 
     Rows share a pass with rows of their own :func:`canonical_width` alone. They are padded on the right, which a causal
     model cannot see, so no mask is needed: the pass is the one of unpadded rows. A row's bits do not depend on how many
@@ -60,7 +60,7 @@ def capture_rows(
         batch_size: most rows in one pass.
 
     Yields:
-        a row's index, and its capture without padding: `hidden` (T, D), `activations` (T, F).
+        the indices of a pass's rows, and its token ids (B, width).
 
     Raises:
         RepairError: a row is empty.
@@ -74,11 +74,23 @@ def capture_rows(
         alike = list(group)
         for start in range(0, len(alike), batch_size):
             index = alike[start : start + batch_size]
-            ids = torch.tensor([[*rows[i], *[0] * (width - len(rows[i]))] for i in index], device=device)
-            found = split.capture(ids, torch.ones_like(ids))
-            for place, i in enumerate(index):
-                n = len(rows[i])
-                yield i, Capture(found.hidden[place, :n].clone(), found.activations[place, :n].clone())
+            padded = [[*rows[i], *[0] * (width - len(rows[i]))] for i in index]
+            yield index, torch.tensor(padded, device=device)
+
+
+def capture_rows(split: SplitModel, rows: Sequence[Sequence[int]], batch_size: int = 64) -> list[Capture]:
+    """Capture token rows, each in its canonical form; see :func:`canonical_batches`.
+
+    Returns:
+        per row its capture without padding: `hidden` (T, D), `activations` (T, F).
+    """
+    captures: list[Any] = [None] * len(rows)
+    for index, ids in canonical_batches(split, rows, batch_size):
+        found = split.capture(ids, torch.ones_like(ids))
+        for place, i in enumerate(index):
+            n = len(rows[i])
+            captures[i] = Capture(found.hidden[place, :n].clone(), found.activations[place, :n].clone())
+    return captures
 
 
 def nbytes(entry: Capture) -> int:
@@ -152,9 +164,9 @@ class PrefixCache:
             found[key] = entry
             self._keep(key, entry)
         missing = [key for key in dict.fromkeys(keys) if key not in found]
-        for i, entry in capture_rows(self.split, [ids for _, ids in missing], batch_size):
-            found[missing[i]] = entry
-            self._keep(missing[i], entry)
+        for key, entry in zip(missing, capture_rows(self.split, [ids for _, ids in missing], batch_size), strict=True):
+            found[key] = entry
+            self._keep(key, entry)
         return [found[key] for key in keys]
 
     def close(self) -> None:

@@ -13,11 +13,13 @@ from helpers_runs import fit, world_editor, world_stream, written_editor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from callbacks import ErrorSampleMonitor, LossAwareTiesMerge, PruneAndRetrigger, Scoreboard
+from callbacks import ties_merge as ties_merge_module
 from callbacks.ties_merge import MergeGuard, accept, groups_of, mean_loss
 from repair_lightning.data.ledger import Ledger
 from repair_lightning.errors import ConfigError
 from repair_lightning.evaluation.correctness import correctness
 from repair_lightning.evaluation.evaluate import evaluate_pack
+from repair_lightning.evaluation.protocols import answers, forced_choice
 from repair_lightning.functional import ties_merge
 from repair_lightning.packs import load_edited, save_pack
 from repair_lightning.types import BASE, Edit, EditReport
@@ -292,6 +294,101 @@ def test_the_guard_asks_no_scoring_prompt(monkeypatch):
     rest = set(asked) - unrelated - set(own)
     assert len(rest) == len(own)
     assert all(any(text.endswith(f". {prompt}") for prompt in own) for text in rest)
+
+
+class TestGuardAsks:
+    """The guard's own prompts before and after, against a plain computation that asks everything."""
+
+    def chosen(self, editor: Any, shift: int, monkeypatch: Any) -> list[int]:
+        """Route the held-out prompts at will: six base, base, 0, 0, 1, base in turn; of the second shift in part
+        elsewhere."""
+        turns = [(BASE, BASE), (BASE, 0), (0, 0), (0, BASE), (1, 0), (BASE, BASE)]
+        prompts = editor.held_out_prompts
+        memory = {prompt: turns[i % len(turns)][shift] for i, prompt in enumerate(prompts)}
+        monkeypatch.setattr(
+            editor.edited, "choose", lambda asked: forced_choice(torch.tensor([memory[prompt] for prompt in asked]))
+        )
+        return [memory[prompt] for prompt in prompts]
+
+    def say(self, editor: Any, chosen: list[int]) -> list[str]:
+        return answers(editor.edited, list(editor.held_out_prompts), torch.tensor(chosen), max_new_tokens=8)
+
+    def plain_score(self, guard: MergeGuard, before: list[str], after: list[str]) -> float:
+        parts = [correctness(guard.editor, edits) for edits in (guard.edits, guard.in_context)]
+        rel, gen = (sum(part.values()) / len(part) for part in parts)
+        same = sum(a == b for a, b in zip(before, after, strict=True)) / len(before)
+        return (rel * gen * same) ** (1 / 3)
+
+    @pytest.fixture
+    def asked(self, monkeypatch) -> list[str]:
+        seen: list[str] = []
+        real = ties_merge_module.answers
+
+        def watched(model, prompts, *rest, **more):
+            seen.extend(prompts)
+            return real(model, prompts, *rest, **more)
+
+        monkeypatch.setattr(ties_merge_module, "answers", watched)
+        return seen
+
+    @pytest.fixture
+    def editor(self) -> Any:
+        return shards_of()
+
+    def test_into_the_side_memory_only_what_was_or_is_a_shards(self, editor, asked, monkeypatch):
+        prompts = list(editor.held_out_prompts)
+        first = self.chosen(editor, 0, monkeypatch)
+        before = self.say(editor, first)
+        guard = MergeGuard(editor, 64)
+        assert asked == [prompt for prompt, memory in zip(prompts, first, strict=True) if memory != BASE]
+        assert guard.score() == pytest.approx(self.plain_score(guard, before, before))
+        editor.memory[0].delta.data.mul_(-3.0)
+        second = self.chosen(editor, 1, monkeypatch)
+        asked.clear()
+        found = guard.score()
+        moved = [i for i, pair in enumerate(zip(first, second, strict=True)) if pair != (BASE, BASE)]
+        assert set(asked) == {prompts[i] for i in moved}
+        assert len(asked) == len(moved) + first.count(BASE) - sum(
+            pair == (BASE, BASE) for pair in zip(first, second, strict=True)
+        ), "after, and what had not been asked before"
+        after = self.say(editor, second)
+        changed = sum(a != b for a, b in zip(before, after, strict=True))
+        assert 0 < changed < len(moved), "the premise"
+        assert found > 0, "the premise"
+        assert found == pytest.approx(self.plain_score(guard, before, after))
+        asked.clear()
+        assert guard.score() == found
+        assert len(asked) == len(moved), "what was said before is known"
+
+    def test_into_the_base_all(self, editor, asked, monkeypatch):
+        prompts = list(editor.held_out_prompts)
+        chosen = self.chosen(editor, 0, monkeypatch)
+        before = self.say(editor, chosen)
+        guard = MergeGuard(editor, 64, into_base=True)
+        assert asked == prompts
+        weight = editor.edited.value_weight
+        kept = weight.detach().clone()
+        try:
+            noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+            weight.data.add_(12 * weight.std() * noise)
+            asked.clear()
+            found = guard.score()
+            assert asked == prompts
+            after = self.say(editor, chosen)
+            assert 0 < sum(a != b for a, b in zip(before, after, strict=True)) < len(after), "the premise"
+            assert found > 0, "the premise"
+            assert found == pytest.approx(self.plain_score(guard, before, after))
+        finally:
+            weight.data.copy_(kept)
+
+    def test_a_merge_says_to_its_guard_where_it_goes(self, editor, asked):
+        """No held-out prompt is routed, so that a merge into the side memory asks for none and one into W_v for all."""
+        unrelated = editor.held_out_prompts
+        assert set(editor.edited.choose(unrelated).memory.tolist()) == {BASE}, "the premise"
+        LossAwareTiesMerge(max_op_drop=-2.0).merge(editor)
+        assert asked == []
+        LossAwareTiesMerge(max_op_drop=-2.0, target="main").merge(editor)
+        assert asked == [*unrelated] * 3
 
 
 def test_the_guard_sees_damage_to_unrelated_answers():

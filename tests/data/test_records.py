@@ -6,6 +6,7 @@ import csv
 import json
 import logging
 import pickle
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
@@ -168,6 +169,76 @@ def test_max_edits_counts_what_is_written(jsonl):
 def test_max_edits_does_not_hide_a_bad_record(jsonl):
     with pytest.raises(RecordError, match="record 2, field 'target'"):
         load_records(jsonl(ROME, {"prompt": "x"}), max_edits=1)
+
+
+# -- a random draw ---------------------------------------------------------------------------------------------------
+
+
+def plain(number):
+    return [{"prompt": f"Where is place {i}?", "target": f"land {i}"} for i in range(number)]
+
+
+def ids_of(path, **options):
+    return [edit.id for edit in load_records(path, **options).edits]
+
+
+def test_a_draw_is_seeded_and_keeps_the_order_of_the_file(jsonl):
+    path = jsonl(*plain(30))
+    order = ids_of(path)
+    draws = [ids_of(path, max_edits=10, sample_seed=seed) for seed in (0, 0, 1, 2)]
+    assert draws[0] == draws[1]
+    assert len(set(map(tuple, draws))) == 3
+    for drawn in draws:
+        assert len(drawn) == 10
+        assert drawn == [id for id in order if id in set(drawn)]
+
+
+def test_a_larger_draw_holds_every_smaller_one_of_its_seed(jsonl):
+    path = jsonl(*plain(30))
+    draws = [set(ids_of(path, max_edits=number, sample_seed=5)) for number in (1, 4, 11, 29)]
+    assert all(small < large for small, large in pairwise(draws))
+
+
+@pytest.mark.parametrize("max_edits", [None, 30, 31])
+def test_a_draw_of_everything_is_everything(jsonl, max_edits):
+    path = jsonl(*plain(30))
+    assert load_records(path, max_edits=max_edits, sample_seed=3) == load_records(path)
+
+
+def test_every_record_may_be_drawn(jsonl):
+    path = jsonl(*plain(10))
+    assert {id for seed in range(60) for id in ids_of(path, max_edits=2, sample_seed=seed)} == set(ids_of(path))
+
+
+def test_a_drawn_edit_brings_what_it_superseded_and_what_repeats_it(jsonl):
+    """Two of three prompts are drawn; each comes with all of its records and none of another's.
+
+    ROME is said three times (the last supersedes two), OSLO twice alike, BERN twice under one id. Whatever is drawn,
+    its last target is the one to write, though the draw is complete with each prompt's first record.
+    """
+    rows = (ROME, OSLO, {**BERN, "id": "b"}, {**ROME, "target": "Spain"}, OSLO, {**BERN, "id": "b"})
+    path = jsonl(*rows, {**ROME, "target": "Peru"})
+    of_rome = {"jsonl-1": "jsonl-7", "jsonl-4": "jsonl-7"}
+    seen = set()
+    for seed in range(30):
+        found = load_records(path, max_edits=2, sample_seed=seed)
+        targets = {edit.prompt: edit.target for edit in found.edits}
+        seen.add(frozenset(targets))
+        assert (
+            targets.items()
+            <= {ROME["prompt"]: "Peru", OSLO["prompt"]: "Norway", BERN["prompt"]: BERN["target"]}.items()
+        )
+        assert len(targets) == len(found.edits) == 2
+        assert found.superseded == (of_rome if ROME["prompt"] in targets else {})
+        assert [edit.id for edit in found.superseded_edits] == list(found.superseded)
+        repeats = {BERN["prompt"]: "b", OSLO["prompt"]: "jsonl-5"}
+        assert set(found.duplicates) == {id for prompt, id in repeats.items() if prompt in targets}
+    assert len(seen) == 3
+
+
+def test_a_draw_does_not_hide_a_bad_record(jsonl):
+    with pytest.raises(RecordError, match="record 2, field 'target'"):
+        load_records(jsonl(ROME, {"prompt": "x"}), max_edits=1, sample_seed=0)
 
 
 # -- bad records -----------------------------------------------------------------------------------------------------

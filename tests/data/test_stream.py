@@ -234,6 +234,29 @@ def test_a_chain_of_corrections_leaves_the_last(tmp_path, watcher):
     assert stream.ledger.with_status(EditStatus.SUPERSEDED) == ["v0", "v1"]
 
 
+def test_a_random_draw_loses_no_correction(tmp_path, watcher):
+    """Every draw of three edits: all are written, and a drawn correction has what it superseded in the ledger."""
+    edits = world_edits(5)
+    newer = replace(edits[1], id="newer", target="Quite Another Firm")
+    path = write_edits(tmp_path / "edits.jsonl", [*edits, newer])
+    order = [*(edit.id for edit in edits if edit != edits[1]), "newer"]
+    drawn: set[str] = set()
+    for seed in range(12):
+        stream = attach(world_stream(path, max_edits=3, sample_seed=seed, window=2, batch_size=2), watcher)
+        ids = [edit.id for edit in stream.edits]
+        assert ids == [id for id in order if id in ids]
+        seen: list[str] = []
+        while not stream.exhausted:
+            worklist = stream.next_window()
+            write(stream, worklist)
+            seen += ids_of(worklist)
+        assert sorted(seen) == sorted(ids)
+        assert stream.ledger.with_status(EditStatus.SUPERSEDED) == ([edits[1].id] if "newer" in ids else [])
+        assert len(stream.ledger) == 3 + ("newer" in ids)
+        drawn |= set(ids)
+    assert drawn == set(order)
+
+
 def test_max_edits(tmp_path, watcher):
     stream = stream_of(tmp_path, watcher, max_edits=3)
     assert [edit.id for edit in stream.edits] == ["w0001", "w0002", "w0003"]

@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_runs import fit, world_stream
 
+from callbacks import ErrorSampleMonitor, LossAwareTiesMerge, PruneAndRetrigger
 from repair_lightning.data.ledger import EditStatus
 from repair_lightning.editors.repair import Distillation, Repair, Routing, Writing
 from repair_lightning.errors import ConfigError
+from repair_lightning.evaluation.correctness import correctness
 from repair_lightning.functional import activation_scores
 from repair_lightning.memory.query import canonical_ids
 from repair_lightning.memory.routers import Anchor
@@ -635,6 +638,52 @@ class TestOptions:
         base = editor.base
         editor.load()
         assert editor.base is base
+
+
+class TestWithoutAPrefixCache:
+    """`cache_mib: 0`: the whole base runs in every step, nothing of a prompt is kept, and the same is written."""
+
+    @each_model
+    @pytest.mark.parametrize("form", ["dense", "low_rank"])
+    @pytest.mark.parametrize("layer", [None, 1])
+    def test_the_same_is_written(self, editor_of, write, answers, edits, model_type, form, layer):
+        """Ten steps of plain gradient descent, so that rounding has no time to grow."""
+        found = []
+        for cache_mib in (64, 0):
+            writing = Writing(form, "sgd", lr=0.01, steps=10, stop_margin=None)
+            editor = editor_of(model_type, layer=layer, writing=writing, cache_mib=cache_mib)
+            assert (editor.tail == "model") == (cache_mib == 0)
+            found.append((editor, write(editor, edits[:4])))
+            assert (len(editor.edited.prefixes) == 0) == (cache_mib == 0)
+        (one, reports), (other, others) = found
+        assert one.memory.ids == other.memory.ids
+        torch.testing.assert_close(one.memory.stacked(), other.memory.stacked(), rtol=1e-3, atol=1e-5)
+        assert [r.loss for r in reports] == pytest.approx([r.loss for r in others], rel=1e-3)
+
+    def test_nor_anything_on_disk(self, folder_of, write, edits, irrelevant, tmp_path):
+        for cache_mib, cache_disk_mib in ((0, 64), (64, 0)):
+            editor = Repair(str(folder_of("llama")), cache_mib=cache_mib, cache_disk_mib=cache_disk_mib)
+            editor.scratch = tmp_path / "scratch"
+            editor.load()
+            editor.prepare(irrelevant[:8], irrelevant[8:])
+            write(editor, edits[:2])
+            assert editor.edited.prefixes.spilled == 0
+            assert not editor.scratch.exists()
+
+    def test_a_run_from_end_to_end(self, tmp_path):
+        """Stream, closed loop and merge on the world's base: every edit is answered in the end."""
+        editor = Repair("world", precision="float32", cache_mib=0, writing=dense(steps=40, capacity=4))
+        stream = world_stream(max_edits=6, window=3, batch_size=3)
+        fit(editor, stream, [ErrorSampleMonitor(), PruneAndRetrigger(), LossAwareTiesMerge()], tmp_path)
+        assert editor.tail == "model"
+        assert len(editor.edited.prefixes) == 0
+        assert len(stream.ledger) == 6
+        assert set(correctness(editor, stream.edits).values()) == {1.0}
+
+    @pytest.mark.parametrize("name", ["cache_mib", "cache_disk_mib"])
+    def test_less_than_none_is_refused(self, name):
+        with pytest.raises(ConfigError, match=f"{name} must be at least 0, got -1"):
+            Repair("world", **{name: -1})
 
 
 class TestRealBase:

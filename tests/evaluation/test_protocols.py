@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from repair_lightning.data.tokenizing import encode
+from repair_lightning.editors.repair import Writing
+from repair_lightning.evaluation import protocols
 from repair_lightning.evaluation.correctness import correctness
 from repair_lightning.evaluation.protocols import (
+    answered,
     answers,
     forced_choice,
     forced_tokens,
@@ -184,3 +190,144 @@ def test_teacher_forced_correctness_is_a_share(written, plain):
     for edit in stream.edits:
         logits, expected = slow_logits(plain(BASE), editor.tokenizer, edit.prompt, edit.target)
         assert found[edit.id] == token_share(logits.argmax(-1).tolist(), expected)
+
+
+# -- `answered` is what generation says, mostly without generating ---------------------------------------------------
+
+SPOKEN = ["Lisbon", "São Paulo", "St. Gallen. North", "3.5", "東京 tower", "naïve café", "x", "Oslo, no 🙂"]
+"""What is written and said: words, letters that a byte-level tokenizer takes apart, full stops inside."""
+ALIKE = {
+    "itself": lambda text: text,
+    "capitals": str.upper,
+    "small": str.lower,
+    "full stop": lambda text: f"{text}.",
+    "dots and spaces": lambda text: f"{text} . .",
+    "white space": lambda text: f" {text.replace(' ', chr(10) + ' ')} ",
+    "decomposed": lambda text: unicodedata.normalize("NFD", text),
+    "full width": lambda text: "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text),
+}
+"""Other spellings that count as the same answer."""
+UNLIKE = {
+    "another first letter": lambda text: "Q" + text[1:],
+    "another last letter": lambda text: text[:-1] + "q",
+    "too short by a letter": lambda text: text[:-1],
+    "too short by a word": lambda text: text.rsplit(" ", 1)[0] if " " in text else text[: len(text) // 2],
+    "too long by a letter": lambda text: f"{text}s",
+    "too long by a word": lambda text: f"{text} and more",
+    "twice": lambda text: f"{text} {text}",
+    "a special token": lambda text: f"{text} <pad>",
+    "an end inside": lambda text: f"{text[:1]}</s>{text[1:]}",
+    "something else": lambda _: "Zürich",
+    "nothing": lambda _: "",
+    "a full stop": lambda _: ".",
+}
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2", "opt"])
+def said(request, editor_of, write, edits) -> tuple[Any, list[str], torch.Tensor]:
+    """An editor of a tiny base that answers eight prompts with `SPOKEN`, the prompts and their shards."""
+    editor = editor_of(request.param, layer=1, writing=Writing(steps=200))
+    taught = [replace(edit, target=target) for edit, target in zip(edits, SPOKEN, strict=True)]
+    write(editor, taught)
+    prompts, owners = [edit.prompt for edit in taught], editor.owner_choice([edit.id for edit in taught])
+    assert answers(editor.edited, prompts, owners, 30) == SPOKEN, "the premise"
+    return editor, prompts, owners
+
+
+def generated(model: Any, prompts: list[str], targets: list[str], memory: torch.Tensor) -> list[bool]:
+    """The definition: the greedy answer, two tokens past the target, is the target after normalisation."""
+    limits = [len(encode(model.tokenizer, prompt, target).target) + 2 for prompt, target in zip(prompts, targets)]  # noqa: B905
+    found = answers(model, prompts, memory, limits)
+    return [normalise(a) == normalise(b) for a, b in zip(found, targets, strict=True)]
+
+
+@pytest.fixture
+def asked_for(monkeypatch) -> list[str]:
+    """The prompts from which is generated."""
+    seen: list[str] = []
+    real = protocols.answers
+
+    def watched(model, prompts, *rest):
+        seen.extend(prompts)
+        return real(model, prompts, *rest)
+
+    monkeypatch.setattr(protocols, "answers", watched)
+    return seen
+
+
+@pytest.mark.parametrize("how", [*ALIKE, *UNLIKE])
+def test_answered_is_what_generation_says(said, how):
+    editor, prompts, owners = said
+    targets = [(ALIKE | UNLIKE)[how](text) for text in SPOKEN]
+    expected = generated(editor.edited, prompts, targets, owners)
+    assert answered(editor.edited, prompts, targets, owners) == expected
+    assert expected == [normalise(a) == normalise(b) for a, b in zip(SPOKEN, targets, strict=True)]
+    nobody = torch.full_like(owners, BASE)
+    assert answered(editor.edited, prompts, targets, nobody) == generated(editor.edited, prompts, targets, nobody)
+
+
+@given(st.data())
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_answered_is_what_generation_says_of_any_target(said, data):
+    """Targets near what is said, cut and glued anywhere, and memories at random."""
+    editor, prompts, owners = said
+    signs = st.text(st.sampled_from("aZß .,é\u0301\u0327ﬁ東🙂İ"), max_size=3)
+    targets, memory = [], []
+    for text, owner in zip(SPOKEN, owners.tolist(), strict=True):
+        change = data.draw(st.sampled_from([*(ALIKE | UNLIKE).values()]))
+        kept = data.draw(st.integers(0, len(text)))
+        targets.append(change(text[:kept]) + data.draw(signs) + data.draw(st.sampled_from(["", text[kept:]])))
+        memory.append(data.draw(st.sampled_from([owner, owner, owner, BASE, 1])))
+    chosen = torch.tensor(memory)
+    expected = generated(editor.edited, prompts, targets, chosen)
+    assert answered(editor.edited, prompts, targets, chosen) == expected
+
+
+def test_nothing_is_generated_for_what_is_said_to_the_last_token(said, asked_for):
+    editor, prompts, owners = said
+    assert answered(editor.edited, prompts, SPOKEN, owners) == [True] * len(SPOKEN)
+    assert asked_for == []
+
+
+@pytest.mark.parametrize("target", ["Zürich", "Oslo", "Lis", "Lisbon Lisbon", "Lisbon and more", "Lisbon3", ""])
+def test_nothing_is_generated_where_the_first_other_token_decides(said, asked_for, target):
+    """The answer is the token ` Lisbon` and its end: another word, the wrong length, an end too early."""
+    editor, prompts, owners = said
+    assert answered(editor.edited, prompts[:1], [target], owners[:1]) == [False]
+    assert asked_for == []
+
+
+def test_another_spelling_is_generated_and_counts(said, asked_for):
+    editor, prompts, owners = said
+    assert answered(editor.edited, prompts[:1], ["LISBON"], owners[:1]) == [True]
+    assert asked_for == prompts[:1]
+
+
+class Tidy:
+    """A tokenizer that takes the space before an apostrophe away, as those of some bases do."""
+
+    eos_token_id = 0
+    words: ClassVar[list[str]] = ["</s>", "Mary", " '", "s", "'s", " '", "t", " said"]
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        text = "".join(self.words[i] for i in ids if i or not skip_special_tokens)
+        return text.replace(" 's", "'s").replace(" 't", "'t")
+
+
+@pytest.mark.parametrize(
+    ("argmax", "row", "target", "settled"),
+    [
+        ([1, 4, 0], [1, 4, 0], "Mary's", True),
+        ([1, 2, 0], [1, 4, 0], "Mary's", None),  # " '" may go on with "s"
+        ([1, 7, 0], [1, 4, 0], "Mary's", False),
+        ([1, 0, 0], [1, 4, 0], "Mary's", False),  # it ends too early
+        ([1, 4, 7], [1, 4, 0], "Mary's", False),  # it does not end: a word follows
+        ([2, 1, 0], [1, 4, 0], "Mary's", None),  # a single sign may become any letter
+    ],
+)
+def test_what_the_argmax_tokens_settle(argmax, row, target, settled):
+    assert protocols._settled(Tidy(), argmax, row, target) is settled
+
+
+def test_nobody_answered(written):
+    assert answered(written[0].edited, [], [], torch.zeros(0, dtype=torch.long)) == []

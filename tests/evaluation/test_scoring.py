@@ -157,6 +157,97 @@ def test_base_replies_are_reused_for_base_routed_prompts_alone(written, edits, o
     assert spy["answers"] == spy["forced_tokens"] == everything + routed + everything
 
 
+class TestAskedAgain:
+    """What was said is kept for as long as the memory that said it holds the same."""
+
+    @pytest.fixture
+    def settled(self, written, edits, owners, spy):
+        """A scorer that has asked the base and the owners."""
+        scorer = Scorer(written[0].edited, edits)
+        scorer.score("first", forced_choice(owners), owners)
+        self.forget(spy)
+        return scorer
+
+    def forget(self, spy):
+        for seen in spy.values():
+            seen.clear()
+
+    def asked(self, spy):
+        """Who was asked since, by both protocols alike."""
+        assert spy["answers"] == spy["forced_tokens"]
+        found = list(spy["answers"])
+        self.forget(spy)
+        return found
+
+    def prompts(self, scorer, chosen=None):
+        return [q.prompt for i, q in enumerate(scorer.questions) if chosen is None or chosen[i]]
+
+    def test_an_unchanged_memory_is_not(self, settled, owners, spy):
+        first = settled.score("stage", forced_choice(owners), owners)
+        assert self.asked(spy) == []
+        assert settled.score("stage", forced_choice(owners), owners).rows == first.rows
+        assert self.asked(spy) == []
+
+    def test_another_memory_is_for_its_questions_alone(self, settled, owners, spy):
+        """Two of the questions go to the other shard; back at their own, nothing is asked."""
+        other = owners.clone()
+        other[[1, 4]] = 1 - owners[[1, 4]]
+        settled.score("other", forced_choice(other), owners)
+        assert self.asked(spy) == self.prompts(settled, other != owners)
+        for memory in (owners, other):
+            settled.score("again", forced_choice(memory), owners)
+            assert self.asked(spy) == []
+
+    @pytest.mark.parametrize("how", ["in place", "pruned and written anew", "another object of the same content"])
+    def test_a_shard_is_when_its_content_changed(self, written, settled, edits, owners, spy, how):
+        """Shard 0 alone; what is said is then what a scorer without a past says. Changed back, nothing is asked."""
+        memory = written[0].memory
+        before = settled.score("stage", forced_choice(owners), owners).rows
+        half = owners.clone()
+        half[::2] = 1 - half[::2]  # both shards are in use
+        settled.score("stage", forced_choice(half), owners)
+        self.forget(spy)
+        snapshot, kept = memory.snapshot(), memory[0].delta.detach().clone()
+        try:
+            if how == "in place":
+                memory[0].delta.data.neg_()
+            else:
+                memory.prune(0)
+                memory[0].delta.data.copy_(kept if how.startswith("another") else -kept)
+            found = settled.score("stage", forced_choice(half), owners)
+            changed = not how.startswith("another")
+            assert self.asked(spy) == (self.prompts(settled, half == 0) if changed else [])
+            assert found.rows == Scorer(written[0].edited, edits).score("stage", forced_choice(half), owners).rows
+            self.forget(spy)
+        finally:
+            memory.restore(snapshot)
+            memory[0].delta.data.copy_(kept)
+        assert settled.score("stage", forced_choice(owners), owners).rows == before
+        assert self.asked(spy) == []
+
+    def test_a_changed_base_is_before_and_after(self, written, settled, owners, spy):
+        """With `fresh` the base's questions too, once for each content of its W_v, and so are the shards upon it."""
+        editor, _ = written
+        half = torch.where(torch.arange(len(owners)) % 2 == 0, owners, BASE)
+        choice = forced_choice(half)
+        plain = settled.score("stage", choice, owners).rows
+        self.forget(spy)
+        weight = editor.edited.value_weight
+        kept, rows = weight.detach().clone(), []
+        try:
+            for factor in (1.0, -1.0, 1.0):
+                weight.data.copy_(kept * factor)
+                for time in range(2):
+                    rows.append(settled.score("stage", choice, owners, fresh=True).rows)
+                    first = time == 0 and len(rows) < 4
+                    assert self.asked(spy) == (self.prompts(settled) if first else [])
+        finally:
+            weight.data.copy_(kept)
+        assert rows[0] == rows[1] == rows[4] == rows[5] == plain
+        assert rows[2] == rows[3] != plain
+        assert {row["base_answer"] for row in rows[2]} == {row["base_answer"] for row in plain}
+
+
 def test_a_changed_base_is_measured_against_the_old_one(written, edits):
     """After a merge into W_v prompts are routed to the base, but its replies are new ones."""
     editor, _ = written

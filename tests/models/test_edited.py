@@ -15,8 +15,10 @@ from repair_lightning.errors import RepairError
 from repair_lightning.memory.query import Choice, Query, canonical_ids
 from repair_lightning.memory.routers import Router
 from repair_lightning.memory.side_memory import SideMemory
+from repair_lightning.models.architectures import ARCHITECTURES
 from repair_lightning.models.edited import EditedModel
 from repair_lightning.models.prefix import pad_left, positions
+from repair_lightning.models.prefix_cache import PrefixCache
 from repair_lightning.types import BASE
 
 NEW = 7
@@ -367,3 +369,98 @@ class TestForced:
         ids, mask = batch(edited)
         with pytest.raises(RepairError, match="there is no shard 9"), edited.forced(9):
             base_logits(edited, ids, mask)
+
+
+class TestStates:
+    """What is known of prompts at the edited layer, by the ways that there are to it."""
+
+    @pytest.fixture(params=ARCHITECTURES)
+    def any_edited(self, request, tiny, tokenizer) -> EditedModel:
+        memory = SideMemory((32, 64))
+        memory.open_shard()
+        memory[0].delta.data.copy_(torch.randn(32, 64))
+        return EditedModel(tiny(request.param), tokenizer, memory, FirstWordRouter({}), 1)
+
+    @pytest.mark.parametrize("batch_size", [1, 2, 64])
+    def test_last_states_are_the_querys(self, any_edited, batch_size):
+        """Whatever the prompts' order and company, and whatever shard is forced around them."""
+        expected = any_edited.query(PROMPTS).at_last()
+        for order in ([0, 1, 2, 3, 4], [3, 2, 4, 0, 1], [2, 2, 1]):
+            with any_edited.forced(0):
+                found = any_edited.last_states([PROMPTS[i] for i in order], batch_size)
+            assert len(found) == len(order)
+            torch.testing.assert_close(found.hidden, expected.hidden[order], rtol=1e-4, atol=1e-5)
+            assert found.mask.tolist() == [[True]] * len(order)
+            assert found.activations.shape == (len(order), 1, 0)
+            words = any_edited.query([PROMPTS[i] for i in order]).words
+            assert torch.equal(found.words, words)
+
+    def test_captures_with_and_without_a_prefix_cache(self, any_edited):
+        rows = any_edited.tokenizer(PROMPTS)["input_ids"]
+        without = any_edited.captures(rows)
+        any_edited.prefixes = PrefixCache(any_edited.split)
+        for _ in range(2):  # computed, then known
+            for row, one, other in zip(rows, without, any_edited.captures(rows), strict=True):
+                assert one.hidden.shape == other.hidden.shape == (len(row), 32)
+                assert one.activations.shape == other.activations.shape == (len(row), 64)
+                torch.testing.assert_close(one.hidden, other.hidden, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(one.activations, other.activations, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("reads_all_tokens", [True, False])
+    def test_states_that_go_on_behind_the_prompt_are_cut(self, edited, reads_all_tokens):
+        """A write captures prompt and target in one pass; the router sees the prompt, or its last token alone."""
+        edited.router.reads_all_tokens = reads_all_tokens
+        prompts = edited.tokenizer(PROMPTS)["input_ids"]
+        longer = [[*row, *range(5, 5 + i)] for i, row in enumerate(prompts)]
+        found = edited.query_of(prompts, edited.captures(longer))
+        alone = edited.query(PROMPTS)
+        assert torch.equal(found.words, alone.words)
+        assert torch.equal(found.mask, alone.mask)
+        assert found.mask.sum(1).tolist() == [len(row) if reads_all_tokens else 1 for row in prompts]
+        own = found.mask
+        torch.testing.assert_close(found.hidden[own], alone.hidden[own], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.activations[own], alone.activations[own], rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("cached", [True, False])
+    def test_a_prompt_without_tokens(self, edited, cached):
+        edited.prefixes = PrefixCache(edited.split) if cached else None
+        with pytest.raises(RepairError, match="without tokens"):
+            edited.captures([[5, 6], []])
+
+
+class TestOncePerGeneration:
+    @pytest.fixture
+    def calls(self, edited, monkeypatch) -> list[str]:
+        """The router's choices and the selections of shards, as they are made."""
+        seen: list[str] = []
+        route, select = edited.router.route, edited.memory.select
+        monkeypatch.setattr(edited.router, "route", lambda *given: seen.append("route") or route(*given))
+        monkeypatch.setattr(edited.memory, "select", lambda *given: seen.append("select") or select(*given))
+        return seen
+
+    @pytest.mark.parametrize("new", [1, 9])
+    @pytest.mark.parametrize("use_cache", [True, False])
+    def test_routed(self, edited, calls, new, use_cache):
+        for _ in range(2):
+            greedy(edited, PROMPTS, max_new_tokens=new, min_new_tokens=new, use_cache=use_cache)
+            assert calls == ["route", "select"]
+            calls.clear()
+
+    @pytest.mark.parametrize("new", [1, 9])
+    def test_forced(self, edited, calls, new):
+        ids, mask = batch(edited)
+        none = torch.zeros(len(OWNERS))
+        with edited.forced(Choice(torch.tensor(OWNERS), none, none, (None,) * len(OWNERS))):
+            edited.base.generate(
+                ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0
+            )
+        assert calls == ["select"]
+
+    def test_a_conversation_through_its_cache(self, edited, calls):
+        ids, mask = batch(edited)
+        with torch.no_grad():
+            output = edited(ids, mask, use_cache=True)
+            for step in range(1, 4):
+                grown = torch.cat([mask, torch.ones(len(ids), step)], 1)
+                output = edited(ids[:, :1], grown, past_key_values=output.past_key_values, use_cache=True)
+        assert calls == ["route", "select"]

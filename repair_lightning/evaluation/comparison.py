@@ -1,0 +1,197 @@
+"""The tables of a comparison: variants against numbers of edits, over seeds, for people, papers and programs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, Literal
+
+from repair_lightning.evaluation.metrics import KINDS
+from repair_lightning.evaluation.protocols import AUTOREGRESSIVE, PROTOCOLS, TEACHER_FORCED
+from repair_lightning.evaluation.report import write_json
+
+Place = tuple[str, ...]
+"""Where a figure stands in `metrics.json`."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one run came to.
+
+    Attributes:
+        variant: its name.
+        note: what is special about it.
+        size: edits that were asked for; the data may hold fewer (`metrics["n_edits"]`).
+        seed: of the draw of edits and of the run.
+        status: `failed` also where the run ended well without figures; `missing` where it was not run to its end.
+        command: what was run.
+        error: the last line that a failed run said.
+        metrics: the content of a finished run's `metrics.json`.
+    """
+
+    variant: str
+    note: str
+    size: int
+    seed: int
+    status: Literal["finished", "failed", "missing"]
+    command: str = ""
+    error: str | None = None
+    metrics: Mapping[str, Any] | None = None
+
+    def figure(self, path: Place) -> float | None:
+        """A figure of the run; None where it has none."""
+        found: Any = self.metrics
+        for name in path:
+            found = found.get(name) if isinstance(found, Mapping) else None
+        return found
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure as a table shows it: its place, its unit, its digits after the point."""
+
+    path: Place
+    scale: float = 100.0
+    digits: int = 1
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of strings."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+
+
+COLUMNS = {
+    "Rel": Column(("final", AUTOREGRESSIVE, "rel")),
+    "Gen": Column(("final", AUTOREGRESSIVE, "gen")),
+    "Loc": Column(("final", AUTOREGRESSIVE, "loc")),
+    "Near": Column(("final", AUTOREGRESSIVE, "near")),
+    "OP": Column(("final", AUTOREGRESSIVE, "op")),
+    "OP forced": Column(("final", TEACHER_FORCED, "op")),
+    "OP oracle": Column(("oracle_routing", AUTOREGRESSIVE, "op")),
+    "quarantined": Column(("closed_loop", "quarantined"), scale=1.0),
+    "edits/min": Column(("edits_per_minute",), scale=1.0, digits=0),
+}
+"""The columns of the table of one size; scores are autoregressive unless they say otherwise."""
+
+FIGURES: dict[str, Place] = {
+    "n_edits": ("n_edits",),
+    **{f"{protocol}_{kind}": ("final", protocol, kind) for protocol in PROTOCOLS for kind in (*KINDS, "op")},
+    **{f"before_merge_{protocol}_op": ("before_merge", protocol, "op") for protocol in PROTOCOLS},
+    **{f"oracle_{protocol}_op": ("oracle_routing", protocol, "op") for protocol in PROTOCOLS},
+    **{name: ("closed_loop", name) for name in ("windows", "pruned", "retriggered", "quarantined")},
+    "merge_accepted": ("merge", "accepted"),
+    "shards": ("shards",),
+    "edits_per_minute": ("edits_per_minute",),
+    "seconds": ("seconds", "total"),
+}
+"""The figures of a run in the CSV file; scores are shares."""
+
+
+def cell(results: Sequence[Result], column: Column) -> str:
+    """`mean ± deviation` over the finished runs, and how many failed; `failed` or `-` where none is finished."""
+    found = [result.figure(column.path) for result in results if result.status == "finished"]
+    values = [column.scale * value for value in found if value is not None]
+    failed = sum(result.status == "failed" for result in results)
+    if not values:
+        return "failed" if failed else "-"
+    text = f"{mean(values):.{column.digits}f}"
+    text += f" ± {stdev(values):.{column.digits}f}" if len(values) > 1 else ""
+    return text + (f" ({failed} failed)" if failed else "")
+
+
+def tables_of(results: Sequence[Result]) -> list[Table]:
+    """OP of variants against sizes for each protocol, and all columns for the largest size of which a run finished."""
+    sizes = sorted({result.size for result in results})
+    largest = max((result.size for result in results if result.status == "finished"), default=max(sizes, default=0))
+    tables = []
+    for protocol in PROTOCOLS:
+        column = Column(("final", protocol, "op"))
+        header = ("variant", *(f"N = {size}" for size in sizes))
+        rows = [
+            (name, *(cell([run for run in runs if run.size == size], column) for size in sizes))
+            for name, runs in _by_variant(results).items()
+        ]
+        tables.append(Table(f"OP, {protocol.replace('_', ' ')}, per cent", header, rows))
+    shown = {name: [run for run in runs if run.size == largest] for name, runs in _by_variant(results).items()}
+    rows = [(name, *(cell(runs, column) for column in COLUMNS.values())) for name, runs in shown.items() if runs]
+    return [*tables, Table(f"All figures, N = {largest}", ("variant", *COLUMNS), rows)]
+
+
+def _by_variant(results: Sequence[Result]) -> dict[str, list[Result]]:
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        found.setdefault(result.variant, []).append(result)
+    return found
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """The tables as Markdown, with what the variants are, what failed, and where the data were too few."""
+    seeds = sorted({result.seed for result in results})
+    lines = [f"Mean ± standard deviation over the seeds {', '.join(map(str, seeds))}; every run's command and figures"]
+    lines += ["are in `table.json`. Scores are per cent, of the final model.", ""]
+    for table in tables_of(results):
+        lines += [f"## {table.title}", "", _row(table.header), _row(["---", *["---:"] * (len(table.header) - 1)])]
+        lines += [*map(_row, table.rows), ""]
+    notes = {result.variant: result.note for result in results if result.note}
+    lines += [f"- `{name}`: {note}." for name, note in notes.items()]
+    for result in results:
+        if result.status == "failed":
+            lines.append(f"- Failed: `{result.variant}`, {result.size} edits, seed {result.seed}: {result.error}")
+    few = {result.size: result.figure(("n_edits",)) for result in results if result.metrics}
+    lines += [f"- The data hold no {size} edits, but {held}." for size, held in few.items() if held != size]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(text.replace('|', chr(92) + '|') for text in cells)} |"
+
+
+def latex(results: Sequence[Result]) -> str:
+    """The tables as LaTeX; they need the package booktabs."""
+    return "\n".join(_tabular(table) for table in tables_of(results))
+
+
+def _tabular(table: Table) -> str:
+    lines = [r"\begin{table}", r"\centering", rf"\caption{{{_tex(table.title)}}}"]
+    lines += [rf"\begin{{tabular}}{{l{'r' * (len(table.header) - 1)}}}", r"\toprule", _tex_row(table.header)]
+    lines += [r"\midrule", *map(_tex_row, table.rows), r"\bottomrule", r"\end{tabular}", r"\end{table}"]
+    return "\n".join(lines) + "\n"
+
+
+def _tex_row(cells: Sequence[str]) -> str:
+    return " & ".join(map(_tex, cells)) + r" \\"
+
+
+def _tex(text: str) -> str:
+    """The text with what LaTeX would take for a command made plain, and signs as signs."""
+    plain = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    text = re.sub(r"[\\~^&%$#_{}]", lambda found: plain.get(found[0], rf"\{found[0]}"), text)
+    text = "--" if text == "-" else re.sub(r"(?<= )([-+])(?= )", r"$\1$", text)
+    return text.replace("±", r"$\pm$")
+
+
+def csv_text(results: Sequence[Result]) -> str:
+    """One line per run."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["variant", "size", "seed", "status", *FIGURES, "error"])
+    for result in results:
+        figures = [result.figure(path) for path in FIGURES.values()]
+        writer.writerow([result.variant, result.size, result.seed, result.status, *figures, result.error])
+    return text.getvalue()
+
+
+def write_tables(folder: Path, results: Sequence[Result]) -> None:
+    """Write `table.json` (everything), `table.csv` (a line per run), `table.md` and `table.tex`."""
+    write_json(folder / "table.json", {"runs": [asdict(result) for result in results]})
+    for suffix, text in (("csv", csv_text(results)), ("md", markdown(results)), ("tex", latex(results))):
+        (folder / f"table.{suffix}").write_text(text, encoding="utf-8")

@@ -1,0 +1,593 @@
+"""Comparisons: what is run, what is not run again, what tables say; with a fake `train.py` but for the last part."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import pytest
+import yaml
+from helpers_runs import REPOSITORY
+
+import train
+from repair_lightning import compare
+from repair_lightning.cli import EditCLI
+from repair_lightning.compare import Comparison, Variant, main, overlay, plan, read_comparison
+from repair_lightning.errors import ConfigError
+from repair_lightning.evaluation.comparison import Result, csv_text, latex, markdown, tables_of
+
+ABLATIONS = REPOSITORY / "configs" / "compare" / "ablations.yaml"
+
+FAKE = '''
+"""Stands for train.py: logs its start, does as its overlay says, writes figures that depend on size and seed."""
+import json, os, sys, time
+from pathlib import Path
+import yaml
+
+argv, home = sys.argv[1:], Path(__file__).parent
+value = lambda name: argv[argv.index(name) + 1]
+run, seed, size = Path(value("--run_dir")), int(value("--seed_everything")), int(value("--data.max_edits"))
+overlays = [part.split("=", 1)[1] for part in argv if part.startswith("--config=")]
+options = yaml.safe_load(open(overlays[-1])) if overlays else {}
+fake = options.get("fake", {})
+with open(home / "starts.jsonl", "a") as log:
+    log.write(json.dumps({"run": str(run), "argv": argv, "threads": os.environ["OMP_NUM_THREADS"], "pid": os.getpid()}))
+    log.write(chr(10))
+if "alone" in fake:
+    (home / "alone").touch(exist_ok=False)
+    time.sleep(0.2)
+    (home / "alone").unlink()
+if "together" in fake:
+    (home / f"here-{seed}").touch()
+    until = time.time() + 30
+    while len(list(home.glob("here-*"))) < fake["together"]:
+        time.sleep(0.02)
+        assert time.time() < until
+while "wait" in fake and not (home / fake["wait"]).exists():
+    time.sleep(0.02)
+if "fail" in fake and seed in fake["fail"]:
+    print("loading")
+    sys.exit(f"error: cannot do {fake['fail']}; do something else")
+op = round(fake.get("op", 0.9) - 0.01 * seed - size / 10_000, 6)
+scores = {protocol: {"rel": 1.0, "gen": found, "loc": 0.99, "near": None, "op": found}
+          for protocol, found in (("autoregressive", op), ("teacher_forced", round(op + 0.05, 6)))}
+metrics = {"n_edits": min(size, 40), "before_merge": scores, "final": scores, "oracle_routing": scores, "shards": size,
+           "closed_loop": {"windows": 1, "pruned": 2, "retriggered": 3, "quarantined": seed}, "seconds": {"total": 1.5},
+           "merge": {"accepted": False, "reason": "is off"}, "edits_per_minute": 100.0 * (1 + seed)}
+(run / "metrics.json").write_text(json.dumps(metrics))
+'''
+
+
+class Bench:
+    """A folder with a fake train.py and a comparison of it."""
+
+    def __init__(self, home: Path) -> None:
+        self.home, self.out = home, home / "out"
+        self.common: list[str] = []
+        (home / "train.py").write_text(FAKE)
+        self.write({"plain": None, "plain - part": {"options": {"fake.op": 0.5, "model.writing.stop_margin": None}}})
+
+    def write(self, variants: dict[str, Any], **more: Any) -> None:
+        content = {"config": ["zsre_small"], "sizes": [30], "seeds": [0, 1], "variants": variants} | more
+        (self.home / "bench.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+
+    def run(self, *options: str) -> None:
+        call = ["--config", str(self.home / "bench.yaml"), "--out", str(self.out), *options]
+        main([*call, "--", *self.common])
+
+    def fails(self, *options: str) -> None:
+        with pytest.raises(SystemExit) as caught:
+            self.run(*options)
+        assert caught.value.code == 1
+
+    @property
+    def starts(self) -> list[dict[str, Any]]:
+        file = self.home / "starts.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def new(self) -> list[str]:
+        """The runs that were started since the last call, sorted."""
+        found = sorted(str(Path(start["run"]).relative_to(self.out)) for start in self.starts)
+        (self.home / "starts.jsonl").unlink(missing_ok=True)
+        return found
+
+    def text(self, suffix: str) -> str:
+        return (self.out / f"table.{suffix}").read_text()
+
+
+PLAIN = ["plain/n30-seed0", "plain/n30-seed1"]
+PART = ["plain-part/n30-seed0", "plain-part/n30-seed1"]
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch) -> Bench:
+    monkeypatch.setattr(compare, "TRAIN", tmp_path / "train.py")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    return Bench(tmp_path)
+
+
+# -- what is run -------------------------------------------------------------------------------------------------------
+
+
+def test_each_variant_runs_with_each_size_and_seed(bench, capsys):
+    bench.write({"plain": None, "wise one": {"configs": ["wise"], "options": {"data.clustering": False}}})
+    bench.common = ["--model.base", "some/base", "--data.irrelevant_prefix", "nq question: "]
+    bench.run("--sizes", "30", "40")
+    starts = {str(Path(start["run"]).relative_to(bench.out)): start for start in bench.starts}
+    assert sorted(starts) == sorted(
+        f"{v}/n{n}-seed{s}" for v in ("plain", "wise_one") for n in (30, 40) for s in (0, 1)
+    )
+    folder = bench.out / "wise_one" / "n40-seed1"
+    expected = ["--config", "zsre_small", *bench.common, "--config", "wise", f"--config={folder}/options.yaml"]
+    expected += ["--run_dir", str(folder), "--seed_everything", "1", "--data.sample_seed", "1"]
+    expected += ["--data.max_edits", "40", "--trainer.logger", "false"]
+    assert starts["wise_one/n40-seed1"]["argv"] == expected
+    assert not [part for part in starts["plain/n30-seed0"]["argv"] if "options.yaml" in part]
+    assert {start["threads"] for start in starts.values()} == {"1"}
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("8 runs, 0 of them finished before; ")
+    assert [line.split("]")[0] for line in lines[1:9]] == [f"[{i}/8" for i in range(1, 9)]
+    assert all("OP " in line and line.endswith(" left") for line in lines[1:9])
+    assert lines[8].endswith("; 0 s left")
+
+
+def test_threads_follow_the_environment(bench, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    bench.run("--variants", "plain", "--seeds", "0")
+    assert [start["threads"] for start in bench.starts] == ["2"]
+
+
+def test_only_some(bench):
+    bench.run("--variants", "plain - part", "--seeds", "7", "--sizes", "5", "5")
+    assert bench.new() == ["plain-part/n5-seed7"]
+
+
+def test_options_are_nested_as_a_configuration_is():
+    """Null, which the command line refuses for some options, stands in YAML; the editor's own are below `init_args`."""
+    options = {
+        "model.writing.lr": 2.0,
+        "model.writing.stop_margin": None,
+        "model.class_path": "X",
+        "merge.enabled": False,
+    }
+    expected = {
+        "model": {"init_args": {"writing": {"lr": 2.0, "stop_margin": None}}, "class_path": "X"},
+        "merge": {"enabled": False},
+    }
+    assert overlay(options) == expected
+    assert overlay({"model.init_args.base": "a", "seed_everything": 1}) == {
+        "model": {"init_args": {"base": "a"}},
+        "seed_everything": 1,
+    }
+
+
+def test_workers_run_at_the_same_time(bench):
+    bench.write({"both": {"options": {"fake.together": 2}}})
+    bench.run("--workers", "2")
+    assert len(bench.new()) == 2
+
+
+def test_one_worker_runs_one_at_a_time(bench):
+    bench.write({"a": {"options": {"fake.alone": True}}, "b": {"options": {"fake.alone": True}}})
+    bench.run("--workers", "1")
+    assert len(bench.new()) == 4
+
+
+def test_dry_run_prints_the_commands_and_writes_nothing(bench, capsys):
+    bench.common = ["--data.irrelevant_prefix", "nq question: "]
+    bench.run("--dry_run")
+    lines = capsys.readouterr().out.splitlines()
+    commands = [shlex.split(line) for line in lines if not line.startswith("#")]
+    assert [command[:2] for command in commands] == [[sys.executable, str(compare.TRAIN)]] * 4
+    assert all("nq question: " in command for command in commands)
+    assert lines[2] == '# plain - part, 30 edits, seed 0: {"fake.op": 0.5, "model.writing.stop_margin": null}'
+    assert not bench.out.exists()
+    assert bench.starts == []
+
+
+# -- what is not run again ---------------------------------------------------------------------------------------------
+
+
+def test_only_what_is_missing_is_run_again(bench, capsys):
+    bench.run()
+    assert bench.new() == PART + PLAIN
+    before = bench.text("json")
+    bench.run()
+    assert bench.new() == []
+    (bench.out / PLAIN[1] / "metrics.json").unlink()
+    capsys.readouterr()
+    bench.run()
+    assert bench.new() == [PLAIN[1]]
+    assert capsys.readouterr().out.startswith("4 runs, 3 of them finished before; ")
+    assert bench.text("json") == before
+
+
+def test_another_command_is_run_again(bench):
+    bench.run()
+    bench.new()
+    bench.common = ["--data.window", "16"]
+    bench.run()
+    assert bench.new() == PART + PLAIN
+    bench.write({"plain": {"note": "in other words"}, "plain - part": {"options": {"fake.op": 0.4}}})
+    bench.run()
+    assert bench.new() == PART
+    assert json.loads((bench.out / PART[0] / "metrics.json").read_text())["final"]["autoregressive"]["op"] == 0.397
+
+
+def test_another_preset_of_the_same_name_is_run_again(bench):
+    preset = bench.home / "preset.yaml"
+    preset.write_text("data: {window: 8}\n")
+    bench.write({"plain": None, "plain - part": {"configs": [str(preset)]}})
+    bench.run()
+    bench.new()
+    preset.write_text("data: {window: 9}\n")
+    bench.run()
+    assert bench.new() == PART
+
+
+def test_options_of_any_size_are_recognised(bench):
+    bench.write(
+        {"a": {"options": {"model.writing.lr": 1.23456789e-9, "x.day": "2024-01-01", "x.more": [1, None, "é"]}}}
+    )
+    bench.run()
+    assert len(bench.new()) == 2
+    bench.run()
+    assert bench.new() == []
+
+
+def test_figures_of_another_command_never_count(bench):
+    """A run that is killed after it was begun anew has none, though its folder held some."""
+    bench.run("--variants", "plain")
+    bench.common = ["--data.window", "16"]
+    bench.write({"plain": {"options": {"fake.fail": [0, 1]}}})
+    bench.fails()
+    assert not list(bench.out.glob("plain/*/metrics.json"))
+
+
+def test_a_torn_record_is_no_record(bench):
+    bench.run()
+    bench.new()
+    file = bench.out / PLAIN[0] / "run.json"
+    file.write_text(file.read_text()[:40])
+    bench.run()
+    assert bench.new() == [PLAIN[0]]
+
+
+# -- failures ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_failure_is_recorded_and_does_not_stop_the_others(bench, capsys):
+    bench.write(
+        {
+            "plain": None,
+            "some - fail": {"options": {"fake.fail": [1]}},
+            "all - fail": {"options": {"fake.fail": [0, 1]}},
+        }
+    )
+    bench.fails("--workers", "1")
+    assert len(bench.new()) == 6
+    said = "error: cannot do [1]; do something else (exit code 1)"
+    assert f"some - fail, 30 edits, seed 1: FAILED: {said}" in capsys.readouterr().out
+    runs = {(run["variant"], run["seed"]): run for run in json.loads(bench.text("json"))["runs"]}
+    assert runs["some - fail", 1]["error"] == said
+    assert runs["some - fail", 1]["metrics"] is None
+    statuses = {key: run["status"] for key, run in runs.items()}
+    assert {key for key, status in statuses.items() if status == "failed"} == {
+        ("some - fail", 1),
+        ("all - fail", 0),
+        ("all - fail", 1),
+    }
+    assert "| some - fail | 89.7 (1 failed) |" in bench.text("md")
+    assert "| all - fail | failed |" in bench.text("md")
+    assert f"- Failed: `some - fail`, 30 edits, seed 1: {said}" in bench.text("md")
+    bench.fails()  # what failed, and that alone, is tried again
+    assert bench.new() == ["all-fail/n30-seed0", "all-fail/n30-seed1", "some-fail/n30-seed1"]
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("raise KeyError('deep inside')", "KeyError: 'deep inside' (exit code 1)"),
+        ("print('fine')", "fine (exit code 0)"),
+        ("import os; os.kill(os.getpid(), 9)", "it said nothing (signal 9)"),
+        ("print('error: a'); print('error: b\\n  c\\n\\n'); raise SystemExit(2)", "error: b c (exit code 2)"),
+    ],
+)
+def test_what_a_run_that_ends_badly_said_last(bench, program, said):
+    (bench.home / "train.py").write_text(program)
+    bench.fails("--variants", "plain", "--seeds", "0")
+    (run,) = json.loads(bench.text("json"))["runs"]
+    assert run["error"] == said
+
+
+def test_without_train_py_it_says_so(bench):
+    compare.TRAIN.unlink()
+    with pytest.raises(ConfigError, match=r"runs train\.py, and .* is not there: an installed wheel does not hold it"):
+        bench.run()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sizes": [0]}, "sizes must be whole numbers of at least 1, got "),
+        ({"seeds": []}, "seeds must be whole numbers of at least 0, got "),
+        ({"seeds": "x"}, "seeds must be whole numbers of at least 0, got "),
+        ({"variant": {}}, "unknown 'variant'; known: config, sizes, seeds, variants"),
+        ({"variants": {}}, "variants need names of letters"),
+        ({"variants": {"a/b": None}}, "variants need names of letters, digits, spaces and"),
+        ({"variants": {"a -b": None, "a - b": None}}, "that differ"),
+        ({"variants": ["a"]}, "variants: must be a mapping"),
+        ({"variants": {"a": {"option": {}}}}, "variant 'a': unknown 'option'; known: configs, options, note"),
+        (
+            {"variants": {"a": {"options": {"data": {"window": 1}}}}},
+            "options of 'a': write dotted options, data.<option>",
+        ),
+        ({"variants": {"a": {"configs": ["nothing"]}}}, "no configuration 'nothing'; give a file or one of"),
+        ({"config": ["nothing"]}, "no configuration 'nothing'; give a file or one of"),
+    ],
+)
+def test_bad_comparisons(bench, change, message):
+    bench.write(**({"variants": {"a": None}} | change))
+    with pytest.raises(ConfigError, match=message):
+        bench.run()
+    assert bench.starts == []
+
+
+@pytest.mark.parametrize(
+    ("options", "common", "message"),
+    [
+        (["--variants", "other"], [], "no variant 'other'; known: plain, plain - part"),
+        (["--workers", "0"], [], "--workers must be at least 1, got 0"),
+        ([], ["--data.max_edits", "3"], "--data.max_edits is given to each run by the comparison; see --sizes"),
+        ([], ["--run_dir=x"], "--run_dir=x is given to each run by the comparison"),
+        ([], ["--config", "nothing"], "no configuration 'nothing'"),
+    ],
+)
+def test_bad_options(bench, options, common, message):
+    bench.common = common
+    with pytest.raises(ConfigError, match=message):
+        bench.run(*options)
+    assert bench.starts == []
+
+
+# -- interruptions -----------------------------------------------------------------------------------------------------
+
+
+def process_of(bench: Bench) -> subprocess.Popen[bytes]:
+    """The comparison as a process, once two of its runs, which wait for a file named `go`, have begun."""
+    bench.write({"done": None, "waits": {"options": {"fake.wait": "go"}}})
+    program = "import sys, pathlib; from repair_lightning import compare; "
+    program += "compare.TRAIN = pathlib.Path(sys.argv.pop(1)); compare.command()"
+    call = ["--config", str(bench.home / "bench.yaml"), "--out", str(bench.out), "--workers", "2", "--"]
+    process = subprocess.Popen([sys.executable, "-c", program, str(compare.TRAIN), *call], cwd=REPOSITORY)
+    until = time.time() + 120
+    while len(bench.starts) < 4 and time.time() < until:
+        time.sleep(0.05)
+    assert len(bench.starts) == 4
+    return process
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_comparison_that_is_ended_ends_its_runs_and_goes_on_later(bench, number):
+    process = process_of(bench)
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number
+    assert not [start for start in bench.starts if alive(start["pid"])]
+    assert {run["variant"] for run in json.loads(bench.text("json"))["runs"]} == {"done"}
+    bench.new()
+    (bench.home / "go").touch()
+    bench.run()
+    assert bench.new() == ["waits/n30-seed0", "waits/n30-seed1"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks processes up in /proc")
+def test_what_a_killed_comparison_left_running_is_waited_for(bench):
+    """No run is done twice at once in one folder: the orphans end, and their figures count."""
+    process = process_of(bench)
+    process.kill()
+    process.wait()
+    orphans = [start["pid"] for start in bench.starts if alive(start["pid"])]
+    assert len(orphans) == 2
+    bench.new()
+    threading.Timer(1.0, (bench.home / "go").touch).start()
+    bench.run()
+    assert bench.new() == []
+    assert {run["status"] for run in json.loads(bench.text("json"))["runs"]} == {"finished"}
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_tables_say_what_the_runs_measured(bench):
+    bench.run("--sizes", "30", "40", "50", "--seeds", "0", "1", "2")
+    runs = json.loads(bench.text("json"))["runs"]
+    assert len(runs) == 18
+    for run in runs:
+        folder = bench.out / run["variant"].replace(" - ", "-") / f"n{run['size']}-seed{run['seed']}"
+        assert run["metrics"] == json.loads((folder / "metrics.json").read_text())
+        assert str(folder) in run["command"]
+        assert shlex.split(run["command"])[1] == str(compare.TRAIN)
+
+    rows = {(row["variant"], row["size"], row["seed"]): row for row in csv.DictReader(bench.text("csv").splitlines())}
+    assert len(rows) == 18
+    row = rows["plain - part", "40", "2"]  # 0.5 - 0.02 - 0.004; teacher forced 0.05 more
+    assert (row["status"], row["autoregressive_op"], row["teacher_forced_op"]) == ("finished", "0.476", "0.526")
+    assert (row["n_edits"], row["quarantined"], row["edits_per_minute"], row["error"]) == ("40", "2", "300.0", "")
+    assert (row["autoregressive_near"], row["merge_accepted"]) == ("", "False")
+
+    text = bench.text("md")
+    ops = [100 * (0.9 - 0.01 * seed - 0.003) for seed in range(3)]
+    assert (round(mean(ops), 1), round(stdev(ops), 1)) == (88.7, 1.0)
+    first, second, third = text.split("## ")[1:]
+    assert first.startswith("OP, autoregressive, per cent\n\n| variant | N = 30 | N = 40 | N = 50 |\n")
+    assert "\n| plain | 88.7 ± 1.0 | 88.6 ± 1.0 | 88.5 ± 1.0 |\n| plain - part | 48.7 ± 1.0 |" in first
+    assert second.startswith("OP, teacher forced, per cent")
+    assert "\n| plain | 93.7 ± 1.0 |" in second
+    header = "| variant | Rel | Gen | Loc | Near | OP | OP forced | OP oracle | quarantined | edits/min |"
+    assert third.startswith(f"All figures, N = 50\n\n{header}\n")
+    part = ["100.0 ± 0.0", "48.5 ± 1.0", "99.0 ± 0.0", "-", "48.5 ± 1.0", "53.5 ± 1.0", "48.5 ± 1.0", "1.0 ± 1.0"]
+    assert f"\n| plain - part | {' | '.join(part)} | 200 ± 100 |\n" in third
+    assert "- The data hold no 50 edits, but 40.\n" in text
+
+    tex = bench.text("tex")
+    assert tex.count(r"\begin{tabular}") == tex.count(r"\bottomrule") == 3
+    assert r"plain $-$ part & 48.7 $\pm$ 1.0 & " in tex
+    assert "±" not in tex
+
+
+def test_one_seed_has_no_deviation(bench):
+    bench.run("--seeds", "1")
+    assert "\n| plain | 88.7 |\n" in bench.text("md")
+
+
+def test_tables_only_writes_what_is_there(bench, capsys):
+    """Without the runs' options, without running anything, and without columns of which nothing is there."""
+    bench.common = ["--data.window", "16"]
+    bench.run("--sizes", "30")
+    bench.run("--sizes", "40", "--variants", "plain")
+    assert "N = 30" not in bench.text("md")
+    (bench.out / PART[0] / "metrics.json").unlink()
+    bench.new()
+    bench.common = []
+    bench.run("--tables_only", "--sizes", "30", "40", "50")
+    assert bench.new() == []
+    first = bench.text("md").split("## ")[1]
+    assert "| variant | N = 30 | N = 40 |\n" in first
+    assert "| plain | 89.2 ± 0.7 | 89.1 ± 0.7 |\n| plain - part | 48.7 | - |\n" in first
+    assert len(csv_rows(bench)) == 5
+    assert capsys.readouterr().out.splitlines()[-1].startswith("5 runs finished, 0 failed; tables: ")
+
+
+def csv_rows(bench: Bench) -> list[dict[str, str]]:
+    return list(csv.DictReader(bench.text("csv").splitlines()))
+
+
+def test_tables_of_nothing(bench, capsys):
+    bench.run("--tables_only")
+    assert capsys.readouterr().out.startswith("no run is finished in ")
+    assert not bench.out.exists()
+
+
+def test_names_are_made_safe():
+    results = [Result("50% of_it + more", "a | b", 3, 0, "failed", "x", "a_b & 5%")]
+    assert r"50\% of\_it $+$ more & failed \\" in latex(results)
+    assert "| 50% of_it + more | failed |" in markdown(results)
+    assert "a_b & 5%" in csv_text(results)
+    assert [table.title for table in tables_of(results)][-1] == "All figures, N = 3"
+
+
+# -- the ablations -----------------------------------------------------------------------------------------------------
+
+
+def settings_of(run: compare.Run, monkeypatch) -> dict[str, Any]:
+    """All options of a run as train.py's parser reads its command, flat."""
+    run.folder.mkdir(parents=True)
+    (run.folder / "options.yaml").write_text(yaml.safe_dump(overlay(run.variant.options)))
+    monkeypatch.setattr(sys, "argv", ["train.py", *run.arguments])
+    cli = EditCLI(train.CALLBACKS, [REPOSITORY / "configs"])
+    flat = {key.replace("model.init_args.", "model."): value for key, value in vars(cli.config.as_flat()).items()}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in flat.items()}
+
+
+LESS = {
+    "ours - clustering": ("ours", {"data.clustering"}),
+    "ours - feedback": ("ours", {"feedback.enabled"}),
+    "ours - key router": ("ours", {"model.routing.router"}),
+    "ours - low rank": ("ours", {"model.writing.form"}),
+    "ours + distillation": ("ours", {"model.distillation.weight", "model.distillation.temperature"}),
+    "all parts - clustering": ("all parts", {"data.clustering"}),
+    "all parts - distillation": ("all parts", {"model.distillation.weight"}),
+    "all parts - feedback": ("all parts", {"feedback.enabled"}),
+    "all parts - relative margins": ("all parts", {"model.routing.relative", "model.routing.margins"}),
+    "all parts - key router": ("all parts", {"model.routing.router"}),
+    "all parts - merge": ("all parts", {"merge.enabled"}),
+}
+
+
+@pytest.fixture
+def ablations(tmp_path, monkeypatch) -> dict[str, dict[str, Any]]:
+    comparison = read_comparison(ABLATIONS)
+    common = ["--model.base", "some/base", "--data.path", "some.json", "--data.format", "zsre"]
+    runs = [run for run in plan(comparison, common, tmp_path) if run.size == 30 and run.seed == 1]
+    return {run.variant.name: settings_of(run, monkeypatch) for run in runs}
+
+
+def test_the_ablations_take_away_what_their_names_say(ablations):
+    """Each variant, read by train.py's own parser, has its options, and differs from its parent in no other."""
+    variants = {variant.name: variant for variant in read_comparison(ABLATIONS).variants}
+    assert set(variants) == set(ablations) == {"ours", "all parts", "paper", "wise", *LESS}
+    for name, found in ablations.items():
+        assert variants[name].options.items() <= found.items()
+        assert (found["model.base"], found["data.path"], found["data.format"]) == ("some/base", "some.json", "zsre")
+        fixed = (found["seed_everything"], found["data.sample_seed"], found["data.max_edits"], found["trainer.logger"])
+        assert fixed == (1, 1, 30, False)
+    for name, (parent, options) in LESS.items():
+        changed = {key for key, value in ablations[name].items() if value != ablations[parent].get(key)}
+        assert {key for key in changed if "dir" not in key and key != "config"} == options, name
+
+
+def test_the_presets_stand_as_they_are(ablations):
+    for name in ("paper", "wise"):
+        preset = yaml.safe_load((REPOSITORY / "configs" / f"{name}.yaml").read_text())
+        parts = {**{f"model.{part}": content for part, content in preset.pop("model")["init_args"].items()}, **preset}
+        for part, content in parts.items():
+            for option, value in content.items():
+                assert ablations[name][f"{part}.{option}"] == value
+
+
+# -- for real ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_comparison_of_real_runs(tmp_path, capsys):
+    """Two editors on four edits of the embedded world, drawn by two seeds; then nothing is run again."""
+    options = {"model.writing.form": "dense", "model.writing.stop_margin": None}
+    variants = {"ours": None, "dense - margin": {"options": options}}
+    content = {"config": "quickstart", "sizes": [4], "seeds": [0, 1], "variants": variants}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    call = ["--config", str(tmp_path / "small.yaml"), "--out", str(tmp_path / "out"), "--workers", "2", "--"]
+    call += ["--model.writing.steps", "20", "--data.max_irrelevant", "60", "--trainer.accelerator", "cpu"]
+    main(call)
+    drawn = {}
+    for run in json.loads((tmp_path / "out" / "table.json").read_text())["runs"]:
+        assert run["status"] == "finished"
+        folder = tmp_path / "out" / run["variant"].replace(" ", "") / f"n4-seed{run['seed']}"
+        assert run["metrics"] == json.loads((folder / "metrics.json").read_text())
+        assert (run["metrics"]["n_edits"], run["metrics"]["seed"]) == (4, run["seed"])
+        writing = yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]["writing"]
+        expected = ("low_rank", 2.0, 20) if run["variant"] == "ours" else ("dense", None, 20)
+        assert (writing["form"], writing["stop_margin"], writing["steps"]) == expected
+        rows = [json.loads(line) for line in (folder / "generations.jsonl").read_text().splitlines()]
+        ids = tuple(dict.fromkeys(row["id"] for row in rows if row["kind"] == "edit"))
+        assert drawn.setdefault(run["seed"], ids) == ids  # every variant is given the same edits
+    assert drawn[0] != drawn[1]
+    capsys.readouterr()
+    main(call)
+    assert capsys.readouterr().out.startswith("4 runs, 4 of them finished before; ")
+
+
+def test_a_comparison_needs_sizes_seeds_and_variants():
+    with pytest.raises(ConfigError, match="sizes must be whole numbers"):
+        Comparison((), (), (0,), (Variant("a"),))
+    with pytest.raises(ConfigError, match="got \\['a', 'a'\\]"):
+        Comparison((), (1,), (0,), (Variant("a"), Variant("a")))
+    assert os.path.samefile(compare.REPOSITORY, REPOSITORY)
