@@ -520,6 +520,7 @@ LESS = {
     "all parts - relative margins": ("all parts", {"model.routing.relative", "model.routing.margins"}),
     "all parts - key router": ("all parts", {"model.routing.router"}),
     "all parts - merge": ("all parts", {"merge.enabled"}),
+    "all parts + forced merge": ("all parts", {"merge.max_op_drop"}),
 }
 
 
