@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: quickstart test test-all check format bench world clean
 
 quickstart: $(INSTALLED)
-	$(BIN)/python train.py --config quickstart
+	$(BIN)/python train.py --config quickstart --overwrite
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest

@@ -2,10 +2,18 @@
 
 from pathlib import Path
 
-from callbacks import ErrorSampleMonitor, LossAwareTiesMerge, PruneAndRetrigger, Scoreboard, StreamProgress
+from callbacks import (
+    ErrorSampleMonitor,
+    LossAwareTiesMerge,
+    ProbeGate,
+    PruneAndRetrigger,
+    Scoreboard,
+    StreamProgress,
+)
 from repair_lightning.cli import EditCLI, finish, guarded
 
 CALLBACKS = {
+    "gate": ProbeGate,
     "monitor": ErrorSampleMonitor,
     "feedback": PruneAndRetrigger,
     "scoreboard": Scoreboard,
@@ -18,8 +26,8 @@ def main() -> None:
     """Load, edit, score, and write everything to the run directory."""
     cli = EditCLI(CALLBACKS, configs=[Path(__file__).parent / "configs"])
     cli.load()
-    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-    finish(cli, *(cli.callback(kind) for kind in (Scoreboard, PruneAndRetrigger, LossAwareTiesMerge)))
+    cli.fit()
+    finish(cli)
 
 
 if __name__ == "__main__":

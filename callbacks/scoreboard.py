@@ -59,6 +59,7 @@ class Scoreboard(pl.Callback):
         self.perplexity: dict[str, float] | None = None
         self.seconds = 0.0
         self.edit_seconds = 0.0
+        self._before = 0.0  # editing before the run was stopped and resumed
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """The base's own score, before the first edit."""
@@ -96,7 +97,7 @@ class Scoreboard(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """The final model's score, and what perfect routing would score."""
-        self.edit_seconds = time.perf_counter() - self._mark - self.seconds
+        self.edit_seconds = self._edited()
         with self._timed():
             result = self._score("final", pl_module)
             owners = self._owners(pl_module)
@@ -107,6 +108,17 @@ class Scoreboard(pl.Callback):
             if self.perplexity is not None:
                 memory = torch.tensor([row["memory"] for row in result.rows])
                 self.perplexity["final"] = self.scorer.perplexity(memory)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The time spent so far on editing."""
+        return {"edit_seconds": self._edited()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self._before = state_dict["edit_seconds"]
+
+    def _edited(self) -> float:
+        return self._before + time.perf_counter() - self._mark - self.seconds
 
     def _score(self, stage: str, editor: Any) -> Result:
         log.info("scoring: %s, %d prompts", stage, len(self.scorer.questions))

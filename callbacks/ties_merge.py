@@ -143,7 +143,8 @@ class LossAwareTiesMerge(pl.Callback):
                 editor.ledger.reassign(ids, shard)
         elif self.target == "main":
             editor.ledger.reassign(editor.ledger.owned_by(fused), BASE)
-        return Decision(decision.yes, f"shards {shards}: {decision.reason}")
+        named = f"shards {shards}" if len(shards) <= 8 else f"{len(shards)} shards"
+        return Decision(decision.yes, f"{named}: {decision.reason}")
 
     @torch.no_grad()
     def fused_delta(self, shards: list[int], editor: Any) -> Tensor:

@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import shlex
+import signal
 import sys
 import time
 import warnings
@@ -16,7 +17,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import transformers
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 from rich.logging import RichHandler
@@ -26,9 +26,14 @@ from repair_lightning.data.stream import EditStream
 from repair_lightning.editors import Editor
 from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.evaluation.report import print_report, write_json, write_rows
-from repair_lightning.packs import save_pack
+from repair_lightning.models.base import files_hash
+from repair_lightning.packs import save_pack, shard_tensors
+from repair_lightning.run_dir import CHECKPOINT, METRICS_FILE, Resume, RunDirectory, WindowCheckpoint
 
 log = logging.getLogger(__name__)
+
+SHOWN = ("progress", "scoreboard")
+"""Callbacks that only report: a run may go on with others."""
 
 
 def config_path(name: str, folders: Sequence[Path]) -> Path:
@@ -92,6 +97,8 @@ class EditCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The run directory and the callbacks' own sections."""
         parser.add_argument("--run_dir", type=str | None, default=None, help="default: runs/<names of the configs>")
+        parser.add_argument("--resume", type=Resume, default="auto", help="'never' refuses to go on with a stopped run")
+        parser.add_argument("--overwrite", type=bool, default=False, help="remove a run that cannot go on in run_dir")
         for name, callback in self.forced.items():
             parser.add_lightning_class_args(callback, name)
 
@@ -115,24 +122,46 @@ class EditCLI(LightningCLI):
                 section.seed = int(self.config.seed_everything)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """The trainer with a checkpoint after every window."""
-        folder = self.run_dir / "checkpoints"
-        checkpoint = ModelCheckpoint(folder, filename="last", every_n_epochs=1, enable_version_counter=False)
-        trainer = super().instantiate_trainer(**kwargs, callbacks=[checkpoint])
+        """The trainer with a durable checkpoint after every window."""
+        self.run = RunDirectory(self.run_dir)
+        folder, name = (self.run_dir / CHECKPOINT).parent, CHECKPOINT.stem
+        checkpoint = WindowCheckpoint(folder, filename=name, every_n_epochs=1, enable_version_counter=False)
+        plugins = [*(self.config_init.trainer.plugins or []), self.run.checkpoint_io(lambda: self.datamodule.windows)]
+        trainer = super().instantiate_trainer(**kwargs, callbacks=[checkpoint], plugins=plugins)
         if trainer.world_size > 1:
             raise ConfigError(f"this release edits on one device, got {trainer.world_size}; give --trainer.devices 1")
         return trainer
 
     def load(self) -> None:
-        """Read and check every record, load the base, and check that the edits fit it: all before the first write."""
+        """Read and check every record, load the base, and check that the edits fit it: all before the first write.
+
+        Then the run begins, or goes on where it was stopped.
+        """
         self.datamodule.setup()
+        self.run.open(self.settings(), self.config.resume, self.config.overwrite)
         self.model.scratch = self.run_dir / "scratch"
         self.model.load()
         self.datamodule.check_fit(self.model.tokenizer, self.model.max_tokens)
+        self.run.begin()
+        self.datamodule.ledger.journal = self.run.journal
         self.loaded = time.perf_counter()
 
-    def callback(self, kind: type) -> Any:
-        """The trainer's callback of a class."""
+    def fit(self) -> None:
+        """Run the stream, from its start or from where it was stopped."""
+        self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.run.checkpoint)
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides what the run computes; what it shows and where it runs is not among it."""
+        config = self.config.as_dict()
+        kept = {name: config[name] for name in ("seed_everything", "model", "data", *self.forced) if name not in SHOWN}
+        trainer = {name: config["trainer"][name] for name in ("devices", "num_nodes", "max_epochs")}
+        files = [Path(str(name)) for name in (config["data"]["path"], config["data"]["irrelevant"])]
+        contents = {str(file): files_hash([file]) for file in files if file.is_file()}
+        return kept | {"trainer": trainer, "contents": contents}
+
+    def part(self, name: str) -> Any:
+        """The callback that is configured under a name."""
+        kind = self.forced[name]
         return next(callback for callback in self.trainer.callbacks if isinstance(callback, kind))  # type: ignore[attr-defined]
 
     def provenance(self) -> dict[str, Any]:
@@ -146,22 +175,27 @@ class EditCLI(LightningCLI):
         }
 
 
-def finish(cli: EditCLI, board: Any, feedback: Any, merge: Any) -> dict[str, Any]:
+def finish(cli: EditCLI) -> dict[str, Any]:
     """Write a finished run's artefacts and print its report; returns the content of `metrics.json`."""
-    run_dir, editor, stream = cli.run_dir, cli.model, cli.datamodule
-    metrics = collect_metrics(cli, board, feedback, merge)
+    run_dir, editor, stream, board = cli.run_dir, cli.model, cli.datamodule, cli.part("scoreboard")
+    metrics = collect_metrics(cli)
+    cli.config.overwrite = False  # said once, for this run
     cli.parser.save(cli.config, run_dir / "config.yaml", overwrite=True, skip_validation=True, skip_unset=False)
     stream.ledger.to_parquet(run_dir / "edits.parquet")
-    save_pack(editor, run_dir / "pack", cli.provenance())
+    pack = save_pack(editor, run_dir / "pack", cli.provenance())
+    cli.run.journal.note("finished", f"{len(stream.edits)} edits")
+    cli.run.journal.to_parquet(pack / "journal.parquet")
     write_rows(run_dir / "generations.jsonl", (row for result in board.results.values() for row in result.rows))
     metrics["seconds"]["total"] = time.perf_counter() - cli.started
-    write_json(run_dir / "metrics.json", metrics)
+    write_json(run_dir / METRICS_FILE, metrics)
+    cli.run.close()
     print_report(metrics, run_dir)
     return metrics
 
 
-def collect_metrics(cli: EditCLI, board: Any, feedback: Any, merge: Any) -> dict[str, Any]:
+def collect_metrics(cli: EditCLI) -> dict[str, Any]:
     """The content of `metrics.json`; figures that do not apply are None."""
+    board, feedback, merge = cli.part("scoreboard"), cli.part("feedback"), cli.part("merge")
     editor, stream, results = cli.model, cli.datamodule, board.results
     ledger, records = stream.ledger, stream.records
     pre = results["pre_edit"].rows
@@ -171,6 +205,7 @@ def collect_metrics(cli: EditCLI, board: Any, feedback: Any, merge: Any) -> dict
         "base": {"name": editor.base.name, "sha256": editor.base.sha256, "parameters": editor.base.parameters},
         "layer": editor.layer,
         "shards": len(editor.memory),
+        "memory_bytes": sum(tensor.nbytes for tensor in shard_tensors(editor.memory).values()),
         "n_edits": len(stream.edits),
         "seed": cli.config.seed_everything,
         "seconds": {"load": cli.loaded - cli.started, "edit": board.edit_seconds, "evaluate": board.seconds},
@@ -180,6 +215,7 @@ def collect_metrics(cli: EditCLI, board: Any, feedback: Any, merge: Any) -> dict
         "oracle_routing": board.oracle,
         "closed_loop": {
             "windows": stream.windows,
+            "rolled_back": cli.part("gate").rolled_back,
             "pruned": feedback.pruned,
             "retriggered": feedback.retriggered,
             "quarantined": len(ledger.with_status(EditStatus.QUARANTINED)),
@@ -197,12 +233,32 @@ def collect_metrics(cli: EditCLI, board: Any, feedback: Any, merge: Any) -> dict
     return metrics | {name: figures for name, figures in found.items() if figures is not None}
 
 
+class Terminated(BaseException):
+    """SIGTERM has come: whatever is under way ends here; what is durable stays."""
+
+
+def _terminate(signum: int, frame: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # asked once is enough
+    raise Terminated
+
+
 def guarded(main: Callable[[], Any]) -> None:
-    """Run a command; a mistake of the user's becomes one line and exit code 2."""
+    """Run a command; a mistake of the user's becomes one line and exit code 2, SIGTERM one line and 143.
+
+    With `--debug` among the arguments the traceback is shown.
+    """
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     _quiet()
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         main()
+    except Terminated:
+        print("stopped by SIGTERM; a run goes on from its last full window when it is started again", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGTERM) from None
     except (RepairError, ValueError) as error:
+        if debug:
+            raise
         known = _cause(error)
         if known is None:
             raise

@@ -24,7 +24,7 @@ from repair_lightning.errors import ConfigError
 from repair_lightning.types import BASE
 from repair_lightning.world import base_dir
 
-SMALL = ["--data.max_edits", "12", "--model.writing.steps", "40", "--data.max_irrelevant", "60"]
+SMALL = ["--data.max_edits", "12", "--model.writing.steps", "40", "--data.max_irrelevant", "60", "--data.window", "8"]
 
 
 @dataclass
@@ -255,6 +255,9 @@ def test_no_logger_leaves_no_log(elsewhere):
         "edits.parquet",
         "pack",
         "checkpoints",
+        "journal.sqlite",
+        "run.json",
+        ".lock",
     }
 
 

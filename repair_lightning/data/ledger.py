@@ -6,11 +6,12 @@ States, and the commands that lead from one to another:
                  |  `--> residual (high distillation loss)  --written--> ...
                  `-----> failed (write was rolled back)
     written, failed, residual --requeue--> requeued --written--> ...
-    anything but superseded --quarantine--> quarantined
-    anything --supersede--> superseded (final)
+    anything but superseded, undone --quarantine--> quarantined
+    anything but undone --supersede--> superseded (final)
+    anything but superseded --undo--> undone (final)
 
-Pending, residual, requeued, quarantined and superseded edits have no owner shard. A command that is refused changes
-nothing.
+Pending, residual, requeued, quarantined, superseded and undone edits have no owner shard. A command that is refused
+changes nothing. Where a journal is attached, a command is on the disk before it counts.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -44,15 +45,16 @@ class EditStatus(str, Enum):
     REQUEUED = "requeued"
     QUARANTINED = "quarantined"
     SUPERSEDED = "superseded"
+    UNDONE = "undone"
 
     def __str__(self) -> str:
         return self.value
 
 
 _ALL = frozenset(EditStatus)
-_FINAL = frozenset({EditStatus.SUPERSEDED})
+_FINAL = frozenset({EditStatus.SUPERSEDED, EditStatus.UNDONE})
 _STORED = frozenset({EditStatus.WRITTEN, EditStatus.FAILED})
-_WRITABLE = _ALL - {EditStatus.QUARANTINED, EditStatus.SUPERSEDED}
+_WRITABLE = _ALL - _FINAL - {EditStatus.QUARANTINED}
 _REQUEUABLE = _STORED | {EditStatus.RESIDUAL, EditStatus.REQUEUED}
 
 
@@ -97,10 +99,22 @@ class LedgerEntry:
         return cls(**{**entry, "edit": Edit.from_dict(entry["edit"]), "status": EditStatus(entry["status"])})
 
 
+class Record(Protocol):
+    """Where the ledger's changes are kept; see `repair_lightning.data.journal`."""
+
+    def append(self, kind: str, entries: Sequence[LedgerEntry]) -> None:
+        """What became of some edits: on the disk when this returns."""
+
+
 class Ledger:
-    """Every edit that ever arrived, in order of arrival, with its state."""
+    """Every edit that ever arrived, in order of arrival, with its state.
+
+    Attributes:
+        journal: told of every change before it counts; None keeps no history.
+    """
 
     def __init__(self) -> None:
+        self.journal: Record | None = None
         self._clear()
 
     def _clear(self) -> None:
@@ -175,8 +189,8 @@ class Ledger:
         repeated = [id for id, n in Counter(edit.id for edit in edits).items() if n > 1 or id in self._entries]
         if repeated:
             raise LedgerError(f"edit {repeated[0]!r} has arrived already; give each edit its own id")
-        for edit in edits:
-            self._put(LedgerEntry(edit, arrival=len(self._entries), window=int(window)))
+        first = len(self._entries)
+        self._enter("arrived", [LedgerEntry(edit, first + i, int(window)) for i, edit in enumerate(edits)])
 
     def written(self, reports: Iterable[EditReport]) -> None:
         """Takes over what a writer reports; the score is open again until the next evaluation.
@@ -190,8 +204,7 @@ class Ledger:
         """
         reports = list(reports)
         self._check([report.id for report in reports], _WRITABLE, "write")
-        for report in reports:
-            self._put(_after_write(self._entries[report.id], report))
+        self._enter("written", [_after_write(self._entries[report.id], report) for report in reports])
 
     def evaluated(self, scores: Mapping[str, float], tau_correct: float) -> None:
         """Takes over scores: an edit that a shard owns is now written where `score >= tau_correct`, else failed.
@@ -210,8 +223,8 @@ class Ledger:
         wrong = [id for id, score in scores.items() if not 0.0 <= float(score) <= 1.0]
         if wrong:
             raise LedgerError(f"a score must be in [0, 1], got {scores[wrong[0]]} for edit {wrong[0]!r}")
-        for id, score in scores.items():
-            self._update(id, **_verdict(self._entries[id], float(score), tau_correct))
+        found = ((self._entries[id], float(score)) for id, score in scores.items())
+        self._enter("evaluated", [replace(entry, **_verdict(entry, score, tau_correct)) for entry, score in found])
 
     def requeue(self, ids: Iterable[str], reason: str) -> None:
         """Sends edits back to be written anew; they have no owner until then.
@@ -242,8 +255,17 @@ class Ledger:
             raise LedgerError(f"edit {new!r} cannot supersede {old!r}: it did not arrive after it")
         self._move([old], _ALL - _FINAL, "supersede", EditStatus.SUPERSEDED, f"superseded by {new}")
 
-    def reassign(self, ids: Iterable[str], shard: int) -> None:
-        """Makes `shard` the owner of edits that had another one, as after a merge.
+    def undo(self, ids: Iterable[str], reason: str) -> None:
+        """Takes edits back for good: no shard answers for them.
+
+        Raises:
+            LedgerError: if one is superseded or undone already.
+            UnknownEditError: for an unknown id.
+        """
+        self._move(ids, _ALL - _FINAL, "undo", EditStatus.UNDONE, reason)
+
+    def reassign(self, ids: Iterable[str], shard: int, kind: str = "merged") -> None:
+        """Makes `shard` the owner of edits that had another one, as after a merge; `kind` is the journal's word for it.
 
         Raises:
             LedgerError: if one has no owner.
@@ -254,8 +276,7 @@ class Ledger:
         homeless = [id for id in ids if self._entries[id].shard is None]
         if homeless:
             raise LedgerError(f"cannot reassign edit {homeless[0]!r}: no shard owns it; write it first")
-        for id in ids:
-            self._update(id, shard=int(shard))
+        self._enter(kind, [replace(self._entries[id], shard=int(shard)) for id in ids])
 
     # -- storage -----------------------------------------------------------------------------------------------------
 
@@ -344,16 +365,19 @@ class Ledger:
     def _in_order(self, ids: Iterable[str]) -> list[str]:
         return sorted(ids, key=lambda id: self._entries[id].arrival)
 
-    def _update(self, id: str, **changes: Any) -> None:
-        self._put(replace(self._entries[id], **changes))
+    def _enter(self, kind: str, entries: list[LedgerEntry]) -> None:
+        if self.journal is not None and entries:
+            self.journal.append(kind, entries)
+        for entry in entries:
+            self._put(entry)
 
     def _move(
         self, ids: Iterable[str], allowed: frozenset[EditStatus], verb: str, status: EditStatus, reason: str
     ) -> None:
         ids = list(ids)
         self._check(ids, allowed, verb)
-        for id in ids:
-            self._update(id, status=status, shard=None, reason=reason)
+        moved = [replace(self._entries[id], status=status, shard=None, reason=reason) for id in ids]
+        self._enter(status.value, moved)
 
 
 def _status(status: EditStatus | str) -> EditStatus:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,6 +33,21 @@ from repair_lightning.models.sampling import own_texts
 from repair_lightning.types import BASE, Edit, EditBatch, EditReport
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What an editor has learnt at one moment.
+
+    Attributes:
+        shards: of the side memory.
+        router: its state.
+        weight: W_v (as the base stores it) where it is no longer the base's own.
+    """
+
+    shards: tuple[dict[str, torch.nn.Module], int]
+    router: dict[str, Any]
+    weight: Tensor | None
 
 
 class Editor(pl.LightningModule):
@@ -78,6 +93,7 @@ class Editor(pl.LightningModule):
         self.ledger = Ledger()
         self.base: Base | None = None
         self.base_changed = False
+        self._changed_weight: Tensor | None = None
         self.scratch: Path | None = None
         """A folder for what the prefix cache cannot hold in memory; None computes it anew."""
 
@@ -170,6 +186,18 @@ class Editor(pl.LightningModule):
     def finish_window(self) -> None:
         """Called when a window's last batch is written, before anything is evaluated."""
 
+    def snapshot(self) -> Snapshot:
+        """The memory, the router and a changed W_v as they are, to go back to with :meth:`rollback`."""
+        weight = self.edited.value_weight.detach().clone() if self.base_changed else None
+        return Snapshot(self.memory.snapshot(writable=True), self.router.state_dict(), weight)
+
+    def rollback(self, snapshot: Snapshot) -> None:
+        """Go back to a :meth:`snapshot`, bit by bit; a snapshot serves once."""
+        self.memory.restore(snapshot.shards)
+        self.router.load_state_dict(snapshot.router)
+        if snapshot.weight is not None:
+            self.edited.value_weight.data.copy_(snapshot.weight)
+
     # -- what others may ask ------------------------------------------------------------------------------------------
 
     def encode(self, edit: Edit) -> Encoded:
@@ -220,6 +248,9 @@ class Editor(pl.LightningModule):
         stream = self.trainer.datamodule  # type: ignore[attr-defined]
         self.ledger = stream.ledger
         self.prepare(*stream.irrelevant_halves(self))
+        if self._changed_weight is not None:  # of a resumed run; until here the base was asked as it was
+            self.edited.value_weight.data.copy_(self._changed_weight)
+            self._changed_weight, self.base_changed = None, True
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> None:
         """Write one batch and enter what came of it in the ledger."""
@@ -265,9 +296,7 @@ class Editor(pl.LightningModule):
             )
         self.router.load_state_dict(checkpoint["router"])
         self.router.bind(self.base.embeddings)
-        if "value_weight" in checkpoint:
-            self.edited.value_weight.data.copy_(checkpoint["value_weight"])
-            self.base_changed = True
+        self._changed_weight = checkpoint.get("value_weight")
 
 
 REGISTRY: dict[str, type[Editor]] = {}

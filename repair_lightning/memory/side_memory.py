@@ -8,6 +8,7 @@ base's.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -250,9 +251,17 @@ class SideMemory(nn.Module):
         self[fused].delta.data.copy_(delta)
         return fused
 
-    def snapshot(self) -> tuple[dict[str, nn.Module], int]:
-        """The shards as they are, to go back to with :meth:`restore`; fusing and pruning replace, they never change."""
-        return dict(self.shards.items()), self.next_id
+    def snapshot(self, writable: bool = False) -> tuple[dict[str, nn.Module], int]:
+        """The shards as they are, to go back to with :meth:`restore`.
+
+        Fusing and pruning replace shards and never change one. Writing changes dense shards: where it may happen before
+        the way back (`writable`), these are copied.
+        """
+        shards = {
+            name: copy.deepcopy(shard) if writable and isinstance(shard, Shard) else shard
+            for name, shard in self.shards.items()
+        }
+        return shards, self.next_id
 
     def restore(self, snapshot: tuple[dict[str, nn.Module], int]) -> None:
         """Go back to a :meth:`snapshot`."""

@@ -1,8 +1,4 @@
-"""A run that was stopped between windows and resumed ends as if it had never stopped.
-
-Numbers may differ in their last digits: the prefix cache is empty again, and what it holds depends, in the seventh
-digit, on which texts went through the base together.
-"""
+"""A run that was stopped between windows and resumed ends as if it had never stopped, bit by bit."""
 
 from __future__ import annotations
 
@@ -38,18 +34,14 @@ def test_stopped_and_resumed_is_the_same(tmp_path, router, stop):
     assert stream.windows > stop
     run(tmp_path / "part", router, epochs=stop)
     resumed, again, loop = run(tmp_path / "rest", router, ckpt_path=tmp_path / "part" / "last.ckpt")
-    for id in stream.ledger:
-        ours, theirs = stream.ledger.entry(id).as_dict(), again.ledger.entry(id).as_dict()
-        assert theirs.pop("loss") == pytest.approx(ours.pop("loss"), rel=1e-4, abs=1e-6)
-        assert theirs == ours
+    assert again.ledger == stream.ledger
     assert (again.windows, again.arrived) == (stream.windows, stream.arrived)
     assert (loop.pruned, loop.retriggered) == (feedback.pruned, feedback.retriggered)
     packs = [read_pack(save_pack(editor, tmp_path / name, {})) for name, editor in (("a", whole), ("b", resumed))]
     (config, tensors), (config_again, tensors_again) = packs
     assert config_again["shards"] == config["shards"]
     assert config_again["next_shard"] == config["next_shard"]
-    # The prefix cache is refilled in other batches, and Adam magnifies the last bit of a small gradient.
-    torch.testing.assert_close(tensors_again, tensors, rtol=0.05, atol=0.02)
+    torch.testing.assert_close(tensors_again, tensors, rtol=0, atol=0)
 
 
 def test_a_checkpoint_of_a_finished_stream_resumes_to_nothing(tmp_path):
@@ -66,5 +58,5 @@ def test_a_checkpoint_keeps_what_was_written_into_the_base(tmp_path):
     run(tmp_path / "part", "key", epochs=2, target="main")
     resumed, *_ = run(tmp_path / "rest", "key", ckpt_path=tmp_path / "part" / "last.ckpt", target="main")
     weights = [editor.edited.split.value.weight.detach() for editor in (whole, resumed)]
-    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
     assert resumed.base_changed

@@ -1,0 +1,131 @@
+"""The gate before a window counts: unrelated questions must keep the base's own answers.
+
+Not in the paper. It stands before the error monitor: what the window wrote is asked about only once it may stay, and a
+merge finds nothing that has not passed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from repair_lightning.data.ledger import EditStatus, Ledger
+from repair_lightning.errors import ConfigError
+from repair_lightning.evaluation.probes import load_probes
+from repair_lightning.evaluation.protocols import answers
+from repair_lightning.types import BASE
+
+log = logging.getLogger(__name__)
+
+
+class ProbeGate(pl.Callback):
+    """Rolls a window back that breaks too many probes; its edits are written again, or quarantined.
+
+    Args:
+        enabled: off lets every window pass.
+        probes: file of unrelated questions, in the form that `scoreboard.probes` takes; None asks the held-out half of
+            the irrelevant prompts.
+        max_probe_loss: highest share of probes, in [0, 1], that may lose the base's answer.
+        sample: most probes that are asked.
+        max_attempts: writes of an edit whose window was rolled back before it is quarantined.
+
+    Attributes:
+        rolled_back: how many windows were.
+    """
+
+    def __init__(
+        self,
+        enabled: bool = True,
+        probes: str | None = None,
+        max_probe_loss: float = 0.02,
+        sample: int = 256,
+        max_attempts: int = 4,
+    ) -> None:
+        if not 0 <= max_probe_loss <= 1:
+            raise ConfigError(f"gate.max_probe_loss must be in [0, 1], got {max_probe_loss}")
+        for name, value in (("sample", sample), ("max_attempts", max_attempts)):
+            if value < 1:
+                raise ConfigError(f"gate.{name} must be at least 1, got {value}")
+        self.enabled, self.max_probe_loss, self.max_attempts = enabled, max_probe_loss, max_attempts
+        self.sample = sample
+        self.given = [probe.prompt for probe in load_probes(probes)][:sample] if probes else []
+        self.rolled_back = 0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Remember how things stand, and what is broken already."""
+        if not self.enabled:
+            return
+        self.before = pl_module.snapshot()
+        self.attempts = attempts_of(trainer.datamodule.ledger)  # type: ignore[attr-defined]
+        if not hasattr(self, "prompts"):
+            self.prompts = self.given or list(pl_module.held_out_prompts[: self.sample])
+            nobody = torch.full((len(self.prompts),), BASE)
+            self.expected = dict(enumerate(self._answers(pl_module, range(len(self.prompts)), nobody)))
+        self.broken = self._broken(pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Ask, and take the window back where too much has changed."""
+        if not self.enabled:
+            return
+        broken = self._broken(pl_module)
+        share = len(broken) / len(self.prompts)
+        pl_module.log("gate/probe_loss", share, batch_size=len(self.prompts))
+        if share > self.max_probe_loss and len(broken) > len(self.broken):
+            self.roll_back(broken, f"{share:.3f} of the probes lost their answer", pl_module)
+        del self.before
+
+    def roll_back(self, broken: dict[int, int], reason: str, editor: Any) -> None:
+        """Undo the window's writes. Its edits wait again; those that broke the probes, only so many times.
+
+        Args:
+            broken: index of each broken probe -> the memory that answered it.
+            reason: for the ledger.
+            editor: whose window it is.
+        """
+        ledger: Ledger = editor.ledger
+        stored = ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED)
+        written = [id for id in stored if ledger.entry(id).attempts > self.attempts.get(id, 0)]
+        guilty = {id for shard in set(broken.values()) for id in ledger.owned_by(shard)} & set(written)
+        editor.rollback(self.before)
+        spent = [id for id in guilty or written if ledger.entry(id).attempts >= self.max_attempts]
+        again = [id for id in written if id not in set(spent)]
+        editor.forget(again + spent)
+        ledger.requeue(again, f"window rolled back: {reason}")
+        ledger.quarantine(spent, f"{reason} in each of {self.max_attempts} attempts")
+        editor.finish_window()
+        self.rolled_back += 1
+        log.warning(
+            "window rolled back: %s, more than %s; %d edits are written again, %d quarantined",
+            reason,
+            self.max_probe_loss,
+            len(again),
+            len(spent),
+        )
+
+    def _broken(self, editor: Any) -> dict[int, int]:
+        """Index of each probe that is not answered as by the base -> the memory that answers it."""
+        chosen = editor.choose(self.prompts).memory.cpu()
+        ask = [i for i, memory in enumerate(chosen.tolist()) if memory != BASE or editor.base_changed]
+        found = self._answers(editor, ask, chosen[ask])
+        return {i: int(chosen[i]) for i, answer in zip(ask, found, strict=True) if answer != self.expected[i]}
+
+    def _answers(self, editor: Any, index: Sequence[int], memory: torch.Tensor) -> list[str]:
+        prompts = [self.prompts[i] for i in index]
+        return answers(editor.edited, prompts, memory, max_new_tokens=8) if prompts else []
+
+    def state_dict(self) -> dict[str, Any]:
+        """How often it acted."""
+        return {"rolled_back": self.rolled_back}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self.rolled_back = state_dict["rolled_back"]
+
+
+def attempts_of(ledger: Ledger) -> dict[str, int]:
+    """How often each edit was written so far."""
+    return {id: ledger.entry(id).attempts for id in ledger}

@@ -1,0 +1,86 @@
+"""`train.py` in a process that kills itself at a given moment: `python killer.py MOMENT [options of train.py]`."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[2]
+sys.path.insert(0, str(REPOSITORY))
+
+
+def die() -> None:
+    """As `kill -9` does it."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def before(owner: Any, name: str, when: Callable[..., bool], count: int = 1) -> None:
+    """Die right before the `count`th call of a function for which `when` holds."""
+    real, seen = getattr(owner, name), [0]
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        if when(*args, **kwargs):
+            seen[0] += 1
+            if seen[0] == count:
+                die()
+        return real(*args, **kwargs)
+
+    setattr(owner, name, watched)
+
+
+def after(owner: Any, name: str, when: Callable[..., bool], count: int = 1) -> None:
+    """Die right behind it."""
+    real, seen = getattr(owner, name), [0]
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        result = real(*args, **kwargs)
+        if when(*args, **kwargs):
+            seen[0] += 1
+            if seen[0] == count:
+                die()
+        return result
+
+    setattr(owner, name, watched)
+
+
+def arm(moment: str) -> None:
+    """Prepare the death."""
+    import torch
+
+    import repair_lightning.cli
+    from callbacks import LossAwareTiesMerge, Scoreboard
+    from repair_lightning.data.journal import Journal
+
+    def is_checkpoint(source: Any, target: Any) -> bool:
+        return str(target).endswith("last.ckpt")
+
+    def always(*args: Any, **kwargs: Any) -> bool:
+        return True
+
+    def merged(self: Any, kind: str, entries: Any) -> bool:
+        return kind == "merged"
+
+    moments: dict[str, Callable[[], None]] = {
+        "before the first checkpoint's rename": lambda: before(os, "replace", is_checkpoint),
+        "before the third checkpoint's rename": lambda: before(os, "replace", is_checkpoint, 3),
+        "behind the second checkpoint's rename": lambda: after(os, "replace", is_checkpoint, 2),
+        "while the second checkpoint is written": lambda: after(torch, "save", always, 2),
+        "before the merge": lambda: before(LossAwareTiesMerge, "merge", always),
+        "during the merge": lambda: before(Journal, "append", merged),
+        "behind the merge": lambda: after(LossAwareTiesMerge, "merge", always),
+        "during the final scoring": lambda: before(Scoreboard, "_score", lambda self, stage, editor: stage == "final"),
+        "before the pack is saved": lambda: before(repair_lightning.cli, "save_pack", always),
+        "behind the pack, before the metrics": lambda: after(repair_lightning.cli, "save_pack", always),
+    }
+    moments[moment]()
+
+
+if __name__ == "__main__":
+    arm(sys.argv[1])
+    sys.argv = [str(REPOSITORY / "train.py"), *sys.argv[2:]]
+    runpy.run_path(sys.argv[0], run_name="__main__")
