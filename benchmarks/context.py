@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PARTS = ("editing", "flat", "roofline", "generation", "memory", "clustering", "gpu")
+PARTS = ("editing", "flat", "roofline", "generation", "memory", "clustering", "merging", "gpu")
 _UNSET: Any = None
 
 
@@ -43,6 +43,12 @@ class Context:
         (1_000, 10_000, 100_000, 500_000), "clustering: vectors to cluster", quick=(1_000, 20_000)
     )
     limit: int = option(0, "flat, clustering: leave out sizes above this; 0 for none")
+    merged: tuple[int, ...] = option((2, 4, 8), "merging: shards that become one", quick=(2,))
+    per_shard: int = option(16, "merging: edits per shard", quick=4)
+    densities: tuple[float, ...] = option((1.0, 0.5, 0.2), "merging: shares of a shard that are kept", quick=(1.0, 0.2))
+    alphas: tuple[float, ...] = option(
+        (0.0, 1.0, 10.0, 100.0), "merging: sensitivities to the losses, per nat, with an odd shard", quick=(0.0, 10.0)
+    )
     gpu_edits: int = option(256, "gpu: edits to write", quick=64)
     out: Path = Path("benchmarks/results/world")
     work: Path = Path("runs/benchmarks/work")
@@ -102,9 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", help="folder of the results (default: benchmarks/results/<base>)")
     for item in fields(Context):
         if item.metadata:
-            many = isinstance(item.default, tuple)
             default: Any = item.default
-            kind = int if many else type(item.default)
+            many = isinstance(default, tuple)
+            kind = type(default[0] if many else default)
             shown = " ".join(map(str, default)) if many else default
             text = f"{item.metadata['help']} (default: {shown!r})" if shown != "" else item.metadata["help"]
             parser.add_argument(f"--{item.name}", type=kind, nargs="+" if many else None, help=text)

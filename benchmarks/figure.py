@@ -187,6 +187,38 @@ def clustering(axis: Any, result: dict[str, Any]) -> None:
     axis.set_title("Clustering into homogeneous batches")
 
 
+def merging(axis: Any, result: dict[str, Any]) -> None:
+    """OP of the default rule and of the references against the number of shards, beside the OP before."""
+    forms = list(dict.fromkeys(bank["form"] for bank in result["banks"]))
+    counts = sorted({bank["shards"] for bank in result["banks"]})
+    for form, colour in zip(forms, (OURS, SHARDS, OTHER), strict=False):
+        banks = sorted((bank for bank in result["banks"] if bank["form"] == form), key=lambda bank: bank["shards"])
+        before = [bank["before"]["scores"]["autoregressive"]["op"] for bank in banks]
+        lines = [(before, "--", ""), (_merged(banks, "ties"), "o-", form), (_merged(banks, "least squares"), ":", "")]
+        for ops, look, label in lines:
+            axis.plot(counts, [100 * (op or 0) for op in ops], look, color=colour, markersize=4, label=label or None)
+    axis.plot([], [], "--", color=DARK, label="before")
+    axis.plot([], [], ":", color=DARK, label="least squares")
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(counts, [str(count) for count in counts])
+    axis.set_ylim(0, 105)
+    axis.set_xlabel("shards that became one")
+    axis.set_ylabel("OP, per cent")
+    axis.grid(axis="y")
+    axis.legend(frameon=False, fontsize=7)
+    axis.set_title("Merging, default rule")
+
+
+def _merged(banks: list[dict[str, Any]], kind: str) -> list[float | None]:
+    """Each bank's OP after the merge of a kind, of the default rule where there are several."""
+    default = {"alpha": 1.0, "normalize": "contributors"}
+    rows = [
+        next(row for row in bank["after"] if row["rule"]["kind"] == kind and default.items() <= row["rule"].items())
+        for bank in banks
+    ]
+    return [row["scores"]["autoregressive"]["op"] for row in rows]
+
+
 def gpu(axis: Any, result: dict[str, Any]) -> None:
     """Bars of edits per second by edited layer."""
     rows = result["layers"]
@@ -207,5 +239,6 @@ PANELS: Mapping[str, Callable[[Any, dict[str, Any]], None]] = {
     "generation": generation,
     "memory": memory,
     "clustering": clustering,
+    "merging": merging,
     "gpu": gpu,
 }

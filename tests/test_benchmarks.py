@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -13,9 +14,23 @@ import pytest
 import torch
 from helpers_runs import REPOSITORY, world_edits
 
-from benchmarks import clustering, editing, figure, flat, generation, gpu, memory, report, roofline, streams, timing
+from benchmarks import (
+    clustering,
+    editing,
+    figure,
+    flat,
+    generation,
+    gpu,
+    memory,
+    merging,
+    report,
+    roofline,
+    streams,
+    timing,
+)
 from benchmarks.__main__ import main
 from benchmarks.context import PARTS, Context, parse
+from callbacks import LossAwareTiesMerge
 from repair_lightning.editors.repair import Writing
 from repair_lightning.types import EditBatch
 
@@ -190,6 +205,70 @@ def test_mean_cosine_by_hand():
     assert clustering.mean_cosine(units, [[0, 1], [0, 2], [1]]) == pytest.approx(0.5)
 
 
+@pytest.mark.slow
+def test_merging(context):
+    small = replace(context, merged=(2,), per_shard=2, densities=(1.0, 0.2), alphas=(0.0, 10.0))
+    result = merging.run_part(small)
+    finite(result)
+    assert [bank["form"] for bank in result["banks"]] == list(merging.FORMS)
+    for bank in result["banks"]:
+        rules = [tuple(after["rule"].values())[1:] for after in bank["after"]]
+        settings = itertools.product((0.0, 1.0), ("contributors", "global"), (1.0, 0.2))
+        assert rules == [*settings, *[(1.0, "contributors", 1.0)] * 2]
+        assert bank["before"]["scores"]["autoregressive"]["rel"] == 1.0
+        assert [len(after["weights"] or ()) for after in bank["after"]] == [2] * 8 + [0] * 2
+    assert [(case["form"], case["kind"]) for case in result["odd"]] == list(
+        itertools.product(merging.FORMS, merging.ODD)
+    )
+    for case in result["odd"]:
+        lies = case["kind"] == "wrong targets"
+        assert case["before"]["own"]["autoregressive"]["rel"] == 0.0 or not lies
+        assert case["before"]["others"]["autoregressive"]["rel"] == 1.0
+        assert case["loss"] < case["loss_of_others"] or case["kind"] not in ("overfitted", "wrong targets")
+        assert case["after"][0]["weights"] == [0.5, 0.5]
+    text = shown("merging", result)
+    assert "| dense, mask 0.2 | (before) |" in text
+    assert "| low rank | wrong targets |" in text
+
+
+def test_a_merge_of_the_study_is_the_callbacks_and_is_undone(context):
+    """The default rule gives the callback's own delta, bit by bit; then shards, router and ledger are as before."""
+    edits = world_edits(4)
+    writing = Writing(form="dense", capacity=2, mask_ratio=0.4)
+    editor = streams.prepared(context, edits, precision="float32", writing=writing)
+    shards = [merging.write_shard(editor, edits[:2]), merging.write_shard(editor, edits[2:], wrong=True, steps=3)]
+    assert editor.writing is writing
+    assert [editor.ledger.entry(edit.id).edit for edit in edits] == edits  # the ledger holds the right targets
+    expected = LossAwareTiesMerge().fused_delta(shards, editor)
+    ledger = editor.ledger.state_dict()
+    deltas = editor.memory.stacked().detach().clone()
+    with merging.undone(editor):
+        weights = merging.fuse(editor, shards, merging.Rule())
+        assert weights is not None
+        assert sum(weights) == pytest.approx(1)
+        (fused,) = editor.memory.ids
+        assert torch.equal(editor.memory[fused].delta, expected)
+        assert editor.ledger.sizes() == {fused: 4}
+    assert editor.memory.ids == shards
+    assert torch.equal(editor.memory.stacked(), deltas)
+    assert editor.ledger.state_dict() == ledger
+    assert editor.choose_for(edits).memory.tolist() == [0, 0, 1, 1]
+
+
+def test_least_squares_keeps_what_each_shard_adds_at_its_own_edits(context):
+    """Four edits excite fewer directions than d_ffn: one delta can say all that two shards say, unlike their mean."""
+    edits = world_edits(4)
+    editor = streams.prepared(context, edits, precision="float32", writing=Writing(capacity=2))
+    shards = [merging.write_shard(editor, edits[:2]), merging.write_shard(editor, edits[2:])]
+    fused, _ = merging.Rule(kind="least squares").delta(editor, shards)
+    mean = editor.memory.stacked(shards).mean(0)
+    for shard, part in zip(shards, (edits[:2], edits[2:]), strict=True):
+        rows = editor._rows(part, ())
+        keys = rows.reading(rows.activations).float()
+        said = keys @ editor.memory[shard].delta.T
+        assert (keys @ fused.T - said).norm() < 0.05 * said.norm() < (keys @ mean.T - said).norm()
+
+
 def test_the_gpu_part_on_a_tiny_base(context):
     result = gpu.run_part(replace(context, gpu_edits=6), device="cpu", shape=TINY)
     finite(result)
@@ -262,6 +341,7 @@ def test_settings(tmp_path, capsys):
     assert (context.sizes, context.edits, context.name, context.irrelevant) == ((10, 20), 100, "qa-llama", "")
     assert context.out == REPOSITORY / "benchmarks" / "results" / "qa-llama"
     assert parse([], tmp_path)[0] == PARTS
+    assert parse(["merging", "--alphas", "0", "2.5"], tmp_path)[1].alphas == (0.0, 2.5)
     quick = parse(["--quick"], tmp_path)[1]
     assert quick.edits < 100
     assert quick.out == REPOSITORY / "runs" / "benchmarks" / "world"

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import yaml
 from helpers_runs import REPOSITORY
+from safetensors.torch import load_file
 
 import train
 from repair_lightning import compare
@@ -63,6 +64,7 @@ scores = {protocol: {"rel": 1.0, "gen": found, "loc": 0.99, "near": None, "op": 
           for protocol, found in (("autoregressive", op), ("teacher_forced", round(op + 0.05, 6)))}
 metrics = {"n_edits": min(size, 40), "before_merge": scores, "final": scores, "oracle_routing": scores, "shards": size,
            "closed_loop": {"windows": 1, "pruned": 2, "retriggered": 3, "quarantined": seed}, "seconds": {"total": 1.5},
+           "memory_bytes": 1000 * size,
            "merge": {"accepted": False, "reason": "is off"}, "edits_per_minute": 100.0 * (1 + seed)}
 (run / "metrics.json").write_text(json.dumps(metrics))
 '''
@@ -432,7 +434,7 @@ def test_the_tables_say_what_the_runs_measured(bench):
     row = rows["plain - part", "40", "2"]  # 0.5 - 0.02 - 0.004; teacher forced 0.05 more
     assert (row["status"], row["autoregressive_op"], row["teacher_forced_op"]) == ("finished", "0.476", "0.526")
     assert (row["n_edits"], row["quarantined"], row["edits_per_minute"], row["error"]) == ("40", "2", "300.0", "")
-    assert (row["autoregressive_near"], row["merge_accepted"]) == ("", "False")
+    assert (row["autoregressive_near"], row["merge_accepted"], row["memory_bytes"]) == ("", "False", "40000")
 
     text = bench.text("md")
     ops = [100 * (0.9 - 0.01 * seed - 0.003) for seed in range(3)]
@@ -442,9 +444,10 @@ def test_the_tables_say_what_the_runs_measured(bench):
     assert "\n| plain | 88.7 ± 1.0 | 88.6 ± 1.0 | 88.5 ± 1.0 |\n| plain - part | 48.7 ± 1.0 |" in first
     assert second.startswith("OP, teacher forced, per cent")
     assert "\n| plain | 93.7 ± 1.0 |" in second
-    header = "| variant | Rel | Gen | Loc | Near | OP | OP forced | OP oracle | quarantined | edits/min |"
+    header = "| variant | Rel | Gen | Loc | Near | OP | OP forced | OP oracle | quarantined | bytes/edit | edits/min |"
     assert third.startswith(f"All figures, N = 50\n\n{header}\n")
     part = ["100.0 ± 0.0", "48.5 ± 1.0", "99.0 ± 0.0", "-", "48.5 ± 1.0", "53.5 ± 1.0", "48.5 ± 1.0", "1.0 ± 1.0"]
+    part += ["1250 ± 0"]  # 50,000 bytes over the 40 edits that were there
     assert f"\n| plain - part | {' | '.join(part)} | 200 ± 100 |\n" in third
     assert "- The data hold no 50 edits, but 40.\n" in text
 
@@ -555,6 +558,30 @@ def test_the_presets_stand_as_they_are(ablations):
                 assert ablations[name][f"{part}.{option}"] == value
 
 
+def test_the_capacities_are_what_their_names_say(tmp_path, monkeypatch):
+    """Read by train.py's own parser; those of equal bytes lie within a seventh of 4 R (D + F) bytes an edit, where
+    D F (4 rho + 1/8) / c is what a mask leaves, and 4 D F / c what an open shard has (D 288, F 896, R 4.52)."""
+    common = ["--model.base", "some/base", "--data.path", "some.json"]
+    for run in plan(read_comparison(ABLATIONS.with_name("capacity.yaml")), common, tmp_path):
+        if run.seed:
+            continue
+        name, (form, capacity) = run.variant.name, run.variant.name.rsplit(" ", 1)
+        found = settings_of(run, monkeypatch)
+        assert found["merge.enabled"] is False
+        assert found["model.writing.form"] == ("low_rank" if form == "low rank" else "dense"), name
+        limit = found["model.writing.capacity"]
+        if capacity == "all":
+            assert limit == found["data.window"] == found["data.batch_size"] == 1024
+            continue
+        assert limit == int(capacity)
+        rho = found["model.writing.mask_ratio"]
+        if form == "equal bytes":
+            bits = 0 if rho == 1 else 1 / 8
+            assert 288 * 896 * (4 * rho + bits) / limit == pytest.approx(4 * 4.52 * (288 + 896), rel=1 / 7)
+        else:
+            assert rho == 1
+
+
 # -- for real ----------------------------------------------------------------------------------------------------------
 
 
@@ -574,6 +601,9 @@ def test_a_comparison_of_real_runs(tmp_path, capsys):
         folder = tmp_path / "out" / run["variant"].replace(" ", "") / f"n4-seed{run['seed']}"
         assert run["metrics"] == json.loads((folder / "metrics.json").read_text())
         assert (run["metrics"]["n_edits"], run["metrics"]["seed"]) == (4, run["seed"])
+        stored = load_file(folder / "pack" / "side_memory.safetensors")
+        shards = [tensor.nbytes for name, tensor in stored.items() if not name.startswith("router.")]
+        assert run["metrics"]["memory_bytes"] == sum(shards) > 0
         writing = yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]["writing"]
         expected = ("low_rank", 2.0, 20) if run["variant"] == "ours" else ("dense", None, 20)
         assert (writing["form"], writing["stop_margin"], writing["steps"]) == expected

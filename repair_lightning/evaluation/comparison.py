@@ -53,11 +53,17 @@ class Result:
 
 @dataclass(frozen=True)
 class Column:
-    """A figure as a table shows it: its place, its unit, its digits after the point."""
+    """A figure as a table shows it: its place, its unit, its digits after the point, and what it is divided by."""
 
     path: Place
     scale: float = 100.0
     digits: int = 1
+    per: Place | None = None
+
+    def of(self, result: Result) -> float | None:
+        """The figure of a run in the column's unit; None where the run has none."""
+        value, divisor = result.figure(self.path), result.figure(self.per) if self.per else 1.0
+        return None if value is None or not divisor else self.scale * value / divisor
 
 
 @dataclass(frozen=True)
@@ -78,9 +84,11 @@ COLUMNS = {
     "OP forced": Column(("final", TEACHER_FORCED, "op")),
     "OP oracle": Column(("oracle_routing", AUTOREGRESSIVE, "op")),
     "quarantined": Column(("closed_loop", "quarantined"), scale=1.0),
+    "bytes/edit": Column(("memory_bytes",), scale=1.0, digits=0, per=("n_edits",)),
     "edits/min": Column(("edits_per_minute",), scale=1.0, digits=0),
 }
-"""The columns of the table of one size; scores are autoregressive unless they say otherwise."""
+"""The columns of the table of one size; scores are autoregressive unless they say otherwise, bytes those
+of the shards as a pack stores them."""
 
 FIGURES: dict[str, Place] = {
     "n_edits": ("n_edits",),
@@ -90,6 +98,7 @@ FIGURES: dict[str, Place] = {
     **{name: ("closed_loop", name) for name in ("windows", "pruned", "retriggered", "quarantined")},
     "merge_accepted": ("merge", "accepted"),
     "shards": ("shards",),
+    "memory_bytes": ("memory_bytes",),
     "edits_per_minute": ("edits_per_minute",),
     "seconds": ("seconds", "total"),
 }
@@ -98,8 +107,8 @@ FIGURES: dict[str, Place] = {
 
 def cell(results: Sequence[Result], column: Column) -> str:
     """`mean ± deviation` over the finished runs, and how many failed; `failed` or `-` where none is finished."""
-    found = [result.figure(column.path) for result in results if result.status == "finished"]
-    values = [column.scale * value for value in found if value is not None]
+    found = [column.of(result) for result in results if result.status == "finished"]
+    values = [value for value in found if value is not None]
     failed = sum(result.status == "failed" for result in results)
     if not values:
         return "failed" if failed else "-"
