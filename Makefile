@@ -2,6 +2,7 @@
 # make test         install and run the tests
 # make check        ruff (lint, format) and mypy
 # make bench        measure speed, memory and scaling (benchmarks/README.md); BENCH="--quick" says how
+# make torture      kill, damage and starve real runs, and say what survived; TORTURE="--kills 5" says how
 # make world        rebuild the embedded world and its base from their seed
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test test-all check format bench world clean
+.PHONY: torture quickstart test test-all check format bench world clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python train.py --config quickstart --overwrite
@@ -29,6 +30,9 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks $(BENCH)
+
+torture: $(INSTALLED)
+	$(BIN)/python tests/faults/torture.py $(TORTURE)
 
 world: $(INSTALLED)
 	$(BIN)/python -m repair_lightning.world build

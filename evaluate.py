@@ -7,11 +7,12 @@ from jsonargparse import ArgumentParser
 from repair_lightning.cli import guarded
 from repair_lightning.evaluation.evaluate import evaluate_pack
 from repair_lightning.evaluation.report import print_report, write_json
+from repair_lightning.parsing import parse
 
 
 def main() -> None:
     """Load the pack and its base, ask every prompt, print the table."""
-    parser = ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, exit_on_error=False)
     parser.add_argument("--pack", required=True, help="the pack's folder")
     parser.add_argument("--data.path", default="world", help="records: a file, a hub name or 'world'")
     parser.add_argument("--data.format", default="jsonl", help="their format")
@@ -20,7 +21,7 @@ def main() -> None:
     parser.add_argument("--base", default=None, help="the base, where the pack's own name for it does not lead there")
     parser.add_argument("--precision", default="auto", help="of the base")
     parser.add_argument("--out", default=None, help="write the figures to this JSON file")
-    options = parser.parse_args()
+    options = parse(parser)
     data = options.data
     metrics = evaluate_pack(
         options.pack, data.path, data.format, data.max_edits, options.base, options.precision, data.on_bad_record

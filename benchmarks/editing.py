@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ def run_part(context: Context, variants: tuple[Variant, ...] = VARIANTS) -> dict
     for turn, variant in enumerate(schedule(variants, context.repeats)):
         folder = context.work / f"editing-{turn}"
         command = command_of(context, variant, folder)
-        commands[variant.name] = " ".join(["python", *command[1:]])
+        commands[variant.name] = without_places(command, folder)
         run(command, context)
         found[variant.name].append(json.loads((folder / "metrics.json").read_text()))
     rows = [row_of(variant.name, found[variant.name], commands[variant.name]) for variant in variants]
@@ -65,6 +66,12 @@ def schedule(variants: tuple[Variant, ...], repeats: int) -> list[Variant]:
         order += fast if turn < repeats else []
         order += slow[turn : turn + 1]
     return order
+
+
+def without_places(command: list[str], folder: Path) -> str:
+    """A command as it is told: without the folders of the machine that it ran on."""
+    words = shlex.join(["python", *command[1:]])
+    return words.replace(f"{REPOSITORY}/", "").replace(f"{folder.parent}/", "")
 
 
 def command_of(context: Context, variant: Variant, folder: Path) -> list[str]:

@@ -115,7 +115,7 @@ def write_shard(editor: Repair, edits: Sequence[Edit], wrong: bool = False, **wr
     told = [replace(edit, target=target) for edit, target in zip(edits, targets[1:] + targets[:1], strict=True)]
     kept, rate = editor.writing, editor.value_rate
     editor.writing = replace(kept, **writing)
-    editor.value_rate = rate * editor.writing.lr / kept.lr
+    editor.value_rate = rate * editor.writing.rate / kept.rate
     try:
         reports = editor.write(EditBatch(tuple(told if wrong else edits)))
     finally:

@@ -53,6 +53,9 @@ class ProbeGate(pl.Callback):
         self.enabled, self.max_probe_loss, self.max_attempts = enabled, max_probe_loss, max_attempts
         self.sample = sample
         self.given = [probe.prompt for probe in load_probes(probes)][:sample] if probes else []
+        if probes and not self.given:
+            raise ConfigError(f"gate.probes '{probes}' holds no questions; give some, or null for the held-out prompts")
+        self.expected: list[str] = []
         self.rolled_back = 0
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -64,7 +67,7 @@ class ProbeGate(pl.Callback):
         if not hasattr(self, "prompts"):
             self.prompts = self.given or list(pl_module.held_out_prompts[: self.sample])
             nobody = torch.full((len(self.prompts),), BASE)
-            self.expected = dict(enumerate(self._answers(pl_module, range(len(self.prompts)), nobody)))
+            self.expected = self.expected or self._answers(pl_module, range(len(self.prompts)), nobody)
         self.broken = self._broken(pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -118,12 +121,12 @@ class ProbeGate(pl.Callback):
         return answers(editor.edited, prompts, memory, max_new_tokens=8) if prompts else []
 
     def state_dict(self) -> dict[str, Any]:
-        """How often it acted."""
-        return {"rolled_back": self.rolled_back}
+        """How often it acted, and the base's answers: a merge may write into the base before the run is resumed."""
+        return {"rolled_back": self.rolled_back, "expected": self.expected}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
-        self.rolled_back = state_dict["rolled_back"]
+        self.rolled_back, self.expected = state_dict["rolled_back"], state_dict["expected"]
 
 
 def attempts_of(ledger: Ledger) -> dict[str, int]:

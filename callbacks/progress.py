@@ -10,8 +10,6 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from repair_lightning.data.ledger import EditStatus
-
 _SHOWN = (("live/rel", "Rel"), ("live/gen", "Gen"), ("live/loc", "Loc"))
 
 
@@ -77,7 +75,7 @@ class StreamProgress(ProgressBar):
             self._bar = None
 
     def _written(self, trainer: pl.Trainer) -> int:
-        return len(trainer.datamodule.ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED))  # type: ignore[attr-defined]
+        return len(trainer.datamodule.written())  # type: ignore[attr-defined]
 
     def _window(self, trainer: pl.Trainer) -> str:
         return f"window {trainer.datamodule.windows}"  # type: ignore[attr-defined]

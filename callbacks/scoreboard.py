@@ -16,7 +16,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from repair_lightning.data.ledger import EditStatus
+from repair_lightning.evaluation.earlier import EarlierEdits
 from repair_lightning.evaluation.probes import ProbeScorer, load_probes
 from repair_lightning.evaluation.protocols import AUTOREGRESSIVE
 from repair_lightning.evaluation.scoring import Result, Scorer, oracle_choice
@@ -39,6 +39,7 @@ class Scoreboard(pl.Callback):
         oracle: the final model's scores under perfect routing.
         perplexity: of the targets, `pre` and `final`, for hallucination records.
         kept: what the probes say, see `ProbeScorer.score`.
+        earlier: how the edits of the pack that the run started from are answered; None where it started anew.
         seconds: spent on scoring.
         edit_seconds: of fitting without the scoring.
     """
@@ -54,6 +55,7 @@ class Scoreboard(pl.Callback):
         self.live, self.batch_size, self.max_new_tokens, self.seed = live, batch_size, max_new_tokens, seed
         self.probes = load_probes(probes) if probes else ()
         self.kept: dict[str, float | int] | None = None
+        self.earlier: EarlierEdits | None = None
         self.results: dict[str, Result] = {}
         self.oracle: dict[str, dict[str, float | None]] | None = None
         self.perplexity: dict[str, float] | None = None
@@ -76,10 +78,17 @@ class Scoreboard(pl.Callback):
                 self.perplexity = {"pre": self.scorer.perplexity(nobody)}
         self._mark = time.perf_counter() - self.seconds
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """How a pack's edits are answered before the first new one is written."""
+        stream: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if stream.joined and self.earlier is None:
+            with self._timed():
+                self.earlier = EarlierEdits.ask(pl_module, stream.inherited)
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Live scores on a sample of the edits that are written."""
         stream: Any = trainer.datamodule  # type: ignore[attr-defined]
-        written = stream.ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED)
+        written = stream.written()
         if not self.live or not written:
             return
         with self._timed():
@@ -103,6 +112,8 @@ class Scoreboard(pl.Callback):
             owners = self._owners(pl_module)
             oracle = oracle_choice(self.scorer.questions, owners)
             self.oracle = self.scorer.score("oracle", oracle, owners, pl_module.base_changed).scores
+            if self.earlier is not None:
+                self.earlier.ask_again(pl_module)
             if self.probes:
                 self.kept = self.probe_scorer.score(pl_module.base_changed)
             if self.perplexity is not None:
@@ -110,12 +121,14 @@ class Scoreboard(pl.Callback):
                 self.perplexity["final"] = self.scorer.perplexity(memory)
 
     def state_dict(self) -> dict[str, Any]:
-        """The time spent so far on editing."""
-        return {"edit_seconds": self._edited()}
+        """The time spent so far on editing, and how a pack's edits were answered at the start."""
+        return {"edit_seconds": self._edited(), "earlier": self.earlier.before if self.earlier else None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self._before = state_dict["edit_seconds"]
+        if state_dict.get("earlier") is not None:
+            self.earlier = EarlierEdits(state_dict["earlier"])
 
     def _edited(self) -> float:
         return self._before + time.perf_counter() - self._mark - self.seconds

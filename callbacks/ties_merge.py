@@ -140,7 +140,7 @@ class LossAwareTiesMerge(pl.Callback):
             editor.memory.restore(snapshot)
             editor.router.load_state_dict(router)
             for shard, ids in owned.items():
-                editor.ledger.reassign(ids, shard)
+                editor.ledger.reassign(ids, shard, "unmerged")
         elif self.target == "main":
             editor.ledger.reassign(editor.ledger.owned_by(fused), BASE)
         named = f"shards {shards}" if len(shards) <= 8 else f"{len(shards)} shards"

@@ -21,13 +21,14 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 from rich.logging import RichHandler
 
-from repair_lightning.data.ledger import EditStatus
+from repair_lightning.data.ledger import EditStatus, Ledger
 from repair_lightning.data.stream import EditStream
-from repair_lightning.editors import Editor
+from repair_lightning.editors import REGISTRY, Editor
 from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.evaluation.report import print_report, write_json, write_rows
 from repair_lightning.models.base import files_hash
-from repair_lightning.packs import save_pack, shard_tensors
+from repair_lightning.packs import JOURNAL_FILE, PackContent, restore_into, save_pack, shard_tensors
+from repair_lightning.parsing import parse
 from repair_lightning.run_dir import CHECKPOINT, METRICS_FILE, Resume, RunDirectory, WindowCheckpoint
 
 log = logging.getLogger(__name__)
@@ -66,6 +67,17 @@ def resolve_configs(argv: Sequence[str], folders: Sequence[Path]) -> tuple[list[
     return resolved, found
 
 
+def value_of(option: str, argv: Sequence[str]) -> str | None:
+    """The last value that the arguments give an option; None where they do not."""
+    found = None
+    for argument, following in zip(argv, [*argv[1:], None], strict=True):
+        if argument == option:
+            found = following
+        elif argument.startswith(f"{option}="):
+            found = argument.removeprefix(f"{option}=")
+    return found
+
+
 class EditCLI(LightningCLI):
     """`train.py`'s command line: an editor, a stream and a trainer from YAML and options.
 
@@ -78,11 +90,14 @@ class EditCLI(LightningCLI):
         self.started = self.loaded = time.perf_counter()
         self.forced = callbacks
         sys.argv[1:], self.config_files = resolve_configs(sys.argv[1:], configs)
+        folder = value_of("--from_pack", sys.argv[1:])
+        self.started_from = PackContent.read(folder) if folder else None
         super().__init__(
             Editor,
             EditStream,
             subclass_mode_model=True,
             run=False,
+            parser_kwargs={"exit_on_error": False},
             save_config_callback=None,
             seed_everything_default=0,
             trainer_defaults={
@@ -94,17 +109,26 @@ class EditCLI(LightningCLI):
             },
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Lightning's own, with the parser's complaints in one line."""
+        self.config = parse(parser, {"model": tuple(REGISTRY.values())})
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The run directory and the callbacks' own sections."""
         parser.add_argument("--run_dir", type=str | None, default=None, help="default: runs/<names of the configs>")
         parser.add_argument("--resume", type=Resume, default="auto", help="'never' refuses to go on with a stopped run")
-        parser.add_argument("--overwrite", type=bool, default=False, help="remove a run that cannot go on in run_dir")
+        parser.add_argument("--overwrite", action="store_true", help="remove a run that cannot go on in run_dir")
+        parser.add_argument(
+            "--from_pack", type=str | None, default=None, help="go on with the edited model of this pack"
+        )
+        if self.started_from is not None:
+            parser.set_defaults({"model": self.started_from.model_options()})
         for name, callback in self.forced.items():
             parser.add_lightning_class_args(callback, name)
 
     def before_instantiate_classes(self) -> None:
         """Everything that a run writes goes to its run directory."""
-        name = "-".join(file.stem for file in self.config_files) or "default"
+        name = "-".join(file.stem for file in self.config_files) or ("continued" if self.started_from else "default")
         self._follow_seed()
         self.run_dir = Path(self.config.run_dir or Path("runs") / name)
         self.config.run_dir = str(self.run_dir)
@@ -137,14 +161,36 @@ class EditCLI(LightningCLI):
 
         Then the run begins, or goes on where it was stopped.
         """
+        self._keep_the_pack()
         self.datamodule.setup()
         self.run.open(self.settings(), self.config.resume, self.config.overwrite)
         self.model.scratch = self.run_dir / "scratch"
         self.model.load()
         self.datamodule.check_fit(self.model.tokenizer, self.model.max_tokens)
+        earlier = None if self.run.resumes else self._start_from_pack()
         self.run.begin()
-        self.datamodule.ledger.journal = self.run.journal
+        if earlier is not None:
+            self.datamodule.inherit(earlier)
+        self.run.journal.follow(self.datamodule.ledger)
         self.loaded = time.perf_counter()
+
+    def _keep_the_pack(self) -> None:
+        """A run does not write where the pack lies that it starts from."""
+        if self.config.from_pack and Path(self.config.from_pack).resolve() == (self.run_dir / "pack").resolve():
+            raise ConfigError(
+                f"from_pack '{self.config.from_pack}' lies in the run directory and would be replaced; give another "
+                "--run_dir"
+            )
+
+    def _start_from_pack(self) -> Ledger | None:
+        """Give the editor what the pack holds, and the stream its place behind the pack's edits; returns the pack's
+        ledger, or None where the run starts anew. Nothing is written."""
+        if not self.config.from_pack:
+            return None
+        pack = self.started_from or PackContent.read(self.config.from_pack)
+        restore_into(self.model, pack.folder, pack.config, pack.tensors)
+        self.datamodule.join(pack.ledger)
+        return pack.ledger
 
     def fit(self) -> None:
         """Run the stream, from its start or from where it was stopped."""
@@ -155,9 +201,10 @@ class EditCLI(LightningCLI):
         config = self.config.as_dict()
         kept = {name: config[name] for name in ("seed_everything", "model", "data", *self.forced) if name not in SHOWN}
         trainer = {name: config["trainer"][name] for name in ("devices", "num_nodes", "max_epochs")}
-        files = [Path(str(name)) for name in (config["data"]["path"], config["data"]["irrelevant"])]
+        read = (config["data"]["path"], config["data"]["irrelevant"], config.get("gate", {}).get("probes"))
+        files = [Path(str(name)) for name in read]
         contents = {str(file): files_hash([file]) for file in files if file.is_file()}
-        return kept | {"trainer": trainer, "contents": contents}
+        return kept | {"trainer": trainer, "contents": contents, "from_pack": self.config.from_pack}
 
     def part(self, name: str) -> Any:
         """The callback that is configured under a name."""
@@ -167,7 +214,8 @@ class EditCLI(LightningCLI):
     def provenance(self) -> dict[str, Any]:
         """Command, seed and versions, for the pack."""
         packages = ("repair-lightning", "torch", "lightning", "transformers")
-        return {
+        origin = {"from_pack": self.config.from_pack} if self.config.from_pack else {}
+        return origin | {
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "seed": self.config.seed_everything,
             "python": platform.python_version(),
@@ -180,11 +228,13 @@ def finish(cli: EditCLI) -> dict[str, Any]:
     run_dir, editor, stream, board = cli.run_dir, cli.model, cli.datamodule, cli.part("scoreboard")
     metrics = collect_metrics(cli)
     cli.config.overwrite = False  # said once, for this run
+    if editor.adapted is not None:  # what `auto` came to
+        chosen = cli.config.model.init_args
+        chosen.layer, chosen.writing.lr, chosen.writing.stop_margin = editor.adapted.settings
     cli.parser.save(cli.config, run_dir / "config.yaml", overwrite=True, skip_validation=True, skip_unset=False)
     stream.ledger.to_parquet(run_dir / "edits.parquet")
-    pack = save_pack(editor, run_dir / "pack", cli.provenance())
     cli.run.journal.note("finished", f"{len(stream.edits)} edits")
-    cli.run.journal.to_parquet(pack / "journal.parquet")
+    save_pack(editor, run_dir / "pack", cli.provenance(), {JOURNAL_FILE: cli.run.journal.to_parquet})
     write_rows(run_dir / "generations.jsonl", (row for result in board.results.values() for row in result.rows))
     metrics["seconds"]["total"] = time.perf_counter() - cli.started
     write_json(run_dir / METRICS_FILE, metrics)
@@ -214,7 +264,7 @@ def collect_metrics(cli: EditCLI) -> dict[str, Any]:
         "routing": results["final"].routing,
         "oracle_routing": board.oracle,
         "closed_loop": {
-            "windows": stream.windows,
+            "windows": stream.windows - (stream.joined.windows if stream.joined else 0),
             "rolled_back": cli.part("gate").rolled_back,
             "pruned": feedback.pruned,
             "retriggered": feedback.retriggered,
@@ -225,11 +275,14 @@ def collect_metrics(cli: EditCLI) -> dict[str, Any]:
             "bad": list(records.bad),
             "duplicates": list(records.duplicates),
             "superseded": dict(records.superseded),
+            "renamed": dict(stream.joined.renamed) if stream.joined else {},
             "already_right": [row["id"] for row in pre if row["kind"] == "edit" and row["correct"]],
         },
         "edits": ledger.counts(),
     }
-    found = {"perplexity": board.perplexity, "probes": board.kept}
+    earlier = board.earlier.report() | {"superseded": len(stream.joined.replaced)} if board.earlier else None
+    adapted = editor.adapted.as_dict() if editor.adapted else None
+    found = {"adapted": adapted, "perplexity": board.perplexity, "probes": board.kept, "earlier": earlier}
     return metrics | {name: figures for name, figures in found.items() if figures is not None}
 
 

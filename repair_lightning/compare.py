@@ -30,7 +30,7 @@ from rich.console import Console
 
 from repair_lightning.cli import config_path, guarded, resolve_configs
 from repair_lightning.errors import ConfigError
-from repair_lightning.evaluation.comparison import Result, write_tables
+from repair_lightning.evaluation.comparison import Grid, Result, draw_grid, write_tables
 
 REPOSITORY = Path(__file__).parents[1]
 TRAIN = REPOSITORY / "train.py"
@@ -74,6 +74,7 @@ class Comparison:
     sizes: tuple[int, ...]
     seeds: tuple[int, ...]
     variants: tuple[Variant, ...]
+    grid: Grid | None = None
 
     def __post_init__(self) -> None:
         for name, values, least in (("sizes", self.sizes, 1), ("seeds", self.seeds, 0)):
@@ -104,7 +105,8 @@ def read_comparison(path: Path) -> Comparison:
     """
     content = _checked(yaml.safe_load(path.read_text(encoding="utf-8")), str(path), Comparison)
     variants = []
-    for name, given in _checked(content.get("variants"), f"{path}: variants").items():
+    named = content.get("variants", {} if content.get("grid") else None)
+    for name, given in _checked(named, f"{path}: variants").items():
         settings = _checked(given or {}, f"{path}: variant '{name}'", Variant, without="name")
         options = _checked(settings.get("options") or {}, f"{path}: options of '{name}'")
         nested = [key for key, value in options.items() if isinstance(value, Mapping)]
@@ -112,8 +114,24 @@ def read_comparison(path: Path) -> Comparison:
             raise ConfigError(f"{path}: options of '{name}': write dotted options, {nested[0]}.<option>: value")
         presets = _texts(settings.get("configs") or ())
         variants.append(Variant(str(name), presets, options, str(settings.get("note") or "")))
+    grid = None if content.get("grid") is None else _grid(content["grid"], f"{path}: grid")
+    if grid is not None:
+        variants += [Variant(name, options=options) for name, options in grid.cells()]
     sizes, seeds = (tuple(dict.fromkeys(_listed(content.get(name, ())))) for name in ("sizes", "seeds"))
-    return Comparison(_texts(content.get("config", ())), sizes, seeds, tuple(variants))
+    return Comparison(_texts(content.get("config", ())), sizes, seeds, tuple(variants), grid)
+
+
+def _grid(given: Any, place: str) -> Grid:
+    """A grid of two options from what the file says of it."""
+    found = _checked(given, place, Grid)
+    options = _checked(found.get("options"), f"{place}: options")
+    default = _checked(found.get("default") or {}, f"{place}: default")
+    if len(options) != 2 or not all(isinstance(values, list) and values for values in options.values()):
+        raise ConfigError(f"{place}: options must be two options, each with a list of its values, got {options!r}")
+    outside = [name for name, value in default.items() if value not in options.get(name, ())]
+    if outside:
+        raise ConfigError(f"{place}: default: {outside[0]}: {default[outside[0]]!r} is not among the grid's values")
+    return Grid({name: tuple(values) for name, values in options.items()}, default)
 
 
 def _checked(found: Any, place: str, kind: type | None = None, without: str = "") -> dict[str, Any]:
@@ -378,14 +396,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, common = parse(sys.argv[1:] if argv is None else argv)
     file = config_path(options.config, COMPARISONS)
     comparison = read_comparison(file)
-    given = {name: tuple(dict.fromkeys(getattr(options, name) or ())) for name in ("sizes", "seeds")}
-    comparison = replace(comparison, **{name: values for name, values in given.items() if values})
+    sizes, seeds = (tuple(dict.fromkeys(given or ())) for given in (options.sizes, options.seeds))
+    comparison = replace(comparison, sizes=sizes or comparison.sizes, seeds=seeds or comparison.seeds)
     comparison = comparison.only(options.variants) if options.variants else comparison
     out = options.out or Path("runs") / file.stem
     runs = plan(comparison, common, out)
     console = Console()
     if options.tables_only:
-        _tables(runs, out, console, any_command=True)
+        _tables(runs, out, console, any_command=True, grid=comparison.grid)
         return
     _check(runs)
     if options.dry_run:
@@ -397,7 +415,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         Schedule(todo, options.workers, len(runs) - len(todo), console).run_all()
     finally:
-        failed = _tables(runs, out, console)
+        failed = _tables(runs, out, console, grid=comparison.grid)
     if failed:
         raise SystemExit(1)
 
@@ -413,8 +431,10 @@ def _check(runs: Sequence[Run]) -> None:
         run.asked()  # every configuration is there
 
 
-def _tables(runs: Sequence[Run], out: Path, console: Console, any_command: bool = False) -> int:
-    """Write the tables of all runs that were begun; returns how many failed."""
+def _tables(
+    runs: Sequence[Run], out: Path, console: Console, any_command: bool = False, grid: Grid | None = None
+) -> int:
+    """Write the tables, and a grid's heat map, of all runs that were begun; returns how many failed."""
     results = [run.result(any_command) for run in runs]
     begun = [result for result in results if result.status != "missing"]
     failed = [result for result in results if result.status == "failed"]
@@ -426,6 +446,10 @@ def _tables(runs: Sequence[Run], out: Path, console: Console, any_command: bool 
         console,
         f"{len(begun) - len(failed)} runs finished, {len(failed)} failed; tables: {out}/table.md .tex .csv .json",
     )
+    if grid is not None:
+        files = draw_grid(out, grid, begun)
+        words = f"heat map: {', '.join(map(str, files))}" if files else "no heat map: pip install matplotlib for it"
+        say(console, words)
     return len(failed)
 
 

@@ -1,22 +1,31 @@
 """The pack: an edited model's side memory as `repair_config.json`, `side_memory.safetensors` and the ledger.
 
-Loading one reads JSON and safetensors only and never runs code. Of a masked shard only the open coordinates are stored.
+Loading one reads JSON, safetensors and Parquet only and never runs code. Of a masked shard only the open coordinates
+are stored. A pack is replaced whole: until the new one is on the disk and was read back, the old one is there.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from repair_lightning.data.ledger import Ledger
-from repair_lightning.errors import RepairError
+from repair_lightning.errors import ConfigError, RepairError
+from repair_lightning.folders import replace_folder, whereabouts
+from repair_lightning.hub import download, upload
 from repair_lightning.memory.routers import make_router
 from repair_lightning.memory.side_memory import Shard, SideMemory
 from repair_lightning.models.architectures import architecture_of, value_shape
@@ -39,44 +48,116 @@ CONFIG_FILE, WEIGHTS_FILE, LEDGER_FILE, MERGED_FOLDER = (
     "ledger.parquet",
     "merged",
 )
+JOURNAL_FILE = "journal.parquet"
+BASE_FOLDER = "base"
+"""Where a self-contained pack holds its base; see `repair_lightning.export`."""
+OURS = (CONFIG_FILE, WEIGHTS_FILE, LEDGER_FILE, JOURNAL_FILE, MERGED_FOLDER)
+"""What saving a pack replaces; other files in its folder are kept."""
+SEAL = "config_sha256"
+
+Put = Callable[[Path], object]
+"""Writes a file or a folder at the path that it is given."""
 
 
-def save_pack(editor: Editor, folder: str | Path, provenance: Mapping[str, Any]) -> Path:
-    """Write an editor's memory, router and ledger; returns the folder.
+# -- saving ------------------------------------------------------------------------------------------------------------
+
+
+def save_pack(
+    editor: Editor, folder: str | Path, provenance: Mapping[str, Any], also: Mapping[str, Put] | None = None
+) -> Path:
+    """Write an editor's memory, router and ledger, in place of what the folder holds; returns the folder.
 
     Where a merge wrote into the base's own W_v, that matrix goes along, and the whole base beside it as a plain Hugging
     Face checkpoint that needs neither pack nor router.
+
+    Args:
+        editor: with its base loaded.
+        folder: where. A process that is killed on the way leaves the old pack or the new one.
+        provenance: how the pack came about, in plain types.
+        also: further files of the pack by name, and who writes them.
+
+    Raises:
+        RepairError: it cannot be written, or what is read back is not what was written.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    assert editor.base is not None
-    state = editor.router.state_dict()
-    router = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
-    tensors = {f"router.{key}": value.contiguous() for key, value in state.items() if isinstance(value, Tensor)}
-    tensors |= shard_tensors(editor.memory)
-    if editor.base_changed:
-        tensors[FOLDED] = editor.edited.value_weight.detach().cpu().contiguous()
-    save_file(tensors, folder / WEIGHTS_FILE)
-    (folder / WEIGHTS_FILE).chmod(0o644)  # safetensors writes for the owner alone
+    base = editor.base
+    assert base is not None
     config = {
-        "format_version": FORMAT_VERSION,
-        "weights_sha256": files_hash([folder / WEIGHTS_FILE]),
         "editor": editor.editor_name,  # type: ignore[attr-defined]
-        "base": {"name": editor.base.name, "sha256": editor.base.sha256},
+        "options": editor.options(),
+        "base": {"name": base.name, "sha256": base.sha256},
         "layer": editor.layer,
-        "shape": list(editor.memory.shape),
-        "mask_ratio": editor.memory.mask_ratio,
-        "next_shard": editor.memory.next_id,
-        "shards": {str(shard): editor.memory[shard].generation for shard in editor.memory.ids},
-        "router": {"name": editor.router.name, "options": editor.router.options(), "state": router},
+        "irrelevant": {"background": list(editor.background_prompts), "held_out": list(editor.held_out_prompts)},
         "provenance": dict(provenance),
     }
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n")
-    editor.ledger.to_parquet(folder / LEDGER_FILE)
+    also = dict(also or {})
     if editor.base_changed:
-        editor.base.model.save_pretrained(folder / MERGED_FOLDER)
-        editor.base.tokenizer.save_pretrained(folder / MERGED_FOLDER)
-    return folder
+        also[MERGED_FOLDER] = lambda path: (base.model.save_pretrained(path), base.tokenizer.save_pretrained(path))
+    return _write(folder, config, editor.edited, editor.base_changed, editor.ledger, also)
+
+
+def _write(
+    folder: str | Path,
+    config: Mapping[str, Any],
+    edited: EditedModel,
+    base_changed: bool,
+    ledger: Ledger,
+    also: Mapping[str, Put],
+) -> Path:
+    """Write a pack: what `config` says of its origin, and the memory and router as they are."""
+    state, memory = edited.router.state_dict(), edited.memory
+    router = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
+    tensors = {f"router.{key}": value.cpu().contiguous() for key, value in state.items() if isinstance(value, Tensor)}
+    tensors |= shard_tensors(memory)
+    if base_changed:
+        tensors[FOLDED] = edited.value_weight.detach().cpu().contiguous()
+    content = {
+        "format_version": FORMAT_VERSION,
+        **config,
+        "shape": list(memory.shape),
+        "mask_ratio": memory.mask_ratio,
+        "next_shard": memory.next_id,
+        "shards": {str(shard): memory[shard].generation for shard in memory.ids},
+        "router": {"name": edited.router.name, "options": edited.router.options(), "state": router},
+    }
+
+    def fill(part: Path) -> None:
+        _save_tensors(tensors, part / WEIGHTS_FILE)
+        ledger.to_parquet(part / LEDGER_FILE)
+        for name, put in also.items():
+            put(part / name)
+        files = {file.name: files_hash([file]) for file in sorted(part.iterdir()) if file.is_file()}
+        config = sealed({**content, "files": files})
+        (part / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        _verify(part, tensors, ledger)
+
+    return replace_folder(folder, fill, OURS, "pack")
+
+
+def _save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    try:
+        save_file(tensors, file)
+    except SafetensorError as error:  # it reports a full disk too
+        raise OSError(str(error)) from error
+    file.chmod(0o644)  # safetensors writes for the owner alone
+
+
+def _verify(folder: Path, tensors: Mapping[str, Tensor], ledger: Ledger) -> None:
+    """Read back what was written."""
+    _, found = read_pack(folder)
+    same = found.keys() == tensors.keys() and all(_same_bits(found[key], tensors[key]) for key in tensors)
+    if not same or load_ledger(folder) != ledger:
+        raise RepairError(f"pack '{folder}': what is read back is not what was written; check the disk")
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    flat = [tensor.reshape(-1).view(torch.uint8) for tensor in (a, b)]
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(*flat)
+
+
+def sealed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with the hash of all else that it says."""
+    rest = {key: value for key, value in config.items() if key != SEAL}
+    return rest | {SEAL: hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
 def shard_tensors(memory: SideMemory) -> dict[str, Tensor]:
@@ -88,49 +169,139 @@ def shard_tensors(memory: SideMemory) -> dict[str, Tensor]:
     return {key: value.cpu().contiguous() for key, value in found.items()}
 
 
+# -- loading -----------------------------------------------------------------------------------------------------------
+
+
 def read_pack(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A pack's configuration and tensors.
+    """A pack's configuration and tensors; every file of it is checked against its hash first.
 
     Raises:
         RepairError: no pack there, damaged, or of a version that this release does not read.
     """
-    folder = Path(folder)
-    if not (folder / CONFIG_FILE).is_file():
+    place = whereabouts(folder)
+    if not (place / CONFIG_FILE).is_file():
         raise RepairError(f"'{folder}' is no pack: it has no {CONFIG_FILE}; give the folder that train.py wrote")
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text())
-        tensors = load_file(folder / WEIGHTS_FILE)
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, OSError) as error:
+        config = json.loads((place / CONFIG_FILE).read_text(encoding="utf-8"))
+        version = config.get("format_version") if isinstance(config, dict) else None
+        if version != FORMAT_VERSION:
+            raise RepairError(f"pack '{folder}' has format version {version}; this release reads {FORMAT_VERSION}")
+        _check_hashes(folder, place, config)
+        return config, load_file(place / WEIGHTS_FILE)
+    except (ValueError, RecursionError, SafetensorError, OSError) as error:
         raise _damaged(folder, str(error)) from error
-    version = config.get("format_version") if isinstance(config, dict) else None
-    if version != FORMAT_VERSION:
-        raise RepairError(f"pack '{folder}' has format version {version}; this release reads {FORMAT_VERSION}")
-    if config.get("weights_sha256") != files_hash([folder / WEIGHTS_FILE]):
-        raise _damaged(folder, f"{WEIGHTS_FILE} is not the file that {CONFIG_FILE} was written for")
-    return config, tensors
+
+
+def _check_hashes(folder: str | Path, place: Path, config: Mapping[str, Any]) -> None:
+    if sealed(config) != config:
+        raise _damaged(folder, f"{CONFIG_FILE} is not as it was written")
+    files = config.get("files")
+    if not isinstance(files, dict) or not {WEIGHTS_FILE, LEDGER_FILE} <= files.keys():
+        raise _damaged(folder, f"{CONFIG_FILE} does not list its files")
+    for name, sha256 in files.items():
+        if Path(name).name != name:
+            raise _damaged(folder, f"{CONFIG_FILE} names a file elsewhere, {name!r}")
+        if files_hash([place / name]) != sha256:
+            raise _damaged(folder, f"{name} is not the file that {CONFIG_FILE} was written for")
 
 
 def _damaged(folder: str | Path, problem: str) -> RepairError:
     return RepairError(f"pack '{folder}' is damaged: {problem.splitlines()[0]}; restore it from a copy")
 
 
+class PackedModel(EditedModel):
+    """The edited model of a pack: it can be saved and shared like any Hugging Face model.
+
+    Attributes:
+        card: the pack's configuration.
+        ledger: what became of each edit.
+        base_changed: whether the base's own W_v was replaced by a merged one.
+        more: the content of the pack's further files by name.
+    """
+
+    card: dict[str, Any]
+    ledger: Ledger
+    base_changed = False
+    more: Mapping[str, bytes]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        base: str | None = None,
+        precision: str = "auto",
+        trust_remote_code: bool = False,
+        **hub: Any,
+    ) -> PackedModel:
+        """The model of a pack in a folder or on the Hugging Face hub; its `tokenizer` is with it.
+
+        Args:
+            name_or_path: the folder, or a hub name `org/name`; of a hub repository only JSON, safetensors and Parquet
+                files are downloaded.
+            base: the base's folder or hub name; None takes the one in the pack's folder, else the name that it
+                remembers.
+            precision: of the base.
+            trust_remote_code: let the base's repository run its own code.
+            hub: `revision`, `token`, `cache_dir`, `local_files_only`, as `huggingface_hub.snapshot_download` takes
+                them.
+
+        Raises:
+            RepairError: no such pack, or it is damaged or belongs to another base.
+        """
+        folder = download(str(name_or_path), **hub)
+        config, tensors = read_pack(folder)
+        model = open_pack(folder, config, tensors, base, precision, trust_remote_code)
+        fold_into(model, tensors)
+        return model
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **hub: Any) -> Path:
+        """Write the pack; returns the folder. The base is not in it.
+
+        Args:
+            save_directory: where.
+            push_to_hub: also upload it, see :meth:`push_to_hub`.
+            hub: for the upload; `repo_id` is the folder's name unless given.
+
+        Raises:
+            RepairError: it cannot be written or uploaded.
+        """
+        origin = {key: self.card[key] for key in ("editor", "options", "base", "layer", "irrelevant", "provenance")}
+        also = {name: partial(Path.write_bytes, data=content) for name, content in self.more.items()}
+        folder = _write(save_directory, origin, self, self.base_changed, self.ledger, also)
+        if push_to_hub:
+            upload(folder, **{"repo_id": folder.name} | hub)
+        return folder
+
+    def push_to_hub(self, repo_id: str, **hub: Any) -> str:
+        """Upload the pack to the Hugging Face hub; returns the address.
+
+        Args:
+            repo_id: `org/name`; made where it is missing.
+            hub: `private`, `token`, `revision`, `commit_message`.
+
+        Raises:
+            RepairError: it cannot be uploaded.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            return upload(self.save_pretrained(Path(folder) / "pack"), repo_id=repo_id, **hub)
+
+
 def load_edited(
     folder: str | Path, base: str | None = None, precision: str = "auto", trust_remote_code: bool = False
-) -> tuple[EditedModel, Any]:
+) -> tuple[PackedModel, Any]:
     """An edited model and its tokenizer from a pack and the base that it was made with.
 
     Args:
-        folder: the pack.
-        base: the base's folder or hub name; None takes the name that the pack remembers.
+        folder: the pack, or the name of one on the Hugging Face hub.
+        base: the base's folder or hub name; None takes the one in the pack's folder, else the name that the pack
+            remembers.
         precision: of the base.
         trust_remote_code: let the base's repository run its own code.
 
     Raises:
         RepairError: the pack is damaged or belongs to another base.
     """
-    config, tensors = read_pack(folder)
-    model = open_pack(folder, config, tensors, base, precision, trust_remote_code)
-    fold_into(model, tensors)
+    model = PackedModel.from_pretrained(folder, base, precision, trust_remote_code)
     return model, model.tokenizer
 
 
@@ -141,44 +312,160 @@ def open_pack(
     base: str | None = None,
     precision: str = "auto",
     trust_remote_code: bool = False,
-) -> EditedModel:
+) -> PackedModel:
     """The model of a pack that was read, before :func:`fold_into`: its base still has its own weights."""
+    ledger = load_ledger(folder)
+    with _fits(folder):
+        loaded = _base_of(config, base or base_in(folder), precision, trust_remote_code)
+        model = _edited_from(config, tensors, loaded)
+        further = [name for name in config["files"] if name not in (WEIGHTS_FILE, LEDGER_FILE)]
+        more = {name: (whereabouts(folder) / name).read_bytes() for name in further}
+    model.card, model.ledger, model.more = dict(config), ledger, more
+    return model.eval()
+
+
+@contextmanager
+def _fits(folder: str | Path) -> Iterator[None]:
+    """What goes wrong inside is the fault of the pack's configuration."""
     try:
-        loaded = _base_of(config, base, precision, trust_remote_code)
-        return _edited_from(config, tensors, loaded).eval()
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise _damaged(folder, f"{CONFIG_FILE} does not fit ({type(error).__name__}: {error})") from error
 
 
-def fold_into(model: EditedModel, tensors: Mapping[str, Tensor]) -> bool:
+def base_in(folder: str | Path) -> str | None:
+    """The base that a self-contained pack holds."""
+    inside = whereabouts(folder) / BASE_FOLDER
+    return str(inside) if (inside / "config.json").is_file() else None
+
+
+def fold_into(model: PackedModel, tensors: Mapping[str, Tensor]) -> bool:
     """Write a merged W_v into the base, where the pack holds one; returns whether it does."""
     if FOLDED not in tensors:
         return False
     model.value_weight.data.copy_(tensors[FOLDED])
+    model.base_changed = True
     return True
 
 
-def _edited_from(config: Mapping[str, Any], tensors: Mapping[str, Tensor], loaded: Base) -> EditedModel:
+@dataclass(frozen=True)
+class PackContent:
+    """A pack that was read: its configuration, its tensors and its ledger."""
+
+    folder: str
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    ledger: Ledger
+
+    @classmethod
+    def read(cls, folder: str) -> PackContent:
+        """Raises `RepairError` where there is no pack or it is damaged."""
+        config, tensors = read_pack(folder)
+        return cls(folder, config, tensors, load_ledger(folder))
+
+    def model_options(self) -> dict[str, Any]:
+        """The editor as the command line configures one."""
+        from repair_lightning.editors import editor_class
+
+        with _fits(self.folder):
+            name = editor_class(self.config["editor"]).__name__
+            chosen = {"base": base_in(self.folder) or self.config["base"]["name"], "layer": self.config["layer"]}
+            return {"class_path": f"repair_lightning.editors.{name}", "init_args": self.config["options"] | chosen}
+
+
+# -- an editor ---------------------------------------------------------------------------------------------------------
+
+
+def restore_editor(
+    folder: str | Path, base: str | None = None, precision: str = "auto", trust_remote_code: bool = False
+) -> Editor:
+    """The editor that wrote a pack, as it was then: it can write, forget, calibrate, merge and be saved again.
+
+    Args:
+        folder: the pack.
+        base: the base's folder or hub name; None takes the one in the pack's folder, else the name that it remembers.
+        precision: of the base.
+        trust_remote_code: let the base's repository run its own code.
+
+    Raises:
+        RepairError: the pack is damaged, belongs to another base, or its editor is not known.
+    """
+    from repair_lightning.editors import make_editor
+
+    config, tensors = read_pack(folder)
+    with _fits(folder):
+        chosen = {"base": base or base_in(folder) or config["base"]["name"], "precision": precision}
+        chosen |= {"trust_remote_code": trust_remote_code, "layer": config["layer"]}
+        editor = make_editor(config["editor"], config["options"] | chosen)
+    editor.load()
+    editor.ledger = load_ledger(folder)
+    with _fits(folder):
+        irrelevant = config["irrelevant"]
+        if irrelevant["background"]:
+            editor.prepare(irrelevant["background"], irrelevant["held_out"])
+    restore_into(editor, folder, config, tensors)
+    editor.change_base()
+    return editor
+
+
+def restore_into(editor: Editor, folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Give a loaded editor the memory and the router of a pack; a merged W_v waits for `Editor.change_base`.
+
+    Raises:
+        RepairError: the pack belongs to another base, layer, editor or router, or is damaged.
+    """
+    assert editor.base is not None
+    check_base(config, editor.base.name, editor.base.sha256)
+    asked = {"editor": editor.editor_name, "layer": editor.layer, "router": editor.router.name}  # type: ignore[attr-defined]
+    with _fits(folder):
+        made = {"editor": config["editor"], "layer": config["layer"], "router": config["router"]["name"]}
+        for name, value in made.items():
+            if asked[name] != value:
+                raise ConfigError(
+                    f"pack '{folder}' was made with {name} {value}, got {asked[name]}; leave that option out"
+                )
+        memory = memory_from(config, tensors).requires_grad_(True).to(editor.memory.device)
+        if memory.shape != editor.memory.shape:
+            raise ValueError(f"its shards are {memory.shape}, the value matrix is {editor.memory.shape}")
+        editor.memory.restore((dict(memory.shards.items()), memory.next_id))
+        editor.router.load_state_dict(_router_state(config, tensors))
+    editor.router.bind(editor.base.embeddings)
+    editor.changed_weight = tensors.get(FOLDED)
+
+
+def _router_state(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    of_router = {key[len("router.") :]: value for key, value in tensors.items() if key.startswith("router.")}
+    return config["router"]["state"] | of_router
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+
+
+def _edited_from(config: Mapping[str, Any], tensors: Mapping[str, Tensor], loaded: Base) -> PackedModel:
     memory = memory_from(config, tensors)
     found = value_shape(architecture_of(loaded.model).value_module(loaded.model, config["layer"]))
     if found != memory.shape:
         raise ValueError(f"its shards are {memory.shape}, the value matrix of layer {config['layer']} is {found}")
     router = make_router(config["router"]["name"], **config["router"]["options"])
-    of_router = {key[len("router.") :]: value for key, value in tensors.items() if key.startswith("router.")}
-    router.load_state_dict(config["router"]["state"] | of_router)
+    router.load_state_dict(_router_state(config, tensors))
     router.bind(loaded.embeddings)
-    return EditedModel(loaded.model, loaded.tokenizer, memory.to(loaded.model.device), router, config["layer"])
+    return PackedModel(loaded.model, loaded.tokenizer, memory.to(loaded.model.device), router, config["layer"])
 
 
 def _base_of(config: Mapping[str, Any], base: str | None, precision: str, trust: bool) -> Base:
     loaded = load_base(base or config["base"]["name"], precision, trust)
-    wanted = config["base"]["sha256"]
-    if loaded.sha256 != wanted:
-        raise RepairError(
-            f"the pack belongs to base '{config['base']['name']}' ({wanted[:12]}), but '{loaded.name}' is "
-            f"{loaded.sha256[:12]}; give the base that it was made with"
-        )
+    check_base(config, loaded.name, loaded.sha256)
     return loaded
+
+
+def check_base(config: Mapping[str, Any], name: str, sha256: str) -> None:
+    """Raise `RepairError` where a base is not the one that a pack was made with."""
+    wanted = config["base"]["sha256"]
+    if sha256 != wanted:
+        raise RepairError(
+            f"the pack belongs to base '{config['base']['name']}' ({wanted[:12]}), but '{name}' is "
+            f"{sha256[:12]}; give the base that it was made with"
+        )
 
 
 def memory_from(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SideMemory:
@@ -199,9 +486,10 @@ def memory_from(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Sid
         shard = Shard(shape, generation=generation)
         shard.load_state_dict(state)
         memory.shards[name] = shard.requires_grad_(False)
+    memory.shards = nn.ModuleDict({name: memory.shards[name] for name in sorted(memory.shards, key=int)})
     return memory
 
 
 def load_ledger(folder: str | Path) -> Ledger:
     """The ledger that travels with a pack."""
-    return Ledger.from_parquet(Path(folder) / LEDGER_FILE)
+    return Ledger.from_parquet(whereabouts(folder) / LEDGER_FILE)

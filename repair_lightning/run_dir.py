@@ -79,18 +79,33 @@ class RunDirectory:
             RepairError: the directory cannot be written.
         """
         self.settings = plain(settings)
+        self.hold()
+        obstacle = self._obstacle(resume)
+        if obstacle and not overwrite:
+            self._held.close()
+            raise ConfigError(f"run_dir '{self.path}' holds {obstacle}")
+        self._anew = bool(obstacle) or not self._begun()
+
+    def hold(self) -> None:
+        """Take hold of the directory, for as long as this process lives or until :meth:`close`.
+
+        Raises:
+            ConfigError: another process has it.
+            RepairError: it cannot be written.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._held = open(self.path / LOCK_FILE, "a")  # noqa: SIM115 - held as long as the process lives
+            self._held = open(self.path / LOCK_FILE, "a")  # noqa: SIM115 - held on purpose
             fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError(f"run_dir '{self.path}' is in use by another run; wait for it or give another") from error
         except OSError as error:
             raise self._unwritable(error) from error
-        obstacle = self._obstacle(resume)
-        if obstacle and not overwrite:
-            raise ConfigError(f"run_dir '{self.path}' holds {obstacle}")
-        self._anew = bool(obstacle) or not self._begun()
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the run is going to go on from a checkpoint."""
+        return not self._anew and (self.path / CHECKPOINT).is_file()
 
     def begin(self) -> None:
         """Open the journal: a new one, or that of the unfinished run, behind its last durable point.
@@ -142,7 +157,7 @@ class RunDirectory:
             return "an unfinished run; --resume auto goes on with it, --overwrite starts it anew"
         try:
             known = _flat(json.loads((self.path / SETTINGS_FILE).read_text(encoding="utf-8")))
-        except ValueError as error:
+        except (ValueError, AttributeError, OSError) as error:  # no JSON, no settings, not to be read
             return f"an unfinished run whose {SETTINGS_FILE} is damaged ({error}); --overwrite starts it anew"
         now = _flat(self.settings)
         for name in sorted(known.keys() | now.keys()):
@@ -229,12 +244,13 @@ class DurableCheckpointIO(TorchCheckpointIO):
             os.replace(aside, path)
             sync_folder(path.parent)
         except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
-            aside.unlink(missing_ok=True)
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise RepairError(
                 f"checkpoint '{path}' cannot be written ({reason}); the previous one and the journal are whole: make "
                 "room and give the same command again"
             ) from error
+        finally:
+            aside.unlink(missing_ok=True)  # what has failed takes no room; what was good has its name by now
 
 
 class _Hashed:

@@ -21,6 +21,7 @@ from repair_lightning import load_edited
 from repair_lightning.cli import config_path, resolve_configs
 from repair_lightning.data.ledger import Ledger
 from repair_lightning.errors import ConfigError
+from repair_lightning.parsing import with_nulls
 from repair_lightning.types import BASE
 from repair_lightning.world import base_dir
 
@@ -121,12 +122,12 @@ def test_a_run_leaves_everything_in_its_directory(run):
     for name in ("config.yaml", "metrics.json", "generations.jsonl", "edits.parquet", "checkpoints/last.ckpt"):
         assert (run_dir / name).is_file(), name
     names = {file.name for file in (run_dir / "pack").iterdir()}
-    assert names == {"repair_config.json", "side_memory.safetensors", "ledger.parquet"}
+    assert names == {"repair_config.json", "side_memory.safetensors", "ledger.parquet", "journal.parquet"}
     assert sorted(path.name for path in run_dir.parent.parent.iterdir()) == ["out"]  # and nothing elsewhere
     for name in ("metrics.json", "pack", "edits.parquet"):
         assert name in ran.out
     assert "12 edits of world" in ran.out
-    assert "window 1: 12/12 edits" in ran.err
+    assert "window 2: 12/12 edits" in ran.err
 
 
 NUMBER = (int, float)
@@ -237,6 +238,8 @@ def test_the_same_seed_gives_the_same_pack_anywhere(run, elsewhere, metrics):
     configs = [json.loads((folder / "pack" / "repair_config.json").read_text()) for folder in (run[0], elsewhere)]
     assert "--run_dir" in configs[0]["provenance"].pop("command")
     assert "--run_dir" not in configs[1]["provenance"].pop("command")
+    for config in configs:
+        del config["files"]["journal.parquet"], config["config_sha256"]  # a journal tells the time
     assert configs[0] == configs[1]
     other = json.loads((elsewhere / "metrics.json").read_text())
     assert [other[key] for key in ("pre_edit", "final", "routing")] == [
@@ -408,13 +411,133 @@ def test_a_missing_base_is_one_line_in_a_real_process(tmp_path):
     )
 
 
-def test_a_missing_value_of_a_setting_is_told_by_the_parser(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--model.writting.lr", "1"], ["unknown option '--model.writting.lr'; did you mean '--model.writing.lr'"]),
+        (["--model.writting.lr=1"], ["unknown option '--model.writting.lr'; did you mean '--model.writing.lr'"]),
+        (
+            ["--model.writing.speps", "3"],
+            ["unknown option '--model.writing.speps'; did you mean '--model.writing.steps'"],
+        ),
+        (["--data.windw", "3"], ["unknown option '--data.windw'; did you mean '--data.window'? ", "--help lists all"]),
+        (["--gate.smple", "3"], ["unknown option '--gate.smple'; did you mean '--gate.sample'?"]),
+        (["--zzz"], ["unknown option '--zzz'; train.py --help lists all"]),
+        (["stray"], ["unknown option 'stray'; "]),
+        (["--config"], ["--config: expected one argument"]),
+        (["--data.window"], ["--data.window: expected one argument"]),
+        (["--data.window", "many"], ["--data.window cannot be 'many': it takes a whole number; see train.py --help"]),
+        (["--model.writing.steps", "many"], ["--model.writing.steps cannot be 'many': it takes a whole number"]),
+        (["--model.writing.form", "fat"], ["--model.writing.form cannot be 'fat': it takes 'low_rank' or 'dense'"]),
+        (["--data.max_edits", "few"], ["--data.max_edits cannot be 'few': it takes a whole number or null"]),
+        (["--resume", "maybe"], ["--resume cannot be 'maybe': it takes 'auto' or 'never'"]),
+        (["--model", "Repiar"], ["--model cannot be 'Repiar'; did you mean 'Repair'? It takes one of: "]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) and value[0].startswith("--") else "",
+)
+def test_a_mistyped_option_is_one_line_with_what_it_might_mean(monkeypatch, tmp_path, capsys, options, words):
     monkeypatch.chdir(tmp_path)
-    for options in (["--config"], ["--model.writing.speps", "3"], ["--data.window", "many"]):
+    with pytest.raises(SystemExit) as stopped:
+        main_here(monkeypatch, "train.py", "--config", "quickstart", *options)
+    refused(Ran(stopped.value.code, "", capsys.readouterr().err), *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("data: {windw: 3}", ["a configuration has the unknown option 'data.windw'; did you mean '--data.window'?"]),
+        (
+            "model: {init_args: {writing: {stps: 3}}}",
+            ["unknown option 'writing.stps'; did you mean '--model.writing.s"],
+        ),
+        ("data: [", ["Problems parsing config"]),
+    ],
+)
+def test_a_mistake_in_a_configuration_is_one_line(monkeypatch, tmp_path, capsys, content, words):
+    (tmp_path / "mine.yaml").write_text(content)
+    with pytest.raises(SystemExit) as stopped:
+        main_here(monkeypatch, "train.py", "--config", "quickstart", "--config", tmp_path / "mine.yaml")
+    refused(Ran(stopped.value.code, "", capsys.readouterr().err), *words)
+
+
+def test_evaluate_explains_mistakes_too(monkeypatch, capsys):
+    for options, words in (
+        (["--pakc", "x"], "unknown option '--pakc'; did you mean '--pack'? evaluate.py --help lists all"),
+        (
+            ["--pack", "x", "--data.max_edits", "few"],
+            "--data.max_edits cannot be 'few': it takes a whole number or null",
+        ),
+    ):
         with pytest.raises(SystemExit) as stopped:
-            main_here(monkeypatch, "train.py", "--config", "quickstart", *options)
-        assert stopped.value.code == 2
-        assert "error" in capsys.readouterr().err
+            main_here(monkeypatch, "evaluate.py", *options)
+        refused(Ran(stopped.value.code, "", capsys.readouterr().err), words)
+
+
+def test_null_on_the_command_line_is_null(monkeypatch):
+    """Also where a configuration before has set it, and an option after sets another of the same group."""
+    argv = ["train.py", "--model.writing.stop_margin", "null", "--model.routing.act_ratio=null", "--data.path", "null"]
+    expected = ['--config={"model": {"init_args": {"writing": {"stop_margin": null}}}}']
+    expected += ['--config={"model": {"init_args": {"routing": {"act_ratio": null}}}}', "--data.path", "null"]
+    assert with_nulls(argv[1:], ["model"]) == expected
+    assert with_nulls(["--x", "null", "--model.layer", "3"], ["model"]) == ["--x", "null", "--model.layer", "3"]
+
+
+def test_null_on_the_command_line_runs(monkeypatch, tmp_path):
+    options = ["--data.max_edits", "1", "--model.writing.steps", "1", "--trainer.logger", "false"]
+    nulls = ["--model.writing.stop_margin", "null", "--model.writing.capacity=null", "--data.max_irrelevant", "40"]
+    main_here(monkeypatch, "train.py", "--config", "quickstart", *options, *nulls, "--run_dir", tmp_path / "run")
+    writing = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]["init_args"]["writing"]
+    assert (writing["stop_margin"], writing["capacity"], writing["steps"]) == (None, None, 1)
+
+
+def test_debug_shows_where_it_came_from(monkeypatch, tmp_path):
+    """The error itself, for the interpreter to print with its traceback; exit codes are for users."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"data\.window must be at least 1, got 0"):
+        main_here(monkeypatch, "train.py", "--config", "quickstart", "--debug", "--data.window", "0")
+    with pytest.raises(ConfigError, match=r"unknown option '--data\.windw'"):
+        main_here(monkeypatch, "train.py", "--config", "quickstart", "--data.windw", "0", "--debug")
+
+
+BAD_RECORDS: dict[str, tuple[str, list[str]]] = {
+    "not JSON": ('{"prompt": "a", "target": "b"}\n{"prompt"', ["record 2: is not valid JSON (line 2, column "]),
+    "wrong format": ('{"src": "a", "alt": "b"}', ["record 1", "'zsre'"]),
+    "missing prompt": ('{"target": "b"}', ["record 1, field 'prompt': is missing; give the question"]),
+    "empty prompt": ('{"prompt": " ", "target": "b"}', ["record 1, field 'prompt': is empty; give the question"]),
+    "missing target": ('{"prompt": "a"}', ["record 1, field 'target': is missing; give the text the model should"]),
+    "same id": (
+        '{"id": 1, "prompt": "a", "target": "b"}\n{"id": 1, "prompt": "c", "target": "d"}',
+        ["record 2, field 'id': '1' already belongs to record 1; give each record its own id"],
+    ),
+    "no records": ("", ["holds no records; give at least one record in format 'jsonl'"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_RECORDS)
+def test_bad_input_is_named_by_file_record_field_and_remedy(monkeypatch, tmp_path, capsys, case):
+    content, words = BAD_RECORDS[case]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "edits.jsonl").write_text(content)
+    always = ["--config", "quickstart", "--trainer.logger", "false", "--run_dir", "out"]
+    with pytest.raises(SystemExit) as stopped:
+        main_here(monkeypatch, "train.py", *always, "--data.path", "edits.jsonl")
+    refused(Ran(stopped.value.code, "", capsys.readouterr().err), "edits.jsonl", *words)
+    assert {path.name for path in (tmp_path / "out").glob("**/*")} <= {".lock"}
+
+
+def test_an_over_long_text_is_refused_before_the_first_write(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "edits.jsonl").write_text(json.dumps({"id": "long", "prompt": "who " * 2000, "target": "b"}))
+    with pytest.raises(SystemExit) as stopped:
+        main_here(monkeypatch, "train.py", "--config", "quickstart", "--data.path", "edits.jsonl", "--run_dir", "out")
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert "Traceback" not in error
+    last = " ".join(error[error.index("error: ") :].split())
+    assert "edits.jsonl: edit 'long', field 'prompt and target': is " in last
+    assert "shorten it" in last
+    assert not (tmp_path / "out" / "journal.sqlite").exists()
 
 
 @pytest.mark.parametrize(
@@ -441,7 +564,7 @@ def test_a_wrong_pack_is_one_line(run, tmp_path, monkeypatch, capsys, folder_of,
         base, word = str(folder_of("llama")), "the pack belongs to base 'world'"
     else:
         (pack / "ledger.parquet").write_bytes(b"PAR1")
-        word = "no readable ledger"
+        word = "ledger.parquet is not the file"
     with pytest.raises(SystemExit) as stopped:
         main_here(monkeypatch, "evaluate.py", "--pack", pack, "--base", base, "--data.max_edits", "2")
     refused(Ran(stopped.value.code, "", capsys.readouterr().err), word)

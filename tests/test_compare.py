@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -24,8 +25,10 @@ import train
 from repair_lightning import compare
 from repair_lightning.cli import EditCLI
 from repair_lightning.compare import Comparison, Variant, main, overlay, plan, read_comparison
+from repair_lightning.editors.repair import Writing
 from repair_lightning.errors import ConfigError
-from repair_lightning.evaluation.comparison import Result, csv_text, latex, markdown, tables_of
+from repair_lightning.evaluation import comparison
+from repair_lightning.evaluation.comparison import Result, csv_text, draw_grid, latex, markdown, tables_of
 
 ABLATIONS = REPOSITORY / "configs" / "compare" / "ablations.yaml"
 
@@ -580,6 +583,101 @@ def test_the_capacities_are_what_their_names_say(tmp_path, monkeypatch):
             assert 288 * 896 * (4 * rho + bits) / limit == pytest.approx(4 * 4.52 * (288 + 896), rel=1 / 7)
         else:
             assert rho == 1
+
+
+# -- grids -------------------------------------------------------------------------------------------------------------
+
+GRID = {"options": {"fake.op": [0.5, 0.9], "model.writing.steps": [1, 2]}, "default": {"fake.op": 0.9}}
+FULL = GRID | {"default": {"fake.op": 0.9, "model.writing.steps": 2}}
+
+
+def heat_map(bench: Bench) -> str:
+    """The heat map's picture, with its words as text."""
+    return (bench.out / "heat_map.svg").read_text()
+
+
+def test_a_grid_is_a_variant_for_each_pair_of_values(bench, capsys):
+    bench.write({"plain": None}, grid=FULL, seeds=[0])
+    bench.run()
+    cells = [f"op_{op}_steps_{steps}/n30-seed0" for op in (0.5, 0.9) for steps in (1, 2)]
+    assert bench.new() == sorted([*cells, "plain/n30-seed0"])
+    options = yaml.safe_load((bench.out / cells[1] / "options.yaml").read_text())
+    assert options == {"fake": {"op": 0.5}, "model": {"init_args": {"writing": {"steps": 2}}}}
+    assert f"heat map: {bench.out}/heat_map.png, {bench.out}/heat_map.svg" in capsys.readouterr().out
+
+
+def test_a_grid_alone_is_a_comparison(bench):
+    content = {"config": [], "sizes": [30], "seeds": [0], "grid": GRID}
+    (bench.home / "bench.yaml").write_text(yaml.safe_dump(content))
+    names = [variant.name for variant in read_comparison(bench.home / "bench.yaml").variants]
+    assert names == ["op 0.5 steps 1", "op 0.5 steps 2", "op 0.9 steps 1", "op 0.9 steps 2"]
+
+
+def test_the_heat_map_shows_op_where_it_stands_and_frames_the_default(bench, monkeypatch):
+    """The fake's OP is its option less 0.01 for each seed and 30 / 10,000: for 0.5 it is 49.7 and 48.7."""
+    pytest.importorskip("matplotlib")
+    import matplotlib.axes
+
+    monkeypatch.setitem(matplotlib.rcParams, "svg.fonttype", "none")
+    drawn: list[tuple[float, float, str]] = []
+    frames: list[tuple[float, float]] = []
+    text, patch = matplotlib.axes.Axes.text, matplotlib.axes.Axes.add_patch
+    monkeypatch.setattr(
+        matplotlib.axes.Axes, "text", lambda self, x, y, s, **k: (drawn.append((x, y, s)), text(self, x, y, s, **k))[1]
+    )
+    monkeypatch.setattr(
+        matplotlib.axes.Axes, "add_patch", lambda self, p: (frames.append(p.get_center()), patch(self, p))[1]
+    )
+    bench.write({"plain": None}, grid=FULL)
+    bench.run("--variants", "plain", "op 0.5 steps 2", "op 0.9 steps 1", "op 0.9 steps 2")
+    assert (bench.out / "heat_map.png").read_bytes().startswith(b"\x89PNG")
+    assert drawn == [(0, 0, "-"), (1, 0, "49.2\n± 0.7"), (0, 1, "89.2\n± 0.7"), (1, 1, "89.2\n± 0.7")]
+    assert frames == [pytest.approx((1, 1))]
+    assert {">steps<", ">op<", ">0.5<", ">0.9<"} <= set(re.findall(">[^<]+<", heat_map(bench)))
+
+
+def test_a_failed_cell_is_said_and_the_heat_map_is_drawn(bench):
+    pytest.importorskip("matplotlib")
+    bench.write({"plain": None}, grid=FULL, seeds=[0])
+    grid = read_comparison(bench.home / "bench.yaml").grid
+    assert grid is not None
+    files = draw_grid(bench.home, grid, [Result("op 0.5 steps 1", "", 30, 0, "failed", error="no")])
+    assert [file.name for file in files] == ["heat_map.png", "heat_map.svg"]
+
+
+def test_without_matplotlib_the_tables_are_written_and_it_says_why(bench, capsys, monkeypatch):
+    monkeypatch.setattr(comparison.importlib.util, "find_spec", lambda name: None)
+    bench.write({"plain": None}, grid=GRID, seeds=[0])
+    bench.run("--variants", "op 0.5 steps 1")
+    assert "no heat map: pip install matplotlib for it" in capsys.readouterr().out
+    assert (bench.out / "table.md").is_file()
+    assert not list(bench.out.glob("heat_map*"))
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ({"options": {"a.b": [1]}}, "options must be two options, each with a list of its values"),
+        ({"options": {"a.b": [1], "a.c": 2}}, "options must be two options, each with a list of its values"),
+        ({"options": {"a.b": [1], "a.c": []}}, "options must be two options, each with a list of its values"),
+        ({"options": {"a.b": [1], "a.c": [2]}, "default": {"a.b": 3}}, "default: a.b: 3 is not among"),
+        ({"options": {"a.b": [1], "a.c": [2]}, "default": {"a.d": 3}}, "default: a.d: 3 is not among"),
+        ({"option": {}}, "unknown 'option'; known: options, default"),
+        ([1], "must be a mapping"),
+    ],
+)
+def test_bad_grids(bench, grid, message):
+    bench.write({"plain": None}, grid=grid)
+    with pytest.raises(ConfigError, match=message):
+        bench.run()
+
+
+def test_the_sensitivity_frames_the_defaults():
+    found = read_comparison(ABLATIONS.with_name("sensitivity.yaml"))
+    assert (len(found.variants), found.sizes, found.seeds) == (25, (100,), (0,))
+    assert found.grid is not None
+    plain = Writing()
+    assert found.grid.default == {"model.writing.lr": plain.lr, "model.writing.stop_margin": plain.stop_margin}
 
 
 # -- for real ----------------------------------------------------------------------------------------------------------

@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 
+from repair_lightning import folders, hub, packs
 from repair_lightning.editors.repair import Routing, Writing
 from repair_lightning.errors import ConfigError, RepairError
+from repair_lightning.folders import whereabouts
+from repair_lightning.models.base import files_hash
 from repair_lightning.models.prefix import pad_left
 from repair_lightning.packs import (
     CONFIG_FILE,
     LEDGER_FILE,
     MERGED_FOLDER,
     WEIGHTS_FILE,
+    PackedModel,
     load_edited,
     load_ledger,
     read_pack,
+    restore_editor,
     save_pack,
+    sealed,
 )
 from repair_lightning.types import BASE
 
@@ -47,6 +59,12 @@ def pack(editor_of, write, edits, tmp_path_factory) -> Path:
 def spoilt(pack, tmp_path) -> Path:
     """A copy of the pack that a test may spoil."""
     return shutil.copytree(pack, tmp_path / "pack")
+
+
+def rewrite(folder, **changes) -> None:
+    """Change what the configuration says, seal included, as only one who wants to deceive would."""
+    config = json.loads((folder / CONFIG_FILE).read_text()) | changes
+    (folder / CONFIG_FILE).write_text(json.dumps(sealed({key: config[key] for key in config if config[key] != "gone"})))
 
 
 def refused(folder, match, **options):
@@ -159,13 +177,27 @@ class TestWrongBase:
 
     def test_a_base_that_is_gone(self, spoilt):
         config = json.loads((spoilt / CONFIG_FILE).read_text())
-        config["base"]["name"] = "/nowhere/at/all"
-        (spoilt / CONFIG_FILE).write_text(json.dumps(config))
+        rewrite(spoilt, base=config["base"] | {"name": "/nowhere/at/all"})
         with pytest.raises(ConfigError, match="no such folder"):
             load_edited(spoilt)
 
 
 class TestDamage:
+    def test_a_flipped_bit_in_the_configuration_or_the_ledger(self, spoilt):
+        """A changed threshold or option is still JSON: the seal must tell."""
+        for file in (CONFIG_FILE, LEDGER_FILE):
+            content = (spoilt / file).read_bytes()
+            for place in range(1, len(content), max(1, len(content) // 40)):
+                (spoilt / file).write_bytes(content[:place] + bytes([content[place] ^ 2]) + content[place + 1 :])
+                refused(spoilt, "is damaged|has format version")
+            (spoilt / file).write_bytes(content)
+        load_edited(spoilt, precision="float32")
+
+    def test_a_file_elsewhere(self, spoilt):
+        files = json.loads((spoilt / CONFIG_FILE).read_text())["files"]
+        rewrite(spoilt, files=files | {"../secret": "0"})
+        refused(spoilt, "names a file elsewhere")
+
     @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.999])
     def test_truncated_weights(self, spoilt, share):
         file = spoilt / WEIGHTS_FILE
@@ -198,16 +230,10 @@ class TestDamage:
         (spoilt / CONFIG_FILE).write_bytes(b"\xff\xfe\x00{")
         refused(spoilt, "is damaged")
 
-    @pytest.mark.parametrize(
-        "key", ["base", "layer", "shape", "mask_ratio", "next_shard", "shards", "router", "weights_sha256"]
-    )
+    @pytest.mark.parametrize("key", ["base", "layer", "shape", "mask_ratio", "next_shard", "shards", "router", "files"])
     @pytest.mark.parametrize("value", ["wrong", "absent"])
     def test_a_configuration_with_a_hole(self, spoilt, key, value):
-        config = json.loads((spoilt / CONFIG_FILE).read_text())
-        config[key] = [None]
-        if value == "absent":
-            del config[key]
-        (spoilt / CONFIG_FILE).write_text(json.dumps(config))
+        rewrite(spoilt, **{key: [None] if value == "wrong" else "gone"})
         refused(spoilt, "is damaged")
 
     @pytest.mark.parametrize(
@@ -216,14 +242,12 @@ class TestDamage:
         ids=lambda changes: next(iter(changes)),
     )
     def test_a_configuration_that_does_not_fit(self, spoilt, changes):
-        config = json.loads((spoilt / CONFIG_FILE).read_text()) | changes
-        (spoilt / CONFIG_FILE).write_text(json.dumps(config))
+        rewrite(spoilt, **changes)
         refused(spoilt, "restore it from a copy")
 
     @pytest.mark.parametrize("version", [0, 2, None, "1"])
     def test_another_version(self, spoilt, version):
-        config = json.loads((spoilt / CONFIG_FILE).read_text()) | {"format_version": version}
-        (spoilt / CONFIG_FILE).write_text(json.dumps(config))
+        rewrite(spoilt, format_version=version)
         refused(spoilt, rf"has format version {version}; this release reads 1")
 
     @pytest.mark.parametrize("content", ["[]", "3", '"text"', "null"])
@@ -261,9 +285,332 @@ class TestNoCode:
         else:
             torch.save(Bomb(trap), spoilt / file)
         with pytest.raises(RepairError):
-            load_ledger(spoilt) if file == LEDGER_FILE else read_pack(spoilt)
+            read_pack(spoilt)
+        if file == LEDGER_FILE:
+            with pytest.raises(RepairError):
+                load_ledger(spoilt)
+        rewritten = file == WEIGHTS_FILE  # with a hash that fits
+        if rewritten:
+            rewrite(spoilt, files={name: files_hash([spoilt / name]) for name in (WEIGHTS_FILE, LEDGER_FILE)})
+            refused(spoilt, "is damaged")
         assert not trap.exists()
         with (spoilt / file).open("rb") as stream:
             if how == "pickle":
                 pickle.load(stream)
         assert trap.exists() == (how == "pickle"), "the trap itself works"
+
+
+# -- replacing a pack --------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+@pytest.fixture
+def old_and_new(editor_of, write, edits, tmp_path):
+    """A saved pack of four edits, and an editor that holds four more: the folder, the editor, both contents."""
+    editor = editor_of(writing=Writing(steps=20))
+    write(editor, edits[:4])
+    folder = save_pack(editor, tmp_path / "pack", {"turn": 1})
+    old = (folder / WEIGHTS_FILE).read_bytes()
+    write(editor, edits[4:])
+    new = (save_pack(editor, tmp_path / "other", {"turn": 2}) / WEIGHTS_FILE).read_bytes()
+    assert old != new
+    return folder, editor, old, new
+
+
+def content_of(folder) -> bytes:
+    """The weights of a whole, readable pack."""
+    read_pack(folder)
+    model, _ = load_edited(folder, precision="float32")
+    assert len(model.memory) == len(model.ledger) == len(load_ledger(folder))
+    return (whereabouts(folder) / WEIGHTS_FILE).read_bytes()
+
+
+class TestReplacing:
+    @pytest.mark.parametrize("step", range(12))
+    @pytest.mark.parametrize("when", ["before", "behind"])
+    def test_a_kill_at_any_step_leaves_the_old_or_the_new_one(self, old_and_new, monkeypatch, step, when):
+        """Renames, syncs and removals, in their order: whoever reads next gets a whole pack, and whoever writes next
+        puts everything in its place."""
+        folder, editor, old, new = old_and_new
+        calls = [0]
+
+        def dies(call):
+            def run(*args, **options):
+                calls[0] += 1
+                if calls[0] == step + 1 and when == "before":
+                    raise Killed
+                found = call(*args, **options)
+                if calls[0] == step + 1:
+                    raise Killed
+                return found
+
+            return run
+
+        for module, name in ((folders.os, "rename"), (folders.os, "fsync"), (folders.shutil, "rmtree")):
+            monkeypatch.setattr(module, name, dies(getattr(module, name)))
+        finished = True
+        try:
+            save_pack(editor, folder, {"turn": 2})
+        except Killed:
+            finished = False
+        monkeypatch.undo()
+        assert content_of(folder) in ((new,) if finished else (old, new))
+        save_pack(editor, folder, {"turn": 2})
+        assert content_of(folder) == new
+        assert sorted(path.name for path in folder.parent.iterdir()) == ["other", "pack"]
+
+    def test_between_the_renames_the_new_one_is_read(self, old_and_new, monkeypatch):
+        folder, editor, _, new = old_and_new
+        real, renames = os.rename, []
+
+        def rename(a, b):
+            renames.append((a.name, b.name))
+            if len(renames) == 3:
+                raise Killed
+            real(a, b)
+
+        monkeypatch.setattr(folders.os, "rename", rename)
+        with pytest.raises(Killed):
+            save_pack(editor, folder, {"turn": 2})
+        assert renames == [(".pack.part", ".pack.new"), ("pack", ".pack.old"), (".pack.new", "pack")]
+        assert not folder.exists()
+        assert content_of(folder) == new
+        monkeypatch.undo()
+        folders.settle(folder)
+        assert folder.is_dir()
+        assert content_of(folder) == new
+
+    @pytest.mark.parametrize("fault", ["rename", "fsync"])
+    def test_a_disk_that_fails_is_one_line_and_the_old_pack(self, old_and_new, monkeypatch, fault):
+        folder, editor, old, _ = old_and_new
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(folders.os, fault, full)
+        with pytest.raises(RepairError, match=r"cannot be written \(No space left on device\)") as caught:
+            save_pack(editor, folder, {})
+        assert "\n" not in str(caught.value)
+        monkeypatch.undo()
+        assert content_of(folder) == old
+
+    def test_what_is_read_back_is_compared(self, old_and_new, monkeypatch):
+        folder, editor, old, _ = old_and_new
+        real = packs.save_file
+
+        def lossy(tensors, file):
+            real({key: value.clone().zero_() for key, value in tensors.items()}, file)
+
+        monkeypatch.setattr(packs, "save_file", lossy)
+        with pytest.raises(RepairError, match="what is read back is not what was written"):
+            save_pack(editor, folder, {})
+        monkeypatch.undo()
+        assert content_of(folder) == old
+
+    def test_a_users_own_files_stay(self, old_and_new):
+        folder, editor, _, new = old_and_new
+        (folder / "README.md").write_text("mine")
+        save_pack(editor, folder, {})
+        assert (folder / "README.md").read_text() == "mine"
+        assert content_of(folder) == new
+
+    @pytest.mark.slow
+    def test_a_process_that_is_killed_while_it_saves(self, old_and_new, tmp_path):
+        """It saves without end and is killed at ten moments."""
+        folder, _, old, _ = old_and_new
+        program = (
+            "import sys\nfrom repair_lightning.packs import restore_editor, save_pack\n"
+            "editor = restore_editor(sys.argv[1], precision='float32')\nprint('go', flush=True)\n"
+            "while True:\n    save_pack(editor, sys.argv[1], {'turn': 3})\n"
+        )
+        for turn in range(10):
+            child = subprocess.Popen([sys.executable, "-c", program, str(folder)], stdout=subprocess.PIPE)
+            assert child.stdout is not None
+            assert child.stdout.readline() == b"go\n"
+            time.sleep(0.05 + 0.013 * turn)
+            child.kill()
+            child.wait()
+            assert content_of(folder) == old
+
+
+# -- an editor from a pack ---------------------------------------------------------------------------------------------
+
+
+class TestRestoring:
+    @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+    @pytest.mark.parametrize("form", ["low_rank", "dense"])
+    @pytest.mark.parametrize("router", ["key", "activation", "hybrid"])
+    def test_saved_again_it_has_the_same_bits(self, editor_of, write, edits, tmp_path, model_type, form, router):
+        writing = Writing(form, steps=20, capacity=3, mask_ratio=0.5 if form == "dense" else 1.0)
+        editor = editor_of(model_type, routing=Routing(router=router), writing=writing, seed=3)
+        write(editor, edits[:6], size=3)
+        first = save_pack(editor, tmp_path / "a", {"seed": 0})
+        restored = restore_editor(first, precision="float32")
+        assert restored.options() == editor.options() | {"layer": editor.layer}
+        assert (restored.routing, restored.writing, restored.seed) == (editor.routing, editor.writing, 3)
+        assert restored.ledger == editor.ledger
+        for turn in "bc":
+            second = save_pack(restored, tmp_path / turn, {"seed": 0})
+            assert (second / WEIGHTS_FILE).read_bytes() == (first / WEIGHTS_FILE).read_bytes()
+            restored.finish_window()  # nothing has changed, so calibrating anew changes nothing
+
+    @pytest.mark.parametrize("form", ["low_rank", "dense"])
+    def test_it_goes_on_as_the_editor_would_have(self, editor_of, write, edits, tmp_path, form):
+        """Write, forget, calibrate: the same bits as without the detour over the disk."""
+        editor = editor_of(writing=Writing(form, steps=20, capacity=4, mask_ratio=0.5 if form == "dense" else 1.0))
+        write(editor, edits[:4])
+        other = restore_editor(save_pack(editor, tmp_path / "a", {}), precision="float32")
+        for one in (editor, other):
+            write(one, edits[4:])
+            one.forget([edits[0].id])
+            one.finish_window()
+        a, b = (save_pack(one, tmp_path / name, {}) for one, name in ((editor, "b"), (other, "c")))
+        assert (a / WEIGHTS_FILE).read_bytes() == (b / WEIGHTS_FILE).read_bytes()
+        assert other.edited.route(edits[0].prompt)[0].memory == BASE
+        shards = other.memory.ids[:2]
+        fused = other.fuse(shards, other.memory[shards[0]].delta.detach() + other.memory[shards[1]].delta.detach())
+        assert fused in other.memory.ids
+
+    def test_a_folded_matrix(self, editor_of, write, edits, answers, tmp_path):
+        editor = editor_of(writing=Writing("dense"))
+        write(editor, edits[:4])
+        editor.fold(0)
+        restored = restore_editor(save_pack(editor, tmp_path / "a", {}), precision="float32")
+        assert restored.base_changed
+        prompts = [edit.prompt for edit in edits[:4]]
+        assert answers(restored.edited, restored.tokenizer, prompts) == [edit.target for edit in edits[:4]]
+        second = save_pack(restored, tmp_path / "b", {})
+        assert (second / WEIGHTS_FILE).read_bytes() == (tmp_path / "a" / WEIGHTS_FILE).read_bytes()
+
+    def test_dense_and_low_rank_side_by_side(self, editor_of, write, edits, tmp_path):
+        """After a merge the fused shard is dense and later ones are not; the order of the shards is that of their
+        ids."""
+        editor = editor_of(writing=Writing(steps=20))
+        write(editor, edits[:3])
+        fused = editor.fuse(editor.memory.ids, editor.memory.stacked().sum(0))
+        editor.ledger.reassign([edit.id for edit in edits[:3]], fused)
+        write(editor, edits[3:])
+        first = save_pack(editor, tmp_path / "a", {})
+        restored = restore_editor(first, precision="float32")
+        assert restored.memory.ids == editor.memory.ids == [3, 4, 5, 6, 7, 8]
+        second = save_pack(restored, tmp_path / "b", {})
+        assert (second / WEIGHTS_FILE).read_bytes() == (first / WEIGHTS_FILE).read_bytes()
+        configs = [json.loads((folder / CONFIG_FILE).read_text()) for folder in (first, second)]
+        assert list(configs[0]["shards"].items()) == list(configs[1]["shards"].items())
+
+    def test_another_base(self, pack, folder_of):
+        with pytest.raises(RepairError, match="the pack belongs to base"):
+            restore_editor(pack, base=str(folder_of("gpt2")), precision="float32")
+
+    @pytest.mark.parametrize(
+        ("changes", "match"),
+        [
+            ({"editor": "repare"}, "unknown editor 'repare': did you mean 'repair'"),
+            ({"options": {"speed": 9}}, "is damaged: .*speed"),
+            ({"options": [1]}, "is damaged"),
+            ({"irrelevant": None}, "is damaged"),
+            ({"router": {"name": "activation"}}, "is damaged|was made with router"),
+        ],
+    )
+    def test_a_configuration_that_does_not_fit(self, spoilt, changes, match):
+        rewrite(spoilt, **changes)
+        with pytest.raises(RepairError, match=match) as caught:
+            restore_editor(spoilt, precision="float32")
+        assert "\n" not in str(caught.value)
+
+
+# -- sharing -----------------------------------------------------------------------------------------------------------
+
+
+class TestSharing:
+    def test_saved_by_the_loaded_model(self, pack, tmp_path, edits):
+        model, tokenizer = load_edited(pack, precision="float32")
+        folder = model.save_pretrained(tmp_path / "copy")
+        assert (folder / WEIGHTS_FILE).read_bytes() == (pack / WEIGHTS_FILE).read_bytes()
+        assert (folder / CONFIG_FILE).read_text() == (pack / CONFIG_FILE).read_text()
+        other = PackedModel.from_pretrained(folder, precision="float32")
+        prompts = [edit.prompt for edit in edits]
+        assert torch.equal(logits(model, tokenizer, prompts), logits(other, other.tokenizer, prompts))
+        assert other.ledger == load_ledger(pack)
+
+    def test_to_the_hub_and_back(self, pack, tmp_path, monkeypatch, edits):
+        """The hub is a folder here: what is uploaded is what `allow_patterns` lets through, likewise downloaded."""
+        repository, asked = tmp_path / "hub", {}
+
+        class Api:
+            def __init__(self, token=None):
+                asked["token"] = token
+
+            def create_repo(self, repo_id, private=None, exist_ok=False):
+                asked["private"] = private
+                return SimpleNamespace(repo_id=repo_id)
+
+            def upload_folder(self, repo_id, folder_path, allow_patterns, **options):
+                asked["files"] = sorted(file.name for file in Path(folder_path).iterdir())
+                shutil.copytree(folder_path, repository / repo_id)
+                return f"https://hub/{repo_id}"
+
+        def snapshot(name, allow_patterns, ignore_patterns, revision=None):
+            asked["revision"] = revision
+            target = tmp_path / "cache"
+            for file in filter_repo_objects(
+                [str(f.relative_to(repository / name)) for f in (repository / name).rglob("*") if f.is_file()],
+                allow_patterns=allow_patterns,
+                ignore_patterns=ignore_patterns,
+            ):
+                (target / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(repository / name / file, target / file)
+            return str(target)
+
+        monkeypatch.setattr(hub, "HfApi", Api)
+        monkeypatch.setattr(hub, "snapshot_download", snapshot)
+        model, tokenizer = load_edited(pack, precision="float32")
+        assert model.push_to_hub("me/corrected", private=True, token="t") == "https://hub/me/corrected"
+        assert asked["files"] == [LEDGER_FILE, CONFIG_FILE, WEIGHTS_FILE]
+        assert (asked["token"], asked["private"]) == ("t", True)
+        for name in ("evil.py", "pytorch_model.bin", "merged/model.safetensors"):
+            (repository / "me/corrected" / name).parent.mkdir(exist_ok=True)
+            (repository / "me/corrected" / name).write_bytes(b"x")
+        other = PackedModel.from_pretrained("me/corrected", precision="float32", revision="main")
+        assert asked["revision"] == "main"
+        cached = sorted(file.name for file in (tmp_path / "cache").rglob("*"))
+        assert cached == [LEDGER_FILE, CONFIG_FILE, WEIGHTS_FILE]
+        prompts = [edit.prompt for edit in edits]
+        assert torch.equal(logits(model, tokenizer, prompts), logits(other, other.tokenizer, prompts))
+
+    def test_a_hub_that_refuses(self, pack, monkeypatch):
+        def refuse(*_, **__):
+            raise ConnectionError("no route to host\nand more")
+
+        monkeypatch.setattr(hub, "snapshot_download", refuse)
+        monkeypatch.setattr(hub.HfApi, "create_repo", refuse)
+        refused("some/where-else", r"is no folder here, and the hub does not give it \(no route to host\)")
+        model, _ = load_edited(pack, precision="float32")
+        with pytest.raises(RepairError, match="cannot be uploaded to 'me/x'"):
+            model.push_to_hub("me/x")
+
+    def test_a_mistyped_folder_asks_no_hub(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(hub, "snapshot_download", None)
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "runs").mkdir()
+        refused("runs/pakc", "is no pack")
+
+    @pytest.mark.slow
+    def test_a_fresh_process_says_the_same(self, pack, answers, edits):
+        model, tokenizer = load_edited(pack, precision="float32")
+        prompts = [prompt for edit in edits for prompt in (edit.prompt, *edit.rephrases)]
+        program = (
+            "import json, sys\nfrom repair_lightning import load_edited\n"
+            "model, tok = load_edited(sys.argv[1], precision='float32')\n"
+            "batch = tok(json.load(sys.stdin), padding=True, return_tensors='pt')\n"
+            "out = model.generate(batch['input_ids'], batch['attention_mask'], max_new_tokens=12, do_sample=False,"
+            " pad_token_id=tok.pad_token_id)\n"
+            "print(json.dumps([t.strip() for t in tok.batch_decode(out[:, batch['input_ids'].shape[1]:],"
+            " skip_special_tokens=True)]))\n"
+        )
+        call = [sys.executable, "-c", program, str(pack)]
+        done = subprocess.run(call, input=json.dumps(prompts), capture_output=True, text=True, check=True)
+        assert json.loads(done.stdout) == answers(model, tokenizer, prompts)

@@ -86,6 +86,14 @@ class Journal:
         with self._transaction():
             self._db.executemany(f"INSERT INTO events ({names}) VALUES ({marks})", rows)
 
+    def follow(self, ledger: Ledger) -> None:
+        """Be told of all that a ledger does from now on; what a new run's ledger holds already comes along."""
+        with self._explained("read"):
+            told = self._db.execute("SELECT 1 FROM events WHERE id IS NOT NULL AND void = 0 LIMIT 1").fetchone()
+        if told is None and len(ledger):
+            self.append("inherited", [ledger.entry(id) for id in ledger])
+        ledger.journal = self
+
     def note(self, kind: str, reason: str) -> None:
         """Something that concerns no single edit, as that the run has finished."""
         with self._transaction():
@@ -98,9 +106,10 @@ class Journal:
             self._db.execute("INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?)", row)
 
     def rewind(self, seq: int, reason: str) -> int:
-        """Go on behind event `seq`: all later ones are void. Returns how many that are."""
+        """Go on behind event `seq`: all later ones are void, and so are later checkpoints. Returns how many events."""
         with self._transaction():
             void = self._db.execute("UPDATE events SET void = 1 WHERE seq > ? AND void = 0", (seq,)).rowcount
+            self._db.execute("DELETE FROM checkpoints WHERE seq > ?", (seq,))
             row = (time.time(), RESUMED, reason, seq)
             self._db.execute("INSERT INTO events (time, kind, reason, back_to) VALUES (?, ?, ?, ?)", row)
         return int(void)
@@ -150,6 +159,14 @@ class Journal:
         in_order = sorted(entries.values(), key=lambda entry: entry["arrival"])
         ledger.load_state_dict({"version": LEDGER_VERSION, "entries": in_order})
         return ledger
+
+    def last_note(self, *kinds: str) -> tuple[int, str] | None:
+        """Number and kind of the last event that counts of some kinds; None where there is none."""
+        marks = ", ".join("?" * len(kinds))
+        query = f"SELECT seq, kind FROM events WHERE void = 0 AND kind IN ({marks}) ORDER BY seq DESC LIMIT 1"
+        with self._explained("read"):
+            row = self._db.execute(query, kinds).fetchone()
+        return None if row is None else (int(row[0]), str(row[1]))
 
     def to_parquet(self, path: str | Path) -> None:
         """All events as a Parquet table."""
@@ -217,8 +234,8 @@ def _state_of(entry: LedgerEntry) -> tuple[Any, ...]:
 
 
 def _edit_of(entry: LedgerEntry, kind: str) -> str | None:
-    """The edit itself, said once: when it arrives."""
-    return json.dumps(entry.edit.as_dict(), ensure_ascii=False) if kind == "arrived" else None
+    """The edit itself, said once: when it arrives, or comes along with a pack."""
+    return json.dumps(entry.edit.as_dict(), ensure_ascii=False) if kind in ("arrived", "inherited") else None
 
 
 def _parquet_type(name: str) -> pa.DataType:

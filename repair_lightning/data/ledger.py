@@ -192,6 +192,16 @@ class Ledger:
         first = len(self._entries)
         self._enter("arrived", [LedgerEntry(edit, first + i, int(window)) for i, edit in enumerate(edits)])
 
+    def inherit(self, earlier: Ledger) -> None:
+        """Takes over the edits of an earlier model as they stand, before anything arrives.
+
+        Raises:
+            LedgerError: if something has arrived already.
+        """
+        if len(self):
+            raise LedgerError(f"cannot inherit {len(earlier)} edits: {len(self)} have arrived already; start empty")
+        self._enter("inherited", [earlier.entry(id) for id in earlier])
+
     def written(self, reports: Iterable[EditReport]) -> None:
         """Takes over what a writer reports; the score is open again until the next evaluation.
 

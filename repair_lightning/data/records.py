@@ -280,7 +280,9 @@ def _csv_row(header: list[str], row: list[str]) -> Any:
 def _read_parquet(path: Path, source: str) -> list[Any]:
     try:
         return pq.read_table(path).to_pylist()
-    except (pa.ArrowException, UnicodeDecodeError) as error:
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # the file's, not its content's
+            raise
         problem = f"is not a readable Parquet file ({str(error).splitlines()[0]})"
         raise RecordError(source, None, None, problem, "write it again") from None
 

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
+import numpy as np
 from torch.utils.data import DataLoader
 
 from repair_lightning.data.clustering import form_batches
+from repair_lightning.data.joining import Joined, apply, join, log_joined
 from repair_lightning.data.ledger import EditStatus, Ledger, LedgerEntry
 from repair_lightning.data.records import RecordSet, check_lengths, load_irrelevant, load_records
 from repair_lightning.errors import ConfigError, RepairError
@@ -75,6 +77,9 @@ class EditStream(pl.LightningDataModule):
         self.irrelevant, self.irrelevant_prefix, self.max_irrelevant = irrelevant, irrelevant_prefix, max_irrelevant
         self.ledger = Ledger()
         self.records: RecordSet | None = None
+        self.joined: Joined | None = None
+        """How the records follow an earlier model's edits, where there is one."""
+        self._own_records: RecordSet | None = None
         self.arrived = 0
         self.windows = 0
         self._open: list[EditBatch] = []  # handed out; still the same as long as nothing of it was written
@@ -119,6 +124,45 @@ class EditStream(pl.LightningDataModule):
             tuple(edit for edit in found.superseded_edits if edit.id not in orphans),
         )
 
+    def join(self, earlier: Ledger) -> None:
+        """Go on behind the edits of a pack: drop what it says already, and supersede what it says otherwise.
+
+        Raises:
+            ConfigError: there is nothing that the pack does not say.
+        """
+        self.setup()
+        assert self.records is not None
+        joined = join(self.records, earlier)
+        if len(joined.known) == len(self.records.edits):
+            raise ConfigError(
+                f"'{self.path}' holds no edit that the pack lacks: all {len(joined.known)} are its own already; give "
+                "new records"
+            )
+        log_joined(joined)
+        self._follow(joined)
+
+    def inherit(self, earlier: Ledger) -> None:
+        """Start with the ledger of the pack that was joined."""
+        assert self.joined is not None
+        self.ledger.inherit(earlier)
+        self.windows = self.joined.windows
+
+    def _follow(self, joined: Joined) -> None:
+        self.setup()
+        assert self.records is not None
+        self._own_records = self._own_records or self.records
+        self.joined, self.records = joined, apply(self._own_records, joined)
+
+    @property
+    def inherited(self) -> list[str]:
+        """The ids of the edits that came with a pack."""
+        return list(self.ledger)[: self.joined.inherited] if self.joined else []
+
+    def written(self) -> list[str]:
+        """The ids of the stream's own edits that a shard holds."""
+        before = set(self.inherited)
+        return [id for id in self.ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED) if id not in before]
+
     def irrelevant_halves(self, editor: Editor) -> tuple[list[str], list[str]]:
         """Irrelevant prompts for losses and centring, and others, held out, for thresholds."""
         if self.irrelevant is None:
@@ -126,7 +170,8 @@ class EditStream(pl.LightningDataModule):
         else:
             path = irrelevant_path() if self.irrelevant == WORLD else self.irrelevant
             found = load_irrelevant(path, self.irrelevant_prefix)
-        asked = {_folded(text) for edit in self.edits for text in _prompts_of(edit)}
+        known = (*self.edits, *map(self.ledger.edit, self.inherited))
+        asked = {_folded(text) for edit in known for text in _prompts_of(edit)}
         texts = [text for text in dict.fromkeys(found) if _folded(text) not in asked]
         if len(texts) < len(found):
             log.info("%d irrelevant prompts repeat another or are asked in scoring: left out", len(found) - len(texts))
@@ -165,9 +210,12 @@ class EditStream(pl.LightningDataModule):
         replaced = {edit.id: edit for edit in self.records.superseded_edits}
         for edit in coming:
             older = [id for id, newer in self.records.superseded.items() if newer == edit.id]
-            self.ledger.arrive([*(replaced[id] for id in older), edit], self.windows)
+            self.ledger.arrive([*(replaced[id] for id in older if id in replaced), edit], self.windows)
             for id in older:
                 self.ledger.supersede(id, edit.id)
+            written = [id for id in older if id not in replaced]  # into an earlier model
+            if written:
+                self._editor.forget(written)
 
     def waiting(self) -> list[str]:
         """Ids of the edits that no shard holds yet."""
@@ -178,7 +226,12 @@ class EditStream(pl.LightningDataModule):
         if not self.clustering or len(edits) <= 1 or size == 1:
             groups = [list(range(at, min(at + size, len(edits)))) for at in range(0, len(edits), size)]
         else:
-            groups = form_batches(self._editor.features(edits), size)
+            features = self._editor.features(edits)
+            finite = np.isfinite(features).all(-1)  # where it is not, the base makes nothing of the edit: it goes alone
+            groups = [[int(i)] for i in np.flatnonzero(~finite)]
+            like = np.flatnonzero(finite).tolist()
+            found = form_batches(features[finite], size) if like else []
+            groups += [[like[i] for i in group] for group in found]
         return [EditBatch(tuple(edits[i] for i in group)) for group in groups]
 
     @property
@@ -198,10 +251,18 @@ class EditStream(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The ledger and the place in the stream, in plain types."""
-        return {"ledger": self.ledger.state_dict(), "arrived": self.arrived, "windows": self.windows}
+        joined = self.joined.as_dict() if self.joined else None
+        return {
+            "ledger": self.ledger.state_dict(),
+            "arrived": self.arrived,
+            "windows": self.windows,
+            "joined": joined,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
+        if state_dict.get("joined"):
+            self._follow(Joined(**state_dict["joined"]))
         self.ledger.load_state_dict(state_dict["ledger"])
         self.arrived, self.windows = state_dict["arrived"], state_dict["windows"]
         self._open, self._open_entries = [], {}

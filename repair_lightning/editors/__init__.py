@@ -1,6 +1,6 @@
 """The editing methods, one per file. Importing this package makes all of them known to the command line."""
 
-from .base import REGISTRY, Editor, register
+from .base import REGISTRY, Editor, editor_class, make_editor, register
 from .repair import Repair
 
-__all__ = ["REGISTRY", "Editor", "Repair", "register"]
+__all__ = ["REGISTRY", "Editor", "Repair", "editor_class", "make_editor", "register"]

@@ -6,13 +6,16 @@ and the stream, the ledger, the scoring, the pack and the report work with it.
 
 from __future__ import annotations
 
+import difflib
+import inspect
+import json
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 import lightning.pytorch as pl
 import numpy as np
@@ -21,6 +24,7 @@ from torch import Tensor
 
 from repair_lightning.data.ledger import Ledger
 from repair_lightning.data.tokenizing import Encoded, encode
+from repair_lightning.editors.adapt import AUTO, Adapted
 from repair_lightning.errors import ConfigError
 from repair_lightning.memory.query import Choice, Query
 from repair_lightning.memory.routers import Router
@@ -55,7 +59,7 @@ class Editor(pl.LightningModule):
 
     Args:
         base: folder or hub name of a Hugging Face causal LM.
-        layer: the edited layer, or None for the default of `resolve_layer`.
+        layer: the edited layer, or None for the default of `resolve_layer`, or `auto` where the method can find it.
         precision: of the base: `auto`, `float32`, `bfloat16` or `float16`. Shards are float32.
         trust_remote_code: let the base's repository run its own code.
         cache_mib: memory for the prefix cache, in MiB; 0 goes without and runs the whole base again and again.
@@ -68,13 +72,17 @@ class Editor(pl.LightningModule):
     """Whether the memory can be fused."""
     can_prune: ClassVar[bool] = False
     """Whether a part of the memory can be forgotten and written anew."""
+    can_undo: ClassVar[bool] = False
+    """Whether single edits can be taken back."""
+    can_adapt: ClassVar[bool] = False
+    """Whether options may be `auto`, to be found by probe edits."""
 
     strict_loading = False  # the base stays out of checkpoints
 
     def __init__(
         self,
         base: str = "",
-        layer: int | None = None,
+        layer: int | str | None = None,
         precision: str = "auto",
         trust_remote_code: bool = False,
         cache_mib: int = 2048,
@@ -84,16 +92,24 @@ class Editor(pl.LightningModule):
         for name, value in (("cache_mib", cache_mib), ("cache_disk_mib", cache_disk_mib)):
             if value < 0:
                 raise ConfigError(f"{name} must be at least 0, got {value}")
+        if isinstance(layer, str) and not (self.can_adapt and layer == AUTO):
+            words = "a whole number, null for the default, or 'auto'" if self.can_adapt else "a whole number or null"
+            raise ConfigError(f"layer must be {words}, got '{layer}'; negative numbers count from the last layer")
         self.automatic_optimization = False
-        self.base_name = base
+        self.base_option = base
         self.layer_option = layer
         self.precision_option = precision
         self.trust_remote_code = trust_remote_code
         self.cache_mib, self.cache_disk_mib = cache_mib, cache_disk_mib
         self.ledger = Ledger()
         self.base: Base | None = None
+        self.adapted: Adapted | None = None
+        """What was found for the options that were `auto`."""
         self.base_changed = False
-        self._changed_weight: Tensor | None = None
+        self.changed_weight: Tensor | None = None
+        """A W_v that a merge has left, until :meth:`change_base` puts it in its place."""
+        self.background_prompts: tuple[str, ...] = ()
+        self.held_out_prompts: tuple[str, ...] = ()
         self.scratch: Path | None = None
         """A folder for what the prefix cache cannot hold in memory; None computes it anew."""
 
@@ -103,22 +119,51 @@ class Editor(pl.LightningModule):
         """Load the base and build the memory around it; does nothing the second time."""
         if self.base is not None:
             return
-        if not self.base_name:
+        if not self.base_option:
             raise ConfigError("no base: give --model.base a folder in Hugging Face format or a hub name")
-        self.base = load_base(self.base_name, self.precision_option, self.trust_remote_code)
-        model = self.base.model
-        self.layer = resolve_layer(model, self.layer_option)
-        value = architecture_of(model).value_module(model, self.layer)
-        memory = self.build_memory(value_shape(value))
-        self.edited = EditedModel(model, self.base.tokenizer, memory, self.build_router(), self.layer)
+        base = load_base(self.base_option, self.precision_option, self.trust_remote_code)
+        asked = None if isinstance(self.layer_option, str) else self.layer_option
+        self.build(base, resolve_layer(base.model, asked))
+
+    def build(self, base: Base, layer: int) -> None:
+        """Build an empty memory around a layer of a base; who holds `edited` from an earlier layer goes on with it."""
+        self.layer = layer
+        value = architecture_of(base.model).value_module(base.model, layer)
+        memory = self.build_memory(value_shape(value)).to(base.model.device)
+        if self.base is None:
+            self.edited = EditedModel(base.model, base.tokenizer, memory, self.build_router(), layer)
+            self._encode = lru_cache(1 << 16)(partial(encode, base.tokenizer))
+        else:
+            self.edited.move_to(layer, memory)
+        self.base = base
         self.edited.prefixes = self._prefix_cache()
-        self._encode = lru_cache(1 << 16)(partial(encode, self.base.tokenizer))
 
     def _prefix_cache(self) -> PrefixCache:
         assert self.base is not None
         identity = f"{self.base.sha256[:16]}-{self.layer}-{str(self.base.model.dtype).removeprefix('torch.')}"
         scratch = self.scratch if self.cache_mib and self.cache_disk_mib else None
         return PrefixCache(self.edited.split, self.cache_mib << 20, scratch, self.cache_disk_mib << 20, identity)
+
+    def adopt(self, found: Adapted) -> None:
+        """Go on with settings that were found; another layer begins with an empty memory."""
+        assert self.base is not None
+        self.adapted, self.layer_option = found, found.layer
+        if found.layer != self.layer:
+            self.build(self.base, found.layer)
+
+    def change_base(self) -> None:
+        """Put the W_v that an earlier merge has left into the base, where there is one."""
+        if self.changed_weight is not None:
+            self.edited.value_weight.data.copy_(self.changed_weight)
+            self.changed_weight, self.base_changed = None, True
+
+    def options(self) -> dict[str, Any]:
+        """The constructor's arguments, in plain types; an editor keeps each under its name or as `<name>_option`."""
+        found: dict[str, Any] = {}
+        for name in list(inspect.signature(type(self)).parameters):
+            value = getattr(self, f"{name}_option" if hasattr(self, f"{name}_option") else name)
+            found[name] = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+        return json.loads(json.dumps(found))
 
     def configure_model(self) -> None:
         """Lightning's hook for building the model."""
@@ -165,6 +210,7 @@ class Editor(pl.LightningModule):
 
     def prepare(self, background: Sequence[str], held_out: Sequence[str]) -> None:
         """Take in irrelevant prompts: `background` for losses and centring, `held_out` for thresholds."""
+        self.background_prompts = tuple(background)
         self.background = self.edited.query(background)
         self.held_out_prompts = tuple(held_out)
         self.held_out = self.edited.query(held_out)
@@ -182,6 +228,10 @@ class Editor(pl.LightningModule):
     @abstractmethod
     def forget(self, ids: Iterable[str]) -> None:
         """Stop answering for edits, as far as the method can; the base answers their prompts."""
+
+    def undo(self, ids: Sequence[str]) -> list[str]:
+        """Take edits back, ledger included; returns the ids of other edits that had to be written anew for it."""
+        raise ConfigError(f"the editor {self.editor_name} cannot take edits back")  # type: ignore[attr-defined]
 
     def finish_window(self) -> None:
         """Called when a window's last batch is written, before anything is evaluated."""
@@ -248,9 +298,7 @@ class Editor(pl.LightningModule):
         stream = self.trainer.datamodule  # type: ignore[attr-defined]
         self.ledger = stream.ledger
         self.prepare(*stream.irrelevant_halves(self))
-        if self._changed_weight is not None:  # of a resumed run; until here the base was asked as it was
-            self.edited.value_weight.data.copy_(self._changed_weight)
-            self._changed_weight, self.base_changed = None, True
+        self.change_base()  # of a resumed run or a pack; until here the base was asked as it was
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> None:
         """Write one batch and enter what came of it in the ledger."""
@@ -280,6 +328,8 @@ class Editor(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The router's thresholds and keys travel with the shards, and W_v where a merge wrote into it."""
         checkpoint["router"] = self.router.state_dict()
+        if self.adapted is not None:
+            checkpoint["adapted"] = self.adapted.as_dict()
         if self.base_changed:
             checkpoint["value_weight"] = self.edited.value_weight.detach().cpu()  # type: ignore[operator]
         checkpoint["base"] = {"name": self.base.name, "sha256": self.base.sha256} if self.base else {}
@@ -294,9 +344,11 @@ class Editor(pl.LightningModule):
                 f"the checkpoint belongs to base {known[:12]}, but '{self.base.name}' is {self.base.sha256[:12]}; "
                 "give --model.base the base that it was made with"
             )
+        if "adapted" in checkpoint:  # not chosen anew: the shards belong to what was chosen
+            self.adopt(Adapted.from_dict(checkpoint["adapted"]))
         self.router.load_state_dict(checkpoint["router"])
         self.router.bind(self.base.embeddings)
-        self._changed_weight = checkpoint.get("value_weight")
+        self.changed_weight = checkpoint.get("value_weight")
 
 
 REGISTRY: dict[str, type[Editor]] = {}
@@ -311,3 +363,33 @@ def register(name: str) -> Callable[[type[Editor]], type[Editor]]:
         return editor
 
     return add
+
+
+def editor_class(name: str) -> type[Editor]:
+    """An editor's class by name.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    if name not in REGISTRY:
+        close = difflib.get_close_matches(name, REGISTRY, n=1)
+        hint = f" did you mean '{close[0]}'?" if close else ""
+        raise ConfigError(f"unknown editor '{name}':{hint} known: {', '.join(REGISTRY)}")
+    return REGISTRY[name]
+
+
+def make_editor(name: str, options: Mapping[str, Any]) -> Editor:
+    """An editor by name, from its :meth:`Editor.options`.
+
+    Raises:
+        ConfigError: unknown name.
+        TypeError: an option that the editor does not know.
+    """
+    kind = editor_class(name)
+    types = get_type_hints(kind.__init__)
+    nested = {
+        key: types[key](**{name: tuple(item) if isinstance(item, list) else item for name, item in value.items()})
+        for key, value in options.items()
+        if is_dataclass(types.get(key))
+    }
+    return kind(**{**options, **nested})

@@ -158,7 +158,7 @@ class LowRankWriter:
         Returns:
             the steps taken, per group whether it is written or beyond help, and per member the losses.
         """
-        editor, margin = self.editor, self.editor.writing.stop_margin
+        editor, margin = self.editor, self.editor.writing.margin
         tail = TargetTail(editor.edited.split, rows, editor.tail)
         hook = Selection(len(rows), [(_Training(keys, values), None)])
         done = torch.zeros(len(keys.ranks), dtype=torch.bool)

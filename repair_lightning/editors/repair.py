@@ -13,6 +13,7 @@ Our deviations, each a switch:
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from repair_lightning.editors.adapt import AUTO, Adapted, adapt
 from repair_lightning.editors.base import Editor, register
 from repair_lightning.editors.inner_loop import OpenCoordinates, Tail, TargetRows, TargetTail
 from repair_lightning.editors.low_rank import LowRankWriter, Outcome
@@ -40,8 +42,11 @@ from repair_lightning.functional.routing import Pool
 from repair_lightning.memory.query import Query, canonical_ids
 from repair_lightning.memory.routers import Anchor, Neighbours, Router, make_router
 from repair_lightning.memory.side_memory import Shard, SideMemory
+from repair_lightning.models.base import Base
 from repair_lightning.models.sampling import own_texts
 from repair_lightning.types import BASE, Edit, EditBatch, EditReport
+
+log = logging.getLogger(__name__)
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
@@ -89,11 +94,12 @@ class Writing:
         form: `low_rank` gives each edit a shard of its own, the least change that says its target; `dense` trains whole
             copies of the value matrix, each for many edits, as the paper does.
         optimizer: `adam`, `adamw` or `sgd`.
-        lr: its learning rate, in units of `relative`.
+        lr: its learning rate, in units of `relative`; `auto` finds it by probe edits.
         relative: the rate is relative to the base: at 1, one Adam step may move each coordinate of the layer's output
             by the root mean square of what enters the layer. Off, the rate is absolute, as the published ones are.
         steps: most inner steps per batch (n_iter); as many again for each earlier attempt of its hardest edit.
-        stop_margin: stop once every target token leads its best rival by this many nats; None takes all steps.
+        stop_margin: stop once every target token leads its best rival by this many nats; None takes all steps, `auto`
+            finds it by probe edits.
         check_every: steps between looks at the margin.
         capacity: most edits that a shard owns; None takes 1 for `low_rank` and 128 for `dense`. Of a dense shard edits
             that failed are granted a quarter for each earlier attempt.
@@ -107,10 +113,10 @@ class Writing:
 
     form: Literal["low_rank", "dense"] = "low_rank"
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    lr: float = 1.0
+    lr: float | str = 1.0
     relative: bool = True
     steps: int = 150
-    stop_margin: float | None = 2.0
+    stop_margin: float | str | None = 2.0
     check_every: int = 10
     capacity: int | None = None
     batch_tokens: int = 1024
@@ -124,6 +130,16 @@ class Writing:
     def capacity_of_a_shard(self) -> int:
         """`capacity`, or the form's own."""
         return self.capacity or (1 if self.form == "low_rank" else 128)
+
+    @property
+    def rate(self) -> float:
+        """`lr`; while `auto` has not found it, the default."""
+        return 1.0 if isinstance(self.lr, str) else self.lr
+
+    @property
+    def margin(self) -> float | None:
+        """`stop_margin`; while `auto` has not found it, the default."""
+        return 2.0 if isinstance(self.stop_margin, str) else self.stop_margin
 
 
 @dataclass
@@ -151,7 +167,7 @@ class Repair(Editor):
 
     Args:
         base: folder or hub name of a Hugging Face causal LM.
-        layer: the edited layer; None for the default of `resolve_layer`.
+        layer: the edited layer; None for the default of `resolve_layer`, `auto` to find it by probe edits.
         precision: of the base.
         trust_remote_code: let the base's repository run its own code.
         cache_mib: memory for the prefix cache, in MiB; 0 goes without and runs the whole base again and again.
@@ -164,11 +180,13 @@ class Repair(Editor):
 
     can_merge = True
     can_prune = True
+    can_adapt = True
+    can_undo = True
 
     def __init__(
         self,
         base: str = "",
-        layer: int | None = None,
+        layer: int | str | None = None,
         precision: str = "auto",
         trust_remote_code: bool = False,
         cache_mib: int = 2048,
@@ -195,7 +213,11 @@ class Repair(Editor):
             raise ConfigError(f"writing.capacity must be at least 1, got {self.writing.capacity}")
         if not 0 < self.writing.mask_ratio <= 1:
             raise ConfigError(f"writing.mask_ratio must be in (0, 1], got {self.writing.mask_ratio}")
-        if not self.writing.lr > 0:
+        for name in ("lr", "stop_margin"):
+            value = getattr(self.writing, name)
+            if isinstance(value, str) and value != AUTO:
+                raise ConfigError(f"writing.{name} must be a number or 'auto', got '{value}'")
+        if not self.writing.rate > 0:
             raise ConfigError(f"writing.lr must be positive, got {self.writing.lr}")
         if self.writing.form == "low_rank":
             plain = Writing()
@@ -210,12 +232,34 @@ class Repair(Editor):
 
     # -- building -----------------------------------------------------------------------------------------------------
 
-    def load(self) -> None:
-        """Besides loading the base, initialise the shards that are opened at the start."""
-        fresh = self.base is None
-        super().load()
-        for shard in self.memory.ids if fresh else []:
+    def build(self, base: Base, layer: int) -> None:
+        """Besides building, initialise the shards that are opened at the start."""
+        super().build(base, layer)
+        for shard in self.memory.ids:
             self._initialise(shard)
+
+    @contextmanager
+    def trial(self, layer: int) -> Iterator[Repair]:
+        """Another editor of the same base, with a ledger, a memory and a router of its own; afterwards it is gone."""
+        assert self.base is not None
+        other = Repair(
+            layer=layer,
+            cache_mib=self.cache_mib,
+            routing=self.routing,
+            writing=replace(self.writing, lr=self.writing.rate, stop_margin=self.writing.margin),
+            distillation=self.distillation,
+            seed=self.seed,
+        )
+        other.build(self.base, layer)
+        try:
+            yield other
+        finally:
+            other.edited.release()
+
+    def adopt(self, found: Adapted) -> None:
+        """Besides the layer, take over the learning rate and the margin."""
+        super().adopt(found)
+        self.writing = replace(self.writing, lr=found.lr, stop_margin=found.stop_margin)
 
     def build_memory(self, shape: tuple[int, int]) -> SideMemory:
         """A bank with the shards that are opened at the start."""
@@ -237,10 +281,16 @@ class Repair(Editor):
 
     def build_optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         """The optimiser that `writing` names."""
-        return OPTIMIZERS[self.writing.optimizer](parameters, lr=self.writing.lr * self.lr_unit)
+        return OPTIMIZERS[self.writing.optimizer](parameters, lr=self.writing.rate * self.lr_unit)
 
     def prepare(self, background: Sequence[str], held_out: Sequence[str]) -> None:
-        """Besides the router's, measure the unit of relative margins and let the base write contexts."""
+        """Besides the router's, measure the unit of relative margins and let the base write contexts.
+
+        First of all find what is left to `auto`.
+        """
+        if AUTO in (self.layer_option, self.writing.lr, self.writing.stop_margin):
+            self.adopt(adapt(self, background, held_out))
+            log.info("%s", self.adapted)
         super().prepare(background, held_out)
         value = self.edited.split.value
         with self.edited.forced(None), torch.no_grad():
@@ -248,7 +298,7 @@ class Repair(Editor):
             self.unit = float(value(last).float().norm(dim=-1).mean())
         number = self.writing.contexts
         model = self.edited.base
-        self.lr_unit, self.value_rate = 1.0, self.writing.lr
+        self.lr_unit, self.value_rate = 1.0, self.writing.rate
         if self.writing.relative:
             prompts = self.background.at_last()
             size = prompts.hidden.float().square().mean(-1).sqrt()
@@ -394,7 +444,7 @@ class Repair(Editor):
         tail = TargetTail(self.edited.split, rows, self.tail)
         trained = OpenCoordinates(module)
         irrelevant = self._irrelevant(budget)
-        rate = self.writing.lr * self.lr_unit
+        rate = self.writing.rate * self.lr_unit
         with self.bound(trained.parameter, rate) as optimizer, self.cut(), self.edited.forced(shard):
             for step in range(budget + 1):  # the last round only looks at what the steps made
                 logits, features = tail(module.product)
@@ -444,7 +494,7 @@ class Repair(Editor):
 
     def _written(self, step: int, logits: Tensor, labels: Tensor) -> bool:
         """Whether every target token leads its best rival by the margin; looked at every few steps."""
-        margin = self.writing.stop_margin
+        margin = self.writing.margin
         if margin is None or step % self.writing.check_every:
             return False
         return bool((target_margin(logits.detach()[:, None], labels[:, None]) >= margin).all())
@@ -516,7 +566,12 @@ class Repair(Editor):
             of += [i] * len(made)
         if not texts:
             return None
-        return Neighbours(self.edited.last_states(texts), torch.tensor(of))
+        states = self.edited.last_states(texts)
+        finite = states.last_hidden().isfinite().all(-1).cpu()
+        if finite.all():
+            return Neighbours(states, torch.tensor(of))
+        # The base can make nothing of the words of another edit: they are no neighbours.
+        return Neighbours(states.rows(finite), torch.tensor(of)[finite]) if finite.any() else None
 
     def finish_window(self) -> None:
         """Calibrate the router on what the shards own and on held-out irrelevant prompts."""
@@ -549,6 +604,26 @@ class Repair(Editor):
         if shard in self.memory.ids:
             self._initialise(shard)
 
+    def undo(self, ids: Sequence[str]) -> list[str]:
+        """Take edits back. A shard that one of them alone owned leaves; one that others share is rebuilt for those."""
+        shards = dict.fromkeys(shard for id in ids if (shard := self.ledger.owner_of(id)) is not None)
+        self.ledger.undo(ids, "taken back on request")
+        self.forget(ids)
+        again: list[str] = []
+        for shard in shards:
+            rest = self.ledger.owned_by(shard)
+            if rest or self.writing.form == "dense":
+                self.prune(shard)
+            self.ledger.requeue(rest, f"shard {shard} is rebuilt without {', '.join(ids[:3])}")
+            again += rest
+        edits = [self.ledger.edit(id) for id in again]
+        # They did not fail: a dense shard takes all its company back.
+        size = self.batch_limit(edits) if self.writing.form == "low_rank" else self.writing.capacity_of_a_shard
+        for at in range(0, len(edits), size):
+            self.ledger.written(self.write(EditBatch(tuple(edits[at : at + size]))))
+        self.finish_window()
+        return again
+
     def fuse(self, shards: Sequence[int], delta: Tensor) -> int:
         """Replace shards by one that holds `delta` and owns all their edits; returns its id."""
         fused = self.memory.fuse(shards, delta)
@@ -558,7 +633,7 @@ class Repair(Editor):
     def fold(self, shard: int) -> None:
         """Write a shard into the base's W_v: it leaves the bank, and its edits need no router."""
         self._folded = (self.edited.value_weight.detach().clone(), self.memory.snapshot(), self.base_changed)
-        self._add_to_base(self.memory[shard].delta.detach())
+        self.edited.add_to_base(self.memory[shard].delta.detach())
         self.forget(self.ledger.owned_by(shard))
         shards, next_id = self.memory.snapshot()
         del shards[str(shard)]
@@ -570,11 +645,6 @@ class Repair(Editor):
         weight, snapshot, self.base_changed = self._folded
         self.edited.value_weight.data.copy_(weight)
         self.memory.restore(snapshot)
-
-    def _add_to_base(self, delta: Tensor) -> None:
-        weight = self.edited.value_weight
-        oriented = delta if weight.shape == delta.shape and not hasattr(self.edited.split.value, "nf") else delta.T
-        weight.data.copy_((weight.data.float() + oriented.to(weight.device)).to(weight.dtype))
 
 
 def _holds_subject(edit: Edit) -> bool:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal
@@ -75,6 +78,29 @@ class Table:
     rows: Sequence[tuple[str, ...]]
 
 
+@dataclass(frozen=True)
+class Grid:
+    """Variants that differ in two options alone.
+
+    Attributes:
+        options: dotted option -> its values; the first is the heat map's rows, the second its columns.
+        default: the values that the heat map marks.
+    """
+
+    options: Mapping[str, Sequence[Any]]
+    default: Mapping[str, Any]
+
+    def cells(self) -> list[tuple[str, dict[str, Any]]]:
+        """Each variant's name and options, row by row."""
+        found = [dict(zip(self.options, values, strict=True)) for values in product(*self.options.values())]
+        return [(self.name(cell), cell) for cell in found]
+
+    @staticmethod
+    def name(cell: Mapping[str, Any]) -> str:
+        """`lr 0.5 stop_margin 2.0`."""
+        return " ".join(f"{_short(option)} {value}" for option, value in cell.items())
+
+
 COLUMNS = {
     "Rel": Column(("final", AUTOREGRESSIVE, "rel")),
     "Gen": Column(("final", AUTOREGRESSIVE, "gen")),
@@ -140,6 +166,54 @@ def _by_variant(results: Sequence[Result]) -> dict[str, list[Result]]:
     for result in results:
         found.setdefault(result.variant, []).append(result)
     return found
+
+
+def _short(option: str) -> str:
+    return option.rsplit(".", 1)[-1]
+
+
+def draw_grid(folder: Path, grid: Grid, results: Sequence[Result]) -> list[Path]:
+    """Draw a heat map of OP over a grid, at the largest size; the default has a frame.
+
+    Returns:
+        `heat_map.png` and `heat_map.svg`, or nothing where matplotlib is missing.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        return []
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    (row, rows), (column, columns) = grid.options.items()
+    largest = max((result.size for result in results), default=0)
+    shown = _by_variant([result for result in results if result.size == largest])
+    runs = [[shown.get(grid.name({row: y, column: x}), []) for x in columns] for y in rows]
+    values = [[_mean_op(found) for found in line] for line in runs]
+    known = [value for line in values for value in line if value == value]
+    top = max(known, default=100.0)
+    figure = Figure(figsize=(1.1 * len(columns) + 1.5, 0.7 * len(rows) + 1.4), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(values, cmap="viridis", vmin=min([*known, top - 20]), vmax=top, aspect="auto", origin="lower")
+    figure.colorbar(image, label="OP, per cent")
+    for y, line in enumerate(values):
+        for x, value in enumerate(line):
+            text = cell(runs[y][x], COLUMNS["OP"]).replace(" ± ", "\n± ")
+            axis.text(x, y, text, ha="center", va="center", color="black" if value > top - 8 else "white")
+            if grid.default and grid.default == {row: rows[y], column: columns[x]}:
+                axis.add_patch(Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, fill=False, edgecolor="red", lw=2))
+    axis.set_xticks(range(len(columns)), [str(value) for value in columns])
+    axis.set_yticks(range(len(rows)), [str(value) for value in rows])
+    axis.set(xlabel=_short(column), ylabel=_short(row), title=f"OP over {largest} edits; the default is framed")
+    files = [folder / "heat_map.png", folder / "heat_map.svg"]
+    for file in files:
+        figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)
+    return files
+
+
+def _mean_op(results: Sequence[Result]) -> float:
+    """The mean OP of finished runs in per cent; not a number where there is none."""
+    found = [COLUMNS["OP"].of(result) for result in results if result.status == "finished"]
+    values = [value for value in found if value is not None]
+    return mean(values) if values else math.nan
 
 
 def markdown(results: Sequence[Result]) -> str:

@@ -21,6 +21,8 @@ from repair_lightning.models.prefix import pad_left, stack_left
 
 AUTOREGRESSIVE, TEACHER_FORCED = "autoregressive", "teacher_forced"
 PROTOCOLS = (AUTOREGRESSIVE, TEACHER_FORCED)
+GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+"""Greedy decoding, whatever the base's own generation settings say."""
 
 
 def normalise(text: str) -> str:
@@ -35,7 +37,8 @@ def forced_choice(memory: Tensor) -> Choice:
     return Choice(memory, none, none, (None,) * len(memory))
 
 
-def _sorted_batches(keys: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+def sorted_batches(keys: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """The indices of rows in batches of alike keys, the smallest first."""
     order = sorted(range(len(keys)), key=lambda i: (keys[i], i))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
@@ -61,18 +64,15 @@ def answers(
     rows = model.tokenizer(list(prompts))["input_ids"] if prompts else []
     limits = [max_new_tokens] * len(rows) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     found = [""] * len(rows)
-    for index in _sorted_batches([len(row) for row in rows], batch_size):
+    for index in sorted_batches([len(row) for row in rows], batch_size):
         ids, mask = pad_left([rows[i] for i in index], fill=model.tokenizer.pad_token_id or 0, device=model.device)
         with model.forced(forced_choice(memory[index])):
             output = model.base.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=max(limits[i] for i in index),
-                do_sample=False,
-                num_beams=1,
-                repetition_penalty=1.0,  # greedy, whatever the base's own generation settings say
-                no_repeat_ngram_size=0,
                 pad_token_id=model.tokenizer.pad_token_id,
+                **GREEDY,
             )
         texts = model.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
         for i, text in zip(index, texts, strict=True):
@@ -95,7 +95,7 @@ def _over_targets(
     """
     rows = [encode(model.tokenizer, prompt, target) for prompt, target in zip(prompts, targets, strict=True)]
     found: list[Any] = [None] * len(rows)
-    for index in _sorted_batches([len(row.ids) for row in rows], batch_size):
+    for index in sorted_batches([len(row.ids) for row in rows], batch_size):
         ids, mask = pad_left([rows[i].ids for i in index], device=model.device)
         labels = target_labels([rows[i] for i in index], device=model.device)
         hidden = stack_left([capture.hidden for capture in model.captures([rows[i].ids for i in index])])

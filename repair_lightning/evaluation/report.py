@@ -95,6 +95,8 @@ def print_report(metrics: Mapping[str, Any], run_dir: Path | None, console: Cons
             f"{kept['number']} probes that no edit touches: {_percent(kept['pre'])} % right before, "
             f"{_percent(kept['final'])} % after; {_percent(kept['same'])} % of the answers are unchanged."
         )
+    if "earlier" in metrics:
+        console.print(_earlier_words(metrics["earlier"]))
     if run_dir is None:
         return
     loop, merge, seconds = metrics["closed_loop"], metrics["merge"], metrics["seconds"]
@@ -111,6 +113,19 @@ def print_report(metrics: Mapping[str, Any], run_dir: Path | None, console: Cons
     for name, words in FILES.items():
         if (run_dir / name).exists():
             console.print(f"  {name:<18} {words}", highlight=False)
+
+
+def _earlier_words(earlier: Mapping[str, Any]) -> str:
+    before, after = earlier["before"], earlier["after"]
+    shares = ", ".join(f"{kind.capitalize()} {_percent(before[kind])} -> {_percent(after[kind])}" for kind in before)
+    lost = earlier["lost"]
+    words = (
+        f"; no longer answered right: {escape(', '.join(lost[:5]))}{', ...' if len(lost) > 5 else ''}" if lost else ""
+    )
+    return (
+        f"Of the pack that the run started from, {earlier['n_edits']} edits are live ({shares}{words}) and "
+        f"{earlier['superseded']} are superseded."
+    )
 
 
 FILES = {

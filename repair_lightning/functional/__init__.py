@@ -1,5 +1,6 @@
 """The method's mathematics: tensors in, tensors out. Knows torch and nothing else of this project."""
 
+from .fusing import fused_delta
 from .losses import IGNORED, Margins, kd_loss, routing_margin_loss, soft_kd_loss, target_cross_entropy, target_margin
 from .masks import bernoulli_mask, masked_step, pack_mask, pack_values, unpack_mask, unpack_values
 from .routing import Pool, activation_scores, calibrate_threshold, decide, ratio_threshold
@@ -14,6 +15,7 @@ __all__ = [
     "bernoulli_mask",
     "calibrate_threshold",
     "decide",
+    "fused_delta",
     "kd_loss",
     "loss_weights",
     "masked_step",

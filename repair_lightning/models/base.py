@@ -141,6 +141,11 @@ def weights_hash(name: str, model: PreTrainedModel) -> str:
     return _digest(tensor.view(torch.uint8).numpy().tobytes() for tensor in tensors)
 
 
+def weights_hash_of(folder: Path) -> str:
+    """SHA-256 over the weight files in a base's folder."""
+    return files_hash(_weight_files(folder))
+
+
 def files_hash(files: Iterable[Path]) -> str:
     """SHA-256 over the bytes of files, one behind the other."""
     return _digest(chunk for file in files for chunk in _chunks(file))
@@ -160,6 +165,23 @@ def _weight_files(folder: Path) -> list[Path]:
         return sorted({folder / file for file in json.loads(index.read_text())["weight_map"].values()})
     single = folder / "model.safetensors"
     return [single] if single.is_file() else sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+
+
+def base_files(name: str) -> list[Path]:
+    """The files of a base that loading it needs: configuration, tokenizer and weights, none of them code.
+
+    Raises:
+        ConfigError: its weights are not in safetensors.
+    """
+    folder = _folder(str(base_dir()) if name == WORLD else os.path.expanduser(name))
+    weights = _weight_files(folder)
+    if not weights or any(file.suffix != ".safetensors" for file in weights):
+        raise ConfigError(
+            f"base '{name}' has no safetensors weights in '{folder}'; save it with `save_pretrained` and edit that"
+        )
+    plain = (".json", ".txt", ".jinja", ".model")
+    rest = [file for file in sorted(folder.iterdir()) if file.suffix in plain and file.is_file()]
+    return [*weights, *rest]
 
 
 def _chunks(file: Path, size: int = 1 << 22) -> Iterable[bytes]:

@@ -55,15 +55,29 @@ class EditedModel(nn.Module):
     def __init__(self, base: Any, tokenizer: Any, memory: SideMemory, router: Router, layer: int) -> None:
         super().__init__()
         self.base = base
-        self.memory = memory
         self.tokenizer = tokenizer
         self.router = router
-        self.layer = layer
-        self.split = SplitModel(base, layer)
         self.prefixes: PrefixCache | None = None
         self._turn: _Turn | None = None  # what the hooks obey, inside a call alone
-        self.split.layers[layer].register_forward_pre_hook(self._at_layer, with_kwargs=True)
-        self.split.value.register_forward_hook(self._at_value)
+        self._hooks: list[Any] = []
+        self.move_to(layer, memory)
+
+    def move_to(self, layer: int, memory: SideMemory) -> None:
+        """Edit another layer, with another memory; the router is the caller's to fit anew, and so are the prefixes."""
+        self.release()
+        self.layer, self.memory = layer, memory
+        self.split = SplitModel(self.base, layer)
+        self._hooks = [
+            self.split.layers[layer].register_forward_pre_hook(self._at_layer, with_kwargs=True),
+            self.split.value.register_forward_hook(self._at_value),
+        ]
+
+    def release(self) -> None:
+        """Take the hooks out of the base, which is then as it was, and forget its states; this model is used up."""
+        while self._hooks:
+            self._hooks.pop().remove()
+        if self.prefixes is not None:
+            self.prefixes.close()
 
     @property
     def config(self) -> Any:
@@ -79,6 +93,13 @@ class EditedModel(nn.Module):
     def value_weight(self) -> Tensor:
         """The base's own W_v, in its storage order."""
         return self.split.value.weight  # type: ignore[return-value]
+
+    def add_to_base(self, delta: Tensor) -> None:
+        """Add a delta (D, F) to the base's own W_v, whatever its storage order and type."""
+        weight = self.value_weight
+        turned = weight.shape != delta.shape or hasattr(self.split.value, "nf")  # GPT-2's Conv1D stores (F, D)
+        oriented = (delta.T if turned else delta).to(weight.device, torch.float32)
+        weight.data.copy_((weight.data.float() + oriented).to(weight.dtype))
 
     @property
     def device(self) -> torch.device:

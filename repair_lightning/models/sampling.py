@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,18 +23,46 @@ def own_texts(model: Any, tokenizer: Any, number: int, length: int = 12, batch_s
     ranked = model(input_ids=ids).logits[0, -1].float()
     ranked[list(tokenizer.all_special_ids)] = -torch.inf
     firsts = ranked.topk(min(number, len(ranked))).indices.tolist()
-    texts: list[str] = []
-    for at in range(0, len(firsts), batch_size):
-        rows, mask = pad_left([[start, first] for first in firsts[at : at + batch_size]], device=model.device)
+    rows = _continued(model, tokenizer, [[start, first] for first in firsts], length - 1, batch_size)
+    texts = tokenizer.batch_decode([row[1:] for row in rows], skip_special_tokens=True)
+    return [text.strip() for text in texts if text.strip()]
+
+
+@torch.no_grad()
+def greedy_answers(
+    model: Any, tokenizer: Any, prompts: Sequence[str], length: int = 8, batch_size: int = 64
+) -> list[str]:
+    """What the base says to prompts by itself, with single spaces between the words; empty where it says nothing.
+
+    Args:
+        length: most tokens of an answer.
+    """
+    asked = tokenizer(list(prompts))["input_ids"]
+    found: list[str] = []
+    for at in range(0, len(asked), batch_size):
+        part = asked[at : at + batch_size]
+        width = max(map(len, part))
+        rows = _continued(model, tokenizer, part, length, batch_size)
+        found += tokenizer.batch_decode([row[width:] for row in rows], skip_special_tokens=True)
+    return [" ".join(text.split()) for text in found]
+
+
+def _continued(
+    model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], new_tokens: int, batch_size: int
+) -> list[list[int]]:
+    """Token rows, padded on the left in batches, with the model's greedy continuations."""
+    found: list[list[int]] = []
+    for at in range(0, len(rows), batch_size):
+        ids, mask = pad_left(rows[at : at + batch_size], device=model.device)
         output = model.generate(
-            input_ids=rows,
+            input_ids=ids,
             attention_mask=mask,
-            max_new_tokens=length - 1,
+            max_new_tokens=new_tokens,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
         )
-        texts += tokenizer.batch_decode(output[:, 1:], skip_special_tokens=True)
-    return [text.strip() for text in texts if text.strip()]
+        found += output.tolist()
+    return found
 
 
 def _first_token(tokenizer: Any) -> int:

@@ -142,6 +142,26 @@ def test_clustering_groups_what_is_alike(tmp_path, watcher):
     }
 
 
+@pytest.mark.parametrize("spoilt", [[2], [0, 3], list(range(6))])
+def test_edits_of_which_the_base_makes_nothing_go_alone(tmp_path, watcher, monkeypatch, spoilt):
+    """Features that are not finite have no neighbours; the rest of the window is clustered as ever."""
+    real = watcher.editor.features
+
+    def features(edits):
+        found = real(edits)
+        found[spoilt] = float("nan")
+        return found
+
+    monkeypatch.setattr(watcher.editor, "features", features)
+    stream = stream_of(tmp_path, watcher, 6, window=6, batch_size=6)
+    batches = [batch.ids for batch in stream.next_window()]
+    ids = [edit.id for edit in stream.edits]
+    alone = [(ids[i],) for i in spoilt]
+    rest = sorted(set(ids) - {ids[i] for i in spoilt})
+    assert batches[: len(alone)] == alone
+    assert [sorted(batch) for batch in batches[len(alone) :]] == ([rest] if rest else [])
+
+
 def test_an_editor_that_writes_one_at_a_time_gets_batches_of_one(tmp_path, watcher):
     watcher.limit = 1
     stream = stream_of(tmp_path, watcher, batch_size=3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from repair_lightning.editors import REGISTRY, Editor
+from repair_lightning.editors import REGISTRY, Editor, make_editor
 from repair_lightning.models.prefix import pad_left
 from repair_lightning.packs import load_edited, save_pack, shard_tensors
 from repair_lightning.types import BASE
@@ -65,6 +66,14 @@ def test_a_name_and_capabilities(name):
     assert issubclass(REGISTRY[name], Editor)
     assert REGISTRY[name].editor_name == name
     assert all(isinstance(getattr(REGISTRY[name], flag), bool) for flag in ("batchable", "can_merge", "can_prune"))
+
+
+def test_its_options_rebuild_it(make, name):
+    """Plain types, one for each argument of the constructor, through JSON and back."""
+    editor = make()
+    options = editor.options()
+    assert options.keys() == inspect.signature(REGISTRY[name]).parameters.keys()
+    assert make_editor(name, json.loads(json.dumps(options))).options() == options
 
 
 def test_no_effect_before_the_first_edit(make, asked):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def other_probes(edit: Edit) -> Edit:
     )
 
 
-def run(folder: Path, edits: list[Edit], router: str) -> tuple[bytes, bytes]:
+def run(folder: Path, edits: list[Edit], router: str) -> tuple[bytes, str]:
     """A closed loop that prunes, a merge, live scores: everything that could leak."""
     editor = world_editor({"router": router}, capacity=4)
     stream = world_stream(write_edits(folder / "edits.jsonl", edits), window=4, batch_size=4)
@@ -32,7 +33,9 @@ def run(folder: Path, edits: list[Edit], router: str) -> tuple[bytes, bytes]:
     fit(editor, stream, loop, folder)
     assert feedback.pruned, "the premise: the closed loop acted"
     pack = save_pack(editor, folder / "pack", {})
-    return (pack / "side_memory.safetensors").read_bytes(), (pack / "repair_config.json").read_bytes()
+    config = json.loads((pack / "repair_config.json").read_text())
+    del config["files"], config["config_sha256"]  # the ledger's hash, which holds the scoring prompts
+    return (pack / "side_memory.safetensors").read_bytes(), json.dumps(config)
 
 
 @pytest.mark.parametrize("router", ["key", "hybrid"])

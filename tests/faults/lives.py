@@ -66,6 +66,12 @@ def finish(arguments: Sequence[str], kill_at: str | None = None) -> tuple[int, s
     return process.returncode, output
 
 
+def script(name: str, arguments: Sequence[str]) -> tuple[int, str]:
+    """Let another script of the repository run; its exit status and all that it printed."""
+    done = subprocess.run([sys.executable, str(REPOSITORY / name), *arguments], capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
 def events(run_dir: Path) -> int:
     """How many events the journal holds; 0 without one."""
     path = run_dir / "journal.sqlite"

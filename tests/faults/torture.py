@@ -1,8 +1,8 @@
 """Everything that may go wrong, done to real runs: `python tests/faults/torture.py [--kills 50] [--out FILE]`.
 
-Each fault is tried on runs of the embedded base in processes of their own. A fault is survived when the run ends, or the
-same command given again ends it, with a side memory that is bit by bit the one of an undisturbed run, or when the fault
-is refused in one line with exit code 2. Edits are lost when the ledger, or the journal, lacks one.
+Each fault is tried on runs of the embedded base in processes of their own. A fault is survived when the run ends, or
+the same command given again ends it, with a side memory that is bit by bit the one of an undisturbed run, or when the
+fault is refused in one line with exit code 2. Edits are lost when the ledger, or the journal, lacks one.
 """
 
 from __future__ import annotations
@@ -10,21 +10,27 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lives import REPOSITORY, command, fingerprint, finish, kill_after, plain_edits, start
+from lives import REPOSITORY, command, fingerprint, finish, kill_after, plain_edits, script, start
+from malformed import BY_HAND, malformed, survives
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from repair_lightning.data.journal import Journal
 from repair_lightning.data.ledger import EditStatus, Ledger
+from repair_lightning.data.records import load_records
+from repair_lightning.world import base_dir
 
 MOMENTS = (
     "before the first checkpoint's rename",
@@ -92,22 +98,23 @@ class Bench:
         return self.verdict(name)
 
 
-def random_kills(bench: Bench, kills: int, seed: int = 0, how: int = signal.SIGKILL) -> Row:
-    """One run after another, killed at random moments and resumed, until so many kills have struck."""
-    rng = random.Random(seed)
+def random_kills(bench: Bench, kills: int, *how: signal.Signals) -> Row:
+    """One run after another, killed at random moments and resumed, until so many kills have struck; `how` in turn."""
+    rng = random.Random(0)
+    names = " and ".join(signal.name for signal in how)
     struck = runs = same = lost = 0
     while struck < kills:
         runs += 1
-        name = f"killed{how}-{runs}"
+        name = f"{names.replace(' ', '-')}-{runs}"
         arguments = bench.command(name)
-        while struck < kills and kill_after(arguments, bench.folder / name, rng.uniform(0, 0.6), how):
+        while struck < kills and kill_after(
+            arguments, bench.folder / name, rng.uniform(0, 0.6), how[struck % len(how)]
+        ):
             struck += 1
         finished = (bench.folder / name / "metrics.json").exists()
         good, gone = bench.verdict(name) if finished else bench.ends(name)
         same, lost = same + good, lost + gone
-    return Row(
-        f"{signal.Signals(how).name} at a random moment ({runs} runs)", struck, struck if same == runs else 0, lost
-    )
+    return Row(f"{names} at a random moment ({runs} runs)", struck, struck if same == runs else 0, lost)
 
 
 def killed_at(bench: Bench, moment: str) -> Row:
@@ -119,10 +126,10 @@ def killed_at(bench: Bench, moment: str) -> Row:
     return Row(f"killed {moment}", 1, int(good), lost)
 
 
-def damaged_checkpoint(bench: Bench, damage: Callable[[Path], None], how: str) -> Row:
-    """A stopped run whose checkpoint was damaged is refused; with the checkpoint restored it goes on."""
+def damaged_checkpoint(bench: Bench, damage: Callable[[Path], None], how: str, moment: str = "before the merge") -> Row:
+    """A killed run whose checkpoint was damaged is refused; with the checkpoint restored it goes on."""
     name = f"checkpoint-{how}"
-    code, output = finish(bench.command(name), kill_at="before the merge")
+    code, output = finish(bench.command(name), kill_at=moment)
     assert code == -signal.SIGKILL, output
     path = bench.folder / name / "checkpoints" / "last.ckpt"
     whole = path.read_bytes()
@@ -191,18 +198,141 @@ def full_disk(bench: Bench, size: str = "700k") -> Row | None:
     return Row("a full disk", 1, int(said and good), lost)
 
 
+def refused(code: int, output: str, *words: str) -> bool:
+    """Exit code 2 and one line that says why."""
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    one = len(errors) == 1 and output.rstrip().splitlines()[-1] == errors[0]
+    good = code == 2 and one and "Traceback" not in output and all(word in errors[0] for word in words)
+    if not good:
+        print(output[-2000:], file=sys.stderr)
+    return good
+
+
+def malformed_records(folder: Path, number: int = 300) -> Row:
+    """Record files by hand and by chance, through the reader of every format."""
+    folder.mkdir()
+    tried = survived = 0
+    for name, content in malformed(number):
+        (folder / name).write_bytes(content)
+        tried, survived = tried + 1, survived + survives(folder / name)
+    return Row("a malformed file of records, read in every format", tried, survived, 0)
+
+
+def malformed_from_command_line(bench: Bench, number: int = 12) -> Row:
+    """Some of the files by hand through the real command: refused, and nothing is written."""
+    survived = 0
+    names = random.Random(0).sample(sorted(BY_HAND), number)
+    for n, name in enumerate(names):
+        path, run = bench.folder / name, bench.folder / f"malformed-{n}"
+        path.write_bytes(BY_HAND[name])
+        good = refused(*finish(command(path, run)), path.suffix)
+        survived += good and {file.name for file in run.glob("**/*")} <= {".lock"}
+    return Row("a malformed file of records, from the command line", len(names), survived, 0)
+
+
+def with_a_nan(bench: Bench) -> tuple[Path, str]:
+    """A base to which a word of one edit alone is infinite, and the edit's id: its loss cannot be finite."""
+    folder = bench.folder / "base-with-a-nan"
+    shutil.copytree(base_dir(), folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    edits = load_records(bench.edits).edits
+    words = [{*tokenizer(edit.prompt)["input_ids"], *tokenizer(f" {edit.target}")["input_ids"]} for edit in edits]
+    at = len(edits) // 2
+    own = words[at] - {word for i, others in enumerate(words) for word in others if i != at}
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    weights["model.embed_tokens.weight"][sorted(own)] = float("inf")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    return folder, edits[at].id
+
+
+def a_nan(bench: Bench) -> Row:
+    """One edit's loss is not finite: it is reported, the others are written and nothing else suffers."""
+    base, bad = with_a_nan(bench)
+    code, output = finish(bench.command("nan", "--model.base", str(base)))
+    if code:
+        print(output[-2000:], file=sys.stderr)
+        return Row("a loss that is not finite", 1, 0, bench.number)
+    ledger = Ledger.from_parquet(bench.folder / "nan" / "edits.parquet")
+    given_up = ledger.with_status(EditStatus.QUARANTINED)
+    said = given_up == [bad] and any("not finite" in reason for reason in reasons(bench.folder / "nan", bad))
+    finite = all(tensor.isfinite().all() for tensor in load_file(bench.folder / "nan" / WEIGHTS).values())
+    held = ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED)
+    return Row("a loss that is not finite", 1, int(said and finite), bench.number - 1 - len(held))
+
+
+WEIGHTS = Path("pack") / "side_memory.safetensors"
+
+
+def reasons(run: Path, id: str) -> list[str]:
+    """Why an edit stood where it stood, all along."""
+    journal = Journal(run / "journal.sqlite", read_only=True)
+    found = [event["reason"] for event in journal.events(id)]
+    journal.close()
+    return found
+
+
+class Bomb:
+    """What leaves a mark when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.mark,)
+
+
+def damaged_packs(bench: Bench, kinds: Sequence[str] = ()) -> list[Row]:
+    """A truncated, a bit-flipped and a foreign pack, and one that is a pickle: refused, and no code of theirs runs."""
+    mark = bench.folder / "exploded"
+    damages: dict[str, Callable[[Path], object]] = {
+        "truncated": truncate,
+        "with a flipped bit": flip_a_bit,
+        "that is a pickle": lambda path: path.write_bytes(pickle.dumps(Bomb(mark))),
+        "for another base": lambda path: None,
+    }
+    rows = []
+    for n, name in enumerate(kinds or damages):
+        pack = bench.folder / f"pack-{n}"
+        shutil.copytree(bench.folder / "whole" / "pack", pack)
+        damages[name](pack / WEIGHTS.name)
+        base, word = "world", "is damaged"
+        if name == "for another base":
+            base, word = str(other_base(bench)), "the pack belongs to base"
+        arguments = ["--pack", str(pack), "--base", base, "--data.path", str(bench.edits)]
+        good = refused(*script("evaluate.py", arguments), word) and not mark.exists()
+        rows.append(Row(f"a pack {name}", 1, int(good), 0))
+    return rows
+
+
+def other_base(bench: Bench) -> Path:
+    """The embedded base with one weight changed."""
+    folder = bench.folder / "other-base"
+    shutil.copytree(base_dir(), folder)
+    weights = load_file(folder / "model.safetensors")
+    next(iter(weights.values())).view(-1)[0] += 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def main() -> None:
     """Try everything and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--edits", type=int, default=200)
+    parser.add_argument("--records", type=int, default=300, help="malformed files that are made by chance")
+    parser.add_argument("--window", type=int, default=8)
     parser.add_argument("--out", type=Path, default=REPOSITORY / "runs" / "torture.json")
     options = parser.parse_args()
+    if options.edits <= 3 * options.window:
+        parser.error("give more edits than three windows hold: a run is killed at its third checkpoint")
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench.of(Path(folder), options.edits)
+        bench = Bench.of(Path(folder), options.edits, options.window)
         rows = [
-            random_kills(bench, options.kills),
-            random_kills(bench, max(1, options.kills // 10), how=signal.SIGTERM),
+            random_kills(bench, options.kills, signal.SIGKILL),
+            random_kills(bench, max(1, options.kills // 10), signal.SIGTERM),
         ]
         rows += [killed_at(bench, moment) for moment in MOMENTS]
         rows += [
@@ -212,6 +342,8 @@ def main() -> None:
         rows += [two_runs(bench)]
         disk = full_disk(bench)
         rows += [disk] if disk else []
+        rows += [a_nan(bench), *damaged_packs(bench)]
+        rows += [malformed_from_command_line(bench), malformed_records(bench.folder / "records", options.records)]
     print(f"| fault, on runs of {options.edits} edits | tried | survived | lost edits |\n|---|---:|---:|---:|")
     for row in rows:
         print(f"| {row.fault} | {row.tried} | {row.survived} | {row.lost} |")

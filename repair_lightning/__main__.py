@@ -1,0 +1,107 @@
+"""`repair-lightning COMMAND`: what can be done with an edited model besides training and scoring it."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from repair_lightning.cli import guarded
+from repair_lightning.types import BASE
+
+
+def export(parser: ArgumentParser) -> None:
+    """Write an edited model as a folder that needs no other: with its base, or merged into a plain checkpoint."""
+    parser.add_argument("--pack", required=True, help="the pack's folder")
+    parser.add_argument("--to", required=True, type=Path, help="the new folder")
+    parser.add_argument(
+        "--merged", action="store_true", help="fuse the edits into W_v: loads without us, answers worse; says how much"
+    )
+    parser.add_argument("--base", help="the base, where the pack's own name for it does not lead there")
+    parser.add_argument("--precision", default="auto", help="of the base: auto, float32, bfloat16, float16")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    parser.add_argument("--max_edits", type=int, help="most edits that are asked to measure a merge; default all")
+    parser.set_defaults(run_command=_export)
+
+
+def _export(options: Namespace) -> None:
+    from repair_lightning.export import export_pack, report_lines
+
+    given = (options.pack, options.to, options.merged, options.base, options.precision, options.overwrite)
+    print("\n".join(report_lines(export_pack(*given, max_edits=options.max_edits), options.to)))
+
+
+def undo(parser: ArgumentParser) -> None:
+    """Take edits of a finished run back: the base answers their prompts again, the others stay."""
+    parser.add_argument("--run", required=True, help="the run's directory")
+    parser.add_argument("--id", required=True, action="append", nargs="+", help="of an edit; may be given repeatedly")
+    parser.add_argument("--base", help="the base, where the pack's own name for it does not lead there")
+    parser.add_argument("--precision", default="auto", help="of the base: auto, float32, bfloat16, float16")
+    parser.set_defaults(run_command=_undo)
+
+
+def _undo(options: Namespace) -> None:
+    from repair_lightning.undo import report_lines, undo
+
+    ids = [id for given in options.id for id in given]
+    print("\n".join(report_lines(undo(options.run, ids, options.base, options.precision))))
+
+
+def log(parser: ArgumentParser) -> None:
+    """What became of a run's edits, from its journal: all events, or those of some edits."""
+    parser.add_argument("--run", required=True, type=Path, help="the run's directory")
+    parser.add_argument("--id", action="append", nargs="+", default=[], help="of an edit; may be given repeatedly")
+    parser.set_defaults(run_command=_log)
+
+
+def _log(options: Namespace) -> None:
+    from repair_lightning.data.journal import FILE, Journal
+
+    journal = Journal(options.run / FILE, read_only=True)
+    for id in [id for given in options.id for id in given] or [None]:
+        for event in journal.events(id):
+            print(event_line(event))
+
+
+def event_line(event: Mapping[str, Any]) -> str:
+    """One event of a journal as a line of text."""
+    when = datetime.fromtimestamp(event["time"]).isoformat(" ", "seconds")
+    words = [when, f"{event['seq']:>6}", f"{event['kind']:<11}"]
+    if event["id"] is not None:
+        shard = "base" if event["shard"] == BASE else event["shard"]
+        words += [event["id"], f"window {event['window']}", f"is {event['status']}"]
+        words += [f"in shard {shard}"] if shard is not None else []
+        words += [f"attempt {event['attempts']}"] if event["attempts"] else []
+        words += [f"score {event['score']:g}"] if event["score"] is not None else []
+    words += [f"({event['reason']})"] if event["reason"] else []
+    words += ["[void]"] if event["void"] else []
+    return "  ".join(words)
+
+
+COMMANDS: Mapping[str, Callable[[ArgumentParser], None]] = {"export": export, "log": log, "undo": undo}
+"""Each adds its options to a parser and sets `run_command`; its docstring is the help."""
+
+
+def parser() -> ArgumentParser:
+    """The command line."""
+    main = ArgumentParser(prog="repair-lightning", description=__doc__)
+    commands = main.add_subparsers(metavar="COMMAND", required=True)
+    for name, add in COMMANDS.items():
+        add(commands.add_parser(name, help=add.__doc__, description=add.__doc__))
+    return main
+
+
+def _run() -> None:
+    options = parser().parse_args()
+    options.run_command(options)
+
+
+def main() -> None:
+    """The console script."""
+    guarded(_run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""What the parser has to say, in one line: which option, what it takes, and the options that look like it."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import sys
+from argparse import ArgumentError
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from repair_lightning.errors import ConfigError
+
+_UNKNOWN = re.compile(r"unrecognized arguments: (\S+)|Option '([^']+)' is not accepted")
+_UNKNOWN_IN_GROUP = re.compile(r"Group '([^']+)' does not accept option '([^']+)'")
+_KEY = re.compile(r'Parser key "([^"]+)"')
+_EXPECTED = re.compile(r"Expected (?:a )?(?:<class '(\w+)'>|typing\.(Literal\[.*?\])|(one of .*?)\.? )")
+_GOT = re.compile(r"(?:Got|Given) value: (.*)")
+
+
+def parse(parser: ArgumentParser, classes: Mapping[str, Iterable[type]] | None = None) -> Any:
+    """The options of this process; `--help` prints and exits.
+
+    Args:
+        parser: made with `exit_on_error=False`.
+        classes: option that takes a class -> the classes that may be named there.
+
+    Raises:
+        ConfigError: an option is unknown, misses its value, or cannot take it.
+    """
+    try:
+        return parser.parse_args(with_nulls(sys.argv[1:], classes or {}))
+    except ArgumentError as error:
+        raise ConfigError(explained(str(error), parser, classes or {})) from error
+
+
+def with_nulls(argv: Sequence[str], classes: Iterable[str]) -> list[str]:
+    """The arguments, where a class's option is to be `null` as a configuration in line: as an option it would be the
+    text `None` by the time the class's own parser sees it."""
+    found: list[str] = []
+    rest = list(argv)
+    while rest:
+        name, given, value = rest.pop(0).partition("=")
+        option, _, inner = name.removeprefix("--").partition(".")
+        if option in classes and inner and not given and rest[:1] == ["null"]:
+            given, value = "=", rest.pop(0)
+        if option in classes and inner and value == "null":
+            name, given, value = "--config", "=", _nested([option, "init_args", *inner.split(".")])
+        found.append(f"{name}{given}{value}")
+    return found
+
+
+def _nested(names: Sequence[str]) -> str:
+    value: Any = None
+    for name in reversed(names):
+        value = {name: value}
+    return json.dumps(value)
+
+
+def explained(message: str, parser: ArgumentParser, classes: Mapping[str, Iterable[type]]) -> str:
+    """The parser's message in one line, with a remedy."""
+    known = known_options(parser, classes)
+    help = f"{parser.prog} --help"
+    if found := _UNKNOWN_IN_GROUP.search(message):
+        name = ".".join(found.groups())
+        return f"a configuration has the unknown option '{name}'{_alike(name, known)} {help} lists all"
+    if found := _UNKNOWN.search(message):
+        name = _as_given(found[1] or found[2])
+        return f"unknown option '{name}'{_alike(name, known)} {help} lists all"
+    keys, got = _KEY.findall(message), _GOT.search(message)
+    if not keys or not got:
+        return f"{' '.join(message.split())}; {help} explains the options"
+    expected = _expected(message)
+    if len(keys) == 1 and keys[0] in classes and "NestedArg(" not in message:
+        names = [kind.__name__ for kind in classes[keys[0]]]
+        return f"--{keys[0]} cannot be '{got[1]}'{_alike(got[1], names)} It takes one of: {', '.join(names)}"
+    return f"--{'.'.join(keys)} cannot be '{got[1]}': it takes {' or '.join(expected) or 'something else'}; see {help}"
+
+
+def known_options(parser: ArgumentParser, classes: Mapping[str, Iterable[type]]) -> list[str]:
+    """The names of all options, those of the classes too."""
+    names = [name for action in parser._actions for name in action.option_strings]
+    for option, kinds in classes.items():
+        for kind in kinds:
+            inner = ArgumentParser(exit_on_error=False)
+            inner.add_class_arguments(kind, option)
+            names += [name for action in inner._actions for name in action.option_strings]
+    return list(dict.fromkeys(name for name in names if name.startswith("--")))
+
+
+def _as_given(name: str) -> str:
+    """The option as the user wrote it: of a class's own options the parser tells the end alone."""
+    name = name.partition("=")[0].lstrip("-")
+    given = (argument.partition("=")[0] for argument in sys.argv[1:])
+    return next((argument for argument in given if argument.endswith(name)), name)
+
+
+def _alike(name: str, known: Iterable[str]) -> str:
+    """`; did you mean ...?`, or `;` where nothing is alike."""
+    bare = {option.lstrip("-"): option for option in known}
+    ends = {".".join(option.split(".")[1:]): option for option in bare}  # a configuration's part knows no section
+    candidates = {**{end: bare[option] for end, option in ends.items() if "." in end}, **bare}
+    close = difflib.get_close_matches(name.lstrip("-"), candidates, n=2, cutoff=0.75)
+    names = dict.fromkeys(candidates[option] for option in close)
+    return f"; did you mean {' or '.join(repr(option) for option in names)}?" if names else ";"
+
+
+def _expected(message: str) -> list[str]:
+    """What the innermost of the parser's complaints would take."""
+    starts = [found.start() for found in _KEY.finditer(message)]
+    inner = message[starts[-1] :]
+    if len(starts) > 1:  # what would do in place of the class itself
+        inner = inner.split("\n    - Expected a <class 'NoneType'>\n  Given value type")[0]
+    found = [next(part for part in parts if part) for parts in _EXPECTED.findall(inner + " ")]
+    words = {"NoneType": "null", "bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text"}
+    plain = [re.sub(r"^Literal\[(.*)\]$", lambda match: match[1].replace(", ", " or "), name) for name in found]
+    return list(dict.fromkeys(words.get(name, name) for name in plain))

@@ -1,0 +1,307 @@
+"""A window that breaks unrelated questions is taken back, bit by bit; what it held is written again or reported."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from helpers_runs import fit, irrelevant_texts, world_editor, world_edits, world_stream, write_edits, written_editor
+
+from callbacks import ErrorSampleMonitor, ProbeGate, PruneAndRetrigger
+from callbacks.probe_gate import attempts_of
+from repair_lightning.data.ledger import EditStatus
+from repair_lightning.errors import ConfigError, RepairError
+from repair_lightning.packs import shard_tensors
+from repair_lightning.types import BASE, EditReport
+
+FORMS = [{"form": "low_rank"}, {"form": "dense", "capacity": 4}]
+
+
+def bits(editor: Any) -> dict[str, Any]:
+    """All that the editor has learnt."""
+    return copy.deepcopy({"next": editor.memory.next_id} | shard_tensors(editor.memory) | editor.router.state_dict())
+
+
+def same(found: Any, expected: Any) -> bool:
+    if isinstance(expected, torch.Tensor):
+        return found.dtype == expected.dtype and torch.equal(found, expected)
+    if isinstance(expected, dict):
+        return list(found) == list(expected) and all(same(found[key], expected[key]) for key in expected)
+    if isinstance(expected, (list, tuple)):
+        return len(found) == len(expected) and all(map(same, found, expected))
+    return found == expected
+
+
+def misroute(editor: Any, *guilty: str) -> None:
+    """A router that sends every prompt to the first of the guilty edits that a shard holds."""
+    real = editor.choose
+
+    def choose(prompts):
+        choice = real(prompts)
+        owners = [owner for id in guilty if id in editor.ledger and (owner := editor.ledger.owner_of(id)) is not None]
+        return replace(choice, memory=torch.full_like(choice.memory, owners[0])) if owners else choice
+
+    editor.choose = choose
+
+
+def blow_up(editor: Any, shard: int) -> None:
+    """Let a shard hold noise beside what was written: whatever it answers is wrong."""
+    module = editor.memory[shard]
+    part = module.delta.data if hasattr(module, "mask") else module.left
+    part.add_(
+        torch.randn(part.shape, generator=torch.Generator().manual_seed(0)) * (1 if hasattr(module, "mask") else 1e4)
+    )
+
+
+def let_spoil(editor: Any, *guilty: str) -> None:
+    """Whenever one of these edits is written, its shard is noise and answers every prompt."""
+    write = editor.write
+
+    def spoilt(batch):
+        reports = write(batch)
+        for shard in {report.shard for report in reports if report.id in guilty}:
+            blow_up(editor, shard)
+        return reports
+
+    editor.write = spoilt
+    misroute(editor, *guilty)
+
+
+class Watch(pl.Callback):
+    """Takes down how things stand before each window; stands behind the gate at its end."""
+
+    def __init__(self, gate: ProbeGate) -> None:
+        self.gate, self.windows = gate, []
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        entries = {id: pl_module.ledger.entry(id) for id in pl_module.ledger}
+        self.before, self.entries, self.so_far = bits(pl_module), entries, self.gate.rolled_back
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        rolled_back = self.gate.rolled_back > self.so_far
+        entries = {id: pl_module.ledger.entry(id) for id in pl_module.ledger}
+        changed = {id for id in entries if entries[id] != self.entries.get(id)}
+        self.windows.append(SimpleNamespace(rolled_back=rolled_back, same=same(bits(pl_module), self.before)))
+        self.windows[-1].changed = {id: entries[id] for id in changed}
+
+
+def run(tmp_path, form: dict[str, Any], guilty: tuple[int, ...] = (), number: int = 8, **options: Any):
+    """Windows of four edits; those at `guilty` answer every prompt as soon as a shard holds them."""
+    edits = world_edits(number)
+    editor = world_editor(**({"steps": 40} | form))
+    let_spoil(editor, *(edits[i].id for i in guilty))
+    stream = world_stream(write_edits(tmp_path / "edits.jsonl", edits), window=4, batch_size=4)
+    gate = ProbeGate(**options)
+    watch = Watch(gate)
+    fit(editor, stream, [gate, watch, ErrorSampleMonitor(), PruneAndRetrigger()], tmp_path)
+    return editor, stream, gate, watch
+
+
+@pytest.fixture(scope="module", params=FORMS, ids=["low_rank", "dense"])
+def broken(request, tmp_path_factory):
+    """A run whose sixth edit breaks every probe whenever it is written."""
+    return run(tmp_path_factory.mktemp("gate"), request.param, guilty=(5,), max_attempts=3), request.param["form"]
+
+
+def test_a_window_that_breaks_probes_leaves_memory_and_router_bit_by_bit_as_before(broken):
+    (_, _, gate, watch), _ = broken
+    assert [window.rolled_back for window in watch.windows] == [False, True, True, True, False]
+    assert gate.rolled_back == 3
+    assert [window.same for window in watch.windows] == [False, True, True, True, False]
+
+
+def test_its_edits_wait_again_and_no_other_is_touched(broken):
+    (_, _, _, watch), _ = broken
+    for n, window in enumerate(watch.windows[1:3], start=1):
+        assert sorted(window.changed) == sorted(edit.id for edit in world_edits(4, 4))
+        for entry in window.changed.values():
+            assert (entry.status, entry.shard, entry.attempts) == (EditStatus.REQUEUED, None, n)
+            assert entry.reason.startswith("window rolled back: ")
+            assert entry.reason.endswith(" of the probes lost their answer")
+
+
+def test_only_the_guilty_one_is_given_up_and_nothing_is_lost(broken):
+    """Dense shards hold four edits at first; what failed together is not written together again."""
+    (editor, stream, _, _), _ = broken
+    guilty = world_edits(8)[5].id
+    counts = stream.ledger.counts()
+    assert (counts["written"], counts["quarantined"], sum(counts.values())) == (7, 1, 8)
+    entry = stream.ledger.entry(guilty)
+    assert (entry.status, entry.shard, entry.attempts) == (EditStatus.QUARANTINED, None, 3)
+    assert entry.reason.endswith("of the probes lost their answer in each of 3 attempts")
+    asked = type(editor).choose(editor, [edit.prompt for edit in world_edits(8)]).memory.tolist()
+    assert asked[5] == BASE
+    assert BASE not in asked[:5] + asked[6:]
+    assert [stream.ledger.owner_of(edit.id) for i, edit in enumerate(world_edits(8)) if i != 5] == [
+        *asked[:5],
+        *asked[6:],
+    ]
+
+
+def test_the_window_of_the_first_attempt_is_quarantined_as_a_whole_where_one_shard_holds_it(tmp_path):
+    """max_attempts 1 leaves no time to find out who of the shard it was."""
+    _, stream, gate, _ = run(tmp_path, FORMS[1], guilty=(5,), max_attempts=1)
+    assert gate.rolled_back == 1
+    assert stream.ledger.with_status(EditStatus.QUARANTINED) == [edit.id for edit in world_edits(4, 4)]
+    assert stream.ledger.with_status(EditStatus.WRITTEN) == [edit.id for edit in world_edits(4)]
+
+
+def test_a_window_that_breaks_nothing_passes_untouched(tmp_path):
+    """With the gate and without it the same bits; nothing was rolled back."""
+    found = []
+    for name in ("on", "off"):
+        (tmp_path / name).mkdir()
+        editor, stream, gate, _ = run(tmp_path / name, FORMS[0], enabled=name == "on")
+        assert gate.rolled_back == 0
+        found.append((bits(editor), stream.ledger))
+    assert same(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+
+
+def test_a_disabled_gate_lets_everything_pass(tmp_path):
+    _, stream, gate, watch = run(tmp_path, FORMS[0], guilty=(5,), enabled=False)
+    assert gate.rolled_back == 0
+    assert gate.state_dict() == {"rolled_back": 0, "expected": []}
+    assert not any(window.rolled_back or window.same for window in watch.windows)
+    assert not any("rolled back" in stream.ledger.entry(id).reason for id in stream.ledger)
+
+
+def test_as_many_as_are_allowed_may_break(tmp_path):
+    _, _, gate, _ = run(tmp_path, FORMS[0], guilty=(1,), number=4, max_probe_loss=1.0)
+    assert gate.rolled_back == 0
+
+
+# -- one window by hand ------------------------------------------------------------------------------------------------
+
+
+class Logged:
+    """What an editor without a trainer logs."""
+
+    def __init__(self, editor: Any) -> None:
+        self.found: dict[str, float] = {}
+        editor.log = lambda name, value, **_: self.found.update({name: value})
+
+
+def window(gate: ProbeGate, editor: Any, stream: Any, change: Any) -> None:
+    """A window in which `change` happens."""
+    trainer = SimpleNamespace(datamodule=stream)
+    gate.on_train_epoch_start(trainer, editor)
+    change()
+    gate.on_train_epoch_end(trainer, editor)
+
+
+def spoil(editor: Any, stream: Any) -> None:
+    """Write the first edit again, this time with noise, and route everything to its shard."""
+    first = stream.edits[0].id
+    stream.ledger.written([EditReport(first, stream.ledger.owner_of(first), 0.1, 0.0, 1)])
+    blow_up(editor, stream.ledger.owner_of(first))
+    misroute(editor, first)
+
+
+def overwrite(editor: Any) -> None:
+    """A merge into W_v that ruins it."""
+    weight = editor.edited.value_weight.data
+    weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+
+
+def test_given_probes_are_asked(tmp_path):
+    editor, stream = written_editor(4)
+    logged = Logged(editor)
+    questions = irrelevant_texts(48)[40:]
+    rows = [{"question": text, "answers": ["anything"]} for text in questions]
+    (tmp_path / "probes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    gate = ProbeGate(probes=str(tmp_path / "probes.jsonl"), sample=5)
+    window(gate, editor, stream, lambda: None)
+    assert gate.prompts == questions[:5]
+    assert logged.found == {"gate/probe_loss": 0.0}
+    window(gate, editor, stream, lambda: spoil(editor, stream))
+    assert gate.rolled_back == 1
+    assert logged.found["gate/probe_loss"] > 0.02
+
+
+def test_the_held_out_prompts_are_asked_where_none_are_given():
+    editor, stream = written_editor(4)
+    Logged(editor)
+    gate = ProbeGate(sample=7)
+    window(gate, editor, stream, lambda: None)
+    assert gate.prompts == irrelevant_texts(40)[1::2][:7]
+
+
+def test_what_was_broken_before_the_window_is_not_held_against_it():
+    editor, stream = written_editor(4)
+    Logged(editor)
+    gate = ProbeGate()
+    window(gate, editor, stream, lambda: None)
+    spoil(editor, stream)
+    window(gate, editor, stream, lambda: None)
+    assert gate.broken, "the premise"
+    assert gate.rolled_back == 0
+
+
+def test_the_answers_of_the_base_survive_a_resume_after_a_merge_into_it():
+    """What is asked for is what the base said before anything was written into it."""
+    editor, stream = written_editor(4)
+    logged = Logged(editor)
+    gate, again = ProbeGate(), ProbeGate()
+    window(gate, editor, stream, lambda: None)
+    again.load_state_dict(json.loads(json.dumps(gate.state_dict())))
+    assert again.state_dict() == gate.state_dict()
+    overwrite(editor)
+    editor.base_changed = True
+    for one in (gate, again):
+        window(one, editor, stream, lambda: None)
+        assert logged.found.pop("gate/probe_loss") > 0.5
+    assert again.broken == gate.broken
+
+
+def test_a_weight_that_was_written_into_goes_back_too():
+    editor, stream = written_editor(4)
+    Logged(editor)
+    editor.base_changed = True
+    before = editor.edited.value_weight.detach().clone()
+    gate = ProbeGate()
+    window(gate, editor, stream, lambda: overwrite(editor))
+    assert gate.rolled_back == 1
+    assert torch.equal(editor.edited.value_weight, before)
+
+
+def test_attempts(tmp_path):
+    _, stream = written_editor(4)
+    assert attempts_of(stream.ledger) == {edit.id: 1 for edit in stream.edits}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_probe_loss": -0.1}, r"gate\.max_probe_loss must be in \[0, 1\], got -0\.1"),
+        ({"max_probe_loss": float("nan")}, r"gate\.max_probe_loss must be in \[0, 1\], got nan"),
+        ({"max_probe_loss": 2}, r"gate\.max_probe_loss must be in \[0, 1\], got 2"),
+        ({"sample": 0}, r"gate\.sample must be at least 1, got 0"),
+        ({"max_attempts": 0}, r"gate\.max_attempts must be at least 1, got 0"),
+    ],
+)
+def test_options(options, message):
+    with pytest.raises(ConfigError, match=message):
+        ProbeGate(**options)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        ("", "holds no questions; give some, or null"),
+        ('{"question": "a"}\n{"q": "b"}\n', "record 2, field 'question'"),
+    ],
+)
+def test_probes_that_cannot_be_asked(tmp_path, content, message):
+    path = tmp_path / "probes.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(RepairError, match=message):
+        ProbeGate(probes=str(path))

@@ -1,0 +1,180 @@
+"""Exports: what leaves us loads without us, says what it costs, and overwrites nothing unasked."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from repair_lightning import load_edited
+from repair_lightning.editors.repair import Writing
+from repair_lightning.errors import ConfigError, RepairError
+from repair_lightning.export import REPORT_FILE, export_pack, live_edits, merge_into_base
+from repair_lightning.models.prefix import pad_left
+from repair_lightning.packs import CONFIG_FILE, WEIGHTS_FILE, load_ledger, save_pack
+
+PLAIN = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+kinds = (AutoModelForCausalLM, AutoTokenizer)
+model, tokenizer = (kind.from_pretrained(sys.argv[1], local_files_only=True) for kind in kinds)
+assert not any(name.startswith("repair") for name in sys.modules)
+found = []
+for prompt in json.load(sys.stdin):
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        found.append(model(ids).logits[0].tolist())
+torch.save(torch.tensor([row[-1] for row in found]), sys.argv[2])
+"""
+MOVED = """
+import json, sys
+from repair_lightning import load_edited
+
+model, tokenizer = load_edited(sys.argv[1], precision="float32")
+prompts = json.load(sys.stdin)
+batch = tokenizer(prompts, padding=True, return_tensors="pt")
+out = model.generate(batch["input_ids"], batch["attention_mask"], max_new_tokens=12, do_sample=False,
+                     pad_token_id=tokenizer.pad_token_id)
+print(json.dumps([text.strip() for text in tokenizer.batch_decode(out[:, batch["input_ids"].shape[1]:],
+                                                                  skip_special_tokens=True)]))
+"""
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def pack(request, editor_of, write, edits, tmp_path_factory):
+    """Six low-rank edits of a tiny base; GPT-2 stores W_v the other way round."""
+    editor = editor_of(request.param, writing=Writing(steps=60))
+    write(editor, edits[:6])
+    return save_pack(editor, tmp_path_factory.mktemp("packs") / "pack", {})
+
+
+def prompts_of(edits):
+    return [prompt for edit in edits for prompt in (edit.prompt, edit.near[0].prompt)]
+
+
+@pytest.mark.slow
+def test_merged_it_is_a_plain_checkpoint(pack, edits, tmp_path):
+    """A fresh process with transformers alone computes the logits of the model that was merged here."""
+    report = export_pack(pack, tmp_path / "plain", merged=True, precision="float32")
+    model, tokenizer = load_edited(pack, precision="float32")
+    irrelevant = model.card["irrelevant"]
+    before = model.value_weight.clone()
+    live = live_edits(model.ledger)
+    assert merge_into_base(model, live, irrelevant["background"], irrelevant["held_out"][::2]) == report["keep"]
+    assert not torch.equal(model.value_weight, before)
+    call = [sys.executable, "-c", PLAIN, str(tmp_path / "plain"), str(tmp_path / "logits")]
+    subprocess.run(call, input=json.dumps(prompts_of(edits)), text=True, check=True)
+    found = torch.load(tmp_path / "logits", weights_only=True)
+    for prompt, row in zip(prompts_of(edits), found, strict=True):
+        ids, mask = pad_left([tokenizer(prompt)["input_ids"]])
+        with torch.no_grad(), model.forced(None):
+            expected = model.base(ids, attention_mask=mask).logits[0, -1]
+        torch.testing.assert_close(row, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_merged_it_says_what_it_costs(pack, edits, tmp_path):
+    report = export_pack(pack, tmp_path / "plain", merged=True, precision="float32", max_edits=4)
+    assert json.loads((tmp_path / "plain" / REPORT_FILE).read_text())["merged"].keys() == report["merged"].keys()
+    assert report["live_edits"] == 6
+    assert report["asked"]["edits"] == 4
+    assert report["asked"]["unrelated"] > 0  # the records bring none: irrelevant prompts stand in
+    assert report["routed"]["rel"] == 1
+    assert 0 <= report["merged"]["rel"] <= 1
+    assert report["merged"]["loc"] is not None
+
+
+def test_merging_says_the_edits_themselves(pack, answers):
+    """Without anything to keep, six edits fit a matrix of 64 columns: the base alone says them."""
+    model, tokenizer = load_edited(pack, precision="float32")
+    live = live_edits(model.ledger)
+    merge_into_base(model, live, (), ())
+    said = answers(model.base, tokenizer, [edit.prompt for edit in live])
+    assert sum(a == edit.target for a, edit in zip(said, live, strict=True)) >= 5
+
+
+@pytest.mark.slow
+def test_with_its_base_it_can_be_moved(pack, edits, answers, folder_of, tmp_path):
+    report = export_pack(pack, tmp_path / "whole")
+    assert report["live_edits"] == 6
+    model, tokenizer = load_edited(pack, precision="float32")
+    expected = answers(model, tokenizer, prompts_of(edits))
+    moved = tmp_path / "elsewhere" / "it"
+    moved.parent.mkdir()
+    (tmp_path / "whole").rename(moved)
+    config = json.loads((moved / CONFIG_FILE).read_text())
+    assert (moved / WEIGHTS_FILE).read_bytes() == (pack / WEIGHTS_FILE).read_bytes()
+    assert (moved / "base" / "model.safetensors").is_file()
+    assert not [file for file in moved.rglob("*") if file.suffix in (".py", ".bin", ".pt")]
+    call = [sys.executable, "-c", MOVED, str(moved)]
+    done = subprocess.run(call, input=json.dumps(prompts_of(edits)), capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == expected
+    assert config["base"]["name"] not in str(moved)
+    assert load_ledger(moved) == load_ledger(pack)
+
+
+def test_its_own_base_comes_first(pack, tmp_path):
+    """The name that the pack remembers need not lead anywhere."""
+    export_pack(pack, tmp_path / "whole")
+    model, _ = load_edited(tmp_path / "whole", precision="float32")
+    assert model.base.config._name_or_path == str(tmp_path / "whole" / "base")
+    again = export_pack(tmp_path / "whole", tmp_path / "again")
+    assert again["live_edits"] == 6
+
+
+def test_a_folder_that_is_taken(pack, tmp_path):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    export_pack(pack, taken)  # empty: fine
+    with pytest.raises(ConfigError, match=r"is not empty; give --to a new folder, or --overwrite"):
+        export_pack(pack, taken)
+    (taken / "old").touch()
+    export_pack(pack, taken, overwrite=True)
+    assert not (taken / "old").exists()
+    (taken / REPORT_FILE).unlink()
+    with pytest.raises(ConfigError, match="is not empty and no export"):
+        export_pack(pack, taken, overwrite=True)
+    assert (taken / WEIGHTS_FILE).is_file()
+
+
+def test_another_base_is_refused(pack, folder_of, tmp_path):
+    with pytest.raises(RepairError, match="the pack belongs to base"):
+        export_pack(pack, tmp_path / "x", base=str(folder_of("qwen2")))
+    with pytest.raises(RepairError, match="the pack belongs to base"):
+        export_pack(pack, tmp_path / "x", merged=True, base=str(folder_of("qwen2")))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_base_of_pickles_is_refused(pack, folder_of, tmp_path):
+    other = shutil.copytree(folder_of("llama"), tmp_path / "other")
+    (other / "model.safetensors").rename(other / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match="has no safetensors weights"):
+        export_pack(pack, tmp_path / "x", base=str(other))
+
+
+def test_nothing_to_merge(editor_of, tmp_path):
+    pack = save_pack(editor_of(), tmp_path / "pack", {})
+    with pytest.raises(RepairError, match="holds no live edit"):
+        export_pack(pack, tmp_path / "x", merged=True, precision="float32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (["--help"], 0, "export"),
+        (["export", "--pack", "nowhere", "--to", "x"], 2, "is no pack"),
+        (["exprot"], 2, "invalid choice"),
+    ],
+)
+def test_the_command(tmp_path, options, code, words):
+    call = [sys.executable, "-m", "repair_lightning", *options]
+    done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == code
+    assert words in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr

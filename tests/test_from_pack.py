@@ -1,0 +1,160 @@
+"""`train.py --from_pack`: an edited model is edited further, in real processes; nothing of the pack is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from helpers_runs import REPOSITORY, world_edits, write_edits
+from safetensors.torch import load_file, save_file
+
+from repair_lightning import load_edited
+from repair_lightning.data.journal import Journal
+from repair_lightning.data.ledger import EditStatus
+from repair_lightning.packs import load_ledger
+from repair_lightning.types import BASE
+from repair_lightning.world import base_dir
+
+pytestmark = pytest.mark.slow
+
+QUIET = ["--trainer.logger", "false", "--scoreboard.live", "0", "--data.irrelevant", "world"]
+QUIET += ["--data.max_irrelevant", "60", "--trainer.accelerator", "cpu", "--merge.enabled", "false"]
+OLD = world_edits(8)
+NEW = [
+    replace(OLD[0], target=OLD[1].target),  # supersedes, under a fresh id
+    replace(OLD[2], id="known"),  # is there already
+    replace(world_edits(1, 300)[0], id=OLD[3].id),  # another edit under a known id
+    *world_edits(5, 310),
+]
+
+
+def run(cwd: Path, *options: str | Path, script: Sequence[str | Path] = (REPOSITORY / "train.py",)):
+    call = [sys.executable, *map(str, script), *map(str, options), *QUIET]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    return subprocess.run(call, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def done(*arguments, **options):
+    ran = run(*arguments, **options)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return ran
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """`first` is a run of eight edits; `second` goes on with its pack, without any configuration."""
+    folder = tmp_path_factory.mktemp("from_pack")
+    old = write_edits(folder / "old.jsonl", OLD)
+    done(folder, "--config", "quickstart", "--data.path", old, "--model.writing.steps", "60", "--run_dir", "first")
+    write_edits(folder / "new.jsonl", NEW)
+    done(folder, *GOING_ON, "--run_dir", "second")
+    return folder
+
+
+GOING_ON = ["--from_pack", "first/pack", "--data.path", "new.jsonl", "--data.window", "3"]
+
+
+def test_the_new_pack_holds_all(folder):
+    """Merging is off: one low-rank shard for each live edit."""
+    ledger = load_ledger(folder / "second" / "pack")
+    fresh = [f"{OLD[0].id}~2", f"{OLD[3].id}~2", *(edit.id for edit in NEW[3:])]
+    assert list(ledger) == [edit.id for edit in OLD] + fresh
+    assert ledger.with_status(EditStatus.SUPERSEDED) == [OLD[0].id]
+    assert len(ledger.with_status(EditStatus.WRITTEN)) == 14
+    model, _ = load_edited(folder / "second" / "pack")
+    routes = model.route([edit.prompt for edit in (*OLD, *NEW[3:])])
+    assert BASE not in [route.memory for route in routes]
+    assert routes[0].nearest == f"{OLD[0].id}~2"
+    assert len(model.memory) == 14  # that of the superseded edit is gone
+    assert model.card["options"]["writing"]["steps"] == 60  # the pack's, though no configuration was given
+
+
+def test_the_metrics_tell_old_from_new(folder):
+    metrics = json.loads((folder / "second" / "metrics.json").read_text())
+    assert metrics["n_edits"] == 7
+    assert metrics["pre_edit"]["autoregressive"]["rel"] == 0
+    assert metrics["final"]["autoregressive"]["rel"] >= 0.85
+    assert metrics["closed_loop"]["windows"] == 3
+    earlier = metrics["earlier"]
+    assert (earlier["n_edits"], earlier["superseded"], earlier["lost"]) == (7, 1, [])
+    assert earlier["before"]["rel"] == earlier["after"]["rel"] == 1
+    assert metrics["records"]["duplicates"] == ["known"]
+    assert metrics["records"]["superseded"] == {OLD[0].id: f"{OLD[0].id}~2"}
+    assert metrics["records"]["renamed"] == {edit.id: f"{edit.id}~2" for edit in (OLD[0], OLD[3])}
+    assert "earlier" not in json.loads((folder / "first" / "metrics.json").read_text())
+
+
+def test_old_edits_keep_their_bits(folder):
+    """Low-rank shards of edits that nothing superseded are carried over as they are."""
+    first, second = (load_edited(folder / name / "pack")[0] for name in ("first", "second"))
+    for edit in OLD[1:]:
+        owner = first.ledger.owner_of(edit.id)
+        assert second.ledger.owner_of(edit.id) == owner
+        assert second.memory[owner].fingerprint() == first.memory[owner].fingerprint()
+
+
+def test_the_journal_begins_with_the_pack(folder):
+    journal = Journal(folder / "second" / "journal.sqlite", read_only=True)
+    assert journal.rebuild() == load_ledger(folder / "second" / "pack")
+
+
+@pytest.mark.parametrize("moment", ["before the first checkpoint's rename", "behind the second checkpoint's rename"])
+def test_killed_and_resumed_it_ends_the_same(folder, tmp_path, moment):
+    """From the checkpoint, if there is one: then the pack itself is not needed."""
+    shutil.copytree(folder / "first", tmp_path / "first")
+    shutil.copy(folder / "new.jsonl", tmp_path)
+    killer = (REPOSITORY / "tests" / "faults" / "killer.py", moment)
+    assert run(tmp_path, *GOING_ON, "--run_dir", "second", script=killer).returncode == -9
+    done(tmp_path, *GOING_ON, "--run_dir", "second")
+    packs = [root / "second" / "pack" / "side_memory.safetensors" for root in (folder, tmp_path)]
+    assert packs[0].read_bytes() == packs[1].read_bytes()
+    assert load_ledger(packs[0].parent) == load_ledger(packs[1].parent)
+    metrics = [json.loads((root / "second" / "metrics.json").read_text()) for root in (folder, tmp_path)]
+    for name in ("earlier", "final", "pre_edit", "routing", "records", "edits"):
+        assert metrics[0][name] == metrics[1][name], name
+
+
+@pytest.fixture(scope="module")
+def other_base(tmp_path_factory) -> Path:
+    """The embedded base with one weight changed."""
+    folder = shutil.copytree(base_dir(), tmp_path_factory.mktemp("bases") / "other")
+    weights = load_file(folder / "model.safetensors")
+    name = next(iter(weights))
+    weights[name].view(-1)[0] += 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--model.base", "OTHER"], "the pack belongs to base 'world'"),
+        (["--model.layer", "0"], "was made with layer"),
+        (["--model.routing.router", "hybrid"], "was made with router key, got hybrid; leave that option out"),
+        (["--from_pack", "nowhere"], "is no pack"),
+        (["--run_dir", "first"], "would be replaced; give another --run_dir"),
+        (["--data.path", "old.jsonl"], "holds no edit that the pack lacks: all 8 are its own already"),
+    ],
+    ids=lambda value: value[0].removeprefix("--") if isinstance(value, list) else "",
+)
+def test_refused(folder, other_base, options, words):
+    """In one line, and before the run directory is begun."""
+    options = [str(other_base) if option == "OTHER" else option for option in options]
+    ran = run(folder, *GOING_ON, "--run_dir", "refused", *options)
+    assert ran.returncode == 2, ran.stderr[-3000:]
+    assert "Traceback" not in ran.stderr
+    assert words in " ".join(ran.stderr.splitlines()[-1:])
+    assert not (folder / "refused" / "run.json").exists()
+
+
+def test_the_saved_configuration_goes_on_likewise(folder):
+    done(folder, "--config", "second/config.yaml", "--run_dir", "third")
+    packs = [folder / name / "pack" / "side_memory.safetensors" for name in ("second", "third")]
+    assert packs[0].read_bytes() == packs[1].read_bytes()

@@ -1,0 +1,166 @@
+"""Taking edits back: the base answers them, nothing else changes, and a kill on the way leaves the run as it was."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers_runs import REPOSITORY, written_editor
+
+from repair_lightning.__main__ import event_line
+from repair_lightning.data.journal import FILE, Journal
+from repair_lightning.data.ledger import EditStatus, Ledger
+from repair_lightning.errors import ConfigError, RepairError, UnknownEditError
+from repair_lightning.packs import load_edited, load_ledger, restore_editor, save_pack
+from repair_lightning.run_dir import RunDirectory
+from repair_lightning.types import BASE
+from repair_lightning.undo import report_lines, undo
+
+
+def finished_run(folder: Path, change=lambda editor: None, **writing) -> list[str]:
+    """A run as `train.py` leaves it, of eight edits; returns their ids."""
+    folder.mkdir()
+    editor, stream = written_editor(8, **writing)
+    journal = Journal(folder / FILE)
+    journal.follow(editor.ledger)
+    change(editor)
+    save_pack(editor, folder / "pack", {"command": "train.py"})
+    journal.close()
+    (folder / "metrics.json").write_text("{}")
+    return [edit.id for edit in stream.edits]
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "pack" / "side_memory.safetensors").read_bytes()
+
+
+def test_the_base_answers_again_and_the_others_stay(tmp_path):
+    ids = finished_run(tmp_path / "run", form="low_rank", capacity=1)
+    gone = ids[2:4]
+    found = undo(tmp_path / "run", [*gone, gone[0]])
+    assert (found["undone"], found["rebuilt"], found["as_base"]) == (gone, [], 1.0)
+    assert (found["untouched"], found["shards"], found["remaining"]) == (6, 6, 6)
+    assert found["after"] == found["before"]
+    assert found["before"]["rel"] == 1
+    model, _ = load_edited(tmp_path / "run" / "pack")
+    ledger = load_ledger(tmp_path / "run" / "pack")
+    assert ledger.with_status(EditStatus.UNDONE) == gone
+    routes = model.route([ledger.edit(id).prompt for id in ids])
+    assert [route.memory == BASE for route in routes] == [id in gone for id in ids]
+    assert ledger == Ledger.from_parquet(tmp_path / "run" / "edits.parquet")
+    journal = Journal(tmp_path / "run" / FILE, read_only=True)
+    assert journal.rebuild() == ledger
+    story = [event_line(event) for event in journal.events(gone[0])]
+    assert "undone" in story[-1]
+    assert "taken back on request" in story[-1]
+    assert any("100.0 % of their prompts" in line for line in report_lines(found))
+
+
+def test_a_shard_that_others_share_is_rebuilt_for_them(tmp_path):
+    ids = finished_run(tmp_path / "run", capacity=4)
+    before = restore_editor(tmp_path / "run" / "pack")
+    shard = before.ledger.owner_of(ids[0])
+    company = [id for id in before.ledger.owned_by(shard) if id != ids[0]]
+    found = undo(tmp_path / "run", ids[:1])
+    assert sorted(found["rebuilt"]) == sorted(company)
+    assert company, "the premise: the shard is shared"
+    assert (found["untouched"], found["shards"], found["as_base"]) == (1, 2, 1.0)
+    assert found["after"]["rel"] == found["before"]["rel"] == 1
+    after = restore_editor(tmp_path / "run" / "pack")
+    for other in set(before.memory.ids) - {shard}:
+        assert torch.equal(after.memory[other].delta, before.memory[other].delta)
+    assert not torch.equal(after.memory[shard].delta, before.memory[shard].delta)
+
+
+def fuse_all(editor) -> None:
+    """Fuse the shards, as an accepted merge does."""
+    shards = editor.memory.ids
+    fused = editor.fuse(shards, editor.memory.stacked(shards).sum(0))
+    editor.ledger.reassign([id for shard in shards for id in editor.ledger.owned_by(shard)], fused)
+    editor.calibrate()
+
+
+def test_an_edit_of_a_fused_shard_leaves_and_the_others_are_written_anew(tmp_path):
+    ids = finished_run(tmp_path / "run", change=fuse_all, form="low_rank", capacity=1)
+    found = undo(tmp_path / "run", ids[-1:])
+    assert found["rebuilt"] == ids[:-1]
+    assert found["as_base"] == 1.0
+    assert found["after"]["rel"] == 1
+    assert load_ledger(tmp_path / "run" / "pack").sizes().keys().isdisjoint({8})
+
+
+def test_what_was_merged_into_the_base_stays_and_says_so(tmp_path):
+    def fold(editor) -> None:
+        fuse_all(editor)
+        (fused,) = editor.memory.ids
+        editor.fold(fused)
+        editor.ledger.reassign(editor.ledger.owned_by(fused), BASE)
+
+    ids = finished_run(tmp_path / "run", change=fold, capacity=4)
+    kept = weights(tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"merged into the base's own weights.* a new run without its record"):
+        undo(tmp_path / "run", ids[:1])
+    assert weights(tmp_path / "run") == kept
+
+
+def test_refusals_change_nothing(tmp_path):
+    def supersede(editor) -> None:
+        first, second = list(editor.ledger)[:2]
+        editor.ledger.supersede(first, second)
+        editor.forget([first])
+        editor.finish_window()
+
+    ids = finished_run(tmp_path / "run", change=supersede, form="low_rank", capacity=1)
+    kept, told = weights(tmp_path / "run"), Journal(tmp_path / "run" / FILE, read_only=True).last
+    with pytest.raises(UnknownEditError, match="nobody"):
+        undo(tmp_path / "run", [ids[3], "nobody"])
+    with pytest.raises(ConfigError, match=f"superseded by {ids[1]}: nothing of it is left; undo its successor"):
+        undo(tmp_path / "run", ids[:1])
+    holder = RunDirectory(tmp_path / "run")
+    holder.hold()
+    with pytest.raises(ConfigError, match="in use by another run"):
+        undo(tmp_path / "run", [ids[3]])
+    holder._held.close()
+    assert (weights(tmp_path / "run"), Journal(tmp_path / "run" / FILE, read_only=True).last) == (kept, told)
+    undo(tmp_path / "run", [ids[3]])
+    with pytest.raises(ConfigError, match=f"'{ids[3]}' is undone already"):
+        undo(tmp_path / "run", [ids[3]])
+    (tmp_path / "run" / "metrics.json").unlink()
+    with pytest.raises(RepairError, match="no finished run"):
+        undo(tmp_path / "run", [ids[4]])
+
+
+KILLED = """
+import os, signal, sys
+import repair_lightning.undo as module
+real = module.{target}
+def die(*args, **kwargs):
+    if {after}: real(*args, **kwargs)
+    os.kill(os.getpid(), signal.SIGKILL)
+module.{target} = die
+module.undo(sys.argv[1], sys.argv[2:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [False, True], ids=["before the pack", "behind the pack"])
+def test_killed_on_the_way(tmp_path, after):
+    """Before the pack is swapped nothing has happened, behind it all has; the same command says which."""
+    ids = finished_run(tmp_path / "run", form="low_rank", capacity=1)
+    kept = weights(tmp_path / "run")
+    script = KILLED.format(target="save_pack", after=after)
+    ran = subprocess.run([sys.executable, "-c", script, str(tmp_path / "run"), ids[0]], cwd=REPOSITORY)
+    assert ran.returncode == -9
+    assert (weights(tmp_path / "run") == kept) is not after
+    if after:
+        with pytest.raises(ConfigError, match="undone already"):
+            undo(tmp_path / "run", [ids[0]])
+    else:
+        found = undo(tmp_path / "run", [ids[0]])
+        assert (found["untouched"], found["shards"], found["as_base"]) == (7, 7, 1.0)
+    journal = Journal(tmp_path / "run" / FILE, read_only=True)
+    assert journal.rebuild() == load_ledger(tmp_path / "run" / "pack")
+    assert load_ledger(tmp_path / "run" / "pack").with_status(EditStatus.UNDONE) == [ids[0]]
