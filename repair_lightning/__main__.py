@@ -80,7 +80,44 @@ def event_line(event: Mapping[str, Any]) -> str:
     return "  ".join(words)
 
 
-COMMANDS: Mapping[str, Callable[[ArgumentParser], None]] = {"export": export, "log": log, "undo": undo}
+def harness(parser: ArgumentParser) -> None:
+    """Score a pack's base and the edited model on benchmarks of lm-evaluation-harness (an extra: lm-eval)."""
+    parser.add_argument("--pack", required=True, help="the pack's folder, or its name on the hub")
+    parser.add_argument("--tasks", required=True, type=_names, help="names, with commas between")
+    parser.add_argument("--base", help="the base, where the pack's own name for it does not lead there")
+    parser.add_argument("--precision", default="auto", help="of the base: auto, float32, bfloat16, float16")
+    parser.add_argument("--limit", type=int, help="most documents of each task; default all")
+    parser.add_argument("--num_fewshot", type=int, help="examples before each question; default the task's own")
+    parser.add_argument("--include_path", help="a folder with more tasks, in YAML")
+    parser.add_argument("--batch_size", type=int, default=16, help="requests at once; default 16")
+    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
+    parser.set_defaults(run_command=_harness)
+
+
+def _names(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _harness(options: Namespace) -> None:
+    from rich.console import Console
+
+    from repair_lightning.evaluation.harness import comparison_table, harness, who_answered
+    from repair_lightning.evaluation.report import write_json
+
+    given = {name: getattr(options, name) for name in ("limit", "num_fewshot", "include_path", "batch_size")}
+    found = harness(options.pack, options.tasks, options.base, options.precision, **given)
+    Console().print(comparison_table(found))
+    print(who_answered(found))
+    if options.out:
+        write_json(options.out, found)
+
+
+COMMANDS: Mapping[str, Callable[[ArgumentParser], None]] = {
+    "export": export,
+    "harness": harness,
+    "log": log,
+    "undo": undo,
+}
 """Each adds its options to a parser and sets `run_command`; its docstring is the help."""
 
 

@@ -186,12 +186,12 @@ class Run:
     def write(self, record: Mapping[str, Any]) -> None:
         """Keep what was asked, and how it went, beside the run."""
         text = json.dumps(record, indent=1, ensure_ascii=False, default=str)
-        (self.folder / "run.json").write_text(text + "\n", encoding="utf-8")
+        (self.folder / "compared.json").write_text(text + "\n", encoding="utf-8")
 
     def record(self) -> dict[str, Any]:
         """The inverse of :meth:`write`; empty where there is none, or half of one."""
         try:
-            found: dict[str, Any] = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+            found: dict[str, Any] = json.loads((self.folder / "compared.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
         return found
@@ -234,7 +234,7 @@ def _run(comparison: Comparison, variant: Variant, size: int, seed: int, common:
     arguments = [*_configs(comparison.config), *common, *_configs(variant.configs)]
     arguments += [f"--config={folder / 'options.yaml'}"] if variant.options else []
     arguments += ["--run_dir", str(folder), "--seed_everything", str(seed), "--data.sample_seed", str(seed)]
-    arguments += ["--data.max_edits", str(size), "--trainer.logger", "false"]
+    arguments += ["--data.max_edits", str(size), "--trainer.logger", "false", "--overwrite"]
     return Run(variant, size, seed, folder, tuple(arguments))
 
 

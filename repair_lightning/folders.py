@@ -49,7 +49,7 @@ def replace_folder(
         if folder.exists():
             os.rename(folder, old)
         os.rename(new, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
         settle(folder, ours)
     except Exception as error:
         shutil.rmtree(part, ignore_errors=True)  # what has failed takes no room
@@ -83,10 +83,11 @@ def _aside(folder: Path, name: str) -> Path:
 
 def _sync_tree(folder: Path) -> None:
     for path in (*folder.rglob("*"), folder):
-        _sync(path)
+        sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Let what was written to a file, or renamed in a folder, reach the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -25,6 +25,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from repair_lightning.data.journal import FILE as JOURNAL_FILE
 from repair_lightning.data.journal import Journal
 from repair_lightning.errors import ConfigError, RepairError
+from repair_lightning.folders import sync
 from repair_lightning.models.base import files_hash
 
 log = logging.getLogger(__name__)
@@ -242,7 +243,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
                 raise RepairError(f"checkpoint '{path}': what is read back is not what was written; check the disk")
             self.tell(hashed.hexdigest())
             os.replace(aside, path)
-            sync_folder(path.parent)
+            sync(path.parent)
         except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise RepairError(
@@ -278,16 +279,7 @@ def write_durably(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Let a rename in a folder reach the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(path.parent)
 
 
 def plain(value: Any) -> Any:

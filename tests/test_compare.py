@@ -262,7 +262,7 @@ def test_figures_of_another_command_never_count(bench):
 def test_a_torn_record_is_no_record(bench):
     bench.run()
     bench.new()
-    file = bench.out / PLAIN[0] / "run.json"
+    file = bench.out / PLAIN[0] / "compared.json"
     file.write_text(file.read_text()[:40])
     bench.run()
     assert bench.new() == [PLAIN[0]]

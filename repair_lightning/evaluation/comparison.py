@@ -192,17 +192,22 @@ def draw_grid(folder: Path, grid: Grid, results: Sequence[Result]) -> list[Path]
     top = max(known, default=100.0)
     figure = Figure(figsize=(1.1 * len(columns) + 1.5, 0.7 * len(rows) + 1.4), layout="constrained")
     axis = figure.subplots()
-    image = axis.imshow(values, cmap="viridis", vmin=min([*known, top - 20]), vmax=top, aspect="auto", origin="lower")
+    low = min([*known, top - 20])
+    image = axis.imshow(values, cmap="viridis", vmin=low, vmax=top, aspect="auto", origin="lower")
     figure.colorbar(image, label="OP, per cent")
     for y, line in enumerate(values):
         for x, value in enumerate(line):
             text = cell(runs[y][x], COLUMNS["OP"]).replace(" ± ", "\n± ")
-            axis.text(x, y, text, ha="center", va="center", color="black" if value > top - 8 else "white")
+            axis.text(x, y, text, ha="center", va="center", color="white" if value < (low + top) / 2 else "black")
             if grid.default and grid.default == {row: rows[y], column: columns[x]}:
                 axis.add_patch(Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, fill=False, edgecolor="red", lw=2))
     axis.set_xticks(range(len(columns)), [str(value) for value in columns])
     axis.set_yticks(range(len(rows)), [str(value) for value in rows])
-    axis.set(xlabel=_short(column), ylabel=_short(row), title=f"OP over {largest} edits; the default is framed")
+    axis.set(
+        xlabel=_short(column),
+        ylabel=_short(row),
+        title=f"OP over {largest} edits" + "; the default is framed" * bool(grid.default),
+    )
     files = [folder / "heat_map.png", folder / "heat_map.svg"]
     for file in files:
         figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)

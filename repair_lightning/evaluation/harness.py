@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from importlib.metadata import version
@@ -23,7 +22,12 @@ from repair_lightning.packs import fold_into, open_pack, read_pack
 
 
 def harness(
-    pack: str | Path, tasks: Sequence[str], base: str | None = None, precision: str = "auto", **options: Any
+    pack: str | Path,
+    tasks: Sequence[str],
+    base: str | None = None,
+    precision: str = "auto",
+    include_path: str | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """What a pack's base scores on tasks, and what the edited model does.
 
@@ -32,44 +36,46 @@ def harness(
         tasks: the harness's names of tasks or groups.
         base: the base's folder or hub name; None takes the one in the pack's folder, else the name that it remembers.
         precision: of the base.
+        include_path: a folder with more tasks, in YAML.
         options: as :func:`run_tasks` takes them.
 
     Returns:
-        `base` and `edited`, each as :func:`run_tasks` returns it.
+        `base` and `edited`, each as :func:`run_tasks` returns it, and the version of `lm_eval`.
 
     Raises:
         ConfigError: `lm_eval` is not installed, or there is no such task.
         RepairError: the pack or a task's data cannot be loaded.
     """
-    require_lm_eval()
+    manager = task_manager(tasks, include_path)
     folder = download(str(pack))
     config, tensors = read_pack(folder)
     model = open_pack(folder, config, tensors, base, precision)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    before = run_tasks(model, tasks, routed=False, **options)
+    before = run_tasks(model, tasks, manager, routed=False, **options)
     fold_into(model, tensors)  # only now: a merged W_v is not the plain base's
-    return {"lm_eval": version("lm_eval"), "base": before, "edited": run_tasks(model, tasks, **options)}
+    after = run_tasks(model, tasks, manager, **options)
+    return {"lm_eval": version("lm_eval"), "base": before, "edited": after}
 
 
 def run_tasks(
     model: EditedModel,
     tasks: Sequence[str],
+    manager: Any = None,
     routed: bool = True,
     batch_size: int = 16,
     limit: int | None = None,
     num_fewshot: int | None = None,
-    include_path: str | None = None,
 ) -> dict[str, Any]:
     """Ask a model the requests of tasks.
 
     Args:
         model: the edited model.
         tasks: the harness's names of tasks or groups.
+        manager: knows the tasks, see :func:`task_manager`; None makes one.
         routed: False leaves every request to the base.
         batch_size: requests per call.
         limit: most documents of each task.
         num_fewshot: examples before each question; None leaves it to the task.
-        include_path: a folder with more tasks, in YAML.
 
     Returns:
         `scores`: task -> metric -> number; `requests`: how many there were; `by_shards`: how many a shard answered.
@@ -78,15 +84,11 @@ def run_tasks(
         ConfigError: `lm_eval` is not installed, or there is no such task.
         RepairError: a task's data cannot be loaded.
     """
-    require_lm_eval()
+    manager = manager or task_manager(tasks)
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
     from repair_lightning.evaluation.lm_eval_model import EditedLM
 
-    manager = TaskManager(include_path=include_path)
-    for name in tasks:
-        _check_known(name, manager.all_tasks)
     lm = EditedLM(model, routed, batch_size)
     asked = {"tasks": list(tasks), "num_fewshot": num_fewshot, "limit": limit, "task_manager": manager}
     try:
@@ -98,17 +100,25 @@ def run_tasks(
     return {"scores": scores, "requests": lm.requests, "by_shards": lm.by_shards}
 
 
-def require_lm_eval() -> None:
-    """Raises `ConfigError` where the extra is not installed."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError('the benchmarks need lm-eval, which is not here: pip install "repair-lightning[lm-eval]"')
+def task_manager(tasks: Sequence[str], include_path: str | None = None) -> Any:
+    """The harness's index of all its tasks, which takes seconds to make, with those of a folder.
 
-
-def _check_known(name: str, known: Sequence[str]) -> None:
-    if name not in known:
-        close = get_close_matches(name, known, n=3)
-        alike = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-        raise ConfigError(f"no task '{name}'; {alike}--include_path names a folder with more tasks")
+    Raises:
+        ConfigError: `lm_eval` is not installed, or one of `tasks` is not known.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ConfigError(f'the benchmarks need lm-eval ({error}): pip install "repair-lightning[lm-eval]"') from error
+    if include_path is not None and not Path(include_path).is_dir():
+        raise ConfigError(f"--include_path '{include_path}' is no folder; give one with tasks in YAML")
+    manager = TaskManager(include_path=include_path)
+    for name in tasks:
+        if name not in manager.all_tasks:
+            close = get_close_matches(name, manager.all_tasks, n=3)
+            alike = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+            raise ConfigError(f"no task '{name}'; {alike}--include_path names a folder with more tasks")
+    return manager
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from repair_lightning.models.edited import EditedModel
 from repair_lightning.types import BASE
 
 MAX_GEN_TOKS = 256
-"""Most tokens of an answer where the task does not say: the harness's own number, or half of what a short base reads."""
+"""Most tokens of an answer where the task does not say, as the harness has it; half of what a short base reads."""
 
 
 class EditedLM(TemplateLM):

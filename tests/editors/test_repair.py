@@ -555,6 +555,8 @@ class TestFold:
         loaded = torch.load(tmp_path / "folded.ckpt", weights_only=True)
         fresh.on_load_checkpoint(loaded)
         fresh.load_state_dict(loaded["state_dict"], strict=False)
+        assert not fresh.base_changed  # until the base was asked as it was
+        fresh.change_base()
         assert fresh.base_changed
         assert answers(fresh.edited, fresh.tokenizer, prompts_of(edits[:4])) == targets_of(edits[:4])
 
