@@ -135,7 +135,7 @@ def test_each_variant_runs_with_each_size_and_seed(bench, capsys):
     folder = bench.out / "wise_one" / "n40-seed1"
     expected = ["--config", "zsre_small", *bench.common, "--config", "wise", f"--config={folder}/options.yaml"]
     expected += ["--run_dir", str(folder), "--seed_everything", "1", "--data.sample_seed", "1"]
-    expected += ["--data.max_edits", "40", "--trainer.logger", "false"]
+    expected += ["--data.max_edits", "40", "--trainer.logger", "false", "--overwrite"]
     assert starts["wise_one/n40-seed1"]["argv"] == expected
     assert not [part for part in starts["plain/n30-seed0"]["argv"] if "options.yaml" in part]
     assert {start["threads"] for start in starts.values()} == {"1"}
