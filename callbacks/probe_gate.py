@@ -65,7 +65,8 @@ class ProbeGate(pl.Callback):
         self.before = pl_module.snapshot()
         self.attempts = attempts_of(trainer.datamodule.ledger)  # type: ignore[attr-defined]
         if not hasattr(self, "prompts"):
-            self.prompts = self.given or list(pl_module.held_out_prompts[: self.sample])
+            given = trainer.datamodule.unrelated(self.given)  # type: ignore[attr-defined]
+            self.prompts = given or list(pl_module.held_out_prompts[: self.sample])
             nobody = torch.full((len(self.prompts),), BASE)
             self.expected = self.expected or self._answers(pl_module, range(len(self.prompts)), nobody)
         self.broken = self._broken(pl_module)
@@ -97,7 +98,8 @@ class ProbeGate(pl.Callback):
         spent = [id for id in guilty or written if ledger.entry(id).attempts >= self.max_attempts]
         again = [id for id in written if id not in set(spent)]
         editor.forget(again + spent)
-        ledger.requeue(again, f"window rolled back: {reason}")
+        innocent = {id: self.attempts.get(id, 0) for id in again if guilty and id not in guilty}
+        ledger.requeue(again, f"window rolled back: {reason}", innocent)
         ledger.quarantine(spent, f"{reason} in each of {self.max_attempts} attempts")
         editor.finish_window()
         self.rolled_back += 1

@@ -107,6 +107,7 @@ class Scoreboard(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """The final model's score, and what perfect routing would score."""
         self.edit_seconds = self._edited()
+        pl_module.to(trainer.strategy.root_device)  # the strategy has taken it to the CPU by now
         with self._timed():
             result = self._score("final", pl_module)
             owners = self._owners(pl_module)

@@ -102,6 +102,16 @@ class LossAwareTiesMerge(pl.Callback):
         if self.enabled:
             self.merge(pl_module)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What came of the merges so far."""
+        known = None if self.outcome is None else [self.outcome.yes, self.outcome.reason]
+        return {"outcome": known, "weights": dict(self.weights)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self.outcome = None if state_dict["outcome"] is None else Decision(*state_dict["outcome"])
+        self.weights = dict(state_dict["weights"])
+
     def merge(self, editor: Any) -> None:
         """Merge every group of shards that bears it; says in `outcome` whether all were accepted and why."""
         if not editor.can_merge:

@@ -38,7 +38,7 @@ def undo(parser: ArgumentParser) -> None:
     parser.add_argument("--run", required=True, help="the run's directory")
     parser.add_argument("--id", required=True, action="append", nargs="+", help="of an edit; may be given repeatedly")
     parser.add_argument("--base", help="the base, where the pack's own name for it does not lead there")
-    parser.add_argument("--precision", default="auto", help="of the base: auto, float32, bfloat16, float16")
+    parser.add_argument("--precision", help="of the base, where it is not to be the one of the run")
     parser.set_defaults(run_command=_undo)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import lightning.pytorch as pl
 import transformers
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.logging import RichHandler
 
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 
 SHOWN = ("progress", "scoreboard")
 """Callbacks that only report: a run may go on with others."""
+DECIDING = ("devices", "num_nodes", "precision", "max_epochs", "max_steps", "max_time", "limit_train_batches")
+"""The trainer's options that decide what a run computes."""
 
 
 def config_path(name: str, folders: Sequence[Path]) -> Path:
@@ -151,7 +154,12 @@ class EditCLI(LightningCLI):
         folder, name = (self.run_dir / CHECKPOINT).parent, CHECKPOINT.stem
         checkpoint = WindowCheckpoint(folder, filename=name, every_n_epochs=1, enable_version_counter=False)
         plugins = [*(self.config_init.trainer.plugins or []), self.run.checkpoint_io(lambda: self.datamodule.windows)]
-        trainer = super().instantiate_trainer(**kwargs, callbacks=[checkpoint], plugins=plugins)
+        if self.config_init.trainer.max_epochs == 0:
+            raise ConfigError("trainer.max_epochs is 0: no window would be written; give -1 for the whole stream")
+        try:
+            trainer = super().instantiate_trainer(**kwargs, callbacks=[checkpoint], plugins=plugins)
+        except MisconfigurationException as error:
+            raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
         if trainer.world_size > 1:
             raise ConfigError(f"this release edits on one device, got {trainer.world_size}; give --trainer.devices 1")
         return trainer
@@ -163,6 +171,7 @@ class EditCLI(LightningCLI):
         """
         self._keep_the_pack()
         self.datamodule.setup()
+        self.datamodule.also_scored = tuple(probe.prompt for probe in self.part("scoreboard").probes)
         self.run.open(self.settings(), self.config.resume, self.config.overwrite)
         self.model.scratch = self.run_dir / "scratch"
         self.model.load()
@@ -200,8 +209,9 @@ class EditCLI(LightningCLI):
         """All that decides what the run computes; what it shows and where it runs is not among it."""
         config = self.config.as_dict()
         kept = {name: config[name] for name in ("seed_everything", "model", "data", *self.forced) if name not in SHOWN}
-        trainer = {name: config["trainer"][name] for name in ("devices", "num_nodes", "max_epochs")}
-        read = (config["data"]["path"], config["data"]["irrelevant"], config.get("gate", {}).get("probes"))
+        trainer = {name: config["trainer"][name] for name in DECIDING}
+        probes = [config.get(name, {}).get("probes") for name in ("gate", "scoreboard")]
+        read = (config["data"]["path"], config["data"]["irrelevant"], *probes)
         files = [Path(str(name)) for name in read]
         contents = {str(file): files_hash([file]) for file in files if file.is_file()}
         return kept | {"trainer": trainer, "contents": contents, "from_pack": self.config.from_pack}

@@ -71,6 +71,8 @@ def export_pack(
     Raises:
         RepairError: the pack is damaged, the folder is taken or cannot be written, or there is nothing to merge.
     """
+    if max_edits is not None and max_edits < 1:
+        raise ConfigError(f"max_edits must be at least 1, got {max_edits}; leave it out to ask all")
     _check_target(Path(to), overwrite)
     config, tensors = read_pack(pack)
     if not merged:

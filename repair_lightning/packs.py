@@ -377,15 +377,15 @@ class PackContent:
 
 
 def restore_editor(
-    folder: str | Path, base: str | None = None, precision: str = "auto", trust_remote_code: bool = False
+    folder: str | Path, base: str | None = None, precision: str | None = None, trust_remote_code: bool | None = None
 ) -> Editor:
     """The editor that wrote a pack, as it was then: it can write, forget, calibrate, merge and be saved again.
 
     Args:
         folder: the pack.
         base: the base's folder or hub name; None takes the one in the pack's folder, else the name that it remembers.
-        precision: of the base.
-        trust_remote_code: let the base's repository run its own code.
+        precision: of the base; None takes the one that the pack was written with.
+        trust_remote_code: let the base's repository run its own code; None does as when the pack was written.
 
     Raises:
         RepairError: the pack is damaged, belongs to another base, or its editor is not known.
@@ -394,8 +394,9 @@ def restore_editor(
 
     config, tensors = read_pack(folder)
     with _fits(folder):
-        chosen = {"base": base or base_in(folder) or config["base"]["name"], "precision": precision}
-        chosen |= {"trust_remote_code": trust_remote_code, "layer": config["layer"]}
+        given = {"precision": precision, "trust_remote_code": trust_remote_code}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        chosen |= {"base": base or base_in(folder) or config["base"]["name"], "layer": config["layer"]}
         editor = make_editor(config["editor"], config["options"] | chosen)
     editor.load()
     editor.ledger = load_ledger(folder)

@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
 METRICS_FILE, SETTINGS_FILE, LOCK_FILE = "metrics.json", "run.json", ".lock"
 _WRITTEN = (
-    METRICS_FILE,
     SETTINGS_FILE,
     JOURNAL_FILE,
     f"{JOURNAL_FILE}-wal",
@@ -44,8 +43,12 @@ _WRITTEN = (
     "config.yaml",
     "edits.parquet",
     "generations.jsonl",
+    METRICS_FILE,
 )
 """What a run writes, and `overwrite` therefore removes; nothing else in the directory is touched."""
+
+_RESULTS = ("pack", "checkpoints", "config.yaml", "edits.parquet", "generations.jsonl")
+"""What of it is there only behind a journal: without one it is not ours to remove."""
 
 Resume = Literal["auto", "never"]
 
@@ -153,6 +156,9 @@ class RunDirectory:
         if (self.path / METRICS_FILE).exists():
             return "a finished run; give another --run_dir, or --overwrite to start it anew"
         if not self._begun():
+            found = [name for name in _RESULTS if (self.path / name).exists()]
+            if found:
+                return f"{found[0]} and no run that could go on; give another --run_dir, or --overwrite to replace it"
             return None
         if resume == "never":
             return "an unfinished run; --resume auto goes on with it, --overwrite starts it anew"
@@ -206,7 +212,9 @@ class WindowCheckpoint(ModelCheckpoint):
         """Save, unless nothing is left to arrive or to be written."""
         start = time.perf_counter()
         too_soon = self._cost > self.LONG and start - self._saved_at < self._cost / self.SHARE
-        if too_soon or trainer.datamodule.exhausted:  # type: ignore[attr-defined]
+        limit = trainer.max_epochs
+        last = limit is not None and 0 <= limit <= trainer.current_epoch + 1
+        if too_soon or last or trainer.datamodule.exhausted:  # type: ignore[attr-defined]
             return
         super().on_train_epoch_end(trainer, pl_module)
         self._saved_at = time.perf_counter()

@@ -28,18 +28,19 @@ def undo(
     run_dir: str | Path,
     ids: Sequence[str],
     base: str | None = None,
-    precision: str = "auto",
+    precision: str | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Take edits of a finished run back: in its pack, its ledger and its journal.
 
-    Killed on the way, it has not happened; the same command does it again.
+    Killed or refused before the pack is replaced, it has not happened, and the same command does it again; behind that
+    it has.
 
     Args:
         run_dir: the run's directory.
         ids: of the edits.
         base: the base's folder or hub name; None takes the pack's.
-        precision: of the base.
+        precision: of the base; None takes the one that the pack was written with.
         provenance: further words for the pack on how it came about.
 
     Returns:
@@ -61,18 +62,24 @@ def undo(
 
 
 def _undo(
-    run: RunDirectory, ids: list[str], base: str | None, precision: str, provenance: Mapping[str, Any]
+    run: RunDirectory, ids: list[str], base: str | None, precision: str | None, provenance: Mapping[str, Any]
 ) -> dict[str, Any]:
     pack = run.path / "pack"
     editor = restore_editor(pack, base, precision)
-    settle(run.journal, editor.ledger)
+    if settle(run.journal, editor.ledger):
+        editor.ledger.to_parquet(run.path / "edits.parquet")
     check(editor, ids)
     rest = [id for id in editor.ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED) if id not in set(ids)]
     scorer = Scorer(editor.edited, [editor.ledger.edit(id) for id in rest])
     before, bits = _scores(scorer, editor), _fingerprints(editor)
+    start = run.journal.last
     run.journal.note(BEGUN, json.dumps(ids))
     editor.ledger.journal = run.journal
-    rebuilt = editor.undo(ids)
+    try:
+        rebuilt = editor.undo(ids)
+    except RepairError:
+        run.journal.rewind(start, "an undo was refused")
+        raise
     kept = _fingerprints(editor)
     config, _ = read_pack(pack)
     save_pack(editor, pack, {**config["provenance"], **provenance}, {JOURNAL_FILE: run.journal.to_parquet})
@@ -111,20 +118,23 @@ def check(editor: Editor, ids: Sequence[str]) -> None:
             )
 
 
-def settle(journal: Journal, ledger: Ledger) -> None:
-    """Finish or take back what a killed undo left: the pack has its ledger, or it did not happen.
+def settle(journal: Journal, ledger: Ledger) -> bool:
+    """Finish or take back what a killed undo left: the pack has its ledger, or it did not happen. Returns whether one
+    was finished.
 
     Raises:
         RepairError: journal and pack tell different stories.
     """
-    last = journal.last_note(BEGUN, DONE)
+    last, finished = journal.last_note(BEGUN, DONE), False
     if last is not None and last[1] == BEGUN:
         if journal.rebuild() == ledger:
             journal.note(DONE, "the pack was there")
+            finished = True
         else:
             journal.rewind(last[0] - 1, "an undo was killed")
     if journal.rebuild() != ledger:
         raise RepairError(f"'{journal.path}' and the pack beside it differ; restore both from the same copy")
+    return finished
 
 
 def report_lines(report: dict[str, Any]) -> list[str]:

@@ -24,6 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -236,14 +237,19 @@ class Ledger:
         found = ((self._entries[id], float(score)) for id, score in scores.items())
         self._enter("evaluated", [replace(entry, **_verdict(entry, score, tau_correct)) for entry, score in found])
 
-    def requeue(self, ids: Iterable[str], reason: str) -> None:
+    def requeue(self, ids: Iterable[str], reason: str, attempts: Mapping[str, int] | None = None) -> None:
         """Sends edits back to be written anew; they have no owner until then.
+
+        Args:
+            ids: of the edits.
+            reason: why.
+            attempts: of some edits, how many writes are to count: another's fault is not held against them.
 
         Raises:
             LedgerError: if one is pending, quarantined or superseded.
             UnknownEditError: for an unknown id.
         """
-        self._move(ids, _REQUEUABLE, "requeue", EditStatus.REQUEUED, reason)
+        self._move(ids, _REQUEUABLE, "requeue", EditStatus.REQUEUED, reason, attempts or {})
 
     def quarantine(self, ids: Iterable[str], reason: str) -> None:
         """Gives up on edits: they are reported, never written again, and no shard answers for them.
@@ -382,12 +388,18 @@ class Ledger:
             self._put(entry)
 
     def _move(
-        self, ids: Iterable[str], allowed: frozenset[EditStatus], verb: str, status: EditStatus, reason: str
+        self,
+        ids: Iterable[str],
+        allowed: frozenset[EditStatus],
+        verb: str,
+        status: EditStatus,
+        reason: str,
+        attempts: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         ids = list(ids)
         self._check(ids, allowed, verb)
-        moved = [replace(self._entries[id], status=status, shard=None, reason=reason) for id in ids]
-        self._enter(status.value, moved)
+        entries = [replace(self._entries[id], status=status, shard=None, reason=reason) for id in ids]
+        self._enter(status.value, [replace(e, attempts=attempts.get(e.edit.id, e.attempts)) for e in entries])
 
 
 def _status(status: EditStatus | str) -> EditStatus:

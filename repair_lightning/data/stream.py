@@ -75,6 +75,8 @@ class EditStream(pl.LightningDataModule):
         self.window, self.batch_size = window, batch_size
         self.clustering, self.max_regroups = clustering, max_regroups
         self.irrelevant, self.irrelevant_prefix, self.max_irrelevant = irrelevant, irrelevant_prefix, max_irrelevant
+        self.also_scored: tuple[str, ...] = ()
+        """Further prompts that score the model: like the edits' own they may serve for nothing else."""
         self.ledger = Ledger()
         self.records: RecordSet | None = None
         self.joined: Joined | None = None
@@ -163,6 +165,13 @@ class EditStream(pl.LightningDataModule):
         before = set(self.inherited)
         return [id for id in self.ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED) if id not in before]
 
+    def unrelated(self, texts: Sequence[str]) -> list[str]:
+        """Those texts, once each, that no edit's record asks and `also_scored` does not hold."""
+        known = (*self.edits, *map(self.ledger.edit, self.inherited))
+        asked = {_folded(text) for edit in known for text in _prompts_of(edit)}
+        asked |= {_folded(text) for text in self.also_scored}
+        return [text for text in dict.fromkeys(texts) if _folded(text) not in asked]
+
     def irrelevant_halves(self, editor: Editor) -> tuple[list[str], list[str]]:
         """Irrelevant prompts for losses and centring, and others, held out, for thresholds."""
         if self.irrelevant is None:
@@ -170,9 +179,7 @@ class EditStream(pl.LightningDataModule):
         else:
             path = irrelevant_path() if self.irrelevant == WORLD else self.irrelevant
             found = load_irrelevant(path, self.irrelevant_prefix)
-        known = (*self.edits, *map(self.ledger.edit, self.inherited))
-        asked = {_folded(text) for edit in known for text in _prompts_of(edit)}
-        texts = [text for text in dict.fromkeys(found) if _folded(text) not in asked]
+        texts = self.unrelated(found)
         if len(texts) < len(found):
             log.info("%d irrelevant prompts repeat another or are asked in scoring: left out", len(found) - len(texts))
         texts = texts[: self.max_irrelevant]

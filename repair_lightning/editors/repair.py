@@ -28,7 +28,7 @@ from repair_lightning.editors.adapt import AUTO, Adapted, adapt
 from repair_lightning.editors.base import Editor, register
 from repair_lightning.editors.inner_loop import OpenCoordinates, Tail, TargetRows, TargetTail
 from repair_lightning.editors.low_rank import LowRankWriter, Outcome
-from repair_lightning.errors import ConfigError
+from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.functional import (
     Margins,
     activation_scores,
@@ -342,13 +342,13 @@ class Repair(Editor):
     ) -> EditReport:
         return EditReport(batch.ids[i], shard, outcome.loss[i], outcome.kd[i], outcome.steps, residual, error)
 
-    def _write_dense(self, batch: EditBatch) -> list[EditReport]:
-        """Write a batch into one shard: assign, train, register.
+    def _write_dense(self, batch: EditBatch, shard: int | None = None) -> list[EditReport]:
+        """Write a batch into one shard, by default the one that :meth:`assign` names: train, register.
 
         A loss that is not finite rolls the shard back; the batch is then written in halves, until the edit that spoils
         it stands alone and is reported.
         """
-        shard = self.assign(batch)
+        shard = self.assign(batch) if shard is None else shard
         module = self._dense(shard)
         before = module.delta.detach().clone()
         rows = self._rows(batch.edits, self._rehearsal(shard, batch))
@@ -360,8 +360,8 @@ class Repair(Editor):
             if len(batch.edits) > 1:  # find the edit that spoils the batch
                 half = len(batch.edits) // 2
                 return [
-                    *self._write_dense(EditBatch(batch.edits[:half])),
-                    *self._write_dense(EditBatch(batch.edits[half:])),
+                    *self._write_dense(EditBatch(batch.edits[:half]), shard),
+                    *self._write_dense(EditBatch(batch.edits[half:]), shard),
                 ]
             reason = f"the loss or the shard was not finite after {steps} steps: rolled back"
             return [EditReport(id, shard, loss[i], kd[i], steps, error=reason) for i, id in enumerate(batch.ids)]
@@ -615,14 +615,26 @@ class Repair(Editor):
             if rest or self.writing.form == "dense":
                 self.prune(shard)
             self.ledger.requeue(rest, f"shard {shard} is rebuilt without {', '.join(ids[:3])}")
+            self._rebuild(shard, [self.ledger.edit(id) for id in rest])
             again += rest
-        edits = [self.ledger.edit(id) for id in again]
-        # They did not fail: a dense shard takes all its company back.
-        size = self.batch_limit(edits) if self.writing.form == "low_rank" else self.writing.capacity_of_a_shard
-        for at in range(0, len(edits), size):
-            self.ledger.written(self.write(EditBatch(tuple(edits[at : at + size]))))
         self.finish_window()
         return again
+
+    def _rebuild(self, shard: int, edits: Sequence[Edit]) -> None:
+        """Write the edits of an emptied shard anew: dense ones into that shard, all of them or none."""
+        dense = self.writing.form == "dense" and shard in self.memory.ids
+        size = self.writing.capacity_of_a_shard if dense else self.batch_limit(edits)
+        groups = [tuple(edits[at : at + size]) for at in range(0, len(edits), size)]
+        while groups:
+            batch = EditBatch(groups.pop(0))
+            reports = self._write_dense(batch, shard) if dense else self.write(batch)
+            self.ledger.written(reports)
+            left = {report.id: report.error for report in reports if report.residual or report.error}
+            if left and len(batch.edits) == 1:
+                raise RepairError(
+                    f"edit {batch.ids[0]!r} cannot be written anew ({left[batch.ids[0]]}): nothing is undone"
+                )
+            groups += [(edit,) for edit in batch.edits if edit.id in left]
 
     def fuse(self, shards: Sequence[int], delta: Tensor) -> int:
         """Replace shards by one that holds `delta` and owns all their edits; returns its id."""

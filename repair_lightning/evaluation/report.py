@@ -43,7 +43,10 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def _replace(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     waiting = path.with_name(path.name + ".part")
-    waiting.write_text(text, encoding="utf-8")
+    with open(waiting, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(waiting, path)
 
 
