@@ -385,3 +385,19 @@ def test_a_told_checkpoint_that_never_got_its_name_is_void(path):
     assert run.journal.seq_of("0" * 64) is None
     assert run.checkpoint
     run.close()
+
+
+@pytest.mark.parametrize("name", ["pack", "checkpoints", "config.yaml", "edits.parquet"])
+def test_results_without_a_run_are_not_removed_unasked(tmp_path, name):
+    """A copied pack, a project's own checkpoints, the file that the edits come from."""
+    own = tmp_path / name / "weights" if name in ("pack", "checkpoints") else tmp_path / name
+    own.parent.mkdir(exist_ok=True)
+    own.write_text("mine")
+    with pytest.raises(ConfigError, match=f"holds {name} and no run that could go on.*--overwrite"):
+        RunDirectory(tmp_path).open(SETTINGS)
+    assert own.read_text() == "mine"
+    run = RunDirectory(tmp_path)
+    run.open(SETTINGS, overwrite=True)
+    run.begin()
+    run.close()
+    assert not own.exists()

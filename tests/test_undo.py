@@ -13,10 +13,11 @@ from helpers_runs import REPOSITORY, written_editor
 from repair_lightning.__main__ import event_line
 from repair_lightning.data.journal import FILE, Journal
 from repair_lightning.data.ledger import EditStatus, Ledger
+from repair_lightning.editors import Repair
 from repair_lightning.errors import ConfigError, RepairError, UnknownEditError
 from repair_lightning.packs import load_edited, load_ledger, restore_editor, save_pack
 from repair_lightning.run_dir import RunDirectory
-from repair_lightning.types import BASE
+from repair_lightning.types import BASE, EditReport
 from repair_lightning.undo import report_lines, undo
 
 
@@ -73,6 +74,37 @@ def test_a_shard_that_others_share_is_rebuilt_for_them(tmp_path):
     for other in set(before.memory.ids) - {shard}:
         assert torch.equal(after.memory[other].delta, before.memory[other].delta)
     assert not torch.equal(after.memory[shard].delta, before.memory[shard].delta)
+
+
+def test_only_the_shard_of_the_edit_is_rebuilt_though_another_has_room(tmp_path):
+    """Six edits in one shard, two in another with room for four more: those that stay return to their own."""
+    ids = finished_run(tmp_path / "run", capacity=6)
+    before = restore_editor(tmp_path / "run" / "pack")
+    (large, small) = sorted(before.memory.ids, key=lambda shard: -len(before.ledger.owned_by(shard)))
+    gone = before.ledger.owned_by(large)[:4]
+    found = undo(tmp_path / "run", gone)
+    after = restore_editor(tmp_path / "run" / "pack")
+    assert torch.equal(after.memory[small].delta, before.memory[small].delta)
+    assert after.ledger.owned_by(large) == [id for id in before.ledger.owned_by(large) if id not in gone]
+    assert sorted(found["rebuilt"]) == sorted(after.ledger.owned_by(large))
+    assert len(ids) == found["remaining"] + 4
+
+
+def test_what_cannot_be_written_anew_undoes_nothing(tmp_path, monkeypatch):
+    ids = finished_run(tmp_path / "run", capacity=4)
+    kept, ledger = weights(tmp_path / "run"), load_ledger(tmp_path / "run" / "pack")
+
+    def fails(self, batch, shard=None):
+        return [EditReport(id, shard, float("nan"), 0.0, 1, error="the loss was not finite") for id in batch.ids]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Repair, "_write_dense", fails)
+        with pytest.raises(RepairError, match=r"cannot be written anew \(the loss was not finite\): nothing is undone"):
+            undo(tmp_path / "run", ids[:1])
+    assert weights(tmp_path / "run") == kept
+    journal = Journal(tmp_path / "run" / FILE, read_only=True)
+    assert journal.rebuild() == ledger
+    assert undo(tmp_path / "run", ids[:1])["undone"] == ids[:1]
 
 
 def fuse_all(editor) -> None:
