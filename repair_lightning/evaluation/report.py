@@ -104,9 +104,9 @@ def print_report(metrics: Mapping[str, Any], run_dir: Path | None, console: Cons
         return
     loop, merge, seconds = metrics["closed_loop"], metrics["merge"], metrics["seconds"]
     console.print(
-        f"Closed loop: {loop['windows']} windows, {loop['pruned']} shards pruned, {loop['retriggered']} edits written "
-        f"anew, {loop['quarantined']} quarantined. Merge: {'accepted' if merge['accepted'] else 'not applied'}"
-        f" ({escape(merge['reason'])})."
+        f"Closed loop: {loop['windows']} windows, {loop['rolled_back']} rolled back, {loop['pruned']} shards pruned, "
+        f"{loop['retriggered']} edits written anew, {loop['quarantined']} quarantined. "
+        f"Merge: {'accepted' if merge['accepted'] else 'not applied'} ({escape(merge['reason'])})."
     )
     console.print(
         f"{metrics['edits_per_minute']:.0f} edits a minute: {seconds['edit']:.1f} s editing, "
@@ -135,6 +135,7 @@ FILES = {
     "metrics.json": "all figures",
     "generations.jsonl": "every prompt with every answer, before and after",
     "edits.parquet": "the ledger: what became of each edit",
+    "journal.sqlite": "every event of every edit: `repair-lightning log --run ...`",
     "pack": "the edited model: repair_lightning.load_edited('.../pack')",
     "checkpoints": "the state of the stream",
     "config.yaml": "the complete configuration",

@@ -20,7 +20,7 @@ METRICS = {
     "routing": {"edit": {"base": 0.125, "right": 0.75, "wrong": 0.125}, "near": None},
 }
 RUN = {
-    "closed_loop": {"windows": 2, "pruned": 1, "retriggered": 7, "quarantined": 1},
+    "closed_loop": {"windows": 2, "rolled_back": 0, "pruned": 1, "retriggered": 7, "quarantined": 1},
     "merge": {"accepted": False, "reason": "costs too much"},
     "seconds": {"edit": 1.0, "evaluate": 2.0, "total": 4.0},
     "edits_per_minute": 180.0,
@@ -108,7 +108,7 @@ def test_the_report_of_a_run_names_what_lies_there(tmp_path):
     (tmp_path / "metrics.json").touch()
     text = printed(METRICS | RUN | {"perplexity": {"pre": 30.125, "final": 1.5}}, tmp_path)
     assert "3 edits of some/base" in text
-    assert "2 windows, 1 shards pruned, 7 edits written anew, 1 quarantined" in text
+    assert "2 windows, 0 rolled back, 1 shards pruned, 7 edits written anew, 1 quarantined" in text
     assert "not applied (costs too much)" in text
     assert "180 edits a minute" in text
     assert "pre 30.12, final 1.50" in text
