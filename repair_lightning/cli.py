@@ -73,7 +73,7 @@ def resolve_configs(argv: Sequence[str], folders: Sequence[Path]) -> tuple[list[
 def value_of(option: str, argv: Sequence[str]) -> str | None:
     """The last value that the arguments give an option; None where they do not."""
     found = None
-    for argument, following in zip(argv, [*argv[1:], None], strict=True):
+    for argument, following in zip(argv, [*argv[1:], None], strict=False):
         if argument == option:
             found = following
         elif argument.startswith(f"{option}="):
@@ -319,6 +319,8 @@ def guarded(main: Callable[[], Any]) -> None:
     except Terminated:
         print("stopped by SIGTERM; a run goes on from its last full window when it is started again", file=sys.stderr)
         raise SystemExit(128 + signal.SIGTERM) from None
+    except BrokenPipeError:  # who read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (RepairError, ValueError) as error:
         if debug:
             raise
