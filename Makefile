@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: torture quickstart test test-all check format bench world clean
+.PHONY: torture quickstart test check format bench world clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python train.py --config quickstart --overwrite

@@ -66,6 +66,9 @@ class ProbeGate(pl.Callback):
         self.attempts = attempts_of(trainer.datamodule.ledger)  # type: ignore[attr-defined]
         if not hasattr(self, "prompts"):
             given = trainer.datamodule.unrelated(self.given)  # type: ignore[attr-defined]
+            if len(given) < len(self.given):
+                left_out = len(self.given) - len(given)
+                log.warning("gate: %d of %d probes are asked in scoring: left out", left_out, len(self.given))
             self.prompts = given or list(pl_module.held_out_prompts[: self.sample])
             nobody = torch.full((len(self.prompts),), BASE)
             self.expected = self.expected or self._answers(pl_module, range(len(self.prompts)), nobody)
