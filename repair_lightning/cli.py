@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import platform
@@ -10,7 +11,8 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from rich.logging import RichHandler
 
 from repair_lightning.data.ledger import EditStatus, Ledger
 from repair_lightning.data.stream import EditStream
+from repair_lightning.distributed.strategies import STRATEGIES, EditStrategy
+from repair_lightning.distributed.team import ALONE, LeftOutError
 from repair_lightning.editors import REGISTRY, Editor
 from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.evaluation.report import print_report, write_json, write_rows
@@ -36,8 +40,10 @@ log = logging.getLogger(__name__)
 
 SHOWN = ("progress", "scoreboard")
 """Callbacks that only report: a run may go on with others."""
-DECIDING = ("devices", "num_nodes", "precision", "max_epochs", "max_steps", "max_time", "limit_train_batches")
-"""The trainer's options that decide what a run computes."""
+DECIDING = ("precision", "max_epochs", "max_steps", "max_time", "limit_train_batches")
+"""The trainer's options that decide what a run computes; how many devices it has decides no more than last places."""
+_ALIASES = {"ddp": "data_parallel", "ModelParallelStrategy": "model_parallel", "DDPStrategy": "data_parallel"}
+"""Lightning's own strategies by name -> ours that take their place: there is no module of ours to wrap."""
 
 
 def config_path(name: str, folders: Sequence[Path]) -> Path:
@@ -151,6 +157,7 @@ class EditCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer with a durable checkpoint after every window."""
         self.run = RunDirectory(self.run_dir)
+        self._choose_strategy()
         folder, name = (self.run_dir / CHECKPOINT).parent, CHECKPOINT.stem
         checkpoint = WindowCheckpoint(folder, filename=name, every_n_epochs=1, enable_version_counter=False)
         plugins = [*(self.config_init.trainer.plugins or []), self.run.checkpoint_io(lambda: self.datamodule.windows)]
@@ -158,30 +165,86 @@ class EditCLI(LightningCLI):
             raise ConfigError("trainer.max_epochs is 0: no window would be written; give -1 for the whole stream")
         try:
             trainer = super().instantiate_trainer(**kwargs, callbacks=[checkpoint], plugins=plugins)
+            if trainer.world_size > 1 and not isinstance(trainer.strategy, EditStrategy):
+                self.config_init.trainer.strategy = "shard_parallel"  # what 'auto' comes to
+                trainer = super().instantiate_trainer(**kwargs, callbacks=[checkpoint], plugins=plugins)
         except MisconfigurationException as error:
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
-        if trainer.world_size > 1:
-            raise ConfigError(f"this release edits on one device, got {trainer.world_size}; give --trainer.devices 1")
         return trainer
+
+    def _choose_strategy(self) -> None:
+        """Put ours in the place of Lightning's own strategies for several devices.
+
+        Raises:
+            ConfigError: a strategy that an edit stream cannot run under.
+        """
+        trainer = self.config_init.trainer
+        given = trainer.strategy if isinstance(trainer.strategy, str) else type(trainer.strategy).__name__
+        known = _ALIASES.get(given, given)
+        if known != given:
+            trainer.strategy = known
+        elif isinstance(trainer.strategy, str) and given not in ("auto", *STRATEGIES):
+            raise ConfigError(
+                f"trainer.strategy '{given}' cannot run an edit stream; give one of: "
+                f"{', '.join(('auto', 'ddp', *STRATEGIES))}"
+            )
 
     def load(self) -> None:
         """Read and check every record, load the base, and check that the edits fit it: all before the first write.
 
-        Then the run begins, or goes on where it was stopped.
+        Then the run begins, or goes on where it was stopped. Several ranks do so together: what one of them cannot do
+        is said once, and all end.
         """
+        self.team = self.trainer.strategy.join() if isinstance(self.trainer.strategy, EditStrategy) else ALONE
+        if self.team.rank:
+            _hush()
+        with self._among_ranks():
+            self._load()
+        self.loaded = time.perf_counter()
+
+    def _load(self) -> None:
+        """Each step is done by all ranks or by none; only between the steps do they speak to each other."""
+        first, together = self.team.rank == 0, self.team.together
+        together(self._read)
+        if first:
+            together(lambda: self.run.open(self.settings(), self.config.resume, self.config.overwrite))
+        else:
+            together(lambda: None)
+        (known,) = self.team.first([json.dumps(self.run.resumes)] if first else [])
+        earlier = together(lambda: self._load_base(resumes=json.loads(known)))
+        together(self.run.begin if first else lambda: None)
+        if earlier is not None:
+            self.datamodule.inherit(earlier)
+        if first:
+            self.run.journal.follow(self.datamodule.ledger)
+        (checkpoint,) = self.team.first([str(self.run.checkpoint or "")] if first else [])
+        self.run.checkpoint = Path(checkpoint) if checkpoint else None
+
+    def _read(self) -> None:
         self._keep_the_pack()
         self.datamodule.setup()
         self.datamodule.also_scored = tuple(probe.prompt for probe in self.part("scoreboard").probes)
-        self.run.open(self.settings(), self.config.resume, self.config.overwrite)
+
+    def _load_base(self, resumes: bool) -> Ledger | None:
         self.model.scratch = self.run_dir / "scratch"
         self.model.load()
         self.datamodule.check_fit(self.model.tokenizer, self.model.max_tokens)
-        earlier = None if self.run.resumes else self._start_from_pack()
-        self.run.begin()
-        if earlier is not None:
-            self.datamodule.inherit(earlier)
-        self.run.journal.follow(self.datamodule.ledger)
-        self.loaded = time.perf_counter()
+        return None if resumes else self._start_from_pack()
+
+    @contextmanager
+    def _among_ranks(self) -> Iterator[None]:
+        """Inside, whatever goes wrong on this rank is told to the others; where another is lost, that is said."""
+        strategy = self.trainer.strategy
+        if self.team.size == 1:
+            yield
+            return
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(error, (RuntimeError, OSError)) and not isinstance(error, RepairError):
+                strategy.watch.wait()  # a collective that fails may mean that another rank is lost
+            strategy.leave(str(error) or type(error).__name__)
+            raise
 
     def _keep_the_pack(self) -> None:
         """A run does not write where the pack lies that it starts from."""
@@ -203,7 +266,11 @@ class EditCLI(LightningCLI):
 
     def fit(self) -> None:
         """Run the stream, from its start or from where it was stopped."""
-        self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.run.checkpoint)
+        with self._among_ranks():
+            self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.run.checkpoint)
+        if isinstance(self.trainer.strategy, EditStrategy):
+            self.trainer.strategy.barrier()
+            self.trainer.strategy.leave()
 
     def settings(self) -> dict[str, Any]:
         """All that decides what the run computes; what it shows and where it runs is not among it."""
@@ -234,7 +301,10 @@ class EditCLI(LightningCLI):
 
 
 def finish(cli: EditCLI) -> dict[str, Any]:
-    """Write a finished run's artefacts and print its report; returns the content of `metrics.json`."""
+    """Write a finished run's artefacts and print its report, on the first rank; returns the content of
+    `metrics.json`."""
+    if cli.team.rank:
+        return {}
     run_dir, editor, stream, board = cli.run_dir, cli.model, cli.datamodule, cli.part("scoreboard")
     metrics = collect_metrics(cli)
     cli.config.overwrite = False  # said once, for this run
@@ -292,7 +362,7 @@ def collect_metrics(cli: EditCLI) -> dict[str, Any]:
     }
     earlier = board.earlier.report() | {"superseded": len(stream.joined.replaced)} if board.earlier else None
     adapted = editor.adapted.as_dict() if editor.adapted else None
-    found = {"adapted": adapted, "perplexity": board.perplexity, "probes": board.kept, "earlier": earlier}
+    found = {"adapted": adapted, "ranks": [pace.as_dict() for pace in editor.paces] or None, "perplexity": board.perplexity, "probes": board.kept, "earlier": earlier}
     return metrics | {name: figures for name, figures in found.items() if figures is not None}
 
 
@@ -316,6 +386,8 @@ def guarded(main: Callable[[], Any]) -> None:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         main()
+    except LeftOutError:  # the first rank says it
+        raise SystemExit(2) from None
     except Terminated:
         print("stopped by SIGTERM; a run goes on from its last full window when it is started again", file=sys.stderr)
         raise SystemExit(128 + signal.SIGTERM) from None
@@ -336,6 +408,13 @@ def _cause(error: BaseException | None) -> RepairError | None:
     while error is not None and not isinstance(error, RepairError):
         error = error.__cause__
     return error
+
+
+def _hush() -> None:
+    """What every rank could say, the first one says."""
+    for name in ("repair_lightning", "callbacks", "lightning.pytorch", "lightning.fabric", "py.warnings"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.simplefilter("ignore")
 
 
 def _quiet() -> None:

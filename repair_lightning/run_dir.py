@@ -214,6 +214,7 @@ class WindowCheckpoint(ModelCheckpoint):
         too_soon = self._cost > self.LONG and start - self._saved_at < self._cost / self.SHARE
         limit = trainer.max_epochs
         last = limit is not None and 0 <= limit <= trainer.current_epoch + 1
+        too_soon = trainer.strategy.broadcast(too_soon)  # by the first rank's clock, for all
         if too_soon or last or trainer.datamodule.exhausted:  # type: ignore[attr-defined]
             return
         super().on_train_epoch_end(trainer, pl_module)

@@ -19,7 +19,6 @@ from repair_lightning.data.joining import Joined, apply, join, log_joined
 from repair_lightning.data.ledger import EditStatus, Ledger, LedgerEntry
 from repair_lightning.data.records import RecordSet, check_lengths, load_irrelevant, load_records
 from repair_lightning.errors import ConfigError, RepairError
-from repair_lightning.models.sampling import own_texts
 from repair_lightning.types import Edit, EditBatch
 from repair_lightning.world import WORLD, edits_path, irrelevant_path
 
@@ -175,7 +174,7 @@ class EditStream(pl.LightningDataModule):
     def irrelevant_halves(self, editor: Editor) -> tuple[list[str], list[str]]:
         """Irrelevant prompts for losses and centring, and others, held out, for thresholds."""
         if self.irrelevant is None:
-            found: Sequence[str] = own_texts(editor.edited.base, editor.tokenizer, self.max_irrelevant)
+            found: Sequence[str] = editor.base_texts(self.max_irrelevant)
         else:
             path = irrelevant_path() if self.irrelevant == WORLD else self.irrelevant
             found = load_irrelevant(path, self.irrelevant_prefix)
@@ -190,11 +189,29 @@ class EditStream(pl.LightningDataModule):
     # -- the worklist -------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> DataLoader:
-        """The next window's batches. Lightning asks for it at the start of every epoch, and twice when it resumes."""
+        """The next window's batches. Lightning asks for it at the start of every epoch, and twice when it resumes.
+
+        Where ranks share the work, each gets its own, and as many as the others: empty ones fill up.
+        """
         if not self._open or any(self.ledger.entry(id) is not entry for id, entry in self._open_entries.items()):
             self._open = self.next_window()
             self._open_entries = {id: self.ledger.entry(id) for batch in self._open for id in batch.ids}
-        return DataLoader(self._open, batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
+        return DataLoader(self._dealt(self._open), batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
+
+    def _dealt(self, batches: list[EditBatch]) -> list[EditBatch]:
+        """This rank's batches: the longest go round first."""
+        editor = self._editor
+        if not editor.shares:
+            return batches
+        costs = [float(sum(len(editor.encode(edit).target) for edit in batch.edits)) for batch in batches]
+        mine = [batches[i] for i in editor.team.mine(len(batches), costs)]
+        return mine + [EditBatch(())] * (-(-len(batches) // editor.team.size) - len(mine))
+
+    def verdict(self) -> list[Any]:
+        """What became of the window's edits and of the stream, in plain types: the same on every rank."""
+        entries = [self.ledger.entry(id) for batch in self._open for id in batch.ids]
+        known = [[entry.edit.id, str(entry.status), entry.shard, entry.attempts, entry.score] for entry in entries]
+        return [self.ledger.counts(), self.arrived, self.windows, known]
 
     def next_window(self) -> list[EditBatch]:
         """Let the next edits arrive and form batches of all that waits to be written."""
@@ -229,7 +246,8 @@ class EditStream(pl.LightningDataModule):
         return self.ledger.with_status(EditStatus.PENDING, EditStatus.RESIDUAL, EditStatus.REQUEUED)
 
     def _batches(self, edits: Sequence[Edit]) -> list[EditBatch]:
-        size = max(1, min(self.batch_size, self._editor.batch_limit(edits)))
+        share = -(-len(edits) // self._editor.team.size) if self._editor.shares else len(edits)
+        size = max(1, min(self.batch_size, self._editor.batch_limit(edits), share))
         if not self.clustering or len(edits) <= 1 or size == 1:
             groups = [list(range(at, min(at + size, len(edits)))) for at in range(0, len(edits), size)]
         else:

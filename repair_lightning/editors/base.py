@@ -24,7 +24,9 @@ from torch import Tensor
 
 from repair_lightning.data.ledger import Ledger
 from repair_lightning.data.tokenizing import Encoded, encode
+from repair_lightning.distributed.team import ALONE, Team
 from repair_lightning.editors.adapt import AUTO, Adapted
+from repair_lightning.editors.exchange import Pace, Written
 from repair_lightning.errors import ConfigError
 from repair_lightning.memory.query import Choice, Query
 from repair_lightning.memory.routers import Router
@@ -76,6 +78,8 @@ class Editor(pl.LightningModule):
     """Whether single edits can be taken back."""
     can_adapt: ClassVar[bool] = False
     """Whether options may be `auto`, to be found by probe edits."""
+    can_share: ClassVar[bool] = False
+    """Whether ranks may write different batches of a window side by side; else each of them writes all."""
 
     strict_loading = False  # the base stays out of checkpoints
 
@@ -110,6 +114,11 @@ class Editor(pl.LightningModule):
         """A W_v that a merge has left, until :meth:`change_base` puts it in its place."""
         self.background_prompts: tuple[str, ...] = ()
         self.held_out_prompts: tuple[str, ...] = ()
+        self.team = ALONE
+        self.written: Written | None = None
+        """What this rank has written of the window, where the ranks share its batches."""
+        self.paces: list[Pace] = []
+        """Per rank, what it wrote and how long that took; empty for a team of one."""
         self.scratch: Path | None = None
         """A folder for what the prefix cache cannot hold in memory; None computes it anew."""
 
@@ -137,6 +146,19 @@ class Editor(pl.LightningModule):
             self.edited.move_to(layer, memory)
         self.base = base
         self.edited.prefixes = self._prefix_cache()
+        self.join(self.team)
+
+    def join(self, team: Team) -> None:
+        """Work among the ranks of a team: all of them must do the same from here on."""
+        self.team = team
+        if self.base is not None:
+            self.edited.team = team
+            self.memory.turn = (team.rank, team.size) if self.shares else (0, 1)
+
+    @property
+    def shares(self) -> bool:
+        """Whether the ranks write different batches of a window side by side."""
+        return self.can_share and self.team.parts > 1
 
     def _prefix_cache(self) -> PrefixCache:
         assert self.base is not None
@@ -211,11 +233,14 @@ class Editor(pl.LightningModule):
     def prepare(self, background: Sequence[str], held_out: Sequence[str]) -> None:
         """Take in irrelevant prompts: `background` for losses and centring, `held_out` for thresholds."""
         self.background_prompts = tuple(background)
-        self.background = self.edited.query(background)
+        self.background = self._shared_queries(background)
         self.held_out_prompts = tuple(held_out)
-        self.held_out = self.edited.query(held_out)
+        self.held_out = self._shared_queries(held_out)
         assert self.base is not None
         self.router.fit(self.background, self.base.embeddings)
+
+    def _shared_queries(self, prompts: Sequence[str]) -> Query:
+        return self.edited.shared_query(len(prompts), lambda index: self.edited.query([prompts[i] for i in index]))
 
     def batch_limit(self, edits: Sequence[Edit]) -> int:
         """Most edits of this kind in one batch."""
@@ -256,8 +281,12 @@ class Editor(pl.LightningModule):
 
     def in_context(self, edits: Sequence[Edit]) -> list[Edit]:
         """The edits asked behind a context that the base wrote itself: a stand-in for other words."""
-        contexts = own_texts(self.edited.base, self.tokenizer, max(1, min(len(edits), 16)), length=8)
+        contexts = self.base_texts(max(1, min(len(edits), 16)), length=8)
         return [replace(edit, prompt=f"{contexts[i % len(contexts)]}. {edit.prompt}") for i, edit in enumerate(edits)]
+
+    def base_texts(self, number: int, length: int = 12) -> list[str]:
+        """Texts that the base wrote by itself, the same on every rank; see `own_texts`."""
+        return self.team.first(own_texts(self.edited.base, self.tokenizer, number, length))
 
     def query_of(self, edits: Sequence[Edit]) -> Query:
         """The edits' prompts as a router sees them, from the one pass that serves their writing too."""
@@ -266,8 +295,11 @@ class Editor(pl.LightningModule):
 
     def features(self, edits: Sequence[Edit]) -> np.ndarray:
         """Unit features (n, D) of the edits' prompts in the frozen base, for clustering."""
-        last = self.query_of(edits).last_hidden()
-        return torch.nn.functional.normalize(last - self.background.last_hidden().mean(0), dim=-1).cpu().numpy()
+        mine = self.team.mine(len(edits))
+        centre = self.background.last_hidden().mean(0)
+        part = self.query_of([edits[i] for i in mine]).last_hidden() if mine else centre[None][:0]
+        (last,) = self.team.rows(mine, part)
+        return torch.nn.functional.normalize(last - centre, dim=-1).cpu().numpy()
 
     def choose(self, prompts: Sequence[str]) -> Choice:
         """The router's choice for prompts."""
@@ -276,7 +308,10 @@ class Editor(pl.LightningModule):
     @torch.no_grad()
     def choose_for(self, edits: Sequence[Edit]) -> Choice:
         """The router's choice for the edits' own prompts, from the states that are known of them."""
-        return self.router.route(self.query_of(edits), self.memory) if edits else Choice.base(0)
+        mine = self.team.mine(len(edits))
+        own = [edits[i] for i in mine]
+        part = self.router.route(self.query_of(own), self.memory) if own else Choice.base(0)
+        return self.edited.shared_choice(mine, part)
 
     def owner_choice(self, ids: Sequence[str]) -> Tensor:
         """Oracle routing: the shard that owns each edit, or the base where none does."""
@@ -297,16 +332,33 @@ class Editor(pl.LightningModule):
         """Share the stream's ledger and learn what is irrelevant."""
         stream = self.trainer.datamodule  # type: ignore[attr-defined]
         self.ledger = stream.ledger
+        self.join(getattr(self.trainer.strategy, "team", ALONE))
         self.prepare(*stream.irrelevant_halves(self))
         self.change_base()  # of a resumed run or a pack; until here the base was asked as it was
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> None:
-        """Write one batch and enter what came of it in the ledger."""
-        reports = self.write(batch)
-        self.ledger.written(reports)
-        self.log_losses(reports)
+        """Write one batch and enter what came of it in the ledger; behind the last one ranks exchange their work."""
+        if self.shares:
+            self.written = self.written or Written()
+            self.written.begin()
+        if batch.edits:  # empty ones fill up a rank that has fewer than others
+            reports = self.write(batch)
+            self.ledger.written(reports)
+            self.log_losses(reports)
+            if self.written is not None:
+                self.written.add(reports)
         if self.trainer.is_last_batch:
+            if self.written is not None:
+                self.exchange(self.written)
             self.finish_window()
+
+    def exchange(self, written: Written) -> None:
+        """Give all ranks what each has written of a window, and take in what the others have."""
+        self.written = None
+        parts = written.exchange(self)
+        self.paces = [known.plus(new) for known, new in zip(self.paces or [Pace()] * len(parts), parts, strict=True)]
+        for rank, pace in enumerate(parts):
+            self.log(f"rank/{rank}/edits_per_minute", pace.per_minute, batch_size=1)
 
     def log_losses(self, reports: Sequence[EditReport]) -> None:
         """The batch's mean losses to the loggers."""
@@ -316,8 +368,14 @@ class Editor(pl.LightningModule):
         self.log("write/steps", float(reports[0].steps), batch_size=size)
 
     def on_train_epoch_end(self) -> None:
-        """Runs behind the callbacks: stop when the stream and the pools are empty."""
-        if self.trainer.datamodule.exhausted:  # type: ignore[attr-defined]
+        """Runs behind the callbacks: stop when the stream and the pools are empty.
+
+        Before anything else is written, the ranks make sure that they have all decided alike.
+        """
+        stream = self.trainer.datamodule  # type: ignore[attr-defined]
+        if self.team.size > 1:
+            self.team.same("what became of the window", json.dumps([stream.verdict(), self.memory.ids[-64:]]))
+        if stream.exhausted:
             self.trainer.should_stop = True
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]

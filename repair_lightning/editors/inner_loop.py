@@ -73,13 +73,19 @@ class TargetRows:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def part(self, members: Sequence[int]) -> TargetRows:
-        """The rows of some of the members, in their order."""
-        place = {member: i for i, member in enumerate(members)}
+    def part(self, owners: Sequence[int]) -> TargetRows:
+        """The rows of some of the members, in their order, and of some rehearsed edits behind them."""
+        place = {owner: i for i, owner in enumerate(owners)}
         rows = [row for row in zip(*self._source, strict=True) if row[2] in place]
-        encoded, captures, owners = zip(*rows, strict=True)
-        new_owners = [place[owner] for owner in owners]
-        return TargetRows(encoded, captures, new_owners, len(members), self.prompts.rows(torch.tensor(list(members))))
+        encoded, captures, old = zip(*rows, strict=True)
+        members = [owner for owner in owners if owner < self.members]
+        prompts = self.prompts.rows(torch.tensor(members))
+        return TargetRows(encoded, captures, [place[owner] for owner in old], len(members), prompts)
+
+    @property
+    def owners(self) -> int:
+        """How many edits the rows belong to: members and rehearsed ones."""
+        return len(set(self._source[2]))
 
     @property
     def owner(self) -> Tensor:

@@ -175,6 +175,7 @@ class LowRankWriter:
                 if step == budget:
                     break
                 editor.backpropagate(losses.sum() + editor.distillation.weight * kd)
+                editor.share_gradient(values)
                 optimizer.step()
                 values.grad = None
         return step, done.tolist(), rows.per_member(losses.detach()).tolist(), per_sample.detach().tolist()

@@ -13,6 +13,7 @@ Our deviations, each a switch:
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import random
@@ -43,7 +44,6 @@ from repair_lightning.memory.query import Query, canonical_ids
 from repair_lightning.memory.routers import Anchor, Neighbours, Router, make_router
 from repair_lightning.memory.side_memory import Shard, SideMemory
 from repair_lightning.models.base import Base
-from repair_lightning.models.sampling import own_texts
 from repair_lightning.types import BASE, Edit, EditBatch, EditReport
 
 log = logging.getLogger(__name__)
@@ -182,6 +182,7 @@ class Repair(Editor):
     can_prune = True
     can_adapt = True
     can_undo = True
+    can_share = True
 
     def __init__(
         self,
@@ -289,7 +290,7 @@ class Repair(Editor):
         First of all find what is left to `auto`.
         """
         if AUTO in (self.layer_option, self.writing.lr, self.writing.stop_margin):
-            self.adopt(adapt(self, background, held_out))
+            self.adopt(self._adapted(background, held_out))
             log.info("%s", self.adapted)
         super().prepare(background, held_out)
         value = self.edited.split.value
@@ -297,7 +298,6 @@ class Repair(Editor):
             last = self.background.at_last().activations
             self.unit = float(value(last).float().norm(dim=-1).mean())
         number = self.writing.contexts
-        model = self.edited.base
         self.lr_unit, self.value_rate = 1.0, self.writing.rate
         if self.writing.relative:
             prompts = self.background.at_last()
@@ -308,8 +308,15 @@ class Repair(Editor):
         self.tail: Tail = "model"
         if self.cache_mib:
             self.tail = "positions" if self.edited.split.adds_up() else "rows"
-        self.contexts = own_texts(model, self.tokenizer, number, length=8) if number else []
+        self.contexts = self.base_texts(number, length=8) if number else []
         self.margins = Margins(*self.routing.margins)
+
+    def _adapted(self, background: Sequence[str], held_out: Sequence[str]) -> Adapted:
+        """What the first rank finds for the options that are `auto`."""
+        if not self.team.deals:
+            raise ConfigError("'auto' needs the whole base on one rank; give layer, writing.lr and writing.stop_margin")
+        found = [json.dumps(adapt(self, background, held_out).as_dict())] if self.team.rank == 0 else []
+        return Adapted.from_dict(json.loads(self.team.first(found)[0]))
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
@@ -390,7 +397,7 @@ class Repair(Editor):
         Ties, as at the start where all deltas are zero, go to the emptiest. A shard is opened where none has room.
         """
         owned = self.ledger.sizes()
-        load = {shard: owned.get(shard, 0) for shard in self.memory.ids}
+        load = {shard: owned.get(shard, 0) for shard in self.memory.ids if self.memory.own(shard)}
         limit = max(self.batch_limit(batch.edits), len(batch.edits))
         room = [shard for shard in load if load[shard] + len(batch.edits) <= limit]
         if not room:
@@ -441,37 +448,83 @@ class Repair(Editor):
 
     def _train(self, shard: int, module: Shard, rows: TargetRows, budget: int) -> tuple[int, list[float], list[float]]:
         """The inner loop; returns the steps taken and each member's last edit loss and distillation loss."""
-        tail = TargetTail(self.edited.split, rows, self.tail)
+        mine, part = self._own_rows(rows)  # of all rows, where they are not dealt out, mine is None
+        tail = TargetTail(self.edited.split, part, self.tail)
         trained = OpenCoordinates(module)
         irrelevant = self._irrelevant(budget)
         rate = self.writing.rate * self.lr_unit
         with self.bound(trained.parameter, rate) as optimizer, self.cut(), self.edited.forced(shard):
             for step in range(budget + 1):  # the last round only looks at what the steps made
                 logits, features = tail(module.product)
-                losses = rows.per_row(target_cross_entropy(logits[:, None], rows.labels[:, None]))
-                kd, per_sample = self.distil(logits, features, rows)
-                if step == budget or self._written(step, logits, rows.labels):
+                losses = part.per_row(target_cross_entropy(logits[:, None], part.labels[:, None]))
+                kd, per_sample = self.distil(logits, features, part, mine)
+                if step == budget or self._written(step, logits, part.labels, mine is not None):
                     break
-                total = losses.mean() + self.distillation.weight * kd
+                total = losses.mean() if mine is None else losses.sum() / len(rows)
+                total = total + self.distillation.weight * kd
                 if self.routing.weight:
-                    total = total + self._routing_loss(module, rows, irrelevant[step])
+                    share = 1 if mine is None else self.team.size
+                    total = total + self._routing_loss(module, rows, irrelevant[step]) / share
                 self.backpropagate(total)
+                self.share_gradient(module.delta, summed=mine is not None)
                 trained.step(optimizer)
-        return step, rows.per_member(losses.detach()).tolist(), per_sample.detach().tolist()
+        lost = self._among_all(mine, part.per_member(losses.detach()))
+        apart = per_sample.detach() if self.distillation.weight else torch.zeros(rows.members)
+        return step, lost.tolist(), apart.tolist()
+
+    @property
+    def shares(self) -> bool:
+        """Whether ranks write different batches; where they split the rows of each, they write the same ones."""
+        return super().shares and not self.splits_rows
+
+    @property
+    def splits_rows(self) -> bool:
+        """Whether the ranks write each batch together, with part of its rows each: low-rank shards share nothing."""
+        return self.team.rows_of_batches and self.team.parts > 1 and self.writing.form == "dense"
+
+    def _own_rows(self, rows: TargetRows) -> tuple[list[int] | None, TargetRows]:
+        """The members whose rows this rank trains on, and those rows; None and all where there are fewer than ranks."""
+        if not self.splits_rows or rows.members < self.team.size:
+            return None, rows
+        mine = self.team.mine(rows.members)
+        rehearsed = [rows.members + i for i in self.team.mine(rows.owners - rows.members)]
+        return mine, rows.part([*mine, *rehearsed])
+
+    def share_gradient(self, parameter: torch.nn.Parameter, summed: bool = False) -> None:
+        """The sum of the ranks' gradients where each has seen some rows; their mean where each has seen all."""
+        if self.team.size == 1 or (self.team.deals and not summed):
+            return
+        assert parameter.grad is not None
+        total = self.team.total(parameter.grad)
+        parameter.grad = total if summed else total / self.team.size
 
     def cut(self) -> AbstractContextManager[None]:
         """What the steps need not run is out of the way."""
         return nullcontext() if self.tail == "model" else self.edited.split.skipping(whole=self.tail == "positions")
 
-    def distil(self, logits: Tensor, features: Tensor, rows: TargetRows) -> tuple[Tensor, Tensor]:
-        """The distillation loss of a batch and each member's own (n,), from logits (M, V) and features (M, D)."""
+    def distil(
+        self, logits: Tensor, features: Tensor, rows: TargetRows, mine: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The distillation loss of a batch and each member's own (n,), from logits (M, V) and features (M, D).
+
+        Where the batch's rows are dealt out, `mine` are this rank's members: the others' take part as constants, and
+        the sum of all ranks' gradients is the gradient of the whole.
+        """
         at = rows.firsts[: rows.members]
         if not self.distillation.weight:
             return features.new_zeros(()), features.new_zeros(len(at), dtype=torch.float32)
-        loss, per_sample = kd_loss(features[at], self.distillation.cosine, self.distillation.variance)
-        if self.distillation.temperature and len(at) > 1:
-            loss = loss + soft_kd_loss(logits[at], self.distillation.temperature)
+        features = self._among_all(mine, features[at])
+        loss, per_sample = kd_loss(features, self.distillation.cosine, self.distillation.variance)
+        if self.distillation.temperature and len(features) > 1:
+            loss = loss + soft_kd_loss(self._among_all(mine, logits[at]), self.distillation.temperature)
         return loss, per_sample
+
+    def _among_all(self, mine: Sequence[int] | None, own: Tensor) -> Tensor:
+        """The members' rows on all ranks, where they are dealt out; the gradient reaches this rank's `own` alone."""
+        if mine is None:
+            return own
+        (everyone,) = self.team.rows(mine, own.detach())
+        return everyone.index_copy(0, torch.tensor(mine, device=own.device), own)
 
     def _irrelevant(self, steps: int) -> Tensor:
         """Indices (steps, `routing.sample`) of the irrelevant prompts that each step's routing loss sees."""
@@ -492,12 +545,14 @@ class Repair(Editor):
     def _score(self, activations: Tensor, mask: Tensor, module: Shard) -> Tensor:
         return activation_scores(activations.float(), [module.delta], mask, self.routing.pool, check=False)[:, 0]
 
-    def _written(self, step: int, logits: Tensor, labels: Tensor) -> bool:
-        """Whether every target token leads its best rival by the margin; looked at every few steps."""
+    def _written(self, step: int, logits: Tensor, labels: Tensor, dealt: bool) -> bool:
+        """Whether every target token, on every rank where rows are dealt out, leads its best rival by the margin;
+        looked at every few steps."""
         margin = self.writing.margin
         if margin is None or step % self.writing.check_every:
             return False
-        return bool((target_margin(logits.detach()[:, None], labels[:, None]) >= margin).all())
+        own = bool((target_margin(logits.detach()[:, None], labels[:, None]) >= margin).all())
+        return self.team.everyone(own) if dealt else own
 
     def backpropagate(self, loss: Tensor) -> None:
         """Backward, through the trainer where there is one."""
@@ -541,7 +596,11 @@ class Repair(Editor):
             query = prompts.rows(torch.tensor(stays))
             neighbours = self._neighbours(kept) if self.router.needs_neighbours else None
             owners = [shard for shard, keep in zip(shards, stays, strict=True) if keep]
-            self.router.add([edit.id for edit in kept], anchors, query, owners, neighbours)
+            described = self.router.describe(anchors, query, owners, neighbours)
+            if self.written is None:
+                self.router.insert([edit.id for edit in kept], described)
+            else:
+                self.written.describe([edit.id for edit in kept], described)
 
     def _anchor(self, edit: Edit) -> Anchor:
         """What names the edit: its subject where the prompt holds it, else the whole prompt."""
@@ -587,8 +646,11 @@ class Repair(Editor):
             for shard in self.memory.ids:
                 edits = [self.ledger.edit(id) for id in self.ledger.owned_by(shard)]
                 if edits:
-                    owned[shard] = self.query_of(edits)
+                    owned[shard] = self._shared_query_of(edits)
         self.router.calibrate(self.memory, owned, self.held_out)
+
+    def _shared_query_of(self, edits: Sequence[Edit]) -> Query:
+        return self.edited.shared_query(len(edits), lambda index: self.query_of([edits[i] for i in index]))
 
     # -- commands of the closed loop ----------------------------------------------------------------------------------
 

@@ -14,13 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repair_lightning.data.tokenizing import encode, target_labels
+from repair_lightning.data.tokenizing import Encoded, encode, target_labels
 from repair_lightning.memory.query import Choice
 from repair_lightning.models.edited import EditedModel
 from repair_lightning.models.prefix import pad_left, stack_left
 
 AUTOREGRESSIVE, TEACHER_FORCED = "autoregressive", "teacher_forced"
 PROTOCOLS = (AUTOREGRESSIVE, TEACHER_FORCED)
+Read = Callable[[Tensor, Tensor], list[Any]]
+"""From logits (B, T, V) and labels (B, T), the numbers to keep of each row."""
+
 GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 """Greedy decoding, whatever the base's own generation settings say."""
 
@@ -54,6 +57,8 @@ def answers(
 ) -> list[str]:
     """Greedy answers to prompts, each by the memory that was chosen for it, until the model itself stops.
 
+    Dealt out among the model's ranks, as everything here that asks: all of them must ask the same.
+
     Args:
         model: the edited model.
         prompts: B prompts.
@@ -63,6 +68,14 @@ def answers(
     """
     rows = model.tokenizer(list(prompts))["input_ids"] if prompts else []
     limits = [max_new_tokens] * len(rows) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    mine = model.team.mine(len(rows), [len(row) for row in rows])
+    own = [rows[i] for i in mine], memory[mine], [limits[i] for i in mine]
+    return model.team.texts(mine, _answers(model, *own, batch_size))
+
+
+def _answers(
+    model: EditedModel, rows: Sequence[Sequence[int]], memory: Tensor, limits: Sequence[int], batch_size: int
+) -> list[str]:
     found = [""] * len(rows)
     for index in sorted_batches([len(row) for row in rows], batch_size):
         ids, mask = pad_left([rows[i] for i in index], fill=model.tokenizer.pad_token_id or 0, device=model.device)
@@ -86,7 +99,7 @@ def _over_targets(
     prompts: Sequence[str],
     targets: Sequence[str],
     memory: Tensor,
-    read: Callable[[Tensor, Tensor], list[Any]],
+    read: Read,
     batch_size: int,
 ) -> list[Any]:
     """Feed prompts with their targets; `read(logits (B, T, V), labels (B, T))` says what to keep per row.
@@ -94,6 +107,14 @@ def _over_targets(
     The layers below the edited one run once per row where the model has a prefix cache.
     """
     rows = [encode(model.tokenizer, prompt, target) for prompt, target in zip(prompts, targets, strict=True)]
+    mine = model.team.mine(len(rows), [len(row.ids) for row in rows])
+    found = _read_rows(model, [rows[i] for i in mine], memory[mine], read, batch_size)
+    return model.team.numbers(mine, found)
+
+
+def _read_rows(
+    model: EditedModel, rows: Sequence[Encoded], memory: Tensor, read: Read, batch_size: int
+) -> list[Sequence[float]]:
     found: list[Any] = [None] * len(rows)
     for index in sorted_batches([len(row.ids) for row in rows], batch_size):
         ids, mask = pad_left([rows[i].ids for i in index], device=model.device)

@@ -192,6 +192,8 @@ class SideMemory(nn.Module):
         self.mask_ratio = mask_ratio
         self.seed = seed
         self.next_id = 0
+        self.turn = (0, 1)
+        """Of several banks that open shards side by side: which one this is, and how many there are."""
         self.shards = nn.ModuleDict()
         self.register_buffer("_place", torch.zeros(0), persistent=False)  # follows the bank to its device
 
@@ -215,17 +217,26 @@ class SideMemory(nn.Module):
 
     def open_shard(self) -> int:
         """Add an empty shard with a fresh mask; returns its id."""
-        shard = self.next_id
-        self.next_id += 1
+        shard = self._new_id()
         self._put(shard, Shard(self.shape, self._mask(shard, 0)))
         return shard
 
     def add(self, left: Tensor, right: Tensor) -> int:
         """Add a low-rank shard `left` (D, R) times `right` (R, F); returns its id."""
-        shard = self.next_id
-        self.next_id += 1
+        shard = self._new_id()
         self._put(shard, LowRankShard(left, right))
         return shard
+
+    def _new_id(self) -> int:
+        """The next id that is this bank's to give."""
+        place, banks = self.turn
+        shard = self.next_id + (place - self.next_id) % banks
+        self.next_id = shard + 1
+        return shard
+
+    def own(self, shard: int) -> bool:
+        """Whether a shard is written by this bank, of those that stand side by side."""
+        return shard % self.turn[1] == self.turn[0]
 
     def drop(self, shards: Iterable[int]) -> None:
         """Take shards out for good."""
@@ -312,9 +323,11 @@ class SideMemory(nn.Module):
             if isinstance(self.shards[key], Shard):
                 self.shards[key].generation = generation  # type: ignore[assignment]
 
-    def low_rank_tensors(self) -> dict[str, Tensor]:
-        """The low-rank shards in four tensors: `ids` and `ranks` (N,), `left` (sum R, D) and `right` (sum R, F)."""
-        found = {int(key): shard for key, shard in self.shards.items() if isinstance(shard, LowRankShard)}
+    def low_rank_tensors(self, shards: Iterable[int] | None = None) -> dict[str, Tensor]:
+        """Low-rank shards, by default all, in four tensors: `ids` and `ranks` (N,), `left` (sum R, D) and `right`
+        (sum R, F); nothing where there are none."""
+        chosen = self.shards if shards is None else {str(shard): self[shard] for shard in shards}
+        found = {int(key): shard for key, shard in chosen.items() if isinstance(shard, LowRankShard)}
         if not found:
             return {}
         return {
@@ -330,6 +343,16 @@ class SideMemory(nn.Module):
         factors = zip(tensors["left"].split(ranks), tensors["right"].split(ranks), strict=True)
         for id, (left, right) in zip(tensors["ids"].tolist(), factors, strict=True):
             self._put(id, LowRankShard(left.T.clone(), right.clone()))
+        self._sort()
+
+    def put_dense(self, shard: int, generation: int, delta: Tensor) -> None:
+        """Take in what another bank has written into a dense shard, a new one or one that is here."""
+        if str(shard) not in self.shards:
+            self._put(shard, Shard(self.shape, self._mask(shard, generation), generation))
+            self._sort()
+        self[shard].delta.data.copy_(delta)
+
+    def _sort(self) -> None:
         self.shards = nn.ModuleDict({key: self.shards[key] for key in sorted(self.shards, key=int)})
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -7,7 +7,7 @@ while the key-value cache grows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from repair_lightning.distributed.team import ALONE, Team
 from repair_lightning.errors import RepairError
-from repair_lightning.memory.query import Choice, Query, canonical_ids
+from repair_lightning.memory.query import Choice, Query, canonical_ids, pad_right
 from repair_lightning.memory.routers import Router
 from repair_lightning.memory.side_memory import Selection, SideMemory
 from repair_lightning.models.prefix import Capture, SplitModel, stack_left
@@ -50,6 +51,7 @@ class EditedModel(nn.Module):
 
     Attributes:
         prefixes: where the states of prompts that come again are kept; None runs the base anew each time.
+        team: the ranks among which many prompts are dealt out; all of them must ask alike.
     """
 
     def __init__(self, base: Any, tokenizer: Any, memory: SideMemory, router: Router, layer: int) -> None:
@@ -58,6 +60,7 @@ class EditedModel(nn.Module):
         self.tokenizer = tokenizer
         self.router = router
         self.prefixes: PrefixCache | None = None
+        self.team: Team = ALONE
         self._turn: _Turn | None = None  # what the hooks obey, inside a call alone
         self._hooks: list[Any] = []
         self.move_to(layer, memory)
@@ -150,14 +153,39 @@ class EditedModel(nn.Module):
 
     @torch.no_grad()
     def choose(self, prompts: Sequence[str], batch_size: int = 64) -> Choice:
-        """The router's choice for prompts, given as text."""
-        if not prompts:
-            return Choice.base(0)
+        """The router's choice for prompts, given as text; dealt out among the ranks."""
+        mine = self.team.mine(len(prompts))
+        asked = [prompts[i] for i in mine]
         parts = [
-            self.router.route(self.query(prompts[start : start + batch_size]), self.memory)
-            for start in range(0, len(prompts), batch_size)
+            self.router.route(self.query(asked[start : start + batch_size]), self.memory)
+            for start in range(0, len(asked), batch_size)
         ]
-        return Choice.join(parts)
+        return self.shared_choice(mine, Choice.join(parts) if parts else Choice.base(0))
+
+    def shared_choice(self, mine: Sequence[int], part: Choice) -> Choice:
+        """The choices of all ranks, from this one's `part` for the prompts with the indices `mine`."""
+        if self.team.parts == 1:
+            return part
+        memory, score, threshold = self.team.rows(mine, part.memory, part.score, part.threshold)
+        named = self.team.texts(mine, ["" if name is None else f"={name}" for name in part.nearest])
+        return Choice(memory, score, threshold, tuple(name[1:] if name else None for name in named))
+
+    def shared_query(self, number: int, ask: Callable[[list[int]], Query]) -> Query:
+        """The states of `number` prompts, each computed by one rank.
+
+        Args:
+            number: of prompts.
+            ask: gives the states of those with the given indices.
+        """
+        mine = self.team.mine(number)
+        if self.team.parts == 1 or self.router.reads_all_tokens:  # whole prompts are too much to send around
+            return ask(list(range(number)))
+        some = ask(mine or [0])  # one at the least: its shape is needed
+        part = some if mine else some.rows(slice(0, 0))
+        words = pad_right([[token for token in row if token >= 0] for row in part.words.tolist()])
+        width = max(found.shape[1] for (found,) in self.team.gather(words))
+        padded = torch.nn.functional.pad(words, (0, width - words.shape[1]), value=-1)
+        return Query(*self.team.rows(mine, padded, part.mask, part.hidden, part.activations))
 
     def query(self, prompts: Sequence[str]) -> Query:
         """Prompts as routers see them."""

@@ -47,7 +47,7 @@ class Router(ABC):
     def fit(self, background: Query, embeddings: Tensor) -> None:  # noqa: B027 - nothing to learn by default
         """Learn what is common from irrelevant prompts, once, before the first edit. `embeddings` is (V, E)."""
 
-    def add(  # noqa: B027 - routers without keys keep nothing per edit
+    def add(
         self,
         ids: Sequence[str],
         anchors: Sequence[Anchor],
@@ -56,6 +56,20 @@ class Router(ABC):
         neighbours: Neighbours | None = None,
     ) -> None:
         """Take in edits that were written: their ids, anchors, prompts and shards; known ids are replaced."""
+        self.insert(ids, self.describe(anchors, prompts, shards, neighbours))
+
+    def describe(
+        self, anchors: Sequence[Anchor], prompts: Query, shards: Sequence[int], neighbours: Neighbours | None = None
+    ) -> dict[str, Tensor]:
+        """What is to be kept of n edits, as tensors with n rows each; nothing for a router without keys.
+
+        It depends on the edits alone, so it may be computed where they are written and inserted elsewhere. Tables of
+        token ids may differ in width; they are filled with -1.
+        """
+        return {}
+
+    def insert(self, ids: Sequence[str], described: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Take in edits as :meth:`describe` made them; known ids are replaced."""
 
     def forget(self, ids: Sequence[str]) -> None:  # noqa: B027
         """Drop edits by id; unknown ones are passed over."""

@@ -166,24 +166,29 @@ class KeyRouter(Router):
         # Until the first calibration counts the edits' words too.
         self.token_weights = self.encoder.token_weights.clone()
 
-    def add(
-        self,
-        ids: Sequence[str],
-        anchors: Sequence[Anchor],
-        prompts: Query,
-        shards: Sequence[int],
-        neighbours: Neighbours | None = None,
-    ) -> None:
+    def describe(
+        self, anchors: Sequence[Anchor], prompts: Query, shards: Sequence[int], neighbours: Neighbours | None = None
+    ) -> dict[str, Tensor]:
+        """Keys of the edits' own prompts, anchors, floors."""
+        keys = self.encoder(prompts)
+        return {
+            "keys": keys,
+            "shards": torch.tensor(list(shards), dtype=torch.long),
+            "anchors": pad_right([anchor.tokens for anchor in anchors]),
+            "named": torch.tensor([anchor.named for anchor in anchors], dtype=torch.bool),
+            "floors": self._floors(keys, neighbours),
+            "prompts": prompts.words,
+        }
+
+    def insert(self, ids: Sequence[str], described: Mapping[str, Tensor]) -> None:
         """Keys of the edits' own prompts. Radii follow with the next calibration; until then they ask for all."""
         self.forget(ids)
         self.ids += ids
-        keys = self.encoder(prompts)
-        self._keys.append(keys)
-        self.shards = torch.cat([self.shards, torch.tensor(list(shards), dtype=torch.long)])
-        self.anchors = _stack_ragged(self.anchors, pad_right([anchor.tokens for anchor in anchors]))
-        self.named = torch.cat([self.named, torch.tensor([anchor.named for anchor in anchors])])
-        self.floors = torch.cat([self.floors, self._floors(keys, neighbours)])
-        self.prompts = _stack_ragged(self.prompts, prompts.words)
+        self._keys.append(described["keys"])
+        for field in ("shards", "named", "floors"):
+            setattr(self, field, torch.cat([getattr(self, field), described[field]]))
+        for field in ("anchors", "prompts"):
+            setattr(self, field, _stack_ragged(getattr(self, field), described[field]))
         self.negatives = torch.cat([self.negatives, torch.full((len(ids),), _UNKNOWN)])
         self.radii = torch.cat([self.radii, torch.full((len(ids),), _FULL)])
         self.limits = torch.cat([self.limits, self.floors[len(self.limits) :]])

@@ -1,0 +1,126 @@
+"""What the ranks of a run give each other when a window is written: reports, keys and shards, as tensors."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from repair_lightning.memory.side_memory import LowRankShard
+from repair_lightning.types import EditReport
+
+if TYPE_CHECKING:
+    from repair_lightning.editors.base import Editor
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How many edits a rank has written, and the seconds that it took."""
+
+    edits: int = 0
+    seconds: float = 0.0
+
+    @property
+    def per_minute(self) -> float:
+        """Edits per minute of writing."""
+        return 60 * self.edits / max(self.seconds, 1e-9)
+
+    def as_dict(self) -> dict[str, float]:
+        """In plain types, for the report."""
+        return {"edits": self.edits, "seconds": self.seconds, "edits_per_minute": self.per_minute}
+
+    def plus(self, other: Pace) -> Pace:
+        """Both together."""
+        return Pace(self.edits + other.edits, self.seconds + other.seconds)
+
+
+class Written:
+    """What one rank has written of a window so far."""
+
+    def __init__(self) -> None:
+        self.reports: list[EditReport] = []
+        self._described: list[tuple[list[str], Mapping[str, Tensor]]] = []
+        self._seconds = 0.0
+        self._since: float | None = None
+
+    def begin(self) -> None:
+        """A batch is about to be written."""
+        self._since = time.perf_counter()
+
+    def add(self, reports: Sequence[EditReport]) -> None:
+        """A batch is written."""
+        self.reports += reports
+        self._seconds += time.perf_counter() - (self._since or time.perf_counter())
+
+    def describe(self, ids: Sequence[str], described: Mapping[str, Tensor]) -> None:
+        """What the router is to keep of some edits, once all ranks have written."""
+        self._described.append((list(ids), described))
+
+    def exchange(self, editor: Editor) -> list[Pace]:
+        """Give this to all ranks and enter what each has written in ledger, router and bank; returns their paces."""
+        self._exchange_reports(editor)
+        self._exchange_shards(editor)
+        self._exchange_entries(editor)
+        own = torch.tensor([len(self.reports), self._seconds, editor.memory.next_id], dtype=torch.float64)
+        found = [row.tolist() for (row,) in editor.team.gather(own)]
+        editor.memory.next_id = int(max(next_id for *_, next_id in found))
+        return [Pace(int(edits), seconds) for edits, seconds, _ in found]
+
+    def _exchange_reports(self, editor: Editor) -> None:
+        numbers = [[r.shard, r.steps, int(r.residual), int(r.error is not None)] for r in self.reports]
+        losses = [[r.loss, r.kd] for r in self.reports]
+        whole = torch.tensor(numbers, dtype=torch.long).reshape(-1, 4)
+        found = editor.team.gather(whole, torch.tensor(losses, dtype=torch.float64).reshape(-1, 2))
+        texts = editor.team.all_texts([text for r in self.reports for text in (r.id, r.error or "")])
+        for rank, ((plain, floats), said) in enumerate(zip(found, texts, strict=True)):
+            if rank != editor.team.rank:
+                rows = zip(said[::2], plain.tolist(), floats.tolist(), said[1::2], strict=True)
+                editor.ledger.written(
+                    EditReport(id, shard, loss, kd, steps, bool(residual), error if failed else None)
+                    for id, (shard, steps, residual, failed), (loss, kd), error in rows
+                )
+
+    def _exchange_shards(self, editor: Editor) -> None:
+        memory, team = editor.memory, editor.team
+        known = set(memory.ids)
+        touched = dict.fromkeys(report.shard for report in self.reports if report.shard in known)
+        low = [shard for shard in touched if isinstance(memory[shard], LowRankShard)]
+        dense = [shard for shard in touched if shard not in set(low)]
+        d, f = memory.shape
+        empty = {"ids": torch.zeros(0).long(), "ranks": torch.zeros(0).long()}
+        empty |= {"left": torch.zeros(0, d), "right": torch.zeros(0, f)}
+        tensors = memory.low_rank_tensors(low) or empty
+        found = team.gather(*(tensors[name].to(memory.device) for name in empty))
+        for rank, part in enumerate(found):
+            if rank != team.rank and len(part[0]):
+                memory.load_low_rank(dict(zip(empty, part, strict=True)))
+        self._exchange_dense(editor, dense)
+
+    def _exchange_dense(self, editor: Editor, dense: Sequence[int]) -> None:
+        """One shard of each rank at a time: a dense one is as large as the value matrix."""
+        memory, team = editor.memory, editor.team
+        most = int(max(int(count) for (count,) in team.gather(torch.tensor(len(dense)))))
+        for i in range(most):
+            shard = memory[dense[i]] if i < len(dense) else None
+            head = torch.tensor([] if shard is None else [dense[i], shard.generation], dtype=torch.long)
+            delta = torch.zeros(0, memory.shape[1], device=memory.device) if shard is None else shard.delta
+            for rank, (known, values) in enumerate(team.gather(head, delta)):
+                if rank != team.rank and len(known):
+                    memory.put_dense(*known.tolist(), values)
+
+    def _exchange_entries(self, editor: Editor) -> None:
+        nothing = editor.router.describe([], editor.background.rows(slice(0, 0)), [])
+        names = list(nothing)
+        rounds = int(max(int(count) for (count,) in editor.team.gather(torch.tensor(len(self._described)))))
+        for i in range(rounds):
+            ids, described = self._described[i] if i < len(self._described) else ([], nothing)
+            named = editor.team.all_texts(ids)
+            if not names:
+                continue
+            for owners, part in zip(named, editor.team.gather(*(described[name] for name in names)), strict=True):
+                if owners:
+                    editor.router.insert(owners, dict(zip(names, part, strict=True)))
