@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PARTS = ("editing", "flat", "roofline", "generation", "memory", "clustering", "merging", "gpu")
+PARTS = ("editing", "flat", "roofline", "generation", "memory", "clustering", "merging", "scaling", "gpu")
 _UNSET: Any = None
 
 
@@ -49,6 +49,8 @@ class Context:
     alphas: tuple[float, ...] = option(
         (0.0, 1.0, 10.0, 100.0), "merging: sensitivities to the losses, per nat, with an odd shard", quick=(0.0, 10.0)
     )
+    ranks: tuple[int, ...] = option((1, 2), "scaling: numbers of processes")
+    ranks_window: int = option(256, "scaling: edits per window", quick=8)
     gpu_edits: int = option(256, "gpu: edits to write", quick=64)
     out: Path = Path("benchmarks/results/world")
     work: Path = Path("runs/benchmarks/work")

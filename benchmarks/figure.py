@@ -219,6 +219,20 @@ def _merged(banks: list[dict[str, Any]], kind: str) -> list[float | None]:
     return [row["scores"]["autoregressive"]["op"] for row in rows]
 
 
+def scaling(axis: Any, result: dict[str, Any]) -> None:
+    """Speed-up by number of ranks, of editing and of scoring, against as many times as there are ranks."""
+    rows = result["rows"]
+    ranks = [row["ranks"] for row in rows]
+    axis.plot(ranks, ranks, color="#b8c0c5", linewidth=1, label="ranks")
+    axis.plot(ranks, [row["speedup"] for row in rows], "o-", color=OURS, label="editing")
+    axis.plot(ranks, [row["speedup_of_scoring"] for row in rows], "s--", color=OTHER, label="scoring")
+    axis.set_xticks(ranks)
+    axis.set_xlabel("ranks")
+    axis.set_ylabel("faster by")
+    axis.legend()
+    axis.set_title(f"Scaling, {result['edits']} edits")
+
+
 def gpu(axis: Any, result: dict[str, Any]) -> None:
     """Bars of edits per second by edited layer."""
     rows = result["layers"]
@@ -240,5 +254,6 @@ PANELS: Mapping[str, Callable[[Any, dict[str, Any]], None]] = {
     "memory": memory,
     "clustering": clustering,
     "merging": merging,
+    "scaling": scaling,
     "gpu": gpu,
 }

@@ -81,6 +81,7 @@ class ProbeGate(pl.Callback):
         broken = self._broken(pl_module)
         share = len(broken) / len(self.prompts)
         pl_module.log("gate/probe_loss", share, batch_size=len(self.prompts))
+        pl_module.team.same("which probes lost their answer", str(sorted(broken.items())))
         if share > self.max_probe_loss and len(broken) > len(self.broken):
             self.roll_back(broken, f"{share:.3f} of the probes lost their answer", pl_module)
         del self.before

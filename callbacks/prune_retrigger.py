@@ -83,6 +83,7 @@ class PruneAndRetrigger(pl.Callback):
         failed = stream.ledger.with_status(EditStatus.FAILED)
         rates = {shard: rate for shard, rate in stream.ledger.error_rates().items() if shard != BASE}
         decision = should_prune(rates, len(failed), self.tau_prune, self.tau_pool)
+        pl_module.team.same("whether to prune", decision.reason)
         if decision and pl_module.can_prune:
             self.prune(worst_shard(rates), decision.reason, stream.ledger, pl_module)
         elif failed and stream.exhausted:

@@ -144,6 +144,7 @@ class LossAwareTiesMerge(pl.Callback):
             editor.fold(fused)
         after = guard.score()
         decision = accept(before, after, self.max_op_drop)
+        editor.team.same("whether a merge may stay", decision.reason)
         if not decision:
             if self.target == "main":
                 editor.unfold()

@@ -21,6 +21,7 @@ import lightning.pytorch as pl
 import transformers
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.logging import RichHandler
 
@@ -195,7 +196,9 @@ class EditCLI(LightningCLI):
         Then the run begins, or goes on where it was stopped. Several ranks do so together: what one of them cannot do
         is said once, and all end.
         """
-        self.team = self.trainer.strategy.join() if isinstance(self.trainer.strategy, EditStrategy) else ALONE
+        strategy = self.trainer.strategy
+        self.strategy = strategy if isinstance(strategy, EditStrategy) else None
+        self.team = self.strategy.join() if self.strategy else ALONE
         if self.team.rank:
             _hush()
         with self._among_ranks():
@@ -234,16 +237,15 @@ class EditCLI(LightningCLI):
     @contextmanager
     def _among_ranks(self) -> Iterator[None]:
         """Inside, whatever goes wrong on this rank is told to the others; where another is lost, that is said."""
-        strategy = self.trainer.strategy
-        if self.team.size == 1:
+        if self.strategy is None:
             yield
             return
         try:
             yield
         except BaseException as error:
-            if isinstance(error, (RuntimeError, OSError)) and not isinstance(error, RepairError):
-                strategy.watch.wait()  # a collective that fails may mean that another rank is lost
-            strategy.leave(str(error) or type(error).__name__)
+            if self.strategy.watch is not None and isinstance(error, (RuntimeError, OSError)):
+                self.strategy.watch.wait()  # a collective that fails may mean that another rank is lost
+            self.strategy.leave(str(error) or type(error).__name__)
             raise
 
     def _keep_the_pack(self) -> None:
@@ -268,9 +270,9 @@ class EditCLI(LightningCLI):
         """Run the stream, from its start or from where it was stopped."""
         with self._among_ranks():
             self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.run.checkpoint)
-        if isinstance(self.trainer.strategy, EditStrategy):
-            self.trainer.strategy.barrier()
-            self.trainer.strategy.leave()
+        if self.strategy is not None:
+            self.strategy.barrier()
+            self.strategy.leave()
 
     def settings(self) -> dict[str, Any]:
         """All that decides what the run computes; what it shows and where it runs is not among it."""
@@ -362,7 +364,13 @@ def collect_metrics(cli: EditCLI) -> dict[str, Any]:
     }
     earlier = board.earlier.report() | {"superseded": len(stream.joined.replaced)} if board.earlier else None
     adapted = editor.adapted.as_dict() if editor.adapted else None
-    found = {"adapted": adapted, "ranks": [pace.as_dict() for pace in editor.paces] or None, "perplexity": board.perplexity, "probes": board.kept, "earlier": earlier}
+    found = {
+        "adapted": adapted,
+        "ranks": [pace.as_dict() for pace in editor.paces] or None,
+        "perplexity": board.perplexity,
+        "probes": board.kept,
+        "earlier": earlier,
+    }
     return metrics | {name: figures for name, figures in found.items() if figures is not None}
 
 
@@ -389,6 +397,8 @@ def guarded(main: Callable[[], Any]) -> None:
     except LeftOutError:  # the first rank says it
         raise SystemExit(2) from None
     except Terminated:
+        if getattr(rank_zero_only, "rank", 0):
+            raise SystemExit(128 + signal.SIGTERM) from None
         print("stopped by SIGTERM; a run goes on from its last full window when it is started again", file=sys.stderr)
         raise SystemExit(128 + signal.SIGTERM) from None
     except BrokenPipeError:  # who read the output has seen enough

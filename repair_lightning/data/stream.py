@@ -232,11 +232,15 @@ class EditStream(pl.LightningDataModule):
         """Enter arrivals in the ledger, each behind the edits that it supersedes."""
         assert self.records is not None
         replaced = {edit.id: edit for edit in self.records.superseded_edits}
-        for edit in coming:
-            older = [id for id, newer in self.records.superseded.items() if newer == edit.id]
-            self.ledger.arrive([*(replaced[id] for id in older if id in replaced), edit], self.windows)
+        expected: dict[str, list[str]] = {edit.id: [] for edit in coming}
+        for id, newer in self.records.superseded.items():
+            if newer in expected:
+                expected[newer].append(id)
+        arriving = [[*(replaced[id] for id in expected[edit.id] if id in replaced), edit] for edit in coming]
+        self.ledger.arrive([edit for group in arriving for edit in group], self.windows)
+        for newer, older in expected.items():
             for id in older:
-                self.ledger.supersede(id, edit.id)
+                self.ledger.supersede(id, newer)
             written = [id for id in older if id not in replaced]  # into an earlier model
             if written:
                 self._editor.forget(written)

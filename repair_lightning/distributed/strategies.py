@@ -12,7 +12,6 @@ import subprocess
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities.distributed import _distributed_is_initialized
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
@@ -161,5 +160,3 @@ STRATEGIES: dict[str, type[EditStrategy]] = {
 
 for _name, _strategy in STRATEGIES.items():
     StrategyRegistry.register(_name, _strategy, description=(_strategy.__doc__ or "").splitlines()[0])
-
-

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
@@ -22,6 +21,8 @@ from repair_lightning.errors import RepairError
 
 _DIMENSIONS = 4
 """Most dimensions of a tensor that is sent."""
+
+_CPU = torch.device("cpu")
 
 T = TypeVar("T")
 
@@ -49,7 +50,7 @@ class Team:
 
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = _CPU
     deals: bool = True
     rows_of_batches: bool = False
 
@@ -129,9 +130,7 @@ class Team:
         padded = torch.zeros(max(max(sizes), 1), dtype=torch.uint8, device=self.device)
         padded[: len(data)] = data
         everyone = self._all_gather(padded)
-        return [
-            tuple(_cut(whole, found.tolist(), tensors)) for whole, found in zip(everyone, heads, strict=True)
-        ]
+        return [tuple(_cut(whole, found.tolist(), tensors)) for whole, found in zip(everyone, heads, strict=True)]
 
     def _all_gather(self, tensor: Tensor) -> list[Tensor]:
         tensor = tensor.to(self.device).contiguous()
@@ -203,13 +202,6 @@ class Team:
             words = f"rank {failing[0]}: {said[failing[0]]}"
             raise RankError(words) if self.rank == 0 else LeftOutError(words)
         return result[0]
-
-    @contextmanager
-    def first_alone(self) -> Iterator[bool]:
-        """Inside, true on rank 0; the others wait behind it."""
-        yield self.rank == 0
-        if self.size > 1:
-            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
 
 ALONE = Team()

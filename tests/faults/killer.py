@@ -1,4 +1,7 @@
-"""`train.py` in a process that kills itself at a given moment: `python killer.py MOMENT [options of train.py]`."""
+"""`train.py` in a process that kills itself at a given moment: `python killer.py MOMENT [options of train.py]`.
+
+Where torchrun starts it, `rank N: MOMENT` kills that rank alone.
+"""
 
 from __future__ import annotations
 
@@ -50,11 +53,17 @@ def after(owner: Any, name: str, when: Callable[..., bool], count: int = 1) -> N
 
 def arm(moment: str) -> None:
     """Prepare the death."""
+    if moment.startswith("rank "):
+        rank, moment = moment.removeprefix("rank ").split(": ")
+        if os.environ.get("RANK", "0") != rank:
+            return
     import torch
+    from lightning.pytorch.callbacks import ModelCheckpoint
 
     import repair_lightning.cli
     from callbacks import LossAwareTiesMerge, Scoreboard
     from repair_lightning.data.journal import Journal
+    from repair_lightning.editors import Repair
 
     def is_checkpoint(source: Any, target: Any) -> bool:
         return str(target).endswith("last.ckpt")
@@ -70,6 +79,8 @@ def arm(moment: str) -> None:
         "before the third checkpoint's rename": lambda: before(os, "replace", is_checkpoint, 3),
         "behind the second checkpoint's rename": lambda: after(os, "replace", is_checkpoint, 2),
         "while the second checkpoint is written": lambda: after(torch, "save", always, 2),
+        "in the third window": lambda: after(Repair, "write", always, 3),
+        "beside the second checkpoint": lambda: before(ModelCheckpoint, "on_train_epoch_end", always, 2),
         "before the merge": lambda: before(LossAwareTiesMerge, "merge", always),
         "during the merge": lambda: before(Journal, "append", merged),
         "behind the merge": lambda: after(LossAwareTiesMerge, "merge", always),

@@ -46,9 +46,11 @@ def command(edits: Path, run_dir: Path, *options: str, window: int = 8) -> list[
     return [*given, *quiet, "--scoreboard.live", "0", "--trainer.accelerator", "cpu", *options]
 
 
-def start(arguments: Sequence[str], kill_at: str | None = None) -> subprocess.Popen[str]:
-    """A run in a process of its own; `kill_at` names the moment at which it kills itself, see `killer.py`."""
+def start(arguments: Sequence[str], kill_at: str | None = None, ranks: int = 0) -> subprocess.Popen[str]:
+    """A run in a process of its own; `kill_at` names the moment at which it kills itself, see `killer.py`; with `ranks`
+    torchrun starts so many."""
     script = [str(KILLER), kill_at] if kill_at else [str(REPOSITORY / "train.py")]
+    script = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *script] if ranks else script
     environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
     return subprocess.Popen(
         [sys.executable, *script, *arguments],
@@ -60,9 +62,9 @@ def start(arguments: Sequence[str], kill_at: str | None = None) -> subprocess.Po
     )
 
 
-def finish(arguments: Sequence[str], kill_at: str | None = None) -> tuple[int, str]:
+def finish(arguments: Sequence[str], kill_at: str | None = None, ranks: int = 0) -> tuple[int, str]:
     """Let a run come to its end; its exit status and all that it printed."""
-    process = start(arguments, kill_at)
+    process = start(arguments, kill_at, ranks)
     output, _ = process.communicate()
     return process.returncode, output
 
