@@ -439,5 +439,6 @@ def _quiet() -> None:
     os.environ.setdefault("WANDB_SILENT", "true")  # its folder is named in the closing report
     warnings.filterwarnings("ignore", "Found .* module.* in eval mode")  # the frozen base stays in it on purpose
     warnings.filterwarnings("ignore", "Checkpoint directory .* exists")  # the last run's is replaced
+    warnings.filterwarnings("ignore", ".*sync_dist=True.*")  # what is logged is the same on all ranks
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")  # inside Lightning
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # a worklist of a few batches in memory

@@ -8,10 +8,12 @@ they share. `model_parallel` lays the base's weights out over the ranks (FSDP2),
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.distributed import _distributed_is_initialized
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
@@ -67,12 +69,14 @@ class EditStrategy(DDPStrategy):
         self.lost_after = lost_after
         self.team = ALONE
         self.watch: Watch | None = None
+        self._sigterm: Any = None
 
     def join(self) -> Team:
         """Start the other ranks where nothing else has, and meet them; does nothing the second time."""
         if self.team.size > 1 or self.world_size == 1:
             return self.team
         assert isinstance(self._launcher, EarlyLauncher)
+        self._sigterm = signal.getsignal(signal.SIGTERM)
         self._launcher.start()
         self.accelerator.setup_device(self.root_device)  # type: ignore[union-attr]
         self.setup_distributed()
@@ -95,10 +99,22 @@ class EditStrategy(DDPStrategy):
         super().setup_environment()
         self.join()
 
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Lightning's, and SIGTERM as it was: Lightning's answer is a broadcast, which waits for ever in the midst of
+        another collective."""
+        super().setup(trainer)
+        if self._sigterm is not None and not isinstance(self.cluster_environment, SLURMEnvironment):
+            signal.signal(signal.SIGTERM, self._sigterm)
+
     def setup_distributed(self) -> None:
         """Lightning's, once."""
         if not _distributed_is_initialized():
             super().setup_distributed()
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Lightning's sampler passes everything on: each rank's loader holds that rank's own batches already."""
+        return {"num_replicas": 1, "rank": 0}
 
     def configure_ddp(self) -> None:
         """Nothing is wrapped: the shards' gradients are the editor's own business."""
