@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PARTS = ("editing", "flat", "roofline", "generation", "memory", "clustering", "merging", "gpu")
+PARTS = ("editing", "flat", "roofline", "generation", "memory", "clustering", "routing", "merging", "gpu")
 _UNSET: Any = None
 
 
@@ -42,7 +42,11 @@ class Context:
     points: tuple[int, ...] = option(
         (1_000, 10_000, 100_000, 500_000), "clustering: vectors to cluster", quick=(1_000, 20_000)
     )
-    limit: int = option(0, "flat, clustering: leave out sizes above this; 0 for none")
+    banks: tuple[int, ...] = option((16, 256, 4_096), "routing: shards in the bank", quick=(16, 64))
+    keyed: tuple[int, ...] = option(
+        (10_000, 50_000, 100_000, 500_000), "routing: edits in the key router", quick=(500, 2_000)
+    )
+    limit: int = option(0, "flat, clustering, routing: leave out sizes above this; 0 for none")
     merged: tuple[int, ...] = option((2, 4, 8), "merging: shards that become one", quick=(2,))
     per_shard: int = option(16, "merging: edits per shard", quick=4)
     densities: tuple[float, ...] = option((1.0, 0.5, 0.2), "merging: shares of a shard that are kept", quick=(1.0, 0.2))

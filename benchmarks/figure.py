@@ -187,6 +187,27 @@ def clustering(axis: Any, result: dict[str, Any]) -> None:
     axis.set_title("Clustering into homogeneous batches")
 
 
+def routing(axis: Any, result: dict[str, Any]) -> None:
+    """Cost of two levels over that of one, a prompt at a time, against the number of shards and of edits."""
+    for rows, count, colour, label in (
+        (result["banks"], "shards", OTHER, "activation router, shards"),
+        (result["keyed"], "edits", OURS, "key router, edits"),
+    ):
+        points = [(row[count], row["batch_1"]["ratio"]) for row in rows]
+        axis.plot(*zip(*points, strict=True), "o-", color=colour, markersize=5, label=label)
+        for row, at in zip(rows, points, strict=True):
+            text = f"recall {row['recall']:.3f}"
+            axis.annotate(text, at, (6, 5), textcoords="offset points", fontsize=7.5)
+    axis.axhline(1, color="#8a949b", linewidth=0.8)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.grid()
+    axis.set_xlabel("shards or edits")
+    axis.set_ylabel("cost of two levels / of one")
+    axis.legend(frameon=False, fontsize=7.5, loc="lower left")
+    axis.set_title("Routing in two levels, one prompt")
+
+
 def merging(axis: Any, result: dict[str, Any]) -> None:
     """OP of the default rule and of the references against the number of shards, beside the OP before."""
     forms = list(dict.fromkeys(bank["form"] for bank in result["banks"]))
@@ -239,6 +260,7 @@ PANELS: Mapping[str, Callable[[Any, dict[str, Any]], None]] = {
     "generation": generation,
     "memory": memory,
     "clustering": clustering,
+    "routing": routing,
     "merging": merging,
     "gpu": gpu,
 }
