@@ -208,6 +208,21 @@ def routing(axis: Any, result: dict[str, Any]) -> None:
     axis.set_title("Routing in two levels, one prompt")
 
 
+def checkpoints(axis: Any, result: dict[str, Any]) -> None:
+    """Seconds of a checkpoint against the number of edits that are held, written whole and in segments."""
+    rows = result["sizes"]
+    edits = [row["edits"] for row in rows]
+    axis.plot(edits, [row["whole"]["seconds"] for row in rows], "o-", color=OTHER, markersize=5, label="whole")
+    axis.plot(edits, [row["apart"]["seconds"] for row in rows], "o-", color=OURS, markersize=5, label="in segments")
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.grid()
+    axis.set_xlabel("edits held")
+    axis.set_ylabel("seconds per checkpoint")
+    axis.legend(frameon=False, fontsize=7.5, loc="upper left")
+    axis.set_title("Checkpoints")
+
+
 def merging(axis: Any, result: dict[str, Any]) -> None:
     """OP of the default rule and of the references against the number of shards, beside the OP before."""
     forms = list(dict.fromkeys(bank["form"] for bank in result["banks"]))
@@ -261,6 +276,7 @@ PANELS: Mapping[str, Callable[[Any, dict[str, Any]], None]] = {
     "memory": memory,
     "clustering": clustering,
     "routing": routing,
+    "checkpoints": checkpoints,
     "merging": merging,
     "gpu": gpu,
 }

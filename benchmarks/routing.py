@@ -272,8 +272,8 @@ def tables(result: dict[str, Any]) -> list[Table]:
     note = (
         f"Keys of width {result['keyed'][0]['width'] if result['keyed'] else 0}; rephrases of the first records and "
         f"of {result['prompts']} edits made from them about invented names, and unrelated prompts; all of `route`, "
-        "encoding included. Radii as if nothing else came near (their calibration compares all pairs). Filling: seconds "
-        "to put all keys into their cells after loading."
+        "encoding included. Radii as if nothing else came near (their calibration compares all pairs). Filling: "
+        "seconds to put all keys into their cells after loading."
     )
     found_keys = Table(f"{TITLE}, key router", ("edits", "cells", "recall", "base", *costs, "filling s"), keyed, note)
     return [found_banks, found_keys]

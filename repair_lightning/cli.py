@@ -173,13 +173,15 @@ class EditCLI(LightningCLI):
         self.datamodule.setup()
         self.datamodule.also_scored = tuple(probe.prompt for probe in self.part("scoreboard").probes)
         self.run.open(self.settings(), self.config.resume, self.config.overwrite)
-        self.model.scratch = self.run_dir / "scratch"
+        self.model.scratch, self.model.rows_apart = self.run_dir / "scratch", True
         self.model.load()
         self.datamodule.check_fit(self.model.tokenizer, self.model.max_tokens)
         earlier = None if self.run.resumes else self._start_from_pack()
         self.run.begin()
         if earlier is not None:
             self.datamodule.inherit(earlier)
+        if self.run.checkpoint is not None:
+            self.datamodule.ledger = self.run.journal.rebuild()
         self.run.journal.follow(self.datamodule.ledger)
         self.loaded = time.perf_counter()
 

@@ -66,7 +66,7 @@ class Routing:
         neighbours: made-up neighbours per edit (its subject in other edits' words); 0 leaves that check out.
         state_weight: weight of the last hidden state in the key.
         two_level_from: from how many edits (key) or shards (activation) on a router looks for candidates first, by
-            their cells or sketches; None takes 50,000 edits or 256 shards, where that was measured to pay.
+            their cells or sketches; None takes 20,000 edits or 256 shards, from where it was measured to pay.
         candidates: how many edits or shards are then looked at; None takes 64 edits or 32 shards.
         weight: lambda_a, the routing loss's weight; 0 leaves it out.
         margins: (g1, g2, g) of Eq. 7.

@@ -6,6 +6,7 @@ Ours, not the paper's: the activation score finds the right shard for fewer prom
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -24,12 +25,16 @@ from repair_lightning.functional.keys import (
 from repair_lightning.memory.query import Choice, Query, pad_right
 from repair_lightning.memory.routers.base import Anchor, Neighbours, Router
 from repair_lightning.memory.routers.inverted import InvertedFile, cells_of, centroids_of
+from repair_lightning.memory.rows import NUMBERS, Part, Rows, joined
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.types import BASE
 
 _PER_EDIT = ("shards", "anchors", "prompts", "negatives", "radii", "floors", "limits", "named")
 _PROGRESS = ("changed", "renewed_at", "calibrated_on")
 _CELLS = ("centroids", "cells", "clustered")
+_FIXED = ("anchors", "prompts", "floors", "named")
+"""What of an edit is not changed any more once it has been added, besides its key and its id."""
+_RAGGED = ("anchors", "prompts")
 
 _FULL = 0.95
 """Coverage that counts as naming the subject in full."""
@@ -136,7 +141,7 @@ class KeyRouter(Router):
         caution_unnamed: float = 0.2,
         relation_caution: float = 0.15,
         state_weight: float = 0.5,
-        two_level_from: int = 50_000,
+        two_level_from: int = 20_000,
     ) -> None:
         self.candidates, self.two_level_from = candidates, two_level_from
         self.caution, self.caution_unnamed, self.relation_caution = caution, caution_unnamed, relation_caution
@@ -367,13 +372,17 @@ class KeyRouter(Router):
     def state_dict(self) -> dict[str, Any]:
         """Keys, radii, anchors, what is known of the background and when it was renewed; the base's embeddings are not
         copied."""
-        state: dict[str, Any] = {field: getattr(self, field).contiguous() for field in (*_PER_EDIT, "token_weights")}
+        state = self.state_beside_rows() | {field: getattr(self, field).contiguous() for field in _FIXED}
         state["keys"] = self.keys.clone()  # a view would be saved with the room behind it
-        state |= {"numbers": self.numbers, "next_number": self.next_number}
-        if self.clustered:
-            state |= {field: getattr(self, field) for field in _CELLS}
-        state |= {field: getattr(self, field) for field in _PROGRESS}
-        state |= {"ids": list(self.ids), "background_size": self._background_size}
+        return state | {"numbers": self.numbers, "ids": list(self.ids)}
+
+    def state_beside_rows(self) -> dict[str, Any]:
+        """What changes with every calibration, and what is there once."""
+        fields = [field for field in (*_PER_EDIT, "token_weights") if field not in _FIXED]
+        state: dict[str, Any] = {field: getattr(self, field).contiguous() for field in fields}
+        state |= {field: getattr(self, field) for field in (*_PROGRESS, *(_CELLS if self.clustered else ()))}
+        state |= {"next_number": self.next_number, "background_size": self._background_size}
+        state |= {f"{field}_width": getattr(self, field).shape[1] for field in _RAGGED}
         state |= {"background_counts": self._background_counts, "encoder_weights": self.encoder.token_weights}
         return state | {"lexical_centre": self.encoder.centres[0], "state_centre": self.encoder.centres[1]}
 
@@ -396,6 +405,25 @@ class KeyRouter(Router):
         self._background_counts = state["background_counts"]
         self.encoder.token_weights = state["encoder_weights"]
         self.encoder.centres = (state["lexical_centre"], state["state_centre"])
+
+    def rows(self) -> Rows:
+        """The edits' ids, keys, words and floors."""
+
+        def take(start: int, stop: int) -> dict[str, Tensor]:
+            ids = torch.frombuffer(bytearray(json.dumps(self.ids[start:stop]).encode()), dtype=torch.uint8)
+            fixed = {field: getattr(self, field)[start:stop] for field in _FIXED}
+            return {"ids": ids, "keys": self.keys[start:stop], **fixed}
+
+        return Rows(self.numbers, take)
+
+    @staticmethod
+    def state_of_rows(state: Mapping[str, Any], parts: Sequence[Part]) -> dict[str, Any]:
+        """The whole state again."""
+        known = [(part, json.loads(part.tensors["ids"].numpy().tobytes())) for part in parts]
+        ids = [id for part, names in known for id, kept in zip(names, part.kept.tolist(), strict=True) if kept]
+        plain = {name: joined(parts, name) for name in (NUMBERS, "keys", "floors", "named")}
+        ragged = {name: joined(parts, name, fill=-1, width=state[f"{name}_width"]) for name in _RAGGED}
+        return {**state, "ids": ids, **plain, **ragged}
 
     def bind(self, embeddings: Tensor) -> None:
         """Give the base's input embeddings (V, E) to a loaded router."""
