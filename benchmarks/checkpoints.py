@@ -103,7 +103,7 @@ class Growing:
         self.written += count
 
     def saved(self, io: DurableCheckpointIO, rows_apart: bool) -> dict[str, float]:
-        """Seconds and bytes of one checkpoint, as the trainer asks for it: `rows_apart`, or all of it, with the ledger."""
+        """Seconds and bytes of one checkpoint as the trainer saves it: in segments, or whole and with the ledger."""
         path = self.folder / ("apart" if rows_apart else "whole") / "last.ckpt"
         self.editor.rows_apart = self.editor.memory.rows_apart = rows_apart
         self.stream.ledger.journal = self.journal if rows_apart else None

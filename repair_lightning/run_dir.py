@@ -184,6 +184,7 @@ class RunDirectory:
         """The last event and the number of windows that the checkpoint holds; sets `checkpoint`. What it does not
         name is removed."""
         path = self.path / CHECKPOINT
+        _aside(path).unlink(missing_ok=True)
         if not path.is_file():
             self.segments.sweep()
             return 0, 0
@@ -203,6 +204,10 @@ class RunDirectory:
     def checkpoint_io(self, windows: Callable[[], int]) -> DurableCheckpointIO:
         """How the trainer saves: the journal knows a checkpoint before it gets its name."""
         return DurableCheckpointIO(lambda sha256: self.journal.checkpoint(sha256, windows()), self.segments)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
 
 
 def _damaged(path: Path, problem: str) -> RepairError:
@@ -259,7 +264,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
             RepairError: it cannot be written, or what is read back is not what was written.
         """
         path = Path(path)
-        aside = path.with_name(f".{path.name}.part")
+        aside = _aside(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             named = self.segments.write(checkpoint.get(ROWS, {}))
