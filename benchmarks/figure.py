@@ -187,6 +187,42 @@ def clustering(axis: Any, result: dict[str, Any]) -> None:
     axis.set_title("Clustering into homogeneous batches")
 
 
+def routing(axis: Any, result: dict[str, Any]) -> None:
+    """Cost of two levels over that of one, a prompt at a time, against the number of shards and of edits."""
+    for rows, count, colour, label in (
+        (result["banks"], "shards", OTHER, "activation router, shards"),
+        (result["keyed"], "edits", OURS, "key router, edits"),
+    ):
+        points = [(row[count], row["batch_1"]["ratio"]) for row in rows]
+        axis.plot(*zip(*points, strict=True), "o-", color=colour, markersize=5, label=label)
+        for row, at in zip(rows, points, strict=True):
+            text = f"recall {row['recall']:.3f}"
+            axis.annotate(text, at, (6, 5), textcoords="offset points", fontsize=7.5)
+    axis.axhline(1, color="#8a949b", linewidth=0.8)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.grid()
+    axis.set_xlabel("shards or edits")
+    axis.set_ylabel("cost of two levels / of one")
+    axis.legend(frameon=False, fontsize=7.5, loc="lower left")
+    axis.set_title("Routing in two levels, one prompt")
+
+
+def checkpoints(axis: Any, result: dict[str, Any]) -> None:
+    """Seconds of a checkpoint against the number of edits that are held, written whole and in segments."""
+    rows = result["sizes"]
+    edits = [row["edits"] for row in rows]
+    axis.plot(edits, [row["whole"]["seconds"] for row in rows], "o-", color=OTHER, markersize=5, label="whole")
+    axis.plot(edits, [row["apart"]["seconds"] for row in rows], "o-", color=OURS, markersize=5, label="in segments")
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.grid()
+    axis.set_xlabel("edits held")
+    axis.set_ylabel("seconds per checkpoint")
+    axis.legend(frameon=False, fontsize=7.5, loc="upper left")
+    axis.set_title("Checkpoints")
+
+
 def merging(axis: Any, result: dict[str, Any]) -> None:
     """OP of the default rule and of the references against the number of shards, beside the OP before."""
     forms = list(dict.fromkeys(bank["form"] for bank in result["banks"]))
@@ -253,6 +289,8 @@ PANELS: Mapping[str, Callable[[Any, dict[str, Any]], None]] = {
     "generation": generation,
     "memory": memory,
     "clustering": clustering,
+    "routing": routing,
+    "checkpoints": checkpoints,
     "merging": merging,
     "scaling": scaling,
     "gpu": gpu,

@@ -25,7 +25,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.logging import RichHandler
 
-from repair_lightning.data.ledger import EditStatus, Ledger
+from repair_lightning.data.ledger import EditStatus, KeptElsewhere, Ledger
 from repair_lightning.data.stream import EditStream
 from repair_lightning.distributed.strategies import STRATEGIES, EditStrategy
 from repair_lightning.distributed.team import ALONE, LeftOutError
@@ -216,12 +216,16 @@ class EditCLI(LightningCLI):
         (known,) = self.team.first([json.dumps(self.run.resumes)] if first else [])
         earlier = together(lambda: self._load_base(resumes=json.loads(known)))
         together(self.run.begin if first else lambda: None)
-        if earlier is not None:
-            self.datamodule.inherit(earlier)
-        if first:
-            self.run.journal.follow(self.datamodule.ledger)
         (checkpoint,) = self.team.first([str(self.run.checkpoint or "")] if first else [])
         self.run.checkpoint = Path(checkpoint) if checkpoint else None
+        if earlier is not None:
+            self.datamodule.inherit(earlier)
+        if self.run.checkpoint is not None:
+            self.datamodule.ledger = together(self.run.history)
+        if first:
+            self.run.journal.follow(self.datamodule.ledger)
+        else:
+            self.datamodule.ledger.journal = KeptElsewhere()
 
     def _read(self) -> None:
         self._keep_the_pack()
@@ -229,7 +233,7 @@ class EditCLI(LightningCLI):
         self.datamodule.also_scored = tuple(probe.prompt for probe in self.part("scoreboard").probes)
 
     def _load_base(self, resumes: bool) -> Ledger | None:
-        self.model.scratch = self.run_dir / "scratch"
+        self.model.scratch, self.model.rows_apart = self.run_dir / "scratch", True
         self.model.load()
         self.datamodule.check_fit(self.model.tokenizer, self.model.max_tokens)
         return None if resumes else self._start_from_pack()

@@ -1,7 +1,8 @@
 """A run's directory: held by one process, resumed where it was left, never overwritten unasked.
 
 `run.json` says what was asked for, `journal.sqlite` what became of every edit, `checkpoints/last.ckpt` holds the state
-after the last window that came to its end, `metrics.json` is written last and means that the run has finished.
+after the last window that came to its end, `metrics.json` is written last and means that the run has finished. What is
+written once and never changed, shards and keys, lies in the segments that the checkpoint names.
 """
 
 from __future__ import annotations
@@ -24,13 +25,19 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from repair_lightning.data.journal import FILE as JOURNAL_FILE
 from repair_lightning.data.journal import Journal
+from repair_lightning.data.ledger import Ledger
 from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.folders import sync
 from repair_lightning.models.base import files_hash
+from repair_lightning.segments import Segments
 
 log = logging.getLogger(__name__)
 
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
+SEGMENTS = "segments"
+"""The folder of the segments, beside the checkpoint."""
+ROWS = "rows"
+"""Where a checkpoint names its rows; see `repair_lightning.memory.rows`."""
 METRICS_FILE, SETTINGS_FILE, LOCK_FILE = "metrics.json", "run.json", ".lock"
 _WRITTEN = (
     SETTINGS_FILE,
@@ -66,6 +73,7 @@ class RunDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.segments = Segments((self.path / CHECKPOINT).with_name(SEGMENTS))
         self.journal: Journal
         self.checkpoint: Path | None = None
 
@@ -130,6 +138,16 @@ class RunDirectory:
         void = self.journal.rewind(seq, f"resumed behind window {windows}")
         log.info("resuming '%s' behind window %d; %d later events are void", self.path, windows, void)
 
+    def history(self) -> Ledger:
+        """The ledger as the journal tells it, up to the checkpoint; another rank's journal is read from the disk."""
+        if hasattr(self, "journal"):
+            return self.journal.rebuild()
+        journal = Journal(self.path / JOURNAL_FILE, read_only=True)
+        try:
+            return journal.rebuild()
+        finally:
+            journal.close()
+
     def close(self) -> None:
         """Let go of the journal and of the directory."""
         self.journal.close()
@@ -174,16 +192,21 @@ class RunDirectory:
         return None
 
     def _durable_point(self) -> tuple[int, int]:
-        """The last event and the number of windows that the checkpoint holds; sets `checkpoint`."""
+        """The last event and the number of windows that the checkpoint holds; sets `checkpoint`. What it does not
+        name is removed."""
         path = self.path / CHECKPOINT
+        _aside(path).unlink(missing_ok=True)
         if not path.is_file():
+            self.segments.sweep()
             return 0, 0
         found = self.journal.seq_of(files_hash([path]))
         if found is None:
-            raise RepairError(
-                f"checkpoint '{path}' is damaged: the journal knows no such content; restore it from a copy, or "
-                "--overwrite starts the run anew"
-            )
+            raise _damaged(path, "the journal knows no such content")
+        try:
+            self.segments.adopt(torch.load(path, weights_only=True).get(ROWS, {}))
+        except RepairError as error:
+            raise _damaged(path, str(error)) from error
+        self.segments.sweep()
         self.checkpoint = path
         return found
 
@@ -191,7 +214,17 @@ class RunDirectory:
 
     def checkpoint_io(self, windows: Callable[[], int]) -> DurableCheckpointIO:
         """How the trainer saves: the journal knows a checkpoint before it gets its name."""
-        return DurableCheckpointIO(lambda sha256: self.journal.checkpoint(sha256, windows()))
+        return DurableCheckpointIO(lambda sha256: self.journal.checkpoint(sha256, windows()), self.segments)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
+
+
+def _damaged(path: Path, problem: str) -> RepairError:
+    return RepairError(
+        f"checkpoint '{path}' is damaged: {problem}; restore it from a copy, or --overwrite starts the run anew"
+    )
 
 
 class WindowCheckpoint(ModelCheckpoint):
@@ -225,13 +258,16 @@ class WindowCheckpoint(ModelCheckpoint):
 class DurableCheckpointIO(TorchCheckpointIO):
     """Checkpoints that are whole or not there: written aside, read back, told, and renamed over the previous one.
 
+    Rows (`ROWS`) go into segments, which are on the disk before; a checkpoint that is loaded has them again.
+
     Args:
         tell: called with the file's SHA-256 before it gets its name.
+        segments: where the rows go.
     """
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
+    def __init__(self, tell: Callable[[str], None], segments: Segments) -> None:
         super().__init__()
-        self.tell = tell
+        self.tell, self.segments = tell, segments
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write a checkpoint; the previous one stays until this one is known to be good.
@@ -240,9 +276,11 @@ class DurableCheckpointIO(TorchCheckpointIO):
             RepairError: it cannot be written, or what is read back is not what was written.
         """
         path = Path(path)
-        aside = path.with_name(f".{path.name}.part")
+        aside = _aside(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            named = self.segments.write(checkpoint.get(ROWS, {}))
+            checkpoint = checkpoint | {ROWS: named} if ROWS in checkpoint else checkpoint
             with open(aside, "wb") as file:
                 hashed = _Hashed(file)
                 torch.save(checkpoint, hashed)  # type: ignore[arg-type]
@@ -252,6 +290,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
                 raise RepairError(f"checkpoint '{path}': what is read back is not what was written; check the disk")
             self.tell(hashed.hexdigest())
             os.replace(aside, path)
+            self.segments.accept()
             sync(path.parent)
         except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
@@ -261,6 +300,22 @@ class DurableCheckpointIO(TorchCheckpointIO):
             ) from error
         finally:
             aside.unlink(missing_ok=True)  # what has failed takes no room; what was good has its name by now
+            self.segments.sweep()
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """A checkpoint with its rows.
+
+        Raises:
+            RepairError: a segment is missing or damaged.
+        """
+        checkpoint: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
+        if ROWS not in checkpoint:
+            return checkpoint
+        try:
+            self.segments.adopt(checkpoint[ROWS])
+            return checkpoint | {ROWS: self.segments.read(checkpoint[ROWS])}
+        except RepairError as error:
+            raise _damaged(Path(path), str(error)) from error
 
 
 class _Hashed:

@@ -25,6 +25,7 @@ from benchmarks import (
     merging,
     report,
     roofline,
+    routing,
     streams,
     timing,
 )
@@ -197,6 +198,19 @@ def test_clustering(context):
         assert row["cosine"] > row["random_cosine"]
         assert 0.5 < row["recall"] <= 1
     assert "11,000" in shown("clustering", result)
+
+
+def test_routing(context):
+    result = routing.run_part(replace(context, banks=(4, 40, 1 << 30), keyed=(600,), limit=1_000))
+    finite(result)
+    assert [row["shards"] for row in result["banks"]] == [4, 40]
+    assert [row["edits"] for row in result["keyed"]] == [600]
+    for row in (*result["banks"], *result["keyed"]):
+        assert 0.3 < row["fires"] < 1
+        assert row["recall"] > 0.9
+        assert set(row["batch_1"]) == {"one", "two", "ratio", "all"}
+    assert result["banks"][0]["recall"] == 1  # all of 4 shards are candidates
+    assert "key router" in shown("routing", result)
 
 
 def test_mean_cosine_by_hand():

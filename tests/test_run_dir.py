@@ -18,6 +18,7 @@ from repair_lightning.data.ledger import Ledger
 from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.models.base import files_hash
 from repair_lightning.run_dir import CHECKPOINT, DurableCheckpointIO, RunDirectory, plain, write_durably
+from repair_lightning.segments import Segments
 from repair_lightning.types import Edit
 
 SETTINGS = {"model": {"lr": 1.0, "steps": 3}, "data": {"path": Path("edits.jsonl"), "sizes": (1, 2)}, "seed": 0}
@@ -287,7 +288,7 @@ class Told:
 
 @pytest.fixture
 def saver(tmp_path) -> DurableCheckpointIO:
-    return DurableCheckpointIO(Told(tmp_path / "deep" / "last.ckpt"))
+    return DurableCheckpointIO(Told(tmp_path / "deep" / "last.ckpt"), Segments(tmp_path / "deep" / "segments"))
 
 
 STATE = {"tensor": torch.arange(5000.0), "text": "ü"}

@@ -107,6 +107,13 @@ class Record(Protocol):
         """What became of some edits: on the disk when this returns."""
 
 
+class KeptElsewhere:
+    """The record of a ledger whose history another process keeps."""
+
+    def append(self, kind: str, entries: Sequence[LedgerEntry]) -> None:
+        """Nothing to do."""
+
+
 class Ledger:
     """Every edit that ever arrived, in order of arrival, with its state.
 

@@ -7,7 +7,7 @@ of the future is looked at. Everything waits in the ledger, so nothing is lost b
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
@@ -279,20 +279,33 @@ class EditStream(pl.LightningDataModule):
     # -- state --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The ledger and the place in the stream, in plain types."""
+        """The place in the stream and the ledger, in plain types; of a ledger whose journal holds it already only how
+        many edits are in which state."""
         joined = self.joined.as_dict() if self.joined else None
         return {
-            "ledger": self.ledger.state_dict(),
+            "ledger": {"counts": self.ledger.counts()} if self.ledger.journal else self.ledger.state_dict(),
             "arrived": self.arrived,
             "windows": self.windows,
             "joined": joined,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`."""
+        """The inverse of :meth:`state_dict`.
+
+        Raises:
+            RepairError: the ledger, rebuilt from its journal, is not the one that was saved.
+        """
         if state_dict.get("joined"):
             self._follow(Joined(**state_dict["joined"]))
-        self.ledger.load_state_dict(state_dict["ledger"])
+        saved = state_dict["ledger"]
+        if "counts" not in saved:
+            self.ledger.load_state_dict(saved)
+        elif saved["counts"] != self.ledger.counts():
+            known, told = _said(saved["counts"]), _said(self.ledger.counts())
+            raise RepairError(
+                f"the journal is damaged: it tells of edits {told}, the checkpoint of {known}; restore it from a copy, "
+                "or --overwrite starts the run anew"
+            )
         self.arrived, self.windows = state_dict["arrived"], state_dict["windows"]
         self._open, self._open_entries = [], {}
 
@@ -300,6 +313,10 @@ class EditStream(pl.LightningDataModule):
 def _prompts_of(edit: Edit) -> list[str]:
     """Everything that an edit's record asks: none of it may serve as an irrelevant prompt."""
     return [edit.prompt, *edit.rephrases, *(probe.prompt for probe in (*edit.locality, *edit.near))]
+
+
+def _said(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {status}" for status, count in counts.items() if count) or "none"
 
 
 def _folded(text: str) -> str:

@@ -30,6 +30,7 @@ from repair_lightning.editors.exchange import Pace, Written
 from repair_lightning.errors import ConfigError
 from repair_lightning.memory.query import Choice, Query
 from repair_lightning.memory.routers import Router
+from repair_lightning.memory.rows import Rows
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.models.architectures import architecture_of, resolve_layer, value_shape
 from repair_lightning.models.base import Base, load_base
@@ -119,6 +120,8 @@ class Editor(pl.LightningModule):
         """What this rank has written of the window, where the ranks share its batches."""
         self.paces: list[Pace] = []
         """Per rank, what it wrote and how long that took; empty for a team of one."""
+        self.rows_apart = False
+        """Whether what never changes is kept out of checkpoints' tensors, as rows that their writer stores once."""
         self.scratch: Path | None = None
         """A folder for what the prefix cache cannot hold in memory; None computes it anew."""
 
@@ -139,6 +142,7 @@ class Editor(pl.LightningModule):
         self.layer = layer
         value = architecture_of(base.model).value_module(base.model, layer)
         memory = self.build_memory(value_shape(value)).to(base.model.device)
+        memory.rows_apart = self.rows_apart
         if self.base is None:
             self.edited = EditedModel(base.model, base.tokenizer, memory, self.build_router(), layer)
             self._encode = lru_cache(1 << 16)(partial(encode, base.tokenizer))
@@ -385,12 +389,21 @@ class Editor(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The router's thresholds and keys travel with the shards, and W_v where a merge wrote into it."""
-        checkpoint["router"] = self.router.state_dict()
+        if self.rows_apart:
+            checkpoint["router"], checkpoint["rows"] = self._parted()
+        else:
+            checkpoint["router"] = self.router.state_dict()
         if self.adapted is not None:
             checkpoint["adapted"] = self.adapted.as_dict()
         if self.base_changed:
             checkpoint["value_weight"] = self.edited.value_weight.detach().cpu()  # type: ignore[operator]
         checkpoint["base"] = {"name": self.base.name, "sha256": self.base.sha256} if self.base else {}
+
+    def _parted(self) -> tuple[dict[str, Any], dict[str, Rows]]:
+        """The router's state, and what is told apart from it and from the memory's: their rows, where there are any."""
+        tables = {"shards": self.memory.rows(), "router": self.router.rows()}
+        rows = {name: table for name, table in tables.items() if table is not None and len(table.numbers)}
+        return (self.router.state_beside_rows() if "router" in rows else self.router.state_dict()), rows
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The inverse of :meth:`on_save_checkpoint`; a checkpoint of another base is refused."""
@@ -404,7 +417,11 @@ class Editor(pl.LightningModule):
             )
         if "adapted" in checkpoint:  # not chosen anew: the shards belong to what was chosen
             self.adopt(Adapted.from_dict(checkpoint["adapted"]))
-        self.router.load_state_dict(checkpoint["router"])
+        rows, state = checkpoint.get("rows", {}), checkpoint["router"]
+        if "shards" in rows:
+            found = self.memory.state_of_rows(rows["shards"])
+            checkpoint["state_dict"] |= {f"edited.memory.{name}": tensor for name, tensor in found.items()}
+        self.router.load_state_dict(self.router.state_of_rows(state, rows["router"]) if "router" in rows else state)
         self.router.bind(self.base.embeddings)
         self.changed_weight = checkpoint.get("value_weight")
 

@@ -65,6 +65,9 @@ class Routing:
         relation_caution: how much more alike than its made-up neighbours a prompt must be, 0 to 1.
         neighbours: made-up neighbours per edit (its subject in other edits' words); 0 leaves that check out.
         state_weight: weight of the last hidden state in the key.
+        two_level_from: from how many edits (key) or shards (activation) on a router looks for candidates first, by
+            their cells or sketches; None takes 20,000 edits or 256 shards, from where it was measured to pay.
+        candidates: how many edits or shards are then looked at; None takes 64 edits or 32 shards.
         weight: lambda_a, the routing loss's weight; 0 leaves it out.
         margins: (g1, g2, g) of Eq. 7.
         relative: scores and margins in units of the base's typical `||A W_v^T||`, else absolute.
@@ -80,6 +83,8 @@ class Routing:
     relation_caution: float = 0.15
     neighbours: int = 8
     state_weight: float = 0.5
+    two_level_from: int | None = None
+    candidates: int | None = None
     weight: float = 0.0
     margins: tuple[float, float, float] = (0.1, 1.0, 0.5)
     relative: bool = True
@@ -206,6 +211,10 @@ class Repair(Editor):
         self._check()
 
     def _check(self) -> None:
+        for name in ("two_level_from", "candidates"):
+            value = getattr(self.routing, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"routing.{name} must be at least 1, or null for the default, got {value}")
         if self.writing.steps < 1:
             raise ConfigError(f"writing.steps must be at least 1, got {self.writing.steps}")
         if self.writing.check_every < 1:
@@ -273,9 +282,11 @@ class Repair(Editor):
         """The router that `routing` names, with the options that it takes."""
         options = self.routing
         scoring = {"pool": options.pool, "act_ratio": options.act_ratio, "false_fire_rate": options.false_fire_rate}
+        levels = {"two_level_from": options.two_level_from, "candidates": options.candidates}
+        levels = {name: value for name, value in levels.items() if value is not None}
         names = ("caution", "caution_unnamed", "relation_caution", "state_weight")
-        keys = {name: getattr(options, name) for name in names}
-        by_name: dict[str, dict[str, Any]] = {"activation": scoring, "key": keys, "hybrid": scoring | keys}
+        keys = {name: getattr(options, name) for name in names} | levels
+        by_name = {"activation": scoring | levels, "key": keys, "hybrid": scoring | keys}
         router = make_router(options.router, **by_name.get(options.router, {}))
         router.reads_all_tokens = options.pool != "last"  # the routing loss and the assignment pool too
         return router

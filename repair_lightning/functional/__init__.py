@@ -3,7 +3,7 @@
 from .fusing import fused_delta
 from .losses import IGNORED, Margins, kd_loss, routing_margin_loss, soft_kd_loss, target_cross_entropy, target_margin
 from .masks import bernoulli_mask, masked_step, pack_mask, pack_values, unpack_mask, unpack_values
-from .routing import Pool, activation_scores, calibrate_threshold, decide, ratio_threshold
+from .routing import Pool, activation_scores, calibrate_threshold, decide, ratio_threshold, sketch, sketched_scores
 from .ties import Normalize, loss_weights, ties_merge, trim
 
 __all__ = [
@@ -23,6 +23,8 @@ __all__ = [
     "pack_values",
     "ratio_threshold",
     "routing_margin_loss",
+    "sketch",
+    "sketched_scores",
     "soft_kd_loss",
     "target_cross_entropy",
     "target_margin",

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from repair_lightning.errors import RepairError
 from repair_lightning.functional import bernoulli_mask, pack_mask, pack_values, unpack_mask, unpack_values
+from repair_lightning.memory.rows import NUMBERS, Part, Rows, joined
 from repair_lightning.types import BASE
 
 _LOW_RANK = "low_rank."
@@ -80,15 +81,19 @@ class Shard(nn.Module):
 
 
 class LowRankShard(nn.Module):
-    """A side memory `delta = left right` of rank R, with `left` (D, R) and `right` (R, F)."""
+    """A side memory `delta = left right` of rank R, with `left` (D, R) and `right` (R, F). It never changes.
+
+    `number` tells it from every other shard of its bank, also from those that had its id before a rollback.
+    """
 
     left: Tensor
     right: Tensor
     open = None
     generation = 0
 
-    def __init__(self, left: Tensor, right: Tensor) -> None:
+    def __init__(self, left: Tensor, right: Tensor, number: int) -> None:
         super().__init__()
+        self.number = number
         self.register_buffer("left", left.detach().float())
         self.register_buffer("right", right.detach().float())
 
@@ -180,6 +185,9 @@ class SideMemory(nn.Module):
         shape: (D, F) of the value matrix.
         mask_ratio: share of the coordinates that a shard may train (rho); 1 opens all.
         seed: with the shard's id and generation it determines the mask.
+
+    Attributes:
+        rows_apart: leave the low-rank shards out of `state_dict`, because who stores it asks for :meth:`rows`.
     """
 
     _place: Tensor
@@ -192,6 +200,8 @@ class SideMemory(nn.Module):
         self.mask_ratio = mask_ratio
         self.seed = seed
         self.next_id = 0
+        self.next_number = 0
+        self.rows_apart = False
         self.turn = (0, 1)
         """Of several banks that open shards side by side: which one this is, and how many there are."""
         self.shards = nn.ModuleDict()
@@ -224,7 +234,7 @@ class SideMemory(nn.Module):
     def add(self, left: Tensor, right: Tensor) -> int:
         """Add a low-rank shard `left` (D, R) times `right` (R, F); returns its id."""
         shard = self._new_id()
-        self._put(shard, LowRankShard(left, right))
+        self._put(shard, LowRankShard(left, right, self._number()))
         return shard
 
     def _new_id(self) -> int:
@@ -300,6 +310,11 @@ class SideMemory(nn.Module):
             parts.append((factors, torch.tensor(rows, device=self.device)))
         return Selection(len(choice), parts)
 
+    def _number(self) -> int:
+        """A number for a low-rank shard; none is given twice, whatever is restored."""
+        self.next_number += 1
+        return self.next_number - 1
+
     def _mask(self, shard: int, generation: int) -> Tensor | None:
         if self.mask_ratio == 1:
             return None
@@ -313,36 +328,54 @@ class SideMemory(nn.Module):
 
     def get_extra_state(self) -> dict:
         """What tensors cannot say: the ids and generations, so that a loaded bank has the same shards."""
-        generations = {key: shard.generation for key, shard in self.shards.items()}  # type: ignore[union-attr]
-        return {"next_id": self.next_id, "generations": generations}
+        dense = {key: shard.generation for key, shard in self.shards.items() if isinstance(shard, Shard)}
+        return {"next_id": self.next_id, "next_number": self.next_number, "generations": dense}
 
     def set_extra_state(self, state: dict) -> None:
         """Accepts what :meth:`get_extra_state` gave; the shards themselves were made by `_load_from_state_dict`."""
         self.next_id = state["next_id"]
+        self.next_number = max(self.next_number, state.get("next_number", 0))
         for key, generation in state["generations"].items():
             if isinstance(self.shards[key], Shard):
                 self.shards[key].generation = generation  # type: ignore[assignment]
 
     def low_rank_tensors(self, shards: Iterable[int] | None = None) -> dict[str, Tensor]:
-        """Low-rank shards, by default all, in four tensors: `ids` and `ranks` (N,), `left` (sum R, D) and `right`
+        """Low-rank shards, by default all, as tensors: `ids`, `ranks` and numbers (N,), `left` (sum R, D) and `right`
         (sum R, F); nothing where there are none."""
-        chosen = self.shards if shards is None else {str(shard): self[shard] for shard in shards}
-        found = {int(key): shard for key, shard in chosen.items() if isinstance(shard, LowRankShard)}
-        if not found:
-            return {}
-        return {
-            "ids": torch.tensor(list(found)),
-            "ranks": torch.tensor([len(shard.right) for shard in found.values()]),
-            "left": torch.cat([shard.left.T for shard in found.values()]),
-            "right": torch.cat([shard.right for shard in found.values()]),
-        }
+        found = self._low_rank()
+        found = found if shards is None else {shard: found[shard] for shard in shards}
+        return _stacked([*found], [*found.values()]) if found else {}
+
+    def _low_rank(self) -> dict[int, LowRankShard]:
+        return {int(key): shard for key, shard in self.shards.items() if isinstance(shard, LowRankShard)}
+
+    def rows(self) -> Rows:
+        """The low-rank shards as rows."""
+        found = sorted(self._low_rank().items(), key=lambda pair: pair[1].number)
+        ids, shards = [id for id, _ in found], [shard for _, shard in found]
+
+        def take(start: int, stop: int) -> dict[str, Tensor]:
+            return _stacked(ids[start:stop], shards[start:stop])
+
+        return Rows(torch.tensor([shard.number for shard in shards], dtype=torch.long), take)
+
+    @staticmethod
+    def state_of_rows(parts: Sequence[Part]) -> dict[str, Tensor]:
+        """What stored :meth:`rows` add to a `state_dict` that lacks them."""
+        found = {name: joined(parts, name) for name in ("ids", "ranks", NUMBERS)}
+        for name in ("left", "right"):
+            whole = [part.kept.repeat_interleave(part.tensors["ranks"]) for part in parts]
+            found[name] = torch.cat([part.tensors[name][kept] for part, kept in zip(parts, whole, strict=True)])
+        return {f"{_LOW_RANK}{name}": tensor for name, tensor in found.items()}
 
     def load_low_rank(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take in what :meth:`low_rank_tensors` gave, beside the shards that are here."""
-        ranks = tensors["ranks"].tolist()
+        """Take in what :meth:`low_rank_tensors` gave, beside the shards that are here; without numbers they get new
+        ones."""
+        ids, ranks = tensors["ids"].tolist(), tensors["ranks"].tolist()
+        numbers = tensors[NUMBERS].tolist() if NUMBERS in tensors else [self._number() for _ in ids]
         factors = zip(tensors["left"].split(ranks), tensors["right"].split(ranks), strict=True)
-        for id, (left, right) in zip(tensors["ids"].tolist(), factors, strict=True):
-            self._put(id, LowRankShard(left.T.clone(), right.clone()))
+        for id, number, (left, right) in zip(ids, numbers, factors, strict=True):
+            self._put(id, LowRankShard(left.T.clone(), right.clone(), number))
         self._sort()
 
     def put_dense(self, shard: int, generation: int, delta: Tensor) -> None:
@@ -357,7 +390,8 @@ class SideMemory(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update({f"{prefix}{_LOW_RANK}{key}": value for key, value in self.low_rank_tensors().items()})
+        low_rank = {} if self.rows_apart else self.low_rank_tensors()
+        destination.update({f"{prefix}{_LOW_RANK}{key}": value for key, value in low_rank.items()})
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         """Make the shards that are stored; the dense ones load themselves."""
@@ -371,3 +405,13 @@ class SideMemory(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         unexpected: list[str] = args[3]
         unexpected[:] = [key for key in unexpected if not key.startswith(start)]
+
+
+def _stacked(ids: Sequence[int], shards: Sequence[LowRankShard]) -> dict[str, Tensor]:
+    """Low-rank shards in four tensors, see :meth:`SideMemory.low_rank_tensors`."""
+    return {
+        "ids": torch.tensor(ids),
+        "ranks": torch.tensor([len(shard.right) for shard in shards]),
+        "left": torch.cat([shard.left.T for shard in shards]),
+        "right": torch.cat([shard.right for shard in shards]),
+    }

@@ -11,19 +11,31 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks import ErrorSampleMonitor, LossAwareTiesMerge, PruneAndRetrigger, Scoreboard
 from repair_lightning.packs import read_pack, save_pack
+from repair_lightning.run_dir import DurableCheckpointIO
+from repair_lightning.segments import Segments
 
 
-def run(folder: Path, router: str, epochs: int = -1, ckpt_path: Path | None = None, target: str = "side"):
+def run(
+    folder: Path,
+    router: str,
+    epochs: int = -1,
+    ckpt_path: Path | None = None,
+    target: str = "side",
+    form: str = "dense",
+    **options,
+):
     """Three windows of a closed loop that has something to repair, with a checkpoint after each."""
     folder.mkdir()
-    editor = world_editor({"router": router}, capacity=3, mask_ratio=0.8)
+    dense = {"capacity": 3, "mask_ratio": 0.8} if form == "dense" else {}
+    editor = world_editor({"router": router}, form=form, **dense)
     stream = world_stream(write_edits(folder / "edits.jsonl", hard_edits(6)), window=2, batch_size=2)
     feedback = PruneAndRetrigger(max_attempts=2)
     merge = LossAwareTiesMerge(max_op_drop=1.0, every_n_windows=2, target=target)
     saver = ModelCheckpoint(folder, filename="last", every_n_epochs=1, enable_version_counter=False)
     loop = [ErrorSampleMonitor(), feedback, Scoreboard(live=2), merge, saver]
     path = str(ckpt_path) if ckpt_path else None
-    fit(editor, stream, loop, folder, path, max_epochs=epochs, enable_checkpointing=True)
+    editor.rows_apart = editor.memory.rows_apart = "plugins" in options
+    fit(editor, stream, loop, folder, path, max_epochs=epochs, enable_checkpointing=True, **options)
     return editor, stream, feedback
 
 
@@ -41,6 +53,30 @@ def test_stopped_and_resumed_is_the_same(tmp_path, router, stop):
     (config, tensors), (config_again, tensors_again) = packs
     assert config_again["shards"] == config["shards"]
     assert config_again["next_shard"] == config["next_shard"]
+    torch.testing.assert_close(tensors_again, tensors, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("router", ["key", "hybrid"])
+def test_in_segments_and_whole_are_the_same(tmp_path, router):
+    """Shards and keys that lie in segments beside the checkpoint, against a run that was never stopped."""
+
+    def durable(name: str) -> dict:
+        return {"plugins": [DurableCheckpointIO(lambda sha256: None, Segments(tmp_path / name / "segments"))]}
+
+    whole, stream, feedback = run(tmp_path / "whole", router, form="low_rank")
+    run(tmp_path / "part", router, epochs=1, form="low_rank", **durable("part"))
+    saved = torch.load(tmp_path / "part" / "last.ckpt", weights_only=True)
+    assert set(saved["rows"]) == {"router", "shards"}
+    assert not {"keys", "ids"} & set(saved["router"])
+    assert not [name for name in saved["state_dict"] if "low_rank" in name]
+    resumed, again, loop = run(
+        tmp_path / "rest", router, ckpt_path=tmp_path / "part" / "last.ckpt", form="low_rank", **durable("part")
+    )
+    assert again.ledger == stream.ledger
+    assert loop.retriggered == feedback.retriggered
+    packs = [read_pack(save_pack(editor, tmp_path / name, {})) for name, editor in (("a", whole), ("b", resumed))]
+    (config, tensors), (config_again, tensors_again) = packs
+    assert config_again["router"] == config["router"]
     torch.testing.assert_close(tensors_again, tensors, rtol=0, atol=0)
 
 

@@ -68,6 +68,9 @@ def arm(moment: str) -> None:
     def is_checkpoint(source: Any, target: Any) -> bool:
         return str(target).endswith("last.ckpt")
 
+    def is_segment(source: Any, target: Any) -> bool:
+        return str(target).endswith(".safetensors") and "segments" in str(target)
+
     def always(*args: Any, **kwargs: Any) -> bool:
         return True
 
@@ -81,6 +84,8 @@ def arm(moment: str) -> None:
         "while the second checkpoint is written": lambda: after(torch, "save", always, 2),
         "in the third window": lambda: after(Repair, "write", always, 3),
         "beside the second checkpoint": lambda: before(ModelCheckpoint, "on_train_epoch_end", always, 2),
+        "before the third checkpoint's segment has its name": lambda: before(os, "replace", is_segment, 5),
+        "behind the third checkpoint's segments": lambda: after(os, "replace", is_segment, 6),
         "before the merge": lambda: before(LossAwareTiesMerge, "merge", always),
         "during the merge": lambda: before(Journal, "append", merged),
         "behind the merge": lambda: after(LossAwareTiesMerge, "merge", always),

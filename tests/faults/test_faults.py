@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 
 import malformed
 import pytest
@@ -33,6 +34,14 @@ def test_killed_before_a_checkpoint_has_its_name(bench):
 
 def test_killed_during_the_merge_and_then_the_checkpoint_rots(bench):
     survived(torture.damaged_checkpoint(bench, torture.flip_a_bit, "that rotted", moment="during the merge"))
+
+
+def test_killed_between_the_segments_and_their_checkpoint(bench):
+    survived(torture.killed_at(bench, "behind the third checkpoint's segments"))
+
+
+def test_a_segment_that_is_missing(bench):
+    survived(torture.damaged_checkpoint(bench, Path.unlink, "that is missing", which=torture.SEGMENT))
 
 
 def test_two_runs_on_one_directory(bench):

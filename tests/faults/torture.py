@@ -37,6 +37,8 @@ MOMENTS = (
     "before the third checkpoint's rename",
     "behind the second checkpoint's rename",
     "while the second checkpoint is written",
+    "before the third checkpoint's segment has its name",
+    "behind the third checkpoint's segments",
     "before the merge",
     "during the merge",
     "behind the merge",
@@ -126,19 +128,28 @@ def killed_at(bench: Bench, moment: str) -> Row:
     return Row(f"killed {moment}", 1, int(good), lost)
 
 
-def damaged_checkpoint(bench: Bench, damage: Callable[[Path], None], how: str, moment: str = "before the merge") -> Row:
-    """A killed run whose checkpoint was damaged is refused; with the checkpoint restored it goes on."""
-    name = f"checkpoint-{how}"
+def damaged_checkpoint(
+    bench: Bench,
+    damage: Callable[[Path], None],
+    how: str,
+    moment: str = "before the merge",
+    which: str = "last.ckpt",
+) -> Row:
+    """A killed run whose checkpoint, or one of its segments, was damaged is refused; with that restored it goes on."""
+    name = f"checkpoint-{which.split('/')[0]}-{how}"
     code, output = finish(bench.command(name), kill_at=moment)
     assert code == -signal.SIGKILL, output
-    path = bench.folder / name / "checkpoints" / "last.ckpt"
+    path = min((bench.folder / name / "checkpoints").glob(which))
     whole = path.read_bytes()
     damage(path)
     code, output = finish(bench.command(name))
     refused = code == 2 and "is damaged" in output and "Traceback" not in output
     path.write_bytes(whole)
     good, lost = bench.ends(name)
-    return Row(f"checkpoint {how}", 1, int(refused and good), lost)
+    return Row(f"{'checkpoint' if which == 'last.ckpt' else 'segment'} {how}", 1, int(refused and good), lost)
+
+
+SEGMENT = "segments/shards-*.safetensors"
 
 
 def truncate(path: Path) -> None:
@@ -338,6 +349,9 @@ def main() -> None:
         rows += [
             damaged_checkpoint(bench, truncate, "truncated"),
             damaged_checkpoint(bench, flip_a_bit, "with a flipped bit"),
+            damaged_checkpoint(bench, truncate, "truncated", which=SEGMENT),
+            damaged_checkpoint(bench, flip_a_bit, "with a flipped bit", which=SEGMENT),
+            damaged_checkpoint(bench, Path.unlink, "that is missing", which=SEGMENT),
         ]
         rows += [two_runs(bench)]
         disk = full_disk(bench)

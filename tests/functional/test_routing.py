@@ -7,7 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from repair_lightning.functional import activation_scores, calibrate_threshold, decide, ratio_threshold
+from repair_lightning.functional import (
+    activation_scores,
+    calibrate_threshold,
+    decide,
+    ratio_threshold,
+    sketch,
+    sketched_scores,
+)
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 2e-2}
 
@@ -241,3 +248,47 @@ class TestRatioThreshold:
             ratio_threshold(torch.ones(0), 0.5)
         with pytest.raises(ValueError, match=r"positive scores must be finite"):
             ratio_threshold(torch.tensor([torch.inf]), 0.5)
+
+
+class TestSketch:
+    @pytest.mark.parametrize(("rows", "columns"), [(5, 9), (9, 5), (12, 40), (1, 3)])
+    def test_nearly_as_good_as_the_best_approximation(self, rows, columns):
+        """Against the singular values, where it is hardest: all directions of a random matrix are about as strong."""
+        delta = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
+        found = sketch(delta, 2)
+        assert found.shape == (2, columns)
+        best = torch.linalg.svdvals(delta)[:2].square().sum()
+        assert found.square().sum() <= best * (1 + 1e-5)
+        assert found.square().sum() >= 0.85 * best
+
+    @given(st.integers(1, 4), st.integers(0, 99))
+    def test_scores_never_more_and_all_where_the_rank_suffices(self, rank, seed):
+        generator = torch.Generator().manual_seed(seed)
+        delta = torch.randn(7, rank, generator=generator) @ torch.randn(rank, 11, generator=generator)
+        tokens = torch.randn(20, 11, generator=generator)
+        exact = (tokens @ delta.T).norm(dim=-1)
+        torch.testing.assert_close((tokens @ sketch(delta, 4).T).norm(dim=-1), exact, rtol=1e-3, atol=1e-4)
+        assert bool(((tokens @ sketch(delta, 1).T).norm(dim=-1) <= exact * (1 + 1e-4) + 1e-5).all())
+
+    def test_the_same_delta_has_the_same_sketch_and_no_other_draw_moves(self):
+        delta = torch.randn(6, 10, generator=torch.Generator().manual_seed(3))
+        before = torch.get_rng_state()
+        assert torch.equal(sketch(delta, 3), sketch(delta.clone(), 3))
+        assert torch.equal(torch.get_rng_state(), before)
+
+    def test_an_empty_shard_has_an_empty_sketch(self):
+        assert sketch(torch.zeros(6, 10), 3).norm() == 0
+
+    @pytest.mark.parametrize("pool", ["last", "mean", "max"])
+    @pytest.mark.parametrize("side", ["left", "right"])
+    @pytest.mark.parametrize("at_once", [1, 1 << 24])
+    def test_scores_of_sketches_are_activation_scores(self, pool, side, at_once, monkeypatch):
+        monkeypatch.setattr("repair_lightning.functional.routing._SKETCHED", at_once)
+        activations, mask = prompts(4, 3, 6, side, torch.float32)
+        sketches = torch.randn(5, 2, 6, generator=torch.Generator().manual_seed(1))
+        expected = activation_scores(activations, sketches, mask, pool)
+        torch.testing.assert_close(sketched_scores(activations, sketches, mask, pool), expected)
+
+    def test_no_sketches(self):
+        activations, mask = prompts(2, 3, 6, "left", torch.float32)
+        assert sketched_scores(activations, torch.zeros(0, 2, 6), mask, "last").shape == (2, 0)

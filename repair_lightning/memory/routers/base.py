@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from repair_lightning.memory.query import Choice, Query
+from repair_lightning.memory.rows import Part, Rows
 from repair_lightning.memory.side_memory import SideMemory
 
 
@@ -99,3 +100,16 @@ class Router(ABC):
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
+
+    def rows(self) -> Rows | None:
+        """What of its state is said once per edit and never changed; None where nothing is."""
+        return None
+
+    def state_beside_rows(self) -> dict[str, Any]:
+        """:meth:`state_dict` without what :meth:`rows` hold."""
+        return self.state_dict()
+
+    @staticmethod
+    def state_of_rows(state: Mapping[str, Any], parts: Sequence[Part]) -> dict[str, Any]:
+        """The whole :meth:`state_dict` from :meth:`state_beside_rows` and stored :meth:`rows`."""
+        return dict(state)

@@ -33,8 +33,9 @@ class HybridRouter(KeyRouter):
         self.reads_all_tokens = self.gate.reads_all_tokens
 
     def options(self) -> dict[str, Any]:
-        """Both routers' options."""
-        return super().options() | self.gate.options()
+        """Both routers' options; the key alone looks for candidates."""
+        gate = self.gate.options()
+        return super().options() | {name: gate[name] for name in ("pool", "act_ratio", "false_fire_rate")}
 
     def calibrate(self, memory: SideMemory, owned: Mapping[int, Query], background: Query) -> None:
         """Both routers' thresholds."""
@@ -42,9 +43,10 @@ class HybridRouter(KeyRouter):
         self.gate.calibrate(memory, owned, background)
 
     def route(self, query: Query, memory: SideMemory) -> Choice:
-        """The key's choice where both gates open."""
+        """The key's choice where both gates open; only shards that some prompt's key chose are scored."""
         choice = super().route(query, memory)
-        shards = [shard for shard in memory.ids if shard in self.gate.thresholds]
+        chosen = set(choice.memory.tolist())
+        shards = [shard for shard in memory.ids if shard in self.gate.thresholds and shard in chosen]
         scores = self.gate.scores(query, memory, shards)
         column = {shard: i for i, shard in enumerate(shards)}
         agreed = [
@@ -62,6 +64,10 @@ class HybridRouter(KeyRouter):
     def state_dict(self) -> dict[str, Any]:
         """Both states."""
         return super().state_dict() | self.gate.state_dict()
+
+    def state_beside_rows(self) -> dict[str, Any]:
+        """Both states, without the keys' rows."""
+        return super().state_beside_rows() | self.gate.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Both states."""

@@ -6,6 +6,7 @@ Ours, not the paper's: the activation score finds the right shard for fewer prom
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -23,11 +24,17 @@ from repair_lightning.functional.keys import (
 )
 from repair_lightning.memory.query import Choice, Query, pad_right
 from repair_lightning.memory.routers.base import Anchor, Neighbours, Router
+from repair_lightning.memory.routers.inverted import InvertedFile, cells_of, centroids_of
+from repair_lightning.memory.rows import NUMBERS, Part, Rows, joined
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.types import BASE
 
 _PER_EDIT = ("shards", "anchors", "prompts", "negatives", "radii", "floors", "limits", "named")
 _PROGRESS = ("changed", "renewed_at", "calibrated_on")
+_CELLS = ("centroids", "cells", "clustered")
+_FIXED = ("anchors", "prompts", "floors", "named")
+"""What of an edit is not changed any more once it has been added, besides its key and its id."""
+_RAGGED = ("anchors", "prompts")
 
 _FULL = 0.95
 """Coverage that counts as naming the subject in full."""
@@ -102,6 +109,9 @@ class KeyRouter(Router):
     edits). In between the weights stand and only new edits are compared with the others, so that a window costs as
     much as its new edits times all; a forgotten edit's prompt still holds its neighbours back until the next renewal.
 
+    From `two_level_from` edits on the nearest keys are looked up in two levels, in the cells about the nearest of some
+    centroids. These are learnt from the keys that are there, and anew whenever the edits have doubled.
+
     Args:
         candidates: how many nearest keys are looked at.
         caution: where between the nearest known negative (0) and full coverage (1) the radius lies, for edits whose
@@ -110,10 +120,16 @@ class KeyRouter(Router):
         relation_caution: where between the median of an edit's made-up neighbours (same subject, other relation) and 1
             the floor of the last states' cosine lies.
         state_weight: weight of the last hidden state in the key, against the rare tokens' embeddings.
+        two_level_from: number of edits from which on few cells are searched; below, all keys are, and the nearest are
+            found exactly.
     """
 
     always_renewed: ClassVar[int] = 4096
     """Up to so many edits every calibration is from scratch: that takes 30 ms there."""
+    probes: ClassVar[int] = 32
+    """Cells that a search goes through."""
+    most_wasted: ClassVar[float] = 0.25
+    """Share of forgotten edits in the cells from which on these are filled anew."""
     name = "key"
     needs_owned = False
     needs_neighbours = True
@@ -125,11 +141,14 @@ class KeyRouter(Router):
         caution_unnamed: float = 0.2,
         relation_caution: float = 0.15,
         state_weight: float = 0.5,
+        two_level_from: int = 20_000,
     ) -> None:
-        self.candidates = candidates
+        self.candidates, self.two_level_from = candidates, two_level_from
         self.caution, self.caution_unnamed, self.relation_caution = caution, caution_unnamed, relation_caution
         self.encoder = KeyEncoder(state_weight)
         self.ids: list[str] = []
+        self.numbers = torch.zeros(0, dtype=torch.long)  # ascending; no two edits ever have the same
+        self.next_number = 0
         self._keys = _Rows(torch.zeros(0, 0))
         self.shards = torch.zeros(0, dtype=torch.long)
         self.anchors = torch.zeros(0, 0, dtype=torch.long)
@@ -143,6 +162,10 @@ class KeyRouter(Router):
         self._background_counts = torch.zeros(0)
         self._background_size = 0
         self.changed, self.renewed_at, self.calibrated_on = 0, 0, ""
+        self.centroids = torch.zeros(0, 0)
+        self.cells = torch.zeros(0, dtype=torch.long)
+        self.clustered = 0
+        self._inverted: InvertedFile | None = None
 
     @property
     def keys(self) -> Tensor:
@@ -151,7 +174,7 @@ class KeyRouter(Router):
 
     def options(self) -> dict[str, Any]:
         """As given to the constructor."""
-        names = ("candidates", "caution", "caution_unnamed", "relation_caution")
+        names = ("candidates", "caution", "caution_unnamed", "relation_caution", "two_level_from")
         return {name: getattr(self, name) for name in names} | {"state_weight": self.encoder.state_weight}
 
     def fit(self, background: Query, embeddings: Tensor) -> None:
@@ -192,7 +215,10 @@ class KeyRouter(Router):
         self.negatives = torch.cat([self.negatives, torch.full((len(ids),), _UNKNOWN)])
         self.radii = torch.cat([self.radii, torch.full((len(ids),), _FULL)])
         self.limits = torch.cat([self.limits, self.floors[len(self.limits) :]])
+        self.numbers = torch.cat([self.numbers, torch.arange(len(ids)) + self.next_number])
+        self.next_number += len(ids)
         self.changed += len(ids)
+        self._sort_into_cells(described["keys"])
 
     def forget(self, ids: Sequence[str]) -> None:
         """Drop edits; the others keep their order."""
@@ -202,8 +228,12 @@ class KeyRouter(Router):
         keep = torch.tensor([i for i, name in enumerate(self.ids) if name not in gone], dtype=torch.long)
         self.changed += len(self.ids) - len(keep)
         self.ids = [name for name in self.ids if name not in gone]
+        if self._inverted is not None:
+            left = torch.ones(len(self.numbers), dtype=torch.bool)
+            left[keep] = False
+            self._inverted.drop(self.numbers[left])
         self._keys = _Rows(self.keys[keep])
-        for field in _PER_EDIT:
+        for field in (*_PER_EDIT, "numbers", *(["cells"] if self.clustered else [])):
             setattr(self, field, getattr(self, field)[keep])
 
     def reassign(self, shards: Sequence[int], fused: int) -> None:
@@ -305,18 +335,59 @@ class KeyRouter(Router):
         )
 
     def _search(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """The nearest edits' similarities and places, (B, C) each: exact search in the keys as they lie in memory."""
+        """The nearest edits' similarities and places, (B, C) each: of all, or where there are many, of those in the
+        nearest cells, and of all for a prompt about which these hold too few."""
         number = min(self.candidates, len(self.ids))
+        if not self.clustered or len(self.ids) < self.two_level_from:
+            return self._search_all(keys, number)
+        found = self._in_cells().search(keys, number)
+        places = torch.searchsorted(self.numbers, found).sort(dim=-1).values
+        similarity = torch.einsum("bw,bcw->bc", keys, self.keys[places])
+        similarity, order = similarity.sort(dim=-1, descending=True, stable=True)
+        places = places.gather(1, order)
+        few = (found < 0).any(-1)
+        if bool(few.any()):
+            similarity[few], places[few] = self._search_all(keys[few], number)
+        return similarity, places
+
+    def _search_all(self, keys: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """Exact search in the keys as they lie in memory."""
         similarity, found = faiss.knn(keys.numpy(), self.keys.numpy(), number, metric=faiss.METRIC_INNER_PRODUCT)
         return torch.from_numpy(similarity), torch.from_numpy(found)
+
+    def _sort_into_cells(self, new: Tensor) -> None:
+        """Find the cells of the last edits, whose keys are `new`; learn the cells first where there are none yet, or
+        half of the edits have come since."""
+        if len(self.ids) >= self.two_level_from and len(self.ids) >= 2 * self.clustered:
+            self.centroids, self.clustered, self._inverted = centroids_of(self.keys), len(self.ids), None
+            self.cells = cells_of(self.keys, self.centroids)
+        elif self.clustered:
+            cells = cells_of(new, self.centroids)
+            self.cells = torch.cat([self.cells, cells])
+            if self._inverted is not None:
+                self._inverted.add(new, self.numbers[-len(new) :], cells)
+
+    def _in_cells(self) -> InvertedFile:
+        """The edits by their cells; made when it is needed."""
+        if self._inverted is None or self._inverted.wasted > self.most_wasted:
+            self._inverted = InvertedFile(self.centroids, self.probes)
+            self._inverted.add(self.keys, self.numbers, self.cells)
+        return self._inverted
 
     def state_dict(self) -> dict[str, Any]:
         """Keys, radii, anchors, what is known of the background and when it was renewed; the base's embeddings are not
         copied."""
-        state: dict[str, Any] = {field: getattr(self, field).contiguous() for field in (*_PER_EDIT, "token_weights")}
+        state = self.state_beside_rows() | {field: getattr(self, field).contiguous() for field in _FIXED}
         state["keys"] = self.keys.clone()  # a view would be saved with the room behind it
-        state |= {field: getattr(self, field) for field in _PROGRESS}
-        state |= {"ids": list(self.ids), "background_size": self._background_size}
+        return state | {"numbers": self.numbers, "ids": list(self.ids)}
+
+    def state_beside_rows(self) -> dict[str, Any]:
+        """What changes with every calibration, and what is there once."""
+        fields = [field for field in (*_PER_EDIT, "token_weights") if field not in _FIXED]
+        state: dict[str, Any] = {field: getattr(self, field).contiguous() for field in fields}
+        state |= {field: getattr(self, field) for field in (*_PROGRESS, *(_CELLS if self.clustered else ()))}
+        state |= {"next_number": self.next_number, "background_size": self._background_size}
+        state |= {f"{field}_width": getattr(self, field).shape[1] for field in _RAGGED}
         state |= {"background_counts": self._background_counts, "encoder_weights": self.encoder.token_weights}
         return state | {"lexical_centre": self.encoder.centres[0], "state_centre": self.encoder.centres[1]}
 
@@ -326,10 +397,38 @@ class KeyRouter(Router):
             setattr(self, field, state[field])
         self._keys = _Rows(state["keys"])
         self.ids = list(state["ids"])
+        self.numbers = state.get("numbers", torch.arange(len(self.ids)))
+        self.next_number = max(self.next_number, state.get("next_number", len(self.ids)))  # never given twice
+        empty = (torch.zeros(0, 0), torch.zeros(0, dtype=torch.long), 0)
+        self.centroids, self.cells, self.clustered = (
+            state.get(field, default) for field, default in zip(_CELLS, empty, strict=True)
+        )
+        self._inverted = None
+        if not self.clustered:
+            self._sort_into_cells(self.keys[:0])  # what an earlier release has left may be many
         self._background_size = int(state["background_size"])
         self._background_counts = state["background_counts"]
         self.encoder.token_weights = state["encoder_weights"]
         self.encoder.centres = (state["lexical_centre"], state["state_centre"])
+
+    def rows(self) -> Rows:
+        """The edits' ids, keys, words and floors."""
+
+        def take(start: int, stop: int) -> dict[str, Tensor]:
+            ids = torch.frombuffer(bytearray(json.dumps(self.ids[start:stop]).encode()), dtype=torch.uint8)
+            fixed = {field: getattr(self, field)[start:stop] for field in _FIXED}
+            return {"ids": ids, "keys": self.keys[start:stop], **fixed}
+
+        return Rows(self.numbers, take)
+
+    @staticmethod
+    def state_of_rows(state: Mapping[str, Any], parts: Sequence[Part]) -> dict[str, Any]:
+        """The whole state again."""
+        known = [(part, json.loads(part.tensors["ids"].numpy().tobytes())) for part in parts]
+        ids = [id for part, names in known for id, kept in zip(names, part.kept.tolist(), strict=True) if kept]
+        plain = {name: joined(parts, name) for name in (NUMBERS, "keys", "floors", "named")}
+        ragged = {name: joined(parts, name, fill=-1, width=state[f"{name}_width"]) for name in _RAGGED}
+        return {**state, "ids": ids, **plain, **ragged}
 
     def bind(self, embeddings: Tensor) -> None:
         """Give the base's input embeddings (V, E) to a loaded router."""
