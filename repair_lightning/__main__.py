@@ -112,10 +112,23 @@ def _harness(options: Namespace) -> None:
         write_json(options.out, found)
 
 
+def report(parser: ArgumentParser) -> None:
+    """Make a finished run's report.html anew from what lies in its directory."""
+    parser.add_argument("--run", required=True, type=Path, help="the run's directory")
+    parser.set_defaults(run_command=_report)
+
+
+def _report(options: Namespace) -> None:
+    from repair_lightning.evaluation.html_report import write_report
+
+    print(write_report(options.run))
+
+
 COMMANDS: Mapping[str, Callable[[ArgumentParser], None]] = {
     "export": export,
     "harness": harness,
     "log": log,
+    "report": report,
     "undo": undo,
 }
 """Each adds its options to a parser and sets `run_command`; its docstring is the help."""
