@@ -107,9 +107,9 @@ class Scoreboard(pl.Callback):
         pl_module.log_dict(known | {"live/edits": float(len(written))}, batch_size=len(draw))
 
     def moment(self, stream: Any, editor: Any, written: int) -> dict[str, Any]:
-        """A line of `curves.jsonl`: windows so far, the stream's own edits that a shard holds, seconds of editing without
-        scoring, time (Unix), shards, edits per status. Live scores (in [0, 1]) per protocol come along where they are
-        asked, with the number of edits they are of."""
+        """A line of `curves.jsonl`: windows so far, the stream's own edits that a shard holds, seconds of editing
+        without scoring, time (Unix), shards, edits per status. Live scores (in [0, 1]) per protocol come along where
+        they are asked, with the number of edits that they are of."""
         return {
             "window": stream.windows,
             "edits": written,

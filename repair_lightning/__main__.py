@@ -124,8 +124,23 @@ def _report(options: Namespace) -> None:
     print(write_report(options.run))
 
 
+def figures(parser: ArgumentParser) -> None:
+    """Draw the paper's figures from runs and comparisons: PNG, SVG, and the data as CSV (an extra: figures)."""
+    parser.add_argument("--runs", required=True, type=Path, nargs="+", help="run directories, or folders of runs")
+    parser.add_argument("--to", required=True, type=Path, help="the folder for the files")
+    parser.set_defaults(run_command=_figures)
+
+
+def _figures(options: Namespace) -> None:
+    from repair_lightning.evaluation.figures import draw_figures
+
+    files, missing = draw_figures(options.runs, options.to)
+    print("\n".join([*map(str, files), *(f"left out: {words}" for words in missing)]))
+
+
 COMMANDS: Mapping[str, Callable[[ArgumentParser], None]] = {
     "export": export,
+    "figures": figures,
     "harness": harness,
     "log": log,
     "report": report,

@@ -73,12 +73,10 @@ class Chart:
         """The different values of a column in their order; one None where there is no such column."""
         return list(dict.fromkeys(self.columns[column])) if column else [None]
 
-    def part(self, **wanted: Any) -> dict[str, list[Any]]:
-        """The columns of the rows with these values; a None column name is no condition."""
-        conditions = [(self.columns[name], value) for name, value in wanted.items()]
-        size = len(next(iter(self.columns.values()), ()))
-        at = [i for i in range(size) if all(column[i] == value for column, value in conditions)]
-        return {name: [column[i] for i in at] for name, column in self.columns.items()}
+    def part(self, column: str | None, value: Any) -> dict[str, list[Any]]:
+        """The columns of the rows with a value in a column; of all rows where there is no such column."""
+        rows = [row for row in self.rows() if column is None or row[column] == value]
+        return _table(rows, list(self.columns))
 
 
 def percent(value: float | None) -> str:
@@ -121,10 +119,14 @@ def separation(run: Artefacts, bins: int = 40) -> Chart | str:
             for centre, count in zip(centres, counts, strict=False)
         ]
     above = {kind: float(np.mean(np.asarray(values) > 1)) for kind, values in found.items()}
-    shares = ", ".join(f"{percent(above[kind])} of the {KINDS_IN_WORDS[kind]}" for kind in KIND_OF_PROMPT if kind in above)
+    shares = ", ".join(
+        f"{percent(above[kind])} of the {KINDS_IN_WORDS[kind]}" for kind in KIND_OF_PROMPT if kind in above
+    )
     words = f"Routing score over threshold: {shares} lie above their threshold. {_auroc(found)}"
     if run.option("model.routing.router", "key") != "activation":
-        words += " A prompt must also ask the same as the edit that it is nearest to: not all above the line are answered."
+        words += (
+            " A prompt must also ask the same as the edit that it is nearest to: not all above the line are answered."
+        )
     return Chart(
         name="separation",
         title="Are edited and unrelated prompts apart?",
@@ -166,8 +168,8 @@ def answered_by(run: Artefacts) -> Chart | str:
     if not rows:
         return "answered_by: no routing figures in metrics.json"
     parts = [
-        f"{KINDS_IN_WORDS.get(kind, kind)}: own shard {percent(shares['right'])}, other shard {percent(shares['wrong'])}, "
-        f"base {percent(shares['base'])}"
+        f"{KINDS_IN_WORDS.get(kind, kind)}: own shard {percent(shares['right'])}, "
+        f"other shard {percent(shares['wrong'])}, base {percent(shares['base'])}"
         for kind, shares in routing.items()
         if shares
     ]
@@ -212,41 +214,40 @@ def live(run: Artefacts) -> Chart | str:
     )
 
 
+_LINES = ("Rel at the end", "Gen at the end", "Rel right after writing")
+
+
 def retention(run: Artefacts, bins: int = 12) -> Chart | str:
     """The final model's score by the age of the edits, beside the score right after writing.
 
     An edit's age is the number of edits that arrived after it.
     """
     final = [row for row in run.rows.get("final", ()) if row["kind"] in ("edit", "rephrase")]
-    order = list(dict.fromkeys(row["id"] for row in final))
-    if run.entries:
-        order = [id for id in run.entries if id in set(order)]
+    asked = {row["id"] for row in final}
+    order = [id for id in run.entries if id in asked] or list(dict.fromkeys(row["id"] for row in final))
     if len(order) < 2:
         return "retention: fewer than two scored edits in generations.jsonl"
-    bins = min(bins, len(order))
-    bin_of = {id: i * bins // len(order) for i, id in enumerate(order)}
-    ages = [[len(order) - 1 - i for i in range(len(order)) if i * bins // len(order) == b] for b in range(bins)]
-    series: dict[str, list[list[float]]] = {}
-    for row in final:
-        name = "Rel at the end" if row["kind"] == "edit" else "Gen at the end"
-        if row["id"] in bin_of:
-            series.setdefault(name, [[] for _ in range(bins)])[bin_of[row["id"]]].append(float(row["correct"]))
-    for id, score in first_scores(run.events).items():
-        if id in bin_of:
-            series.setdefault("Rel right after writing", [[] for _ in range(bins)])[bin_of[id]].append(score)
-    rows = [
-        {"age": float(np.mean(ages[b])), "score": name, "value": round(100 * float(np.mean(found[b])), 3), "n": len(found[b])}
-        for name, found in series.items()
-        for b in range(bins)
-        if found[b]
+    names = {"edit": _LINES[0], "rephrase": _LINES[1]}
+    scores = [(names[row["kind"]], row["id"], float(row["correct"])) for row in final]
+    scores += [(_LINES[2], id, score) for id, score in first_scores(run.events).items()]
+    bins, place = min(bins, len(order)), {id: i for i, id in enumerate(order)}
+    groups: dict[tuple[str, int], list[tuple[int, float]]] = {}
+    for name, id, score in scores:
+        if id in place:
+            found = groups.setdefault((name, place[id] * bins // len(order)), [])
+            found.append((len(order) - 1 - place[id], score))
+    rows: list[Row] = [
+        {"age": float(np.mean(ages)), "score": name, "value": round(100 * float(np.mean(values)), 3), "n": len(values)}
+        for (name, _), found in sorted(groups.items(), key=lambda item: (_LINES.index(item[0][0]), item[0][1]))
+        for ages, values in [zip(*found, strict=True)]
     ]
-    oldest, newest = (_of_bin(rows, "Rel at the end", pick(row["age"] for row in rows)) for pick in (max, min))
+    rel = [f"{row['value']:.1f} %" for row in rows if row["score"] == names["edit"]]
     return Chart(
         name="retention",
         title="Are old edits kept?",
         words=(
-            f"Final score by the number of edits that came later, in {bins} groups: Rel is {newest} for the newest edits "
-            f"and {oldest} for the oldest. A line that falls to the right would mean that edits are forgotten."
+            f"Final score by the number of edits that came later, in {bins} groups: Rel is {rel[-1]} for the newest "
+            f"edits and {rel[0]} for the oldest. A line that falls to the right would mean that edits are forgotten."
         ),
         kind="lines",
         columns=_table(rows, ("age", "score", "value", "n")),
@@ -256,10 +257,6 @@ def retention(run: Artefacts, bins: int = 12) -> Chart | str:
         labels={"age": "edits that came later", "value": "per cent"},
         limits=(0, 100),
     )
-
-
-def _of_bin(rows: Sequence[Row], name: str, age: float) -> str:
-    return next((f"{row['value']:.1f} %" for row in rows if row["score"] == name and row["age"] == age), "-")
 
 
 def first_scores(events: Sequence[Row]) -> dict[str, float]:
@@ -279,16 +276,19 @@ def feature_points(run: Artefacts) -> Chart | str:
     if len(places) < 2:
         return "features: no features.json with two edits (an older run)"
     owners = {id: entry.shard for id, entry in run.entries.items()}
-    rows = [{"id": id, "x": x, "y": y, "shard": owners.get(id)} for id, (x, y) in places.items()]
-    shards = {row["shard"] for row in rows if row["shard"] is not None}
-    first, second = (run.features.get("explained") or [0.0, 0.0])[:2]
+    shards = {owner for id in places if (owner := owners.get(id)) is not None}
     many = len(shards) > MOST_COLOURS
+    rows: list[Row] = [
+        {"id": id, "x": x, "y": y, "shard": owners.get(id) if many else _shard(owners.get(id))}
+        for id, (x, y) in places.items()
+    ]
+    first, second = (run.features.get("explained") or [0.0, 0.0])[:2]
     return Chart(
         name="features",
         title="Where the edits lie",
         words=(
-            f"{len(rows):,} edits of {run.metrics['n_edits']:,}, each the frozen base's state at its prompt's last token, "
-            f"along the two directions of largest variance ({percent(first)} and {percent(second)} of it); "
+            f"{len(rows):,} edits of {run.metrics['n_edits']:,}, each the frozen base's state at its prompt's last "
+            f"token, along the two directions of largest variance ({percent(first)} and {percent(second)} of it); "
             f"{len(shards):,} shards own them. "
             + (
                 "The colour is the shard's number: shards are opened as batches are written, so like colours were "
@@ -298,7 +298,7 @@ def feature_points(run: Artefacts) -> Chart | str:
             )
         ),
         kind="points",
-        columns=_table(rows, ("id", "x", "y", "shard")) | ({} if many else {"shard": [_shard(r["shard"]) for r in rows]}),
+        columns=_table(rows, ("id", "x", "y", "shard")),
         x="x",
         y="y",
         group="shard",
@@ -345,7 +345,11 @@ def cost(costs: Sequence[Cost], log: bool = True) -> Chart | str:
     costs = [one for one in costs if one.edits > 0 and one.seconds > 0]
     if not costs:
         return "cost: no run with edits and seconds"
-    rows = [{"of": one.label, "edits": one.edits, "seconds": round(one.seconds, 3)} for one in sorted(costs, key=_order)]
+    sizes = {label: len({one.edits for one in costs if one.label == label}) for label in {one.label for one in costs}}
+    if max(sizes.values()) > 1:  # a point alone says nothing about growth
+        costs = [one for one in costs if sizes[one.label] > 1]
+    costs = sorted(costs, key=lambda one: (one.label, one.edits))
+    rows: list[Row] = [{"of": one.label, "edits": one.edits, "seconds": round(one.seconds, 3)} for one in costs]
     last = {row["of"]: row for row in rows}
     ends = "; ".join(
         f"{name}: {row['edits']:,} edits in {row['seconds']:.1f} s, {60 * row['edits'] / row['seconds']:,.0f} a minute"
@@ -363,10 +367,6 @@ def cost(costs: Sequence[Cost], log: bool = True) -> Chart | str:
         labels={"edits": "edits", "seconds": "seconds of editing"},
         log=log,
     )
-
-
-def _order(one: Cost) -> tuple[str, int]:
-    return one.label, one.edits
 
 
 RUN_CHARTS: Mapping[str, Callable[[Artefacts], Chart | str]] = {

@@ -1,4 +1,4 @@
-"""The pictures of several runs as data: the parts of the method, sensitivity, and what changes with the number of edits."""
+"""The pictures of several runs as data: the parts of the method, sensitivity, growth with the number of edits."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def components(results: Sequence[Result]) -> Chart | str:
         return "components: needs a comparison (python -m repair_lightning.compare) with two finished variants"
     size = max(sizes, key=lambda size: (len({run.variant for run in done if run.size == size}), size))
     shown = [result for result in done if result.size == size]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for variant in dict.fromkeys(result.variant for result in shown):
         runs = [result for result in shown if result.variant == variant]
         for kind in PANELS:
@@ -191,13 +191,11 @@ def scale(found: Sequence[Scored]) -> Chart | str:
     )
 
 
-def costs_of_results(results: Sequence[Result]) -> list[Cost]:
-    """Mean seconds of editing of a comparison's variants and sizes."""
+def costs_of_results(results: Sequence[Result], before: str = "") -> list[Cost]:
+    """Mean seconds of editing of a comparison's variants and sizes; `before` leads their labels."""
     groups: dict[tuple[str, int], list[float]] = {}
     for result in finished(results):
         seconds, edits = result.figure(("seconds", "edit")), result.figure(("n_edits",))
         if seconds and edits:
             groups.setdefault((result.variant, int(edits)), []).append(seconds)
-    return [Cost(variant, edits, mean(values)) for (variant, edits), values in groups.items()]
-
-
+    return [Cost(f"{before}{variant}", edits, mean(values)) for (variant, edits), values in groups.items()]

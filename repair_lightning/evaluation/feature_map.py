@@ -20,15 +20,15 @@ def feature_map(editor: Editor, edits: Sequence[Edit], most: int = MOST) -> dict
     """The content of `features.json`.
 
     Returns:
-        `edits`, id -> its two coordinates, for at most `most` edits at even distances along the stream, and `explained`,
-        the share of the variance in [0, 1] that each coordinate holds.
+        `edits`, id -> its two coordinates, for at most `most` edits at even distances along the stream, and
+        `explained`, the share of the variance in [0, 1] that each coordinate holds.
     """
     step = -(-len(edits) // most) if edits else 1
     shown = list(edits[::step])
     features = np.asarray(editor.features(shown), dtype=np.float64)
-    finite = np.isfinite(features).all(-1)
+    finite = np.flatnonzero(np.isfinite(features).all(-1))
     places, explained = principal_components(features[finite])
-    known = [edit.id for edit, ok in zip(shown, finite, strict=True) if ok]
+    known = [shown[i].id for i in finite]
     found = {id: [round(float(value), 5) for value in place] for id, place in zip(known, places, strict=True)}
     return {"explained": [round(float(share), 5) for share in explained], "edits": found}
 

@@ -1,5 +1,7 @@
-"""Charts as Plotly figures in plain types. Colours are CSS variables, which the report's script looks up when it draws, so
-that a figure follows the reader's theme."""
+"""Charts as Plotly figures in plain types.
+
+Colours are CSS variables, which the report's script looks up when it draws: a figure follows the reader's theme.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from repair_lightning.evaluation.charts import Chart
 
 Figure = dict[str, Any]
 COLOURS = tuple(f"var(--c{i})" for i in range(1, 9))
+DASHES = ("solid", "dash", "dot", "dashdot")
 _GAP = 0.07
 """Room between small pictures, as a share of the height."""
 
@@ -42,8 +45,9 @@ def _text(value: Any) -> str:
 
 def _lines(chart: Chart) -> Figure:
     traces = []
-    for group, colour in zip(chart.values(chart.group), COLOURS * 4, strict=False):
-        part = chart.part(**{chart.group: group}) if chart.group else dict(chart.columns)
+    for i, group in enumerate(chart.values(chart.group)):
+        colour = COLOURS[i % len(COLOURS)]
+        part = chart.part(chart.group, group)
         traces.append(
             {
                 "type": "scatter",
@@ -51,7 +55,7 @@ def _lines(chart: Chart) -> Figure:
                 "name": _text(group),
                 "x": part[chart.x],
                 "y": part[chart.y],
-                "line": {"color": colour, "width": 2},
+                "line": {"color": colour, "width": 2, "dash": DASHES[i % len(DASHES)]},
                 "marker": {"color": colour, "size": 6},
                 "showlegend": len(chart.values(chart.group)) > 1,
             }
@@ -71,9 +75,10 @@ def _histograms(chart: Chart) -> Figure:
     """A small picture per panel, above each other on one x-axis."""
     panels = chart.values(chart.panel)
     height = (1 - _GAP * 1.6 * (len(panels) - 1)) / len(panels)
-    data, layout, notes = [], {"height": 110 * len(panels) + 80, "showlegend": False, "bargap": 0.04}, []
+    layout: Figure = {"height": 110 * len(panels) + 80, "showlegend": False, "bargap": 0.04}
+    data, notes = [], []
     for i, (panel, colour) in enumerate(zip(panels, COLOURS, strict=False)):
-        part = chart.part(**{chart.panel: panel}) if chart.panel else dict(chart.columns)
+        part = chart.part(chart.panel, panel)
         place = f"y{i + 1 if i else ''}"
         top = 1 - i * (height + _GAP * 1.6)
         data.append(
@@ -95,8 +100,8 @@ def _histograms(chart: Chart) -> Figure:
     layout["margin"] = {"l": 56, "r": 16, "t": 28, "b": 48}
     if chart.mark is not None:
         line = {"color": "var(--bad)", "width": 2, "dash": "dash"}
-        place = {"x0": chart.mark, "x1": chart.mark, "y0": 0, "y1": 1, "yref": "paper"}
-        layout["shapes"] = [{"type": "line", "line": line, **place}]
+        ends = {"x0": chart.mark, "x1": chart.mark, "y0": 0, "y1": 1, "yref": "paper"}
+        layout["shapes"] = [{"type": "line", "line": line, **ends}]
     return {"data": data, "layout": layout}
 
 
@@ -112,7 +117,7 @@ def _stacked(chart: Chart) -> Figure:
             "marker": {"color": colour},
         }
         for group, colour in zip(chart.values(chart.group), COLOURS, strict=False)
-        for part in [chart.part(**{chart.group: group})]  # type: ignore[dict-item]
+        for part in [chart.part(chart.group, group)]
     ]
     bars = len(chart.values(chart.y))
     xaxis = _axis(chart, chart.x, range=list(chart.limits)) if chart.limits else _axis(chart, chart.x)
@@ -125,7 +130,9 @@ def _points(chart: Chart) -> Figure:
     """Places in the plane; numbers in the group column are a colour scale, names have a colour each."""
     groups = chart.values(chart.group)
     if any(isinstance(group, str) for group in groups):
-        parts = [(chart.part(**{chart.group: group}), group, colour) for group, colour in zip(groups, COLOURS, strict=False)]  # type: ignore[dict-item]
+        parts = [
+            (chart.part(chart.group, group), group, colour) for group, colour in zip(groups, COLOURS, strict=False)
+        ]
         data = [_cloud(chart, part, {"color": colour}, _text(group)) for part, group, colour in parts]
     else:
         bar = {"title": {"text": _text(chart.label(chart.group or ""))}, "thickness": 12}
