@@ -43,10 +43,12 @@ def undo(parser: ArgumentParser) -> None:
 
 
 def _undo(options: Namespace) -> None:
+    from repair_lightning.evaluation.html_report import try_report
     from repair_lightning.undo import report_lines, undo
 
     ids = [id for given in options.id for id in given]
     print("\n".join(report_lines(undo(options.run, ids, options.base, options.precision))))
+    try_report(options.run)
 
 
 def log(parser: ArgumentParser) -> None:

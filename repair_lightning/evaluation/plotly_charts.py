@@ -60,7 +60,7 @@ def _lines(chart: Chart) -> Figure:
                 "showlegend": len(chart.values(chart.group)) > 1,
             }
         )
-    scale: Figure = {"type": "log"} if chart.log else {}
+    scale: Figure = {"type": "log"} if chart.log else {"rangemode": "tozero"}
     limits: Figure = {"range": _wider(*chart.limits)} if chart.limits else {}
     axes = {"xaxis": _axis(chart, chart.x, **scale), "yaxis": _axis(chart, chart.y, **scale, **limits)}
     return {"data": traces, "layout": axes}

@@ -110,13 +110,21 @@ def problems(run: Artefacts) -> dict[str, str]:
         if entry.status in (EditStatus.SUPERSEDED, EditStatus.UNDONE):
             continue
         if entry.status in FAILED:
-            found[id] = f"{entry.status}: {entry.reason}" if entry.reason else str(entry.status)
-            if row is not None and not row["correct"]:
+            found[id] = why_failed(entry)
+            if row is not None and not row["correct"] and entry.shard is not None:
                 found[id] += f"; {why_wrong(row, entry)}"
         elif row is not None and not row["correct"]:
             found[id] = why_wrong(row, entry)
     unknown = {id: row for id, row in rows.items() if id not in run.entries and not row["correct"]}
     return found | {id: why_wrong(row, None) for id, row in unknown.items()}
+
+
+def why_failed(entry: LedgerEntry) -> str:
+    """Why an edit stands where it stands, from the ledger."""
+    words = f"{entry.status}: {entry.reason}" if entry.reason else str(entry.status)
+    if entry.loss is not None:
+        words += f" (its loss after the last write was {entry.loss:.3g} nats a token)"
+    return words if entry.shard is not None else f"{words}; the base answers it"
 
 
 def why_wrong(row: Row, entry: LedgerEntry | None) -> str:
@@ -145,8 +153,8 @@ def why_wrong(row: Row, entry: LedgerEntry | None) -> str:
 def failed_table(run: Artefacts) -> PageTable:
     """The edits that failed, with the reason."""
     rows, why = edit_rows(run), problems(run)
-    columns = [Column("edit"), Column("asked", "text"), Column("should say", "text"), Column("says", "text")]
-    columns += [Column("before", "text"), Column("why", "reason"), Column("attempts", "number")]
+    columns = [Column("edit", "id"), Column("asked", "text"), Column("should say", "text"), Column("says", "text")]
+    columns += [Column("before", "text"), Column("why", "reason"), Column("writes", "number")]
     lines = []
     for id in list(why)[:ROWS_SHOWN]:
         row, entry = rows.get(id, {}), run.entries.get(id)
@@ -160,7 +168,7 @@ def failed_table(run: Artefacts) -> PageTable:
 def others_table(run: Artefacts) -> PageTable:
     """Rephrases, unrelated prompts and neighbours that are answered wrong, with the reason."""
     wrong = [row for row in run.rows.get("final", ()) if row["kind"] != "edit" and not row["correct"]]
-    columns = [Column("kind"), Column("of edit"), Column("asked", "text"), Column("should say", "text")]
+    columns = [Column("kind"), Column("of edit", "id"), Column("asked", "text"), Column("should say", "text")]
     columns += [Column("says", "text"), Column("why", "reason")]
     names = {"rephrase": "in other words", "locality": "unrelated", "near": "neighbour"}
     lines = []
@@ -208,7 +216,7 @@ def _number(value: Any) -> Cell:
 def edits_table(run: Artefacts) -> dict[str, Any]:
     """The data of the searchable table: failed edits first, then in order of arrival."""
     columns = [
-        {"name": "id", "title": "edit", "kind": ""},
+        {"name": "id", "title": "edit", "kind": "id"},
         {"name": "prompt", "title": "asked", "kind": "text"},
         {"name": "target", "title": "should say", "kind": "text"},
         {"name": "answer", "title": "says", "kind": "text"},
@@ -216,8 +224,8 @@ def edits_table(run: Artefacts) -> dict[str, Any]:
         {"name": "now", "title": "now", "kind": ""},
         {"name": "memory", "title": "answered by", "kind": ""},
         {"name": "status", "title": "status", "kind": ""},
-        {"name": "attempts", "title": "attempts", "kind": "number"},
-        {"name": "reason", "title": "why", "kind": "reason"},
+        {"name": "attempts", "title": "writes", "kind": "number"},
+        {"name": "reason", "title": "why", "kind": "text"},
     ]
     rows, why = edit_rows(run), problems(run)
     ids = dict.fromkeys([*why, *run.entries, *rows])
