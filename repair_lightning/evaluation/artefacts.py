@@ -147,6 +147,9 @@ def _json_lines(file: Path) -> Iterator[Row]:
     with open(file, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                yield json.loads(line)
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError("no JSON object")
             except ValueError as error:
                 raise RepairError(f"'{file}', line {number} is damaged ({error}); restore it from a copy") from error
+            yield row

@@ -92,7 +92,7 @@ def sensitivity(grid: Grid, results: Sequence[Result], name: str) -> Chart | str
         f"{line['OP']:.1f} at {_short(row)} {line[_short(row)]} and {_short(column)} {line[_short(column)]}"
         for line in (best, worst)
     ]
-    default = (grid.default[column], grid.default[row]) if grid.default else None
+    default = (grid.default[column], grid.default[row]) if len(grid.default) == 2 else None
     return Chart(
         name=name,
         title=f"OP over {size:,} edits",

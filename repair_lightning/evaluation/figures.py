@@ -258,9 +258,9 @@ def _heat(figure: Any, chart: Chart) -> None:
 
     assert chart.group is not None
     xs, ys = chart.values(chart.x), chart.values(chart.y)
-    known = {(row[chart.x], row[chart.y]): row[chart.group] for row in chart.rows()}
-    nothing = float("nan")
-    values = [[nothing if known[x, y] is None else known[x, y] for x in xs] for y in ys]
+    rows = [row for row in chart.rows() if row[chart.group] is not None]
+    known = {(row[chart.x], row[chart.y]): row[chart.group] for row in rows}
+    values = [[known.get((x, y), float("nan")) for x in xs] for y in ys]
     measured = [value for row in values for value in row if value == value]
     low, top = min(measured), max(max(measured), min(measured) + 1)
     figure.set_size_inches(0.85 * len(xs) + 1.9, 0.6 * len(ys) + 1.3)
