@@ -262,7 +262,8 @@ def _heat(figure: Any, chart: Chart) -> None:
     known = {(row[chart.x], row[chart.y]): row[chart.group] for row in rows}
     values = [[known.get((x, y), float("nan")) for x in xs] for y in ys]
     measured = [value for row in values for value in row if value == value]
-    low, top = min(measured), max(max(measured), min(measured) + 1)
+    top = max(measured)
+    low = min(*measured, top - 20)  # small differences look small
     figure.set_size_inches(0.85 * len(xs) + 1.9, 0.6 * len(ys) + 1.3)
     axis = figure.subplots()
     image = axis.imshow(values, cmap="viridis", vmin=low, vmax=top, aspect="auto", origin="lower")
