@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from repair_lightning.evaluation.earlier import EarlierEdits
+from repair_lightning.evaluation.feature_map import feature_map
 from repair_lightning.evaluation.probes import ProbeScorer, load_probes
 from repair_lightning.evaluation.protocols import AUTOREGRESSIVE
 from repair_lightning.evaluation.scoring import Result, Scorer, oracle_choice
@@ -42,6 +43,8 @@ class Scoreboard(pl.Callback):
         earlier: how the edits of the pack that the run started from are answered; None where it started anew.
         seconds: spent on scoring.
         edit_seconds: of fitting without the scoring.
+        curve: how things stood after each window, see `Scoreboard.moment`.
+        features: where the edits lie, see `feature_map`.
     """
 
     def __init__(
@@ -61,6 +64,8 @@ class Scoreboard(pl.Callback):
         self.perplexity: dict[str, float] | None = None
         self.seconds = 0.0
         self.edit_seconds = 0.0
+        self.curve: list[dict[str, Any]] = []
+        self.features: dict[str, Any] = {}
         self._before = 0.0  # editing before the run was stopped and resumed
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -89,15 +94,30 @@ class Scoreboard(pl.Callback):
         """Live scores on a sample of the edits that are written."""
         stream: Any = trainer.datamodule  # type: ignore[attr-defined]
         written = stream.written()
+        self.curve.append(self.moment(stream, pl_module, len(written)))
         if not self.live or not written:
             return
         with self._timed():
             draw = random.Random(f"{self.seed}/{stream.windows}").sample(written, min(self.live, len(written)))
             part = self.scorer.subset(set(draw))
             owners = pl_module.owner_choice([question.edit for question in part.questions])
-            scores = part.score("live", part.choose(), owners, pl_module.base_changed).scores[AUTOREGRESSIVE]
-        known = {f"live/{kind}": value for kind, value in scores.items() if value is not None}
+            scores = part.score("live", part.choose(), owners, pl_module.base_changed).scores
+        self.curve[-1] |= {"live": scores, "live_edits": len(draw)}
+        known = {f"live/{kind}": value for kind, value in scores[AUTOREGRESSIVE].items() if value is not None}
         pl_module.log_dict(known | {"live/edits": float(len(written))}, batch_size=len(draw))
+
+    def moment(self, stream: Any, editor: Any, written: int) -> dict[str, Any]:
+        """A line of `curves.jsonl`: windows so far, the stream's own edits that a shard holds, seconds of editing
+        without scoring, time (Unix), shards, edits per status. Live scores (in [0, 1]) per protocol come along where
+        they are asked, with the number of edits that they are of."""
+        return {
+            "window": stream.windows,
+            "edits": written,
+            "seconds": round(self._edited(), 3),
+            "time": round(time.time(), 3),
+            "shards": len(editor.memory),
+            "statuses": stream.ledger.counts(),
+        }
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """The score before the merge; this callback stands before the merging one."""
@@ -115,6 +135,7 @@ class Scoreboard(pl.Callback):
             self.oracle = self.scorer.score("oracle", oracle, owners, pl_module.base_changed).scores
             if self.earlier is not None:
                 self.earlier.ask_again(pl_module)
+            self.features = feature_map(pl_module, trainer.datamodule.edits)  # type: ignore[attr-defined]
             if self.probes:
                 self.kept = self.probe_scorer.score(pl_module.base_changed)
             if self.perplexity is not None:
@@ -122,12 +143,13 @@ class Scoreboard(pl.Callback):
                 self.perplexity["final"] = self.scorer.perplexity(memory)
 
     def state_dict(self) -> dict[str, Any]:
-        """The time spent so far on editing, and how a pack's edits were answered at the start."""
-        return {"edit_seconds": self._edited(), "earlier": self.earlier.before if self.earlier else None}
+        """The time spent so far on editing, the curve, and how a pack's edits were answered at the start."""
+        earlier = self.earlier.before if self.earlier else None
+        return {"edit_seconds": self._edited(), "curve": self.curve, "earlier": earlier}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
-        self._before = state_dict["edit_seconds"]
+        self._before, self.curve = state_dict["edit_seconds"], list(state_dict.get("curve", ()))
         if state_dict.get("earlier") is not None:
             self.earlier = EarlierEdits(state_dict["earlier"])
 

@@ -43,10 +43,12 @@ def undo(parser: ArgumentParser) -> None:
 
 
 def _undo(options: Namespace) -> None:
+    from repair_lightning.evaluation.html_report import try_report
     from repair_lightning.undo import report_lines, undo
 
     ids = [id for given in options.id for id in given]
     print("\n".join(report_lines(undo(options.run, ids, options.base, options.precision))))
+    try_report(options.run)
 
 
 def log(parser: ArgumentParser) -> None:
@@ -112,10 +114,38 @@ def _harness(options: Namespace) -> None:
         write_json(options.out, found)
 
 
+def report(parser: ArgumentParser) -> None:
+    """Make a finished run's report.html anew from what lies in its directory."""
+    parser.add_argument("--run", required=True, type=Path, help="the run's directory")
+    parser.set_defaults(run_command=_report)
+
+
+def _report(options: Namespace) -> None:
+    from repair_lightning.evaluation.html_report import write_report
+
+    print(write_report(options.run))
+
+
+def figures(parser: ArgumentParser) -> None:
+    """Draw the paper's figures from runs and comparisons: PNG, SVG, and the data as CSV (an extra: figures)."""
+    parser.add_argument("--runs", required=True, type=Path, nargs="+", help="run directories, or folders of runs")
+    parser.add_argument("--to", required=True, type=Path, help="the folder for the files")
+    parser.set_defaults(run_command=_figures)
+
+
+def _figures(options: Namespace) -> None:
+    from repair_lightning.evaluation.figures import draw_figures
+
+    files, missing = draw_figures(options.runs, options.to)
+    print("\n".join([*map(str, files), *(f"left out: {words}" for words in missing)]))
+
+
 COMMANDS: Mapping[str, Callable[[ArgumentParser], None]] = {
     "export": export,
+    "figures": figures,
     "harness": harness,
     "log": log,
+    "report": report,
     "undo": undo,
 }
 """Each adds its options to a parser and sets `run_command`; its docstring is the help."""

@@ -31,6 +31,7 @@ from repair_lightning.distributed.strategies import STRATEGIES, EditStrategy
 from repair_lightning.distributed.team import ALONE, LeftOutError
 from repair_lightning.editors import REGISTRY, Editor
 from repair_lightning.errors import ConfigError, RepairError
+from repair_lightning.evaluation.html_report import try_report
 from repair_lightning.evaluation.report import print_report, write_json, write_rows
 from repair_lightning.models.base import files_hash
 from repair_lightning.packs import JOURNAL_FILE, PackContent, restore_into, save_pack, shard_tensors
@@ -322,9 +323,12 @@ def finish(cli: EditCLI) -> dict[str, Any]:
     cli.run.journal.note("finished", f"{len(stream.edits)} edits")
     save_pack(editor, run_dir / "pack", cli.provenance(), {JOURNAL_FILE: cli.run.journal.to_parquet})
     write_rows(run_dir / "generations.jsonl", (row for result in board.results.values() for row in result.rows))
+    write_rows(run_dir / "curves.jsonl", board.curve)
+    write_rows(run_dir / "features.json", [board.features])
     metrics["seconds"]["total"] = time.perf_counter() - cli.started
     write_json(run_dir / METRICS_FILE, metrics)
     cli.run.close()
+    try_report(run_dir)
     print_report(metrics, run_dir)
     return metrics
 

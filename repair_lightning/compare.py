@@ -131,7 +131,11 @@ def _grid(given: Any, place: str) -> Grid:
     outside = [name for name, value in default.items() if value not in options.get(name, ())]
     if outside:
         raise ConfigError(f"{place}: default: {outside[0]}: {default[outside[0]]!r} is not among the grid's values")
-    return Grid({name: tuple(values) for name, values in options.items()}, default)
+    fixed = _checked(found.get("fixed") or {}, f"{place}: fixed")
+    twice = [name for name in fixed if name in options]
+    if twice:
+        raise ConfigError(f"{place}: fixed: {twice[0]} is one of the grid's two options; leave it out")
+    return Grid({name: tuple(values) for name, values in options.items()}, default, fixed)
 
 
 def _checked(found: Any, place: str, kind: type | None = None, without: str = "") -> dict[str, Any]:
@@ -441,7 +445,7 @@ def _tables(
     if not begun:
         say(console, f"no run is finished in {out}; no table is written")
         return 0
-    write_tables(out, begun)
+    write_tables(out, begun, grid)
     say(
         console,
         f"{len(begun) - len(failed)} runs finished, {len(failed)} failed; tables: {out}/table.md .tex .csv .json",

@@ -50,11 +50,23 @@ _WRITTEN = (
     "config.yaml",
     "edits.parquet",
     "generations.jsonl",
+    "curves.jsonl",
+    "features.json",
+    "report.html",
     METRICS_FILE,
 )
 """What a run writes, and `overwrite` therefore removes; nothing else in the directory is touched."""
 
-_RESULTS = ("pack", "checkpoints", "config.yaml", "edits.parquet", "generations.jsonl")
+_RESULTS = (
+    "pack",
+    "checkpoints",
+    "config.yaml",
+    "edits.parquet",
+    "generations.jsonl",
+    "curves.jsonl",
+    "features.json",
+    "report.html",
+)
 """What of it is there only behind a journal: without one it is not ours to remove."""
 
 Resume = Literal["auto", "never"]

@@ -119,12 +119,13 @@ def metrics(run) -> dict[str, Any]:
 
 def test_a_run_leaves_everything_in_its_directory(run):
     run_dir, ran = run
-    for name in ("config.yaml", "metrics.json", "generations.jsonl", "edits.parquet", "checkpoints/last.ckpt"):
+    files = ("config.yaml", "metrics.json", "generations.jsonl", "curves.jsonl", "features.json", "report.html")
+    for name in (*files, "edits.parquet", "checkpoints/last.ckpt"):
         assert (run_dir / name).is_file(), name
     names = {file.name for file in (run_dir / "pack").iterdir()}
     assert names == {"repair_config.json", "side_memory.safetensors", "ledger.parquet", "journal.parquet"}
     assert sorted(path.name for path in run_dir.parent.parent.iterdir()) == ["out"]  # and nothing elsewhere
-    for name in ("metrics.json", "pack", "edits.parquet"):
+    for name in ("metrics.json", "pack", "edits.parquet", "report.html"):
         assert name in ran.out
     assert "12 edits of world" in ran.out
     assert "window 2: 12/12 edits" in ran.err

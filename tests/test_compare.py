@@ -28,7 +28,15 @@ from repair_lightning.compare import Comparison, Variant, main, overlay, plan, r
 from repair_lightning.editors.repair import Writing
 from repair_lightning.errors import ConfigError
 from repair_lightning.evaluation import comparison
-from repair_lightning.evaluation.comparison import Result, csv_text, draw_grid, latex, markdown, tables_of
+from repair_lightning.evaluation.comparison import (
+    Result,
+    csv_text,
+    draw_grid,
+    latex,
+    markdown,
+    read_tables,
+    tables_of,
+)
 
 ABLATIONS = REPOSITORY / "configs" / "compare" / "ablations.yaml"
 
@@ -613,6 +621,27 @@ def test_a_grid_alone_is_a_comparison(bench):
     assert names == ["op 0.5 steps 1", "op 0.5 steps 2", "op 0.9 steps 1", "op 0.9 steps 2"]
 
 
+def test_what_a_grid_fixes_is_in_every_cell(bench):
+    bench.write({"plain": None}, grid=GRID | {"fixed": {"data.window": 7}}, seeds=[0])
+    bench.run("--variants", "op 0.5 steps 1")
+    options = yaml.safe_load((bench.out / "op_0.5_steps_1" / "n30-seed0" / "options.yaml").read_text())
+    assert options == {"data": {"window": 7}, "fake": {"op": 0.5}, "model": {"init_args": {"writing": {"steps": 1}}}}
+    results, grid = read_tables(bench.out)
+    assert [result.variant for result in results] == ["op 0.5 steps 1"]
+    assert grid is not None
+    assert grid.fixed == {"data.window": 7}
+
+
+@pytest.mark.parametrize("name", ["shards_mask", "threshold_steps"])
+def test_the_grids_of_the_paper_can_be_run(name):
+    """Every cell's options are those of the command line, and nothing that a cell sets is fixed for all."""
+    found = read_comparison(ABLATIONS.with_name(f"{name}.yaml"))
+    assert (len(found.variants), found.sizes) == (16, (120,))
+    for variant in found.variants:
+        writing = {key.split(".")[-1]: value for key, value in variant.options.items() if ".writing." in key}
+        assert Writing(**writing).form == "dense"
+
+
 def test_the_heat_map_shows_op_where_it_stands_and_frames_the_default(bench, monkeypatch):
     """The fake's OP is its option less 0.01 for each seed and 30 / 10,000: for 0.5 it is 49.7 and 48.7."""
     pytest.importorskip("matplotlib")
@@ -662,6 +691,8 @@ def test_without_matplotlib_the_tables_are_written_and_it_says_why(bench, capsys
         ({"options": {"a.b": [1], "a.c": []}}, "options must be two options, each with a list of its values"),
         ({"options": {"a.b": [1], "a.c": [2]}, "default": {"a.b": 3}}, "default: a.b: 3 is not among"),
         ({"options": {"a.b": [1], "a.c": [2]}, "default": {"a.d": 3}}, "default: a.d: 3 is not among"),
+        ({"options": {"a.b": [1], "a.c": [2]}, "fixed": {"a.b": 3}}, "fixed: a.b is one of the grid's two options"),
+        ({"options": {"a.b": [1], "a.c": [2]}, "fixed": 3}, "fixed: must be a mapping"),
         ({"option": {}}, "unknown 'option'; known: options, default"),
         ([1], "must be a mapping"),
     ],

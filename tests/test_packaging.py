@@ -57,6 +57,8 @@ def test_every_module_and_every_data_file_is_inside(wheel):
         "configs/quickstart.yaml",
         "callbacks/ties_merge.py",
         "world/edits.jsonl",
+        "evaluation/templates/report.html.j2",
+        "evaluation/templates/report.js",
         "world/irrelevant.jsonl",
         "world/base-model/model.safetensors",
         "world/base-model/tokenizer.json",

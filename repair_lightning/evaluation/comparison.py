@@ -5,18 +5,23 @@ from __future__ import annotations
 import csv
 import importlib.util
 import io
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal
 
+from repair_lightning.errors import RepairError
 from repair_lightning.evaluation.metrics import KINDS
 from repair_lightning.evaluation.protocols import AUTOREGRESSIVE, PROTOCOLS, TEACHER_FORCED
 from repair_lightning.evaluation.report import write_json
+
+TABLE = "table.json"
+"""The file with everything that a comparison measured."""
 
 Place = tuple[str, ...]
 """Where a figure stands in `metrics.json`."""
@@ -85,15 +90,17 @@ class Grid:
     Attributes:
         options: dotted option -> its values; the first is the heat map's rows, the second its columns.
         default: the values that the heat map marks.
+        fixed: dotted option -> value, in every cell.
     """
 
     options: Mapping[str, Sequence[Any]]
-    default: Mapping[str, Any]
+    default: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
     def cells(self) -> list[tuple[str, dict[str, Any]]]:
         """Each variant's name and options, row by row."""
         found = [dict(zip(self.options, values, strict=True)) for values in product(*self.options.values())]
-        return [(self.name(cell), cell) for cell in found]
+        return [(self.name(cell), {**self.fixed, **cell}) for cell in found]
 
     @staticmethod
     def name(cell: Mapping[str, Any]) -> str:
@@ -278,8 +285,26 @@ def csv_text(results: Sequence[Result]) -> str:
     return text.getvalue()
 
 
-def write_tables(folder: Path, results: Sequence[Result]) -> None:
+def write_tables(folder: Path, results: Sequence[Result], grid: Grid | None = None) -> None:
     """Write `table.json` (everything), `table.csv` (a line per run), `table.md` and `table.tex`."""
-    write_json(folder / "table.json", {"runs": [asdict(result) for result in results]})
+    of_grid = {"grid": asdict(grid)} if grid else {}
+    write_json(folder / TABLE, {"runs": [asdict(result) for result in results], **of_grid})
     for suffix, text in (("csv", csv_text(results)), ("md", markdown(results)), ("tex", latex(results))):
         (folder / f"table.{suffix}").write_text(text, encoding="utf-8")
+
+
+def read_tables(folder: Path) -> tuple[list[Result], Grid | None]:
+    """What `write_tables` wrote to `table.json`.
+
+    Raises:
+        RepairError: there is none, or it is damaged.
+    """
+    file = folder / TABLE
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        grid = Grid(**content["grid"]) if content.get("grid") else None
+        return [Result(**run) for run in content["runs"]], grid
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RepairError(
+            f"'{file}' is no table of a comparison ({error}); write it anew with --tables_only"
+        ) from error

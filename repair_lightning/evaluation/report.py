@@ -32,15 +32,16 @@ def rounded(value: Any, digits: int = 6) -> Any:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file by way of a temporary name, so that a reader never sees half of it."""
-    _replace(path, json.dumps(rounded(content), indent=1, ensure_ascii=False) + "\n")
+    replace_text(path, json.dumps(rounded(content), indent=1, ensure_ascii=False) + "\n")
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write JSON lines, likewise."""
-    _replace(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    replace_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
+    """Write a text by way of a temporary name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     waiting = path.with_name(path.name + ".part")
     with open(waiting, "w", encoding="utf-8") as file:
@@ -132,8 +133,11 @@ def _earlier_words(earlier: Mapping[str, Any]) -> str:
 
 
 FILES = {
+    "report.html": "everything below for a reader, with pictures: open it in a browser",
     "metrics.json": "all figures",
     "generations.jsonl": "every prompt with every answer, before and after",
+    "curves.jsonl": "how things stood after each window",
+    "features.json": "where the edits' features lie, in two dimensions",
     "edits.parquet": "the ledger: what became of each edit",
     "journal.sqlite": "every event of every edit: `repair-lightning log --run ...`",
     "pack": "the edited model: repair_lightning.load_edited('.../pack')",
