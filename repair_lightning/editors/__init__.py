@@ -2,5 +2,6 @@
 
 from .base import REGISTRY, Editor, editor_class, make_editor, register
 from .repair import Repair
+from .rlsedit import RLSEdit
 
-__all__ = ["REGISTRY", "Editor", "Repair", "editor_class", "make_editor", "register"]
+__all__ = ["REGISTRY", "Editor", "RLSEdit", "Repair", "editor_class", "make_editor", "register"]
