@@ -218,7 +218,9 @@ class Repair(Editor):
             if isinstance(value, str) and value != AUTO:
                 raise ConfigError(f"writing.{name} must be a number or 'auto', got '{value}'")
         if self.routing.router == "nobody":
-            raise ConfigError("routing.router must be key, activation or hybrid, got 'nobody': no edit would be answered")
+            raise ConfigError(
+                "routing.router must be key, activation or hybrid, got 'nobody': no edit would be answered"
+            )
         if not self.writing.rate > 0:
             raise ConfigError(f"writing.lr must be positive, got {self.writing.lr}")
         if self.writing.form == "low_rank":

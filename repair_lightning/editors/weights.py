@@ -23,13 +23,15 @@ from repair_lightning.editors.values import Found, Places, Values, ValueSearch, 
 from repair_lightning.errors import ConfigError
 from repair_lightning.models.architectures import resolve_layer
 from repair_lightning.models.base import Base, load_base
-from repair_lightning.models.prefix import Capture, SplitModel, pad_left, stack_left
+from repair_lightning.models.prefix import Capture, SplitModel, stack_left
 from repair_lightning.models.prefix_cache import canonical_batches
 from repair_lightning.models.sampling import greedy_answers, own_texts
 from repair_lightning.types import BASE, Edit, EditBatch, EditReport
 
 log = logging.getLogger(__name__)
 
+KEPT = 256
+"""Of so many irrelevant prompts the keys are kept: with their answers, some thousands."""
 RIDGE = 1e-2
 """Added to a second moment of keys, as a share of its mean diagonal: fewer keys than dimensions must not blow up."""
 
@@ -122,7 +124,7 @@ class WeightEditor(Editor):
 
     def background_keys(self) -> dict[int, Tensor]:
         """By written layer, A(x) at every token of the background prompts and the base's answers to them, (N, F)."""
-        rows = [row.ids for row in self.said_by_base(self.background_prompts)]
+        rows = [row.ids for row in self.said_by_base(self.background_prompts[:KEPT])]
         _, keys, _ = self.states(rows)
         return {layer: torch.cat(found).float() for layer, found in keys.items()}
 
@@ -262,8 +264,7 @@ class ValueEditor(WeightEditor):
         if self.values.at == "targets":
             return encoded, owners, Places.of_targets(encoded, owners, len(edits)).to(self.edited.device)
         at = [
-            self._subject_token(prompt, edits[i].subject, row)
-            for (i, prompt), row in zip(asked, encoded, strict=True)
+            self._subject_token(prompt, edits[i].subject, row) for (i, prompt), row in zip(asked, encoded, strict=True)
         ]
         return encoded, owners, Places.of_subjects(encoded, at, owners, len(edits)).to(self.edited.device)
 

@@ -69,7 +69,7 @@ class Recursion:
     Attributes:
         weight: (D, F), the minimiser W.
         inverse: (F, F), C, the inverse of `information`.
-        information: (F, F), A; it only ever adds and subtracts, so C can be had from it anew.
+        information: (F, F), A in float64; it only ever adds and subtracts, so C can be had from it anew.
         rebuilt: how often that was necessary.
     """
 
@@ -88,9 +88,9 @@ class Recursion:
             ridge: lambda^2, above 0.
             anchoring: mu^2.
         """
-        eye = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
-        information = ridge * eye + anchoring * (anchors.T @ anchors)
-        return cls(weight, spd_inverse(information), information)
+        eye = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device)
+        information = ridge * eye + anchoring * (anchors.double().T @ anchors.double())
+        return cls(weight, spd_inverse(information).to(weight.dtype), information)
 
     def absorb(self, keys: Tensor, values: Tensor) -> Recursion:
         """With further keys (u, F) and values (u, D)."""
@@ -107,7 +107,7 @@ class Recursion:
         Raises:
             torch.linalg.LinAlgError: the keys that are taken out were never in.
         """
-        information = self.information + sign * (keys.T @ keys)
+        information = self.information + sign * (keys.double().T @ keys.double())
         try:
             found = self._woodbury(keys, values, information, sign)
         except torch.linalg.LinAlgError:
@@ -121,7 +121,7 @@ class Recursion:
         lower = torch.linalg.cholesky((inner + inner.T) / 2)
         half = torch.linalg.solve_triangular(lower, forward.T, upper=False)
         gain = torch.linalg.solve_triangular(lower.T, half, upper=True)
-        error = (gain @ information - keys).norm()
+        error = (gain @ information.to(gain.dtype) - keys).norm()
         if not error <= TOLERANCE * keys.norm():
             return None
         inverse = self.inverse - sign * (half.T @ half)
@@ -129,7 +129,8 @@ class Recursion:
 
     def _anew(self, keys: Tensor, values: Tensor, information: Tensor, sign: int) -> Recursion:
         inverse = spd_inverse(information)
-        exact = torch.linalg.solve(information.double(), keys.double().T).T.to(keys.dtype)
+        exact = (keys.double() @ inverse).to(keys.dtype)
+        inverse = inverse.to(keys.dtype)
         weight = self._moved(keys, values, exact, sign)
         return Recursion(weight, inverse, information, self.rebuilt + 1)
 
