@@ -69,8 +69,8 @@ def save_pack(
 ) -> Path:
     """Write an editor's memory, router and ledger, in place of what the folder holds; returns the folder.
 
-    Where something wrote into the base's own W_v, that matrix goes along; after a merge into it the whole base beside it
-    as a plain Hugging Face checkpoint that needs neither pack nor router.
+    Where something wrote into the base's own W_v, that matrix goes along; after a merge into it the whole base beside
+    it as a plain Hugging Face checkpoint that needs neither pack nor router.
 
     Args:
         editor: with its base loaded.

@@ -219,8 +219,8 @@ class RLSEdit(ValueEditor):
         self.problems, self.terms = {}, {id: {} for id in ids}
         for name in [name for name in state if name.endswith(".weight")]:
             layer = name.removesuffix(".weight")
-            parts = [state[f"{layer}.{part}"].to(device) for part in ("weight", "inverse", "information")]
-            self.problems[int(layer)] = Recursion(*parts, rebuilt=state[f"{layer}.rebuilt"])
+            parts = {part: state[f"{layer}.{part}"].to(device) for part in ("weight", "inverse", "information")}
+            self.problems[int(layer)] = Recursion(**parts, rebuilt=state[f"{layer}.rebuilt"])
             sizes = state[f"{layer}.sizes"].tolist()
             keys, values = (state[f"{layer}.{part}"].to(device).split(sizes) for part in ("keys", "values"))
             for each in zip(ids, keys, values, state[f"{layer}.energies"].tolist(), strict=True):

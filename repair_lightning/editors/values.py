@@ -5,8 +5,8 @@ trained until the target is likely, here from the cached prefix, for a whole bat
 the subject's last token; ours may also be one at each position from which a target token is read, because greedy
 decoding must say every one of them, the end included.
 
-Shapes: B rows of T tokens, P places where a shift acts, S shifts in all (several places may share one), M target tokens,
-n batch members, D = d_model, F = d_ffn.
+Shapes: B rows of T tokens, P places where a shift acts, S shifts in all (several places may share one), M target
+tokens, n batch members, D = d_model, F = d_ffn.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ class Places:
             for j in range(len(row.target))
         ]
         member = [i for i, length in enumerate(lengths) for _ in range(length)]
-        return cls(*torch.tensor(found).T.unbind(), torch.tensor(member))
+        row, back, shift = torch.tensor(found).T
+        return cls(row, back, shift, torch.tensor(member))
 
     @classmethod
     def of_subjects(cls, encoded: Sequence[Encoded], at: Sequence[int], owners: Sequence[int], members: int) -> Places:
@@ -122,12 +123,13 @@ class Places:
         triples = zip(self.row.tolist(), self.back.tolist(), self.shift.tolist(), strict=True)
         found = [(row_at[row], back, shift_at[shift]) for row, back, shift in triples if row in row_at]
         member = torch.tensor([member_at[int(self.member[i])] for i in kept])
-        return Places(*torch.tensor(found).T.unbind(), member).to(self.row.device)
+        row, back, shift = torch.tensor(found).T
+        return Places(row, back, shift, member).to(self.row.device)
 
 
 @contextmanager
 def pushing(split: SplitModel, pushed: Tensor) -> Iterator[None]:
-    """Inside, `pushed` (B, T, D) is added to the value matrix's output, however the architecture lays out its tokens."""
+    """Inside, `pushed` (B, T, D) is added to the value matrix's output, however the architecture lays out tokens."""
     handle = split.value.register_forward_hook(
         lambda _, __, output: output + pushed.reshape(output.shape).to(output.dtype)
     )

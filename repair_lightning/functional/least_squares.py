@@ -5,8 +5,8 @@ With W (D, F), keys K (n, F) and values V (n, D) that W should give for them, th
     sum_i ||K_i W^T - V_i||^2 + lambda^2 ||W - W_0||^2 + mu^2 ||K_0 W^T - V_0||^2
 
 has the information matrix `A = lambda^2 I + mu^2 K_0^T K_0 + sum_i K_i^T K_i`. With `C = A^-1` a further set of keys
-costs as much at step 10,000 as at step 1 (recursive least squares; RLSEdit, "Beyond Hard Writes and Rigid Preservation",
-as in the project's notes on it), and a set can be taken out again in the same way (downdating).
+costs as much at step 10,000 as at step 1 (recursive least squares, as in RLSEdit, "Beyond Hard Writes and Rigid
+Preservation: Soft Recursive Least-Squares for Lifelong LLM Editing"), and can be taken out again (downdating).
 
 The paper's public code feeds a difference as V and subtracts `K W` from it once more; derived here from the stacked
 problem and tested against its closed form, the step is `W + (V - K W^T)^T (C' K^T)^T` with absolute values V.
@@ -115,16 +115,18 @@ class Recursion:
         return found or self._anew(keys, values, information, sign)
 
     def _woodbury(self, keys: Tensor, values: Tensor, information: Tensor, sign: int) -> Recursion | None:
-        """The step by a factorisation of (u, u); None where its gain does not solve what it should."""
+        """The step by a factorisation of (u, u), its gain refined once against the information; None where it is too
+        far from solving what it should for that."""
         forward = self.inverse @ keys.T
         inner = sign * (keys @ forward) + torch.eye(len(keys), dtype=keys.dtype, device=keys.device)
         lower = torch.linalg.cholesky((inner + inner.T) / 2)
         half = torch.linalg.solve_triangular(lower, forward.T, upper=False)
         gain = torch.linalg.solve_triangular(lower.T, half, upper=True)
-        error = (gain @ information.to(gain.dtype) - keys).norm()
-        if not error <= TOLERANCE * keys.norm():
+        missing = (keys.double() - gain.double() @ information).to(keys.dtype)
+        if not missing.norm() <= TOLERANCE * keys.norm():
             return None
         inverse = self.inverse - sign * (half.T @ half)
+        gain = gain + missing @ inverse
         return replace(self, weight=self._moved(keys, values, gain, sign), inverse=inverse, information=information)
 
     def _anew(self, keys: Tensor, values: Tensor, information: Tensor, sign: int) -> Recursion:

@@ -170,7 +170,7 @@ class SplitModel:
         """Run the layers from the edited one to `upto` from what enters the first, (B, T, D).
 
         Returns:
-            what enters each of them, (B, T, D); what enters its value matrix, (B, T, F); what leaves the last, (B, T, D).
+            what enters each of them, (B, T, D); what enters its value matrix, (B, T, F); what leaves the last one.
         """
         entering: list[Tensor] = []
         activations: list[Tensor] = []

@@ -13,9 +13,8 @@ from repair_lightning.memory.routers.hybrid import HybridRouter
 from repair_lightning.memory.routers.key import KeyRouter
 from repair_lightning.memory.routers.nobody import NobodyRouter
 
-ROUTERS: Mapping[str, type[Router]] = {
-    cls.name: cls for cls in (ActivationRouter, KeyRouter, HybridRouter, NobodyRouter)
-}
+_KINDS = (ActivationRouter, KeyRouter, HybridRouter, NobodyRouter)
+ROUTERS: Mapping[str, type[Router]] = {cls.name: cls for cls in _KINDS}
 
 
 def make_router(name: str, **options: Any) -> Router:
