@@ -3,6 +3,7 @@
 from .base import REGISTRY, Editor, editor_class, make_editor, register
 from .memit import MEMIT
 from .repair import Repair
+from .rls_repair import RLSRepair
 from .rlsedit import RLSEdit
 from .rome import ROME
 from .ultraedit import UltraEdit
@@ -13,6 +14,7 @@ __all__ = [
     "ROME",
     "Editor",
     "RLSEdit",
+    "RLSRepair",
     "Repair",
     "UltraEdit",
     "editor_class",

@@ -82,9 +82,19 @@ class WeightEditor(Editor):
                 f"layers {layer} to {layer + self.layers - 1} are asked for, the base has {depth}; give a lower "
                 "--model.layer or fewer --model.layers"
             )
-        self.written_layers = list(range(layer, layer + self.layers))
+        self._find_layers()
+
+    def work_upon(self, other: Editor) -> None:
+        """Share another editor's model and layer instead of building one."""
+        assert other.base is not None
+        self.base, self.layer, self._encode = other.base, other.layer, other._encode
+        self.__dict__["edited"] = other.edited  # not a module of its own
+        self._find_layers()
+
+    def _find_layers(self) -> None:
+        self.written_layers = list(range(self.layer, self.layer + self.layers))
         top = self.written_layers[-1]
-        self.top = self.edited.split if top == layer else SplitModel(base.model, top)
+        self.top = self.edited.split if top == self.layer else SplitModel(self.edited.base, top)
 
     # -- what the base makes of texts ---------------------------------------------------------------------------------
 

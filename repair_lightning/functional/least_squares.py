@@ -122,11 +122,11 @@ class Recursion:
         lower = torch.linalg.cholesky((inner + inner.T) / 2)
         half = torch.linalg.solve_triangular(lower, forward.T, upper=False)
         gain = torch.linalg.solve_triangular(lower.T, half, upper=True)
-        missing = (keys.double() - gain.double() @ information).to(keys.dtype)
-        if not missing.norm() <= TOLERANCE * keys.norm():
-            return None
         inverse = self.inverse - sign * (half.T @ half)
+        missing = _missing(keys, gain, information)
         gain = gain + missing @ inverse
+        if not _missing(keys, gain, information).norm() <= min(missing.norm(), TOLERANCE * keys.norm()):
+            return None
         return replace(self, weight=self._moved(keys, values, gain, sign), inverse=inverse, information=information)
 
     def _anew(self, keys: Tensor, values: Tensor, information: Tensor, sign: int) -> Recursion:
@@ -138,3 +138,8 @@ class Recursion:
 
     def _moved(self, keys: Tensor, values: Tensor, gain: Tensor, sign: int) -> Tensor:
         return self.weight + sign * ((values - keys @ self.weight.T).T @ gain)
+
+
+def _missing(keys: Tensor, gain: Tensor, information: Tensor) -> Tensor:
+    """What is missing for `gain information = keys`, by float64."""
+    return (keys.double() - gain.double() @ information).to(keys.dtype)

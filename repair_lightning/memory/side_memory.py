@@ -227,6 +227,11 @@ class SideMemory(nn.Module):
         self._put(shard, LowRankShard(left, right))
         return shard
 
+    def put(self, shard: int, module: AnyShard) -> None:
+        """Replace a shard by another of its shape, under its id."""
+        self[shard]  # an unknown id is refused
+        self._put(shard, module)
+
     def drop(self, shards: Iterable[int]) -> None:
         """Take shards out for good."""
         for shard in list(shards):

@@ -22,6 +22,7 @@ SURE = Values(lr=0.3, steps=60, stop_margin=6.0)
 """How a tiny random base is told what to say, token by token."""
 OPTIONS: dict[str, dict] = {
     "rlsedit": {"layers": 2, "values": SURE, "ridge": 0.003, "anchoring": 0.01},
+    "rls_repair": {"values": SURE, "ridge": 0.003, "anchoring": 0.01},
     "rome": {"values": SURE},
     "memit": {"layers": 2, "values": SURE, "moment_weight": 1e-6},
     "ultraedit": {"lr": 0.01},

@@ -95,7 +95,8 @@ def test_an_inverse_that_float32_has_spoilt_is_made_anew(damage):
 
 
 def test_a_nearly_singular_problem_in_float32():
-    """Keys of size 1e4 that repeat, over a ridge of 1e-3: a condition number of 1e12 and more."""
+    """Keys of size 1e4 that repeat, over a ridge of 1e-3: a condition number of 1e12 and more. What was missing at the
+    start is some 1e4, so float32 gets within a hundred-thousandth of it."""
     weight, anchors = draw(0, D, F), draw(1, 2, F)
     found = Recursion.start(weight, anchors, 1e-3, 1.0)
     key = 1e4 * draw(2, 1, F)
@@ -103,7 +104,7 @@ def test_a_nearly_singular_problem_in_float32():
     for term in terms:
         found = found.absorb(*term)
     mean = torch.stack([values for _, values in terms]).mean(0)
-    torch.testing.assert_close(key @ found.weight.T, mean, rtol=1e-2, atol=2e-2)
+    assert float((key @ found.weight.T - mean).norm()) < 1e-4 * float((key @ weight.T).norm())
 
 
 def test_what_was_never_in_cannot_be_taken_out():
