@@ -15,7 +15,7 @@ import torch
 
 from repair_lightning.editors.base import register
 from repair_lightning.editors.repair import Distillation, Repair, Routing, Writing
-from repair_lightning.editors.rlsedit import RLSEdit
+from repair_lightning.editors.rlsedit import ANCHORING, RIDGE, VALUES, RLSEdit
 from repair_lightning.editors.values import Values
 from repair_lightning.errors import ConfigError
 from repair_lightning.memory.side_memory import LowRankShard
@@ -60,9 +60,9 @@ class RLSRepair(Repair):
         writing: Writing = Writing(),  # noqa: B008
         distillation: Distillation = Distillation(),  # noqa: B008
         seed: int = 0,
-        values: Values = Values(),  # noqa: B008
-        ridge: float = 0.1,
-        anchoring: float = 1.0,
+        values: Values = VALUES,
+        ridge: float = RIDGE,
+        anchoring: float = ANCHORING,
         anchors: str | None = None,
     ) -> None:
         ours = (base, layer, precision, trust_remote_code, cache_mib, cache_disk_mib)

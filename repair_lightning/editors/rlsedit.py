@@ -38,6 +38,10 @@ from repair_lightning.types import EditReport
 
 log = logging.getLogger(__name__)
 
+VALUES = Values(lr=0.03, check_every=3)
+"""Small steps: what takes a target there with the least shift disturbs the least."""
+RIDGE, ANCHORING = 0.1, 1.0
+
 
 @dataclass(frozen=True)
 class Term:
@@ -77,9 +81,9 @@ class RLSEdit(ValueEditor):
         cache_mib: int = 2048,
         cache_disk_mib: int = 8192,
         layers: int = 1,
-        values: Values = Values(),  # noqa: B008 - jsonargparse reads the defaults here
-        ridge: float = 0.1,
-        anchoring: float = 1.0,
+        values: Values = VALUES,
+        ridge: float = RIDGE,
+        anchoring: float = ANCHORING,
         anchors: str | None = None,
     ) -> None:
         super().__init__(base, layer, precision, trust_remote_code, cache_mib, cache_disk_mib, layers, values)

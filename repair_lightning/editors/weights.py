@@ -67,10 +67,12 @@ class WeightEditor(Editor):
         self.layers = layers
 
     def load(self) -> None:
-        """Load the base; where no layer was named, the written ones end with the default."""
+        """Load the base; where no layer was named, the written ones end with the default, or are all below it."""
         if self.base is None and self.base_option and self.layer_option is None and self.layers > 1:
             base = load_base(self.base_option, self.precision_option, self.trust_remote_code)
-            self.build(base, max(0, resolve_layer(base.model, None) - self.layers + 1))
+            top = resolve_layer(base.model, None)
+            self.layers = min(self.layers, top + 1)
+            self.build(base, top - self.layers + 1)
         super().load()
 
     def build(self, base: Base, layer: int) -> None:
