@@ -23,6 +23,7 @@ from benchmarks import (
     gpu,
     memory,
     merging,
+    recursion,
     report,
     roofline,
     streams,
@@ -197,6 +198,16 @@ def test_clustering(context):
         assert row["cosine"] > row["random_cosine"]
         assert 0.5 < row["recall"] <= 1
     assert "11,000" in shown("clustering", result)
+
+
+def test_recursion(context):
+    result = recursion.run_part(replace(context, sizes=(5, 30)))
+    finite(result)
+    assert [row["steps"] for row in result["sizes"]] == [5, 30]
+    assert all(row["error"] < 1e-3 for row in result["sizes"])
+    assert result["undo"]["steps"] == recursion.UNDONE
+    assert result["undo"]["error"] < 1e-3
+    assert "rebuilt" in shown("recursion", result)
 
 
 def test_mean_cosine_by_hand():
