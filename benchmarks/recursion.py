@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from statistics import median
 from typing import Any
@@ -12,15 +11,15 @@ from torch import Tensor
 
 from benchmarks.context import Context
 from benchmarks.report import Table, number
-from benchmarks.timing import seconds_of
+from benchmarks.timing import interleaved, seconds_of
 from repair_lightning.functional.least_squares import Recursion
 
 TITLE = "Recursion: least squares, step by step"
 F, D, KEYS = 896, 288, 4
 """The value matrix of a 15 M Llama, and a target of four tokens."""
 RIDGE, ANCHORING, ANCHORS = 0.01, 1.0, 2000
-LAST = 50
-"""Steps before a size whose median is its figure."""
+REPEATS = 25
+"""Interleaved repeats of a step at each size."""
 UNDONE = 20
 """Steps that are taken back at the end."""
 
@@ -33,34 +32,34 @@ def run_part(context: Context) -> dict[str, Any]:
     anchors = torch.randn(ANCHORS, F, generator=generator) * scales
     problem = Recursion.start(weight, anchors, RIDGE, ANCHORING)
     closed = ClosedForm(problem)
-    sizes, rows, seconds, terms = context.within_limit(context.sizes), [], [], []
+    sizes, rows, terms = context.within_limit(context.sizes), [], []
+    first: Recursion | None = None
     for step in range(1, max(sizes, default=0) + 1):
-        keys = torch.randn(KEYS, F, generator=generator) * scales
-        terms.append((keys, torch.randn(KEYS, D, generator=generator)))
-        problem, took = timed(partial(problem.absorb, *terms[-1]))
-        seconds.append(took)
+        terms.append((torch.randn(KEYS, F, generator=generator) * scales, torch.randn(KEYS, D, generator=generator)))
+        problem = problem.absorb(*terms[-1])
         closed.add(*terms[-1])
         if step in sizes:
-            error, rebuilt = closed.error(problem.weight), problem.rebuilt
-            rows.append({"steps": step, "seconds": median(seconds[-LAST:]), "error": error, "rebuilt": rebuilt})
-    for row in rows:
-        row["ratio"] = row["seconds"] / rows[0]["seconds"]
+            first = first or problem
+            rows.append(row_of(step, problem, first, terms[-1], closed.error(problem.weight)))
     return {"sizes": rows, "undo": undo(problem, closed, terms[:UNDONE]) if rows else None}
 
 
-def timed(step: Callable[[], Recursion]) -> tuple[Recursion, float]:
-    """What a step makes, and its seconds."""
-    made: list[Recursion] = []
-    took = seconds_of(lambda: made.append(step()))
-    return made[0], took
+def row_of(
+    step: int, problem: Recursion, first: Recursion, term: tuple[Tensor, Tensor], error: float
+) -> dict[str, Any]:
+    """One more step upon the problem as it is now, beside the same upon the one of the first size."""
+    calls = {"now": partial(problem.absorb, *term), "first": partial(first.absorb, *term)}
+    seconds = {name: median(found) for name, found in interleaved(calls, REPEATS).items()}
+    ratio = seconds["now"] / seconds["first"]
+    return {"steps": step, "seconds": seconds["now"], "ratio": ratio, "error": error, "rebuilt": problem.rebuilt}
 
 
 def undo(problem: Recursion, closed: ClosedForm, terms: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
     """The oldest steps taken back: the time of one, and how far from the closed form without them that ends."""
     seconds = []
     for keys, values in terms:
-        problem, took = timed(partial(problem.remove, keys, values))
-        seconds.append(took)
+        seconds.append(seconds_of(partial(problem.remove, keys, values)))
+        problem = problem.remove(keys, values)
         closed.add(keys, values, -1.0)
     return {"steps": len(terms), "seconds": median(seconds), "error": closed.error(problem.weight)}
 
@@ -96,9 +95,9 @@ def tables(result: dict[str, Any]) -> list[Table]:
         for row in result["sizes"]
     ]
     note = (
-        f"A step is {KEYS} keys of {F} coordinates with values of {D}; ms is the median of the last {LAST} steps "
-        "before a size, error the distance to the closed form of the whole problem in float64, relative to that; rebuilt "
-        "counts the steps for which float32 was not enough."
+        f"A step is {KEYS} keys of {F} coordinates with values of {D}; ms and ratio are medians of {REPEATS} steps, "
+        "interleaved with as many upon the problem of the first size; error is the distance to the closed form of the "
+        "whole problem in float64, relative to that; rebuilt counts the steps for which float32 was not enough."
     )
     if result["undo"]:
         taken = result["undo"]

@@ -71,6 +71,8 @@ def _undo(
     check(editor, ids)
     rest = [id for id in editor.ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED) if id not in set(ids)]
     scorer = Scorer(editor.edited, [editor.ledger.edit(id) for id in rest])
+    with editor.edited.weights.originals():
+        _ = scorer.base  # what must be kept is what the base said before anything was written into it
     before, bits = _scores(scorer, editor), _fingerprints(editor)
     start = run.journal.last
     run.journal.note(BEGUN, json.dumps(ids))
