@@ -19,6 +19,7 @@ PARTS = (
     "routing",
     "checkpoints",
     "merging",
+    "recursion",
     "scaling",
     "gpu",
 )
@@ -43,7 +44,7 @@ class Context:
     seed: int = option(0, "of edits, vectors and runs")
     repeats: int = option(3, "interleaved repeats of what is short", quick=1)
     edits: int = option(100, "editing: edits per run", quick=8)
-    sizes: tuple[int, ...] = option((100, 1_000, 10_000), "flat: stream lengths to look at", quick=(50, 200))
+    sizes: tuple[int, ...] = option((100, 1_000, 10_000), "flat, recursion: stream lengths to look at", quick=(50, 200))
     window: int = option(100, "flat, checkpoints: edits per window", quick=50)
     batch: int = option(128, "roofline: edits per batch", quick=32)
     batches: tuple[int, ...] = option((1, 8, 64), "generation: prompts per batch", quick=(1, 8))
@@ -61,7 +62,7 @@ class Context:
     checkpointed: tuple[int, ...] = option(
         (1_000, 10_000, 100_000), "checkpoints: edits that are held", quick=(200, 1_000)
     )
-    limit: int = option(0, "flat, clustering, routing, checkpoints: leave out sizes above this; 0 for none")
+    limit: int = option(0, "flat, recursion, clustering, routing, checkpoints: leave out sizes above this; 0 for none")
     merged: tuple[int, ...] = option((2, 4, 8), "merging: shards that become one", quick=(2,))
     per_shard: int = option(16, "merging: edits per shard", quick=4)
     densities: tuple[float, ...] = option((1.0, 0.5, 0.2), "merging: shares of a shard that are kept", quick=(1.0, 0.2))

@@ -282,6 +282,17 @@ def gpu(axis: Any, result: dict[str, Any]) -> None:
     axis.set_title(f"GPU, {result['parameters'] / 1e9:.2g} B parameters")
 
 
+def recursion(axis: Any, result: dict[str, Any]) -> None:
+    """Milliseconds of a step along the stream."""
+    rows = result["sizes"]
+    axis.plot([row["steps"] for row in rows], [1e3 * row["seconds"] for row in rows], "o-", color=OURS)
+    axis.set_xscale("log")
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("steps so far")
+    axis.set_ylabel("ms per step")
+    axis.set_title("recursive least squares")
+
+
 PANELS: Mapping[str, Callable[[Any, dict[str, Any]], None]] = {
     "editing": editing,
     "flat": flat,
@@ -293,5 +304,6 @@ PANELS: Mapping[str, Callable[[Any, dict[str, Any]], None]] = {
     "checkpoints": checkpoints,
     "merging": merging,
     "scaling": scaling,
+    "recursion": recursion,
     "gpu": gpu,
 }

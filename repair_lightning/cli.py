@@ -34,7 +34,7 @@ from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.evaluation.html_report import try_report
 from repair_lightning.evaluation.report import print_report, write_json, write_rows
 from repair_lightning.models.base import files_hash
-from repair_lightning.packs import JOURNAL_FILE, PackContent, restore_into, save_pack, shard_tensors
+from repair_lightning.packs import JOURNAL_FILE, PackContent, restore_into, save_pack, written_tensors
 from repair_lightning.parsing import parse
 from repair_lightning.run_dir import CHECKPOINT, METRICS_FILE, Resume, RunDirectory, WindowCheckpoint
 
@@ -345,7 +345,7 @@ def collect_metrics(cli: EditCLI) -> dict[str, Any]:
         "base": {"name": editor.base.name, "sha256": editor.base.sha256, "parameters": editor.base.parameters},
         "layer": editor.layer,
         "shards": len(editor.memory),
-        "memory_bytes": sum(tensor.nbytes for tensor in shard_tensors(editor.memory).values()),
+        "memory_bytes": sum(tensor.nbytes for tensor in written_tensors(editor.edited, editor.own_state()).values()),
         "n_edits": len(stream.edits),
         "seed": cli.config.seed_everything,
         "seconds": {"load": cli.loaded - cli.started, "edit": board.edit_seconds, "evaluate": board.seconds},
@@ -369,6 +369,7 @@ def collect_metrics(cli: EditCLI) -> dict[str, Any]:
             "already_right": [row["id"] for row in pre if row["kind"] == "edit" and row["correct"]],
         },
         "edits": ledger.counts(),
+        "method": editor.figures(),
     }
     earlier = board.earlier.report() | {"superseded": len(stream.joined.replaced)} if board.earlier else None
     adapted = editor.adapted.as_dict() if editor.adapted else None

@@ -189,20 +189,20 @@ def merge_into_base(
     keys, values = _said(model, edits)
     rows = [row for row in model.tokenizer(list(background))["input_ids"] if row] if background else []
     kept = torch.cat([capture.activations.float() for capture in model.captures(rows)]) if rows else keys[:0]
-    before = model.value_weight.detach().clone()
+    before = model.weights.state()
     sample, guard = edits[:: max(1, len(edits) // 64)][:64], list(guard)[:64]
     expected = _ask(model, guard)
     found: list[tuple[float, float]] = []
     for keep in KEEP:
-        model.add_to_base(fused_delta(keys, values, kept, keep))
+        model.weights.add(model.layer, fused_delta(keys, values, kept, keep))
         right = _ask(model, [edit.prompt for edit in sample])
         rel = sum(a == normalise(edit.target) for a, edit in zip(right, sample, strict=True)) / len(sample)
         loc = sum(a == b for a, b in zip(_ask(model, guard), expected, strict=True)) / len(guard) if guard else 1.0
         log.info("merge with keep %s: %.2f of a sample of the edits right, %.2f of the unrelated kept", keep, rel, loc)
         found.append((overall_performance(rel, rel, loc) or 0.0, keep))
-        model.value_weight.data.copy_(before)
+        model.weights.load(before)
     best = max(found)[1]
-    model.add_to_base(fused_delta(keys, values, kept, best))
+    model.weights.add(model.layer, fused_delta(keys, values, kept, best))
     return best
 
 

@@ -38,8 +38,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-FOLDED = "base.value_weight"
-"""The base's W_v after a merge into it."""
+FOLDED = "base.value_weight."
+"""What the names of the base's W_v begin with where they were written into; the layer's number follows."""
+OWN = "own."
+"""What the names of the tensors begin with that the method itself remembers."""
 LOW_RANK = "low_rank."
 """What the names of the low-rank shards' tensors begin with."""
 CONFIG_FILE, WEIGHTS_FILE, LEDGER_FILE, MERGED_FOLDER = (
@@ -67,8 +69,8 @@ def save_pack(
 ) -> Path:
     """Write an editor's memory, router and ledger, in place of what the folder holds; returns the folder.
 
-    Where a merge wrote into the base's own W_v, that matrix goes along, and the whole base beside it as a plain Hugging
-    Face checkpoint that needs neither pack nor router.
+    Where something wrote into the base's own W_v, that matrix goes along; after a merge into it the whole base beside
+    it as a plain Hugging Face checkpoint that needs neither pack nor router.
 
     Args:
         editor: with its base loaded.
@@ -90,26 +92,23 @@ def save_pack(
         "provenance": dict(provenance),
     }
     also = dict(also or {})
-    if editor.base_changed:
+    if editor.base_changed and not editor.writes_base:
         also[MERGED_FOLDER] = lambda path: (base.model.save_pretrained(path), base.tokenizer.save_pretrained(path))
-    return _write(folder, config, editor.edited, editor.base_changed, editor.ledger, also)
+    return _write(folder, config, editor.edited, editor.own_state(), editor.ledger, also)
 
 
 def _write(
     folder: str | Path,
     config: Mapping[str, Any],
     edited: EditedModel,
-    base_changed: bool,
+    own: Mapping[str, Any],
     ledger: Ledger,
     also: Mapping[str, Put],
 ) -> Path:
-    """Write a pack: what `config` says of its origin, and the memory and router as they are."""
+    """Write a pack: what `config` says of its origin, and the memory, the router and the weights as they are."""
     state, memory = edited.router.state_dict(), edited.memory
-    router = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
     tensors = {f"router.{key}": value.cpu().contiguous() for key, value in state.items() if isinstance(value, Tensor)}
-    tensors |= shard_tensors(memory)
-    if base_changed:
-        tensors[FOLDED] = edited.value_weight.detach().cpu().contiguous()
+    tensors |= written_tensors(edited, own)
     content = {
         "format_version": FORMAT_VERSION,
         **config,
@@ -117,7 +116,8 @@ def _write(
         "mask_ratio": memory.mask_ratio,
         "next_shard": memory.next_id,
         "shards": {str(shard): memory[shard].generation for shard in memory.ids},
-        "router": {"name": edited.router.name, "options": edited.router.options(), "state": router},
+        "router": {"name": edited.router.name, "options": edited.router.options(), "state": _plain(state)},
+        "own": _plain(own),
     }
 
     def fill(part: Path) -> None:
@@ -158,6 +158,22 @@ def sealed(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration with the hash of all else that it says."""
     rest = {key: value for key, value in config.items() if key != SEAL}
     return rest | {SEAL: hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
+
+
+def written_tensors(edited: EditedModel, own: Mapping[str, Any]) -> dict[str, Tensor]:
+    """All that editing has left: the shards, each W_v that was written into, and what the method remembers."""
+    weights = {f"{FOLDED}{layer}": value for layer, value in edited.weights.state().items()}
+    weights |= {f"{OWN}{key}": value for key, value in own.items() if isinstance(value, Tensor)}
+    return shard_tensors(edited.memory) | {key: value.cpu().contiguous() for key, value in weights.items()}
+
+
+def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in state.items() if not isinstance(value, Tensor)}
+
+
+def _part(tensors: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
+    """The tensors whose names begin so, by the rest of their names."""
+    return {key[len(start) :]: value for key, value in tensors.items() if key.startswith(start)}
 
 
 def shard_tensors(memory: SideMemory) -> dict[str, Tensor]:
@@ -215,13 +231,13 @@ class PackedModel(EditedModel):
     Attributes:
         card: the pack's configuration.
         ledger: what became of each edit.
-        base_changed: whether the base's own W_v was replaced by a merged one.
+        own: what the method remembers, for whoever goes on editing.
         more: the content of the pack's further files by name.
     """
 
     card: dict[str, Any]
     ledger: Ledger
-    base_changed = False
+    own: Mapping[str, Any]
     more: Mapping[str, bytes]
 
     @classmethod
@@ -267,7 +283,7 @@ class PackedModel(EditedModel):
         """
         origin = {key: self.card[key] for key in ("editor", "options", "base", "layer", "irrelevant", "provenance")}
         also = {name: partial(Path.write_bytes, data=content) for name, content in self.more.items()}
-        folder = _write(save_directory, origin, self, self.base_changed, self.ledger, also)
+        folder = _write(save_directory, origin, self, self.own, self.ledger, also)
         if push_to_hub:
             upload(folder, **{"repo_id": folder.name} | hub)
         return folder
@@ -320,6 +336,7 @@ def open_pack(
         model = _edited_from(config, tensors, loaded)
         further = [name for name in config["files"] if name not in (WEIGHTS_FILE, LEDGER_FILE)]
         more = {name: (whereabouts(folder) / name).read_bytes() for name in further}
+        model.own = _own_state(config, tensors)
     model.card, model.ledger, model.more = dict(config), ledger, more
     return model.eval()
 
@@ -340,12 +357,14 @@ def base_in(folder: str | Path) -> str | None:
 
 
 def fold_into(model: PackedModel, tensors: Mapping[str, Tensor]) -> bool:
-    """Write a merged W_v into the base, where the pack holds one; returns whether it does."""
-    if FOLDED not in tensors:
-        return False
-    model.value_weight.data.copy_(tensors[FOLDED])
-    model.base_changed = True
-    return True
+    """Write each W_v that the pack holds into the base; returns whether it holds any."""
+    model.weights.load(changed_weights(tensors))
+    return bool(model.weights)
+
+
+def changed_weights(tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """Each W_v that a pack holds, by layer."""
+    return {int(layer): value for layer, value in _part(tensors, FOLDED).items()}
 
 
 @dataclass(frozen=True)
@@ -410,7 +429,7 @@ def restore_editor(
 
 
 def restore_into(editor: Editor, folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Give a loaded editor the memory and the router of a pack; a merged W_v waits for `Editor.change_base`.
+    """Give a loaded editor what a pack holds; each W_v that was written into waits for `Editor.change_base`.
 
     Raises:
         RepairError: the pack belongs to another base, layer, editor or router, or is damaged.
@@ -430,13 +449,17 @@ def restore_into(editor: Editor, folder: str | Path, config: Mapping[str, Any], 
             raise ValueError(f"its shards are {memory.shape}, the value matrix is {editor.memory.shape}")
         editor.memory.restore((dict(memory.shards.items()), memory.next_id))
         editor.router.load_state_dict(_router_state(config, tensors))
+        editor.load_own_state(_own_state(config, tensors))
+        editor.changed_weights = changed_weights(tensors)
     editor.router.bind(editor.base.embeddings)
-    editor.changed_weight = tensors.get(FOLDED)
 
 
 def _router_state(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    of_router = {key[len("router.") :]: value for key, value in tensors.items() if key.startswith("router.")}
-    return config["router"]["state"] | of_router
+    return config["router"]["state"] | _part(tensors, "router.")
+
+
+def _own_state(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return config["own"] | _part(tensors, OWN)
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
@@ -474,14 +497,13 @@ def memory_from(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Sid
     shape = (int(config["shape"][0]), int(config["shape"][1]))
     memory = SideMemory(shape, config["mask_ratio"])
     memory.next_id = int(config["next_shard"])
-    low_rank = {key[len(LOW_RANK) :]: value for key, value in tensors.items() if key.startswith(LOW_RANK)}
+    low_rank = _part(tensors, LOW_RANK)
     if low_rank:
         memory.load_low_rank(low_rank)
     for name, generation in config["shards"].items():
         if name in memory.shards:
             continue
-        start = f"shard.{name}."
-        state = {key[len(start) :]: value for key, value in tensors.items() if key.startswith(start)}
+        state = _part(tensors, f"shard.{name}.")
         if not ({"delta"} <= state.keys() or {"mask", "values"} <= state.keys()):
             raise RepairError(f"the pack lacks shard {name}; restore it from a copy")
         shard = Shard(shape, generation=generation)

@@ -71,6 +71,8 @@ def _undo(
     check(editor, ids)
     rest = [id for id in editor.ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED) if id not in set(ids)]
     scorer = Scorer(editor.edited, [editor.ledger.edit(id) for id in rest])
+    with editor.edited.weights.originals():
+        _ = scorer.base  # what must be kept is what the base said before anything was written into it
     before, bits = _scores(scorer, editor), _fingerprints(editor)
     start = run.journal.last
     run.journal.note(BEGUN, json.dumps(ids))
@@ -111,7 +113,7 @@ def check(editor: Editor, ids: Sequence[str]) -> None:
             raise ConfigError(f"edit {id!r} is undone already; give it to train.py --from_pack to write it again")
         if entry.status is EditStatus.SUPERSEDED:
             raise ConfigError(f"edit {id!r} was {entry.reason}: nothing of it is left; undo its successor instead")
-        if entry.shard == BASE:
+        if entry.shard == BASE and not editor.writes_base:
             raise ConfigError(
                 f"edit {id!r} was merged into the base's own weights, with all others: a new run without its record is "
                 "what is possible (merge.target side keeps edits apart)"
@@ -165,6 +167,7 @@ def _fingerprints(editor: Editor) -> dict[int, str]:
 def _as_base(editor: Editor, edits: Sequence[Edit]) -> float:
     """The share of the edits' prompts and rephrases that are answered as by the base."""
     prompts = [prompt for edit in edits for prompt in (edit.prompt, *edit.rephrases)]
-    plain = answers(editor.edited, prompts, torch.full((len(prompts),), BASE), 32)
+    with editor.edited.weights.originals():
+        plain = answers(editor.edited, prompts, torch.full((len(prompts),), BASE), 32)
     routed = answers(editor.edited, prompts, editor.choose(prompts).memory, 32)
     return sum(a == b for a, b in zip(plain, routed, strict=True)) / len(prompts)

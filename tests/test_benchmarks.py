@@ -23,6 +23,7 @@ from benchmarks import (
     gpu,
     memory,
     merging,
+    recursion,
     report,
     roofline,
     routing,
@@ -211,6 +212,16 @@ def test_routing(context):
         assert set(row["batch_1"]) == {"one", "two", "ratio", "all"}
     assert result["banks"][0]["recall"] == 1  # all of 4 shards are candidates
     assert "key router" in shown("routing", result)
+
+
+def test_recursion(context):
+    result = recursion.run_part(replace(context, sizes=(5, 30)))
+    finite(result)
+    assert [row["steps"] for row in result["sizes"]] == [5, 30]
+    assert all(row["error"] < 1e-3 for row in result["sizes"])
+    assert result["undo"]["steps"] == recursion.UNDONE
+    assert result["undo"]["error"] < 1e-3
+    assert "rebuilt" in shown("recursion", result)
 
 
 def test_mean_cosine_by_hand():

@@ -13,7 +13,7 @@ import yaml
 from helpers_runs import REPOSITORY
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
-OVERLAYS = {"paper", "wise"}
+OVERLAYS = {"paper", "wise", "rlsedit", "rls_repair", "rome", "memit", "ultraedit"}
 """Presets that stand over another configuration; they name no base and no data."""
 
 RECORDS = {
@@ -102,8 +102,13 @@ def test_complete_configs_have_a_seed_and_a_logger_and_overlays_do_not_choose_th
             assert content["seed_everything"] == 0
             assert content["trainer"]["logger"]["init_args"]["offline"] is True
         else:
-            assert "base" not in content["model"]["init_args"]
+            assert "base" not in content["model"].get("init_args", {})
             assert not {"path", "format"} & set(content.get("data", {}))
+
+
+IN_PLACE = {"model.values.steps": 2, "model.values.contexts": 0}
+SMALL: dict[str, dict] = {"rlsedit": IN_PLACE, "rome": IN_PLACE, "memit": IN_PLACE, "ultraedit": {}}
+"""How the configurations of other editors are made small; several layers end with the last one by themselves."""
 
 
 def small_data(folder: Path, format: str) -> tuple[Path, Path]:
@@ -126,9 +131,8 @@ def test_it_runs_on_a_tiny_base(path, tmp_path, monkeypatch, folder_of):
     configs = [path.stem] if complete(path) else ["quickstart", path.stem]
     options = {
         "model.base": base,
-        "model.layer": -1,
         "model.precision": "float32",
-        "model.writing.steps": 2,
+        **SMALL.get(path.stem, {"model.layer": -1, "model.writing.steps": 2}),
         "data.path": data,
         "data.irrelevant": irrelevant,
         "trainer.accelerator": "cpu",

@@ -151,6 +151,11 @@ class ShardedBaseStrategy(EditStrategy):
     def model_to_device(self) -> None:
         """Lay out the base's layers before anything is moved as a whole."""
         editor: Any = self.lightning_module
+        if editor.writes_base:
+            raise ConfigError(
+                "trainer.strategy model_parallel lays the base's weights out over the ranks, and this editor writes into "
+                "them; give another strategy"
+            )
         if self.world_size > 1:
             shard_layers(editor.edited.split.layers, editor.layer, self.root_device.type, self.world_size)
         super().model_to_device()

@@ -1,6 +1,23 @@
 """The editing methods, one per file. Importing this package makes all of them known to the command line."""
 
 from .base import REGISTRY, Editor, editor_class, make_editor, register
+from .memit import MEMIT
 from .repair import Repair
+from .rls_repair import RLSRepair
+from .rlsedit import RLSEdit
+from .rome import ROME
+from .ultraedit import UltraEdit
 
-__all__ = ["REGISTRY", "Editor", "Repair", "editor_class", "make_editor", "register"]
+__all__ = [
+    "MEMIT",
+    "REGISTRY",
+    "ROME",
+    "Editor",
+    "RLSEdit",
+    "RLSRepair",
+    "Repair",
+    "UltraEdit",
+    "editor_class",
+    "make_editor",
+    "register",
+]

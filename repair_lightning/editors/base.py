@@ -29,7 +29,7 @@ from repair_lightning.editors.adapt import AUTO, Adapted
 from repair_lightning.editors.exchange import Pace, Written
 from repair_lightning.errors import ConfigError
 from repair_lightning.memory.query import Choice, Query
-from repair_lightning.memory.routers import Router
+from repair_lightning.memory.routers import Router, make_router
 from repair_lightning.memory.rows import Rows
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.models.architectures import architecture_of, resolve_layer, value_shape
@@ -49,12 +49,14 @@ class Snapshot:
     Attributes:
         shards: of the side memory.
         router: its state.
-        weight: W_v (as the base stores it) where it is no longer the base's own.
+        weights: by layer, W_v (as the base stores it) where it is no longer the base's own.
+        own: what the method remembers besides, see `Editor.own_state`.
     """
 
     shards: tuple[dict[str, torch.nn.Module], int]
     router: dict[str, Any]
-    weight: Tensor | None
+    weights: dict[int, Tensor]
+    own: dict[str, Any]
 
 
 class Editor(pl.LightningModule):
@@ -81,6 +83,8 @@ class Editor(pl.LightningModule):
     """Whether options may be `auto`, to be found by probe edits."""
     can_share: ClassVar[bool] = False
     """Whether ranks may write different batches of a window side by side; else each of them writes all."""
+    writes_base: ClassVar[bool] = False
+    """Whether edits may live in the base's own weights, so that `BASE` owns them."""
 
     strict_loading = False  # the base stays out of checkpoints
 
@@ -110,9 +114,8 @@ class Editor(pl.LightningModule):
         self.base: Base | None = None
         self.adapted: Adapted | None = None
         """What was found for the options that were `auto`."""
-        self.base_changed = False
-        self.changed_weight: Tensor | None = None
-        """A W_v that a merge has left, until :meth:`change_base` puts it in its place."""
+        self.changed_weights: dict[int, Tensor] = {}
+        """Each W_v that writing or a merge has left, by layer, until :meth:`change_base` puts them in their place."""
         self.background_prompts: tuple[str, ...] = ()
         self.held_out_prompts: tuple[str, ...] = ()
         self.team = ALONE
@@ -178,10 +181,15 @@ class Editor(pl.LightningModule):
             self.build(self.base, found.layer)
 
     def change_base(self) -> None:
-        """Put the W_v that an earlier merge has left into the base, where there is one."""
-        if self.changed_weight is not None:
-            self.edited.value_weight.data.copy_(self.changed_weight)
-            self.changed_weight, self.base_changed = None, True
+        """Put each W_v that earlier writing or a merge has left into the base, where there is any."""
+        if self.changed_weights:
+            self.edited.weights.load(self.changed_weights)
+            self.changed_weights = {}
+
+    @property
+    def base_changed(self) -> bool:
+        """Whether the base has a W_v that is not its own."""
+        return bool(self.edited.weights)
 
     def options(self) -> dict[str, Any]:
         """The constructor's arguments, in plain types; an editor keeps each under its name or as `<name>_option`."""
@@ -195,13 +203,13 @@ class Editor(pl.LightningModule):
         """Lightning's hook for building the model."""
         self.load()
 
-    @abstractmethod
     def build_memory(self, shape: tuple[int, int]) -> SideMemory:
-        """The (empty) bank of shards for a value matrix of (D, F)."""
+        """The (empty) bank of shards for a value matrix of (D, F); it stays empty where a method has no side memory."""
+        return SideMemory(shape)
 
-    @abstractmethod
     def build_router(self) -> Router:
-        """The router over the bank."""
+        """The router over the bank; by default the base answers every prompt."""
+        return make_router("nobody")
 
     @property
     def memory(self) -> SideMemory:
@@ -266,16 +274,31 @@ class Editor(pl.LightningModule):
         """Called when a window's last batch is written, before anything is evaluated."""
 
     def snapshot(self) -> Snapshot:
-        """The memory, the router and a changed W_v as they are, to go back to with :meth:`rollback`."""
-        weight = self.edited.value_weight.detach().clone() if self.base_changed else None
-        return Snapshot(self.memory.snapshot(writable=True), self.router.state_dict(), weight)
+        """What was learnt and written so far, to go back to with :meth:`rollback`."""
+        shards = self.memory.snapshot(writable=True)
+        return Snapshot(shards, self.router.state_dict(), self.edited.weights.state(), self.own_state())
 
     def rollback(self, snapshot: Snapshot) -> None:
         """Go back to a :meth:`snapshot`, bit by bit; a snapshot serves once."""
         self.memory.restore(snapshot.shards)
         self.router.load_state_dict(snapshot.router)
-        if snapshot.weight is not None:
-            self.edited.value_weight.data.copy_(snapshot.weight)
+        self.edited.weights.load(snapshot.weights)
+        self.load_own_state(snapshot.own)
+
+    def own_state(self) -> dict[str, Any]:
+        """What the method remembers besides memory, router and weights: tensors and plain types by name.
+
+        It travels with checkpoints, packs and snapshots. Its tensors are never changed in place.
+        """
+        return {}
+
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`own_state`; called before or after :meth:`prepare`."""
+
+    def figures(self) -> dict[str, Any]:
+        """What the method has to say of its result, in plain types, for `metrics.json`."""
+        deviations = self.edited.weights.deviations()
+        return {"deviation": {str(layer): value for layer, value in deviations.items()}} if deviations else {}
 
     # -- what others may ask ------------------------------------------------------------------------------------------
 
@@ -328,9 +351,9 @@ class Editor(pl.LightningModule):
         """One optimiser that each write binds to its shard; between writes it holds a placeholder."""
         return self.build_optimizer([torch.nn.Parameter(torch.zeros(0))])
 
-    @abstractmethod
     def build_optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimiser of the inner steps."""
+        """The optimiser of the inner steps; methods without any never step it."""
+        return torch.optim.SGD(parameters, lr=1.0)
 
     def on_fit_start(self) -> None:
         """Share the stream's ledger and learn what is irrelevant."""
@@ -388,15 +411,15 @@ class Editor(pl.LightningModule):
         return {key: value for key, value in state.items() if not key.startswith("edited.base.")}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The router's thresholds and keys travel with the shards, and W_v where a merge wrote into it."""
+        """The router's thresholds and keys travel with the shards, and each W_v that was written into."""
         if self.rows_apart:
             checkpoint["router"], checkpoint["rows"] = self._parted()
         else:
             checkpoint["router"] = self.router.state_dict()
         if self.adapted is not None:
             checkpoint["adapted"] = self.adapted.as_dict()
-        if self.base_changed:
-            checkpoint["value_weight"] = self.edited.value_weight.detach().cpu()  # type: ignore[operator]
+        checkpoint["value_weights"] = {layer: value.cpu() for layer, value in self.edited.weights.state().items()}
+        checkpoint["own"] = self.own_state()
         checkpoint["base"] = {"name": self.base.name, "sha256": self.base.sha256} if self.base else {}
 
     def _parted(self) -> tuple[dict[str, Any], dict[str, Rows]]:
@@ -423,7 +446,8 @@ class Editor(pl.LightningModule):
             checkpoint["state_dict"] |= {f"edited.memory.{name}": tensor for name, tensor in found.items()}
         self.router.load_state_dict(self.router.state_of_rows(state, rows["router"]) if "router" in rows else state)
         self.router.bind(self.base.embeddings)
-        self.changed_weight = checkpoint.get("value_weight")
+        self.changed_weights = checkpoint["value_weights"]
+        self.load_own_state(checkpoint["own"])
 
 
 REGISTRY: dict[str, type[Editor]] = {}

@@ -31,7 +31,7 @@ class TargetRows:
         captures: their states at the edited layer.
         owners: B indices: the edit that a row belongs to; rehearsed edits are counted on behind the members.
         members: n; the first n rows are the members' own, without a context.
-        prompts: the members' prompts.
+        prompts: the members' prompts, where the writer asks for them.
 
     Attributes:
         ids, mask: (B, T), padded on the left.
@@ -49,7 +49,7 @@ class TargetRows:
         captures: Sequence[Capture],
         owners: Sequence[int],
         members: int,
-        prompts: Query,
+        prompts: Query | None = None,
     ) -> None:
         self._source = (list(encoded), list(captures), list(owners))
         self.hidden = stack_left([capture.hidden for capture in captures])
@@ -68,10 +68,16 @@ class TargetRows:
         self._own = own.to(device)
         self._owner = torch.tensor(list(owners))[own].to(device)
         self._per_member = torch.tensor(list(owners))[own].bincount(minlength=members).to(device)
-        self.members, self.prompts = members, prompts
+        self.members, self._prompts = members, prompts
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def prompts(self) -> Query:
+        """The members' prompts."""
+        assert self._prompts is not None
+        return self._prompts
 
     def part(self, owners: Sequence[int]) -> TargetRows:
         """The rows of some of the members, in their order, and of some rehearsed edits behind them."""
@@ -79,7 +85,7 @@ class TargetRows:
         rows = [row for row in zip(*self._source, strict=True) if row[2] in place]
         encoded, captures, old = zip(*rows, strict=True)
         members = [owner for owner in owners if owner < self.members]
-        prompts = self.prompts.rows(torch.tensor(members))
+        prompts = None if self._prompts is None else self._prompts.rows(torch.tensor(members))
         return TargetRows(encoded, captures, [place[owner] for owner in old], len(members), prompts)
 
     @property

@@ -227,6 +227,10 @@ class Repair(Editor):
             value = getattr(self.writing, name)
             if isinstance(value, str) and value != AUTO:
                 raise ConfigError(f"writing.{name} must be a number or 'auto', got '{value}'")
+        if self.routing.router == "nobody":
+            raise ConfigError(
+                "routing.router must be key, activation or hybrid, got 'nobody': no edit would be answered"
+            )
         if not self.writing.rate > 0:
             raise ConfigError(f"writing.lr must be positive, got {self.writing.lr}")
         if self.writing.form == "low_rank":
@@ -717,18 +721,17 @@ class Repair(Editor):
 
     def fold(self, shard: int) -> None:
         """Write a shard into the base's W_v: it leaves the bank, and its edits need no router."""
-        self._folded = (self.edited.value_weight.detach().clone(), self.memory.snapshot(), self.base_changed)
-        self.edited.add_to_base(self.memory[shard].delta.detach())
+        self._folded = (self.edited.weights.state(), self.memory.snapshot())
+        self.edited.weights.add(self.layer, self.memory[shard].delta.detach())
         self.forget(self.ledger.owned_by(shard))
         shards, next_id = self.memory.snapshot()
         del shards[str(shard)]
         self.memory.restore((shards, next_id))
-        self.base_changed = True
 
     def unfold(self) -> None:
         """Take the last :meth:`fold` back, bit by bit; the router's state is the caller's to restore."""
-        weight, snapshot, self.base_changed = self._folded
-        self.edited.value_weight.data.copy_(weight)
+        weights, snapshot = self._folded
+        self.edited.weights.load(weights)
         self.memory.restore(snapshot)
 
 

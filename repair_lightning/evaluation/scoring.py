@@ -18,7 +18,6 @@ from repair_lightning.evaluation import protocols
 from repair_lightning.evaluation.metrics import KIND_OF_PROMPT, EditScores
 from repair_lightning.evaluation.protocols import AUTOREGRESSIVE, TEACHER_FORCED
 from repair_lightning.memory.query import Choice
-from repair_lightning.memory.side_memory import content_hash
 from repair_lightning.models.edited import EditedModel
 from repair_lightning.types import BASE, Edit
 
@@ -159,7 +158,7 @@ class Scorer:
 
     def _fingerprints(self, memory: Tensor, fresh: bool) -> dict[int, str]:
         """What each memory in use holds, as a hash: equal ones give equal answers."""
-        changed = content_hash(self.model.value_weight) if fresh else ""
+        changed = f"base {self.model.weights.fingerprint()} " if fresh else ""
         used = [shard for shard in memory.unique().tolist() if shard != BASE]
         return {BASE: changed} | {shard: changed + self.model.memory[shard].fingerprint() for shard in used}
 

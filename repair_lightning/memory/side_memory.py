@@ -248,6 +248,11 @@ class SideMemory(nn.Module):
         """Whether a shard is written by this bank, of those that stand side by side."""
         return shard % self.turn[1] == self.turn[0]
 
+    def put(self, shard: int, left: Tensor, right: Tensor) -> None:
+        """Replace a shard by another low-rank one, under its id."""
+        self[shard]  # an unknown id is refused
+        self._put(shard, LowRankShard(left, right, self._number()))
+
     def drop(self, shards: Iterable[int]) -> None:
         """Take shards out for good."""
         for shard in list(shards):

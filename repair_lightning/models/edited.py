@@ -22,6 +22,7 @@ from repair_lightning.memory.routers import Router
 from repair_lightning.memory.side_memory import Selection, SideMemory
 from repair_lightning.models.prefix import Capture, SplitModel, stack_left
 from repair_lightning.models.prefix_cache import PrefixCache, canonical_batches, capture_rows
+from repair_lightning.models.weights import BaseWeights
 from repair_lightning.types import BASE, Route
 
 _HELD = "_repair_turn"
@@ -50,6 +51,7 @@ class EditedModel(nn.Module):
         layer: index of the edited layer.
 
     Attributes:
+        weights: the base's own value matrices, for what is written into them.
         prefixes: where the states of prompts that come again are kept; None runs the base anew each time.
         team: the ranks among which many prompts are dealt out; all of them must ask alike.
     """
@@ -58,6 +60,7 @@ class EditedModel(nn.Module):
         super().__init__()
         self.base = base
         self.tokenizer = tokenizer
+        self.weights = BaseWeights(base)
         self.router = router
         self.prefixes: PrefixCache | None = None
         self.team: Team = ALONE
@@ -76,9 +79,11 @@ class EditedModel(nn.Module):
         ]
 
     def release(self) -> None:
-        """Take the hooks out of the base, which is then as it was, and forget its states; this model is used up."""
+        """Take hooks and edits out of the base, which is then as it was, and forget its states; this model is used
+        up."""
         while self._hooks:
             self._hooks.pop().remove()
+        self.weights.restore()
         if self.prefixes is not None:
             self.prefixes.close()
 
@@ -94,15 +99,8 @@ class EditedModel(nn.Module):
 
     @property
     def value_weight(self) -> Tensor:
-        """The base's own W_v, in its storage order."""
-        return self.split.value.weight  # type: ignore[return-value]
-
-    def add_to_base(self, delta: Tensor) -> None:
-        """Add a delta (D, F) to the base's own W_v, whatever its storage order and type."""
-        weight = self.value_weight
-        turned = weight.shape != delta.shape or hasattr(self.split.value, "nf")  # GPT-2's Conv1D stores (F, D)
-        oriented = (delta.T if turned else delta).to(weight.device, torch.float32)
-        weight.data.copy_((weight.data.float() + oriented).to(weight.dtype))
+        """W_v of the edited layer in the base, in its storage order."""
+        return self.weights.parameter(self.layer)
 
     @property
     def device(self) -> torch.device:

@@ -164,6 +164,43 @@ class SplitModel:
         return seen[0]
 
     @torch.no_grad()
+    def through(
+        self, ids: Tensor, mask: Tensor, hidden: Tensor, upto: int
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Run the layers from the edited one to `upto` from what enters the first, (B, T, D).
+
+        Returns:
+            what enters each of them, (B, T, D); what enters its value matrix, (B, T, F); what leaves the last one.
+        """
+        entering: list[Tensor] = []
+        activations: list[Tensor] = []
+        left: list[Tensor] = []
+
+        def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            entering.append(args[0] if args else kwargs["hidden_states"])
+
+        def at_value(_: nn.Module, args: tuple) -> None:
+            activations.append(args[0].reshape(*ids.shape, -1))
+
+        def behind(_: nn.Module, __: tuple, output: Any) -> None:
+            left.append(output[0] if isinstance(output, tuple) else output)
+            raise _Stop
+
+        handles = [self.layers[upto].register_forward_hook(behind)]
+        for i in range(self.index, upto + 1):
+            handles.append(self.layers[i].register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(self.arch.value_module(self.model, i).register_forward_pre_hook(at_value))
+        try:
+            with self.skipping():
+                self.tail(ids, mask, hidden, 1)
+        except _Stop:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return entering, activations, left[0]
+
+    @torch.no_grad()
     def adds_up(self) -> bool:
         """Whether the edited layer is the last one and its value matrix's output is simply added to what leaves it.
 

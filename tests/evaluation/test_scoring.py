@@ -232,17 +232,17 @@ class TestAskedAgain:
         choice = forced_choice(half)
         plain = settled.score("stage", choice, owners).rows
         self.forget(spy)
-        weight = editor.edited.value_weight
-        kept, rows = weight.detach().clone(), []
+        weights, layer = editor.edited.weights, editor.layer
+        kept, rows = weights.matrix(layer), []
         try:
             for factor in (1.0, -1.0, 1.0):
-                weight.data.copy_(kept * factor)
+                weights.put(layer, kept * factor)
                 for time in range(2):
                     rows.append(settled.score("stage", choice, owners, fresh=True).rows)
                     first = time == 0 and len(rows) < 4
                     assert self.asked(spy) == (self.prompts(settled) if first else [])
         finally:
-            weight.data.copy_(kept)
+            weights.restore()
         assert rows[0] == rows[1] == rows[4] == rows[5] == plain
         assert rows[2] == rows[3] != plain
         assert {row["base_answer"] for row in rows[2]} == {row["base_answer"] for row in plain}

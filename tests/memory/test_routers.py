@@ -96,7 +96,7 @@ def same(one: Choice, other: Choice) -> bool:
 ASKED = [*EDITS, (4, 0), (2, 1), (0, 9), (1, 8), (4, None), (2, None)]
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("name", [name for name in ROUTERS if name != "nobody"])
 class TestEveryRouter:
     def test_edits_reach_their_owner_and_irrelevant_prompts_the_base(self, name):
         memory = bank()
@@ -428,3 +428,10 @@ class TestReasons:
         assert fired.reason == "shard 2: score 0.900 exceeds 0.600, nearest edit e7"
         assert base.reason == "base: score 0.100 does not exceed 0.600"
         assert (fired.memory, base.memory) == (2, BASE)
+
+
+def test_nobody_is_routed_where_there_is_no_side_memory():
+    """Whatever it was told of: every prompt is the base's."""
+    memory = bank()
+    choice = fitted("nobody", memory).route(ask(*EDITS, *BACKGROUND), memory)
+    assert set(choice.memory.tolist()) == {BASE}

@@ -11,8 +11,10 @@ from repair_lightning.memory.routers.activation import ActivationRouter
 from repair_lightning.memory.routers.base import Anchor, Neighbours, Router
 from repair_lightning.memory.routers.hybrid import HybridRouter
 from repair_lightning.memory.routers.key import KeyRouter
+from repair_lightning.memory.routers.nobody import NobodyRouter
 
-ROUTERS: Mapping[str, type[Router]] = {cls.name: cls for cls in (ActivationRouter, KeyRouter, HybridRouter)}
+_KINDS = (ActivationRouter, KeyRouter, HybridRouter, NobodyRouter)
+ROUTERS: Mapping[str, type[Router]] = {cls.name: cls for cls in _KINDS}
 
 
 def make_router(name: str, **options: Any) -> Router:
@@ -35,6 +37,7 @@ __all__ = [
     "HybridRouter",
     "KeyRouter",
     "Neighbours",
+    "NobodyRouter",
     "Router",
     "make_router",
 ]

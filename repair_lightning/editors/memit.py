@@ -1,0 +1,71 @@
+"""MEMIT: many facts at once, spread over several layers.
+
+Paper: "Mass-Editing Memory in a Transformer", arXiv 2210.07229, Sec. 4 and Alg. 1: values are found for the uppermost
+of the written layers; from the lowest on, each takes an equal share R of what is still missing and the change
+`R K^T (C_0 + K K^T)^-1` (Eq. 14), where C_0 is the second moment of keys times `moment_weight`.
+
+Defaults are the authors' for GPT-J (`hparams/MEMIT/EleutherAI_gpt-j-6B.json` of github.com/kmeng01/memit): 6 layers,
+25 steps of Adam at 0.5, weight decay 0.5, the shift at most 0.75 times as long as the value, the divergence at
+"SUBJECT is a" weighed 0.0625, `moment_weight` 15,000. Deviations: as in `rome`; the shift is clamped by the value
+matrix's output, theirs by the layer's; the written layers end with the default of `resolve_layer` unless told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from repair_lightning.editors.base import register
+from repair_lightning.editors.rome import PUBLISHED as ROMES
+from repair_lightning.editors.values import Values
+from repair_lightning.editors.weights import ValueEditor
+from repair_lightning.errors import ConfigError
+from repair_lightning.functional.least_squares import damped_change
+
+PUBLISHED = replace(ROMES, steps=25, clamp=0.75, contexts=5)
+
+
+@register("memit")
+class MEMIT(ValueEditor):
+    """Mass-editing memory in a transformer; see the module's own docstring.
+
+    Args:
+        base: folder or hub name of a Hugging Face causal LM.
+        layer: the lowest edited layer; None ends with the default of `resolve_layer`.
+        precision: of the base.
+        trust_remote_code: let the base's repository run its own code.
+        cache_mib: memory for the prefix cache, in MiB.
+        cache_disk_mib: scratch space on disk for what the prefix cache cannot hold in memory, in MiB.
+        layers: how many layers are written into.
+        values: how values are found.
+        moment_weight: weight of the keys' second moment against the keys of a batch (lambda of Eq. 15).
+    """
+
+    def __init__(
+        self,
+        base: str = "",
+        layer: int | None = None,
+        precision: str = "auto",
+        trust_remote_code: bool = False,
+        cache_mib: int = 2048,
+        cache_disk_mib: int = 8192,
+        layers: int = 6,
+        values: Values = PUBLISHED,
+        moment_weight: float = 15000.0,
+    ) -> None:
+        super().__init__(base, layer, precision, trust_remote_code, cache_mib, cache_disk_mib, layers, values)
+        if not moment_weight > 0:
+            raise ConfigError(f"moment_weight must be positive, got {moment_weight}")
+        self.moment_weight = moment_weight
+
+    def prepare(self, background: Sequence[str], held_out: Sequence[str]) -> None:
+        """Besides, take the second moments of the keys in the base as it was."""
+        super().prepare(background, held_out)
+        self.moments = self.second_moments()
+
+    def solve(self, layer: int, ids: Sequence[str], of: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """The change that solves the batch's normal equations."""
+        matrix = self.edited.weights.matrix(layer)
+        return matrix + damped_change(keys, values - keys @ matrix.T, self.moment_weight * self.moments[layer])

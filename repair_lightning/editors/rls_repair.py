@@ -1,0 +1,146 @@
+"""The hybrid: RLSEdit writes every edit at once into the base, and REPAIR's loop takes over what that got wrong.
+
+Ours. An edit's first write is a term of RLSEdit's least-squares problem. Where the error monitor then finds it wrong,
+it is taken out of that problem and written anew as a shard of its own, upon the changed matrix. Whenever the matrix
+moves on, each low-rank shard is moved against it, so that what is said at the shard's own keys stays as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+
+from repair_lightning.editors.base import register
+from repair_lightning.editors.repair import Distillation, Repair, Routing, Writing
+from repair_lightning.editors.rlsedit import ANCHORING, RIDGE, VALUES, RLSEdit
+from repair_lightning.editors.values import Values
+from repair_lightning.errors import ConfigError
+from repair_lightning.memory.side_memory import LowRankShard
+from repair_lightning.models.base import Base
+from repair_lightning.types import BASE, EditBatch, EditReport
+
+
+@register("rls_repair")
+class RLSRepair(Repair):
+    """RLSEdit first, then REPAIR; the options are theirs.
+
+    Args:
+        base: folder or hub name of a Hugging Face causal LM.
+        layer: the edited layer; None for the default of `resolve_layer`.
+        precision: of the base.
+        trust_remote_code: let the base's repository run its own code.
+        cache_mib: memory for the prefix cache, in MiB.
+        cache_disk_mib: scratch space on disk for what the prefix cache cannot hold in memory, in MiB.
+        routing: how prompts find their shard.
+        writing: how shards are written; low-rank ones alone.
+        distillation: intra-batch distillation in shards.
+        seed: of samples; on the command line 0 follows `seed_everything`.
+        values: how RLSEdit finds values.
+        ridge: RLSEdit's lambda.
+        anchoring: RLSEdit's mu.
+        anchors: RLSEdit's file of anchor prompts.
+    """
+
+    can_merge = False
+    can_adapt = False
+    can_share = False
+    writes_base: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        base: str = "",
+        layer: int | None = None,
+        precision: str = "auto",
+        trust_remote_code: bool = False,
+        cache_mib: int = 2048,
+        cache_disk_mib: int = 8192,
+        routing: Routing = Routing(),  # noqa: B008 - jsonargparse reads the defaults here
+        writing: Writing = Writing(),  # noqa: B008
+        distillation: Distillation = Distillation(),  # noqa: B008
+        seed: int = 0,
+        values: Values = VALUES,
+        ridge: float = RIDGE,
+        anchoring: float = ANCHORING,
+        anchors: str | None = None,
+    ) -> None:
+        ours = (base, layer, precision, trust_remote_code, cache_mib, cache_disk_mib)
+        super().__init__(*ours, routing, writing, distillation, seed)
+        if writing.form != "low_rank":
+            raise ConfigError(f"writing.form must be low_rank for shards upon a matrix that moves, got {writing.form}")
+        self.values, self.ridge, self.anchoring, self.anchors = values, ridge, anchoring, anchors
+        first = RLSEdit(*ours, 1, values, ridge, anchoring, anchors)
+        self._first = [first]  # in a list: its model is this one's, not a part of its own
+
+    @property
+    def first(self) -> RLSEdit:
+        """Who writes first; it works upon this editor's model."""
+        return self._first[0]
+
+    def build(self, base: Base, layer: int) -> None:
+        """Besides building, let RLSEdit work upon the same model."""
+        super().build(base, layer)
+        self.first.work_upon(self)
+
+    def prepare(self, background: Sequence[str], held_out: Sequence[str]) -> None:
+        """Besides, prepare RLSEdit."""
+        super().prepare(background, held_out)
+        self.first.prepare(background, held_out)
+
+    def write(self, batch: EditBatch) -> list[EditReport]:
+        """What is new goes into the matrix, what has failed before into shards."""
+        new = [edit for edit in batch.edits if not self._attempts([edit])]
+        reports: list[EditReport] = []
+        if new:
+            with self._holding_shards():
+                reports += self.first.write(EditBatch(tuple(new)))
+        again = [edit for edit in batch.edits if self._attempts([edit])]
+        if again:
+            reports += super().write(EditBatch(tuple(again)))
+        of = {report.id: report for report in reports}
+        return [of[id] for id in batch.ids]
+
+    @contextmanager
+    def _holding_shards(self) -> Iterator[None]:
+        """Inside, the matrix may move: afterwards every shard adds to it what gives the same at its own keys."""
+        before = self.edited.weights.matrix(self.layer)
+        yield
+        moved = self.edited.weights.matrix(self.layer) - before
+        if not moved.any():
+            return
+        for id in self.memory.ids:
+            shard = self.memory[id]
+            assert isinstance(shard, LowRankShard)
+            keys = torch.linalg.pinv(shard.right).T  # the dual of the dual basis
+            self.memory.put(id, shard.left - moved @ keys.T, shard.right)
+
+    def forget(self, ids: Iterable[str]) -> None:
+        """Neither a shard nor a term of the problem answers for the edits any more."""
+        known = list(ids)
+        super().forget(known)
+        with self._holding_shards():
+            self.first.forget(known)
+
+    def undo(self, ids: Sequence[str]) -> list[str]:
+        """Take edits back, from the problem or with their shard."""
+        inside = [id for id in ids if self.ledger.owner_of(id) == BASE]
+        if inside:
+            self.ledger.undo(inside, "taken back on request")
+            self.forget(inside)
+        return super().undo([id for id in ids if id not in set(inside)])
+
+    def figures(self) -> dict[str, Any]:
+        """RLSEdit's, and how many edits each of the two holds."""
+        sizes = self.ledger.sizes()
+        base = sizes.pop(BASE, 0)
+        return self.first.figures() | {"in_the_matrix": base, "in_shards": sum(sizes.values())}
+
+    def own_state(self) -> dict[str, Any]:
+        """RLSEdit's."""
+        return self.first.own_state()
+
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`own_state`."""
+        self.first.load_own_state(state)

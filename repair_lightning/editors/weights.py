@@ -1,0 +1,303 @@
+"""What editors share that write into the base's own value matrices, in one layer or in several neighbouring ones.
+
+There is no side memory and nothing to route: the changed base answers every prompt. Its own matrices are kept, so that
+`rollback` and packs bring back each bit; a window whose edits break too much is taken back as with any other editor.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from repair_lightning.data.tokenizing import Encoded, encode
+from repair_lightning.editors.base import Editor
+from repair_lightning.editors.inner_loop import TargetRows
+from repair_lightning.editors.values import Found, Places, Values, ValueSearch, pushing
+from repair_lightning.errors import ConfigError
+from repair_lightning.models.architectures import resolve_layer
+from repair_lightning.models.base import Base, load_base
+from repair_lightning.models.prefix import Capture, SplitModel, stack_left
+from repair_lightning.models.prefix_cache import canonical_batches
+from repair_lightning.models.sampling import greedy_answers, own_texts
+from repair_lightning.types import BASE, Edit, EditBatch, EditReport
+
+log = logging.getLogger(__name__)
+
+KEPT = 256
+"""Of so many irrelevant prompts the keys are kept: with their answers, some thousands."""
+RIDGE = 1e-2
+"""Added to a second moment of keys, as a share of its mean diagonal: fewer keys than dimensions must not blow up."""
+
+
+class WeightEditor(Editor):
+    """Writes into W_v of `layers` neighbouring layers, the lowest of which is `layer`.
+
+    Args:
+        base: folder or hub name of a Hugging Face causal LM.
+        layer: the lowest edited layer; None ends with the default of `resolve_layer`.
+        precision: of the base.
+        trust_remote_code: let the base's repository run its own code.
+        cache_mib: memory for the prefix cache, in MiB.
+        cache_disk_mib: scratch space on disk for what the prefix cache cannot hold in memory, in MiB.
+        layers: how many layers are written into.
+    """
+
+    writes_base: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        base: str = "",
+        layer: int | None = None,
+        precision: str = "auto",
+        trust_remote_code: bool = False,
+        cache_mib: int = 2048,
+        cache_disk_mib: int = 8192,
+        layers: int = 1,
+    ) -> None:
+        super().__init__(base, layer, precision, trust_remote_code, cache_mib, cache_disk_mib)
+        if layers < 1:
+            raise ConfigError(f"layers must be at least 1, got {layers}")
+        self.layers = layers
+
+    def load(self) -> None:
+        """Load the base; where no layer was named, the written ones end with the default, or are all below it."""
+        if self.base is None and self.base_option and self.layer_option is None and self.layers > 1:
+            base = load_base(self.base_option, self.precision_option, self.trust_remote_code)
+            top = resolve_layer(base.model, None)
+            self.layers = min(self.layers, top + 1)
+            self.build(base, top - self.layers + 1)
+        super().load()
+
+    def build(self, base: Base, layer: int) -> None:
+        """Besides building, find the layers that are written into."""
+        super().build(base, layer)
+        depth = len(self.edited.split.layers)
+        if layer + self.layers > depth:
+            raise ConfigError(
+                f"layers {layer} to {layer + self.layers - 1} are asked for, the base has {depth}; give a lower "
+                "--model.layer or fewer --model.layers"
+            )
+        self._find_layers()
+
+    def work_upon(self, other: Editor) -> None:
+        """Share another editor's model and layer instead of building one."""
+        assert other.base is not None
+        self.base, self.layer, self._encode = other.base, other.layer, other._encode
+        self.__dict__["edited"] = other.edited  # not a module of its own
+        self._find_layers()
+
+    def _find_layers(self) -> None:
+        self.written_layers = list(range(self.layer, self.layer + self.layers))
+        top = self.written_layers[-1]
+        self.top = self.edited.split if top == self.layer else SplitModel(self.edited.base, top)
+
+    # -- what the base makes of texts ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def states(self, rows: Sequence[Sequence[int]]) -> tuple[list[Capture], dict[int, list[Tensor]], list[Tensor]]:
+        """Token rows in the base as it is now.
+
+        Returns:
+            each row at the uppermost written layer; by written layer each row's activations (T, F); what leaves the
+            uppermost, (T, D), where more than one layer is written (else empty: it is not needed).
+        """
+        lowest = self.edited.captures(rows)
+        if self.layers == 1:
+            return lowest, {self.layer: [capture.activations for capture in lowest]}, []
+        top: list[Capture] = [lowest[0]] * len(rows)
+        found: dict[int, list[Tensor]] = {layer: [lowest[0].activations] * len(rows) for layer in self.written_layers}
+        leaving = [lowest[0].hidden] * len(rows)
+        for index, ids in canonical_batches(self.edited.split, rows):
+            hidden = torch.stack(
+                [torch.nn.functional.pad(lowest[i].hidden, (0, 0, 0, ids.shape[1] - len(rows[i]))) for i in index]
+            )
+            entering, activations, left = self.edited.split.through(
+                ids, torch.ones_like(ids), hidden, self.written_layers[-1]
+            )
+            for place, i in enumerate(index):
+                length = len(rows[i])
+                for layer, values in zip(self.written_layers, activations, strict=True):
+                    found[layer][i] = values[place, :length].clone()
+                top[i] = Capture(entering[-1][place, :length].clone(), found[self.written_layers[-1]][i])
+                leaving[i] = left[place, :length].clone()
+        return top, found, leaving
+
+    def said_by_base(self, prompts: Sequence[str], length: int = 8) -> list[Encoded]:
+        """Prompts with the base's own answers to them."""
+        answers = greedy_answers(self.edited.base, self.tokenizer, prompts, length)
+        return [encode(self.tokenizer, *pair) for pair in zip(prompts, answers, strict=True)]
+
+    def background_keys(self) -> dict[int, Tensor]:
+        """By written layer, A(x) at every token of the background prompts and the base's answers to them, (N, F)."""
+        rows = [row.ids for row in self.said_by_base(self.background_prompts[:KEPT])]
+        _, keys, _ = self.states(rows)
+        return {layer: torch.cat(found).float() for layer, found in keys.items()}
+
+    def second_moments(self) -> dict[int, Tensor]:
+        """By written layer, the mean of `k k^T` over the background keys, (F, F), with `RIDGE`.
+
+        The papers take 100,000 texts from Wikipedia; here it is what the stream calls irrelevant.
+        """
+        found = {}
+        for layer, keys in self.background_keys().items():
+            moment = keys.T @ keys / len(keys)
+            moment.diagonal().add_(RIDGE * moment.diagonal().mean())
+            found[layer] = moment
+        return found
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def change(self, edits: Sequence[Edit]) -> list[EditReport]:
+        """Write edits into the matrices; one report per edit."""
+
+    def write(self, batch: EditBatch) -> list[EditReport]:
+        """Write a batch; where a matrix or a loss is no longer finite, everything is put back and the batch written in
+        halves, until the edit that spoils it stands alone and is reported."""
+        weights, own = self.edited.weights.state(), self.own_state()
+        reports = self.change(batch.edits)
+        finite = all(self.edited.weights.parameter(layer).isfinite().all() for layer in self.written_layers)
+        if finite and all(math.isfinite(report.loss) for report in reports):
+            return reports
+        self.edited.weights.load(weights)
+        self.load_own_state(own)
+        if len(batch.edits) > 1:
+            half = len(batch.edits) // 2
+            return [*self.write(EditBatch(batch.edits[:half])), *self.write(EditBatch(batch.edits[half:]))]
+        reason = f"the loss or the matrix was not finite after {reports[0].steps} steps: rolled back"
+        return [replace(reports[0], error=reason)]
+
+    def forget(self, ids: Iterable[str]) -> None:
+        """What is in the weights stays there: it cannot be told apart."""
+
+
+class ValueEditor(WeightEditor):
+    """Finds values by gradient, then solves for each layer's matrix; subclasses say how it is solved.
+
+    The missing part of a value is spread over the written layers as in MEMIT: each takes an equal share of what is
+    still missing when its turn comes.
+
+    Args:
+        base: folder or hub name of a Hugging Face causal LM.
+        layer: the lowest edited layer; None ends with the default of `resolve_layer`.
+        precision: of the base.
+        trust_remote_code: let the base's repository run its own code.
+        cache_mib: memory for the prefix cache, in MiB.
+        cache_disk_mib: scratch space on disk for what the prefix cache cannot hold in memory, in MiB.
+        layers: how many layers are written into.
+        values: how values are found.
+    """
+
+    def __init__(
+        self,
+        base: str = "",
+        layer: int | None = None,
+        precision: str = "auto",
+        trust_remote_code: bool = False,
+        cache_mib: int = 2048,
+        cache_disk_mib: int = 8192,
+        layers: int = 1,
+        values: Values = Values(),  # noqa: B008 - jsonargparse reads the defaults here
+    ) -> None:
+        super().__init__(base, layer, precision, trust_remote_code, cache_mib, cache_disk_mib, layers)
+        self.values = values
+        for name, least in (("steps", 1), ("check_every", 1), ("contexts", 0)):
+            if getattr(values, name) < least:
+                raise ConfigError(f"values.{name} must be at least {least}, got {getattr(values, name)}")
+        if not values.lr > 0:
+            raise ConfigError(f"values.lr must be positive, got {values.lr}")
+
+    def prepare(self, background: Sequence[str], held_out: Sequence[str]) -> None:
+        """Besides, let the base write contexts and measure the unit of the learning rate."""
+        super().prepare(background, held_out)
+        number = self.values.contexts
+        self.contexts = own_texts(self.edited.base, self.tokenizer, number, length=8) if number else []
+        self.unit = 1.0
+        if self.values.relative:
+            top, _, _ = self.states(self.tokenizer(list(background[:64]))["input_ids"])
+            self.unit = float(torch.stack([c.hidden[-1].float().square().mean().sqrt() for c in top]).mean())
+        self.adds_up = self.top.adds_up()
+
+    @abstractmethod
+    def solve(self, layer: int, ids: Sequence[str], of: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """A layer's new matrix (D, F).
+
+        Args:
+            layer: which.
+            ids: of the batch's n edits.
+            of: (S,) the edit that each key belongs to.
+            keys: (S, F).
+            values: (S, D), what the matrix should give for them.
+        """
+
+    def change(self, edits: Sequence[Edit]) -> list[EditReport]:
+        """Find the values of some edits, then change one layer after the other."""
+        encoded, owners, places = self._rows(edits)
+        ids = [row.ids for row in encoded]
+        top, activations, leaving = self.states(ids)
+        rows = TargetRows(encoded, top, owners, len(edits))
+        found = ValueSearch(self.top, self.values, self.adds_up, self.unit).run(rows, places, self._essence(edits))
+        aims = self._aims(rows, places, found.shifts) if self.layers > 1 else None
+        for done, layer in enumerate(self.written_layers):
+            if done:
+                _, activations, leaving = self.states(ids)
+            missing = found.shifts if aims is None else aims - places.read(stack_left(leaving))
+            keys, matrix = places.read(stack_left(activations[layer])), self.edited.weights.matrix(layer)
+            values = keys @ matrix.T + missing / (self.layers - done)
+            names = [edit.id for edit in edits]
+            self.edited.weights.put(layer, self.solve(layer, names, places.member, keys, values))
+        return self._reports(edits, found)
+
+    @staticmethod
+    def _reports(edits: Sequence[Edit], found: Found) -> list[EditReport]:
+        triples = zip(edits, found.loss, found.steps, strict=True)
+        return [EditReport(edit.id, BASE, loss, 0.0, steps) for edit, loss, steps in triples]
+
+    @torch.no_grad()
+    def _aims(self, rows: TargetRows, places: Places, shifts: Tensor) -> Tensor:
+        """What should leave the uppermost layer at the places, (S, D)."""
+        size, width = rows.ids.shape
+        with self.top.skipping(), pushing(self.top, places.spread(shifts, size, width)):
+            return places.read(self.top.layer_output(rows.ids, rows.mask, rows.hidden))
+
+    def _rows(self, edits: Sequence[Edit]) -> tuple[list[Encoded], list[int], Places]:
+        """The members' own rows, then those in contexts; the member of each; and where values act."""
+        asked = [(i, edit.prompt) for i, edit in enumerate(edits)]
+        asked += [(i, f"{context}. {edit.prompt}") for i, edit in enumerate(edits) for context in self.contexts]
+        encoded = [encode(self.tokenizer, prompt, edits[i].target) for i, prompt in asked]
+        owners = [i for i, _ in asked]
+        if self.values.at == "targets":
+            return encoded, owners, Places.of_targets(encoded, owners, len(edits)).to(self.edited.device)
+        at = [
+            self._subject_token(prompt, edits[i].subject, row) for (i, prompt), row in zip(asked, encoded, strict=True)
+        ]
+        return encoded, owners, Places.of_subjects(encoded, at, owners, len(edits)).to(self.edited.device)
+
+    def _subject_token(self, prompt: str, subject: str | None, row: Encoded) -> int:
+        """The index of the subject's last token in a prompt; the prompt's last where it does not hold the subject."""
+        end = prompt.rfind(subject) + len(subject) if subject and subject in prompt else 0
+        if not end:
+            return len(row.prompt) - 1
+        offsets = self.tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"][: len(row.prompt)]
+        inside = [i for i, (start, stop) in enumerate(offsets) if start < end and stop > start]
+        return inside[-1]
+
+    def _essence(self, edits: Sequence[Edit]) -> tuple[TargetRows, Places] | None:
+        """Each subject's "SUBJECT is a", whose next token is to stay as it is likely."""
+        if not self.values.essence:
+            return None
+        texts = [f"{edit.subject or edit.prompt} is a" for edit in edits]
+        rows = [Encoded(tuple(ids), (self.tokenizer.eos_token_id,)) for ids in self.tokenizer(texts)["input_ids"]]
+        top, _, _ = self.states([row.ids for row in rows])
+        owners = list(range(len(edits)))
+        pairs = zip(texts, edits, rows, strict=True)
+        at = [self._subject_token(text, edit.subject or edit.prompt, row) for text, edit, row in pairs]
+        places = Places.of_subjects(rows, at, owners, len(edits)).to(self.edited.device)
+        return TargetRows(rows, top, owners, len(edits)), places

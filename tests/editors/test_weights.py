@@ -1,0 +1,294 @@
+"""What only the editors that write into the base's own matrices promise: each its defining property, on tiny bases."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from repair_lightning.editors import make_editor
+from repair_lightning.editors.ultraedit import pseudo_values
+from repair_lightning.editors.values import Places, Values
+from repair_lightning.errors import ConfigError
+from repair_lightning.functional.least_squares import Recursion, damped_change
+from repair_lightning.functional.moments import RunningMoments
+from repair_lightning.models.prefix import stack_left
+from repair_lightning.packs import restore_editor, save_pack
+from repair_lightning.types import BASE, EditBatch
+
+SURE = Values(lr=0.3, steps=60, stop_margin=6.0)
+AT_SUBJECT = Values(at="subject", lr=0.3, steps=40, stop_margin=3.0)
+SOFT = {"ridge": 0.003, "anchoring": 0.01}
+
+
+def keys_of(editor, edits):
+    """The keys of some edits at the lowest written layer, as they are now, (S, F)."""
+    encoded, _, places = editor._rows(edits)
+    _, activations, _ = editor.states([row.ids for row in encoded])
+    return places.read(stack_left(activations[editor.layer]))
+
+
+class TestWherePlacesAre:
+    def test_one_for_each_target_token_where_it_is_read(self, editor_of, edits):
+        """The place of token j of a target lies one before it: at the prompt's last token for the first."""
+        editor = editor_of("llama", "rlsedit")
+        encoded, owners, places = editor._rows(edits[:3])
+        assert owners == [0, 1, 2]
+        found = [(int(r), len(encoded[int(r)].ids) - 1 - int(b)) for r, b in zip(places.row, places.back, strict=True)]
+        assert found == [(i, len(row.prompt) - 1 + j) for i, row in enumerate(encoded) for j in range(len(row.target))]
+        assert places.member.tolist() == [i for i, row in enumerate(encoded) for _ in row.target]
+
+    def test_contexts_share_their_edits_values(self, editor_of, edits):
+        editor = editor_of("llama", "rlsedit", values=Values(contexts=2))
+        encoded, owners, places = editor._rows(edits[:2])
+        assert owners == [0, 1, 0, 0, 1, 1]
+        assert len(encoded) == 6
+        assert places.shift.bincount().tolist() == [3] * len(places.member)
+
+    @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+    def test_the_subjects_last_token(self, editor_of, edits, model_type):
+        editor = editor_of(model_type, "rlsedit", values=AT_SUBJECT)
+        encoded, _, places = editor._rows(edits)
+        for edit, row, back in zip(edits, encoded, places.back.tolist(), strict=True):
+            upto = editor.tokenizer.decode(row.ids[: len(row.ids) - back], skip_special_tokens=True)
+            assert edit.subject in upto
+            shorter = editor.tokenizer.decode(row.ids[: len(row.ids) - back - 1], skip_special_tokens=True)
+            assert edit.subject not in shorter
+
+    def test_reading_and_spreading(self):
+        """Two rows of width 4, three places, two shifts: the first acts twice, so reading gives the mean."""
+        places = Places(torch.tensor([0, 1, 1]), torch.tensor([1, 0, 3]), torch.tensor([0, 0, 1]), torch.tensor([0, 1]))
+        shifts = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        laid = places.spread(shifts, 2, 4)
+        assert laid[0, 2].tolist() == laid[1, 3].tolist() == [1.0, 2.0]
+        assert laid[1, 0].tolist() == [3.0, 4.0]
+        assert float(laid.abs().sum()) == 2 * 3 + 7
+        assert torch.equal(places.read(laid), shifts)
+
+
+class TestRLSEdit:
+    def test_the_matrix_is_the_minimiser_of_all_it_remembers(self, editor_of, write, edits):
+        """By the closed form of the stacked problem, in float64."""
+        editor = editor_of("llama", "rlsedit", values=SURE, **SOFT)
+        write(editor, edits, 3)
+        layer = editor.layer
+        ridge, anchoring = editor.strengths(layer)
+        original, anchors = editor.edited.weights.original(layer).double(), editor.anchor_keys[layer].double()
+        terms = [editor.terms[edit.id][layer] for edit in edits]
+        rows = [ridge**0.5 * torch.eye(original.shape[1], dtype=torch.float64), anchoring**0.5 * anchors]
+        aims = [ridge**0.5 * original.T, anchoring**0.5 * anchors @ original.T]
+        rows += [term.keys.double() for term in terms]
+        aims += [term.values.double() for term in terms]
+        wanted = torch.linalg.lstsq(torch.cat(rows), torch.cat(aims)).solution.T.float()
+        torch.testing.assert_close(editor.edited.weights.matrix(layer), wanted, rtol=1e-3, atol=1e-3)
+
+    def test_the_bounds_hold(self, editor_of, write, edits):
+        editor = editor_of("llama", "rlsedit", values=SURE, layers=2, **SOFT)
+        write(editor, edits, 3)
+        for layer in editor.written_layers:
+            found = editor.bounds(layer)
+            assert 0 < found["weights"] <= found["weights_bound"]
+            assert 0 < found["anchors"] <= found["anchors_bound"]
+        assert json.dumps(editor.figures()["bounds"])
+
+    @pytest.mark.parametrize("layers", [1, 2])
+    def test_an_undone_edit_never_was(self, editor_of, write, edits, layers):
+        """The problem without it, solved anew from W_0, and the rest untouched in the ledger."""
+        editor = editor_of("llama", "rlsedit", values=SURE, layers=layers, **SOFT)
+        write(editor, edits, 3)
+        kept = [edit for edit in edits if edit.id not in ("e1", "e4")]
+        assert editor.undo(["e1", "e4"]) == []
+        for layer in editor.written_layers:
+            anew = Recursion.start(
+                editor.edited.weights.original(layer), editor.anchor_keys[layer], *editor.strengths(layer)
+            )
+            for edit in kept:
+                term = editor.terms[edit.id][layer]
+                anew = anew.absorb(term.keys, term.values)
+            torch.testing.assert_close(editor.edited.weights.matrix(layer), anew.weight, rtol=5e-3, atol=5e-3)
+        assert editor.terms.keys() == {edit.id for edit in kept}
+        assert [editor.ledger.owner_of(edit.id) for edit in kept] == [BASE] * len(kept)
+
+    def test_all_undone_is_the_base_bit_by_bit(self, editor_of, write, edits):
+        editor = editor_of("llama", "rlsedit", values=SURE, **SOFT)
+        weights = {key: value.clone() for key, value in editor.base.model.state_dict().items()}
+        write(editor, edits[:4], 2)
+        editor.undo([edit.id for edit in edits[:4]])
+        assert all(torch.equal(value, weights[key]) for key, value in editor.base.model.state_dict().items())
+        assert editor.own_state() == {"ids": []}
+
+    def test_writing_anew_replaces(self, editor_of, write, edits):
+        editor = editor_of("llama", "rlsedit", values=SURE, **SOFT)
+        write(editor, edits[:2])
+        once = editor.problem(editor.layer).information.clone()
+        write(editor, edits[:1])
+        torch.testing.assert_close(editor.problem(editor.layer).information, once, rtol=1e-6, atol=1e-4)
+
+    def test_early_edits_weigh_as_much_as_late_ones(self, editor_of, write, edits):
+        """With the values given, the order makes no difference (to the recursion's precision)."""
+        editor = editor_of("llama", "rlsedit", values=SURE, **SOFT)
+        write(editor, edits, 2)
+        layer, found = editor.layer, []
+        for order in (edits, edits[::-1]):
+            problem = Recursion.start(
+                editor.edited.weights.original(layer), editor.anchor_keys[layer], *editor.strengths(layer)
+            )
+            for edit in order:
+                term = editor.terms[edit.id][layer]
+                problem = problem.absorb(term.keys, term.values)
+            found.append(problem.weight)
+        torch.testing.assert_close(found[0], found[1], rtol=5e-3, atol=5e-3)
+
+    def test_anchors_from_a_file(self, editor_of, tmp_path):
+        (tmp_path / "anchors.txt").write_text("the sky is blue\n\nthe river runs\n")
+        editor = editor_of("llama", "rlsedit", anchors=str(tmp_path / "anchors.txt"))
+        said = editor.said_by_base(["the sky is blue", "the river runs"])
+        assert len(editor.anchor_keys[editor.layer]) == sum(len(row.ids) for row in said)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"ridge": 0.0}, "ridge must be positive"),
+            ({"anchoring": -1.0}, "anchoring must be at least 0"),
+            ({"anchors": "nowhere.txt"}, "'nowhere.txt' is no file"),
+            ({"layers": 0}, "layers must be at least 1"),
+            ({"values": Values(steps=0)}, r"values\.steps must be at least 1"),
+            ({"values": Values(lr=0.0)}, r"values\.lr must be positive"),
+        ],
+    )
+    def test_bad_options(self, options, message):
+        with pytest.raises(ConfigError, match=message):
+            make_editor("rlsedit", {}).__class__(**options)
+
+    def test_more_layers_than_there_are(self, editor_of):
+        with pytest.raises(ConfigError, match="layers 2 to 4 are asked for, the base has 3"):
+            editor_of("llama", "rlsedit", layer=2, layers=3)
+
+    def test_a_pack_goes_on_and_undoes(self, editor_of, write, edits, tmp_path):
+        editor = editor_of("llama", "rlsedit", values=SURE, layers=2, **SOFT)
+        write(editor, edits[:4], 2)
+        other = restore_editor(save_pack(editor, tmp_path / "pack", {}), precision="float32")
+        for one in (editor, other):
+            one.undo(["e2"])
+            write(one, edits[4:6], 2)
+        for layer in editor.written_layers:
+            assert torch.equal(editor.edited.weights.matrix(layer), other.edited.weights.matrix(layer))
+
+
+class TestROME:
+    def test_the_key_gets_its_value_by_the_least_change(self, editor_of, edits):
+        """`W' k = v`, and the change is along `C^-1 k`, so that no smaller one in the norm of C does it."""
+        editor = editor_of("llama", "rome", layer=1, values=AT_SUBJECT)
+        seen = {}
+        solve = editor.solve
+        editor.solve = lambda layer, ids, of, keys, values: (
+            seen.update(k=keys, v=values) or solve(layer, ids, of, keys, values)
+        )
+        before = editor.edited.weights.matrix(1)
+        editor.ledger.arrive(edits[:1], 0)
+        editor.write(EditBatch((edits[0],)))
+        after = editor.edited.weights.matrix(1)
+        torch.testing.assert_close(seen["k"] @ after.T, seen["v"], rtol=1e-3, atol=1e-3)
+        assert float((seen["v"] - seen["k"] @ before.T).norm()) > 0.1, "the premise"
+        toward = torch.linalg.solve(editor.moments[1], seen["k"][0])
+        change = after - before
+        torch.testing.assert_close(
+            change, torch.outer(change @ toward / (toward @ toward), toward), rtol=1e-2, atol=1e-3
+        )
+
+    def test_published_defaults(self):
+        options = make_editor("rome", {}).options()["values"]
+        kept = ("at", "lr", "relative", "steps", "decay", "clamp", "essence", "stop_loss")
+        assert [options[name] for name in kept] == ["subject", 0.5, False, 20, 0.5, 4.0, 0.0625, 0.05]
+
+    def test_the_shift_is_clamped_and_decays(self, editor_of, edits):
+        """A clamp of 0.01 leaves a value that has hardly moved."""
+        for clamp, least, most in ((0.01, 0.0, 0.011), (None, 0.1, 1e9)):
+            values = Values(at="subject", lr=0.5, relative=False, steps=10, stop_margin=None, clamp=clamp, essence=0.1)
+            editor = editor_of("llama", "rome", layer=1, values=values)
+            keys = keys_of(editor, edits[:1])
+            before = keys @ editor.edited.weights.matrix(1).T
+            editor.write(EditBatch((edits[0],)))
+            moved = float((keys @ editor.edited.weights.matrix(1).T - before).norm() / before.norm())
+            assert least <= moved <= most
+
+
+class TestMEMIT:
+    def test_the_batchs_normal_equations(self, editor_of, edits):
+        """`delta (w C + K^T K) = R^T K` at the lowest layer, whose keys do not move."""
+        editor = editor_of("llama", "memit", layer=1, layers=2, values=AT_SUBJECT, moment_weight=0.5)
+        seen = {}
+        solve = editor.solve
+        editor.solve = lambda layer, ids, of, keys, values: (
+            seen.setdefault(layer, (keys, values)) and solve(layer, ids, of, keys, values)
+        )
+        before = editor.edited.weights.matrix(1)
+        editor.write(EditBatch(tuple(edits[:4])))
+        keys, values = seen[1]
+        delta = editor.edited.weights.matrix(1) - before
+        left = delta @ (0.5 * editor.moments[1] + keys.T @ keys)
+        torch.testing.assert_close(left, (values - keys @ before.T).T @ keys, rtol=1e-3, atol=1e-3)
+        assert sorted(seen) == [1, 2]
+
+    def test_published_defaults(self):
+        options = make_editor("memit", {}).options()
+        assert (options["layers"], options["moment_weight"]) == (6, 15000.0)
+        kept = ("at", "lr", "relative", "steps", "decay", "clamp", "essence")
+        assert [options["values"][name] for name in kept] == ["subject", 0.5, False, 25, 0.5, 0.75, 0.0625]
+
+    def test_a_weight_of_nothing_is_refused(self):
+        with pytest.raises(ConfigError, match="moment_weight must be positive"):
+            make_editor("memit", {"moment_weight": 0.0})
+
+
+class TestUltraEdit:
+    def test_the_published_shift(self, editor_of, write, edits):
+        """Keys and gradients, normalised over all edits so far, in the closed form; the gradients by autograd through
+        the whole model."""
+        editor = editor_of("llama", "ultraedit", layers=1, lr=0.01)
+        write(editor, edits[:3])
+        before, known = editor.edited.weights.matrix(editor.layer), editor.known[editor.layer]
+        later = edits[3:6]
+        keys = keys_by_hand(editor, later)
+        gradients = gradients_by_hand(editor, later)
+        write(editor, later)
+        known = known.with_(torch.cat([keys, gradients], -1))
+        aims = pseudo_values(keys, gradients, known, 0.01)
+        wanted = damped_change(keys, aims, torch.eye(keys.shape[1]))
+        torch.testing.assert_close(editor.edited.weights.matrix(editor.layer) - before, wanted, rtol=1e-2, atol=1e-4)
+
+    def test_pseudo_values_by_hand(self):
+        """Mean 0 and variance 1: h = (3, 4) has the squared norm 25, so v = -0.1 * 25 * g."""
+        known = RunningMoments(3, torch.zeros(3), torch.full((3,), 2.0))
+        found = pseudo_values(torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0]]), known, 0.1)
+        torch.testing.assert_close(found, torch.tensor([[-5.0]]))
+
+    def test_a_rate_of_nothing_is_refused(self):
+        with pytest.raises(ConfigError, match="lr must be positive"):
+            make_editor("ultraedit", {"lr": 0.0})
+
+
+def keys_by_hand(editor, edits):
+    rows = [editor.encode(edit) for edit in edits]
+    captures = editor.edited.captures([row.ids for row in rows])
+    pairs = zip(rows, captures, strict=True)
+    return torch.cat([c.activations[len(r.prompt) - 1 : len(r.ids) - 1].float() for r, c in pairs])
+
+
+def gradients_by_hand(editor, edits):
+    """Of the mean token loss, at the value matrix's output, row by row."""
+    rows, found = [editor.encode(edit) for edit in edits], []
+    tokens = sum(len(row.target) for row in rows)
+    for row in rows:
+        outputs = []
+        handle = editor.edited.split.value.register_forward_hook(
+            lambda _, __, out, outputs=outputs: outputs.append(out.detach().requires_grad_()) or outputs[0]
+        )
+        logits = editor.base.model(input_ids=torch.tensor([row.ids])).logits[0]
+        handle.remove()
+        start = len(row.prompt)
+        loss = torch.nn.functional.cross_entropy(logits[start - 1 : -1], torch.tensor(row.target), reduction="sum")
+        (loss / tokens).backward()
+        found.append(outputs[0].grad[0, start - 1 : -1])
+    return torch.cat(found)
