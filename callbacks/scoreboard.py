@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from repair_lightning.errors import counted
 from repair_lightning.evaluation.earlier import EarlierEdits
 from repair_lightning.evaluation.probes import ProbeScorer, load_probes
 from repair_lightning.evaluation.protocols import AUTOREGRESSIVE
@@ -67,7 +68,9 @@ class Scoreboard(pl.Callback):
         """The base's own score, before the first edit."""
         with self._timed():
             stream: Any = trainer.datamodule  # type: ignore[attr-defined]
-            log.info("asking the base the prompts of %d edits, before the first is written", len(stream.edits))
+            log.info(
+                "asking the base the prompts of %s, before the first is written", counted(len(stream.edits), "edit")
+            )
             self.scorer = Scorer(pl_module.edited, stream.edits, self.max_new_tokens, self.batch_size)
             nobody = self._nobody()  # said, not routed: a resumed run has shards already
             before = oracle_choice(self.scorer.questions, nobody)
@@ -135,7 +138,7 @@ class Scoreboard(pl.Callback):
         return self._before + time.perf_counter() - self._mark - self.seconds
 
     def _score(self, stage: str, editor: Any) -> Result:
-        log.info("scoring: %s, %d prompts", stage, len(self.scorer.questions))
+        log.info("scoring: %s, %s", stage, counted(len(self.scorer.questions), "prompt"))
         choice = self.scorer.choose()
         self.results[stage] = self.scorer.score(stage, choice, self._owners(editor), editor.base_changed)
         return self.results[stage]

@@ -71,7 +71,7 @@ def event_line(event: Mapping[str, Any]) -> str:
     words = [when, f"{event['seq']:>6}", f"{event['kind']:<11}"]
     if event["id"] is not None:
         shard = "base" if event["shard"] == BASE else event["shard"]
-        words += [event["id"], f"window {event['window']}", f"is {event['status']}"]
+        words += [event["id"], f"window {event['window'] + 1}", f"is {event['status']}"]
         words += [f"in shard {shard}"] if shard is not None else []
         words += [f"attempt {event['attempts']}"] if event["attempts"] else []
         words += [f"score {event['score']:g}"] if event["score"] is not None else []

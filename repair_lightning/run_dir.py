@@ -24,7 +24,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from repair_lightning.data.journal import FILE as JOURNAL_FILE
 from repair_lightning.data.journal import Journal
-from repair_lightning.errors import ConfigError, RepairError
+from repair_lightning.errors import ConfigError, RepairError, counted
 from repair_lightning.folders import sync
 from repair_lightning.models.base import files_hash
 
@@ -128,7 +128,7 @@ class RunDirectory:
         except OSError as error:
             raise self._unwritable(error) from error
         void = self.journal.rewind(seq, f"resumed behind window {windows}")
-        log.info("resuming '%s' behind window %d; %d later events are void", self.path, windows, void)
+        log.info("resuming '%s' behind window %d; void: %s", self.path, windows, counted(void, "later event"))
 
     def close(self) -> None:
         """Let go of the journal and of the directory."""
