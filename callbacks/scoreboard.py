@@ -19,7 +19,7 @@ from torch import Tensor
 from repair_lightning.errors import counted
 from repair_lightning.evaluation.earlier import EarlierEdits
 from repair_lightning.evaluation.probes import ProbeScorer, load_probes
-from repair_lightning.evaluation.protocols import AUTOREGRESSIVE
+from repair_lightning.evaluation.protocols import AUTOREGRESSIVE, TEACHER_FORCED
 from repair_lightning.evaluation.scoring import Result, Scorer, oracle_choice
 
 log = logging.getLogger(__name__)
@@ -98,8 +98,9 @@ class Scoreboard(pl.Callback):
             draw = random.Random(f"{self.seed}/{stream.windows}").sample(written, min(self.live, len(written)))
             part = self.scorer.subset(set(draw))
             owners = pl_module.owner_choice([question.edit for question in part.questions])
-            scores = part.score("live", part.choose(), owners, pl_module.base_changed).scores[AUTOREGRESSIVE]
-        known = {f"live/{kind}": value for kind, value in scores.items() if value is not None}
+            scores = part.score("live", part.choose(), owners, pl_module.base_changed).scores
+        named = {"live": scores[AUTOREGRESSIVE], "live_forced": scores[TEACHER_FORCED]}
+        known = {f"{name}/{kind}": x for name, found in named.items() for kind, x in found.items() if x is not None}
         pl_module.log_dict(known | {"live/edits": float(len(written))}, batch_size=len(draw))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:

@@ -173,6 +173,19 @@ def _diff(options: Namespace) -> None:
     print("\n".join(difference_lines(replies, options.to)))
 
 
+def dashboard(parser: ArgumentParser) -> None:
+    """Lay out a project's workspace on Weights & Biases (an extra: wandb)."""
+    parser.add_argument("--entity", required=True, help="user or team")
+    parser.add_argument("--project", required=True, help="the project; `repair-lightning` unless you chose another")
+    parser.set_defaults(run_command=_dashboard)
+
+
+def _dashboard(options: Namespace) -> None:
+    from repair_lightning.dashboard import create
+
+    print(create(options.entity, options.project))
+
+
 def _add_pack(parser: ArgumentParser) -> None:
     parser.add_argument("--pack", required=True, help="the pack's folder, or its name on the hub")
     parser.add_argument("--base", help="the base, where the pack's own name for it does not lead there")
@@ -182,6 +195,7 @@ def _add_pack(parser: ArgumentParser) -> None:
 
 COMMANDS: Mapping[str, Callable[[ArgumentParser], None]] = {
     "ask": ask,
+    "dashboard": dashboard,
     "diff": diff,
     "export": export,
     "harness": harness,

@@ -33,7 +33,7 @@ from repair_lightning.run_dir import CHECKPOINT, METRICS_FILE, Resume, RunDirect
 
 log = logging.getLogger(__name__)
 
-SHOWN = ("progress", "scoreboard")
+SHOWN = ("progress", "scoreboard", "dashboard")
 """Callbacks that only report: a run may go on with others."""
 OURS = ("repair_lightning", "callbacks")
 """The loggers that speak to the user."""
@@ -146,6 +146,9 @@ class EditCLI(LightningCLI):
         if hasattr(logger, "init_args") and logger.init_args.get("save_dir") in (None, "."):
             self.run_dir.mkdir(parents=True, exist_ok=True)
             logger.init_args.save_dir = str(self.run_dir)
+            for option, value in (("name", self.run_dir.name), ("group", str(self.run_dir))):
+                if option in logger.init_args and logger.init_args[option] is None:
+                    logger.init_args[option] = value
 
     def _follow_seed(self) -> None:
         """Seeds that were left at 0 follow `seed_everything`."""
@@ -209,6 +212,8 @@ class EditCLI(LightningCLI):
 
     def fit(self) -> None:
         """Run the stream, from its start or from where it was stopped."""
+        for logger in self.trainer.loggers:
+            logger.log_hyperparams(self.settings())
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.run.checkpoint)
 
     def settings(self) -> dict[str, Any]:

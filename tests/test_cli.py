@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 from helpers_runs import REPOSITORY, world_edits, write_edits
+from helpers_wandb import offline_run, series
 
 from repair_lightning import load_edited
 from repair_lightning.cli import OURS, config_path, resolve_configs
@@ -224,9 +225,14 @@ def test_checkpoints_load_with_weights_only_and_leave_the_base_out(run):
 
 
 def test_wandb_runs_offline_in_the_run_directory(run):
-    logs = list((run[0] / "wandb").glob("offline-run-*/*.wandb"))
-    assert len(logs) == 1
-    assert logs[0].stat().st_size > 1000
+    """Named and grouped by the run, with its settings, and one value of each series per window."""
+    records = offline_run(run[0])
+    (named,) = {(record.run.display_name, record.run.run_group) for record in records if record.HasField("run")}
+    assert named == ("first", "out/first")
+    assert [len(series(records, key)) for key in ("live/rel", "routing/auroc", "pool/feedback")] == [2, 2, 2]
+    assert series(records, "live/edits") == [8, 12]
+    keys = {item.key or item.nested_key[0] for r in records if r.HasField("config") for item in r.config.update}
+    assert any(key.startswith("model") for key in keys)
 
 
 @pytest.fixture(scope="module")
@@ -417,9 +423,7 @@ def test_a_missing_base_is_one_line_in_a_real_process(tmp_path):
 
 
 def test_quiet_leaves_one_line(tmp_path):
-    ran = succeeded(
-        "train.py", "--config", "quickstart", *SMALL, "--quiet", *NO_LOGGER, "--run_dir", "out", cwd=tmp_path
-    )
+    ran = succeeded("train.py", "--config", "quickstart", *SMALL, "--quiet", "--run_dir", "out", cwd=tmp_path)
     (line,) = ran.out.splitlines()
     scores = "  ".join(rf"{name} [\d.]+" for name in ("Rel", "Gen", "Loc", "Near", "OP"))
     assert re.fullmatch(rf"12 edits of world: {scores}; \d+ quarantined; out", line)
