@@ -54,7 +54,7 @@ class RoutingDashboard(pl.Callback):
         seconds: spent here.
     """
 
-    def __init__(self, enabled: bool = True, sample: int = 64, shards: int = 8, rows: int = 200, seed: int = 0) -> None:
+    def __init__(self, enabled: bool = True, sample: int = 32, shards: int = 8, rows: int = 200, seed: int = 0) -> None:
         for name, value, least in (("sample", sample, 1), ("shards", shards, 0), ("rows", rows, 1)):
             if value < least:
                 raise ConfigError(f"dashboard.{name} must be at least {least}, got {value}")
@@ -108,6 +108,14 @@ class RoutingDashboard(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """What the closed loop did after the last window, and the merge behind it."""
         self._follow_up(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The time spent so far."""
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self.seconds = state_dict["seconds"]
 
     # -- the closed loop ----------------------------------------------------------------------------------------------
 

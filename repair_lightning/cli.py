@@ -270,6 +270,8 @@ def finish(cli: EditCLI) -> dict[str, Any]:
 def collect_metrics(cli: EditCLI) -> dict[str, Any]:
     """The content of `metrics.json`; figures that do not apply are None."""
     board, feedback, merge = cli.part("scoreboard"), cli.part("feedback"), cli.part("merge")
+    reporting = cli.part("dashboard").seconds  # measures, as scoring does: no time that editing takes
+    editing = board.edit_seconds - reporting
     editor, stream, results = cli.model, cli.datamodule, board.results
     ledger, records = stream.ledger, stream.records
     pre = results["pre_edit"].rows
@@ -282,8 +284,8 @@ def collect_metrics(cli: EditCLI) -> dict[str, Any]:
         "memory_bytes": sum(tensor.nbytes for tensor in shard_tensors(editor.memory).values()),
         "n_edits": len(stream.edits),
         "seed": cli.config.seed_everything,
-        "seconds": {"load": cli.loaded - cli.started, "edit": board.edit_seconds, "evaluate": board.seconds},
-        "edits_per_minute": 60 * len(stream.edits) / max(board.edit_seconds, 1e-9),
+        "seconds": {"load": cli.loaded - cli.started, "edit": editing, "evaluate": board.seconds + reporting},
+        "edits_per_minute": 60 * len(stream.edits) / max(editing, 1e-9),
         **{stage: results[stage].scores for stage in ("pre_edit", "before_merge", "final")},
         "routing": results["final"].routing,
         "oracle_routing": board.oracle,
