@@ -1,6 +1,7 @@
 # make quickstart   install and run the main job on the embedded default
 # make test         install and run the tests
 # make check        ruff (lint, format) and mypy
+# make docs         build the site into site/; a broken link is an error
 # make bench        measure speed, memory and scaling (benchmarks/README.md); BENCH="--quick" says how
 # make torture      kill, damage and starve real runs, and say what survived; TORTURE="--kills 5" says how
 # make world        rebuild the embedded world and its base from their seed
@@ -11,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: torture quickstart test check format bench world clean
+.PHONY: torture quickstart test check docs format bench world clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python train.py --config quickstart --overwrite
@@ -23,6 +24,9 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(INSTALLED)
+	$(BIN)/mkdocs build --strict
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
@@ -46,4 +50,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) site runs build dist *.egg-info

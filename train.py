@@ -7,6 +7,7 @@ from callbacks import (
     LossAwareTiesMerge,
     ProbeGate,
     PruneAndRetrigger,
+    RoutingDashboard,
     Scoreboard,
     StreamProgress,
 )
@@ -15,6 +16,7 @@ from repair_lightning.cli import EditCLI, finish, guarded
 CALLBACKS = {
     "gate": ProbeGate,
     "monitor": ErrorSampleMonitor,
+    "dashboard": RoutingDashboard,
     "feedback": PruneAndRetrigger,
     "scoreboard": Scoreboard,
     "merge": LossAwareTiesMerge,
@@ -31,4 +33,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    guarded(main, resumes=True)

@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 import torch
 
 from repair_lightning.data.ledger import EditStatus, Ledger
-from repair_lightning.errors import ConfigError
+from repair_lightning.errors import ConfigError, counted
 from repair_lightning.evaluation.probes import load_probes
 from repair_lightning.evaluation.protocols import answers
 from repair_lightning.types import BASE
@@ -108,10 +108,10 @@ class ProbeGate(pl.Callback):
         editor.finish_window()
         self.rolled_back += 1
         log.warning(
-            "window rolled back: %s, more than %s; %d edits are written again, %d quarantined",
+            "window rolled back: %s, more than %s; %s to be written again, %d quarantined",
             reason,
             self.max_probe_loss,
-            len(again),
+            counted(len(again), "edit"),
             len(spent),
         )
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.table import Column
 
-_SHOWN = (("live/rel", "Rel"), ("live/gen", "Gen"), ("live/loc", "Loc"))
+_SHOWN = {"live/rel": "Rel", "live/gen": "Gen", "live/loc": "Loc", "live/near": "Near", "live/op": "OP"}
+_BESIDE_A_BAR = 120
+"""Columns that a terminal needs for a bar beside the words."""
 
 
 class StreamProgress(ProgressBar):
-    """Edits written out of all, the window, live Rel/Gen/Loc and edits per minute.
+    """The window, edits written out of all, live scores, edits per minute and the time left.
+
+    Pace and time left are those of this process: what a resumed run wrote before it was stopped does not count.
 
     Args:
         quiet: show nothing.
@@ -36,30 +42,25 @@ class StreamProgress(ProgressBar):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Open the bar where there is a terminal."""
-        self._start = time.perf_counter()
+        self._start, self._had = time.perf_counter(), self._written(trainer)
         if self.quiet or not self._console.is_terminal:
             return
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        scores = TextColumn("edits  {task.fields[live]}")
-        self._bar = Progress(*columns, scores, TimeElapsedColumn(), console=self._console)
+        bar = (BarColumn(bar_width=20),) if self._console.width >= _BESIDE_A_BAR else ()
+        words = TextColumn("{task.description}", table_column=Column(ratio=1))  # wraps where it must
+        self._bar = Progress(SpinnerColumn(), *bar, words, console=self._console, expand=True)
         self._bar.start()
         total = len(trainer.datamodule.edits)  # type: ignore[attr-defined]
-        self._task = self._bar.add_task("window 1", total=total, live="")
+        self._task = self._bar.add_task(self.words(trainer), total=total, completed=self._had)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
         """Move the bar."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._written(trainer), description=self._window(trainer))
+        self._move(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Show the live scores; without a terminal, one line."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._written(trainer), live=self._live(trainer))
-        elif not self.quiet:
-            written, total = self._written(trainer), len(trainer.datamodule.edits)  # type: ignore[attr-defined]
-            pace = 60 * written / max(time.perf_counter() - self._start, 1e-9)
-            line = f"{self._window(trainer)}: {written}/{total} edits  {self._live(trainer)}  {pace:.0f} edits/min"
-            self._console.print(line, highlight=False)
+        self._move(trainer)
+        if self._bar is None and not self.quiet:
+            self._console.print(self.words(trainer), highlight=False, soft_wrap=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Close the bar."""
@@ -69,6 +70,23 @@ class StreamProgress(ProgressBar):
         """Close the bar, so that the terminal is usable."""
         self._close()
 
+    def words(self, trainer: pl.Trainer) -> str:
+        """Where the stream stands: `window 2: 256/300 edits  Rel 1.00  ...  950 edits/min  0:00:03 left`."""
+        stream: Any = trainer.datamodule  # type: ignore[attr-defined]
+        written, total = self._written(trainer), len(stream.edits)
+        pace = (written - self._had) / max(time.perf_counter() - self._start, 1e-9)
+        known = trainer.callback_metrics
+        scores = [f"{name} {float(known[key]):.2f}" for key, name in _SHOWN.items() if key in known]
+        parts = [f"window {stream.windows}: {written}/{total} edit{'s' * (total != 1)}", *scores]
+        if pace > 0:
+            parts += [f"{60 * pace:.0f} edits/min"]
+            parts += [f"{timedelta(seconds=round((total - written) / pace))} left"] if written < total else []
+        return "  ".join(parts)
+
+    def _move(self, trainer: pl.Trainer) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._written(trainer), description=self.words(trainer))
+
     def _close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
@@ -76,10 +94,3 @@ class StreamProgress(ProgressBar):
 
     def _written(self, trainer: pl.Trainer) -> int:
         return len(trainer.datamodule.written())  # type: ignore[attr-defined]
-
-    def _window(self, trainer: pl.Trainer) -> str:
-        return f"window {trainer.datamodule.windows}"  # type: ignore[attr-defined]
-
-    def _live(self, trainer: pl.Trainer) -> str:
-        known = trainer.callback_metrics
-        return "  ".join(f"{name} {float(known[key]):.2f}" for key, name in _SHOWN if key in known)

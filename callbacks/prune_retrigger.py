@@ -14,7 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from repair_lightning.data.ledger import EditStatus, Ledger
-from repair_lightning.errors import ConfigError
+from repair_lightning.errors import ConfigError, counted
 from repair_lightning.types import BASE, Decision
 
 log = logging.getLogger(__name__)
@@ -42,10 +42,11 @@ def should_prune(rates: ErrorRates, pool: int, tau_prune: float, tau_pool: int) 
         return Decision(False, "no shard was evaluated")
     rate, evaluated = rates[worst]
     if rate > tau_prune:
-        return Decision(True, f"shard {worst}: error {rate:.2f} > {tau_prune} over {evaluated} edits")
+        return Decision(True, f"shard {worst}: error {rate:.2f} > {tau_prune} over {counted(evaluated, 'edit')}")
     if pool > tau_pool and rate > 0:
         return Decision(True, f"feedback pool: {pool} > {tau_pool} edits; shard {worst} is the worst, error {rate:.2f}")
-    return Decision(False, f"worst shard {worst}: error {rate:.2f} over {evaluated} edits, {pool} edits in the pool")
+    over, waiting = counted(evaluated, "edit"), counted(pool, "edit")
+    return Decision(False, f"worst shard {worst}: error {rate:.2f} over {over}, {waiting} in the pool")
 
 
 def spent(ledger: Ledger, max_attempts: int) -> list[str]:
@@ -95,13 +96,13 @@ class PruneAndRetrigger(pl.Callback):
         if not ids:
             return
         for id in ids:
-            ledger.quarantine([id], f"still wrong after {ledger.entry(id).attempts} attempts")
+            ledger.quarantine([id], f"still wrong after {counted(ledger.entry(id).attempts, 'attempt')}")
         editor.forget(ids)
         editor.finish_window()  # thresholds anew: a shard that owns nothing answers nothing
         log.warning(
-            "quarantined, still wrong after %d attempts: %d edits (%s); edits.parquet says which and why",
-            self.max_attempts,
-            len(ids),
+            "quarantined, still wrong after %s: %s (%s); edits.parquet says which and why",
+            counted(self.max_attempts, "attempt"),
+            counted(len(ids), "edit"),
             ", ".join(ids[:5]) + (", ..." if len(ids) > 5 else ""),
         )
 
@@ -109,7 +110,7 @@ class PruneAndRetrigger(pl.Callback):
         """Empty a shard and requeue all it owned, with the failed edits of the other shards."""
         assert shard is not None
         ids = list(dict.fromkeys([*ledger.owned_by(shard), *ledger.with_status(EditStatus.FAILED)]))
-        log.info("prune: %s; %d edits are written anew", reason, len(ids))
+        log.info("prune: %s; to be written anew: %s", reason, counted(len(ids), "edit"))
         editor.prune(shard)
         self.pruned += 1
         self.retry(ids, f"pruned: {reason}", ledger, editor)

@@ -16,10 +16,11 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from repair_lightning.errors import counted
 from repair_lightning.evaluation.earlier import EarlierEdits
 from repair_lightning.evaluation.feature_map import feature_map
 from repair_lightning.evaluation.probes import ProbeScorer, load_probes
-from repair_lightning.evaluation.protocols import AUTOREGRESSIVE
+from repair_lightning.evaluation.protocols import AUTOREGRESSIVE, TEACHER_FORCED
 from repair_lightning.evaluation.scoring import Result, Scorer, oracle_choice
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,9 @@ class Scoreboard(pl.Callback):
         """The base's own score, before the first edit."""
         with self._timed():
             stream: Any = trainer.datamodule  # type: ignore[attr-defined]
-            log.info("asking the base the prompts of %d edits, before the first is written", len(stream.edits))
+            log.info(
+                "asking the base the prompts of %s, before the first is written", counted(len(stream.edits), "edit")
+            )
             self.scorer = Scorer(pl_module.edited, stream.edits, self.max_new_tokens, self.batch_size)
             nobody = self._nobody()  # said, not routed: a resumed run has shards already
             before = oracle_choice(self.scorer.questions, nobody)
@@ -103,7 +106,8 @@ class Scoreboard(pl.Callback):
             owners = pl_module.owner_choice([question.edit for question in part.questions])
             scores = part.score("live", part.choose(), owners, pl_module.base_changed).scores
         self.curve[-1] |= {"live": scores, "live_edits": len(draw)}
-        known = {f"live/{kind}": value for kind, value in scores[AUTOREGRESSIVE].items() if value is not None}
+        named = {"live": scores[AUTOREGRESSIVE], "live_forced": scores[TEACHER_FORCED]}
+        known = {f"{name}/{kind}": x for name, found in named.items() for kind, x in found.items() if x is not None}
         pl_module.log_dict(known | {"live/edits": float(len(written))}, batch_size=len(draw))
 
     def moment(self, stream: Any, editor: Any, written: int) -> dict[str, Any]:
@@ -157,7 +161,7 @@ class Scoreboard(pl.Callback):
         return self._before + time.perf_counter() - self._mark - self.seconds
 
     def _score(self, stage: str, editor: Any) -> Result:
-        log.info("scoring: %s, %d prompts", stage, len(self.scorer.questions))
+        log.info("scoring: %s, %s", stage, counted(len(self.scorer.questions), "prompt"))
         choice = self.scorer.choose()
         self.results[stage] = self.scorer.score(stage, choice, self._owners(editor), editor.base_changed)
         return self.results[stage]

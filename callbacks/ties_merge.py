@@ -131,6 +131,8 @@ class LossAwareTiesMerge(pl.Callback):
         outcomes = [self.merge_group(group, editor) for group in groups]
         self.outcome = Decision(all(outcomes), "; ".join(outcome.reason for outcome in outcomes))
         log.info("merge %s: %s", "accepted" if self.outcome else "rejected", self.outcome.reason)
+        weights = {f"merge/weight/{shard}": weight for shard, weight in self.weights.items()}
+        editor.log_now({"merge/accepted": float(bool(self.outcome)), **weights})
 
     def merge_group(self, shards: list[int], editor: Any) -> Decision:
         """Fuse one group, measure, and undo it where it costs too much."""

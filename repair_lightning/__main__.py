@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from repair_lightning.cli import guarded
+from repair_lightning.errors import RepairError
 from repair_lightning.types import BASE
 
 
@@ -73,7 +75,7 @@ def event_line(event: Mapping[str, Any]) -> str:
     words = [when, f"{event['seq']:>6}", f"{event['kind']:<11}"]
     if event["id"] is not None:
         shard = "base" if event["shard"] == BASE else event["shard"]
-        words += [event["id"], f"window {event['window']}", f"is {event['status']}"]
+        words += [event["id"], f"window {event['window'] + 1}", f"is {event['status']}"]
         words += [f"in shard {shard}"] if shard is not None else []
         words += [f"attempt {event['attempts']}"] if event["attempts"] else []
         words += [f"score {event['score']:g}"] if event["score"] is not None else []
@@ -140,7 +142,89 @@ def _figures(options: Namespace) -> None:
     print("\n".join([*map(str, files), *(f"left out: {words}" for words in missing)]))
 
 
+def ask(parser: ArgumentParser) -> None:
+    """Ask the base and the edited model the same: both answers, who answered, and why. Without a question, a prompt."""
+    parser.add_argument("question", nargs="*", help="as many as you like; none opens a prompt that Ctrl-D leaves")
+    _add_pack(parser)
+    parser.set_defaults(run_command=_ask)
+
+
+def _ask(options: Namespace) -> None:
+    from repair_lightning.ask import Pair
+
+    pair = Pair.open(options.pack, options.base, options.precision, options.max_new_tokens)
+    if options.question:
+        print("\n\n".join("\n".join(reply.lines()) for reply in pair.ask(options.question)))
+        return
+    for question in _questions():
+        try:
+            (reply,) = pair.ask([question])
+            print("\n".join(reply.lines()))
+        except RepairError as error:
+            print(f"error: {error}", file=sys.stderr)
+
+
+def _questions() -> Iterator[str]:
+    """What is typed, line by line, until Ctrl-D; a prompt is shown where somebody sits there."""
+    if sys.stdin.isatty():
+        import readline  # noqa: F401 - line editing and history for `input`
+    while True:
+        try:
+            question = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            break
+        if question:
+            yield question
+    if sys.stdin.isatty():
+        print()
+
+
+def diff(parser: ArgumentParser) -> None:
+    """List the prompts of a file that the base and the edited model answer differently."""
+    parser.add_argument(
+        "--data", required=True, help="prompts: plain text with one a line, or records (jsonl, CSV, ...) with `prompt`"
+    )
+    parser.add_argument("--to", type=Path, help="write the differences as JSON lines into this file instead")
+    _add_pack(parser)
+    parser.set_defaults(run_command=_diff)
+
+
+def _diff(options: Namespace) -> None:
+    from repair_lightning.ask import Pair, difference_lines, read_prompts
+    from repair_lightning.evaluation.report import write_rows
+
+    prompts = read_prompts(options.data)
+    pair = Pair.open(options.pack, options.base, options.precision, options.max_new_tokens)
+    replies = pair.ask(prompts)
+    if options.to:
+        write_rows(options.to, (reply.as_dict() for reply in replies if reply.differs))
+    print("\n".join(difference_lines(replies, options.to)))
+
+
+def dashboard(parser: ArgumentParser) -> None:
+    """Lay out a project's workspace on Weights & Biases (an extra: wandb)."""
+    parser.add_argument("--entity", required=True, help="user or team")
+    parser.add_argument("--project", required=True, help="the project; `repair-lightning` unless you chose another")
+    parser.set_defaults(run_command=_dashboard)
+
+
+def _dashboard(options: Namespace) -> None:
+    from repair_lightning.dashboard import create
+
+    print(create(options.entity, options.project))
+
+
+def _add_pack(parser: ArgumentParser) -> None:
+    parser.add_argument("--pack", required=True, help="the pack's folder, or its name on the hub")
+    parser.add_argument("--base", help="the base, where the pack's own name for it does not lead there")
+    parser.add_argument("--precision", default="auto", help="of the base: auto, float32, bfloat16, float16")
+    parser.add_argument("--max_new_tokens", type=int, default=32, help="most tokens of an answer; default 32")
+
+
 COMMANDS: Mapping[str, Callable[[ArgumentParser], None]] = {
+    "ask": ask,
+    "dashboard": dashboard,
+    "diff": diff,
     "export": export,
     "figures": figures,
     "harness": harness,

@@ -23,16 +23,15 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
-from rich.logging import RichHandler
 
 from repair_lightning.data.ledger import EditStatus, KeptElsewhere, Ledger
 from repair_lightning.data.stream import EditStream
 from repair_lightning.distributed.strategies import STRATEGIES, EditStrategy
 from repair_lightning.distributed.team import ALONE, LeftOutError
 from repair_lightning.editors import REGISTRY, Editor
-from repair_lightning.errors import ConfigError, RepairError
+from repair_lightning.errors import ConfigError, RepairError, counted
 from repair_lightning.evaluation.html_report import try_report
-from repair_lightning.evaluation.report import print_report, write_json, write_rows
+from repair_lightning.evaluation.report import print_report, verdict, write_json, write_rows
 from repair_lightning.models.base import files_hash
 from repair_lightning.packs import JOURNAL_FILE, PackContent, restore_into, save_pack, written_tensors
 from repair_lightning.parsing import parse
@@ -40,8 +39,10 @@ from repair_lightning.run_dir import CHECKPOINT, METRICS_FILE, Resume, RunDirect
 
 log = logging.getLogger(__name__)
 
-SHOWN = ("progress", "scoreboard")
+SHOWN = ("progress", "scoreboard", "dashboard")
 """Callbacks that only report: a run may go on with others."""
+OURS = ("repair_lightning", "callbacks")
+"""The loggers that speak to the user."""
 DECIDING = ("precision", "max_epochs", "max_steps", "max_time", "limit_train_batches")
 """The trainer's options that decide what a run computes; how many devices it has decides no more than last places."""
 _ALIASES = {"ddp": "data_parallel", "ModelParallelStrategy": "model_parallel", "DDPStrategy": "data_parallel"}
@@ -128,6 +129,7 @@ class EditCLI(LightningCLI):
         """The run directory and the callbacks' own sections."""
         parser.add_argument("--run_dir", type=str | None, default=None, help="default: runs/<names of the configs>")
         parser.add_argument("--resume", type=Resume, default="auto", help="'never' refuses to go on with a stopped run")
+        parser.add_argument("--quiet", action="store_true", help="only errors, and the score in one last line")
         parser.add_argument("--overwrite", action="store_true", help="remove a run that cannot go on in run_dir")
         parser.add_argument(
             "--from_pack", type=str | None, default=None, help="go on with the edited model of this pack"
@@ -141,6 +143,10 @@ class EditCLI(LightningCLI):
         """Everything that a run writes goes to its run directory."""
         name = "-".join(file.stem for file in self.config_files) or ("continued" if self.started_from else "default")
         self._follow_seed()
+        if self.config.quiet:
+            self.config.progress.quiet = True
+            for ours in OURS:
+                logging.getLogger(ours).setLevel(logging.ERROR)
         self.run_dir = Path(self.config.run_dir or Path("runs") / name)
         self.config.run_dir = str(self.run_dir)
         self.config.trainer.default_root_dir = str(self.run_dir)
@@ -148,6 +154,9 @@ class EditCLI(LightningCLI):
         if hasattr(logger, "init_args") and logger.init_args.get("save_dir") in (None, "."):
             self.run_dir.mkdir(parents=True, exist_ok=True)
             logger.init_args.save_dir = str(self.run_dir)
+            for option, value in (("name", self.run_dir.name), ("group", str(self.run_dir))):
+                if option in logger.init_args and logger.init_args[option] is None:
+                    logger.init_args[option] = value
 
     def _follow_seed(self) -> None:
         """Seeds that were left at 0 follow `seed_everything`."""
@@ -273,6 +282,8 @@ class EditCLI(LightningCLI):
 
     def fit(self) -> None:
         """Run the stream, from its start or from where it was stopped."""
+        for logger in self.trainer.loggers:
+            logger.log_hyperparams(self.settings())
         with self._among_ranks():
             self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.run.checkpoint)
         if self.strategy is not None:
@@ -320,7 +331,7 @@ def finish(cli: EditCLI) -> dict[str, Any]:
         chosen.layer, chosen.writing.lr, chosen.writing.stop_margin = editor.adapted.settings
     cli.parser.save(cli.config, run_dir / "config.yaml", overwrite=True, skip_validation=True, skip_unset=False)
     stream.ledger.to_parquet(run_dir / "edits.parquet")
-    cli.run.journal.note("finished", f"{len(stream.edits)} edits")
+    cli.run.journal.note("finished", counted(len(stream.edits), "edit"))
     save_pack(editor, run_dir / "pack", cli.provenance(), {JOURNAL_FILE: cli.run.journal.to_parquet})
     write_rows(run_dir / "generations.jsonl", (row for result in board.results.values() for row in result.rows))
     write_rows(run_dir / "curves.jsonl", board.curve)
@@ -329,13 +340,18 @@ def finish(cli: EditCLI) -> dict[str, Any]:
     write_json(run_dir / METRICS_FILE, metrics)
     cli.run.close()
     try_report(run_dir)
-    print_report(metrics, run_dir)
+    if cli.config.quiet:
+        Console().print(verdict(metrics, run_dir), markup=False, highlight=False, soft_wrap=True)
+    else:
+        print_report(metrics, run_dir)
     return metrics
 
 
 def collect_metrics(cli: EditCLI) -> dict[str, Any]:
     """The content of `metrics.json`; figures that do not apply are None."""
     board, feedback, merge = cli.part("scoreboard"), cli.part("feedback"), cli.part("merge")
+    reporting = cli.part("dashboard").seconds  # measures, as scoring does: no time that editing takes
+    editing = board.edit_seconds - reporting
     editor, stream, results = cli.model, cli.datamodule, board.results
     ledger, records = stream.ledger, stream.records
     pre = results["pre_edit"].rows
@@ -348,8 +364,8 @@ def collect_metrics(cli: EditCLI) -> dict[str, Any]:
         "memory_bytes": sum(tensor.nbytes for tensor in written_tensors(editor.edited, editor.own_state()).values()),
         "n_edits": len(stream.edits),
         "seed": cli.config.seed_everything,
-        "seconds": {"load": cli.loaded - cli.started, "edit": board.edit_seconds, "evaluate": board.seconds},
-        "edits_per_minute": 60 * len(stream.edits) / max(board.edit_seconds, 1e-9),
+        "seconds": {"load": cli.loaded - cli.started, "edit": editing, "evaluate": board.seconds + reporting},
+        "edits_per_minute": 60 * len(stream.edits) / max(editing, 1e-9),
         **{stage: results[stage].scores for stage in ("pre_edit", "before_merge", "final")},
         "routing": results["final"].routing,
         "oracle_routing": board.oracle,
@@ -383,33 +399,50 @@ def collect_metrics(cli: EditCLI) -> dict[str, Any]:
     return metrics | {name: figures for name, figures in found.items() if figures is not None}
 
 
-class Terminated(BaseException):
-    """SIGTERM has come: whatever is under way ends here; what is durable stays."""
+STOPS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+"""The signals that end a command, by the name that people know."""
 
 
-def _terminate(signum: int, frame: Any) -> None:
+class Stopped(BaseException):
+    """Somebody asked to stop: whatever is under way ends here; what is durable stays. No `KeyboardInterrupt`, for which
+    the trainer has an end of its own."""
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signal.Signals(signum)
+        super().__init__(STOPS[self.signum])
+
+
+def _stop(signum: int, frame: Any) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # asked once is enough
-    raise Terminated
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # who asks twice does not want to wait
+    raise Stopped(signum)
 
 
-def guarded(main: Callable[[], Any]) -> None:
-    """Run a command; a mistake of the user's becomes one line and exit code 2, SIGTERM one line and 143.
+def guarded(main: Callable[[], Any], resumes: bool = False) -> None:
+    """Run a command; a mistake of the user's becomes one line and exit code 2, SIGTERM one line and 143, Ctrl-C 130.
 
     With `--debug` among the arguments the traceback is shown.
+
+    Args:
+        main: the command.
+        resumes: the same command goes on where it was stopped.
     """
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    again = shlex.join(["python", *sys.argv])  # before the configurations become paths
     _quiet()
-    signal.signal(signal.SIGTERM, _terminate)
+    for signum in STOPS:
+        signal.signal(signum, _stop)
     try:
         main()
     except LeftOutError:  # the first rank says it
         raise SystemExit(2) from None
-    except Terminated:
+    except Stopped as stopped:
         if getattr(rank_zero_only, "rank", 0):
-            raise SystemExit(128 + signal.SIGTERM) from None
-        print("stopped by SIGTERM; a run goes on from its last full window when it is started again", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGTERM) from None
+            raise SystemExit(128 + stopped.signum) from None
+        remedy = f"; this goes on from the last full window: {again}" if resumes else ""
+        print(f"stopped by {stopped}{remedy}", file=sys.stderr)
+        raise SystemExit(128 + stopped.signum) from None
     except BrokenPipeError:  # who read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (RepairError, ValueError) as error:
@@ -431,16 +464,27 @@ def _cause(error: BaseException | None) -> RepairError | None:
 
 def _hush() -> None:
     """What every rank could say, the first one says."""
-    for name in ("repair_lightning", "callbacks", "lightning.pytorch", "lightning.fabric", "py.warnings"):
+    for name in (*OURS, "lightning.pytorch", "lightning.fabric", "py.warnings"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.simplefilter("ignore")
 
 
+class _ToStderr(logging.StreamHandler):
+    """Writes whole lines to what `sys.stderr` is at the moment: above a live bar, while there is one."""
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _: Any) -> None:
+        """It is looked up."""
+
+
 def _quiet() -> None:
     """Leave the terminal to the run's own words: other libraries' progress bars, tips and known false alarms go."""
-    handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False, show_level=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
-    for ours in ("repair_lightning", "callbacks"):
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_ToStderr()])
+    for ours in OURS:
         logging.getLogger(ours).setLevel(logging.INFO)
     for theirs in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(theirs).setLevel(logging.WARNING)

@@ -10,6 +10,11 @@ def _one_line(message: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
 
 
+def counted(number: int, noun: str) -> str:
+    """How many, as messages say it: `1 edit`, `2 edits`, `1,000 edits`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 class RepairError(Exception):
     """A problem the user can solve: its message names the value, what is allowed and the remedy."""
 

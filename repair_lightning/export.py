@@ -18,7 +18,7 @@ from torch import Tensor
 
 from repair_lightning.data.ledger import EditStatus, Ledger
 from repair_lightning.data.tokenizing import encode
-from repair_lightning.errors import ConfigError, RepairError
+from repair_lightning.errors import ConfigError, RepairError, counted
 from repair_lightning.evaluation.metrics import overall_performance
 from repair_lightning.evaluation.protocols import AUTOREGRESSIVE, answers, normalise
 from repair_lightning.evaluation.report import write_json
@@ -228,12 +228,13 @@ def _ask(model: PackedModel, prompts: Sequence[str]) -> list[str]:
 
 def report_lines(report: dict[str, Any], to: Path) -> list[str]:
     """What an export says to a person."""
+    edits = counted(report["live_edits"], "edit")
     if report["kind"] != "merged":
-        return [f"{to}: the base with {report['live_edits']} edits; repair_lightning.load_edited('{to}') needs no more"]
-    asked = report["asked"]
+        return [f"{to}: the base with {edits}; repair_lightning.load_edited('{to}') needs no more"]
+    asked, unrelated = report["asked"], counted(report["asked"]["unrelated"], "unrelated prompt")
     lines = [
-        f"{to}: a plain Hugging Face checkpoint with {report['live_edits']} edits in one matrix",
-        f"free generation, {asked['edits']} edits, {asked['unrelated']} unrelated prompts, in per cent:",
+        f"{to}: a plain Hugging Face checkpoint with {edits} in one matrix",
+        f"free generation, {counted(asked['edits'], 'edit')}, {unrelated}, in per cent:",
         "          " + "".join(f"{name.capitalize():>8}" for name in ("rel", "gen", "loc", "near")),
     ]
     for kind in ("routed", "merged"):

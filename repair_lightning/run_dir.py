@@ -26,7 +26,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from repair_lightning.data.journal import FILE as JOURNAL_FILE
 from repair_lightning.data.journal import Journal
 from repair_lightning.data.ledger import Ledger
-from repair_lightning.errors import ConfigError, RepairError
+from repair_lightning.errors import ConfigError, RepairError, counted
 from repair_lightning.folders import sync
 from repair_lightning.models.base import files_hash
 from repair_lightning.segments import Segments
@@ -148,7 +148,7 @@ class RunDirectory:
         except OSError as error:
             raise self._unwritable(error) from error
         void = self.journal.rewind(seq, f"resumed behind window {windows}")
-        log.info("resuming '%s' behind window %d; %d later events are void", self.path, windows, void)
+        log.info("resuming '%s' behind window %d; void: %s", self.path, windows, counted(void, "later event"))
 
     def history(self) -> Ledger:
         """The ledger as the journal tells it, up to the checkpoint; another rank's journal is read from the disk."""

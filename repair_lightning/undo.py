@@ -13,7 +13,7 @@ from repair_lightning.data.journal import FILE as JOURNAL
 from repair_lightning.data.journal import Journal
 from repair_lightning.data.ledger import EditStatus, Ledger
 from repair_lightning.editors import Editor
-from repair_lightning.errors import ConfigError, RepairError
+from repair_lightning.errors import ConfigError, RepairError, counted
 from repair_lightning.evaluation.metrics import KINDS
 from repair_lightning.evaluation.protocols import AUTOREGRESSIVE, answers
 from repair_lightning.evaluation.scoring import Scorer
@@ -144,9 +144,9 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     lines = [
         f"undone: {', '.join(report['undone'])}; {100 * report['as_base']:.1f} % of their prompts are answered as by "
         "the base",
-        f"written anew: {len(report['rebuilt'])} edits; "
-        f"{report['untouched']} of {report['shards']} shards kept their bits",
-        f"the remaining {report['remaining']} edits, free generation, in per cent:",
+        f"written anew: {counted(len(report['rebuilt']), 'edit')}; "
+        f"{report['untouched']} of {counted(report['shards'], 'shard')} kept their bits",
+        f"the remaining {counted(report['remaining'], 'edit')}, free generation, in per cent:",
         "        " + "".join(f"{name.capitalize():>8}" for name in KINDS),
     ]
     for moment in ("before", "after"):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import runpy
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,15 +20,17 @@ import pytest
 import torch
 import yaml
 from helpers_runs import REPOSITORY, world_edits, write_edits
+from helpers_wandb import offline_run, series
 
 from repair_lightning import load_edited
-from repair_lightning.cli import config_path, resolve_configs
+from repair_lightning.cli import OURS, config_path, resolve_configs
 from repair_lightning.data.ledger import Ledger
 from repair_lightning.errors import ConfigError
 from repair_lightning.parsing import with_nulls
 from repair_lightning.types import BASE
 from repair_lightning.world import base_dir
 
+NO_LOGGER = ["--trainer.logger", "false"]
 SMALL = ["--data.max_edits", "12", "--model.writing.steps", "40", "--data.max_irrelevant", "60", "--data.window", "8"]
 
 
@@ -220,9 +226,14 @@ def test_checkpoints_load_with_weights_only_and_leave_the_base_out(run):
 
 
 def test_wandb_runs_offline_in_the_run_directory(run):
-    logs = list((run[0] / "wandb").glob("offline-run-*/*.wandb"))
-    assert len(logs) == 1
-    assert logs[0].stat().st_size > 1000
+    """Named and grouped by the run, with its settings, and one value of each series per window."""
+    records = offline_run(run[0])
+    (named,) = {(record.run.display_name, record.run.run_group) for record in records if record.HasField("run")}
+    assert named == ("first", "out/first")
+    assert [len(series(records, key)) for key in ("live/rel", "routing/auroc", "pool/feedback")] == [2, 2, 2]
+    assert series(records, "live/edits") == [8, 12]
+    keys = {item.key or item.nested_key[0] for r in records if r.HasField("config") for item in r.config.update}
+    assert any(key.startswith("model") for key in keys)
 
 
 @pytest.fixture(scope="module")
@@ -410,6 +421,63 @@ def test_a_missing_base_is_one_line_in_a_real_process(tmp_path):
     refused(
         command("train.py", "--config", "quickstart", "--model.base", "/nowhere/base", cwd=tmp_path), "/nowhere/base"
     )
+
+
+def test_quiet_leaves_one_line(tmp_path):
+    ran = succeeded("train.py", "--config", "quickstart", *SMALL, "--quiet", "--run_dir", "out", cwd=tmp_path)
+    (line,) = ran.out.splitlines()
+    scores = "  ".join(rf"{name} [\d.]+" for name in ("Rel", "Gen", "Loc", "Near", "OP"))
+    assert re.fullmatch(rf"12 edits of world: {scores}; \d+ quarantined; out", line)
+    assert ran.err == ""
+
+
+@pytest.fixture
+def loud():
+    """Puts the loggers' levels back."""
+    loggers = [logging.getLogger(name) for name in OURS]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
+@pytest.mark.usefixtures("loud")
+def test_quiet_still_says_errors(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        main_here(monkeypatch, "train.py", "--config", "quickstart", "--quiet", "--data.window", "0")
+    assert "data.window must be at least 1, got 0" in capsys.readouterr().err
+
+
+def interrupted(argv: list[str], cwd: Path) -> Ran:
+    """A run that gets a Ctrl-C as soon as it has said that its second window is written."""
+    env = {name: value for name, value in os.environ.items() if name != "COLUMNS"} | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(argv, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if line.startswith("window 2"):
+            process.send_signal(signal.SIGINT)
+            break
+    out, rest = process.communicate(timeout=60)
+    return Ran(process.returncode, out, "".join(said) + rest)
+
+
+def test_ctrl_c_is_one_line_that_says_what_resumes_the_run(tmp_path):
+    """No line is broken at 80 columns either: the command is whole, and it does go on."""
+    script = str(REPOSITORY / "train.py")
+    size = ["--data.max_edits", "24", "--data.window", "4", "--model.writing.steps", "40"]
+    options = ["--config", "quickstart", *size, *NO_LOGGER, "--run_dir", "a run"]
+    ran = interrupted([sys.executable, script, *options], tmp_path)
+    assert ran.code == 130, ran.err
+    assert "Traceback" not in ran.err
+    last = ran.err.splitlines()[-1]
+    assert last.startswith("stopped by Ctrl-C; this goes on from the last full window: python ")
+    again = shlex.split(last.partition("window: ")[2])
+    assert again == ["python", script, *options]
+    more = succeeded("train.py", *again[2:], cwd=tmp_path)
+    assert re.search(r"resuming 'a run' behind window [12]; void: ", more.err)
+    assert re.search(r"^window 6: 24/24 edits ", more.err, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

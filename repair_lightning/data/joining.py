@@ -9,6 +9,7 @@ from typing import Any
 
 from repair_lightning.data.ledger import EditStatus, Ledger
 from repair_lightning.data.records import RecordSet
+from repair_lightning.errors import counted
 
 log = logging.getLogger(__name__)
 
@@ -81,12 +82,12 @@ def apply(found: RecordSet, joined: Joined) -> RecordSet:
 
 def log_joined(joined: Joined) -> None:
     """Say in a line or two what was joined with what."""
-    numbers = (joined.inherited, len(joined.replaced), len(joined.known))
-    log.info("the pack's %d edits: %d are superseded by new records, %d are repeated by them (dropped)", *numbers)
+    numbers = (counted(joined.inherited, "edit"), len(joined.replaced), len(joined.known))
+    log.info("the pack holds %s; new records supersede %d and repeat %d (dropped)", *numbers)
     if joined.renamed:
         some = ", ".join(f"'{old}' is '{new}'" for old, new in list(joined.renamed.items())[:5])
         more = ", ..." if len(joined.renamed) > 5 else ""
-        log.info("%d ids belong to other edits of the pack: %s%s", len(joined.renamed), some, more)
+        log.info("ids that belong to other edits of the pack: %s%s", some, more)
 
 
 def _fresh(id: str, taken: set[str]) -> str:

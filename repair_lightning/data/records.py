@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Features, Value, load_dataset
 
 from repair_lightning.data import formats
-from repair_lightning.errors import ConfigError, FieldError, RecordError, RepairError
+from repair_lightning.errors import ConfigError, FieldError, RecordError, RepairError, counted
 from repair_lightning.types import Edit
 
 logger = logging.getLogger(__name__)
@@ -379,8 +379,9 @@ def _draw(good: Sequence[Edit], repeated: Sequence[str], number: int, seed: int)
 
 
 def _log_summary(source: str, found: RecordSet) -> None:
-    numbers = (len(found.edits), len(found.bad), len(found.duplicates), len(found.superseded))
-    logger.info("%s: %d edits, %d bad records skipped, %d duplicates dropped, %d superseded", source, *numbers)
+    parts = [counted(len(found.edits), "edit"), f"{counted(len(found.bad), 'bad record')} skipped"]
+    parts += [f"{counted(len(found.duplicates), 'duplicate')} dropped", f"{len(found.superseded)} superseded"]
+    logger.info("%s: %s", source, ", ".join(parts))
 
 
 def _model_texts(edit: Edit) -> Iterable[tuple[str, str]]:

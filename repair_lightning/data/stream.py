@@ -18,7 +18,7 @@ from repair_lightning.data.clustering import form_batches
 from repair_lightning.data.joining import Joined, apply, join, log_joined
 from repair_lightning.data.ledger import EditStatus, Ledger, LedgerEntry
 from repair_lightning.data.records import RecordSet, check_lengths, load_irrelevant, load_records
-from repair_lightning.errors import ConfigError, RepairError
+from repair_lightning.errors import ConfigError, RepairError, counted
 from repair_lightning.types import Edit, EditBatch
 from repair_lightning.world import WORLD, edits_path, irrelevant_path
 
@@ -111,7 +111,9 @@ class EditStream(pl.LightningDataModule):
         if not too_long:
             return
         if self.on_bad_record == "stop" or len(too_long) == len(self.edits):
-            raise RepairError(f"{self.path}: {next(iter(too_long.values()))} ({len(too_long)} such edits in all)")
+            raise RepairError(
+                f"{self.path}: {next(iter(too_long.values()))} ({counted(len(too_long), 'such edit')} in all)"
+            )
         assert self.records is not None
         found = self.records
         kept = tuple(edit for edit in found.edits if edit.id not in too_long)
@@ -180,7 +182,8 @@ class EditStream(pl.LightningDataModule):
             found = load_irrelevant(path, self.irrelevant_prefix)
         texts = self.unrelated(found)
         if len(texts) < len(found):
-            log.info("%d irrelevant prompts repeat another or are asked in scoring: left out", len(found) - len(texts))
+            left_out = counted(len(found) - len(texts), "irrelevant prompt")
+            log.info("left out: %s that another repeats or scoring asks", left_out)
         texts = texts[: self.max_irrelevant]
         if len(texts) < 2:
             raise ConfigError(f"data.irrelevant: at least 2 unrelated prompts are needed, got {len(texts)}")

@@ -153,8 +153,8 @@ class ShardedBaseStrategy(EditStrategy):
         editor: Any = self.lightning_module
         if editor.writes_base:
             raise ConfigError(
-                "trainer.strategy model_parallel lays the base's weights out over the ranks, and this editor writes into "
-                "them; give another strategy"
+                "trainer.strategy model_parallel lays the base's weights out over the ranks, and this editor writes "
+                "into them; give another strategy"
             )
         if self.world_size > 1:
             shard_layers(editor.edited.split.layers, editor.layer, self.root_device.type, self.world_size)

@@ -394,6 +394,15 @@ class Editor(pl.LightningModule):
         self.log("write/kd", sum(report.kd for report in reports) / size, batch_size=size)
         self.log("write/steps", float(reports[0].steps), batch_size=size)
 
+    def log_now(self, values: Mapping[str, float]) -> None:
+        """Values to the loggers at once, beside the number of edits written: for hooks in which Lightning's `log` is
+        closed."""
+        if self._trainer is None:
+            return
+        edits = float(len(self.trainer.datamodule.written()))  # type: ignore[attr-defined]
+        for logger in self.trainer.loggers:
+            logger.log_metrics({"edits": edits, **values}, step=self.trainer.fit_loop.total_batch_idx)
+
     def on_train_epoch_end(self) -> None:
         """Runs behind the callbacks: stop when the stream and the pools are empty.
 

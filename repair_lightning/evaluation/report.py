@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from repair_lightning.errors import counted
 from repair_lightning.evaluation.metrics import KINDS
-from repair_lightning.evaluation.protocols import PROTOCOLS
+from repair_lightning.evaluation.protocols import AUTOREGRESSIVE, PROTOCOLS
 
 STAGES = {"pre_edit": "before", "before_merge": "before merge", "final": "after", "oracle_routing": "oracle routing"}
 _COLUMNS = (*KINDS, "op")
+_TITLES = {name: "OP" if name == "op" else name.capitalize() for name in _COLUMNS}
 
 
 def rounded(value: Any, digits: int = 6) -> Any:
@@ -57,7 +59,7 @@ def score_table(metrics: Mapping[str, Any], title: str) -> Table:
     table.add_column("protocol")
     table.add_column("model")
     for column in _COLUMNS:
-        table.add_column(column.upper() if column == "op" else column.capitalize(), justify="right")
+        table.add_column(_TITLES[column], justify="right")
     for protocol in PROTOCOLS:
         for stage, words in STAGES.items():
             if metrics.get(stage):
@@ -87,48 +89,64 @@ def print_report(metrics: Mapping[str, Any], run_dir: Path | None, console: Cons
     console = console or Console()
     base = metrics["base"]["name"]
     console.print()
-    console.print(score_table(metrics, f"{metrics['n_edits']} edits of {base}"))
+    console.print(score_table(metrics, f"{counted(metrics['n_edits'], 'edit')} of {base}"))
     console.print(routing_table(metrics["routing"]))
+    said = [*_side_words(metrics), *(_run_words(metrics) if run_dir is not None else ())]
+    for line in said:
+        console.print(escape(line), soft_wrap=not console.is_terminal)  # whoever reads a pipe wants whole lines
+    if run_dir is None:
+        return
+    console.print(f"Everything is in [bold]{escape(str(run_dir))}[/bold]:", highlight=False, soft_wrap=True)
+    for name, words in FILES.items():
+        if (run_dir / name).exists():
+            console.print(f"  {name:<18} {words}", highlight=False, soft_wrap=True)
+
+
+def _side_words(metrics: Mapping[str, Any]) -> Iterator[str]:
+    """What was measured beside the scores."""
     if "perplexity" in metrics:
-        console.print(
-            "Perplexity of the targets: " + ", ".join(f"{k} {v:.2f}" for k, v in metrics["perplexity"].items())
-        )
+        yield "Perplexity of the targets: " + ", ".join(f"{k} {v:.2f}" for k, v in metrics["perplexity"].items())
     if "probes" in metrics:
         kept = metrics["probes"]
-        console.print(
-            f"{kept['number']} probes that no edit touches: {_percent(kept['pre'])} % right before, "
+        yield (
+            f"{counted(kept['number'], 'probe')} that no edit touches: {_percent(kept['pre'])} % right before, "
             f"{_percent(kept['final'])} % after; {_percent(kept['same'])} % of the answers are unchanged."
         )
     if "earlier" in metrics:
-        console.print(_earlier_words(metrics["earlier"]))
-    if run_dir is None:
-        return
+        yield _earlier_words(metrics["earlier"])
+
+
+def _run_words(metrics: Mapping[str, Any]) -> Iterator[str]:
+    """What the closed loop and the merge did, and how long it took."""
     loop, merge, seconds = metrics["closed_loop"], metrics["merge"], metrics["seconds"]
-    console.print(
-        f"Closed loop: {loop['windows']} windows, {loop['rolled_back']} rolled back, {loop['pruned']} shards pruned, "
-        f"{loop['retriggered']} edits written anew, {loop['quarantined']} quarantined. "
-        f"Merge: {'accepted' if merge['accepted'] else 'not applied'} ({escape(merge['reason'])})."
+    yield (
+        f"Closed loop: {counted(loop['windows'], 'window')}, {loop['rolled_back']} rolled back, "
+        f"{counted(loop['pruned'], 'shard')} pruned, {counted(loop['retriggered'], 'edit')} written anew, "
+        f"{loop['quarantined']} quarantined. "
+        f"Merge: {'accepted' if merge['accepted'] else 'not applied'} ({merge['reason']})."
     )
-    console.print(
+    yield (
         f"{metrics['edits_per_minute']:.0f} edits a minute: {seconds['edit']:.1f} s editing, "
         f"{seconds['evaluate']:.1f} s scoring, {seconds['total']:.1f} s in all."
     )
-    console.print(f"Everything is in [bold]{escape(str(run_dir))}[/bold]:", highlight=False)
-    for name, words in FILES.items():
-        if (run_dir / name).exists():
-            console.print(f"  {name:<18} {words}", highlight=False)
+
+
+def verdict(metrics: Mapping[str, Any], run_dir: Path) -> str:
+    """A finished run in one line: the final score in free generation, and what became of the edits."""
+    final = metrics["final"][AUTOREGRESSIVE]
+    scores = "  ".join(f"{_TITLES[name]} {_percent(final[name])}" for name in _COLUMNS)
+    given_up = f"{metrics['closed_loop']['quarantined']} quarantined"
+    return f"{counted(metrics['n_edits'], 'edit')} of {metrics['base']['name']}: {scores}; {given_up}; {run_dir}"
 
 
 def _earlier_words(earlier: Mapping[str, Any]) -> str:
     before, after = earlier["before"], earlier["after"]
     shares = ", ".join(f"{kind.capitalize()} {_percent(before[kind])} -> {_percent(after[kind])}" for kind in before)
     lost = earlier["lost"]
-    words = (
-        f"; no longer answered right: {escape(', '.join(lost[:5]))}{', ...' if len(lost) > 5 else ''}" if lost else ""
-    )
+    words = f"; no longer answered right: {', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}" if lost else ""
     return (
-        f"Of the pack that the run started from, {earlier['n_edits']} edits are live ({shares}{words}) and "
-        f"{earlier['superseded']} are superseded."
+        f"Of the pack that the run started from: {counted(earlier['n_edits'], 'edit')} live ({shares}{words}) and "
+        f"{earlier['superseded']} superseded."
     )
 
 

@@ -127,7 +127,7 @@ class Scorer:
             metrics[TEACHER_FORCED].update(kind, torch.tensor([share]))
             rows.append(self._row(stage, i, replies.text[i], exact, share, choice))
         scores = {name: metric.compute() for name, metric in metrics.items()}
-        return Result(stage, scores, self._confusion(choice.memory, owners), rows)
+        return Result(stage, scores, confusion(self.questions, choice.memory, owners), rows)
 
     def choose(self) -> Choice:
         """The router's choice for every question, from its prompt alone."""
@@ -190,12 +190,6 @@ class Scorer:
             "nearest": choice.nearest[i],
         }
 
-    def _confusion(self, memory: Tensor, owners: Tensor) -> dict[str, dict[str, float] | None]:
-        counts = {kind: Counter[str]() for kind in KIND_OF_PROMPT}
-        for question, chosen, owner in zip(self.questions, memory.tolist(), owners.tolist(), strict=True):
-            counts[question.kind]["base" if chosen == BASE else "right" if chosen == owner else "wrong"] += 1
-        return {kind: _shares(count) for kind, count in counts.items()}
-
     def _generate(self, questions: Sequence[Question], memory: Tensor) -> list[str]:
         prompts = [question.prompt for question in questions]
         return protocols.answers(self.model, prompts, memory, self.max_new_tokens, self.batch_size)
@@ -203,6 +197,20 @@ class Scorer:
     def _force(self, questions: Sequence[Question], fed: Sequence[str], memory: Tensor) -> list[list[int]]:
         prompts = [question.prompt for question in questions]
         return protocols.forced_tokens(self.model, prompts, fed, memory, self.batch_size)
+
+
+def confusion(questions: Sequence[Question], memory: Tensor, owners: Tensor) -> dict[str, dict[str, float] | None]:
+    """Who answered, in shares per kind of prompt: the base, the `right` shard or a `wrong` one.
+
+    Args:
+        questions: N prompts.
+        memory: (N,) who answered each.
+        owners: (N,) the shard that owns each question's edit, or `BASE`.
+    """
+    counts = {kind: Counter[str]() for kind in KIND_OF_PROMPT}
+    for question, chosen, owner in zip(questions, memory.tolist(), owners.tolist(), strict=True):
+        counts[question.kind]["base" if chosen == BASE else "right" if chosen == owner else "wrong"] += 1
+    return {kind: _shares(count) for kind, count in counts.items()}
 
 
 def oracle_choice(questions: Sequence[Question], owners: Tensor) -> Choice:

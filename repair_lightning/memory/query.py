@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,13 +81,30 @@ def pad_right(rows: Sequence[Sequence[int]]) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Check:
+    """What a prompt must pass besides the score: `value` (B,) must reach `limit` (B,).
+
+    `name` is what was measured, in the words of a reason. A limit of minus infinity asks for nothing.
+    """
+
+    name: str
+    value: Tensor
+    limit: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Choice:
-    """A router's answer for B prompts: `memory` (B,) holds shard ids or `BASE`, the rest says why."""
+    """A router's answer for B prompts: `memory` (B,) holds shard ids or `BASE`, the rest says why.
+
+    `score` must exceed `threshold`, (B,) each; `nearest` is the id of the edit that they belong to, where the router
+    knows it.
+    """
 
     memory: Tensor
     score: Tensor
     threshold: Tensor
     nearest: tuple[str | None, ...]
+    checks: tuple[Check, ...] = ()
 
     @classmethod
     def base(cls, size: int) -> Choice:
@@ -100,16 +118,36 @@ class Choice:
         memory, score, threshold = (
             torch.cat([getattr(part, name) for part in parts]) for name in ("memory", "score", "threshold")
         )
-        return cls(memory, score, threshold, tuple(name for part in parts for name in part.nearest))
+        checks = tuple(
+            Check(same[0].name, torch.cat([check.value for check in same]), torch.cat([check.limit for check in same]))
+            for same in zip(*(part.checks for part in parts), strict=True)
+        )
+        return cls(memory, score, threshold, tuple(name for part in parts for name in part.nearest), checks)
 
     def routes(self) -> list[Route]:
         """The choice in words, a `Route` per prompt."""
         rows = zip(self.memory.tolist(), self.score.tolist(), self.threshold.tolist(), self.nearest, strict=True)
-        return [Route(*row, reason=_reason(*row)) for row in rows]
+        found = []
+        for i, row in enumerate(rows):
+            checks = [(check.name, float(check.value[i]), float(check.limit[i])) for check in self.checks]
+            found.append(Route(*row, reason=_reason(*row, checks)))
+        return found
 
 
-def _reason(memory: int, score: float, threshold: float, nearest: str | None) -> str:
-    beside = f", nearest edit {nearest}" if nearest else ""
-    if memory == BASE:
-        return f"base: score {score:.3f} does not exceed {threshold:.3f}{beside}"
-    return f"shard {memory}: score {score:.3f} exceeds {threshold:.3f}{beside}"
+def _reason(
+    memory: int, score: float, threshold: float, nearest: str | None, checks: Sequence[tuple[str, float, float]]
+) -> str:
+    """Why a memory answers: what was passed, and for the base the first that was not."""
+    if threshold == math.inf and nearest is None:
+        return "base: no shard holds an edit"
+    verb = "exceeds" if score > threshold else "does not exceed"
+    words = [f"score {score:.3f} {verb} {threshold:.3f}"]
+    for name, value, limit in checks if score > threshold else ():
+        if limit == -math.inf:
+            continue
+        passed = value >= limit
+        words.append(f"{'' if passed else 'but '}{name} {value:.3f} {'reaches' if passed else 'is below'} {limit:.3f}")
+        if not passed:
+            break
+    words += [f"nearest edit {nearest}"] if nearest else []
+    return f"{'base' if memory == BASE else f'shard {memory}'}: {', '.join(words)}"

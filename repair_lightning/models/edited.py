@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from repair_lightning.distributed.team import ALONE, Team
 from repair_lightning.errors import RepairError
-from repair_lightning.memory.query import Choice, Query, canonical_ids, pad_right
+from repair_lightning.memory.query import Check, Choice, Query, canonical_ids, pad_right
 from repair_lightning.memory.routers import Router
 from repair_lightning.memory.side_memory import Selection, SideMemory
 from repair_lightning.models.prefix import Capture, SplitModel, stack_left
@@ -166,7 +166,16 @@ class EditedModel(nn.Module):
             return part
         memory, score, threshold = self.team.rows(mine, part.memory, part.score, part.threshold)
         named = self.team.texts(mine, ["" if name is None else f"={name}" for name in part.nearest])
-        return Choice(memory, score, threshold, tuple(name[1:] if name else None for name in named))
+        nearest = tuple(name[1:] if name else None for name in named)
+        return Choice(memory, score, threshold, nearest, self._shared_checks(mine, part))
+
+    def _shared_checks(self, mine: Sequence[int], part: Choice) -> tuple[Check, ...]:
+        names = max(self.team.all_texts([check.name for check in part.checks] if mine else []), key=len)
+        values = [tensor for check in part.checks for tensor in (check.value, check.limit)]
+        whole = self.team.rows(mine, *(values if mine else [part.score] * 2 * len(names)))
+        return tuple(
+            Check(name, *pair) for name, pair in zip(names, zip(whole[::2], whole[1::2], strict=True), strict=True)
+        )
 
     def shared_query(self, number: int, ask: Callable[[list[int]], Query]) -> Query:
         """The states of `number` prompts, each computed by one rank.

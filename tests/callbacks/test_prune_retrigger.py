@@ -220,8 +220,8 @@ def test_quarantined_edits_get_the_bases_answer_and_are_reported(caplog):
     epoch_end(PruneAndRetrigger(max_attempts=1), stream, editor)
     entry = ledger.entry("w0002")
     assert (entry.status, entry.shard) == (EditStatus.QUARANTINED, None)
-    assert entry.reason == "still wrong after 1 attempts"
-    assert "still wrong after 1 attempts: 1 edits (w0002)" in caplog.text
+    assert entry.reason == "still wrong after 1 attempt"
+    assert "still wrong after 1 attempt: 1 edit (w0002)" in caplog.text
     choice = editor.choose([prompt])
     assert choice.memory.item() == BASE
     assert answers(editor.edited, [prompt], choice.memory, 16) == said_by_base

@@ -106,7 +106,7 @@ def stream(ledger, tmp_path, caplog):
 
 def test_the_stream_goes_on_behind_the_pack(stream):
     assert f"'{OLD[1].id}' is '{OLD[1].id}~2'" in stream.said
-    assert "1 are superseded by new records, 1 are repeated" in stream.said
+    assert "new records supersede 1 and repeat 1" in stream.said
     (batch,) = stream.next_window()
     assert batch.ids == (f"{OLD[1].id}~2", world_edits(1, 100)[0].id)
     assert stream._editor.forgot == [OLD[1].id]

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from repair_lightning.evaluation import report
-from repair_lightning.evaluation.report import print_report, rounded, routing_table, score_table, write_json, write_rows
+from repair_lightning.evaluation.report import (
+    print_report,
+    rounded,
+    routing_table,
+    score_table,
+    verdict,
+    write_json,
+    write_rows,
+)
 
 SCORES = {"rel": 1.0, "gen": 0.5, "loc": 0.25, "near": None, "op": None}
 METRICS = {
@@ -98,9 +107,9 @@ def test_the_routing_table():
     assert " near " not in text
 
 
-def printed(metrics, run_dir) -> str:
+def printed(metrics, run_dir, width: int = 200) -> str:
     screen = io.StringIO()
-    print_report(metrics, run_dir, Console(file=screen, width=200))
+    print_report(metrics, run_dir, Console(file=screen, width=width))
     return screen.getvalue()
 
 
@@ -108,12 +117,30 @@ def test_the_report_of_a_run_names_what_lies_there(tmp_path):
     (tmp_path / "metrics.json").touch()
     text = printed(METRICS | RUN | {"perplexity": {"pre": 30.125, "final": 1.5}}, tmp_path)
     assert "3 edits of some/base" in text
-    assert "2 windows, 0 rolled back, 1 shards pruned, 7 edits written anew, 1 quarantined" in text
+    assert "2 windows, 0 rolled back, 1 shard pruned, 7 edits written anew, 1 quarantined" in text
     assert "not applied (costs too much)" in text
     assert "180 edits a minute" in text
     assert "pre 30.12, final 1.50" in text
     assert "metrics.json" in text
     assert "checkpoints" not in text  # not there
+
+
+def test_a_pipe_gets_whole_lines(tmp_path):
+    """Without a terminal there is no width to keep: text lines are not broken, in names of folders neither."""
+    folder = tmp_path / ("long name " * 8)
+    folder.mkdir()
+    (folder / "metrics.json").touch()
+    lines = printed(METRICS | RUN, folder, width=60).splitlines()
+    assert f"Everything is in {folder}:" in lines
+    assert any(line.startswith("Closed loop: 2 windows, ") and line.endswith("(costs too much).") for line in lines)
+    assert "180 edits a minute: 1.0 s editing, 2.0 s scoring, 4.0 s in all." in lines
+
+
+def test_the_verdict_is_one_line(tmp_path):
+    final = {"rel": 1.0, "gen": 0.5, "loc": 0.25, "near": None, "op": 0.5}
+    metrics = METRICS | RUN | {"final": {"autoregressive": final}, "n_edits": 1}
+    line = "1 edit of some/base: Rel 100.0  Gen 50.0  Loc 25.0  Near -  OP 50.0; 1 quarantined; runs/x"
+    assert verdict(metrics, Path("runs/x")) == line
 
 
 def test_the_report_of_a_pack_has_no_run():

@@ -6,12 +6,14 @@ are NaN, so that a router that looks there is caught.
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from repair_lightning.errors import ConfigError
 from repair_lightning.functional import activation_scores, calibrate_threshold, decide, ratio_threshold
-from repair_lightning.memory.query import Choice, Query, canonical_ids, pad_right
+from repair_lightning.memory.query import Check, Choice, Query, canonical_ids, pad_right
 from repair_lightning.memory.routers import ROUTERS, Anchor, HybridRouter, KeyRouter, Neighbours, make_router
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.types import BASE
@@ -428,6 +430,23 @@ class TestReasons:
         assert fired.reason == "shard 2: score 0.900 exceeds 0.600, nearest edit e7"
         assert base.reason == "base: score 0.100 does not exceed 0.600"
         assert (fired.memory, base.memory) == (2, BASE)
+
+    def test_name_the_check_that_refused(self):
+        """Three prompts with a score that passes: the first passes all, the others fail at the first and second."""
+        likeness = Check("likeness", torch.tensor([0.8, 0.2, -1.0]), torch.tensor([0.5, 0.5, -math.inf]))
+        activation = Check("activation", torch.tensor([3.0, 3.0, 1.0]), torch.full((3,), 2.0))
+        score, limit = torch.full((3,), 0.9), torch.full((3,), 0.6)
+        checks = (likeness, activation)
+        choice = Choice(torch.tensor([4, BASE, BASE]), score, limit, ("a", "b", "c"), checks)
+        passed, first, second = (route.reason.partition("score 0.900 exceeds 0.600, ")[2] for route in choice.routes())
+        assert passed == "likeness 0.800 reaches 0.500, activation 3.000 reaches 2.000, nearest edit a"
+        assert first == "but likeness 0.200 is below 0.500, nearest edit b"
+        assert second == "but activation 1.000 is below 2.000, nearest edit c"
+        joined = Choice.join([choice, choice])
+        assert joined.routes() == choice.routes() * 2
+
+    def test_an_empty_memory_has_nothing_to_weigh(self):
+        assert Choice.base(1).routes()[0].reason == "base: no shard holds an edit"
 
 
 def test_nobody_is_routed_where_there_is_no_side_memory():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from repair_lightning.functional.routing import Pool
-from repair_lightning.memory.query import Choice, Query
+from repair_lightning.memory.query import Check, Choice, Query
 from repair_lightning.memory.routers.activation import ActivationRouter
 from repair_lightning.memory.routers.key import KeyRouter
 from repair_lightning.memory.side_memory import SideMemory
@@ -49,12 +50,14 @@ class HybridRouter(KeyRouter):
         shards = [shard for shard in memory.ids if shard in self.gate.thresholds and shard in chosen]
         scores = self.gate.scores(query, memory, shards)
         column = {shard: i for i, shard in enumerate(shards)}
-        agreed = [
-            shard in column and bool(scores[row, column[shard]] > self.gate.thresholds[shard])
-            for row, shard in enumerate(choice.memory.tolist())
-        ]
-        kept = torch.where(torch.tensor(agreed), choice.memory, BASE)
-        return Choice(kept, choice.score, choice.threshold, choice.nearest)
+        found = choice.memory.tolist()
+        excited = [float(scores[row, column[shard]]) if shard in column else 0.0 for row, shard in enumerate(found)]
+        limits = [self.gate.thresholds[shard] if shard in column else math.inf for shard in found]
+        value, limit = torch.tensor(excited), torch.tensor(limits)
+        # Only a strictly greater score fires: the least float above the threshold is what must be reached.
+        agrees = Check("activation", value, limit.nextafter(torch.tensor(math.inf)))
+        kept = torch.where(value > limit, choice.memory, BASE)
+        return Choice(kept, choice.score, choice.threshold, choice.nearest, (*choice.checks, agrees))
 
     def reassign(self, shards: Sequence[int], fused: int) -> None:
         """Both routers follow."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -22,7 +23,7 @@ from repair_lightning.functional.keys import (
     inverse_document_frequency,
     pairs_above,
 )
-from repair_lightning.memory.query import Choice, Query, pad_right
+from repair_lightning.memory.query import Check, Choice, Query, pad_right
 from repair_lightning.memory.routers.base import Anchor, Neighbours, Router
 from repair_lightning.memory.routers.inverted import InvertedFile, cells_of, centroids_of
 from repair_lightning.memory.rows import NUMBERS, Part, Rows, joined
@@ -325,14 +326,14 @@ class KeyRouter(Router):
         eligible = (covered > radii) & (alike >= self.limits[found])
         rank = covered + similarity + 4 * eligible
         best = rank.argmax(-1, keepdim=True)
-        pick = found.gather(1, best)[:, 0]
-        fires = eligible.gather(1, best)[:, 0]
-        return Choice(
-            torch.where(fires, self.shards[pick], BASE),
-            covered.gather(1, best)[:, 0],
-            radii.gather(1, best)[:, 0],
-            tuple(self.ids[i] for i in pick.tolist()),
+        pick, fires, score, radius, likeness = (
+            values.gather(1, best)[:, 0] for values in (found, eligible, covered, radii, alike)
         )
+        limits = self.limits[pick]
+        limits = limits.where(limits > -1, -math.inf)  # a cosine: any will do
+        asks_the_same = Check("likeness of what is asked", likeness, limits)
+        nearest = tuple(self.ids[i] for i in pick.tolist())
+        return Choice(torch.where(fires, self.shards[pick], BASE), score, radius, nearest, (asks_the_same,))
 
     def _search(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """The nearest edits' similarities and places, (B, C) each: of all, or where there are many, of those in the

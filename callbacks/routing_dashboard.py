@@ -1,0 +1,259 @@
+"""The dashboard: per window, what the loggers are told of routing, shards, pools, the closed loop, speed and memory.
+
+It only reports. Scalars go to every logger of the trainer, over the number of edits written; histograms and tables to
+Weights & Biases alone. Live scores, losses and the monitor's verdict are logged by those who have them.
+"""
+
+from __future__ import annotations
+
+import random
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.loggers import WandbLogger
+from torch import Tensor
+
+from repair_lightning.data.ledger import EditStatus, Ledger, LedgerEntry
+from repair_lightning.errors import ConfigError
+from repair_lightning.evaluation.protocols import answers
+from repair_lightning.evaluation.separation import MEANT, OTHERS, SCORE, Separation
+
+_POOLS = {
+    "pool/residual": EditStatus.RESIDUAL,
+    "pool/feedback": EditStatus.FAILED,
+    "pool/requeued": EditStatus.REQUEUED,
+    "pool/quarantined": EditStatus.QUARANTINED,
+}
+_CHANGES = {EditStatus.REQUEUED: "loop/requeued", EditStatus.QUARANTINED: "loop/quarantined"}
+FAILED = ("window", "edit", "prompt", "target", "answer", "memory", "score", "threshold", "correctness", "why")
+EVENTS = ("window", "edit", "became", "reason")
+
+
+class RoutingDashboard(pl.Callback):
+    """Measures routing on a sample of the edits after each window, and says what became of shards and edits.
+
+    It stands behind the error monitor and before the closed loop, so failed edits are still where they failed; what the
+    loop then does is said when the next window begins, or the stream has ended.
+
+    Args:
+        enabled: off logs none of it.
+        sample: edits whose prompts are routed after each window; the first prompt of each kind.
+        shards: most shards that get series and histograms of their own; where there are more, all are taken together.
+        rows: most rows of a table, the latest.
+        seed: of the sample.
+
+    Attributes:
+        seconds: spent here.
+    """
+
+    def __init__(self, enabled: bool = True, sample: int = 32, shards: int = 8, rows: int = 200, seed: int = 0) -> None:
+        for name, value, least in (("sample", sample, 1), ("shards", shards, 0), ("rows", rows, 1)):
+            if value < least:
+                raise ConfigError(f"dashboard.{name} must be at least {least}, got {value}")
+        self.enabled, self.sample, self.shards, self.rows, self.seed = enabled, sample, shards, rows, seed
+        self.seconds = 0.0
+        self._before: dict[str, LedgerEntry] | None = None
+        self._failed: dict[tuple[str, int], list[Any]] = {}
+        self._events: list[list[Any]] = []
+
+    # -- hooks --------------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Everything is drawn over the number of edits."""
+        if not self._on(trainer):
+            return
+        self._start, self._had = time.perf_counter(), len(_stream(trainer).written())
+        for run in _wandb_runs(trainer):
+            run.define_metric("edits", hidden=True)
+            run.define_metric("*", step_metric="edits", step_sync=True)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """What the closed loop did after the last window."""
+        self._follow_up(trainer, pl_module)
+        if self._on(trainer):
+            ledger: Ledger = _stream(trainer).ledger
+            self._before = {id: ledger.entry(id) for id in ledger}
+            self._window = _stream(trainer).windows
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        """The place of the batch's losses on the axis."""
+        if self._on(trainer):
+            pl_module.log("edits", float(len(_stream(trainer).written())), batch_size=1)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Measure, and tell the loggers."""
+        if not self._on(trainer):
+            return
+        with self._timed():
+            stream = _stream(trainer)
+            written = stream.written()
+            draw = random.Random(f"{self.seed}/{stream.windows}").sample(written, min(self.sample, len(written)))
+            found = Separation.measure(pl_module, map(stream.ledger.edit, draw)) if draw else None
+            rates = {shard: rate for shard, (rate, asked) in stream.ledger.error_rates().items() if asked}
+            known = {"edits": float(len(written))} | self._speed(written) | memory_in_use(pl_module)
+            known |= shard_errors(rates, self.shards) | (routing_scores(found) if found else {})
+            for run in _wandb_runs(trainer):
+                tables = self._failures(stream, pl_module) | ({"tables/confusion": _confusion(found)} if found else {})
+                run.log(self._histograms(found, rates) | tables | {"edits": known["edits"]})
+        pl_module.log_dict(known | {"speed/dashboard_seconds": self.seconds}, batch_size=max(len(draw), 1))
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """What the closed loop did after the last window, and the merge behind it."""
+        self._follow_up(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The time spent so far."""
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self.seconds = state_dict["seconds"]
+
+    # -- the closed loop ----------------------------------------------------------------------------------------------
+
+    def _follow_up(self, trainer: pl.Trainer, editor: Any) -> None:
+        """Pools, and what has changed since the window began for other reasons than that it was written."""
+        if not self._on(trainer) or self._before is None:
+            return
+        with self._timed():
+            ledger: Ledger = _stream(trainer).ledger
+            now = map(ledger.entry, ledger.with_status(*_CHANGES))
+            acted = [entry for entry in now if self._before.get(entry.edit.id) is not entry]
+            editor.log_now({name: float(len(ledger.with_status(s))) for name, s in _POOLS.items()} | loop_counts(acted))
+            self._events += [[self._window, e.edit.id, e.status.value, e.reason] for e in acted]
+            self._events = self._events[-self.rows :]
+            for run in _wandb_runs(trainer) if acted else ():
+                run.log({"tables/events": _table(EVENTS, self._events)})
+            self._before = None
+
+    def _failures(self, stream: Any, editor: Any) -> dict[str, Any]:
+        """The table of failed edits, where there are new ones: those are asked once more, for the answer itself."""
+        entries = [stream.ledger.entry(id) for id in stream.ledger.with_status(EditStatus.FAILED)]
+        new = [entry for entry in entries if (entry.edit.id, entry.attempts) not in self._failed][-self.rows :]
+        if not new:
+            return {}
+        edits = [entry.edit for entry in new]
+        choice = editor.choose_for(edits)
+        said = answers(editor.edited, [edit.prompt for edit in edits], choice.memory, 32)
+        for entry, route, answer in zip(new, choice.routes(), said, strict=True):
+            edit, why = entry.edit, entry.reason or route.reason
+            row = [stream.windows, edit.id, edit.prompt, edit.target, answer, route.memory]
+            self._failed[edit.id, entry.attempts] = [*row, route.score, route.threshold, entry.score, why]
+        return {"tables/failed": _table(FAILED, list(self._failed.values())[-self.rows :])}
+
+    # -- what is drawn ------------------------------------------------------------------------------------------------
+
+    def _speed(self, written: Sequence[str]) -> dict[str, float]:
+        minutes = max(time.perf_counter() - self._start, 1e-9) / 60
+        return {"speed/edits_per_minute": (len(written) - self._had) / minutes}
+
+    def _histograms(self, found: Separation | None, rates: dict[int, float]) -> dict[str, Any]:
+        drawn = histograms({"shards/error_rates": torch.tensor(list(rates.values()))})
+        if found is None:
+            return drawn
+        owners = found.owners.unique().tolist()
+        few = len(owners) <= self.shards and 2 * len(owners) <= int(found.of("edit").sum())
+        for name, (value, limit) in found.values.items():
+            parts = {f"separation/{name}/{kind}": value[found.of(kind)] for kind in (*MEANT, *OTHERS)}
+            for shard in owners if few else ():
+                for kind in (*MEANT, *OTHERS):
+                    parts[f"separation/shard {shard}/{name}/{kind}"] = value[found.of(kind, shard)]
+            drawn |= histograms(parts | {f"separation/{name}/limit": limit})
+        return drawn
+
+    def _on(self, trainer: pl.Trainer) -> bool:
+        return self.enabled and bool(trainer.loggers) and trainer.is_global_zero
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - start
+
+
+def routing_scores(found: Separation) -> dict[str, float]:
+    """Overlap as AUROC, and the share of prompts that reached who must answer them, as scalars."""
+    areas = {"routing/auroc": found.auroc(), "routing/auroc_near": found.auroc(others=("near",))}
+    areas |= {f"routing/auroc {name}": found.auroc(name) for name in found.values if name != SCORE}
+    known = {name: area for name, area in areas.items() if area is not None}
+    return known | {f"routing/{kind}_right": share for kind, share in found.right().items()}
+
+
+def shard_errors(rates: dict[int, float], most: int) -> dict[str, float]:
+    """The shards' error rates as scalars: how many fail at all, the worst and the mean; each, where they are few."""
+    if not rates:
+        return {}
+    found = list(rates.values())
+    summary = {
+        "shards/number": float(len(found)),
+        "shards/failing": float(sum(rate > 0 for rate in found)),
+        "shards/worst_error": max(found),
+        "shards/mean_error": sum(found) / len(found),
+    }
+    each = {f"shards/error/{shard}": rate for shard, rate in rates.items()} if len(rates) <= most else {}
+    return summary | each
+
+
+def loop_counts(acted: Iterable[LedgerEntry]) -> dict[str, float]:
+    """How often the closed loop acted, from the entries that it changed.
+
+    Each shard that was pruned and each window that was rolled back has left one reason with all its edits.
+    """
+    acted = list(acted)
+    counts = Counter(_CHANGES[entry.status] for entry in acted)
+    reasons = {entry.reason for entry in acted}
+    found = {name: float(counts[name]) for name in _CHANGES.values()}
+    for name, start in (("loop/pruned", "pruned: "), ("loop/rolled_back", "window rolled back: ")):
+        found[name] = float(sum(reason.startswith(start) for reason in reasons))
+    return found
+
+
+def memory_in_use(editor: Any) -> dict[str, float]:
+    """MiB: of the shards, the process's peak, and the accelerator's where there is one."""
+    shards = sum(tensor.nbytes for tensor in (*editor.memory.parameters(), *editor.memory.buffers()))
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, others KiB
+    found = {"shards": shards, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if editor.device.type == "cuda":
+        found["gpu_peak"] = torch.cuda.max_memory_allocated(editor.device)
+    return {f"memory/{name}_mib": size / 2**20 for name, size in found.items()}
+
+
+def _stream(trainer: pl.Trainer) -> Any:
+    return trainer.datamodule  # type: ignore[attr-defined]
+
+
+def _wandb_runs(trainer: pl.Trainer) -> list[Any]:
+    return [logger.experiment for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+
+
+def histograms(parts: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Histograms over the same bins, so that they can be compared; what holds no finite value is left out."""
+    import wandb
+
+    finite = {name: values[values.isfinite()].double().numpy() for name, values in parts.items()}
+    edges = np.histogram_bin_edges(np.concatenate(list(finite.values())), bins=32)
+    return {
+        name: wandb.Histogram(np_histogram=np.histogram(values, edges))
+        for name, values in finite.items()
+        if len(values)
+    }
+
+
+def _confusion(found: Separation) -> Any:
+    shares = [(kind, who) for kind, who in found.confusion().items() if who]
+    rows = [[kind, who["base"], who["right"], who["wrong"]] for kind, who in shares]
+    return _table(("prompt", "base", "right shard", "wrong shard"), rows)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
+    import wandb
+
+    return wandb.Table(columns=list(columns), data=[list(row) for row in rows])

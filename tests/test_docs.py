@@ -1,0 +1,220 @@
+"""The documents are true: every command in them runs, the site builds, the reference misses no option.
+
+Commands of one document run in its order, in one folder and in this process; training is cut to a few edits. What
+cannot run here says why: `# not tested: REASON` behind the command, or a line of `NOT_HERE`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import runpy
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helpers_runs import REPOSITORY, world_edits, write_edits
+
+from repair_lightning.cli import OURS
+from repair_lightning.editors import REGISTRY
+
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+SMALL = ["--data.max_edits", "4", "--data.max_irrelevant", "60", "--overwrite"]
+STAND_INS = {"path/or/hub-name": "world"}
+NOT_HERE = {
+    "--model.base DIR": "minutes each, and public data: the commands behind the tables",
+}
+"""Part of a command -> why it cannot run here."""
+_FENCE = re.compile(r"^```(bash|console|python)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """The fenced code of a page that claims to run: language and text."""
+    return _FENCE.findall(page.read_text())
+
+
+def commands(text: str) -> Iterator[str]:
+    """The commands of a block, each in one line; lines that are only options are none."""
+    for line in text.replace("\\\n", " ").splitlines():
+        if line.strip() and not line.lstrip().startswith(("#", "--")):
+            yield " ".join(line.split())
+
+
+def reason_not_to(command: str) -> str | None:
+    marked = command.partition("# not tested: ")[2]
+    return marked or next((why for part, why in NOT_HERE.items() if part in command), None)
+
+
+def commands_of(page: Path) -> list[str]:
+    return [command for language, text in blocks(page) if language != "python" for command in commands(text)]
+
+
+COMMANDS = [
+    pytest.param(page, number, command, id=f"{page.stem}-{number}-{command[:48]}")
+    for page in PAGES
+    for number, command in enumerate(commands_of(page))
+]
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory) -> Path:
+    """The folder in which the reader sits: with edits, prompts and the editor that a page asks to be saved."""
+    folder = tmp_path_factory.mktemp("reader")
+    edits = world_edits(12)
+    write_edits(folder / "edits.jsonl", edits[:4])
+    write_edits(folder / "more.jsonl", edits[8:])
+    (folder / "prompts.txt").write_text("\n".join([edits[0].prompt, "Which river flows through Zarvik?"]))
+    (folder / "direct.py").write_text(editor_of_the_page())
+    return folder
+
+
+def editor_of_the_page() -> str:
+    (code,) = [text for language, text in blocks(REPOSITORY / "docs" / "adding-an-editor.md") if language == "python"]
+    return code
+
+
+@pytest.fixture
+def reader(here, monkeypatch) -> Iterator[pytest.MonkeyPatch]:
+    """Sits in that folder; what commands change of this process is put back."""
+    monkeypatch.chdir(here)
+    monkeypatch.syspath_prepend(str(here))
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    levels = {name: logging.getLogger(name).level for name in OURS}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield monkeypatch
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    REGISTRY.pop("direct", None)
+    sys.modules.pop("direct", None)
+
+
+def run(command: str, patch: pytest.MonkeyPatch) -> None:
+    """A command of a document, as far as this process can be the shell."""
+    program, *rest = (STAND_INS.get(word, word) for word in shlex.split(command, comments=True))
+    if program == "make":
+        subprocess.run([program, "-n", *rest], cwd=REPOSITORY, check=True, capture_output=True)
+        return
+    script = rest.pop(0) if program == "python" else program
+    path = REPOSITORY / ("repair_lightning/__main__.py" if script == "repair-lightning" else script)
+    assert path.is_file(), f"this test knows no '{script}'"
+    training = script == "train.py" and "--help" not in rest
+    patch.setattr(sys, "argv", [script, *rest, *(SMALL if training else ())])
+    code = 0
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    except SystemExit as end:
+        code = end.code or 0
+    assert code == 0
+
+
+@pytest.mark.parametrize(("page", "number", "command"), COMMANDS)
+def test_a_command_runs(page, number, command, reader, capsys):
+    why = reason_not_to(command)
+    if why:
+        pytest.skip(why)
+    run(command, reader)
+
+
+def test_what_is_not_run_is_there():
+    """A reason that fits no command any more goes."""
+    every = [parameter.values[2] for parameter in COMMANDS]
+    assert [part for part in NOT_HERE if not any(part in command for command in every)] == []
+    assert sum(reason_not_to(command) is None for command in every) > 12
+
+
+def test_the_tour_shows_what_it_says(here, reader, capsys):
+    """The numbers of the tour are those of its 200 edits; what does not depend on their number must be as printed."""
+    page = (REPOSITORY / "docs" / "index.md").read_text()
+    (shown,) = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
+    assert (here / "runs" / "tour" / "pack").is_dir(), "the commands of the tour come first"
+    reader.setattr(sys, "argv", ["repair-lightning", "ask", "--pack", "runs/tour/pack", shown.splitlines()[0]])
+    runpy.run_path(str(REPOSITORY / "repair_lightning" / "__main__.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    assert [line.split()[0] for line in said.splitlines()[1:]] == [line.split()[0] for line in shown.splitlines()[1:]]
+    assert said.splitlines()[1] == shown.splitlines()[1]  # the base's answer
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_python_runs(here, reader, capsys, page):
+    codes = [text for language, text in blocks(REPOSITORY / page) if language == "python"]
+    assert codes
+    for code in codes:
+        exec(compile(code.replace("runs/quickstart/", "runs/tour/"), page, "exec"), {})
+    assert "base: " in capsys.readouterr().out
+
+
+def test_the_editor_of_the_page_edits(here, reader):
+    """It ran as a command of its page; its report says that it works."""
+    metrics = json.loads((here / "runs" / "direct" / "metrics.json").read_text())
+    assert metrics["editor"] == "direct"
+    assert metrics["final"]["autoregressive"]["op"] == 1.0
+    assert metrics["edits"]["written"] == metrics["n_edits"] == 4
+
+
+# -- the site ----------------------------------------------------------------------------------------------------------
+
+
+needs_mkdocs = pytest.mark.skipif(find_spec("mkdocs") is None, reason="needs the extra: docs")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    call = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    built = subprocess.run(call, cwd=REPOSITORY, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr[-3000:]
+    return folder
+
+
+@needs_mkdocs
+def test_the_site_builds_and_fetches_nothing(site):
+    pages = sorted(path.name for path in site.glob("*.html"))
+    assert {"index.html", "configuration.html", "adding-an-editor.html", "method.html"} <= set(pages)
+    for page in pages:
+        fetched = re.findall(r"<(?:script|img|link)[^>]*(?:src|href)=\"?(https?://[^\"> ]+)", (site / page).read_text())
+        assert fetched == [], page
+
+
+@needs_mkdocs
+def test_every_page_is_in_the_menu():
+    class Loader(yaml.SafeLoader):
+        pass
+
+    config = yaml.load((REPOSITORY / "mkdocs.yml").read_text(), Loader)
+    listed = re.findall(r"[\w-]+\.md", json.dumps(config["nav"]))
+    assert sorted(listed) == sorted(path.name for path in (REPOSITORY / "docs").glob("*.md"))
+
+
+LIGHTNINGS = ("trainer", "optimizer", "lr_scheduler")
+"""Sections that Lightning explains; the editors make their optimiser themselves."""
+
+
+@needs_mkdocs
+def test_the_reference_misses_no_option(site, here):
+    """Of what a run wrote down as its complete configuration, every leaf but the trainer's stands in the page."""
+    text = (site / "configuration.html").read_text()
+    content = yaml.safe_load((here / "runs" / "tour" / "config.yaml").read_text())
+    model = content.pop("model")["init_args"]
+    found = [name for name in leaves(content | {"model": model}) if name.split(".")[0] not in LIGHTNINGS]
+    assert len(found) > 60
+    assert [name for name in found if f"--{name}<" not in text] == []
+    assert "&lt;!-- options" not in text
+    assert "<!-- options" not in text
+
+
+def leaves(content: dict[str, Any], start: str = "") -> Iterator[str]:
+    for name, value in content.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{start}{name}.")
+        else:
+            yield f"{start}{name}"

@@ -1,0 +1,65 @@
+"""Weights & Biases, on the disk first: no key, no network, nothing hangs."""
+
+from __future__ import annotations
+
+import pytest
+import wandb
+from helpers_wandb import offline_run, series
+
+from repair_lightning.tracking import OfflineFirstWandbLogger
+
+
+@pytest.fixture(autouse=True)
+def _bare(monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT"):
+        monkeypatch.setenv(name, "")  # put back afterwards, whatever the logger sets
+        monkeypatch.delenv(name)
+
+
+def test_without_a_key_it_stays_on_the_disk(tmp_path):
+    logger = OfflineFirstWandbLogger(save_dir=str(tmp_path), name="n")
+    logger.log_metrics({"a": 1.5}, step=3)
+    assert logger.experiment.settings._offline
+    logger.experiment.finish()
+    found = offline_run(tmp_path)
+    assert series(found, "a") == [1.5]
+    assert series(found, "trainer/global_step") == [3]
+
+
+@pytest.mark.parametrize(
+    ("environment", "given", "offline"),
+    [
+        ({}, None, True),
+        ({"WANDB_API_KEY": "k"}, None, False),
+        ({"WANDB_API_KEY": "k"}, True, True),
+        ({"WANDB_MODE": "disabled"}, None, False),  # wandb itself follows its variable
+        ({}, False, False),
+    ],
+)
+def test_a_key_or_the_user_decides(monkeypatch, environment, given, offline):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert OfflineFirstWandbLogger(offline=given)._offline is offline
+
+
+@pytest.mark.parametrize("error", [wandb.errors.CommError, wandb.errors.UsageError])
+def test_a_server_that_does_not_answer_leaves_it_on_the_disk(monkeypatch, tmp_path, caplog, error):
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    real, asked = wandb.init, []
+
+    def init(**options):
+        asked.append(options)
+        if options.get("mode") != "offline":
+            raise error("no route\nand more")
+        return real(**options)
+
+    monkeypatch.setattr(wandb, "init", init)
+    logger = OfflineFirstWandbLogger(save_dir=str(tmp_path))
+    logger.log_metrics({"a": 2.0})
+    logger.experiment.finish()
+    assert len(asked) == 2
+    assert asked[0]["settings"]["init_timeout"] <= 30
+    assert asked[0]["settings"]["finish_timeout"] > 0
+    assert "anonymous" not in asked[0]
+    assert series(offline_run(tmp_path), "a") == [2.0]
+    assert "wandb: no server (no route); the run is kept on the disk" in caplog.text
