@@ -100,8 +100,9 @@ class RoutingDashboard(pl.Callback):
             rates = {shard: rate for shard, (rate, asked) in stream.ledger.error_rates().items() if asked}
             known = {"edits": float(len(written))} | self._speed(written) | memory_in_use(pl_module)
             known |= shard_errors(rates, self.shards) | (routing_scores(found) if found else {})
+            tables = self._failures(stream, pl_module) if _has_wandb(trainer) else {}  # asked by all ranks together
             for run in _wandb_runs(trainer):
-                tables = self._failures(stream, pl_module) | ({"tables/confusion": _confusion(found)} if found else {})
+                tables |= {"tables/confusion": _confusion(found)} if found else {}
                 run.log(self._histograms(found, rates) | tables | {"edits": known["edits"]})
         pl_module.log_dict(known | {"speed/dashboard_seconds": self.seconds}, batch_size=max(len(draw), 1))
 
@@ -170,7 +171,7 @@ class RoutingDashboard(pl.Callback):
         return drawn
 
     def _on(self, trainer: pl.Trainer) -> bool:
-        return self.enabled and bool(trainer.loggers) and trainer.is_global_zero
+        return self.enabled and bool(trainer.loggers)
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
@@ -230,8 +231,14 @@ def _stream(trainer: pl.Trainer) -> Any:
     return trainer.datamodule  # type: ignore[attr-defined]
 
 
+def _has_wandb(trainer: pl.Trainer) -> bool:
+    return any(isinstance(logger, WandbLogger) for logger in trainer.loggers)
+
+
 def _wandb_runs(trainer: pl.Trainer) -> list[Any]:
-    return [logger.experiment for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+    """The first rank's."""
+    loggers = trainer.loggers if trainer.is_global_zero else []
+    return [logger.experiment for logger in loggers if isinstance(logger, WandbLogger)]
 
 
 def histograms(parts: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -70,7 +70,8 @@ def test_the_same_edits_on_one_two_and_three_ranks(folder):
     batches, the last one two: two ranks have unlike numbers of them."""
     scores = {}
     for ranks in (1, 2, 3):
-        found = metrics(run(folder, f"on-{ranks}", ranks, "--data.batch_size", "2", edits="scored"))
+        options = ("--data.batch_size", "2", "--trainer.logger", "lightning.pytorch.loggers.WandbLogger")
+        found = metrics(run(folder, f"on-{ranks}", ranks, *options, edits="scored"))
         scores[ranks] = found["final"]
         paces = found.get("ranks", [])
         assert sum(pace["edits"] for pace in paces) == (NUMBER if ranks > 1 else 0)
