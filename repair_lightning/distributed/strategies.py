@@ -45,7 +45,7 @@ class EarlyLauncher(_SubprocessScriptLauncher):
                 child.terminate()
         for child in self.procs:
             try:
-                child.wait(timeout=5)
+                child.wait(timeout=1)  # in a collective it does not hear
             except subprocess.TimeoutExpired:
                 child.kill()
 
@@ -99,10 +99,10 @@ class EditStrategy(DDPStrategy):
         super().setup_environment()
         self.join()
 
-    def setup(self, trainer: pl.Trainer) -> None:
+    def on_train_start(self) -> None:
         """Lightning's, and SIGTERM as it was: Lightning's answer is a broadcast, which waits for ever in the midst of
         another collective."""
-        super().setup(trainer)
+        super().on_train_start()
         if self._sigterm is not None and not isinstance(self.cluster_environment, SLURMEnvironment):
             signal.signal(signal.SIGTERM, self._sigterm)
 

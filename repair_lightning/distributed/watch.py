@@ -63,7 +63,7 @@ class Watch:
         """End, telling the others that this rank is no longer to be waited for, and why if it was not planned."""
         self._finished.set()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
-            self._thread.join(self.patience)
+            self._thread.join(3 * self.BEAT)
         try:
             self._store.set(f"{_LEFT}/{self.rank}", reason or "done")
         except (dist.DistError, RuntimeError):

@@ -109,6 +109,8 @@ class Writing:
         capacity: most edits that a shard owns; None takes 1 for `low_rank` and 128 for `dense`. Of a dense shard edits
             that failed are granted a quarter for each earlier attempt.
         batch_tokens: most target tokens of a batch, and so of a dense shard: long targets make smaller batches.
+        hold: low_rank: where shards are kept, on the base's `device` or on the `host`, in the CPU's memory: many
+            edits of a large base are more than a GPU holds (docs/scaling.md).
         contexts: texts written by the base, put before each prompt as further training rows.
         mask_ratio: dense: rho, the share of a shard's coordinates that may train.
         shards: dense: how many are opened at the start; more open when all are full.
@@ -125,6 +127,7 @@ class Writing:
     check_every: int = 10
     capacity: int | None = None
     batch_tokens: int = 1024
+    hold: Literal["device", "host"] = "device"
     contexts: int = 0
     mask_ratio: float = 1.0
     shards: int = 0
@@ -233,6 +236,11 @@ class Repair(Editor):
             )
         if not self.writing.rate > 0:
             raise ConfigError(f"writing.lr must be positive, got {self.writing.lr}")
+        if self.writing.hold == "host" and (self.writing.form, self.routing.router) != ("low_rank", "key"):
+            raise ConfigError(
+                "writing.hold host is for low-rank shards that are found by key: give writing.form low_rank and "
+                "routing.router key, or writing.hold device"
+            )
         if self.writing.form == "low_rank":
             plain = Writing()
             dense = [
@@ -277,7 +285,7 @@ class Repair(Editor):
 
     def build_memory(self, shape: tuple[int, int]) -> SideMemory:
         """A bank with the shards that are opened at the start."""
-        memory = SideMemory(shape, self.writing.mask_ratio, self.seed)
+        memory = SideMemory(shape, self.writing.mask_ratio, self.seed, self.writing.hold == "host")
         for _ in range(self.writing.shards):
             memory.open_shard()
         return memory

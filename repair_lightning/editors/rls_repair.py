@@ -114,7 +114,7 @@ class RLSRepair(Repair):
             shard = self.memory[id]
             assert isinstance(shard, LowRankShard)
             keys = torch.linalg.pinv(shard.right).T  # the dual of the dual basis
-            self.memory.put(id, shard.left - moved @ keys.T, shard.right)
+            self.memory.put(id, shard.left - (moved @ keys.to(moved).T).to(shard.left), shard.right)
 
     def forget(self, ids: Iterable[str]) -> None:
         """Neither a shard nor a term of the problem answers for the edits any more."""

@@ -83,7 +83,8 @@ class Shard(nn.Module):
 class LowRankShard(nn.Module):
     """A side memory `delta = left right` of rank R, with `left` (D, R) and `right` (R, F). It never changes.
 
-    `number` tells it from every other shard of its bank, also from those that had its id before a rollback.
+    `number` tells it from every other shard of its bank, also from those that had its id before a rollback. On the
+    `host` it stays in the CPU's memory wherever the bank goes, and is brought to the device when it answers.
     """
 
     left: Tensor
@@ -91,11 +92,16 @@ class LowRankShard(nn.Module):
     open = None
     generation = 0
 
-    def __init__(self, left: Tensor, right: Tensor, number: int) -> None:
+    def __init__(self, left: Tensor, right: Tensor, number: int, host: bool = False) -> None:
         super().__init__()
-        self.number = number
-        self.register_buffer("left", left.detach().float())
-        self.register_buffer("right", right.detach().float())
+        self.number, self.host = number, host
+        place = torch.device("cpu") if host else left.device
+        self.register_buffer("left", left.detach().to(place, torch.float32))
+        self.register_buffer("right", right.detach().to(place, torch.float32))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LowRankShard:
+        """What moves modules to devices leaves one on the host alone."""
+        return self if self.host else super()._apply(fn, recurse)  # type: ignore[return-value]
 
     @property
     def delta(self) -> Tensor:
@@ -104,7 +110,8 @@ class LowRankShard(nn.Module):
 
     def product(self, activations: Tensor) -> Tensor:
         """`A delta^T` (..., D) for float32 activations (..., F)."""
-        return nn.functional.linear(nn.functional.linear(activations, self.right), self.left)
+        left, right = self.left.to(activations.device), self.right.to(activations.device)
+        return nn.functional.linear(nn.functional.linear(activations, right), left)
 
     def fingerprint(self) -> str:
         """A hash of what it holds."""
@@ -128,10 +135,11 @@ class Factors(nn.Module):
         self.left, self.right = left, right
 
     @classmethod
-    def of(cls, shards: Sequence[LowRankShard]) -> Factors:
-        """Shards of any ranks, filled up with zeros to the highest."""
+    def of(cls, shards: Sequence[LowRankShard], device: torch.device) -> Factors:
+        """Shards of any ranks, filled up with zeros to the highest, on a device."""
         left = pad_sequence([shard.left.T for shard in shards], batch_first=True).mT
-        return cls(left, pad_sequence([shard.right for shard in shards], batch_first=True))
+        right = pad_sequence([shard.right for shard in shards], batch_first=True)
+        return cls(left.to(device), right.to(device))
 
     def product(self, activations: Tensor) -> Tensor:
         """`A_n delta_n^T` (n, T, D) for float32 activations (n, T, F)."""
@@ -185,6 +193,7 @@ class SideMemory(nn.Module):
         shape: (D, F) of the value matrix.
         mask_ratio: share of the coordinates that a shard may train (rho); 1 opens all.
         seed: with the shard's id and generation it determines the mask.
+        host: keep low-rank shards in the CPU's memory, wherever the rest of the bank is.
 
     Attributes:
         rows_apart: leave the low-rank shards out of `state_dict`, because who stores it asks for :meth:`rows`.
@@ -192,8 +201,9 @@ class SideMemory(nn.Module):
 
     _place: Tensor
 
-    def __init__(self, shape: tuple[int, int], mask_ratio: float = 1.0, seed: int = 0) -> None:
+    def __init__(self, shape: tuple[int, int], mask_ratio: float = 1.0, seed: int = 0, host: bool = False) -> None:
         super().__init__()
+        self.host = host
         if not 0 < mask_ratio <= 1:
             raise ValueError(f"mask_ratio must be in (0, 1], got {mask_ratio}")
         self.shape = shape
@@ -234,7 +244,7 @@ class SideMemory(nn.Module):
     def add(self, left: Tensor, right: Tensor) -> int:
         """Add a low-rank shard `left` (D, R) times `right` (R, F); returns its id."""
         shard = self._new_id()
-        self._put(shard, LowRankShard(left, right, self._number()))
+        self._put(shard, LowRankShard(left, right, self._number(), self.host))
         return shard
 
     def _new_id(self) -> int:
@@ -251,7 +261,7 @@ class SideMemory(nn.Module):
     def put(self, shard: int, left: Tensor, right: Tensor) -> None:
         """Replace a shard by another low-rank one, under its id."""
         self[shard]  # an unknown id is refused
-        self._put(shard, LowRankShard(left, right, self._number()))
+        self._put(shard, LowRankShard(left, right, self._number(), self.host))
 
     def drop(self, shards: Iterable[int]) -> None:
         """Take shards out for good."""
@@ -311,7 +321,8 @@ class SideMemory(nn.Module):
         ]
         rows = [i for i, shard in enumerate(choice.tolist()) if shard != BASE and shard not in dense]
         if rows:
-            factors = Factors.of([self[shard] for shard in choice[rows].tolist()])  # type: ignore[misc]
+            shards = [self[shard] for shard in choice[rows].tolist()]
+            factors = Factors.of(shards, self.device)  # type: ignore[arg-type]
             parts.append((factors, torch.tensor(rows, device=self.device)))
         return Selection(len(choice), parts)
 
@@ -380,7 +391,7 @@ class SideMemory(nn.Module):
         numbers = tensors[NUMBERS].tolist() if NUMBERS in tensors else [self._number() for _ in ids]
         factors = zip(tensors["left"].split(ranks), tensors["right"].split(ranks), strict=True)
         for id, number, (left, right) in zip(ids, numbers, factors, strict=True):
-            self._put(id, LowRankShard(left.T.clone(), right.clone(), number))
+            self._put(id, LowRankShard(left.T.clone(), right.clone(), number, self.host))
         self._sort()
 
     def put_dense(self, shard: int, generation: int, delta: Tensor) -> None:

@@ -388,3 +388,23 @@ class TestSelection:
                 torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
                 base = torch.tensor(choice) == BASE
                 assert torch.equal(found[base], output[base])
+
+
+def test_shards_on_the_host_stay_there():
+    """The bank goes to a device (here one without memory of its own); what each shard answers is the same."""
+    here, there = SideMemory((4, 6)), SideMemory((4, 6), host=True)
+    left, right = torch.randn(4, 2), torch.randn(2, 6)
+    for bank in (here, there):
+        bank.add(left, right)
+        bank.open_shard()
+        bank.add(2 * left, right)
+    output, activations = torch.randn(3, 5, 4), torch.randn(3, 5, 6)
+    chosen = torch.tensor([0, BASE, 2])
+    assert torch.equal(here.select(chosen)(output, activations), there.select(chosen)(output, activations))
+    there.to("meta")
+    assert [there[0].left.device.type, there[1].delta.device.type, there[2].right.device.type] == ["cpu", "meta", "cpu"]
+    loaded = SideMemory((4, 6), host=True)
+    loaded.load_low_rank(there.low_rank_tensors())
+    assert torch.equal(loaded[2].delta, here[2].delta)
+    loaded.to("meta")
+    assert loaded[2].left.device.type == "cpu"
