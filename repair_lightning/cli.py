@@ -251,8 +251,8 @@ def finish(cli: EditCLI) -> dict[str, Any]:
     write_rows(run_dir / "features.json", [board.features])
     metrics["seconds"]["total"] = time.perf_counter() - cli.started
     write_json(run_dir / METRICS_FILE, metrics)
+    try_report(run_dir)  # while the journal is open: its last reader would leave SQLite's side files behind
     cli.run.close()
-    try_report(run_dir)
     print_report(metrics, run_dir)
     return metrics
 
