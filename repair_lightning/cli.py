@@ -338,8 +338,8 @@ def finish(cli: EditCLI) -> dict[str, Any]:
     write_rows(run_dir / "features.json", [board.features])
     metrics["seconds"]["total"] = time.perf_counter() - cli.started
     write_json(run_dir / METRICS_FILE, metrics)
+    try_report(run_dir)  # while the journal is open: its last reader would leave SQLite's side files behind
     cli.run.close()
-    try_report(run_dir)
     if cli.config.quiet:
         Console().print(verdict(metrics, run_dir), markup=False, highlight=False, soft_wrap=True)
     else:
