@@ -7,13 +7,14 @@ of the written layers; from the lowest on, each takes an equal share R of what i
 Defaults are the authors' for GPT-J (`hparams/MEMIT/EleutherAI_gpt-j-6B.json` of github.com/kmeng01/memit): 6 layers,
 25 steps of Adam at 0.5, weight decay 0.5, the shift at most 0.75 times as long as the value, the divergence at
 "SUBJECT is a" weighed 0.0625, `moment_weight` 15,000. Deviations: as in `rome`; the shift is clamped by the value
-matrix's output, theirs by the layer's; the written layers end with the default of `resolve_layer` unless told.
+matrix's output, theirs by the layer's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -33,7 +34,7 @@ class MEMIT(ValueEditor):
 
     Args:
         base: folder or hub name of a Hugging Face causal LM.
-        layer: the lowest edited layer; None ends with the default of `resolve_layer`.
+        layer: the lowest edited layer; None ends at the paper's share of the depth.
         precision: of the base.
         trust_remote_code: let the base's repository run its own code.
         cache_mib: memory for the prefix cache, in MiB.
@@ -42,6 +43,8 @@ class MEMIT(ValueEditor):
         values: how values are found.
         moment_weight: weight of the keys' second moment against the keys of a batch (lambda of Eq. 15).
     """
+
+    default_depth: ClassVar[float | None] = 0.3  # layer 8 of GPT-J's 0 to 27
 
     def __init__(
         self,

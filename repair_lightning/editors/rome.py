@@ -43,7 +43,8 @@ class ROME(ValueEditor):
 
     Args:
         base: folder or hub name of a Hugging Face causal LM.
-        layer: the edited layer; None for the default of `resolve_layer` (the paper's own are in the middle).
+        layer: the edited layer; None for the paper's share of the depth. Not the last: nothing there would carry the
+            subject's value to the answer.
         precision: of the base.
         trust_remote_code: let the base's repository run its own code.
         cache_mib: memory for the prefix cache, in MiB.
@@ -52,6 +53,7 @@ class ROME(ValueEditor):
     """
 
     batchable: ClassVar[bool] = False
+    default_depth: ClassVar[float | None] = 0.36  # layer 17 of GPT-2 XL's 0 to 47
 
     def __init__(
         self,

@@ -50,6 +50,8 @@ class WeightEditor(Editor):
     """
 
     writes_base: ClassVar[bool] = True
+    default_depth: ClassVar[float | None] = None
+    """The uppermost written layer where none is named, as a share of the depth; None for `resolve_layer`'s default."""
 
     def __init__(
         self,
@@ -68,9 +70,11 @@ class WeightEditor(Editor):
 
     def load(self) -> None:
         """Load the base; where no layer was named, the written ones end with the default, or are all below it."""
-        if self.base is None and self.base_option and self.layer_option is None and self.layers > 1:
+        if self.base is None and self.base_option and self.layer_option is None:
             base = load_base(self.base_option, self.precision_option, self.trust_remote_code)
             top = resolve_layer(base.model, None)
+            if self.default_depth is not None:
+                top = int(self.default_depth * resolve_layer(base.model, -1))
             self.layers = min(self.layers, top + 1)
             self.build(base, top - self.layers + 1)
         super().load()
@@ -224,6 +228,19 @@ class ValueEditor(WeightEditor):
             top, _, _ = self.states(self.tokenizer(list(background[:64]))["input_ids"])
             self.unit = float(torch.stack([c.hidden[-1].float().square().mean().sqrt() for c in top]).mean())
         self.adds_up = self.top.adds_up()
+
+    def build(self, base: Base, layer: int) -> None:
+        """Besides building, refuse a layer from which a subject's value reaches no answer.
+
+        Raises:
+            ConfigError: the uppermost written layer is the last, and values act at the subject.
+        """
+        super().build(base, layer)
+        if self.values.at == "subject" and self.written_layers[-1] == len(self.edited.split.layers) - 1:
+            raise ConfigError(
+                f"values.at subject needs a layer above the written ones, which carries the value to where the answer "
+                f"is read; got layer {self.written_layers[-1]}, the last: give a lower --model.layer"
+            )
 
     @abstractmethod
     def solve(self, layer: int, ids: Sequence[str], of: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -38,12 +38,13 @@ import torch
 from repair_lightning.models.prefix import pad_left
 from repair_lightning.packs import load_edited
 
-model, tokenizer = load_edited(sys.argv[1], precision="float32")
 prompts = json.loads(sys.stdin.read())
-ids, mask = pad_left(tokenizer(prompts)["input_ids"])
-output = model.generate(ids, mask, max_new_tokens=12, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-routes = [route.memory for route in model.route(prompts)]
-print(json.dumps({"output": output[:, ids.shape[1]:].tolist(), "routes": routes}))
+for folder in sys.argv[1:]:
+    model, tokenizer = load_edited(folder, precision="float32")
+    ids, mask = pad_left(tokenizer(prompts)["input_ids"])
+    output = model.generate(ids, mask, max_new_tokens=12, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    routes = [route.memory for route in model.route(prompts)]
+    print(json.dumps({"output": output[:, ids.shape[1]:].tolist(), "routes": routes}))
 """
 
 
@@ -197,15 +198,26 @@ def test_what_it_cannot_do_it_refuses(make, write, edits):
             type(editor)(layer="auto")
 
 
-def test_a_pack_says_the_same_in_a_process_of_its_own(make, write, edits, asked, tmp_path):
+def test_a_pack_says_the_same(make, write, edits, asked, tmp_path):
     editor = make()
     write(editor, edits[:4], 4)
-    folder = save_pack(editor, tmp_path / "pack", {})
-    call = [sys.executable, "-c", LOADER, str(folder)]
+    model, tokenizer = load_edited(save_pack(editor, tmp_path / "pack", {}), precision="float32")
+    assert model.route(asked) == editor.edited.route(asked)
+    assert told(model, tokenizer, asked) == told(editor.edited, editor.tokenizer, asked)
+
+
+def test_packs_say_the_same_in_a_process_of_their_own(editor_of, write, edits, asked, tmp_path):
+    """One process for the packs of all editors: starting it takes longer than all else."""
+    editors = {name: editor_of("llama", name, **OPTIONS.get(name, {})) for name in REGISTRY}
+    for name, editor in editors.items():
+        write(editor, edits[:4], 4)
+        save_pack(editor, tmp_path / name, {})
+    call = [sys.executable, "-c", LOADER, *(str(tmp_path / name) for name in editors)]
     run = subprocess.run(call, input=json.dumps(asked), capture_output=True, text=True, check=True)
-    found = json.loads(run.stdout)
-    assert found["routes"] == [route.memory for route in editor.edited.route(asked)]
-    assert found["output"] == told(editor.edited, editor.tokenizer, asked)
+    for editor, line in zip(editors.values(), run.stdout.splitlines(), strict=True):
+        found = json.loads(line)
+        assert found["routes"] == [route.memory for route in editor.edited.route(asked)]
+        assert found["output"] == told(editor.edited, editor.tokenizer, asked)
 
 
 def test_a_checkpoint_holds_no_base_weight_and_brings_the_memory_back(make, write, edits, asked, tmp_path):

@@ -48,7 +48,7 @@ class TestWherePlacesAre:
 
     @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
     def test_the_subjects_last_token(self, editor_of, edits, model_type):
-        editor = editor_of(model_type, "rlsedit", values=AT_SUBJECT)
+        editor = editor_of(model_type, "rlsedit", layer=1, values=AT_SUBJECT)
         encoded, _, places = editor._rows(edits)
         for edit, row, back in zip(edits, encoded, places.back.tolist(), strict=True):
             upto = editor.tokenizer.decode(row.ids[: len(row.ids) - back], skip_special_tokens=True)
@@ -217,25 +217,36 @@ class TestROME:
 class TestMEMIT:
     def test_the_batchs_normal_equations(self, editor_of, edits):
         """`delta (w C + K^T K) = R^T K` at the lowest layer, whose keys do not move."""
-        editor = editor_of("llama", "memit", layer=1, layers=2, values=AT_SUBJECT, moment_weight=0.5)
+        editor = editor_of("llama", "memit", layer=0, layers=2, values=AT_SUBJECT, moment_weight=0.5)
         seen = {}
         solve = editor.solve
         editor.solve = lambda layer, ids, of, keys, values: (
             seen.setdefault(layer, (keys, values)) and solve(layer, ids, of, keys, values)
         )
-        before = editor.edited.weights.matrix(1)
+        before = editor.edited.weights.matrix(0)
         editor.write(EditBatch(tuple(edits[:4])))
-        keys, values = seen[1]
-        delta = editor.edited.weights.matrix(1) - before
-        left = delta @ (0.5 * editor.moments[1] + keys.T @ keys)
+        keys, values = seen[0]
+        delta = editor.edited.weights.matrix(0) - before
+        assert float((values - keys @ before.T).norm()) > 0.1, "the premise"
+        left = delta @ (0.5 * editor.moments[0] + keys.T @ keys)
         torch.testing.assert_close(left, (values - keys @ before.T).T @ keys, rtol=1e-3, atol=1e-3)
-        assert sorted(seen) == [1, 2]
+        assert sorted(seen) == [0, 1]
 
     def test_published_defaults(self):
         options = make_editor("memit", {}).options()
         assert (options["layers"], options["moment_weight"]) == (6, 15000.0)
         kept = ("at", "lr", "relative", "steps", "decay", "clamp", "essence")
         assert [options["values"][name] for name in kept] == ["subject", 0.5, False, 25, 0.5, 0.75, 0.0625]
+
+    @pytest.mark.parametrize("name", ["rome", "memit"])
+    def test_the_last_layer_carries_no_subject_to_the_answer(self, editor_of, name):
+        with pytest.raises(ConfigError, match=r"got layer 2, the last: give a lower --model\.layer"):
+            editor_of("llama", name, layer=2, values=AT_SUBJECT, **({"layers": 1} if name == "memit" else {}))
+
+    def test_the_papers_depth(self, editor_of):
+        """Of a base with layers 0 to 2 the first is 0.3 and 0.36 of the depth."""
+        assert editor_of("llama", "rome", values=AT_SUBJECT).written_layers == [0]
+        assert editor_of("llama", "memit", values=AT_SUBJECT).written_layers == [0]
 
     def test_a_weight_of_nothing_is_refused(self):
         with pytest.raises(ConfigError, match="moment_weight must be positive"):
