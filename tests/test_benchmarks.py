@@ -15,6 +15,7 @@ import torch
 from helpers_runs import REPOSITORY, world_edits
 
 from benchmarks import (
+    checkpoints,
     clustering,
     editing,
     figure,
@@ -211,6 +212,18 @@ def test_routing(context):
         assert set(row["batch_1"]) == {"one", "two", "ratio", "all"}
     assert result["banks"][0]["recall"] == 1  # all of 4 shards are candidates
     assert "key router" in shown("routing", result)
+
+
+def test_checkpoints(context):
+    result = checkpoints.run_part(replace(context, checkpointed=(60, 200), window=20))
+    finite(result)
+    first, last = result["sizes"]
+    assert last["whole"]["bytes"] > 2 * first["whole"]["bytes"]
+    assert last["apart"]["bytes"] < last["whole"]["bytes"] / 2
+    assert last["apart"]["held"] < last["whole"]["bytes"]
+    assert last["apart"]["checkpoints"] == 10
+    assert not (context.work / "checkpoints").exists()
+    assert "200" in shown("checkpoints", result)
 
 
 def test_mean_cosine_by_hand():
