@@ -15,6 +15,7 @@ import torch
 from helpers_runs import REPOSITORY, world_edits
 
 from benchmarks import (
+    checkpoints,
     clustering,
     editing,
     figure,
@@ -27,6 +28,7 @@ from benchmarks import (
     report,
     roofline,
     routing,
+    scaling,
     streams,
     timing,
 )
@@ -222,6 +224,31 @@ def test_recursion(context):
     assert result["undo"]["steps"] == recursion.UNDONE
     assert result["undo"]["error"] < 1e-3
     assert "rebuilt" in shown("recursion", result)
+
+
+def test_checkpoints(context):
+    result = checkpoints.run_part(replace(context, checkpointed=(60, 200), window=20))
+    finite(result)
+    first, last = result["sizes"]
+    assert last["whole"]["bytes"] > 2 * first["whole"]["bytes"]
+    assert last["apart"]["bytes"] < last["whole"]["bytes"] / 2
+    assert last["apart"]["held"] < last["whole"]["bytes"]
+    assert last["apart"]["checkpoints"] == 10
+    assert not (context.work / "checkpoints").exists()
+    assert "200" in shown("checkpoints", result)
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_scaling_runs_the_real_program_on_two_ranks(context):
+    result = scaling.run_part(replace(context, edits=4, ranks_window=4))
+    finite(result)
+    one, two = result["rows"]
+    assert (one["ranks"], two["ranks"]) == (1, 2)
+    assert len(two["written_per_minute"]) == 2
+    assert two["speedup"] == two["edits_per_minute"] / one["edits_per_minute"]
+    assert two["scores"] == one["scores"]
+    assert "| 2 |" in shown("scaling", result)
 
 
 def test_mean_cosine_by_hand():

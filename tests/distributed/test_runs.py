@@ -46,7 +46,7 @@ def run(folder: Path, name: str, ranks: int, *options: str, edits: str = "plain"
 
 
 def whole(run: Path) -> Path:
-    """Every edit of a finished run is held by a shard, right or not, and the journal, written by one rank, says the same."""
+    """Every edit of a finished run is held by a shard, and the journal, written by one rank, says the same."""
     ledger = Ledger.from_parquet(run / "edits.parquet")
     assert len(ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED)) == NUMBER, ledger.counts()
     journal = Journal(run / "journal.sqlite", read_only=True)
