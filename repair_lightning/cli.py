@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
+import torch
 import transformers
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -27,7 +28,7 @@ from rich.console import Console
 from repair_lightning.data.ledger import EditStatus, KeptElsewhere, Ledger
 from repair_lightning.data.stream import EditStream
 from repair_lightning.distributed.strategies import STRATEGIES, EditStrategy
-from repair_lightning.distributed.team import ALONE, LeftOutError
+from repair_lightning.distributed.team import ALONE
 from repair_lightning.editors import REGISTRY, Editor
 from repair_lightning.errors import ConfigError, RepairError, counted
 from repair_lightning.evaluation.html_report import try_report
@@ -244,6 +245,7 @@ class EditCLI(LightningCLI):
 
     def _load_base(self, resumes: bool) -> Ledger | None:
         self.model.scratch, self.model.rows_apart = self.run_dir / "scratch", True
+        self.model.join(self.team)  # the base's own score, before the first edit, is dealt out too
         self.model.load()
         self.datamodule.check_fit(self.model.tokenizer, self.model.max_tokens)
         return None if resumes else self._start_from_pack()
@@ -435,14 +437,9 @@ def guarded(main: Callable[[], Any], resumes: bool = False) -> None:
         signal.signal(signum, _stop)
     try:
         main()
-    except LeftOutError:  # the first rank says it
-        raise SystemExit(2) from None
     except Stopped as stopped:
-        if getattr(rank_zero_only, "rank", 0):
-            raise SystemExit(128 + stopped.signum) from None
         remedy = f"; this goes on from the last full window: {again}" if resumes else ""
-        print(f"stopped by {stopped}{remedy}", file=sys.stderr)
-        raise SystemExit(128 + stopped.signum) from None
+        _end(f"stopped by {stopped}{remedy}", 128 + stopped.signum)
     except BrokenPipeError:  # who read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (RepairError, ValueError) as error:
@@ -451,8 +448,21 @@ def guarded(main: Callable[[], Any], resumes: bool = False) -> None:
         known = _cause(error)
         if known is None:
             raise
-        print(f"error: {known}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _end(f"error: {known}", 2)
+
+
+def _end(words: str, code: int) -> NoReturn:
+    """End the process; of several ranks the first says why, also what it has heard of the others.
+
+    A collective that was interrupted would hold the interpreter's own way out up, for ever where its peers are gone.
+    """
+    if not getattr(rank_zero_only, "rank", 0):
+        print(words, file=sys.stderr)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise SystemExit(code) from None
 
 
 def _cause(error: BaseException | None) -> RepairError | None:
