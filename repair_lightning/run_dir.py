@@ -29,7 +29,7 @@ from repair_lightning.data.ledger import Ledger
 from repair_lightning.errors import ConfigError, RepairError, counted
 from repair_lightning.folders import sync
 from repair_lightning.models.base import files_hash
-from repair_lightning.segments import Segments
+from repair_lightning.segments import Segments, unsegmented
 
 log = logging.getLogger(__name__)
 
@@ -270,11 +270,12 @@ class WindowCheckpoint(ModelCheckpoint):
 class DurableCheckpointIO(TorchCheckpointIO):
     """Checkpoints that are whole or not there: written aside, read back, told, and renamed over the previous one.
 
-    Rows (`ROWS`) go into segments, which are on the disk before; a checkpoint that is loaded has them again.
+    The rows (`ROWS`) of the run's own checkpoint go into segments, which are on the disk before; a checkpoint that is
+    loaded has them again.
 
     Args:
         tell: called with the file's SHA-256 before it gets its name.
-        segments: where the rows go.
+        segments: where the rows go; they belong to the checkpoint beside their folder.
     """
 
     def __init__(self, tell: Callable[[str], None], segments: Segments) -> None:
@@ -291,8 +292,9 @@ class DurableCheckpointIO(TorchCheckpointIO):
         aside = _aside(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            named = self.segments.write(checkpoint.get(ROWS, {}))
-            checkpoint = checkpoint | {ROWS: named} if ROWS in checkpoint else checkpoint
+            if ROWS in checkpoint:
+                store = self.segments.write if self._owns_segments(path) else unsegmented
+                checkpoint = checkpoint | {ROWS: store(checkpoint[ROWS])}
             with open(aside, "wb") as file:
                 hashed = _Hashed(file)
                 torch.save(checkpoint, hashed)  # type: ignore[arg-type]
@@ -302,7 +304,8 @@ class DurableCheckpointIO(TorchCheckpointIO):
                 raise RepairError(f"checkpoint '{path}': what is read back is not what was written; check the disk")
             self.tell(hashed.hexdigest())
             os.replace(aside, path)
-            self.segments.accept()
+            if self._owns_segments(path):
+                self.segments.accept()
             sync(path.parent)
         except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
@@ -313,6 +316,10 @@ class DurableCheckpointIO(TorchCheckpointIO):
         finally:
             aside.unlink(missing_ok=True)  # what has failed takes no room; what was good has its name by now
             self.segments.sweep()
+
+    def _owns_segments(self, path: Path) -> bool:
+        """Whether a checkpoint is the run's own: another, which a user asked for, must not depend on what comes."""
+        return path.resolve() == self.segments.folder.resolve().with_name(CHECKPOINT.name)
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """A checkpoint with its rows.

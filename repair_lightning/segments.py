@@ -124,7 +124,11 @@ class Segments:
         Raises:
             RepairError: one is missing or damaged.
         """
-        found = {table: tuple(Segment(*plain) for plain in about["segments"]) for table, about in said.items()}
+        found = {
+            table: tuple(Segment(*plain) for plain in about["segments"])
+            for table, about in said.items()
+            if "segments" in about
+        }
         if found == self._tables:
             return
         for segment in (segment for segments in found.values() for segment in segments):
@@ -150,6 +154,8 @@ class Segments:
         return {table: self._parts(about) for table, about in said.items()}
 
     def _parts(self, about: Mapping[str, Any]) -> list[Part]:
+        if "tensors" in about:
+            return [Part(about["tensors"], torch.ones(len(about["tensors"][NUMBERS]), dtype=torch.bool))]
         numbers = from_runs(about["rows"])
         parts = []
         for plain in about["segments"]:
@@ -162,6 +168,16 @@ class Segments:
         if sum(int(part.kept.sum()) for part in parts) != len(numbers):
             raise RepairError(f"the segments in '{self.folder}' do not hold all rows")
         return parts
+
+
+def unsegmented(tables: Mapping[str, Rows]) -> dict[str, Any]:
+    """Tables as they are, for a checkpoint that needs no file but its own; :meth:`Segments.read` reads them too."""
+    return {table: {"tensors": _whole(rows)} for table, rows in tables.items()}
+
+
+def _whole(rows: Rows) -> dict[str, Tensor]:
+    tensors = {**rows.take(0, len(rows.numbers)), NUMBERS: rows.numbers}
+    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}  # a view would bring all behind it
 
 
 def planned(rows: Rows, known: Sequence[tuple[Segment, Tensor]]) -> list[_Span]:

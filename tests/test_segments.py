@@ -307,3 +307,23 @@ def test_a_checkpoint_without_rows_stays_as_it_is(tmp_path):
     io.save_checkpoint({"n": 1}, tmp_path / "last.ckpt")
     assert io.load_checkpoint(tmp_path / "last.ckpt", weights_only=True) == {"n": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_another_checkpoint_of_the_same_run_needs_no_segment(tmp_path):
+    """One that a user's own callback saves, in the same folder or elsewhere, between those of the run."""
+    run = Run(tmp_path / "run")
+    run.save(range(3))
+    before = files(run.path)
+    others = [run.path / "checkpoints" / "best.ckpt", tmp_path / "other" / "last.ckpt"]
+    for other in others:
+        run.io.save_checkpoint({ROWS: {"t": rows_of(range(5))}}, other)
+    assert files(run.path) - before == {"checkpoints/best.ckpt"}
+    run.save(range(4))
+    run.close()
+    again = Run(run.path)
+    assert again.load() == [*range(4)]
+    for other in others:
+        (part,) = again.io.load_checkpoint(other, weights_only=True)[ROWS]["t"]
+        assert part.tensors["what"][part.kept][:, 0].tolist() == [*range(5)]
+    assert again.load() == [*range(4)]
+    again.close()

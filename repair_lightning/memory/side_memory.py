@@ -28,7 +28,7 @@ _LOW_RANK = "low_rank."
 
 def content_hash(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes."""
-    values = tensor.detach().cpu().contiguous().view(torch.uint8)
+    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(values.numpy().data).hexdigest()
 
 
@@ -300,9 +300,10 @@ class SideMemory(nn.Module):
         return shards, self.next_id
 
     def restore(self, snapshot: tuple[dict[str, nn.Module], int]) -> None:
-        """Go back to a :meth:`snapshot`."""
+        """Go back to a :meth:`snapshot`, or take over what a new bank holds."""
         shards, self.next_id = snapshot
         self.shards = nn.ModuleDict(shards)
+        self.next_number = max(self.next_number, 1 + max((s.number for s in self._low_rank().values()), default=-1))
 
     def stacked(self, shards: Iterable[int] | None = None) -> Tensor:
         """The deltas (K, D, F) of the given shards, by default of all."""

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from repair_lightning.errors import RepairError
+from repair_lightning.memory.rows import Part
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.packs import shard_tensors
 from repair_lightning.types import BASE
@@ -408,3 +409,55 @@ def test_shards_on_the_host_stay_there():
     assert torch.equal(loaded[2].delta, here[2].delta)
     loaded.to("meta")
     assert loaded[2].left.device.type == "cpu"
+
+
+class TestRows:
+    """What is stored once: low-rank shards by numbers that stand for one shard for ever."""
+
+    @staticmethod
+    def bank(ranks) -> SideMemory:
+        memory = SideMemory((4, 6))
+        for shard, rank in enumerate(ranks):
+            memory.add(torch.full((4, rank), 1.0 + shard), torch.full((rank, 6), 2.0 + shard))
+        return memory
+
+    def test_stored_in_parts_and_put_together_again(self):
+        memory = self.bank([1, 3, 2, 1, 2])
+        rows = memory.rows()
+        parts = [
+            Part({**rows.take(start, stop), "numbers": rows.numbers[start:stop]}, torch.tensor(kept))
+            for start, stop, kept in ((0, 2, [True, False]), (2, 5, [True, True, False]))
+        ]
+        memory.rows_apart = True
+        state = memory.state_dict()
+        assert not [name for name in state if name.startswith("low_rank")]
+        fresh = SideMemory((4, 6))
+        fresh.load_state_dict({**state, **SideMemory.state_of_rows(parts)})
+        assert fresh.ids == [0, 2, 3]
+        assert all(fresh[shard].fingerprint() == memory[shard].fingerprint() for shard in fresh.ids)
+        assert fresh.rows().numbers.tolist() == [0, 2, 3]
+        fresh.add(torch.ones(4, 1), torch.ones(1, 6))
+        assert fresh.rows().numbers.tolist() == [0, 2, 3, 5]
+
+    def test_an_id_that_is_given_again_is_another_row(self):
+        memory = self.bank([1, 1])
+        before = memory.snapshot()
+        memory.add(torch.ones(4, 1), torch.ones(1, 6))
+        memory.restore(before)
+        memory.add(torch.zeros(4, 1), torch.ones(1, 6))
+        assert memory.ids == [0, 1, 2]
+        assert memory.rows().numbers.tolist() == [0, 1, 3]
+
+    def test_numbers_go_on_behind_those_of_a_pack(self):
+        memory = SideMemory((4, 6))
+        pack = self.bank([1, 1, 1])
+        memory.restore((dict(pack.shards.items()), pack.next_id))
+        memory.add(torch.zeros(4, 1), torch.ones(1, 6))
+        assert memory.rows().numbers.tolist() == [0, 1, 2, 3]
+
+    def test_dense_shards_are_no_rows(self):
+        memory = self.bank([1])
+        memory.open_shard()
+        assert memory.rows().numbers.tolist() == [0]
+        memory.rows_apart = True
+        assert "shards.1.delta" in memory.state_dict()
