@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from repair_lightning.errors import ConfigError, RepairError
+from repair_lightning.tracking import unreachable
 
 NAME = "REPAIR"
 PATIENCE = 30.0
@@ -81,6 +82,9 @@ def create(entity: str, project: str) -> str:
     if not os.environ.get("WANDB_API_KEY"):
         raise ConfigError("the layout is made on the server of W&B: set WANDB_API_KEY")
     workspace = layout(entity, project)
+    problem = unreachable()
+    if problem is not None:
+        raise RepairError(f"W&B did not take the layout ({problem}); check the network")
     outcome: list[Any] = []
 
     def send() -> None:

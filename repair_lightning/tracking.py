@@ -15,6 +15,19 @@ WAIT, FINISH = 10.0, 60.0
 """Seconds that the server has to answer at the start, and to take what is left at the end."""
 
 
+def unreachable() -> str | None:
+    """Why the server of W&B does not answer; None where it does. Asked first: its client tries again for minutes."""
+    import requests
+    import wandb
+
+    address = os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url
+    try:
+        requests.head(address, timeout=WAIT)
+    except requests.RequestException as error:
+        return f"{address}: {type(error).__name__}"
+    return None
+
+
 class OfflineFirstWandbLogger(WandbLogger):
     """Lightning's `WandbLogger`, which writes to the disk unless a key is set and the server answers.
 
@@ -51,12 +64,19 @@ class OfflineFirstWandbLogger(WandbLogger):
         """The run of W&B; where the server does not answer, one on the disk."""
         import wandb
 
+        if self._experiment is None and not self._offline and "WANDB_MODE" not in os.environ:
+            self._stay(unreachable())
         try:
             return WandbLogger.experiment.fget(self)  # type: ignore[attr-defined]
         except (wandb.errors.CommError, wandb.errors.UsageError) as error:
             if self._offline:
                 raise
-            log.warning("wandb: no server (%s); the run is kept on the disk", str(error).splitlines()[0])
+            self._stay(str(error).splitlines()[0])
+            return WandbLogger.experiment.fget(self)  # type: ignore[attr-defined]
+
+    def _stay(self, reason: str | None) -> None:
+        """Write to the disk alone, where there is a reason for it."""
+        if reason is not None:
+            log.warning("wandb: no server (%s); the run is kept on the disk", reason)
             self._offline = True
             self._wandb_init["mode"] = "offline"
-            return WandbLogger.experiment.fget(self)  # type: ignore[attr-defined]

@@ -78,6 +78,7 @@ class Server:
 def test_no_network_is_one_line_and_does_not_hang(monkeypatch, server, words):
     monkeypatch.setenv("WANDB_API_KEY", "k")
     monkeypatch.setattr(dashboard, "PATIENCE", 0.2)
+    monkeypatch.setattr(dashboard, "unreachable", lambda: None)
     monkeypatch.setattr(dashboard, "layout", lambda *_: server)
     with pytest.raises(RepairError, match=words) as refused:
         create("us", "facts")
@@ -85,7 +86,15 @@ def test_no_network_is_one_line_and_does_not_hang(monkeypatch, server, words):
     server.never.set()
 
 
+def test_a_server_that_cannot_be_reached_is_not_asked(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
+    with pytest.raises(RepairError, match=r"\(http://127.0.0.1:9: ConnectionError\); check the network"):
+        create("us", "facts")
+
+
 def test_the_address_is_what_one_gets(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "k")
     monkeypatch.setattr(dashboard, "layout", lambda *_: Server())
+    monkeypatch.setattr(dashboard, "unreachable", lambda: None)
     assert create("us", "facts") == Server.url

@@ -29,7 +29,7 @@ BELOW = {
     "parsing": ("errors",),
     "segments": ("errors", "memory", "models", "folders"),
     "tracking": (),
-    "dashboard": ("errors",),
+    "dashboard": ("errors", "tracking"),
     "run_dir": ("types", "errors", "models", "data", "folders", "segments"),
     "cli": ("types", "errors", "distributed", "models", "data", "editors", "evaluation", "packs", "parsing", "run_dir"),
     "export": ("types", "errors", "functional", "data", "models", "folders", "evaluation", "packs"),

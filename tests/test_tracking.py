@@ -6,12 +6,13 @@ import pytest
 import wandb
 from helpers_wandb import offline_run, series
 
+from repair_lightning import tracking
 from repair_lightning.tracking import OfflineFirstWandbLogger
 
 
 @pytest.fixture(autouse=True)
 def _bare(monkeypatch):
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT"):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT", "WANDB_BASE_URL"):
         monkeypatch.setenv(name, "")  # put back afterwards, whatever the logger sets
         monkeypatch.delenv(name)
 
@@ -54,6 +55,7 @@ def test_a_server_that_does_not_answer_leaves_it_on_the_disk(monkeypatch, tmp_pa
         return real(**options)
 
     monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setattr(tracking, "unreachable", lambda: None)
     logger = OfflineFirstWandbLogger(save_dir=str(tmp_path))
     logger.log_metrics({"a": 2.0})
     logger.experiment.finish()
@@ -63,3 +65,15 @@ def test_a_server_that_does_not_answer_leaves_it_on_the_disk(monkeypatch, tmp_pa
     assert "anonymous" not in asked[0]
     assert series(offline_run(tmp_path), "a") == [2.0]
     assert "wandb: no server (no route); the run is kept on the disk" in caplog.text
+
+
+def test_no_network_is_noticed_before_wandb_is_asked(monkeypatch, tmp_path, caplog):
+    """A real attempt, at an address where nobody listens: its client would try again for minutes."""
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    logger = OfflineFirstWandbLogger(save_dir=str(tmp_path))
+    logger.log_metrics({"a": 3.0})
+    logger.experiment.finish()
+    assert series(offline_run(tmp_path), "a") == [3.0]
+    assert "wandb: no server (http://127.0.0.1:9: ConnectionError)" in caplog.text
+    assert not list(tmp_path.glob("wandb/run-*"))
