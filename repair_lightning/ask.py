@@ -15,7 +15,7 @@ from repair_lightning.data.records import read_rows
 from repair_lightning.errors import ConfigError, FieldError, RecordError, RepairError, counted
 from repair_lightning.evaluation.continuations import longest_text
 from repair_lightning.evaluation.protocols import answers
-from repair_lightning.packs import FOLDED, PackedModel, open_pack, read_pack
+from repair_lightning.packs import PackedModel, changed_weights, open_pack, read_pack
 from repair_lightning.types import BASE, Edit, Route
 
 _PLAIN_TEXT = ("", ".txt", ".md")
@@ -51,7 +51,7 @@ class Reply:
         """Who answered, in words."""
         if self.route.memory != BASE:
             return f"shard {self.route.memory}"
-        return f"base, with {counted(self.in_base, 'edit')} merged into it" if self.in_base else "base"
+        return f"base, with {counted(self.in_base, 'edit')} written into it" if self.in_base else "base"
 
     def lines(self) -> list[str]:
         """For a person."""
@@ -68,21 +68,23 @@ class Reply:
 
 
 class Pair:
-    """A base and its edited model, which are one model with two sets of weights for one matrix at most.
+    """A base and its edited model, which are one model with two sets of weights for the matrices that were changed.
 
     Args:
-        model: of a pack, before a merged W_v was put into it.
-        merged: the W_v that a merge left; None where the base's own still holds.
+        model: of a pack, its base still with its own weights.
+        changed: each W_v that writing or a merge has left, by layer; none where the base's own still hold.
         max_new_tokens: most tokens of an answer.
 
     Raises:
         ConfigError: no tokens at all.
     """
 
-    def __init__(self, model: PackedModel, merged: Tensor | None = None, max_new_tokens: int = 32) -> None:
+    def __init__(
+        self, model: PackedModel, changed: Mapping[int, Tensor] | None = None, max_new_tokens: int = 32
+    ) -> None:
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        self.model, self.merged, self.max_new_tokens = model, merged, max_new_tokens
+        self.model, self.changed, self.max_new_tokens = model, dict(changed or {}), max_new_tokens
 
     @classmethod
     def open(cls, pack: str | Path, base: str | None = None, precision: str = "auto", max_new_tokens: int = 32) -> Pair:
@@ -92,7 +94,7 @@ class Pair:
             RepairError: the pack is damaged or belongs to another base.
         """
         config, tensors = read_pack(pack)
-        return cls(open_pack(pack, config, tensors, base, precision), tensors.get(FOLDED), max_new_tokens)
+        return cls(open_pack(pack, config, tensors, base, precision), changed_weights(tensors), max_new_tokens)
 
     def ask(self, prompts: Sequence[str]) -> list[Reply]:
         """Both answers to each prompt. A prompt that no shard answers is asked once: its answers are the same bits.
@@ -104,7 +106,7 @@ class Pair:
         routes = self.model.route(prompts)
         memory = torch.tensor([route.memory for route in routes], dtype=torch.long)
         by_base = self._answers(prompts, torch.full_like(memory, BASE))
-        again = [i for i, route in enumerate(routes) if route.memory != BASE or self.merged is not None]
+        again = [i for i, route in enumerate(routes) if route.memory != BASE or self.changed]
         with self._edited():
             said = dict(zip(again, self._answers([prompts[i] for i in again], memory[again]), strict=True))
         ledger, in_base = self.model.ledger, len(self.model.ledger.owned_by(BASE))
@@ -128,17 +130,12 @@ class Pair:
 
     @contextmanager
     def _edited(self) -> Iterator[None]:
-        """Inside, the base has the weights that a merge gave it."""
-        if self.merged is None:
-            yield
-            return
-        weight = self.model.value_weight.data
-        own = weight.clone()
-        weight.copy_(self.merged)
+        """Inside, the base has the weights that writing or a merge gave it."""
+        self.model.weights.load(self.changed)
         try:
             yield
         finally:
-            weight.copy_(own)
+            self.model.weights.restore()
 
 
 def _edit(ledger: Any, id: str | None) -> Edit | None:

@@ -91,7 +91,7 @@ def test_a_merged_matrix_is_the_edited_answer_alone(made, tmp_path):
         (reply,) = pair.ask([edit.prompt])
         assert [reply.base] == before
         assert reply.edited == edit.target
-        assert reply.memory == "base, with 1 edit merged into it"
+        assert reply.memory == "base, with 1 edit written into it"
 
 
 def test_what_cannot_be_asked_is_refused(pair):
@@ -201,7 +201,7 @@ def test_ask_opens_a_prompt_in_a_terminal_and_ctrl_d_leaves_it(made):
 
 def until(terminal: int, end: str) -> str:
     """What a terminal shows, up to some text."""
-    said, late = "", time.monotonic() + 60
+    said, late = "", time.monotonic() + 300
     while not said.replace("\r", "").endswith(end):
         assert time.monotonic() < late, said
         said += os.read(terminal, 1024).decode(errors="replace")

@@ -31,6 +31,9 @@ SMALL = ["--data.max_edits", "4", "--data.max_irrelevant", "60", "--overwrite"]
 STAND_INS = {"path/or/hub-name": "world"}
 NOT_HERE = {
     "--model.base DIR": "minutes each, and public data: the commands behind the tables",
+    "RECORDS": "minutes each, and public data: the runs behind the pictures",
+    "--out runs/world": "minutes: one of the runs behind the pictures",
+    "figures --to docs/figures": "needs those runs",
 }
 """Part of a command -> why it cannot run here."""
 _FENCE = re.compile(r"^```(bash|console|python)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)

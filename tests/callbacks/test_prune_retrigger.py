@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from callbacks import ErrorSampleMonitor, PruneAndRetrigger
 from callbacks.prune_retrigger import should_prune, spent, worst_shard
 from repair_lightning.data.ledger import EditStatus, Ledger
+from repair_lightning.distributed.team import ALONE
 from repair_lightning.errors import ConfigError
 from repair_lightning.evaluation.protocols import answers
 from repair_lightning.types import BASE, Edit, EditReport
@@ -89,6 +90,7 @@ class Bench:
     """One shard of a hundred edits; each retrigger repairs exactly `delta` of the error rate."""
 
     can_prune = True
+    team = ALONE
 
     def __init__(self, percent_wrong: int, delta: int) -> None:
         self.ledger, self.wrong, self.delta, self.exhausted = Ledger(), percent_wrong, delta, False

@@ -83,6 +83,8 @@ def test_supersessions_inside_the_new_records(ledger, tmp_path):
 class Forgetful:
     """An editor that is told what to forget."""
 
+    shares = False
+
     def __init__(self) -> None:
         self.forgot: list[str] = []
 

@@ -21,6 +21,8 @@ from repair_lightning.types import EditBatch, EditReport
 class Watcher:
     """The real editor; remembers for which edits it was asked for features."""
 
+    shares = False
+
     def __init__(self, editor: Repair) -> None:
         self.editor = editor
         self.limit: int | None = None
