@@ -126,14 +126,14 @@ def calls_of(tree: ast.AST, name: str) -> list[int]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_the_library_does_not_print(path):
-    """It logs. The command line may: a module that is run (`__main__`), and the last line of `cli.guarded`."""
+    """It logs. The command line may: a module that is run (`__main__`), and the last line of a command, `cli._end`."""
     if path.name == "__main__.py":
         return
     tree = ast.parse(path.read_text())
     lines = calls_of(tree, "print")
     if path == LIBRARY / "cli.py":
-        (guarded,) = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == "guarded")
-        lines = [line for line in lines if line not in calls_of(guarded, "print")]
+        (end,) = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == "_end")
+        lines = [line for line in lines if line not in calls_of(end, "print")]
     assert lines == []
 
 

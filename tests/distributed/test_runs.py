@@ -182,9 +182,12 @@ DENSE = ("--model.writing.form", "dense", "--merge.enabled", "false")
 
 
 def test_the_rows_of_a_batch_on_two_ranks_are_one_batch(folder):
-    """Data-parallel: the sum of the ranks' gradients is the gradient, with distillation and routing loss as well."""
+    """Data-parallel: the ranks' gradients add up to the gradient, of distillation and routing loss as well.
+
+    Few steps: Adam divides by what may be rounding, so the way of a coordinate without gradient is not determined.
+    """
     losses = ("--model.distillation.weight", "1", "--model.distillation.temperature", "2", "--feedback.enabled")
-    losses += ("false", "--model.routing.weight", "1", "--model.writing.steps", "20")
+    losses += ("false", "--model.routing.weight", "1", "--model.writing.steps", "5")
     one = run(folder, "rows-1", 1, *DENSE, *losses)
     both = run(folder, "rows-2", 2, *DENSE, *losses, "--trainer.strategy", "ddp")
     deltas = [load_file(found / "pack/side_memory.safetensors") for found in (one, both)]

@@ -24,7 +24,7 @@ OPTIONS: dict[str, dict] = {
     "rlsedit": {"layers": 2, "values": SURE, "ridge": 0.003, "anchoring": 0.01},
     "rls_repair": {"values": SURE, "ridge": 0.003, "anchoring": 0.01},
     "rome": {"values": SURE},
-    "memit": {"layers": 2, "values": SURE, "moment_weight": 1e-6},
+    "memit": {"layers": 2, "layer": 0, "values": SURE, "moment_weight": 1e-6},
     "ultraedit": {"lr": 0.01},
 }
 """Constructor arguments for editors whose defaults do not suit a tiny base."""
