@@ -18,7 +18,7 @@ quickstart: $(INSTALLED)
 	$(BIN)/python train.py --config quickstart --overwrite
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ from repair_lightning.tracking import OfflineFirstWandbLogger
 
 @pytest.fixture(autouse=True)
 def _bare(monkeypatch):
+    wandb.finish()  # what another test of this process has left open, the logger would go on with
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT", "WANDB_BASE_URL"):
         monkeypatch.setenv(name, "")  # put back afterwards, whatever the logger sets
         monkeypatch.delenv(name)
