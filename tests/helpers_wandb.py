@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
 _BLOCK, _FILE_HEADER, _HEADER = 32768, 7, 7
@@ -31,6 +32,12 @@ def records(file: Path) -> Iterator[Record]:
         if kind in (_FULL, _LAST):
             yield Record.FromString(whole)
             whole = b""
+
+
+def start_afresh() -> None:
+    """Close what another test of this process has left open, and forget the settings that wandb keeps of it."""
+    wandb.finish()
+    wandb.teardown()
 
 
 def offline_run(folder: Path, patience: float = 30) -> list[Record]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import wandb
-from helpers_wandb import offline_run, series
+from helpers_wandb import offline_run, series, start_afresh
 
 from repair_lightning import tracking
 from repair_lightning.tracking import OfflineFirstWandbLogger
@@ -12,10 +12,10 @@ from repair_lightning.tracking import OfflineFirstWandbLogger
 
 @pytest.fixture(autouse=True)
 def _bare(monkeypatch):
-    wandb.finish()  # what another test of this process has left open, the logger would go on with
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT", "WANDB_BASE_URL"):
         monkeypatch.setenv(name, "")  # put back afterwards, whatever the logger sets
         monkeypatch.delenv(name)
+    start_afresh()
 
 
 def test_without_a_key_it_stays_on_the_disk(tmp_path):

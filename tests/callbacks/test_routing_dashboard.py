@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers_runs import fit, hard_edits, world_editor, world_stream, write_edits
-from helpers_wandb import offline_run, rows, series
+from helpers_wandb import offline_run, rows, series, start_afresh
 from lightning.pytorch.loggers import CSVLogger
 
 from callbacks import ErrorSampleMonitor, LossAwareTiesMerge, PruneAndRetrigger, RoutingDashboard, Scoreboard
@@ -37,6 +37,7 @@ def run(folder: Path, dashboard: RoutingDashboard, loggers: Any = False) -> Simp
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory) -> SimpleNamespace:
+    start_afresh()
     folder = tmp_path_factory.mktemp("dashboard")
     loggers = [OfflineFirstWandbLogger(save_dir=str(folder), group="g"), CSVLogger(folder, "csv")]
     dashboard = RoutingDashboard(sample=6)
