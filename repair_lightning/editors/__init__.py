@@ -1,6 +1,7 @@
 """The editing methods, one per file. Importing this package makes all of them known to the command line."""
 
 from .base import REGISTRY, Editor, editor_class, make_editor, register
+from .ft import FT
 from .memit import MEMIT
 from .repair import Repair
 from .rls_repair import RLSRepair
@@ -9,6 +10,7 @@ from .rome import ROME
 from .ultraedit import UltraEdit
 
 __all__ = [
+    "FT",
     "MEMIT",
     "REGISTRY",
     "ROME",
