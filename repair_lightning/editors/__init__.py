@@ -2,6 +2,7 @@
 
 from .base import REGISTRY, Editor, editor_class, make_editor, register
 from .ft import FT
+from .ft_ewc import FTEWC
 from .memit import MEMIT
 from .repair import Repair
 from .rls_repair import RLSRepair
@@ -11,6 +12,7 @@ from .ultraedit import UltraEdit
 
 __all__ = [
     "FT",
+    "FTEWC",
     "MEMIT",
     "REGISTRY",
     "ROME",

@@ -1,8 +1,8 @@
 """FT-L: fine-tuning of one value matrix, no coordinate of which may move further than a bound.
 
 Paper: "Modifying Memories in Transformer Models", arXiv 2012.00363, Sec. 3: the loss of the edits is minimised under
-`||W - W_0||_inf <= delta`, by projection after each step. W_0 is the base's own matrix, so the bound holds for all edits
-together, however many windows they come in.
+`||W - W_0||_inf <= delta`, by projection after each step. W_0 is the base's own matrix, so the bound holds for all
+edits together, however many windows they come in.
 
 Defaults are those of ROME's baseline, as EasyEdit has them (`hparams/FT/gpt2-xl_constr.json` of
 github.com/zjunlp/EasyEdit): Adam at 5e-4, 25 steps, no weight decay, delta 5e-4 (5e-5 for GPT-J), and the end once the
@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from repair_lightning.editors.base import register
 from repair_lightning.editors.inner_loop import Tail, TargetRows, TargetTail

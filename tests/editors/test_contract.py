@@ -27,6 +27,7 @@ OPTIONS: dict[str, dict] = {
     "memit": {"layers": 2, "values": SURE, "moment_weight": 1e-6},
     "ultraedit": {"lr": 0.01},
     "ft": {"lr": 0.02, "steps": 100, "norm_constraint": 0.5},
+    "ft_ewc": {"lr": 0.02, "accumulate": True},
 }
 """Constructor arguments for editors whose defaults do not suit a tiny base."""
 NEARER = ("ultraedit",)

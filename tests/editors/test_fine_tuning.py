@@ -7,7 +7,10 @@ import torch
 
 from repair_lightning.editors import make_editor
 from repair_lightning.editors.ft import into_ball, rounded_into_ball
+from repair_lightning.editors.ft_ewc import elastic_penalty
 from repair_lightning.errors import ConfigError
+from repair_lightning.functional import target_cross_entropy
+from repair_lightning.models.architectures import architecture_of
 
 
 class TestFT:
@@ -62,3 +65,61 @@ class TestFT:
     def test_bad_options(self, options, words):
         with pytest.raises(ConfigError, match=words):
             make_editor("ft", options)
+
+
+class TestFTEWC:
+    def test_the_penaltys_gradient(self):
+        """Against central differences, in float64."""
+        moved, fisher = torch.randn(3, 4, dtype=torch.float64), torch.rand(3, 4, dtype=torch.float64)
+        moved.requires_grad_()
+        elastic_penalty(moved, fisher, 0.7).backward()
+        for i in range(moved.numel()):
+            step = torch.zeros(12, dtype=torch.float64)
+            step[i] = 1e-5
+            up, down = (elastic_penalty(moved + sign * step.view(3, 4), fisher, 0.7) for sign in (1, -1))
+            assert float((up - down).detach() / 2e-5) == pytest.approx(float(moved.grad.flatten()[i]), abs=1e-8)
+
+    @pytest.mark.parametrize(("model_type", "layer"), [("llama", 1), ("llama", 2), ("gpt2", 1)])
+    def test_the_fisher_diagonal(self, editor_of, edits, model_type, layer):
+        """Against the gradient of each text alone, by autograd through the whole model."""
+        editor = editor_of(model_type, "ft_ewc", layer=layer)
+        texts = [editor.encode(edit) for edit in edits[:3]]
+        weight = architecture_of(editor.base.model).value_module(editor.base.model, layer).weight
+        wanted = torch.zeros_like(editor.background_fisher)
+        weight.requires_grad_()
+        for text in texts:
+            with torch.enable_grad(), editor.edited.forced(None):
+                logits = editor.base.model(input_ids=torch.tensor([text.ids])).logits[0, len(text.prompt) - 1 : -1]
+                loss = target_cross_entropy(logits[:, None], torch.tensor(text.target)[:, None]).sum()
+            (gradient,) = torch.autograd.grad(loss, weight)
+            wanted += (gradient.T if model_type == "gpt2" else gradient).square() / len(texts)
+        weight.requires_grad_(False)
+        torch.testing.assert_close(editor.fisher_of(texts), wanted, rtol=1e-3, atol=1e-6 * float(wanted.max()))
+
+    def test_the_background_is_what_the_base_says(self, editor_of, irrelevant):
+        editor = editor_of("llama", "ft_ewc")
+        own = editor.fisher_of(editor.said_by_base(irrelevant[:8]))
+        torch.testing.assert_close(editor.background_fisher, own)
+
+    def test_what_is_held_moves_less(self, editor_of, write, edits):
+        """Weighted by F; the plain distance may well be longer."""
+        moved = []
+        for weight in (0.0, 100.0):
+            editor = editor_of("llama", "ft_ewc", weight=weight, steps=30, stop_margin=None)
+            write(editor, edits[:3])
+            shift = editor.edited.weights.matrix(editor.layer) - editor.edited.weights.original(editor.layer)
+            moved.append(float(elastic_penalty(shift, editor.background_fisher, 2.0)))
+        assert moved[1] < 0.5 * moved[0]
+
+    def test_windows_that_are_over_stay_too(self, editor_of, write, edits):
+        editor = editor_of("llama", "ft_ewc", accumulate=True)
+        write(editor, edits[:2])
+        matrix = editor.edited.weights.matrix(editor.layer)
+        assert torch.equal(editor.learnt["anchor"], matrix)
+        own = editor.fisher_of([editor.encode(edit) for edit in edits[:2]])
+        torch.testing.assert_close(editor.fisher, editor.background_fisher + own)
+        assert editor_of("llama", "ft_ewc").own_state() == {}
+
+    def test_bad_options(self):
+        with pytest.raises(ConfigError, match=r"weight must be at least 0, got -1.0"):
+            make_editor("ft_ewc", {"weight": -1.0})
