@@ -13,7 +13,7 @@ import yaml
 from helpers_runs import REPOSITORY
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
-OVERLAYS = {"paper", "wise", "rlsedit", "rls_repair", "rome", "memit", "ultraedit", "ft", "ft_ewc"}
+OVERLAYS = {"paper", "wise", "rlsedit", "rls_repair", "rome", "memit", "ultraedit", "ft", "ft_ewc", "grace", "defer"}
 """Presets that stand over another configuration; they name no base and no data."""
 
 RECORDS = {
