@@ -3,7 +3,8 @@
 SERAC ("Memory-Based Model Editing at Scale", arXiv 2206.06520) puts a scope classifier before a counterfactual model;
 DEFER is its relative without an editing dataset, a baseline of GRACE (arXiv 2211.11031, Sec. 4.1): a gate and a new
 head, one linear layer each, upon what enters a layer's value matrix. Here the head is a trained copy of the value
-matrix, which a prompt that was handed over gets at every token instead of the base's.
+matrix, which a prompt that was handed over gets at every token instead of the base's; and the gate also sees what
+enters the layer.
 
 Each batch trains the copy on its edits, on edits drawn from those so far, and on irrelevant prompts with the base's own
 answers, so that what is handed over by mistake is answered as before. The gate is trained anew when a window is over,

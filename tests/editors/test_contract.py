@@ -32,7 +32,7 @@ OPTIONS: dict[str, dict] = {
     "grace": {"eps": 0.5, "relative": True, "lr": 0.3, "steps": 100, "stop_margin": 2.0},
     "defer": {"lr": 0.02, "steps": 200, "stop_margin": 3.0},
     "wise": {
-        "routing": Routing(router="activation", pool="mean", weight=1.0, margins=(0.25, 1.0, 0.5)),
+        "routing": Routing(),  # to activations all prompts of a tiny base look alike
         "writing": Writing(form="dense", mask_ratio=0.5, stop_margin=4.0, steps=300),
     },
 }

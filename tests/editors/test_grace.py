@@ -113,5 +113,5 @@ def test_refusals(editor_of, editor, write, edits):
         with pytest.raises(ConfigError, match=words):
             make_editor("grace", options)
     write(editor, edits[:1])
-    with pytest.raises(Exception, match="replaces the output and has no delta"):
+    with pytest.raises(Exception, match="replaces the output has no delta"):
         _ = editor.memory[0].delta

@@ -1,7 +1,8 @@
 """A router of trained gates: for each shard a logistic regression says whether a prompt is in its scope.
 
 The scope classifier of SERAC (arXiv 2206.06520, Sec. 3) in the form that DEFER has as GRACE's baseline (arXiv
-2211.11031, Sec. 4.1): one linear layer on what enters the edited value matrix at the prompt's last token.
+2211.11031, Sec. 4.1): one linear layer, here on what enters the edited layer and its value matrix at the prompt's last
+token.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from repair_lightning.memory.routers.base import Router
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.types import BASE
 
+ROUNDING = 1e-4
+"""Probabilities are the same up to this, however many tokens a prompt was padded with."""
+
 
 @torch.enable_grad()
 def fitted_gate(inside: Tensor, outside: Tensor, ridge: float) -> Tensor:
-    """Weights and bias (F + 1,) of a logistic regression that tells features (n, F) from (m, F).
+    """Weights and bias (X + 1,) of a logistic regression that tells features (n, X) from (m, X).
 
     Both sides weigh alike, whatever their numbers; `ridge / 2 ||w||^2` is added to the mean loss.
     """
@@ -52,12 +56,12 @@ class GateRouter(Router):
     Args:
         threshold: the least probability that opens a gate.
         false_fire_rate: share of held-out irrelevant prompts that may open one.
-        ridge: weight of the gates' size, features being of unit variance on the average.
+        ridge: weight of the gates' size, activations and hidden states being of unit variance on the average.
     """
 
     name = "gate"
 
-    def __init__(self, threshold: float = 0.5, false_fire_rate: float = 0.01, ridge: float = 1e-3) -> None:
+    def __init__(self, threshold: float = 0.5, false_fire_rate: float = 0.01, ridge: float = 1e-2) -> None:
         self.threshold, self.false_fire_rate, self.ridge = threshold, false_fire_rate, ridge
         self.background = self.mean = self.scale = torch.zeros(0)
         self.shards: list[int] = []
@@ -70,17 +74,21 @@ class GateRouter(Router):
 
     def fit(self, background: Query, embeddings: Tensor) -> None:
         """What is outside every scope, and the features' unit."""
-        found = self._activations(background)
+        found = self._states(background)
+        parts = (background.activations.shape[-1], background.hidden.shape[-1])
         self.mean = found.mean(0)
-        self.scale = (found - self.mean).square().mean().sqrt().clamp_min(1e-6)[None]
+        units = [part.square().mean().sqrt().clamp_min(1e-6) for part in (found - self.mean).split(parts, -1)]
+        self.scale = torch.cat([unit.expand(size) for unit, size in zip(units, parts, strict=True)])
         self.background = self._features(background)
 
     @staticmethod
-    def _activations(query: Query) -> Tensor:
-        return query.at_last().activations[:, 0].detach().float().cpu()
+    def _states(query: Query) -> Tensor:
+        last = query.at_last()
+        return torch.cat([last.activations[:, 0], last.hidden[:, 0]], -1).detach().float().cpu()
 
     def _features(self, query: Query) -> Tensor:
-        return (self._activations(query) - self.mean) / self.scale
+        """(B, F + D)"""
+        return (self._states(query) - self.mean) / self.scale
 
     def _probabilities(self, features: Tensor) -> Tensor:
         """(B, K), each prompt by itself: a product of many rows has other bits than one of few."""
@@ -97,7 +105,7 @@ class GateRouter(Router):
         self.gates = torch.stack([fitted_gate(part, torch.cat(others[s]), self.ridge) for s, part in own.items()])
         known = self._probabilities(self._features(background))
         highest = torch.quantile(known, 1 - self.false_fire_rate, dim=0, interpolation="higher")
-        self.limits = highest.clamp_min(self.threshold)
+        self.limits = (highest + ROUNDING).clamp_min(self.threshold)
 
     def route(self, query: Query, memory: SideMemory) -> Choice:
         """The shard whose gate is the furthest above its threshold."""
@@ -117,13 +125,12 @@ class GateRouter(Router):
         self.gates, self.limits = self.gates[kept], self.limits[kept]
 
     def state_dict(self) -> dict[str, Any]:
-        """The gates, their thresholds and the features' unit."""
-        names = ("gates", "limits", "mean", "scale")
+        """The gates, their thresholds, the features' unit, and what is outside every scope."""
+        names = ("gates", "limits", "mean", "scale", "background")
         return {name: getattr(self, name) for name in names} | {"shards": list(self.shards)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
-        self.gates, self.limits, self.mean, self.scale = (
-            state[name].cpu() for name in ("gates", "limits", "mean", "scale")
-        )
+        for name in ("gates", "limits", "mean", "scale", "background"):
+            setattr(self, name, state[name].cpu())
         self.shards = list(state["shards"])
