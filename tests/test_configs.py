@@ -109,13 +109,8 @@ def test_complete_configs_have_a_seed_and_a_logger_and_overlays_do_not_choose_th
 
 
 IN_PLACE = {"model.values.steps": 2, "model.values.contexts": 0}
-SMALL: dict[str, dict] = {
-    "rlsedit": IN_PLACE,
-    "rome": IN_PLACE,
-    "memit": IN_PLACE,
-    "ultraedit": {},
-    "ft": {},
-    "ft_ewc": {},
+SMALL: dict[str, dict] = dict.fromkeys(("rlsedit", "rome", "memit"), IN_PLACE) | {
+    name: {} for name in ("ultraedit", "ft", "ft_ewc", "grace", "defer")
 }
 """How the configurations of other editors are made small; several layers end with the last one by themselves."""
 
