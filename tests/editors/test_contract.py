@@ -298,3 +298,26 @@ def test_training_mode_does_not_reach_the_base(make):
     editor = make()
     editor.train()
     assert not any(module.training for module in editor.base.model.modules())
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+@pytest.mark.parametrize("options", [{"precision": "bfloat16"}, {"cache_mib": 0}], ids=["bfloat16", "no-cache"])
+def test_half_precision_and_no_cache(name, options, folder_of, irrelevant, write, edits):
+    editor = REGISTRY[name](str(folder_of("llama")), **({"precision": "float32"} | OPTIONS.get(name, {}) | options))
+    editor.load()
+    editor.prepare(irrelevant[:8], irrelevant[8:])
+    before = logits(editor.edited, editor.tokenizer, [edits[0].prompt])
+    (report,) = write(editor, edits[:1])
+    assert report.error is None
+    assert not torch.equal(logits(editor.edited, editor.tokenizer, [edits[0].prompt]), before)
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+@pytest.mark.parametrize("model_type", ["gptj", "gpt_neox", "opt", "gemma2", "phi3"])
+def test_other_architectures(editor_of, write, edits, name, model_type):
+    """Other orders of attention and feed-forward network, other norms, other places of the token dimension."""
+    editor = editor_of(model_type, name, **OPTIONS.get(name, {}))
+    before = logits(editor.edited, editor.tokenizer, [edits[0].prompt])
+    (report,) = write(editor, edits[:1])
+    assert report.error is None
+    assert not torch.equal(logits(editor.edited, editor.tokenizer, [edits[0].prompt]), before)
