@@ -27,7 +27,7 @@ from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.folders import replace_folder, whereabouts
 from repair_lightning.hub import download, upload
 from repair_lightning.memory.routers import make_router
-from repair_lightning.memory.side_memory import Shard, SideMemory
+from repair_lightning.memory.side_memory import SideMemory, shard_from
 from repair_lightning.models.architectures import architecture_of, value_shape
 from repair_lightning.models.base import Base, files_hash, load_base
 from repair_lightning.models.edited import EditedModel
@@ -504,11 +504,9 @@ def memory_from(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Sid
         if name in memory.shards:
             continue
         state = _part(tensors, f"shard.{name}.")
-        if not ({"delta"} <= state.keys() or {"mask", "values"} <= state.keys()):
+        if not any(kind <= state.keys() for kind in ({"delta"}, {"mask", "values"}, {"value"})):
             raise RepairError(f"the pack lacks shard {name}; restore it from a copy")
-        shard = Shard(shape, generation=generation)
-        shard.load_state_dict(state)
-        memory.shards[name] = shard.requires_grad_(False)
+        memory.shards[name] = shard_from(shape, state, generation).requires_grad_(False)
     memory.shards = nn.ModuleDict({name: memory.shards[name] for name in sorted(memory.shards, key=int)})
     return memory
 

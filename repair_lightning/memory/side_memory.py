@@ -1,4 +1,4 @@
-"""The bank of shards: deltas of one FFN value matrix.
+"""The bank of shards: deltas of one FFN value matrix, or what is put out in its place.
 
 REPAIR (arXiv 2510.01879), Sec. 2.2. A shard stands for `delta = W'_i - W_v` in float32, in the layout (D, F) whatever
 the base's own storage order, and is applied to the value matrix's output: `y + A(x) delta^T`. It is stored dense (the
@@ -124,7 +124,48 @@ class LowRankShard(nn.Module):
         """They were loaded when they were made."""
 
 
-AnyShard = Shard | LowRankShard
+class ValueShard(nn.Module):
+    """A side memory that is one output: `value` (D,) takes the place of the value matrix's output at every token.
+
+    It never changes.
+    """
+
+    value: Tensor
+    open = None
+    generation = 0
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value.detach().float())
+
+    @property
+    def delta(self) -> Tensor:
+        """It has none.
+
+        Raises:
+            RepairError: always.
+        """
+        raise RepairError("a shard that replaces the output has no delta: it cannot be merged or scored by activation")
+
+    def product(self, activations: Tensor) -> Tensor:
+        """It adds nothing, so this is refused too."""
+        return activations @ self.delta.T
+
+    def fingerprint(self) -> str:
+        """A hash of what it holds."""
+        return content_hash(self.value)
+
+
+AnyShard = Shard | LowRankShard | ValueShard
+
+
+def shard_from(shape: tuple[int, int], state: Mapping[str, Tensor], generation: int = 0) -> Shard | ValueShard:
+    """A shard for a value matrix of (D, F) from its own `state_dict`, trainable where its kind is."""
+    if "value" in state:
+        return ValueShard(state["value"])
+    shard = Shard(shape, generation=generation)
+    shard.load_state_dict(dict(state))
+    return shard
 
 
 class Factors(nn.Module):
@@ -158,16 +199,23 @@ class Selection:
 
     Args:
         size: B, the number of rows.
-        parts: what answers which rows; None stands for all of them.
+        parts: what is added to which rows; None stands for all of them.
+        replaced: values (n, D) that take the output's place, at every token, in the rows (n,).
     """
 
-    def __init__(self, size: int, parts: Sequence[tuple[Adds, Tensor | None]]) -> None:
+    def __init__(
+        self,
+        size: int,
+        parts: Sequence[tuple[Adds, Tensor | None]],
+        replaced: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         self.size = size
         self._parts = parts
+        self._replaced = replaced
 
     def __bool__(self) -> bool:
         """Whether any row is a shard's."""
-        return bool(self._parts)
+        return bool(self._parts) or self._replaced is not None
 
     def __call__(self, output: Tensor, activations: Tensor) -> Tensor:
         """Add each row's shard to the value matrix's output; rows routed to the base keep their bits.
@@ -183,7 +231,13 @@ class Selection:
             changed = output.clone() if changed is output else changed
             pushed = shard.product(activations.index_select(0, rows).float())
             changed.index_add_(0, rows, pushed.to(output.dtype))
-        return changed
+        return changed if self._replaced is None else _replace(changed, *self._replaced)
+
+
+def _replace(output: Tensor, values: Tensor, rows: Tensor) -> Tensor:
+    """An output (B, ..., D) that is values (n, D) throughout its rows (n,)."""
+    spread = values.to(output.dtype).view(len(values), *[1] * (output.ndim - 2), values.shape[-1])
+    return output.index_copy(0, rows, spread.expand(len(values), *output.shape[1:]))
 
 
 class SideMemory(nn.Module):
@@ -247,6 +301,17 @@ class SideMemory(nn.Module):
         self._put(shard, LowRankShard(left, right, self._number(), self.host))
         return shard
 
+    def add_value(self, value: Tensor) -> int:
+        """Add a shard that is one output (D,); returns its id."""
+        shard = self._new_id()
+        self._put(shard, ValueShard(value))
+        return shard
+
+    def put_value(self, shard: int, value: Tensor) -> None:
+        """Replace a shard by one that is one output (D,), under its id."""
+        self[shard]  # an unknown id is refused
+        self._put(shard, ValueShard(value))
+
     def _new_id(self) -> int:
         """The next id that is this bank's to give."""
         place, banks = self.turn
@@ -270,7 +335,7 @@ class SideMemory(nn.Module):
 
     def prune(self, shard: int) -> None:
         """Forget what a shard holds: a dense one's delta becomes zero and its mask is drawn anew, another leaves."""
-        if isinstance(self[shard], LowRankShard):
+        if not isinstance(self[shard], Shard):
             self.drop([shard])
             return
         generation = self[shard].generation + 1
@@ -314,8 +379,23 @@ class SideMemory(nn.Module):
         """What a choice (B,) of shard ids or `BASE` does to the value matrix's output."""
         choice = choice.cpu()
         wanted = [shard for shard in choice.unique().tolist() if shard != BASE]
+        values = [shard for shard in wanted if isinstance(self[shard], ValueShard)]
+        if values:
+            rest = torch.where(torch.isin(choice, torch.tensor(values)), BASE, choice)
+            return Selection(len(choice), self._added(rest), self._replaced(choice, values))
+        return Selection(len(choice), self._added(choice))
+
+    def _replaced(self, choice: Tensor, shards: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The values (n, D) of the rows (n,) that some shards replace."""
+        rows = [i for i, shard in enumerate(choice.tolist()) if shard in shards]
+        found = torch.stack([self[shard].value for shard in choice[rows].tolist()])  # type: ignore[union-attr, misc]
+        return found.to(self.device), torch.tensor(rows, device=self.device)
+
+    def _added(self, choice: Tensor) -> list[tuple[Adds, Tensor | None]]:
+        """What the shards of a choice (B,) add, and to which rows."""
+        wanted = [shard for shard in choice.unique().tolist() if shard != BASE]
         if len(wanted) == 1 and bool((choice == wanted[0]).all()):
-            return Selection(len(choice), [(self[wanted[0]], None)])
+            return [(self[wanted[0]], None)]
         dense = [shard for shard in wanted if isinstance(self[shard], Shard)]
         parts: list[tuple[Adds, Tensor | None]] = [
             (self[shard], (choice == shard).nonzero()[:, 0].to(self.device)) for shard in dense
@@ -325,7 +405,7 @@ class SideMemory(nn.Module):
             shards = [self[shard] for shard in choice[rows].tolist()]
             factors = Factors.of(shards, self.device)  # type: ignore[arg-type]
             parts.append((factors, torch.tensor(rows, device=self.device)))
-        return Selection(len(choice), parts)
+        return parts
 
     def _number(self) -> int:
         """A number for a low-rank shard; none is given twice, whatever is restored."""
@@ -414,7 +494,9 @@ class SideMemory(nn.Module):
         """Make the shards that are stored; the dense ones load themselves."""
         start = f"{prefix}shards."
         names = {key[len(start) :].split(".")[0] for key in state_dict if key.startswith(start)}
-        self.shards = nn.ModuleDict({name: Shard(self.shape).to(self.device) for name in sorted(names, key=int)})
+        values = {name: state_dict.get(f"{start}{name}.value") for name in names}
+        made = {name: Shard(self.shape) if value is None else ValueShard(value) for name, value in values.items()}
+        self.shards = nn.ModuleDict({name: made[name].to(self.device) for name in sorted(names, key=int)})
         start = f"{prefix}{_LOW_RANK}"
         low_rank = {key[len(start) :]: value for key, value in state_dict.items() if key.startswith(start)}
         if low_rank:

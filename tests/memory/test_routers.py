@@ -362,10 +362,10 @@ class TestHybridRouter:
 
 class TestMakeRouter:
     def test_unknown_names_answer(self):
-        close = r"unknown router 'kye': did you mean 'key'\? known: activation, key, hybrid"
+        close = r"unknown router 'kye': did you mean 'key'\? known: activation, key, hybrid, ball, gate"
         with pytest.raises(ConfigError, match=close):
             make_router("kye")
-        with pytest.raises(ConfigError, match="unknown router 'zzzz': known: activation, key, hybrid"):
+        with pytest.raises(ConfigError, match="unknown router 'zzzz': known: activation, key, hybrid, ball, gate"):
             make_router("zzzz")
 
     @pytest.mark.parametrize("name", ROUTERS)

@@ -8,12 +8,14 @@ from typing import Any
 
 from repair_lightning.errors import ConfigError
 from repair_lightning.memory.routers.activation import ActivationRouter
+from repair_lightning.memory.routers.ball import BallRouter
 from repair_lightning.memory.routers.base import Anchor, Neighbours, Router
+from repair_lightning.memory.routers.gate import GateRouter
 from repair_lightning.memory.routers.hybrid import HybridRouter
 from repair_lightning.memory.routers.key import KeyRouter
 from repair_lightning.memory.routers.nobody import NobodyRouter
 
-_KINDS = (ActivationRouter, KeyRouter, HybridRouter, NobodyRouter)
+_KINDS = (ActivationRouter, KeyRouter, HybridRouter, BallRouter, GateRouter, NobodyRouter)
 ROUTERS: Mapping[str, type[Router]] = {cls.name: cls for cls in _KINDS}
 
 
@@ -34,6 +36,8 @@ __all__ = [
     "ROUTERS",
     "ActivationRouter",
     "Anchor",
+    "BallRouter",
+    "GateRouter",
     "HybridRouter",
     "KeyRouter",
     "Neighbours",

@@ -1,0 +1,180 @@
+"""DEFER: a trained gate hands prompts over to a small second model, which is trained on all edits so far.
+
+SERAC ("Memory-Based Model Editing at Scale", arXiv 2206.06520) puts a scope classifier before a counterfactual model;
+DEFER is its relative without an editing dataset, a baseline of GRACE (arXiv 2211.11031, Sec. 4.1): a gate and a new
+head, one linear layer each, upon what enters a layer's value matrix. Here the head is a trained copy of the value
+matrix, which a prompt that was handed over gets at every token instead of the base's; and the gate also sees what
+enters the layer.
+
+Each batch trains the copy on its edits, on edits drawn from those so far, and on irrelevant prompts with the base's own
+answers, so that what is handed over by mistake is answered as before. The gate is trained anew when a window is over,
+on all edits so far against the irrelevant prompts; what the stream holds out of these only raises its threshold.
+
+Defaults from `grace/config/editor/defer.yaml` of github.com/Thartvigsen/GRACE: 100 steps of Adam, threshold 0.5.
+Deviations: their rate of 0.1 is for a head from scratch; ours begins as the base's matrix, and 1e-3 is our choice.
+Theirs mixes head and layer by the gate while training, and trains on the latest edit alone.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from repair_lightning.data.tokenizing import Encoded, encode
+from repair_lightning.editors.base import Editor, register
+from repair_lightning.editors.inner_loop import Tail, TargetRows, TargetTail
+from repair_lightning.errors import ConfigError
+from repair_lightning.functional import target_cross_entropy, target_margin
+from repair_lightning.memory.query import Query
+from repair_lightning.memory.routers import Router, make_router
+from repair_lightning.memory.side_memory import Selection, Shard
+from repair_lightning.models.sampling import greedy_answers
+from repair_lightning.types import EditBatch, EditReport
+
+KEPT = 256
+"""Of so many irrelevant prompts the base's answers are kept."""
+
+
+@register("defer")
+class Defer(Editor):
+    """A gate and a second value matrix; see the module's own docstring.
+
+    Args:
+        base: folder or hub name of a Hugging Face causal LM.
+        layer: the edited layer; None for the default of `resolve_layer`.
+        precision: of the base.
+        trust_remote_code: let the base's repository run its own code.
+        cache_mib: memory for the prefix cache, in MiB.
+        cache_disk_mib: scratch space on disk for what the prefix cache cannot hold in memory, in MiB.
+        lr: of Adam, absolute.
+        steps: most steps per batch.
+        stop_margin: a batch is done once every target token of its own leads its best rival by this many nats; None
+            takes all steps.
+        replay: most earlier edits beside a batch.
+        irrelevant: most irrelevant prompts beside it.
+        threshold: the least probability of being in scope that hands a prompt over.
+        false_fire_rate: share of held-out irrelevant prompts that may be handed over.
+        seed: of what is drawn; on the command line 0 follows `seed_everything`.
+    """
+
+    def __init__(
+        self,
+        base: str = "",
+        layer: int | None = None,
+        precision: str = "auto",
+        trust_remote_code: bool = False,
+        cache_mib: int = 2048,
+        cache_disk_mib: int = 8192,
+        lr: float = 1e-3,
+        steps: int = 100,
+        stop_margin: float | None = 2.0,
+        replay: int = 128,
+        irrelevant: int = 32,
+        threshold: float = 0.5,
+        false_fire_rate: float = 0.01,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(base, layer, precision, trust_remote_code, cache_mib, cache_disk_mib)
+        if not lr > 0:
+            raise ConfigError(f"lr must be positive, got {lr}")
+        for name, value, least in (("steps", steps, 1), ("replay", replay, 0), ("irrelevant", irrelevant, 0)):
+            if value < least:
+                raise ConfigError(f"{name} must be at least {least}, got {value}")
+        for name, share in (("threshold", threshold), ("false_fire_rate", false_fire_rate)):
+            if not 0 <= share < 1:
+                raise ConfigError(f"{name} must be in [0, 1), got {share}")
+        self.lr, self.steps, self.stop_margin, self.seed = lr, steps, stop_margin, seed
+        self.replay, self.irrelevant = replay, irrelevant
+        self.threshold, self.false_fire_rate = threshold, false_fire_rate
+
+    def build_router(self) -> Router:
+        """A trained gate."""
+        return make_router("gate", threshold=self.threshold, false_fire_rate=self.false_fire_rate)
+
+    def prepare(self, background: Sequence[str], held_out: Sequence[str]) -> None:
+        """Besides, take the base's own answers to irrelevant prompts, and find how much of it a step must run."""
+        super().prepare(background, held_out)
+        prompts = self.background_prompts[:KEPT]
+        with self.edited.forced(None):
+            said = greedy_answers(self.edited.base, self.tokenizer, prompts)
+        self.said = [encode(self.tokenizer, *pair) for pair in zip(prompts, said, strict=True)]
+        self.tail: Tail = "model"
+        if self.cache_mib:
+            self.tail = "positions" if self.edited.split.adds_up() else "rows"
+
+    def _copy(self) -> tuple[int, Shard]:
+        """The second matrix, as a shard of the bank; opened with the first batch."""
+        shard = self.memory.ids[0] if len(self.memory) else self.memory.open_shard()
+        module = self.memory[shard]
+        assert isinstance(module, Shard)
+        return shard, module
+
+    def write(self, batch: EditBatch) -> list[EditReport]:
+        """Train the second matrix; where it is no longer finite, it is put back and the batch written in halves, until
+        the edit that spoils it stands alone and is reported."""
+        shard, module = self._copy()
+        before = module.delta.detach().clone()
+        steps, losses = self._train(module, self._rows(batch))
+        if all(map(math.isfinite, losses)) and bool(module.delta.isfinite().all()):
+            pairs = zip(batch.ids, losses, strict=True)
+            return [EditReport(id, shard, loss, 0.0, steps) for id, loss in pairs]
+        module.delta.data.copy_(before)
+        if len(batch.edits) > 1:
+            half = len(batch.edits) // 2
+            return [*self.write(EditBatch(batch.edits[:half])), *self.write(EditBatch(batch.edits[half:]))]
+        error = f"the loss or the matrix was not finite after {steps} steps: rolled back"
+        return [EditReport(batch.ids[0], shard, losses[0], 0.0, steps, error=error)]
+
+    def _rows(self, batch: EditBatch) -> TargetRows:
+        """The batch's rows, and behind them those of earlier edits and of irrelevant prompts."""
+        shard, _ = self._copy()
+        earlier = [id for id in self.ledger.owned_by(shard) if id not in batch.ids]
+        draw = random.Random(f"{self.seed}/{batch.ids[0]}")
+        again = [self.encode(self.ledger.edit(id)) for id in draw.sample(earlier, min(self.replay, len(earlier)))]
+        other: list[Encoded] = draw.sample(self.said, min(self.irrelevant, len(self.said)))
+        encoded = [*map(self.encode, batch.edits), *again, *other]
+        captures = self.edited.captures([row.ids for row in encoded])
+        return TargetRows(encoded, captures, range(len(encoded)), len(batch.edits))
+
+    def _train(self, module: Shard, rows: TargetRows) -> tuple[int, list[float]]:
+        """The steps taken and each member's last loss."""
+        optimizer = torch.optim.Adam([module.delta], lr=self.lr)
+        tail = TargetTail(self.edited.split, rows, self.tail)
+        with torch.enable_grad(), self._cut(), self.edited.forced(Selection(len(rows), [(module, None)])):
+            for step in range(self.steps + 1):  # the last round only looks at what the steps made
+                logits, _ = tail(module.product)
+                losses = rows.per_row(target_cross_entropy(logits[:, None], rows.labels[:, None]))
+                if step == self.steps or self._done(rows, logits.detach()):
+                    break
+                optimizer.zero_grad()
+                losses.mean().backward()
+                optimizer.step()
+        optimizer.zero_grad()
+        return step, rows.per_member(losses.detach()).tolist()
+
+    def _done(self, rows: TargetRows, logits: torch.Tensor) -> bool:
+        if self.stop_margin is None:
+            return False
+        own = rows.row < rows.members
+        return bool((target_margin(logits[:, None], rows.labels[:, None])[own] >= self.stop_margin).all())
+
+    def _cut(self) -> AbstractContextManager[Any]:
+        """What the steps need not run is out of the way."""
+        return nullcontext() if self.tail == "model" else self.edited.split.skipping(whole=self.tail == "positions")
+
+    def finish_window(self) -> None:
+        """Train the gate anew, on all edits that the second matrix owns."""
+        owned = {shard: self._own_prompts(shard) for shard in self.memory.ids if self.ledger.owned_by(shard)}
+        self.router.calibrate(self.memory, owned, self.held_out)
+
+    def _own_prompts(self, shard: int) -> Query:
+        edits = [self.ledger.edit(id) for id in self.ledger.owned_by(shard)]
+        return self.edited.shared_query(len(edits), lambda index: self.query_of([edits[i] for i in index]))
+
+    def forget(self, ids: Iterable[str]) -> None:
+        """The next gate is trained without them; what the second matrix holds of them stays until others replace it."""

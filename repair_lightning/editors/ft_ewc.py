@@ -1,0 +1,153 @@
+"""FT-EWC: fine-tuning of one value matrix with the elastic penalty, which holds what other answers depend on.
+
+Paper: "Overcoming catastrophic forgetting in neural networks" (Kirkpatrick et al., 2017, arXiv 1612.00796), Eq. 3:
+
+    loss of the edits + weight / 2 sum_i F_i (W_i - W*_i)^2
+
+with F the diagonal of the Fisher information of what is to stay: the mean over prompts of the squared gradient of the
+log likelihood of their answer. Here these are the irrelevant prompts that the stream hands over, with the base's own
+(greedy) answers, and W* is the base's matrix. With `accumulate` each window's edits are added when it is over, and W*
+is then the matrix that said them: online EWC (Schwarz et al., 2018, arXiv 1805.06370, with gamma 1).
+
+Defaults are those of GRACE's baseline (`grace/config/editor/ft_ewc.yaml` of github.com/Thartvigsen/GRACE): Adam at
+1e-2, 0.1 F (W - W*)^2, which is a weight of 0.2 here, at most 100 steps, until each target token leads. Deviations:
+theirs takes F from the last ten edits, which says nothing of what is unrelated; one matrix of one layer,
+`resolve_layer`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repair_lightning.data.tokenizing import Encoded
+from repair_lightning.editors.base import register
+from repair_lightning.editors.ft import FineTuner
+from repair_lightning.editors.inner_loop import TargetRows
+from repair_lightning.editors.values import pushing
+from repair_lightning.editors.weights import KEPT
+from repair_lightning.errors import ConfigError
+from repair_lightning.functional import target_cross_entropy
+from repair_lightning.types import Edit, EditReport
+
+ROWS = 32
+"""Texts whose gradients are taken together."""
+
+
+def elastic_penalty(moved: Tensor, fisher: Tensor, weight: float) -> Tensor:
+    """`weight / 2 sum_i F_i moved_i^2`, for what moved and F of one shape."""
+    return weight / 2 * (fisher * moved.square()).sum()
+
+
+@register("ft_ewc")
+class FTEWC(FineTuner):
+    """Fine-tuning with the elastic penalty; see the module's own docstring.
+
+    Args:
+        base: folder or hub name of a Hugging Face causal LM.
+        layer: the edited layer; None for the default of `resolve_layer`.
+        precision: of the base.
+        trust_remote_code: let the base's repository run its own code.
+        cache_mib: memory for the prefix cache, in MiB.
+        cache_disk_mib: scratch space on disk for what the prefix cache cannot hold in memory, in MiB.
+        lr: of Adam, absolute.
+        steps: most steps per batch.
+        stop_margin: a batch is done once every target token leads its best rival by this many nats; None takes all
+            steps.
+        weight: lambda, of the penalty; it wants to be the larger, the more the base's answers are to stay.
+        accumulate: the edits of windows that are over are to stay too.
+    """
+
+    def __init__(
+        self,
+        base: str = "",
+        layer: int | None = None,
+        precision: str = "auto",
+        trust_remote_code: bool = False,
+        cache_mib: int = 2048,
+        cache_disk_mib: int = 8192,
+        lr: float = 1e-2,
+        steps: int = 100,
+        stop_margin: float | None = 0.0,
+        weight: float = 0.2,
+        accumulate: bool = False,
+    ) -> None:
+        super().__init__(
+            base, layer, precision, trust_remote_code, cache_mib, cache_disk_mib, lr, steps, None, stop_margin
+        )
+        if weight < 0:
+            raise ConfigError(f"weight must be at least 0, got {weight}")
+        self.weight, self.accumulate = weight, accumulate
+        self.learnt: dict[str, Tensor] = {}
+        """With `accumulate`, once a window is over: F as `fisher`, and W* as `anchor`."""
+        self.fresh: list[Edit] = []
+        """The window's edits so far."""
+
+    def prepare(self, background: Sequence[str], held_out: Sequence[str]) -> None:
+        """Besides, estimate F from what the base says to the background prompts."""
+        super().prepare(background, held_out)
+        with self.edited.weights.originals():
+            self.background_fisher = self.fisher_of(self.said_by_base(self.background_prompts[:KEPT]))
+
+    def fisher_of(self, texts: Sequence[Encoded]) -> Tensor:
+        """The mean over texts of the squared gradient of each one's log likelihood for W_v as it is, (D, F)."""
+        total = torch.zeros(self.memory.shape, device=self.edited.device)
+        for start in range(0, len(texts), ROWS):
+            part = texts[start : start + ROWS]
+            captures = self.edited.captures([row.ids for row in part])
+            rows = TargetRows(part, captures, range(len(part)), len(part))
+            for at_output, activations in zip(self._gradients(rows), rows.activations.float(), strict=True):
+                total += (at_output.T @ activations).square_()
+        return total / max(len(texts), 1)
+
+    def _gradients(self, rows: TargetRows) -> Tensor:
+        """The gradients (B, T, D) of each row's log likelihood at what W_v puts out."""
+        shape = (*rows.ids.shape, self.memory.shape[0])
+        pushed = torch.zeros(shape, device=rows.ids.device, requires_grad=True)
+        with (
+            torch.enable_grad(),
+            self.edited.forced(None),
+            self.edited.split.skipping(),
+            pushing(self.edited.split, pushed),
+        ):
+            logits, _ = self.edited.split.tail(rows.ids, rows.mask, rows.hidden, rows.span)
+            target_cross_entropy(rows.reading(logits)[:, None], rows.labels[:, None]).sum().backward()
+        assert pushed.grad is not None
+        return pushed.grad
+
+    @property
+    def fisher(self) -> Tensor:
+        """F of all that is to stay, (D, F)."""
+        return self.learnt.get("fisher", self.background_fisher)
+
+    def change(self, edits: Sequence[Edit]) -> list[EditReport]:
+        """Besides, take the anchor from which the penalty counts."""
+        weights = self.edited.weights
+        anchor = self.learnt.get("anchor")
+        self.moved = weights.matrix(self.layer) - (weights.original(self.layer) if anchor is None else anchor)
+        reports = super().change(edits)
+        self.fresh += edits
+        return reports
+
+    def penalty(self, delta: Tensor) -> Tensor:
+        """The elastic penalty."""
+        return elastic_penalty(self.moved + delta, self.fisher, self.weight)
+
+    def finish_window(self) -> None:
+        """With `accumulate`, the window's edits are to stay from now on."""
+        if self.accumulate and self.fresh:
+            known = {edit.id: edit for edit in self.fresh}
+            own = self.fisher_of([self.encode(edit) for edit in known.values()])
+            self.learnt = {"fisher": self.fisher + own, "anchor": self.edited.weights.matrix(self.layer)}
+        self.fresh = []
+
+    def own_state(self) -> dict[str, Any]:
+        """With `accumulate`, F and W*."""
+        return dict(self.learnt)
+
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`own_state`."""
+        self.learnt = {name: value.to(self.edited.device) for name, value in state.items()}

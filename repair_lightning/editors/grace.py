@@ -1,0 +1,262 @@
+"""GRACE: a codebook of keys and values beside a layer; what lies near a key gets its value instead of the output.
+
+Paper: "Aging with GRACE: Lifelong Model Editing with Discrete Key-Value Adaptors", arXiv 2211.11031, Sec. 3 and Alg. 1.
+An entry's key is what enters the layer's value matrix at the prompt's last token. A prompt whose key lies in an entry's
+ball gets the entry's value, at every token, in place of what the matrix puts out. `functional/codebook.py` has the
+rules of the balls: a key far from all opens an entry; one that says the same as its nearest entry joins it, and the
+ball grows; one that says something else opens an entry, and both balls end half-way. Values are found by Adam.
+
+Defaults are the authors' (`grace/config/editor/grace.yaml` of github.com/Thartvigsen/GRACE): epsilon 1.0, Euclidean,
+rate 1.0, 100 steps; the layer is at 27/31 of the depth, as in EasyEdit's `hparams/GRACE/llama-7b.yaml`.
+
+Deviations: the choice of an entry is made once per prompt and holds while it is answered; values start from what the
+layer puts out at the key (theirs: from noise; `warm` in their options); a batch's keys are placed one after the other,
+then its values are trained side by side, and an edit is done when its target leads by `stop_margin`; epsilon and the
+rate may be relative to the base, because published ones are in units of one base's activations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repair_lightning.editors.base import Editor, register
+from repair_lightning.editors.inner_loop import TargetRows, TargetTail
+from repair_lightning.errors import ConfigError
+from repair_lightning.functional import target_cross_entropy, target_margin
+from repair_lightning.functional.codebook import placement
+from repair_lightning.memory.routers import BallRouter, make_router
+from repair_lightning.memory.side_memory import Selection, ValueShard
+from repair_lightning.models.architectures import resolve_layer
+from repair_lightning.models.base import Base, load_base
+from repair_lightning.types import BASE, Edit, EditBatch, EditReport
+
+DEPTH = 27 / 31
+"""The edited layer where none is named, as a share of the depth."""
+
+
+@register("grace")
+class GRACE(Editor):
+    """General retrieval adaptors for continual editing; see the module's own docstring.
+
+    Args:
+        base: folder or hub name of a Hugging Face causal LM.
+        layer: the edited layer, below the last; None takes it at 27/31 of the depth.
+        precision: of the base.
+        trust_remote_code: let the base's repository run its own code.
+        cache_mib: memory for the prefix cache, in MiB.
+        cache_disk_mib: scratch space on disk for what the prefix cache cannot hold in memory, in MiB.
+        eps: epsilon, the radius of a new entry's ball.
+        relative: epsilon is in units of the median distance from an irrelevant prompt to its nearest other one, and the
+            rate in units of the root mean square of what the layer puts out; off, both are absolute, as published.
+        lr: of Adam.
+        steps: most steps per batch.
+        stop_margin: an edit is done once every target token leads its best rival by this many nats; None takes all
+            steps.
+    """
+
+    can_undo = True
+
+    def __init__(
+        self,
+        base: str = "",
+        layer: int | None = None,
+        precision: str = "auto",
+        trust_remote_code: bool = False,
+        cache_mib: int = 2048,
+        cache_disk_mib: int = 8192,
+        eps: float = 1.0,
+        relative: bool = False,
+        lr: float = 1.0,
+        steps: int = 100,
+        stop_margin: float | None = None,
+    ) -> None:
+        super().__init__(base, layer, precision, trust_remote_code, cache_mib, cache_disk_mib)
+        for name, value in (("eps", eps), ("lr", lr)):
+            if not value > 0:
+                raise ConfigError(f"{name} must be positive, got {value}")
+        if steps < 1:
+            raise ConfigError(f"steps must be at least 1, got {steps}")
+        self.eps, self.relative, self.lr, self.steps, self.stop_margin = eps, relative, lr, steps, stop_margin
+        self.labels: dict[int, str] = {}
+        """What each shard says."""
+
+    # -- building -----------------------------------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """Load the base; where no layer was named, it is at a share of the depth."""
+        if self.base is None and self.base_option and self.layer_option is None:
+            base = load_base(self.base_option, self.precision_option, self.trust_remote_code)
+            self.build(base, int(DEPTH * resolve_layer(base.model, -1)))
+        super().load()
+
+    def build(self, base: Base, layer: int) -> None:
+        """Besides building, refuse the last layer.
+
+        Raises:
+            ConfigError: the layer is the last.
+        """
+        if layer == resolve_layer(base.model, -1):
+            raise ConfigError(
+                f"layer must lie below the last, got {layer}: one value for all tokens, with nothing above it, can say "
+                "one token only; give a lower --model.layer"
+            )
+        super().build(base, layer)
+
+    def build_router(self) -> BallRouter:
+        """Balls of radius epsilon."""
+        return make_router("ball", radius=self.eps)  # type: ignore[return-value]
+
+    @property
+    def balls(self) -> BallRouter:
+        """The router."""
+        assert isinstance(self.router, BallRouter)
+        return self.router
+
+    def prepare(self, background: Sequence[str], held_out: Sequence[str]) -> None:
+        """Besides, measure the units of epsilon and of the rate."""
+        super().prepare(background, held_out)
+        self.first, self.rate = self.eps, self.lr
+        if not self.relative:
+            return
+        keys = self.balls.key_of(self.background)
+        apart = torch.cdist(keys, keys, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(torch.inf)
+        self.first = self.eps * float(apart.amin(-1).median()) if len(keys) > 1 else self.eps
+        self.rate = self.lr * float(self._outputs(self.background.at_last().activations).square().mean().sqrt())
+
+    @torch.no_grad()
+    def _outputs(self, activations: Tensor) -> Tensor:
+        """What the value matrix puts out, (n, D) in float32, for activations (n, 1, F) or (n, F)."""
+        with self.edited.forced(None):
+            return self.edited.split.value(activations.flatten(0, -2)).float()
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    def write(self, batch: EditBatch) -> list[EditReport]:
+        """Place the edits' keys, then train the values of the entries that they came to."""
+        encoded = [self.encode(edit) for edit in batch.edits]
+        captures = self.edited.captures([row.ids for row in encoded])
+        prompts = self.edited.query_of([row.prompt for row in encoded], captures)
+        shards = self._place(batch.edits, self.balls.key_of(prompts), self._outputs(prompts.at_last().activations))
+        rows = TargetRows(encoded, captures, range(len(encoded)), len(encoded))
+        steps, losses = self._train(rows, shards)
+        reports = []
+        for edit, shard, loss in zip(batch.edits, shards, losses, strict=True):
+            if math.isfinite(loss) and bool(self._value(shard).isfinite().all()):
+                reports.append(EditReport(edit.id, shard, loss, 0.0, steps))
+                continue
+            self.forget([edit.id])
+            error = f"the loss or the value was not finite after {steps} steps: forgotten"
+            reports.append(EditReport(edit.id, BASE, loss, 0.0, steps, error=error))
+        return reports
+
+    def _place(self, edits: Sequence[Edit], keys: Tensor, outputs: Tensor) -> list[int]:
+        """The shard of each edit, by its key (n, F); new ones begin with what the layer puts out, (n, D)."""
+        self.balls.forget([edit.id for edit in edits])
+        return [self._placed(*one) for one in zip(edits, keys, outputs, strict=True)]
+
+    def _placed(self, edit: Edit, key: Tensor, output: Tensor) -> int:
+        """The shard of one edit, by its key (F,); a new one begins with `output` (D,)."""
+        balls = self.balls
+        distances = balls.distances(key[None])[0].masked_fill(balls.radii < 0, torch.inf)
+        entry = int(distances.argmin()) if distances.isfinite().any() else None
+        if entry is not None:
+            owner = int(balls.shards[entry])
+            same = self.labels[owner] == edit.target
+            found = placement(float(distances[entry]), float(balls.radii[entry]), same, self.first)
+            balls.reach(entry, found.nearest)
+            if not found.opens:
+                balls.join(edit.id, entry)
+                return owner
+        shard = self.memory.add_value(output)
+        self.labels = {**self.labels, shard: edit.target}
+        balls.open(edit.id, key, self.first if entry is None else found.radius, shard)
+        return shard
+
+    def _value(self, shard: int) -> Tensor:
+        module = self.memory[shard]
+        assert isinstance(module, ValueShard)
+        return module.value
+
+    def _train(self, rows: TargetRows, shards: Sequence[int]) -> tuple[int, list[float]]:
+        """Train the values of the edits' shards side by side; returns the steps and each edit's last loss."""
+        own = list(dict.fromkeys(shards))
+        of = torch.tensor([own.index(shard) for shard in shards], device=rows.ids.device)
+        values = nn.Parameter(torch.stack([self._value(shard) for shard in own]).clone())
+        optimizer = torch.optim.Adam([values], lr=self.rate)
+        tail = TargetTail(self.edited.split, rows, "rows" if self.cache_mib else "model")
+        with torch.enable_grad(), self._cut():
+            for step in range(self.steps + 1):  # the last round only looks at what the steps made
+                replaced = (values[of], torch.arange(len(rows), device=of.device))
+                with self.edited.forced(Selection(len(rows), [], replaced)):
+                    logits, _ = tail(lambda _: values)
+                losses = rows.per_row(target_cross_entropy(logits[:, None], rows.labels[:, None]))
+                done = self._done(rows, logits.detach(), of, len(own))
+                if step == self.steps or bool(done.all()):
+                    break
+                optimizer.zero_grad()
+                losses.sum().backward()
+                before = values.detach().clone()
+                optimizer.step()
+                values.data[done] = before[done]
+        for i, shard in enumerate(own):
+            self.memory.put_value(shard, values[i])
+        return step, rows.per_member(losses.detach()).tolist()
+
+    def _done(self, rows: TargetRows, logits: Tensor, of: Tensor, entries: int) -> Tensor:
+        """(E,) the entries all of whose edits are said with the margin; what is not finite is not helped by steps."""
+        if self.stop_margin is None:
+            return torch.zeros(entries, dtype=torch.bool, device=logits.device)
+        margins = target_margin(logits[:, None], rows.labels[:, None])
+        start = margins.new_full((entries,), torch.inf)
+        return ~(start.scatter_reduce(0, of[rows.row], margins, "amin") < self.stop_margin)
+
+    @contextmanager
+    def _cut(self) -> Iterator[None]:
+        """What lies below the edited layer is out of the way, where its states are known."""
+        if not self.cache_mib:
+            yield
+            return
+        with self.edited.split.skipping():
+            yield
+
+    # -- what was written ---------------------------------------------------------------------------------------------
+
+    def finish_window(self) -> None:
+        """Drop the entries that no edit owns any more."""
+        owned = self.ledger.sizes()
+        gone = [shard for shard in self.memory.ids if shard not in owned]
+        self.memory.drop(gone)
+        self.labels = {shard: label for shard, label in self.labels.items() if shard not in gone}
+        members = zip(self.balls.shards.tolist(), self.balls.members, strict=True)
+        self.balls.forget([id for shard, ids in list(members) for id in ids if shard in gone])
+
+    def forget(self, ids: Iterable[str]) -> None:
+        """An entry whose last edit is forgotten is gone. Balls that it had cut short stay as they are."""
+        self.balls.forget(list(ids))
+
+    def undo(self, ids: Sequence[str]) -> list[str]:
+        """Forget edits for good; no other has to be written anew."""
+        self.ledger.undo(ids, "taken back on request")
+        self.forget(ids)
+        self.finish_window()
+        return []
+
+    def own_state(self) -> dict[str, Any]:
+        """What each shard says."""
+        return {"labels": {str(shard): label for shard, label in self.labels.items()}}
+
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`own_state`."""
+        self.labels = {int(shard): label for shard, label in state["labels"].items()}
+
+    def figures(self) -> dict[str, Any]:
+        """How many entries there are, and how many edits each answers."""
+        entries = len(self.balls.members)
+        edits = sum(map(len, self.balls.members))
+        return super().figures() | {"entries": entries, "edits_per_entry": edits / entries if entries else 0.0}

@@ -1,0 +1,180 @@
+"""WISE: edits live in masked copies of a value matrix, one after the other; an activation score says who answers.
+
+Paper: "WISE: Rethinking the Knowledge Memory for Lifelong Model Editing of Large Language Models", arXiv 2405.14768.
+REPAIR descends from it, so its parts are REPAIR's: dense shards with Bernoulli masks of ratio rho (Sec. 2.3.2), trained
+one edit at a time with the routing loss (Eq. 6), found by activation (Eq. 5). This file has what is WISE's own:
+
+  * side memories are filled one after the other, `writing.capacity` edits each;
+  * `retrieve` keeps all of them, and the one whose activation is the furthest above its threshold answers;
+  * `merge` fuses them by TIES once `subspaces` of them hold edits, whenever a window is over. What was fused is one
+    memory; later edits begin others, in subspaces of their own, which are fused with it in their turn.
+
+Defaults are the authors' for LLaMA-2 (`hparams/WISE/llama-7b.yaml` of github.com/zjunlp/EasyEdit): rho 0.2, SGD at
+1.0, 70 steps, act_ratio 0.88, 500 edits per memory (`save_freq`), two memories per merge (`merge_freq` 1,000), density
+0.53, no replay. Deviations: margins are relative to the base (REPAIR's; theirs, 5, 20 and 10, are in one base's
+activations); the end of sequence is trained too; where signs conflict `ties_merge` keeps the strongest value whole; a
+merge comes at a window's end; there is no bound on the norm of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from repair_lightning.editors.adapt import AUTO
+from repair_lightning.editors.base import Snapshot, register
+from repair_lightning.editors.repair import Distillation, Repair, Routing, Writing
+from repair_lightning.errors import ConfigError
+from repair_lightning.functional import ties_merge, trim
+from repair_lightning.types import EditBatch
+
+Mode = Literal["retrieve", "merge"]
+"""What becomes of side memories that are full."""
+ROUTING = Routing(router="activation", pool="mean", act_ratio=0.88, weight=1.0, margins=(0.25, 1.0, 0.5))
+"""How memories are found, by default."""
+WRITING = Writing(
+    form="dense",
+    optimizer="sgd",
+    relative=False,
+    lr=1.0,
+    steps=70,
+    stop_margin=None,
+    mask_ratio=0.2,
+    capacity=500,
+    replay=0,
+)
+"""How they are written, by default."""
+
+
+@torch.no_grad()
+def fused(deltas: Tensor, density: float) -> Tensor:
+    """The TIES merge (D, F) of side memories' deltas (K, D, F) that weigh alike, each trimmed to a share first."""
+    trimmed = torch.stack([trim(delta, density) for delta in deltas])
+    return ties_merge(trimmed, torch.ones(len(deltas)) / len(deltas))
+
+
+@register("wise")
+class WISE(Repair):
+    """Side memories that are retrieved or merged; see the module's own docstring.
+
+    Args:
+        base: folder or hub name of a Hugging Face causal LM.
+        layer: the edited layer; None for the default of `resolve_layer`.
+        precision: of the base.
+        trust_remote_code: let the base's repository run its own code.
+        cache_mib: memory for the prefix cache, in MiB.
+        cache_disk_mib: scratch space on disk for what the prefix cache cannot hold in memory, in MiB.
+        routing: how prompts find their memory.
+        writing: how a batch is written; always `dense`.
+        distillation: REPAIR's, off.
+        seed: of masks and samples; on the command line 0 follows `seed_everything`.
+        mode: `retrieve` or `merge`.
+        subspaces: merge: how many memories with edits are fused, at least 2.
+        density: merge: share of a memory's coordinates that is kept before, in (0, 1].
+    """
+
+    can_adapt = False
+    can_share = False
+
+    def __init__(
+        self,
+        base: str = "",
+        layer: int | None = None,
+        precision: str = "auto",
+        trust_remote_code: bool = False,
+        cache_mib: int = 2048,
+        cache_disk_mib: int = 8192,
+        routing: Routing = ROUTING,
+        writing: Writing = WRITING,
+        distillation: Distillation = Distillation(),  # noqa: B008 - jsonargparse reads the defaults here
+        seed: int = 0,
+        mode: Mode = "retrieve",
+        subspaces: int = 2,
+        density: float = 0.53,
+    ) -> None:
+        self.mode, self.subspaces, self.density = mode, subspaces, density
+        super().__init__(
+            base,
+            layer,
+            precision,
+            trust_remote_code,
+            cache_mib,
+            cache_disk_mib,
+            routing,
+            writing,
+            distillation,
+            seed,
+        )
+        self.merged: list[int] = []
+        """The memories that came of a merge: what is fused is not written into."""
+
+    def _check(self) -> None:
+        super()._check()
+        if self.writing.form != "dense":
+            raise ConfigError(f"writing.form must be dense for side memories with masks, got {self.writing.form}")
+        for name in ("lr", "stop_margin"):
+            if getattr(self.writing, name) == AUTO:
+                raise ConfigError(f"writing.{name} must be a number, got '{AUTO}': repair can find it, wise cannot")
+        if self.mode not in get_args(Mode):
+            raise ConfigError(f"mode must be one of {', '.join(get_args(Mode))}, got '{self.mode}'")
+        if self.subspaces < 2:
+            raise ConfigError(f"subspaces must be at least 2, got {self.subspaces}")
+        if not 0 < self.density <= 1:
+            raise ConfigError(f"density must be in (0, 1], got {self.density}")
+
+    def assign(self, batch: EditBatch) -> int:
+        """The memory that is being filled; another one is opened when it has no room."""
+        load = self.ledger.sizes()
+        latest = [shard for shard in self.memory.ids if shard not in self.merged][-1:]
+        room = [s for s in latest if load.get(s, 0) + len(batch.edits) <= self.writing.capacity_of_a_shard]
+        if room:
+            return room[0]
+        shard = self.memory.open_shard()
+        self._initialise(shard)
+        return shard
+
+    def finish_window(self) -> None:
+        """Merge the memories that hold edits, if that is asked and they are enough; then set the thresholds anew."""
+        owners = [shard for shard in self.memory.ids if self.ledger.owned_by(shard)]
+        if self.mode == "merge" and len(owners) >= self.subspaces:
+            self.merge(owners)
+        super().finish_window()
+
+    def merge(self, shards: Sequence[int]) -> int:
+        """Fuse side memories into one, which owns their edits; returns its id."""
+        edits = [id for shard in shards for id in self.ledger.owned_by(shard)]
+        one = self.fuse(shards, fused(self.memory.stacked(shards).detach(), self.density))
+        self.ledger.reassign(edits, one)
+        self.merged = [*(shard for shard in self.merged if shard not in shards), one]
+        return one
+
+    def snapshot(self) -> Snapshot:
+        """Besides, who owns which edits: a merge moves them."""
+        taken = super().snapshot()
+        owners = {shard: self.ledger.owned_by(shard) for shard in self.memory.ids}
+        return replace(taken, own=taken.own | {"owners": owners})
+
+    def rollback(self, snapshot: Snapshot) -> None:
+        """Besides, give the edits that a merge has moved back to the memories that are there again."""
+        super().rollback(snapshot)
+        for shard, ids in snapshot.own["owners"].items():
+            moved = [id for id in ids if self.ledger.owner_of(id) not in (None, shard)]
+            if moved:
+                self.ledger.reassign(moved, shard, "unmerged")
+
+    def prune(self, shard: int) -> None:
+        """Empty a memory: it has a fresh mask, and may be filled again."""
+        super().prune(shard)
+        self.merged = [merged for merged in self.merged if merged != shard]
+
+    def own_state(self) -> dict[str, Any]:
+        """Which memories came of a merge."""
+        return {"merged": list(self.merged)}
+
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`own_state`."""
+        self.merged = list(state["merged"])

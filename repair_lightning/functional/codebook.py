@@ -1,0 +1,53 @@
+"""GRACE's rules for a codebook: when a key opens an entry of its own, and how far the balls around keys reach.
+
+Source: GRACE (arXiv 2211.11031), Sec. 3.2 and Alg. 1: the nearest entry alone is looked at.
+
+Deviations: a conflict never makes a ball larger (the authors' code sets both radii to half the distance, also where
+one was shorter), and a key that is already there with another label takes over: half of no distance would leave
+neither of the two a ball.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SAME = 1e-3
+"""Keys closer than this share of the first radius are one key: they differ by rounding."""
+COVER = 1.001
+"""A ball grows to the distance times this, so that what it grew for is inside it in spite of rounding."""
+OUT_OF_REACH = -1.0
+"""The radius of an entry that nothing reaches."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What becomes of a key and of the entry nearest to it.
+
+    Attributes:
+        opens: whether the key opens an entry; else it joins the nearest one.
+        radius: of the new entry's ball, where it opens one.
+        nearest: the nearest entry's radius from now on.
+    """
+
+    opens: bool
+    radius: float
+    nearest: float
+
+
+def placement(distance: float, radius: float, same_label: bool, first: float) -> Placement:
+    """Where a key goes.
+
+    Args:
+        distance: from it to the nearest entry's key.
+        radius: of that entry's ball.
+        same_label: whether the two say the same.
+        first: epsilon, the radius of a new entry.
+    """
+    if distance > radius + first:
+        return Placement(True, first, radius)
+    if same_label:
+        return Placement(False, 0.0, max(radius, distance * COVER))
+    if distance <= SAME * first:
+        return Placement(True, first, OUT_OF_REACH)
+    half = distance / 2
+    return Placement(True, min(first, half), min(radius, half))

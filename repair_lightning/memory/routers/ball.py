@@ -1,0 +1,122 @@
+"""A router of balls around keys: the nearest key answers for what lies in its ball, and the base for all else.
+
+The codebook of GRACE (arXiv 2211.11031), Sec. 3.1: a key is what enters the edited value matrix at the prompt's last
+token, the distance is Euclidean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repair_lightning.memory.query import Choice, Query
+from repair_lightning.memory.routers.base import Anchor, Neighbours, Router
+from repair_lightning.memory.side_memory import SideMemory
+from repair_lightning.types import BASE
+
+
+class BallRouter(Router):
+    """Entries of a key, a radius and a shard, each with the edits that it answers.
+
+    Args:
+        radius: of a new entry's ball.
+
+    Attributes:
+        keys: (N, F), on the CPU.
+        radii: (N,)
+        shards: (N,)
+        members: per entry, the ids of its edits.
+    """
+
+    name = "ball"
+    needs_owned = False
+
+    def __init__(self, radius: float = 1.0) -> None:
+        self.radius = radius
+        self.keys = torch.zeros(0, 0)
+        self.radii = torch.zeros(0)
+        self.shards = torch.zeros(0, dtype=torch.long)
+        self.members: list[list[str]] = []
+
+    def options(self) -> dict[str, Any]:
+        """As given to the constructor."""
+        return {"radius": self.radius}
+
+    @staticmethod
+    def key_of(prompts: Query) -> Tensor:
+        """The keys (B, F) of prompts."""
+        return prompts.at_last().activations[:, 0].detach().float().cpu()
+
+    def distances(self, keys: Tensor) -> Tensor:
+        """From keys (B, F) to those of the entries, (B, N); not by way of products, which are blurred near zero."""
+        known = self.keys.reshape(-1, keys.shape[1])
+        return torch.cdist(keys, known, compute_mode="donot_use_mm_for_euclid_dist")
+
+    def describe(
+        self, anchors: Sequence[Anchor], prompts: Query, shards: Sequence[int], neighbours: Neighbours | None = None
+    ) -> dict[str, Tensor]:
+        """Keys and shards; what the edits are about is not looked at."""
+        return {"keys": self.key_of(prompts), "shards": torch.tensor(list(shards), dtype=torch.long)}
+
+    def insert(self, ids: Sequence[str], described: Mapping[str, Tensor]) -> None:
+        """An entry for each edit."""
+        self.forget(ids)
+        for id, key, shard in zip(ids, described["keys"], described["shards"].tolist(), strict=True):
+            self.open(id, key, self.radius, shard)
+
+    def open(self, id: str, key: Tensor, radius: float, shard: int) -> None:
+        """A new entry for an edit, with a key (F,)."""
+        self.keys = torch.cat([self.keys.reshape(-1, len(key)), key[None]])
+        self.radii = torch.cat([self.radii, torch.tensor([radius])])
+        self.shards = torch.cat([self.shards, torch.tensor([shard])])
+        self.members = [*self.members, [id]]
+
+    def join(self, id: str, entry: int) -> None:
+        """An edit becomes a member of an entry."""
+        members = self.members[entry]
+        self.members = [*self.members[:entry], [*members, id], *self.members[entry + 1 :]]
+
+    def reach(self, entry: int, radius: float) -> None:
+        """Give an entry's ball another radius."""
+        self.radii = self.radii.clone()
+        self.radii[entry] = radius
+
+    def forget(self, ids: Sequence[str]) -> None:
+        """Drop edits; an entry whose last edit goes is gone."""
+        gone = set(ids)
+        left = [[id for id in members if id not in gone] for members in self.members]
+        kept = torch.tensor([entry for entry, members in enumerate(left) if members], dtype=torch.long)
+        self.keys, self.radii, self.shards = self.keys[kept], self.radii[kept], self.shards[kept]
+        self.members = [left[entry] for entry in kept.tolist()]
+
+    def reassign(self, shards: Sequence[int], fused: int) -> None:
+        """Entries of the given shards are `fused`'s."""
+        mine = torch.isin(self.shards, torch.tensor(list(shards), dtype=torch.long))
+        self.shards = torch.where(mine, fused, self.shards)
+
+    def calibrate(self, memory: SideMemory, owned: Mapping[int, Query], background: Query) -> None:
+        """Radii follow from the edits alone."""
+
+    def route(self, query: Query, memory: SideMemory) -> Choice:
+        """The nearest of the keys in whose ball a prompt lies; the score is the distance, negated."""
+        if not len(self.keys):
+            return Choice.base(len(query))
+        distances = self.distances(self.key_of(query))
+        inside = distances < self.radii
+        found = inside.any(-1)
+        best = torch.where(found[:, None] & ~inside, torch.inf, distances).argmin(-1)
+        score = -distances.gather(1, best[:, None])[:, 0]
+        nearest = tuple(self.members[entry][0] for entry in best.tolist())
+        return Choice(torch.where(found, self.shards[best], BASE), score, -self.radii[best], nearest)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The entries."""
+        return {"keys": self.keys, "radii": self.radii, "shards": self.shards, "members": self.members}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self.keys, self.radii, self.shards = state["keys"].cpu(), state["radii"].cpu(), state["shards"].cpu()
+        self.members = [list(members) for members in state["members"]]
