@@ -832,4 +832,4 @@ def test_the_editors_side_by_side(name):
     assert set(presets) - here <= PROMISED
 
 
-PROMISED = {"grace", "defer", "ft", "ft_ewc", "mend", "icl"}
+PROMISED = {"grace", "defer", "ft", "ft_ewc"}

@@ -13,7 +13,7 @@ import yaml
 from helpers_runs import REPOSITORY
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
-OVERLAYS = {"paper", "wise", "rlsedit", "rls_repair", "rome", "memit", "ultraedit"}
+OVERLAYS = {"paper", "wise", "rlsedit", "rls_repair", "rome", "memit", "ultraedit", "icl"}
 """Presets that stand over another configuration; they name no base and no data."""
 
 RECORDS = {
@@ -109,7 +109,7 @@ def test_complete_configs_have_a_seed_and_a_logger_and_overlays_do_not_choose_th
 
 
 IN_PLACE = {"model.values.steps": 2, "model.values.contexts": 0}
-SMALL: dict[str, dict] = {"rlsedit": IN_PLACE, "rome": IN_PLACE, "memit": IN_PLACE, "ultraedit": {}}
+SMALL: dict[str, dict] = {"rlsedit": IN_PLACE, "rome": IN_PLACE, "memit": IN_PLACE, "ultraedit": {}, "icl": {}}
 """How the configurations of other editors are made small; several layers end with the last one by themselves."""
 
 

@@ -1,6 +1,7 @@
 """The editing methods, one per file. Importing this package makes all of them known to the command line."""
 
 from .base import REGISTRY, Editor, editor_class, make_editor, register
+from .icl import InContext
 from .memit import MEMIT
 from .repair import Repair
 from .rls_repair import RLSRepair
@@ -13,6 +14,7 @@ __all__ = [
     "REGISTRY",
     "ROME",
     "Editor",
+    "InContext",
     "RLSEdit",
     "RLSRepair",
     "Repair",

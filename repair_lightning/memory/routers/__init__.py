@@ -12,8 +12,9 @@ from repair_lightning.memory.routers.base import Anchor, Neighbours, Router
 from repair_lightning.memory.routers.hybrid import HybridRouter
 from repair_lightning.memory.routers.key import KeyRouter
 from repair_lightning.memory.routers.nobody import NobodyRouter
+from repair_lightning.memory.routers.retrieval import RetrievalRouter
 
-_KINDS = (ActivationRouter, KeyRouter, HybridRouter, NobodyRouter)
+_KINDS = (ActivationRouter, KeyRouter, HybridRouter, NobodyRouter, RetrievalRouter)
 ROUTERS: Mapping[str, type[Router]] = {cls.name: cls for cls in _KINDS}
 
 
@@ -38,6 +39,7 @@ __all__ = [
     "KeyRouter",
     "Neighbours",
     "NobodyRouter",
+    "RetrievalRouter",
     "Router",
     "make_router",
 ]
