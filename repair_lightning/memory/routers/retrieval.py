@@ -57,7 +57,8 @@ class RetrievalRouter(Router):
         """Take in edits with their lines: token ids, -1 past the end."""
         self.forget(ids)
         self.ids += ids
-        rows = [[token for token in row if token >= 0] for row in (*self.lines.tolist(), *described["lines"].tolist())]
+        lines = described.get("lines", torch.zeros(len(ids), 0, dtype=torch.long))
+        rows = [[token for token in row if token >= 0] for row in (*self.lines.tolist(), *lines.tolist())]
         self.lines = pad_right(rows)
         self.keys = torch.cat([self.keys.reshape(-1, described["keys"].shape[1]), described["keys"]])
         self.shards = torch.cat([self.shards, described["shards"]])
