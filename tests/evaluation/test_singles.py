@@ -7,6 +7,8 @@ from helpers_runs import fit, hard_edits, world_editor, world_edits, world_strea
 
 from callbacks import ErrorSampleMonitor, PruneAndRetrigger, Scoreboard
 from repair_lightning.data.ledger import EditStatus
+from repair_lightning.editors import REGISTRY
+from repair_lightning.editors.values import Values
 from repair_lightning.errors import ConfigError
 from repair_lightning.evaluation.peak_memory import CLEAR, PeakMemory
 from repair_lightning.evaluation.singles import Singles
@@ -106,3 +108,26 @@ def test_the_peak_is_that_of_its_stretches_alone():
     peak.begin()
     peak.end()
     assert peak.host < first + (32 << 20)
+
+
+@pytest.mark.parametrize("name", ["ultraedit", "rome"])
+def test_nothing_of_one_edit_is_left_for_the_next_in_the_base(name, tmp_path):
+    """In the base's own weights and in what the method remembers: each edit goes as far as it does alone."""
+
+    def run(edits) -> Singles:
+        path = write_edits(tmp_path / "edits.jsonl", edits)
+        editor = REGISTRY[name]("world", precision="float32", **SMALL[name])
+        editor.load()
+        board = Scoreboard(max_new_tokens=4)
+        fit(editor, world_stream(path, singles=True), [board], tmp_path)
+        assert not editor.base_changed
+        return board.singles
+
+    edits = world_edits(3)
+    together, alone = run(edits), [run([edit]) for edit in edits]
+    assert together.deviations == [one.deviations[0] for one in alone]
+    assert together.rows == [row for one in alone for row in one.rows]
+    assert len({str(one) for one in together.deviations}) == 3
+
+
+SMALL: dict = {"ultraedit": {"lr": 0.01, "layers": 1}, "rome": {"values": Values(steps=2, contexts=0)}}
