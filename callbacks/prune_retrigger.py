@@ -87,7 +87,7 @@ class PruneAndRetrigger(pl.Callback):
         pl_module.team.same("whether to prune", decision.reason)
         if decision and pl_module.can_prune:
             self.prune(worst_shard(rates), decision.reason, stream.ledger, pl_module)
-        elif failed and stream.exhausted:
+        elif failed and stream.complete:
             self.retry(failed, "the stream has ended", stream.ledger, pl_module)
 
     def give_up(self, ledger: Ledger, editor: Any) -> None:

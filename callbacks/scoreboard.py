@@ -19,9 +19,11 @@ from torch import Tensor
 from repair_lightning.errors import counted
 from repair_lightning.evaluation.earlier import EarlierEdits
 from repair_lightning.evaluation.feature_map import feature_map
+from repair_lightning.evaluation.peak_memory import PeakMemory
 from repair_lightning.evaluation.probes import ProbeScorer, load_probes
 from repair_lightning.evaluation.protocols import AUTOREGRESSIVE, TEACHER_FORCED
 from repair_lightning.evaluation.scoring import Result, Scorer, oracle_choice
+from repair_lightning.evaluation.singles import Singles
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,8 @@ class Scoreboard(pl.Callback):
         edit_seconds: of fitting without the scoring.
         curve: how things stood after each window, see `Scoreboard.moment`.
         features: where the edits lie, see `feature_map`.
+        singles: what single edits came to, where the stream gives the model one at a time; else None.
+        peak: the most memory that editing took, without scoring.
     """
 
     def __init__(
@@ -67,6 +71,8 @@ class Scoreboard(pl.Callback):
         self.edit_seconds = 0.0
         self.curve: list[dict[str, Any]] = []
         self.features: dict[str, Any] = {}
+        self.singles: Singles | None = None
+        self.peak = PeakMemory()
         self._before = 0.0  # editing before the run was stopped and resumed
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -84,7 +90,9 @@ class Scoreboard(pl.Callback):
                 self.probe_scorer = ProbeScorer(pl_module.edited, self.probes, batch_size=self.batch_size)
             if stream.format == "hallucination":
                 self.perplexity = {"pre": self.scorer.perplexity(nobody)}
+            self.singles = (self.singles or Singles()) if stream.singles else None
         self._mark = time.perf_counter() - self.seconds
+        self.peak.begin()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """How a pack's edits are answered before the first new one is written."""
@@ -98,7 +106,9 @@ class Scoreboard(pl.Callback):
         stream: Any = trainer.datamodule  # type: ignore[attr-defined]
         written = stream.written()
         self.curve.append(self.moment(stream, pl_module, len(written)))
-        if not self.live or not written:
+        if self.singles is not None:
+            self._take_single(stream, pl_module)
+        if not self.live or not written or stream.singles:
             return
         with self._timed():
             draw = random.Random(f"{self.seed}/{stream.windows}").sample(written, min(self.live, len(written)))
@@ -109,6 +119,15 @@ class Scoreboard(pl.Callback):
         named = {"live": scores[AUTOREGRESSIVE], "live_forced": scores[TEACHER_FORCED]}
         known = {f"{name}/{kind}": x for name, found in named.items() for kind, x in found.items() if x is not None}
         pl_module.log_dict(known | {"live/edits": float(len(written))}, batch_size=len(draw))
+
+    def _take_single(self, stream: Any, editor: Any) -> None:
+        """Score the edit that the model holds, once nothing more will be done for it."""
+        assert self.singles is not None
+        known = {row["id"] for row in self.singles.rows}
+        new = {edit.id for edit in stream.edits[: stream.arrived]} - known
+        if stream.complete and new:
+            with self._timed():
+                self.singles.take(editor, self.scorer.subset(new), self.perplexity is not None)
 
     def moment(self, stream: Any, editor: Any, written: int) -> dict[str, Any]:
         """A line of `curves.jsonl`: windows so far, the stream's own edits that a shard holds, seconds of editing
@@ -131,40 +150,55 @@ class Scoreboard(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """The final model's score, and what perfect routing would score."""
         self.edit_seconds = self._edited()
+        self.peak.end()
         pl_module.to(trainer.strategy.root_device)  # the strategy has taken it to the CPU by now
         with self._timed():
             result = self._score("final", pl_module)
-            owners = self._owners(pl_module)
-            oracle = oracle_choice(self.scorer.questions, owners)
-            self.oracle = self.scorer.score("oracle", oracle, owners, pl_module.base_changed).scores
+            self.oracle = self._oracle(pl_module)
             if self.earlier is not None:
                 self.earlier.ask_again(pl_module)
             self.features = feature_map(pl_module, trainer.datamodule.edits)  # type: ignore[attr-defined]
             if self.probes:
                 self.kept = self.probe_scorer.score(pl_module.base_changed)
-            if self.perplexity is not None:
+            if self.perplexity is not None and self.singles is not None:
+                self.perplexity["final"] = self.singles.figures()["perplexity"]
+            elif self.perplexity is not None:
                 memory = torch.tensor([row["memory"] for row in result.rows])
                 self.perplexity["final"] = self.scorer.perplexity(memory)
 
     def state_dict(self) -> dict[str, Any]:
         """The time spent so far on editing, the curve, and how a pack's edits were answered at the start."""
         earlier = self.earlier.before if self.earlier else None
-        return {"edit_seconds": self._edited(), "curve": self.curve, "earlier": earlier}
+        singles = self.singles.as_dict() if self.singles else None
+        return {"edit_seconds": self._edited(), "curve": self.curve, "earlier": earlier, "singles": singles}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self._before, self.curve = state_dict["edit_seconds"], list(state_dict.get("curve", ()))
         if state_dict.get("earlier") is not None:
             self.earlier = EarlierEdits(state_dict["earlier"])
+        if state_dict.get("singles") is not None:
+            self.singles = Singles.from_dict(state_dict["singles"])
 
     def _edited(self) -> float:
         return self._before + time.perf_counter() - self._mark - self.seconds
 
     def _score(self, stage: str, editor: Any) -> Result:
+        if self.singles is not None:
+            self.results[stage] = self.singles.result(stage, self.scorer)
+            return self.results[stage]
         log.info("scoring: %s, %s", stage, counted(len(self.scorer.questions), "prompt"))
         choice = self.scorer.choose()
         self.results[stage] = self.scorer.score(stage, choice, self._owners(editor), editor.base_changed)
         return self.results[stage]
+
+    def _oracle(self, editor: Any) -> dict[str, dict[str, float | None]]:
+        if self.singles is not None:
+            return self.singles.oracle_scores()
+        owners = self._owners(editor)
+        return self.scorer.score(
+            "oracle", oracle_choice(self.scorer.questions, owners), owners, editor.base_changed
+        ).scores
 
     def _owners(self, editor: Any) -> Tensor:
         return editor.owner_choice([question.edit for question in self.scorer.questions])
@@ -175,5 +209,7 @@ class Scoreboard(pl.Callback):
     @contextmanager
     def _timed(self) -> Iterator[None]:
         start = time.perf_counter()
+        self.peak.end()
         yield
         self.seconds += time.perf_counter() - start
+        self.peak.begin()

@@ -362,9 +362,8 @@ def collect_metrics(cli: EditCLI) -> dict[str, Any]:
         "editor": editor.editor_name,
         "base": {"name": editor.base.name, "sha256": editor.base.sha256, "parameters": editor.base.parameters},
         "layer": editor.layer,
-        "shards": len(editor.memory),
-        "memory_bytes": sum(tensor.nbytes for tensor in written_tensors(editor.edited, editor.own_state()).values()),
         "n_edits": len(stream.edits),
+        **_memory(cli),
         "seed": cli.config.seed_everything,
         "seconds": {"load": cli.loaded - cli.started, "edit": editing, "evaluate": board.seconds + reporting},
         "edits_per_minute": 60 * len(stream.edits) / max(editing, 1e-9),
@@ -398,7 +397,32 @@ def collect_metrics(cli: EditCLI) -> dict[str, Any]:
         "probes": board.kept,
         "earlier": earlier,
     }
-    return metrics | {name: figures for name, figures in found.items() if figures is not None}
+    return metrics | {name: figures for name, figures in found.items() if figures is not None} | _of_singles(board)
+
+
+def _memory(cli: EditCLI) -> dict[str, Any]:
+    """What the edits left and what editing took at its peak, in bytes; of single edits the mean of what each left."""
+    editor, board = cli.model, cli.part("scoreboard")
+    if board.singles:
+        left = one = board.singles.figures()["memory_bytes"]
+    else:
+        left = sum(tensor.nbytes for tensor in written_tensors(editor.edited, editor.own_state()).values())
+        one = left / max(len(cli.datamodule.edits), 1)
+    return {
+        "shards": len(editor.memory),
+        "memory_bytes": left,
+        "bytes_per_edit": one,
+        "peak_bytes": board.peak.figures(),
+    }
+
+
+def _of_singles(board: Any) -> dict[str, Any]:
+    """How many single edits the scores are means of, and what the editor at the end, which holds none, cannot say."""
+    if board.singles is None:
+        return {}
+    found = board.singles.figures()
+    method = {"method": {"deviation": found["deviation"]}} if "deviation" in found else {}
+    return {"singles": found["number"], **method}
 
 
 STOPS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}

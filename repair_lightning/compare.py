@@ -31,12 +31,17 @@ from rich.console import Console
 from repair_lightning.cli import config_path, guarded, resolve_configs
 from repair_lightning.errors import ConfigError
 from repair_lightning.evaluation.comparison import Grid, Result, draw_grid, write_tables
+from repair_lightning.evaluation.comparison_page import write_comparison_page
+from repair_lightning.evaluation.editor_tables import write_editor_tables
+from repair_lightning.evaluation.figures import draw_costs
 
 REPOSITORY = Path(__file__).parents[1]
 TRAIN = REPOSITORY / "train.py"
 COMPARISONS = (REPOSITORY / "configs" / "compare", Path(__file__).parent / "configs" / "compare")
-FIXED = ("run_dir", "seed_everything", "data.sample_seed", "data.max_edits", "trainer.logger")
+FIXED = ("run_dir", "seed_everything", "data.sample_seed", "data.max_edits", "data.singles", "trainer.logger")
 """Options that a comparison gives to each run itself."""
+OUT_OF_TIME = 1 << 16
+"""Stands for the exit code of a run whose time was over; no process has it."""
 STARTUP = 50
 """What starting a run is worth, in edits, where the time left is estimated."""
 
@@ -53,12 +58,24 @@ class Variant:
         configs: presets over the comparison's own configurations.
         options: dotted option -> value, over everything else; values may be what a command line cannot say, as null.
         note: one line for the tables.
+        sizes: the only numbers of edits that it is run with; empty runs it with all.
+        reason: why it is not run with the others.
     """
 
     name: str
     configs: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
+    sizes: tuple[int, ...] = ()
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        if self.sizes and not self.reason:
+            raise ConfigError(f"variant '{self.name}': say in `reason` why it runs with {list(self.sizes)} alone")
+
+    def runs(self, size: int) -> bool:
+        """Whether it is run with so many edits."""
+        return not self.sizes or size in self.sizes
 
     @property
     def folder(self) -> str:
@@ -68,18 +85,31 @@ class Variant:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The content of a comparison's configuration."""
+    """The content of a comparison's configuration.
+
+    Attributes:
+        config: of every run.
+        sizes: numbers of edits.
+        seeds: of the draw of edits and of the run.
+        variants: what is compared.
+        grid: of two options, if that is what is compared.
+        singles: over how many edits, each the only one of a fresh base, the scores of one edit are averaged; 0 takes
+            the one that is drawn.
+    """
 
     config: tuple[str, ...]
     sizes: tuple[int, ...]
     seeds: tuple[int, ...]
     variants: tuple[Variant, ...]
     grid: Grid | None = None
+    singles: int = 0
 
     def __post_init__(self) -> None:
         for name, values, least in (("sizes", self.sizes, 1), ("seeds", self.seeds, 0)):
             if not values or not all(type(value) is int and value >= least for value in values):
                 raise ConfigError(f"{name} must be whole numbers of at least {least}, got {list(values)}")
+        if type(self.singles) is not int or self.singles < 0:
+            raise ConfigError(f"singles must be a whole number of at least 0, got {self.singles!r}")
         names = [variant.name for variant in self.variants]
         bad = [name for name in names if not re.fullmatch(r"\w[\w .+-]*", name)]
         folders = {variant.folder for variant in self.variants}
@@ -112,13 +142,15 @@ def read_comparison(path: Path) -> Comparison:
         nested = [key for key, value in options.items() if isinstance(value, Mapping)]
         if nested:
             raise ConfigError(f"{path}: options of '{name}': write dotted options, {nested[0]}.<option>: value")
+        words = [str(settings.get(key) or "") for key in ("note", "reason")]
+        only = tuple(_listed(settings.get("sizes") or ()))
         presets = _texts(settings.get("configs") or ())
-        variants.append(Variant(str(name), presets, options, str(settings.get("note") or "")))
+        variants.append(Variant(str(name), presets, options, words[0], only, words[1]))
     grid = None if content.get("grid") is None else _grid(content["grid"], f"{path}: grid")
     if grid is not None:
         variants += [Variant(name, options=options) for name, options in grid.cells()]
     sizes, seeds = (tuple(dict.fromkeys(_listed(content.get(name, ())))) for name in ("sizes", "seeds"))
-    return Comparison(_texts(content.get("config", ())), sizes, seeds, tuple(variants), grid)
+    return Comparison(_texts(content.get("config", ())), sizes, seeds, tuple(variants), grid, content.get("singles", 0))
 
 
 def _grid(given: Any, place: str) -> Grid:
@@ -208,12 +240,19 @@ class Run:
         )
         if not record or not (any_command or record["asked"] == json.loads(json.dumps(self.asked(), default=str))):
             return replace(result, command="")
+        if record.get("stopped"):
+            return replace(result, status="stopped", error=f"after {record['stopped']:g} min")
         if record.get("error"):
             return replace(result, status="failed", error=record["error"])
         metrics = self.folder / "metrics.json"
         if not metrics.is_file():
             return result
         return replace(result, status="finished", metrics=json.loads(metrics.read_text(encoding="utf-8")))
+
+    def settled(self, limit: float | None) -> bool:
+        """Whether it need not be run: it is finished, or it was stopped though it had as long as it would have now."""
+        status = self.result().status
+        return status == "finished" or (status == "stopped" and limit is not None and self.record()["stopped"] >= limit)
 
 
 def plan(comparison: Comparison, common: Sequence[str], out: Path) -> list[Run]:
@@ -230,6 +269,18 @@ def plan(comparison: Comparison, common: Sequence[str], out: Path) -> list[Run]:
         for size in comparison.sizes
         for seed in comparison.seeds
         for variant in comparison.variants
+        if variant.runs(size)
+    ]
+
+
+def not_run(comparison: Comparison) -> list[Result]:
+    """What the comparison leaves out, and why."""
+    return [
+        Result(variant.name, variant.note, size, seed, "not run", error=variant.reason)
+        for size in comparison.sizes
+        for seed in comparison.seeds
+        for variant in comparison.variants
+        if not variant.runs(size)
     ]
 
 
@@ -238,7 +289,9 @@ def _run(comparison: Comparison, variant: Variant, size: int, seed: int, common:
     arguments = [*_configs(comparison.config), *common, *_configs(variant.configs)]
     arguments += [f"--config={folder / 'options.yaml'}"] if variant.options else []
     arguments += ["--run_dir", str(folder), "--seed_everything", str(seed), "--data.sample_seed", str(seed)]
-    arguments += ["--data.max_edits", str(size), "--trainer.logger", "false", "--overwrite"]
+    singles = comparison.singles if size == 1 else 0
+    arguments += ["--data.max_edits", str(singles or size)] + ["--data.singles", "true"] * bool(singles)
+    arguments += ["--trainer.logger", "false", "--overwrite"]
     return Run(variant, size, seed, folder, tuple(arguments))
 
 
@@ -271,10 +324,13 @@ class Schedule:
         workers: at a time.
         done: how many were finished before.
         console: for the progress lines.
+        limit: minutes that a run may take; None lets it take what it takes.
     """
 
-    def __init__(self, runs: Sequence[Run], workers: int, done: int, console: Console) -> None:
-        self.runs, self.workers, self.done, self.console = runs, workers, done, console
+    def __init__(
+        self, runs: Sequence[Run], workers: int, done: int, console: Console, limit: float | None = None
+    ) -> None:
+        self.runs, self.workers, self.done, self.console, self.limit = runs, workers, done, console, limit
         self.total = len(runs) + done
         self.processes: set[subprocess.Popen[bytes]] = set()
         self.stopped = False
@@ -298,7 +354,7 @@ class Schedule:
         run.folder.mkdir(parents=True, exist_ok=True)
         with open(run.folder / "log.txt", "a", encoding="utf-8") as log:
             fcntl.flock(log, fcntl.LOCK_EX)  # what a killed comparison left running holds it, and is waited for
-            if self.stopped or run.result().status == "finished":
+            if self.stopped or run.settled(self.limit):
                 return 0.0
             started = time.perf_counter()
             record = {"asked": run.asked(), "command": shlex.join(run.command)}
@@ -309,18 +365,28 @@ class Schedule:
             code = self.call(run.command, log)
         seconds = time.perf_counter() - started
         if not self.stopped:
-            run.write(record | {"seconds": seconds, "error": failure(run.folder, code)})
+            over = self.limit if code == OUT_OF_TIME else None
+            error = None if over else failure(run.folder, code)
+            run.write(record | {"seconds": seconds, "error": error, "stopped": over})
         return seconds
 
     def call(self, command: Sequence[str], log: Any) -> int:
-        """Run a process to its end, in a session of its own: a Ctrl-C reaches it through `stop` alone."""
+        """Run a process to its end, in a session of its own: a Ctrl-C reaches it through `stop` alone.
+
+        Returns:
+            Its exit code, or `OUT_OF_TIME` where it was ended because its time was over.
+        """
         env = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | os.environ
         quiet = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
         with subprocess.Popen(command, stdout=log, env=env, start_new_session=True, **quiet) as process:  # type: ignore[call-overload]
             self.processes.add(process)
             if self.stopped:
                 process.terminate()
-            code: int = process.wait()
+            try:
+                code: int = process.wait(self.limit and 60 * self.limit)
+            except subprocess.TimeoutExpired:
+                _end(process)
+                code = OUT_OF_TIME
         self.processes.discard(process)
         return code
 
@@ -330,10 +396,7 @@ class Schedule:
         for process in list(self.processes):
             process.terminate()
         for process in list(self.processes):
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            _end(process)
 
     def report(self, run: Run, seconds: float) -> None:
         """One line: how the run went, and the time left if edits go on taking what they took."""
@@ -348,7 +411,18 @@ class Schedule:
         words = (
             f"FAILED: {result.error}" if result.status == "failed" else "done" if op is None else f"OP {100 * op:.1f}"
         )
+        words = f"stopped {result.error}" if result.status == "stopped" else words
         say(self.console, f"[{self.done}/{self.total}] {run.title}: {words}, {_time(seconds)}; {_time(left)} left")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ask a process to end, and end it where it does not."""
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def failure(folder: Path, code: int) -> str | None:
@@ -384,6 +458,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--config", required=True, help="the comparison: a file, or a name in configs/compare")
     parser.add_argument("--sizes", type=int, nargs="+", help="numbers of edits, instead of the configuration's")
     parser.add_argument("--seeds", type=int, nargs="+", help="likewise")
+    parser.add_argument("--singles", type=int, help="edits over which the scores of one edit are averaged, likewise")
+    parser.add_argument("--limit_minutes", type=float, help="end a run that takes longer; the tables say so")
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time (default: cores)")
     parser.add_argument("--out", type=Path, help="default: runs/<name of the configuration>")
@@ -392,6 +468,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     options = parser.parse_args(list(argv[:at]))
     if options.workers < 1:
         raise ConfigError(f"--workers must be at least 1, got {options.workers}")
+    if options.limit_minutes is not None and options.limit_minutes <= 0:
+        raise ConfigError(f"--limit_minutes must be above 0, got {options.limit_minutes:g}")
     return options, list(argv[at + 1 :])
 
 
@@ -402,24 +480,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     comparison = read_comparison(file)
     sizes, seeds = (tuple(dict.fromkeys(given or ())) for given in (options.sizes, options.seeds))
     comparison = replace(comparison, sizes=sizes or comparison.sizes, seeds=seeds or comparison.seeds)
+    comparison = replace(comparison, singles=comparison.singles if options.singles is None else options.singles)
     comparison = comparison.only(options.variants) if options.variants else comparison
     out = options.out or Path("runs") / file.stem
     runs = plan(comparison, common, out)
     console = Console()
     if options.tables_only:
-        _tables(runs, out, console, any_command=True, grid=comparison.grid)
+        _tables(comparison, runs, out, console, any_command=True)
         return
     _check(runs)
     if options.dry_run:
         for run in runs:
             say(console, f"# {run.title}: {json.dumps(dict(run.variant.options))}\n{shlex.join(run.command)}")
         return
-    todo = [run for run in runs if run.result().status != "finished"]
+    todo = [run for run in runs if not run.settled(options.limit_minutes)]
     say(console, f"{len(runs)} runs, {len(runs) - len(todo)} of them finished before; {options.workers} at a time")
     try:
-        Schedule(todo, options.workers, len(runs) - len(todo), console).run_all()
+        Schedule(todo, options.workers, len(runs) - len(todo), console, options.limit_minutes).run_all()
     finally:
-        failed = _tables(runs, out, console, grid=comparison.grid)
+        failed = _tables(comparison, runs, out, console)
     if failed:
         raise SystemExit(1)
 
@@ -435,23 +514,28 @@ def _check(runs: Sequence[Run]) -> None:
         run.asked()  # every configuration is there
 
 
-def _tables(
-    runs: Sequence[Run], out: Path, console: Console, any_command: bool = False, grid: Grid | None = None
-) -> int:
-    """Write the tables, and a grid's heat map, of all runs that were begun; returns how many failed."""
+def _tables(comparison: Comparison, runs: Sequence[Run], out: Path, console: Console, any_command: bool = False) -> int:
+    """Write the tables, the report and the pictures of all runs that were begun; returns how many failed."""
     results = [run.result(any_command) for run in runs]
     begun = [result for result in results if result.status != "missing"]
     failed = [result for result in results if result.status == "failed"]
     if not begun:
         say(console, f"no run is finished in {out}; no table is written")
         return 0
-    write_tables(out, begun, grid)
-    say(
-        console,
-        f"{len(begun) - len(failed)} runs finished, {len(failed)} failed; tables: {out}/table.md .tex .csv .json",
-    )
-    if grid is not None:
-        files = draw_grid(out, grid, begun)
+    begun += not_run(comparison)
+    write_tables(out, begun, comparison.grid)
+    counts = {status: sum(result.status == status for result in begun) for status in ("finished", "stopped")}
+    said = f"{counts['finished']} runs finished, {len(failed)} failed"
+    said += f", {counts['stopped']} stopped" if counts["stopped"] else ""
+    say(console, f"{said}; tables: {out}/table.md .tex .csv .json")
+    if comparison.grid is None:
+        write_editor_tables(out, begun)
+        page = write_comparison_page(out, begun)
+        drawn = draw_costs(out, begun)
+        words = ", ".join(file.name for file in drawn) or "pip install matplotlib for the figures"
+        say(console, f"report: {page}; the paper's tables: {out}/scores.md .tex .csv; {words}")
+    else:
+        files = draw_grid(out, comparison.grid, begun)
         words = f"heat map: {', '.join(map(str, files))}" if files else "no heat map: pip install matplotlib for it"
         say(console, words)
     return len(failed)

@@ -123,9 +123,12 @@ PART = ["plain-part/n30-seed0", "plain-part/n30-seed1"]
 
 
 @pytest.fixture
-def bench(tmp_path, monkeypatch) -> Bench:
+def bench(tmp_path, monkeypatch, request) -> Bench:
     monkeypatch.setattr(compare, "TRAIN", tmp_path / "train.py")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if "drawn" not in request.keywords:  # pages and pictures take longer than the fake runs
+        monkeypatch.setattr(compare, "write_comparison_page", lambda folder, results: folder / "report.html")
+        monkeypatch.setattr(compare, "draw_costs", lambda folder, results: [])
     return Bench(tmp_path)
 
 
@@ -488,7 +491,7 @@ def test_tables_only_writes_what_is_there(bench, capsys):
     assert "| variant | N = 30 | N = 40 |\n" in first
     assert "| plain | 89.2 ± 0.7 | 89.1 ± 0.7 |\n| plain - part | 48.7 | - |\n" in first
     assert len(csv_rows(bench)) == 5
-    assert capsys.readouterr().out.splitlines()[-1].startswith("5 runs finished, 0 failed; tables: ")
+    assert capsys.readouterr().out.splitlines()[-2].startswith("5 runs finished, 0 failed; tables: ")
 
 
 def csv_rows(bench: Bench) -> list[dict[str, str]]:
@@ -751,3 +754,82 @@ def test_a_comparison_needs_sizes_seeds_and_variants():
     with pytest.raises(ConfigError, match="got \\['a', 'a'\\]"):
         Comparison((), (1,), (0,), (Variant("a"), Variant("a")))
     assert os.path.samefile(compare.REPOSITORY, REPOSITORY)
+
+
+# -- editors side by side ----------------------------------------------------------------------------------------------
+
+
+def test_one_edit_is_many_single_ones(bench):
+    bench.write({"plain": None}, sizes=[1, 30], seeds=[0], singles=100)
+    bench.run()
+    argv = {Path(start["run"]).name: start["argv"] for start in bench.starts}
+    at = argv["n1-seed0"].index("--data.max_edits")
+    assert argv["n1-seed0"][at : at + 4] == ["--data.max_edits", "100", "--data.singles", "true"]
+    assert "--data.singles" not in argv["n30-seed0"]
+    bench.new()
+    bench.run("--singles", "0")
+    assert bench.new() == ["plain/n1-seed0"]
+
+
+def test_a_slow_variant_is_not_run_with_all_sizes(bench):
+    bench.write({"plain": None, "slow": {"sizes": [5], "reason": "it takes hours"}}, sizes=[5, 30], seeds=[0])
+    bench.run()
+    assert bench.new() == ["plain/n30-seed0", "plain/n5-seed0", "slow/n5-seed0"]
+    assert "| slow | 90.0 | not run |" in bench.text("md")
+    assert "- Not run: `slow`, 30 edits: it takes hours." in bench.text("md")
+    assert "| not run: it takes hours |" in (bench.out / "scores.md").read_text()
+
+
+def test_a_run_that_takes_too_long_is_stopped_and_the_others_go_on(bench, capsys):
+    bench.write({"waits": {"options": {"fake.wait": "go"}}, "plain": None}, seeds=[0])
+    bench.run("--limit_minutes", "0.03", "--variants", "waits")
+    assert "waits, 30 edits, seed 0: stopped after 0.03 min" in capsys.readouterr().out
+    assert "stopped: after 0.03 min" in (bench.out / "scores.md").read_text()
+    assert len(bench.new()) == 1
+    bench.run("--limit_minutes", "0.03", "--variants", "waits")
+    assert bench.new() == []  # it would not get longer
+    (bench.home / "go").touch()
+    bench.run("--limit_minutes", "0.9")
+    assert bench.new() == ["plain/n30-seed0", "waits/n30-seed0"]
+    assert "stopped" not in (bench.out / "scores.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        ({"variants": {"a": {"sizes": [1]}}}, [], "variant 'a': say in `reason` why it runs with \\[1\\] alone"),
+        ({"singles": "x"}, [], "singles must be a whole number of at least 0, got 'x'"),
+        ({}, ["--limit_minutes", "0"], "--limit_minutes must be above 0, got 0"),
+    ],
+)
+def test_bad_bounds(bench, content, options, message):
+    bench.write(**({"variants": {"a": None}} | content))
+    with pytest.raises(ConfigError, match=message):
+        bench.run(*options)
+
+
+@pytest.mark.drawn
+def test_the_report_and_the_figures_lie_beside_the_tables(bench):
+    pytest.importorskip("matplotlib")
+    bench.run()
+    names = {file.name for file in bench.out.iterdir() if file.is_file()}
+    assert names >= {"report.html", "scores.md", "scores.tex", "scores.csv", "table.md", "table.json"}
+    assert "plain - part" in (bench.out / "report.html").read_text()
+    bench.run("--tables_only")
+    assert bench.starts[4:] == []
+
+
+@pytest.mark.parametrize("name", ["zsre", "counterfact", "hallucination"])
+def test_the_editors_side_by_side(name):
+    """Every variant is an editor by its registered name, and its preset is there."""
+    found = read_comparison(ABLATIONS.with_name(f"compare_{name}_small.yaml"))
+    assert found.sizes[:2] == (1, 30)
+    assert found.singles >= 30
+    presets = {variant.name: variant.configs for variant in found.variants}
+    assert presets.pop("repair") == ()
+    assert all(configs == (editor,) for editor, configs in presets.items())
+    here = {path.stem for path in (REPOSITORY / "configs").glob("*.yaml")}
+    assert set(presets) - here <= PROMISED
+
+
+PROMISED = {"grace", "defer", "ft", "ft_ewc"}

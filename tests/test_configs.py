@@ -13,7 +13,20 @@ import yaml
 from helpers_runs import REPOSITORY
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
-OVERLAYS = {"paper", "wise", "rlsedit", "rls_repair", "rome", "memit", "ultraedit", "ft", "ft_ewc", "grace", "defer"}
+OVERLAYS = {
+    "paper",
+    "wise",
+    "rlsedit",
+    "rls_repair",
+    "rome",
+    "memit",
+    "ultraedit",
+    "ft",
+    "ft_ewc",
+    "grace",
+    "defer",
+    "icl",
+}
 """Presets that stand over another configuration; they name no base and no data."""
 
 RECORDS = {
@@ -110,7 +123,7 @@ def test_complete_configs_have_a_seed_and_a_logger_and_overlays_do_not_choose_th
 
 IN_PLACE = {"model.values.steps": 2, "model.values.contexts": 0}
 SMALL: dict[str, dict] = dict.fromkeys(("rlsedit", "rome", "memit"), IN_PLACE) | {
-    name: {} for name in ("ultraedit", "ft", "ft_ewc", "grace", "defer")
+    name: {} for name in ("ultraedit", "ft", "ft_ewc", "grace", "defer", "icl")
 }
 """How the configurations of other editors are made small; several layers end with the last one by themselves."""
 

@@ -47,6 +47,8 @@ class EditStream(pl.LightningDataModule):
         sample_seed: draw `max_edits` of the good records at random with this seed; they arrive in the file's order, so
             that a correction stays later than what it corrects, and a larger draw holds every smaller one of its seed.
             None takes the first.
+        singles: every edit by itself: a window holds one, and when all has been done for it and it is scored, the
+            editor goes back to the model that it began with. Scores are then means over single edits (N = 1).
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class EditStream(pl.LightningDataModule):
         max_irrelevant: int = 1000,
         split: str = "train",
         sample_seed: int | None = None,
+        singles: bool = False,
     ) -> None:
         super().__init__()
         for name, value in (("window", window), ("batch_size", batch_size), ("max_irrelevant", max_irrelevant)):
@@ -71,7 +74,8 @@ class EditStream(pl.LightningDataModule):
                 raise ConfigError(f"data.{name} must be at least 1, got {value}")
         self.path, self.format, self.split = path, format, split
         self.max_edits, self.sample_seed, self.on_bad_record = max_edits, sample_seed, on_bad_record
-        self.window, self.batch_size = window, batch_size
+        self.window, self.batch_size = 1 if singles else window, batch_size
+        self.singles = singles
         self.clustering, self.max_regroups = clustering, max_regroups
         self.irrelevant, self.irrelevant_prefix, self.max_irrelevant = irrelevant, irrelevant_prefix, max_irrelevant
         self.also_scored: tuple[str, ...] = ()
@@ -133,6 +137,8 @@ class EditStream(pl.LightningDataModule):
         Raises:
             ConfigError: there is nothing that the pack does not say.
         """
+        if self.singles:
+            raise ConfigError("data.singles begins with the plain base for every edit; leave --from_pack out")
         self.setup()
         assert self.records is not None
         joined = join(self.records, earlier)
@@ -218,7 +224,8 @@ class EditStream(pl.LightningDataModule):
 
     def next_window(self) -> list[EditBatch]:
         """Let the next edits arrive and form batches of all that waits to be written."""
-        coming = self.edits[self.arrived : self.arrived + self.window]
+        number = 0 if self.singles and self.waiting() else self.window
+        coming = self.edits[self.arrived : self.arrived + number]
         self._arrive(coming)
         self.arrived += len(coming)
         self.windows += 1
@@ -274,6 +281,11 @@ class EditStream(pl.LightningDataModule):
     def exhausted(self) -> bool:
         """Whether nothing is left to arrive or to be written."""
         return self.arrived >= len(self.edits) and not self.waiting()
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing that has arrived waits, and nothing else will join it: at the end, or of a single edit."""
+        return self.exhausted or (self.singles and not self.waiting())
 
     def transfer_batch_to_device(self, batch: EditBatch, device: Any, dataloader_idx: int) -> EditBatch:
         """Batches are plain text and stay where they are."""

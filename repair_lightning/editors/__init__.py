@@ -5,6 +5,7 @@ from .defer import Defer
 from .ft import FT
 from .ft_ewc import FTEWC
 from .grace import GRACE
+from .icl import InContext
 from .memit import MEMIT
 from .repair import Repair
 from .rls_repair import RLSRepair
@@ -23,6 +24,7 @@ __all__ = [
     "WISE",
     "Defer",
     "Editor",
+    "InContext",
     "RLSEdit",
     "RLSRepair",
     "Repair",

@@ -119,6 +119,8 @@ class Editor(pl.LightningModule):
         self.background_prompts: tuple[str, ...] = ()
         self.held_out_prompts: tuple[str, ...] = ()
         self.team = ALONE
+        self.fresh: Snapshot | None = None
+        """What the model was before the first edit, where each is written by itself."""
         self.written: Written | None = None
         """What this rank has written of the window, where the ranks share its batches."""
         self.paces: list[Pace] = []
@@ -362,6 +364,7 @@ class Editor(pl.LightningModule):
         self.join(getattr(self.trainer.strategy, "team", ALONE))
         self.prepare(*stream.irrelevant_halves(self))
         self.change_base()  # of a resumed run or a pack; until here the base was asked as it was
+        self.fresh = self.snapshot() if stream.singles else None
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> None:
         """Write one batch and enter what came of it in the ledger; behind the last one ranks exchange their work."""
@@ -409,10 +412,19 @@ class Editor(pl.LightningModule):
         Before anything else is written, the ranks make sure that they have all decided alike.
         """
         stream = self.trainer.datamodule  # type: ignore[attr-defined]
+        if self.fresh is not None and stream.complete:
+            self.begin_anew()
         if self.team.size > 1:
             self.team.same("what became of the window", json.dumps([stream.verdict(), self.memory.ids[-64:]]))
         if stream.exhausted:
             self.trainer.should_stop = True
+
+    def begin_anew(self) -> None:
+        """Where edits are scored one by one: go back to the model that the stream began with, for the next one."""
+        assert self.fresh is not None
+        self.ledger.undo(self.trainer.datamodule.written(), "scored by itself")  # type: ignore[attr-defined]
+        self.rollback(self.fresh)
+        self.fresh = self.snapshot()  # a snapshot serves once
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Everything but the base's weights."""
@@ -449,6 +461,9 @@ class Editor(pl.LightningModule):
             )
         if "adapted" in checkpoint:  # not chosen anew: the shards belong to what was chosen
             self.adopt(Adapted.from_dict(checkpoint["adapted"]))
+        if self._trainer is not None and self.trainer.datamodule.singles:  # type: ignore[attr-defined]
+            checkpoint["state_dict"] = {}  # a single edit that was under way is written anew
+            return
         rows, state = checkpoint.get("rows", {}), checkpoint["router"]
         if "shards" in rows:
             found = self.memory.state_of_rows(rows["shards"])

@@ -41,7 +41,7 @@ class Chart:
         group: column whose values get a colour each; `value` of a heat map, and of points where it holds numbers.
         panel: column whose values get a small picture each.
         spread: column with the standard deviation of what is drawn.
-        log: both axes are logarithmic.
+        log: both axes are logarithmic; of points, x alone.
         mark: x of a vertical line, or (x, y) of the heat map's framed cell.
         limits: of the axis that shows a share in per cent, or None.
     """

@@ -36,9 +36,10 @@ class Result:
         note: what is special about it.
         size: edits that were asked for; the data may hold fewer (`metrics["n_edits"]`).
         seed: of the draw of edits and of the run.
-        status: `failed` also where the run ended well without figures; `missing` where it was not run to its end.
+        status: `failed` also where the run ended well without figures; `missing` where it was not run to its end;
+            `stopped` where its time was over; `not run` where the comparison does not ask this size of the variant.
         command: what was run.
-        error: the last line that a failed run said.
+        error: the last line that a failed run said; the time of one that was stopped; why one is not run.
         metrics: the content of a finished run's `metrics.json`.
     """
 
@@ -46,7 +47,7 @@ class Result:
     note: str
     size: int
     seed: int
-    status: Literal["finished", "failed", "missing"]
+    status: Literal["finished", "failed", "missing", "stopped", "not run"]
     command: str = ""
     error: str | None = None
     metrics: Mapping[str, Any] | None = None
@@ -57,6 +58,11 @@ class Result:
         for name in path:
             found = found.get(name) if isinstance(found, Mapping) else None
         return found
+
+    @property
+    def edits(self) -> int:
+        """How many edits the model was given at once; the data may hold fewer than were asked for."""
+        return self.size if self.figure(("singles",)) else int(self.figure(("n_edits",)) or self.size)
 
 
 @dataclass(frozen=True)
@@ -139,12 +145,13 @@ FIGURES: dict[str, Place] = {
 
 
 def cell(results: Sequence[Result], column: Column) -> str:
-    """`mean ± deviation` over the finished runs, and how many failed; `failed` or `-` where none is finished."""
+    """`mean ± deviation` over the finished runs, and how many failed; where none is finished, how they stand."""
     found = [column.of(result) for result in results if result.status == "finished"]
     values = [value for value in found if value is not None]
     failed = sum(result.status == "failed" for result in results)
     if not values:
-        return "failed" if failed else "-"
+        others = {result.status for result in results} & {"stopped", "not run"}
+        return "failed" if failed else min(others, default="-")
     text = f"{mean(values):.{column.digits}f}"
     text += f" ± {stdev(values):.{column.digits}f}" if len(values) > 1 else ""
     return text + (f" ({failed} failed)" if failed else "")
@@ -160,15 +167,16 @@ def tables_of(results: Sequence[Result]) -> list[Table]:
         header = ("variant", *(f"N = {size}" for size in sizes))
         rows = [
             (name, *(cell([run for run in runs if run.size == size], column) for size in sizes))
-            for name, runs in _by_variant(results).items()
+            for name, runs in by_variant(results).items()
         ]
         tables.append(Table(f"OP, {protocol.replace('_', ' ')}, per cent", header, rows))
-    shown = {name: [run for run in runs if run.size == largest] for name, runs in _by_variant(results).items()}
+    shown = {name: [run for run in runs if run.size == largest] for name, runs in by_variant(results).items()}
     rows = [(name, *(cell(runs, column) for column in COLUMNS.values())) for name, runs in shown.items() if runs]
     return [*tables, Table(f"All figures, N = {largest}", ("variant", *COLUMNS), rows)]
 
 
-def _by_variant(results: Sequence[Result]) -> dict[str, list[Result]]:
+def by_variant(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """The results of each variant, in the order in which they first come."""
     found: dict[str, list[Result]] = {}
     for result in results:
         found.setdefault(result.variant, []).append(result)
@@ -192,7 +200,7 @@ def draw_grid(folder: Path, grid: Grid, results: Sequence[Result]) -> list[Path]
 
     (row, rows), (column, columns) = grid.options.items()
     largest = max((result.size for result in results), default=0)
-    shown = _by_variant([result for result in results if result.size == largest])
+    shown = by_variant([result for result in results if result.size == largest])
     runs = [[shown.get(grid.name({row: y, column: x}), []) for x in columns] for y in rows]
     values = [[_mean_op(found) for found in line] for line in runs]
     known = [value for line in values for value in line if value == value]
@@ -234,19 +242,29 @@ def markdown(results: Sequence[Result]) -> str:
     lines = [f"Mean ± standard deviation over the seeds {', '.join(map(str, seeds))}; every run's command and figures"]
     lines += ["are in `table.json`. Scores are per cent, of the final model.", ""]
     for table in tables_of(results):
-        lines += [f"## {table.title}", "", _row(table.header), _row(["---", *["---:"] * (len(table.header) - 1)])]
-        lines += [*map(_row, table.rows), ""]
+        lines += [
+            f"## {table.title}",
+            "",
+            markdown_row(table.header),
+            markdown_row(["---", *["---:"] * (len(table.header) - 1)]),
+        ]
+        lines += [*map(markdown_row, table.rows), ""]
     notes = {result.variant: result.note for result in results if result.note}
     lines += [f"- `{name}`: {note}." for name, note in notes.items()]
     for result in results:
         if result.status == "failed":
             lines.append(f"- Failed: `{result.variant}`, {result.size} edits, seed {result.seed}: {result.error}")
-    few = {result.size: result.figure(("n_edits",)) for result in results if result.metrics}
+        elif result.status == "stopped":
+            lines.append(f"- Stopped: `{result.variant}`, {result.size} edits, seed {result.seed}: {result.error}")
+    unasked = {(result.variant, result.size): result.error for result in results if result.status == "not run"}
+    lines += [f"- Not run: `{name}`, {size} edits: {why}." for (name, size), why in unasked.items()]
+    few = {result.size: result.edits for result in results if result.metrics}
     lines += [f"- The data hold no {size} edits, but {held}." for size, held in few.items() if held != size]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _row(cells: Sequence[str]) -> str:
+def markdown_row(cells: Sequence[str]) -> str:
+    """A line of a Markdown table."""
     return f"| {' | '.join(text.replace('|', chr(92) + '|') for text in cells)} |"
 
 
@@ -256,17 +274,17 @@ def latex(results: Sequence[Result]) -> str:
 
 
 def _tabular(table: Table) -> str:
-    lines = [r"\begin{table}", r"\centering", rf"\caption{{{_tex(table.title)}}}"]
+    lines = [r"\begin{table}", r"\centering", rf"\caption{{{tex(table.title)}}}"]
     lines += [rf"\begin{{tabular}}{{l{'r' * (len(table.header) - 1)}}}", r"\toprule", _tex_row(table.header)]
     lines += [r"\midrule", *map(_tex_row, table.rows), r"\bottomrule", r"\end{tabular}", r"\end{table}"]
     return "\n".join(lines) + "\n"
 
 
 def _tex_row(cells: Sequence[str]) -> str:
-    return " & ".join(map(_tex, cells)) + r" \\"
+    return " & ".join(map(tex, cells)) + r" \\"
 
 
-def _tex(text: str) -> str:
+def tex(text: str) -> str:
     """The text with what LaTeX would take for a command made plain, and signs as signs."""
     plain = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     text = re.sub(r"[\\~^&%$#_{}]", lambda found: plain.get(found[0], rf"\{found[0]}"), text)

@@ -10,6 +10,7 @@ from typing import Any
 from repair_lightning.evaluation.artefacts import Artefacts
 from repair_lightning.evaluation.charts import SCORES_IN_WORDS, Chart, Cost
 from repair_lightning.evaluation.comparison import Grid, Result
+from repair_lightning.evaluation.editor_tables import costs
 from repair_lightning.evaluation.protocols import AUTOREGRESSIVE
 
 PANELS = ("rel", "gen", "loc", "op")
@@ -150,8 +151,7 @@ def scored_results(results: Sequence[Result]) -> list[Scored]:
     groups: dict[tuple[str, str, int], list[Result]] = {}
     for result in finished(results):
         base = str(result.figure(("base", "name")) or "base").rstrip("/").split("/")[-1]
-        edits = result.figure(("n_edits",))
-        groups.setdefault((base, result.variant, int(edits or result.size)), []).append(result)
+        groups.setdefault((base, result.variant, result.edits), []).append(result)
     found = [Scored(*key, tuple(_values(runs, "op"))) for key, runs in groups.items()]
     return [one for one in found if one.values]
 
@@ -199,3 +199,57 @@ def costs_of_results(results: Sequence[Result], before: str = "") -> list[Cost]:
         if seconds and edits:
             groups.setdefault((result.variant, int(edits)), []).append(seconds)
     return [Cost(f"{before}{variant}", edits, mean(values)) for (variant, edits), values in groups.items()]
+
+
+COSTS = {
+    "seconds": ("seconds per edit", "seconds_per_edit", 1.0),
+    "kept": ("kB per edit that are kept", "bytes_per_edit", 1e-3),
+    "peak": ("MiB at the peak of editing, above the base", "peak", 2.0**-20),
+}
+"""What OP is drawn against: its words, its figure, its unit."""
+
+
+def op_against(cost: str, results: Sequence[Result]) -> Chart | str:
+    """OP of editors against what an edit costs, a point for each number of edits: upper left is best.
+
+    Args:
+        cost: `seconds`, `kept` or `peak`.
+        results: of a comparison.
+    """
+    words, name, scale = COSTS[cost]
+    groups: dict[tuple[str, int], list[Result]] = {}
+    for result in finished(results):
+        groups.setdefault((result.variant, result.size), []).append(result)
+    rows: list[dict[str, Any]] = []
+    for (variant, size), runs in groups.items():
+        spent = [value for run in runs if (value := _spent(run, name)) is not None and value > 0]
+        ops = _values(runs, "op")
+        if spent and ops:
+            place = {"cost": float(f"{scale * mean(spent):.4g}"), "OP": round(mean(ops), 3)}
+            rows.append({"id": f"N = {size:,}", "editor": variant, **place})
+    if not rows:
+        return f"op_against_{cost}: needs a comparison with finished runs that say what an edit cost"
+    best = max(rows, key=lambda row: row["OP"])
+    said = f"Highest OP: {best['editor']}, {best['id']}: {best['OP']:.1f} at {best['cost']:,g}"
+    return Chart(
+        name=f"op_against_{cost}",
+        title=f"OP against {words}",
+        words=f"Free generation, a point per editor and number of edits; upper left is best. {said}.",
+        kind="points",
+        columns=_table(rows),
+        x="cost",
+        y="OP",
+        group="editor",
+        labels={"cost": words, "OP": "OP, per cent"},
+        log=True,
+        limits=(0, 100),
+    )
+
+
+def _spent(result: Result, name: str) -> float | None:
+    if result.metrics is None:
+        return None
+    if name != "peak":
+        return {**costs(result.metrics), **result.metrics}.get(name)
+    device, host = (result.figure(("peak_bytes", kind)) for kind in ("device", "host"))
+    return device or host

@@ -15,8 +15,10 @@ from repair_lightning.evaluation.artefacts import Artefacts
 from repair_lightning.evaluation.charts import RUN_CHARTS, Chart, cost, costs_of
 from repair_lightning.evaluation.comparison import TABLE, Grid, Result, read_tables
 from repair_lightning.evaluation.comparison_charts import (
+    COSTS,
     components,
     costs_of_results,
+    op_against,
     scale,
     scored_results,
     scored_runs,
@@ -26,6 +28,7 @@ from repair_lightning.evaluation.comparison_charts import (
 COLOURS = ("#0b6e99", "#d97706", "#2f855a", "#a23b72", "#6b5fb5", "#b93a20", "#7a8790", "#8a6d1f")
 DASHES = ("-", "--", ":", "-.")
 """Lines that lie on each other show through, and colour is not all that tells them apart."""
+MARKERS = ("o", "^", "s", "D")
 MARK, DARK, FAINT = "#b93a20", "#20282d", "#eceff1"
 DPI = 130
 
@@ -63,6 +66,14 @@ def draw_figures(folders: Sequence[Path], to: Path) -> tuple[list[Path], list[st
     return files, [words for words in made if isinstance(words, str)]
 
 
+def draw_costs(folder: Path, results: Sequence[Result]) -> list[Path]:
+    """Draw OP against what an edit costs; returns the PNG files, none where matplotlib is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return []
+    charts = [op_against(cost, results) for cost in COSTS]
+    return [write_chart(chart, folder)[0] for chart in charts if isinstance(chart, Chart)]
+
+
 def gather(folders: Sequence[Path]) -> tuple[list[Artefacts], list[Comparison]]:
     """The runs and comparisons in some folders. A comparison's own runs are its results, and not runs besides."""
     runs: list[Artefacts] = []
@@ -95,6 +106,9 @@ def charts_of(runs: Sequence[Artefacts], comparisons: Sequence[Comparison]) -> I
         yield _named(components(one.results), one.name if len(several) > 1 else "")
     if not several:
         yield components([])
+    for one in several:
+        for spent in COSTS:
+            yield _named(op_against(spent, one.results), one.name if len(several) > 1 else "")
     for one in grids:
         assert one.grid is not None
         yield sensitivity(one.grid, one.results, f"sensitivity-{_plain(one.name)}")
@@ -187,13 +201,13 @@ def _lines(figure: Any, chart: Chart) -> None:
     figure.legend(loc="outside lower center", ncols=min(4, len(groups)) if len(groups) <= 4 else 2, fontsize=7.5)
 
 
-def _logarithmic(axis: Any) -> None:
-    """Both scales, with plain numbers on them."""
+def _logarithmic(axis: Any, sides: str = "xy") -> None:
+    """Logarithmic scales, with plain numbers on them."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    axis.set_xscale("log")
-    axis.set_yscale("log")
-    for side in (axis.xaxis, axis.yaxis):
+    for name in sides:
+        axis.set(**{f"{name}scale": "log"})
+        side = getattr(axis, f"{name}axis")
         side.set_major_locator(LogLocator(subs=(1, 2, 5)))
         side.set_major_formatter("{x:,g}")
         side.set_minor_formatter(NullFormatter())
@@ -287,14 +301,22 @@ def _points(figure: Any, chart: Chart) -> None:
     groups = chart.values(chart.group)
     look = {"s": 14, "alpha": 0.8, "linewidths": 0}
     if any(isinstance(group, str) for group in groups):
-        for group, colour in zip(groups, COLOURS, strict=False):
+        for i, group in enumerate(groups):
             part = chart.part(chart.group, group)
-            axis.scatter(part[chart.x], part[chart.y], color=colour, label=_as_it_is(group), **look)
+            marks: dict[str, Any] = {
+                "color": COLOURS[i % len(COLOURS)],
+                "marker": MARKERS[i // len(COLOURS) % len(MARKERS)],
+            }
+            axis.scatter(part[chart.x], part[chart.y], label=_as_it_is(group), **look, **marks)
         figure.legend(loc="outside lower center", ncols=4, fontsize=7.5)
     else:
         numbers = [float("nan") if value is None else value for value in chart.columns[chart.group or ""]]
         cloud = axis.scatter(chart.columns[chart.x], chart.columns[chart.y], c=numbers, cmap="viridis", **look)
         figure.colorbar(cloud, label=chart.label(chart.group or ""))
+    if chart.log:
+        _logarithmic(axis, "x")
+    if chart.limits:
+        axis.set_ylim(chart.limits[0], 1.03 * chart.limits[1])
     axis.grid()
     axis.set(xlabel=chart.label(chart.x), ylabel=chart.label(chart.y))
 

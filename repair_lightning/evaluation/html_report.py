@@ -69,7 +69,7 @@ def write_report(run_dir: str | Path) -> Path:
         RepairError: there is no finished run, or its files are damaged.
     """
     run = Artefacts.read(run_dir)
-    page = _environment().get_template("report.html.j2").render(context(run))
+    page = environment().get_template("report.html.j2").render(context(run))
     replace_text(run.path / REPORT_FILE, page)
     return run.path / REPORT_FILE
 
@@ -89,7 +89,8 @@ def try_report(run_dir: str | Path) -> Path | None:
         return None
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Where the pages' templates are; everything that they are given is escaped."""
     loader = PackageLoader("repair_lightning.evaluation")
     return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 

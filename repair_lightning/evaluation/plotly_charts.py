@@ -14,6 +14,7 @@ from repair_lightning.evaluation.charts import Chart
 Figure = dict[str, Any]
 COLOURS = tuple(f"var(--c{i})" for i in range(1, 9))
 DASHES = ("solid", "dash", "dot", "dashdot")
+SYMBOLS = ("circle", "triangle-up", "square", "diamond")
 _GAP = 0.07
 """Room between small pictures, as a share of the height."""
 
@@ -130,16 +131,21 @@ def _points(chart: Chart) -> Figure:
     """Places in the plane; numbers in the group column are a colour scale, names have a colour each."""
     groups = chart.values(chart.group)
     if any(isinstance(group, str) for group in groups):
-        parts = [
-            (chart.part(chart.group, group), group, colour) for group, colour in zip(groups, COLOURS, strict=False)
+        looks = [
+            {"color": COLOURS[i % len(COLOURS)], "symbol": SYMBOLS[i // len(COLOURS) % len(SYMBOLS)]}
+            for i in range(len(groups))
         ]
-        data = [_cloud(chart, part, {"color": colour}, _text(group)) for part, group, colour in parts]
+        parts = [chart.part(chart.group, group) for group in groups]
+        data = [_cloud(chart, part, look, _text(group)) for part, look, group in zip(parts, looks, groups, strict=True)]
     else:
         bar = {"title": {"text": _text(chart.label(chart.group or ""))}, "thickness": 12}
         marker = {"color": chart.columns[chart.group], "colorscale": "Viridis", "showscale": True, "colorbar": bar}  # type: ignore[index]
         data = [_cloud(chart, dict(chart.columns), marker, "")]
     layout = {"height": 420, "showlegend": len(data) > 1}
-    return {"data": data, "layout": layout | {"xaxis": _axis(chart, chart.x), "yaxis": _axis(chart, chart.y)}}
+    scale: Figure = {"type": "log"} if chart.log else {}
+    limits: Figure = {"range": _wider(*chart.limits)} if chart.limits else {}
+    axes = {"xaxis": _axis(chart, chart.x, **scale), "yaxis": _axis(chart, chart.y, **limits)}
+    return {"data": data, "layout": layout | axes}
 
 
 def _cloud(chart: Chart, part: Mapping[str, Any], marker: Figure, name: str) -> Figure:

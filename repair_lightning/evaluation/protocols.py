@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -78,7 +79,8 @@ def _answers(
 ) -> list[str]:
     found = [""] * len(rows)
     for index in sorted_batches([len(row) for row in rows], batch_size):
-        ids, mask = pad_left([rows[i] for i in index], fill=model.tokenizer.pad_token_id or 0, device=model.device)
+        read = model.read([rows[i] for i in index], memory[index])
+        ids, mask = pad_left(read, fill=model.tokenizer.pad_token_id or 0, device=model.device)
         with model.forced(forced_choice(memory[index])):
             output = model.base.generate(
                 input_ids=ids,
@@ -116,6 +118,8 @@ def _read_rows(
     model: EditedModel, rows: Sequence[Encoded], memory: Tensor, read: Read, batch_size: int
 ) -> list[Sequence[float]]:
     found: list[Any] = [None] * len(rows)
+    prompts = model.read([row.prompt for row in rows], memory)
+    rows = [replace(row, prompt=tuple(prompt)) for row, prompt in zip(rows, prompts, strict=True)]
     for index in sorted_batches([len(row.ids) for row in rows], batch_size):
         ids, mask = pad_left([rows[i].ids for i in index], device=model.device)
         labels = target_labels([rows[i] for i in index], device=model.device)

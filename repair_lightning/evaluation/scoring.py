@@ -160,7 +160,10 @@ class Scorer:
         """What each memory in use holds, as a hash: equal ones give equal answers."""
         changed = f"base {self.model.weights.fingerprint()} " if fresh else ""
         used = [shard for shard in memory.unique().tolist() if shard != BASE]
-        return {BASE: changed} | {shard: changed + self.model.memory[shard].fingerprint() for shard in used}
+        return {BASE: changed} | {
+            shard: changed + self.model.memory[shard].fingerprint() + self.model.router.fingerprint(shard)
+            for shard in used
+        }
 
     def _judge(self, i: int, replies: _Replies) -> tuple[bool, float]:
         question, base = self.questions[i], self.base

@@ -20,11 +20,13 @@ from repair_lightning.errors import RepairError
 from repair_lightning.memory.query import Check, Choice, Query, canonical_ids, pad_right
 from repair_lightning.memory.routers import Router
 from repair_lightning.memory.side_memory import Selection, SideMemory
-from repair_lightning.models.prefix import Capture, SplitModel, stack_left
+from repair_lightning.models.prefix import Capture, SplitModel, pad_left, stack_left
 from repair_lightning.models.prefix_cache import PrefixCache, canonical_batches, capture_rows
 from repair_lightning.models.weights import BaseWeights
 from repair_lightning.types import BASE, Route
 
+ROOM = 64
+"""Positions that stay free for an answer where a prompt is put behind other texts."""
 _HELD = "_repair_turn"
 """The attribute of a key-value cache that remembers which memory its sequences chose."""
 
@@ -125,6 +127,8 @@ class EditedModel(nn.Module):
             options: as the base takes them.
         """
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if self.router.prefaces:
+            return self._forward_behind_prefaces(input_ids, attention_mask, past_key_values, prompt_mask, options)
         continues = past_key_values is not None and past_key_values.get_seq_length() > 0
         turn = getattr(past_key_values, _HELD, None) if continues else None
         if turn is None:
@@ -142,8 +146,60 @@ class EditedModel(nn.Module):
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
         """Generate as the base does, every sequence with the memory that its prompt chose; see `transformers`."""
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if self.router.prefaces:
+            rows = _real(input_ids, attention_mask)
+            choice = self.router.route(self.query_rows(rows), self.memory)
+            ids, mask = pad_left(self.read(rows, choice.memory), self._padding, self.device)
+            with self.forced(choice):
+                output = self.base.generate(input_ids=ids, attention_mask=mask, **options)
+            copies = len(output) // len(input_ids)
+            return torch.cat([input_ids.repeat_interleave(copies, 0), output[:, ids.shape[1] :]], dim=1)
         with self._during(self._new_turn(input_ids, attention_mask)):
             return self.base.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
+
+    @torch.no_grad()
+    def read(self, rows: Sequence[Sequence[int]], memory: Tensor) -> list[list[int]]:
+        """Prompts, given as token ids, as the base reads them: behind what their memory (B,) puts before them.
+
+        What does not fit with room for an answer loses its beginning; a first token that every text has stays first.
+        """
+        if not self.router.prefaces:
+            return [list(row) for row in rows]
+        prefaces = self.router.preface(self.query_rows(rows), memory.tolist())
+        first, most = self.tokenizer.bos_token_id, getattr(self.config, "max_position_embeddings", 1 << 20) - ROOM
+        found = []
+        for row, preface in zip(rows, prefaces, strict=True):
+            start = 1 if len(row) > 1 and row[0] == first else 0
+            room = max(0, most - len(row))
+            found.append([*row[:start], *preface[max(0, len(preface) - room) :], *row[start:]])
+        return found
+
+    def _forward_behind_prefaces(
+        self, ids: Tensor, mask: Tensor, cache: Any, prompt_mask: Tensor | None, options: dict[str, Any]
+    ) -> Any:
+        """The forward pass where something stands before the prompts; its logits are those of the given tokens."""
+        if cache is not None or options.get("labels") is not None:
+            raise RepairError("texts stand before prompts here: call generate(), or forward() without cache and labels")
+        rows = _real(ids, mask)
+        asked = rows if prompt_mask is None else _real(ids, mask.bool() & prompt_mask.bool())
+        choice = self.router.route(self.query_rows(asked), self.memory)
+        behind = self.read(asked, choice.memory)
+        with self.forced(None):  # what nothing stands before keeps the base's own bits
+            output = self.base(input_ids=ids, attention_mask=mask, **{**options, "use_cache": False})
+        moved = [i for i, (own, read) in enumerate(zip(asked, behind, strict=True)) if own != read]
+        if moved:
+            padded, seen = pad_left(
+                [[*behind[i], *rows[i][len(asked[i]) :]] for i in moved], self._padding, self.device
+            )
+            with self.forced(None):
+                found = self.base(input_ids=padded, attention_mask=seen, use_cache=False).logits
+            for i, logits in zip(moved, found, strict=True):
+                output.logits[i, mask[i].bool()] = logits[-len(rows[i]) :]
+        return output
+
+    @property
+    def _padding(self) -> int:
+        return self.tokenizer.pad_token_id or 0
 
     def route(self, prompts: str | Sequence[str]) -> list[Route]:
         """Which memory answers each prompt, and why."""
@@ -263,7 +319,7 @@ class EditedModel(nn.Module):
             self._turn = before
 
     def _new_turn(self, ids: Tensor, mask: Tensor) -> _Turn:
-        rows = [row[keep].tolist() for row, keep in zip(ids, mask.bool(), strict=True)]
+        rows = _real(ids, mask)
         return _Turn(words=self._words(rows), mask=mask.bool())
 
     def _words(self, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -305,6 +361,11 @@ class EditedModel(nn.Module):
         query = Query(words, mask, turn.hidden.detach(), activations.detach().reshape(size, width, -1))
         turn.hidden = None
         return self.router.route(query if self.router.reads_all_tokens else query.at_last(), self.memory)
+
+
+def _real(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """The rows without what the mask hides."""
+    return [row[keep].tolist() for row, keep in zip(ids, mask.bool(), strict=True)]
 
 
 def _refuse_empty(rows: Sequence[Sequence[int]]) -> None:

@@ -41,6 +41,9 @@ NEARER = ("ultraedit", "grace")
 """Editors of which a single write is a step towards the target, not an answer; in so small a base GRACE's one vector
 for all tokens is no more either."""
 
+TEXTS = ("icl",)
+"""Editors that put texts before prompts, of which a random base makes nothing."""
+
 MODELS = ["llama", "qwen2", "gpt2"]
 LOADER = """
 import json, sys
@@ -147,6 +150,8 @@ def test_edits_are_answered_and_reach_their_owner(make, write, answers, edits, n
     assert all(report.error is None for report in reports)
     chosen = editor.choose(prompts).memory
     assert chosen.tolist() == editor.owner_choice([edit.id for edit in written]).tolist()
+    if name in TEXTS:
+        return
     assert perplexity(editor.edited, prompts, targets, chosen) < 0.9 * before
     if name in NEARER:
         return
@@ -281,7 +286,7 @@ def test_a_checkpoint_of_another_base_is_refused(name, editor_of):
         other.on_load_checkpoint(checkpoint)
 
 
-def test_writing_goes_on_after_a_pack_was_saved(make, write, answers, edits, tmp_path):
+def test_writing_goes_on_after_a_pack_was_saved(make, write, answers, edits, tmp_path, name):
     editor = make()
     write(editor, edits[:4])
     said = answers(editor.edited, editor.tokenizer, [edit.prompt for edit in edits[:4]])
@@ -290,7 +295,7 @@ def test_writing_goes_on_after_a_pack_was_saved(make, write, answers, edits, tmp
     prompts = [edit.prompt for edit in edits]
     model, tokenizer = load_edited(tmp_path / "pack", precision="float32")
     assert answers(model, tokenizer, prompts[:4]) == said
-    if not editor.writes_base and editor.editor_name not in NEARER:
+    if not editor.writes_base and name not in (*NEARER, *TEXTS):
         assert answers(editor.edited, editor.tokenizer, prompts) == [edit.target for edit in edits]
 
 

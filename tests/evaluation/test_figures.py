@@ -59,6 +59,7 @@ def test_all_of_a_run_and_its_comparisons(hard_run, comparisons, tmp_path, monke
         "sensitivity-grid",
         "scale",
         "cost",
+        "op_against_seconds",
     }
     assert {file.name for file in to.iterdir()} == {f"{name}.{end}" for name in names for end in ("png", "svg", "csv")}
     for name in names:

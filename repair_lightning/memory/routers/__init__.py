@@ -14,8 +14,17 @@ from repair_lightning.memory.routers.gate import GateRouter
 from repair_lightning.memory.routers.hybrid import HybridRouter
 from repair_lightning.memory.routers.key import KeyRouter
 from repair_lightning.memory.routers.nobody import NobodyRouter
+from repair_lightning.memory.routers.retrieval import RetrievalRouter
 
-_KINDS = (ActivationRouter, KeyRouter, HybridRouter, BallRouter, GateRouter, NobodyRouter)
+_KINDS = (
+    ActivationRouter,
+    KeyRouter,
+    HybridRouter,
+    BallRouter,
+    GateRouter,
+    RetrievalRouter,
+    NobodyRouter,
+)
 ROUTERS: Mapping[str, type[Router]] = {cls.name: cls for cls in _KINDS}
 
 
@@ -42,6 +51,7 @@ __all__ = [
     "KeyRouter",
     "Neighbours",
     "NobodyRouter",
+    "RetrievalRouter",
     "Router",
     "make_router",
 ]

@@ -45,6 +45,9 @@ class Router(ABC):
     needs_neighbours: ClassVar[bool] = False
     """Whether made-up neighbours are of use when edits are added."""
 
+    prefaces: ClassVar[bool] = False
+    """Whether the base reads something before a prompt that a memory answers, see :meth:`preface`."""
+
     def fit(self, background: Query, embeddings: Tensor) -> None:  # noqa: B027 - nothing to learn by default
         """Learn what is common from irrelevant prompts, once, before the first edit. `embeddings` is (V, E)."""
 
@@ -88,6 +91,14 @@ class Router(ABC):
     @abstractmethod
     def route(self, query: Query, memory: SideMemory) -> Choice:
         """Choose a memory for each prompt."""
+
+    def preface(self, query: Query, memory: Sequence[int]) -> list[list[int]]:
+        """Token ids that the base reads before each prompt, given who answers it; only asked where `prefaces`."""
+        return [[] for _ in memory]
+
+    def fingerprint(self, shard: int) -> str:
+        """Besides what the shard holds, what its answers depend on; empty where nothing is."""
+        return ""
 
     @abstractmethod
     def options(self) -> dict[str, Any]:

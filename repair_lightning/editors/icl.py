@@ -1,0 +1,101 @@
+"""In-context retrieval: nothing is written; the edits nearest to a prompt are put before it, as text.
+
+What people do today without an editor. In the manner of IKE ("Can We Edit Factual Knowledge by In-Context Learning?",
+arXiv 2305.12740), which retrieves demonstrations by the cosine of sentence embeddings, and of MemPrompt (arXiv
+2201.06009), which keeps corrections in a memory and puts before a question what it was told of its like.
+
+Deviations: the embedding is the base's own state of the prompt's last token, so no second model is needed; a line is an
+edit's prompt with its target, without IKE's copy, update and retain demonstrations, of which the stream has none; where
+no edit is as near as held-out irrelevant prompts are to theirs, nothing is put before the prompt and the base answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import ClassVar
+
+import torch
+
+from repair_lightning.editors.base import Editor, register
+from repair_lightning.errors import ConfigError
+from repair_lightning.memory.query import pad_right
+from repair_lightning.memory.routers import Router, make_router
+from repair_lightning.types import Edit, EditBatch, EditReport
+
+
+@register("icl")
+class InContext(Editor):
+    """Edits as text before the prompts that they are near to.
+
+    Args:
+        base: folder or hub name of a Hugging Face causal LM.
+        layer: whose input is the embedding; None for the default of `resolve_layer`.
+        precision: of the base.
+        trust_remote_code: let the base's repository run its own code.
+        cache_mib: memory for the prefix cache, in MiB.
+        cache_disk_mib: scratch space on disk for what the prefix cache cannot hold in memory, in MiB.
+        number: of edits that are put before a prompt, the nearest last. IKE takes 32 demonstrations of one edit.
+        line: how an edit reads there, with `{prompt}` and `{target}`.
+        false_fire_rate: share of the held-out irrelevant prompts that may get anything put before them.
+    """
+
+    can_undo: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        base: str = "",
+        layer: int | None = None,
+        precision: str = "auto",
+        trust_remote_code: bool = False,
+        cache_mib: int = 2048,
+        cache_disk_mib: int = 8192,
+        number: int = 4,
+        line: str = "{prompt} {target}\n",
+        false_fire_rate: float = 0.01,
+    ) -> None:
+        super().__init__(base, layer, precision, trust_remote_code, cache_mib, cache_disk_mib)
+        if number < 1:
+            raise ConfigError(f"number must be at least 1, got {number}")
+        if not 0 <= false_fire_rate < 1:
+            raise ConfigError(f"false_fire_rate must be in [0, 1), got {false_fire_rate}")
+        if "{prompt}" not in line or "{target}" not in line:
+            raise ConfigError(f"line must hold {{prompt}} and {{target}}, got {line!r}")
+        self.number, self.line, self.false_fire_rate = number, line, false_fire_rate
+
+    def build_router(self) -> Router:
+        """It finds the edits that are near a prompt, and holds their lines."""
+        return make_router("retrieval", number=self.number, false_fire_rate=self.false_fire_rate)
+
+    def write(self, batch: EditBatch) -> list[EditReport]:
+        """Remember the edits; each owns an empty shard, so that it can be said which one answered."""
+        rows, columns = self.memory.shape
+        device = self.edited.device
+        nothing = torch.zeros(rows, 0, device=device), torch.zeros(0, columns, device=device)
+        shards = [self.memory.add(*nothing) for _ in batch.edits]
+        described = self.router.describe((), self.query_of(batch.edits), shards)
+        lines = pad_right([self.tokens_of(edit) for edit in batch.edits])
+        self.router.insert(batch.ids, described | {"lines": lines})
+        return [EditReport(id, shard, float("nan"), 0.0, 0) for id, shard in zip(batch.ids, shards, strict=True)]
+
+    def tokens_of(self, edit: Edit) -> list[int]:
+        """An edit's line as token ids."""
+        text = self.line.replace("{prompt}", edit.prompt).replace("{target}", edit.target)
+        found: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return found
+
+    def finish_window(self) -> None:
+        """Drop what no edit owns any more, and calibrate on held-out irrelevant prompts."""
+        owned = self.ledger.sizes()
+        self.memory.drop([shard for shard in self.memory.ids if shard not in owned])
+        self.router.calibrate(self.memory, {}, self.held_out)
+
+    def forget(self, ids: Iterable[str]) -> None:
+        """The edits are put before no prompt any more."""
+        self.router.forget(list(ids))
+
+    def undo(self, ids: Sequence[str]) -> list[str]:
+        """Take edits back; no other is touched."""
+        self.ledger.undo(ids, "taken back on request")
+        self.forget(ids)
+        self.finish_window()
+        return []

@@ -1,0 +1,216 @@
+"""Editors against numbers of edits in the form of the paper's Tables 3, 4, 7 and 8: a group of columns for each number.
+
+Scores are shares, as the paper has them; several seeds give `mean ± standard deviation`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean, stdev
+
+from repair_lightning.evaluation.comparison import Column, Result, by_variant, markdown_row, tex
+from repair_lightning.evaluation.protocols import PROTOCOLS
+from repair_lightning.evaluation.report import replace_text
+
+NAME = "scores"
+"""The files' name."""
+BEFORE = "(no edit)"
+"""The row of the base as it was."""
+KEYS = {"Rel": "rel", "Gen": "gen", "Loc": "loc", "OP": "op"}
+COSTS = {
+    "s/edit": Column(("seconds_per_edit",), scale=1.0, digits=2),
+    "kB/edit": Column(("bytes_per_edit",), scale=1e-3, digits=1),
+    "peak MiB": Column(("peak_bytes", "host"), scale=2.0**-20, digits=0),
+    "GPU MiB": Column(("peak_bytes", "device"), scale=2.0**-20, digits=0),
+    "dev": Column(("deviation",), scale=1.0, digits=4),
+}
+COSTS_IN_WORDS = (
+    "s/edit: seconds of editing, the closed loop included, without loading and scoring. kB/edit: what the edits left, "
+    "as a pack stores it. peak MiB, GPU MiB: the most memory that editing took above what was taken before the first "
+    "edit, of the process and of the GPU. dev: the Frobenius norm of the change of the base's own W_v over its own, "
+    "mean over the layers that were written into; a dash where the base was not touched."
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a row says of one number of edits: a text per column, or one text in the place of them all."""
+
+    cells: tuple[str, ...]
+    instead: str = ""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """A text per column; what stands in their place is in the first."""
+        return (self.instead, *("" for _ in self.cells[1:])) if self.instead else self.cells
+
+
+@dataclass(frozen=True)
+class GroupedTable:
+    """A table whose columns come again for each number of edits."""
+
+    name: str
+    title: str
+    sizes: Sequence[int]
+    columns: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[Entry]]]
+    note: str = ""
+
+    @property
+    def header(self) -> tuple[str, ...]:
+        """One line that stands for both of the paper's."""
+        return ("editor", *(f"{column}, N = {size}" for size in self.sizes for column in self.columns))
+
+
+def editor_tables(results: Sequence[Result]) -> list[GroupedTable]:
+    """Rel, Gen, Loc and OP in both protocols; perplexity and Loc where targets' perplexity was asked; costs."""
+    results = [_with_costs(result) for result in results]
+    tables = []
+    for protocol in PROTOCOLS:
+        columns = {name: Column(("final", protocol, key), scale=1.0, digits=2) for name, key in KEYS.items()}
+        before = {name: Column(("pre_edit", protocol, key), scale=1.0, digits=2) for name, key in KEYS.items()}
+        tables.append(_table(protocol, f"Scores, {protocol.replace('_', ' ')}", results, columns, before))
+    if any(result.figure(("perplexity",)) for result in results):
+        loc = Column(("final", PROTOCOLS[0], "loc"), scale=1.0, digits=2)
+        columns = {"PPL": Column(("perplexity", "final"), scale=1.0, digits=2), "Loc": loc}
+        before = {"PPL": Column(("perplexity", "pre"), scale=1.0, digits=2), "Loc": Column(("", ""))}
+        tables.append(
+            _table("perplexity", "Perplexity of the targets (lower is better) and Loc", results, columns, before)
+        )
+    columns = {
+        name: column
+        for name, column in COSTS.items()
+        if name != "GPU MiB" or any(column.of(result) is not None for result in results)
+    }
+    return [*tables, _table("costs", "What editing costs", results, columns, None, COSTS_IN_WORDS)]
+
+
+def _with_costs(result: Result) -> Result:
+    """The result with figures per edit beside the others."""
+    if result.metrics is None:
+        return result
+    return replace(result, metrics={**costs(result.metrics), **result.metrics})
+
+
+def costs(metrics: Mapping[str, object]) -> dict[str, float]:
+    """Seconds of editing per edit and the mean deviation of the base's own weights, where a run has them."""
+    found: dict[str, float] = {}
+    seconds, edits, method = (metrics.get(name) for name in ("seconds", "n_edits", "method"))
+    if isinstance(seconds, Mapping) and "edit" in seconds and isinstance(edits, int) and edits:
+        found["seconds_per_edit"] = seconds["edit"] / edits
+    deviation = method.get("deviation") if isinstance(method, Mapping) else None
+    if deviation:
+        found["deviation"] = mean(deviation.values())
+    return found
+
+
+def _table(
+    name: str,
+    title: str,
+    results: Sequence[Result],
+    columns: Mapping[str, Column],
+    before: Mapping[str, Column] | None,
+    note: str = "",
+) -> GroupedTable:
+    sizes = sorted({result.size for result in results})
+    rows: list[tuple[str, Sequence[Entry]]] = []
+    if before is not None:
+        first = {(run.size, run.seed): run for run in reversed(results) if run.status == "finished"}
+        found = [_entry([run for run in first.values() if run.size == size], before) for size in sizes]
+        rows.append((BEFORE, found))
+    for variant, runs in by_variant(results).items():
+        rows.append((variant, [_entry([run for run in runs if run.size == size], columns) for size in sizes]))
+    return GroupedTable(name, title, sizes, tuple(columns), rows, note)
+
+
+def _entry(runs: Sequence[Result], columns: Mapping[str, Column]) -> Entry:
+    """What some runs that differ in their seed alone came to."""
+    cells = tuple(_cell(runs, column) for column in columns.values())
+    if any(run.status == "finished" for run in runs) or not runs:
+        return Entry(cells)
+    first = min(runs, key=lambda run: ("not run", "stopped", "failed", "missing").index(run.status))
+    return Entry(cells, {"missing": "-", "failed": "failed"}.get(first.status, f"{first.status}: {first.error}"))
+
+
+def _cell(runs: Sequence[Result], column: Column) -> str:
+    values = [value for run in runs if run.status == "finished" and (value := column.of(run)) is not None]
+    if not values:
+        return "-"
+    text = f"{mean(values):.{column.digits}f}"
+    return text + (f" ± {stdev(values):.{column.digits}f}" if len(values) > 1 else "")
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def write_editor_tables(folder: Path, results: Sequence[Result]) -> list[Path]:
+    """Write `scores.md`, `scores.csv` and `scores.tex`; returns them.
+
+    `scores.tex` compiles as it is, and serves a paper by `\\input` where the package `standalone` is loaded.
+    """
+    tables = editor_tables(results)
+    texts = {"md": grouped_markdown(tables), "csv": grouped_csv(results), "tex": grouped_latex(tables)}
+    for suffix, text in texts.items():
+        replace_text(folder / f"{NAME}.{suffix}", text)
+    return [folder / f"{NAME}.{suffix}" for suffix in texts]
+
+
+def grouped_markdown(tables: Sequence[GroupedTable]) -> str:
+    """The tables as Markdown, which has no groups of columns: a header names both."""
+    lines: list[str] = []
+    for table in tables:
+        lines += [f"## {table.title}", "", markdown_row(table.header)]
+        lines.append(markdown_row(["---", *["---:"] * (len(table.header) - 1)]))
+        for name, entries in table.rows:
+            lines.append(markdown_row([name, *(text for entry in entries for text in entry.texts)]))
+        lines += ["", *([table.note, ""] if table.note else [])]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def grouped_latex(tables: Sequence[GroupedTable]) -> str:
+    """A document of its own for LaTeX: the tables, each in the form of the paper's."""
+    lines = [
+        r"\documentclass[varwidth=\maxdimen, border=6pt]{standalone}",
+        r"\usepackage{booktabs}",
+        r"\begin{document}",
+    ]
+    return "\n".join([*lines, *map(_grouped_tabular, tables), r"\end{document}", ""])
+
+
+def _grouped_tabular(table: GroupedTable) -> str:
+    wide, groups = len(table.columns), range(len(table.sizes))
+    heads = " & ".join(rf"\multicolumn{{{wide}}}{{c}}{{$N = {size}$}}" for size in table.sizes)
+    rules = "".join(rf"\cmidrule(lr){{{2 + i * wide}-{1 + (i + 1) * wide}}}" for i in groups)
+    names = " & ".join(tex(column) for _ in groups for column in table.columns)
+    lines = [rf"\textbf{{{tex(table.title)}}}\par\smallskip", rf"\begin{{tabular}}{{l{'r' * (wide * len(groups))}}}"]
+    lines += [r"\toprule", rf"& {heads} \\", rules, rf"Editor & {names} \\", r"\midrule"]
+    for name, entries in table.rows:
+        lines.append(" & ".join([tex(name), *(_tex_entry(entry) for entry in entries)]) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}\par\bigskip"])
+
+
+def _tex_entry(entry: Entry) -> str:
+    if entry.instead:
+        return rf"\multicolumn{{{len(entry.cells)}}}{{c}}{{{tex(entry.instead)}}}"
+    return " & ".join(map(tex, entry.cells))
+
+
+def grouped_csv(results: Sequence[Result]) -> str:
+    """A line per editor, number of edits, table and column: mean, standard deviation and number of seeds."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["table", "editor", "N", "column", "mean", "sd", "seeds", "status"])
+    for table in editor_tables(results):
+        for name, entries in table.rows:
+            of = [run for run in results if run.variant == name or name == BEFORE]
+            for size, entry in zip(table.sizes, entries, strict=True):
+                seeds = len({run.seed for run in of if run.size == size and run.status == "finished"})
+                for column, cell in zip(table.columns, entry.cells, strict=True):
+                    status = entry.instead or ("finished" if seeds else "missing")
+                    centre, _, spread = cell.removesuffix("-").partition(" ± ")
+                    writer.writerow([table.name, name, size, column, centre, spread, seeds, status])
+    return text.getvalue()

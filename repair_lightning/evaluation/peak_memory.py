@@ -1,0 +1,57 @@
+"""The most memory that a stretch of work took: of the process on Linux, and of the GPU where there is one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+RESET_PEAK = "5"
+"""What tells Linux to begin the peak anew, see `proc_pid_clear_refs(5)`."""
+
+
+class PeakMemory:
+    """Peaks over several stretches, above what was taken when the first began.
+
+    Attributes:
+        host: bytes of resident memory; None where the system does not say.
+        device: bytes of the GPU; None without one.
+    """
+
+    def __init__(self) -> None:
+        self.host: int | None = None
+        self.device: int | None = None
+        self._floor: tuple[int | None, int | None] | None = None
+
+    def begin(self) -> None:
+        """A stretch begins."""
+        try:
+            CLEAR.write_text(RESET_PEAK)
+            host = _resident("VmRSS")
+        except OSError:
+            host = None
+        device = None
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            device = torch.cuda.memory_allocated()
+        self._floor = self._floor or (host, device)
+
+    def end(self) -> None:
+        """The stretch ends."""
+        if self._floor is None:
+            return
+        host, device = self._floor
+        if host is not None:
+            self.host = max(self.host or 0, _resident("VmHWM") - host)
+        if device is not None:
+            self.device = max(self.device or 0, torch.cuda.max_memory_allocated() - device)
+
+    def figures(self) -> dict[str, int | None]:
+        """For `metrics.json`."""
+        return {"host": self.host, "device": self.device}
+
+
+def _resident(name: str) -> int:
+    lines = (line.split() for line in STATUS.read_text(encoding="utf-8").splitlines())
+    return next(int(words[1]) << 10 for words in lines if words[0] == f"{name}:")

@@ -1,0 +1,122 @@
+"""Retrieval by likeness alone: the edits that are most like a prompt, and what is to be put before it.
+
+No shard does anything here; a memory that answers is an edit whose text the base reads first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from repair_lightning.memory.query import Choice, Query, pad_right
+from repair_lightning.memory.routers.base import Anchor, Neighbours, Router
+from repair_lightning.memory.side_memory import SideMemory
+from repair_lightning.types import BASE
+
+
+class RetrievalRouter(Router):
+    """The nearest edit by the cosine of the prompts' last states, centred on irrelevant prompts.
+
+    Args:
+        number: of edits put before a prompt, the nearest last.
+        false_fire_rate: share of the held-out irrelevant prompts that may get anything.
+    """
+
+    name = "retrieval"
+    needs_owned: ClassVar[bool] = False
+    prefaces: ClassVar[bool] = True
+
+    def __init__(self, number: int = 1, false_fire_rate: float = 0.01) -> None:
+        self.number, self.false_fire_rate = number, false_fire_rate
+        self.ids: list[str] = []
+        self.keys, self.shards = torch.zeros(0, 0), torch.zeros(0, dtype=torch.long)
+        self.lines = torch.zeros(0, 0, dtype=torch.long)
+        self.centre = torch.zeros(0)
+        self.threshold = float("inf")
+
+    def options(self) -> dict[str, Any]:
+        """As given to the constructor."""
+        return {"number": self.number, "false_fire_rate": self.false_fire_rate}
+
+    def fit(self, background: Query, embeddings: Tensor) -> None:
+        """What is common to all prompts."""
+        self.centre = background.last_hidden().mean(0).cpu()
+
+    def describe(
+        self, anchors: Sequence[Anchor], prompts: Query, shards: Sequence[int], neighbours: Neighbours | None = None
+    ) -> dict[str, Tensor]:
+        """Each edit's direction and shard; whoever adds it says its `lines` (n, W) besides."""
+        return {"keys": self._directions(prompts), "shards": torch.tensor(list(shards), dtype=torch.long)}
+
+    def insert(self, ids: Sequence[str], described: Mapping[str, Tensor]) -> None:
+        """Take in edits with their lines: token ids, -1 past the end."""
+        self.forget(ids)
+        self.ids += ids
+        lines = described.get("lines", torch.zeros(len(ids), 0, dtype=torch.long))
+        rows = [[token for token in row if token >= 0] for row in (*self.lines.tolist(), *lines.tolist())]
+        self.lines = pad_right(rows)
+        self.keys = torch.cat([self.keys.reshape(-1, described["keys"].shape[1]), described["keys"]])
+        self.shards = torch.cat([self.shards, described["shards"]])
+
+    def forget(self, ids: Sequence[str]) -> None:
+        """Drop edits."""
+        gone = set(ids)
+        keep = torch.tensor([id not in gone for id in self.ids], dtype=torch.bool)
+        if not keep.all():
+            self.ids = [id for id in self.ids if id not in gone]
+            self.keys, self.shards, self.lines = self.keys[keep], self.shards[keep], self.lines[keep]
+
+    def calibrate(self, memory: SideMemory, owned: Mapping[int, Query], background: Query) -> None:
+        """What all but a few irrelevant prompts stay below."""
+        if self.ids:
+            nearest = (self._directions(background) @ self.keys.T).amax(-1)
+            limit = torch.quantile(nearest, 1 - self.false_fire_rate, interpolation="higher")
+            self.threshold = min(float(limit), 1 - 1e-3)
+
+    def route(self, query: Query, memory: SideMemory) -> Choice:
+        """The nearest edit, if it is nearer than irrelevant prompts are."""
+        if not self.ids:
+            return Choice.base(len(query))
+        score, index = (self._directions(query) @ self.keys.T).max(-1)
+        chosen = torch.where(score > self.threshold, self.shards[index], BASE)
+        nearest = tuple(self.ids[i] for i in index.tolist())
+        return Choice(chosen, score, torch.full_like(score, self.threshold), nearest)
+
+    def preface(self, query: Query, memory: Sequence[int]) -> list[list[int]]:
+        """The lines before each prompt: of the edits nearest to it, its own memory's last; none of the base's."""
+        likeness = self._directions(query) @ self.keys.T if self.ids else torch.zeros(len(query), 0)
+        places = {shard: i for i, shard in enumerate(self.shards.tolist())}
+        found = []
+        for row, shard in zip(likeness, memory, strict=True):
+            own = places.get(int(shard))
+            order = row.argsort(descending=True).tolist() if own is not None and self.number > 1 else []
+            others = [i for i in order if i != own][: self.number - 1]
+            shown = [] if own is None else [*others[::-1], own]
+            found.append([token for i in shown for token in self.lines[i].tolist() if token >= 0])
+        return found
+
+    def fingerprint(self, shard: int) -> str:
+        """What a prompt may be given depends on all edits."""
+        return f"{shard} {hashlib.sha256(self.lines.numpy().tobytes()).hexdigest()}"
+
+    def _directions(self, query: Query) -> Tensor:
+        last = query.last_hidden().cpu()
+        return normalize(last - self.centre if len(self.centre) else last, dim=-1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The edits, their directions and lines, and what is calibrated."""
+        tensors = {name: getattr(self, name) for name in ("keys", "shards", "lines", "centre")}
+        limit = None if self.threshold == float("inf") else self.threshold
+        return {"ids": list(self.ids), "threshold": limit, **tensors}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self.ids = list(state["ids"])
+        self.threshold = float("inf") if state["threshold"] is None else state["threshold"]
+        for name in ("keys", "shards", "lines", "centre"):
+            setattr(self, name, state[name].cpu())

@@ -1,0 +1,120 @@
+"""In-context retrieval: the base reads the nearest edits before the prompt, and nothing else happens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from repair_lightning.data.tokenizing import encode
+from repair_lightning.editors.icl import InContext
+from repair_lightning.errors import ConfigError, RepairError
+from repair_lightning.evaluation import protocols
+from repair_lightning.evaluation.scoring import Scorer, oracle_choice
+from repair_lightning.models.prefix import pad_left
+from repair_lightning.types import BASE
+
+
+@pytest.fixture
+def editor(editor_of, write, edits):
+    found = editor_of("llama", "icl", number=2)
+    write(found, edits[:4])
+    return found
+
+
+def greedy(editor, rows) -> list[list[int]]:
+    """What the plain base says behind token rows."""
+    ids, mask = pad_left(rows)
+    with editor.edited.forced(None):
+        output = editor.base.model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    return output[:, ids.shape[1] :].tolist()
+
+
+def test_the_base_reads_the_edit_and_its_neighbour_before_the_prompt(editor, edits):
+    prompts = [edit.prompt for edit in edits[:4]]
+    rows = editor.tokenizer(prompts)["input_ids"]
+    chosen = editor.choose(prompts).memory
+    assert chosen.tolist() == editor.owner_choice([edit.id for edit in edits[:4]]).tolist()
+    for row, read, edit in zip(rows, editor.edited.read(rows, chosen), edits, strict=False):
+        own = editor.tokens_of(edit)
+        text = editor.tokenizer.decode(read, skip_special_tokens=True)
+        assert text.split("\n")[-2] == f"{edit.prompt} {edit.target}"
+        assert len(text.split("\n")) == 3  # two edits, and the prompt
+        start = int(row[0] == editor.tokenizer.bos_token_id)
+        assert read[-len(row[start:]) :] == row[start:]
+        assert read[-len(row[start:]) - len(own) : -len(row[start:])] == own
+
+
+def test_every_way_to_ask_it_is_the_base_behind_that_text(editor, edits):
+    """Generation, the forward pass and teacher forcing, which scores the same tokens as the base fed with the text."""
+    prompts, targets = [edit.prompt for edit in edits[:4]], [edit.target for edit in edits[:4]]
+    rows = editor.tokenizer(prompts)["input_ids"]
+    chosen = editor.choose(prompts).memory
+    read = editor.edited.read(rows, chosen)
+    said = greedy(editor, read)
+    ids, mask = pad_left(rows)
+    output = editor.edited.generate(ids, mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert torch.equal(output[:, : ids.shape[1]], ids)
+    assert output[:, ids.shape[1] :].tolist() == said
+    with torch.no_grad():
+        assert editor.edited(ids, mask).logits[:, -1].argmax(-1).tolist() == [row[0] for row in said]
+    forced = protocols.forced_tokens(editor.edited, prompts, targets, chosen)
+    for row, prompt, target, tokens in zip(read, prompts, targets, forced, strict=True):
+        wanted = encode(editor.tokenizer, prompt, target).target
+        with torch.no_grad(), editor.edited.forced(None):
+            logits = editor.base.model(torch.tensor([[*row, *wanted]])).logits[0]
+        assert tokens == logits[-len(wanted) - 1 : -1].argmax(-1).tolist()
+
+
+def test_what_is_not_like_an_edit_keeps_the_bits_of_the_base(editor, irrelevant):
+    held_out = irrelevant[8:]
+    assert (editor.choose(held_out).memory == BASE).all()
+    ids, mask = pad_left(editor.tokenizer(held_out)["input_ids"])
+    with torch.no_grad():
+        given, own = editor.edited(ids, mask).logits, editor.base.model(ids, attention_mask=mask).logits
+    assert torch.equal(given, own)
+
+
+def test_the_limit_is_the_likeness_of_irrelevant_prompts(editor):
+    nearest = (editor.router._directions(editor.held_out) @ editor.router.keys.T).amax(-1)
+    assert editor.router.threshold == min(float(nearest.max()), 1 - 1e-3)
+
+
+def test_scores_tell_edits_apart_though_their_shards_are_empty(editor, edits):
+    """The oracle's answers are asked anew where another memory answers, with equal shards."""
+    scorer = Scorer(editor.edited, edits[:2], max_new_tokens=4)
+    both = editor.owner_choice([edits[0].id, edits[1].id]).tolist()
+    keys = scorer._fingerprints(torch.tensor(both), fresh=False)
+    assert keys[both[0]] != keys[both[1]]
+    owners = editor.owner_choice([question.edit for question in scorer.questions])
+    assert scorer.score("oracle", oracle_choice(scorer.questions, owners), owners).rows
+
+
+def test_a_preface_loses_its_beginning_where_it_does_not_fit(editor, edits):
+    most = editor.max_tokens
+    rows = [list(range(5, 5 + most - 64 - 3))]
+    chosen = editor.owner_choice([edits[0].id])
+    (read,) = editor.edited.read(rows, chosen)
+    assert len(read) == most - 64
+    assert read[:3] == editor.tokens_of(edits[0])[-3:]
+
+
+def test_edits_are_taken_back_and_written_anew(editor, write, edits):
+    assert editor.undo([edits[0].id]) == []
+    assert len(editor.memory) == 3
+    assert edits[0].id not in editor.router.ids
+    write(editor, edits[4:5])
+    write(editor, edits[4:5])  # its second shard takes the place of the first
+    assert len(editor.memory) == len(editor.router.ids) == 4
+
+
+def test_what_it_refuses(editor, edits):
+    ids = torch.tensor(editor.tokenizer([edits[0].prompt])["input_ids"])
+    with pytest.raises(RepairError, match="call generate\\(\\), or forward\\(\\) without cache and labels"):
+        editor.edited(ids, labels=ids)
+    for options, words in (
+        ({"number": 0}, "number must be at least 1, got 0"),
+        ({"line": "{prompt}"}, "line must hold {prompt} and {target}"),
+        ({"false_fire_rate": 1.0}, r"false_fire_rate must be in \[0, 1\), got 1.0"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            InContext(**options)
