@@ -83,7 +83,7 @@ class FTEWC(FineTuner):
         self.weight, self.accumulate = weight, accumulate
         self.learnt: dict[str, Tensor] = {}
         """With `accumulate`, once a window is over: F as `fisher`, and W* as `anchor`."""
-        self.fresh: list[Edit] = []
+        self.recent: list[Edit] = []
         """The window's edits so far."""
 
     def prepare(self, background: Sequence[str], held_out: Sequence[str]) -> None:
@@ -129,7 +129,7 @@ class FTEWC(FineTuner):
         anchor = self.learnt.get("anchor")
         self.moved = weights.matrix(self.layer) - (weights.original(self.layer) if anchor is None else anchor)
         reports = super().change(edits)
-        self.fresh += edits
+        self.recent += edits
         return reports
 
     def penalty(self, delta: Tensor) -> Tensor:
@@ -138,11 +138,11 @@ class FTEWC(FineTuner):
 
     def finish_window(self) -> None:
         """With `accumulate`, the window's edits are to stay from now on."""
-        if self.accumulate and self.fresh:
-            known = {edit.id: edit for edit in self.fresh}
+        if self.accumulate and self.recent:
+            known = {edit.id: edit for edit in self.recent}
             own = self.fisher_of([self.encode(edit) for edit in known.values()])
             self.learnt = {"fisher": self.fisher + own, "anchor": self.edited.weights.matrix(self.layer)}
-        self.fresh = []
+        self.recent = []
 
     def own_state(self) -> dict[str, Any]:
         """With `accumulate`, F and W*."""
