@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import lightning.pytorch as pl
 import torch
 import transformers
+from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -173,6 +174,8 @@ class EditCLI(LightningCLI):
         folder, name = (self.run_dir / CHECKPOINT).parent, CHECKPOINT.stem
         checkpoint = WindowCheckpoint(folder, filename=name, every_n_epochs=1, enable_version_counter=False)
         plugins = [*(self.config_init.trainer.plugins or []), self.run.checkpoint_io(lambda: self.datamodule.windows)]
+        if SLURMEnvironment.detect() and not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
+            plugins.append(SLURMEnvironment(auto_requeue=False))  # the same command goes on, from a whole window
         if self.config_init.trainer.max_epochs == 0:
             raise ConfigError("trainer.max_epochs is 0: no window would be written; give -1 for the whole stream")
         try:
@@ -182,6 +185,13 @@ class EditCLI(LightningCLI):
                 trainer = super().instantiate_trainer(**kwargs, callbacks=[checkpoint], plugins=plugins)
         except MisconfigurationException as error:
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+        for option, unset in (("max_steps", -1), ("max_time", None)):
+            value = self.config_init.trainer[option]
+            if trainer.world_size > 1 and value not in (unset, None):
+                raise ConfigError(
+                    f"trainer.{option} {value} would stop each of {trainer.world_size} ranks at a place of its own; give "
+                    "trainer.max_epochs, the number of windows"
+                )
         return trainer
 
     def _choose_strategy(self) -> None:
@@ -232,11 +242,20 @@ class EditCLI(LightningCLI):
         if earlier is not None:
             self.datamodule.inherit(earlier)
         if self.run.checkpoint is not None:
-            self.datamodule.ledger = together(self.run.history)
+            self.datamodule.ledger = self._history()
         if first:
             self.run.journal.follow(self.datamodule.ledger)
         else:
             self.datamodule.ledger.journal = KeptElsewhere()
+
+    def _history(self) -> Ledger:
+        """The ledger of the run that is resumed. One rank reads the journal: SQLite's log is for one machine."""
+        found = self.team.together(self.run.history if self.team.rank == 0 else Ledger)
+        if self.team.size > 1:
+            (state,) = self.team.first([json.dumps(found.state_dict())])
+            if self.team.rank:
+                found.load_state_dict(json.loads(state))
+        return found
 
     def _read(self) -> None:
         self._keep_the_pack()
@@ -476,13 +495,16 @@ def guarded(main: Callable[[], Any], resumes: bool = False) -> None:
 
 
 def _end(words: str, code: int) -> NoReturn:
-    """End the process; of several ranks the first says why, also what it has heard of the others.
+    """End the process; of several ranks the first says why, also what it has heard of the others. Before they have
+    met, the first of each machine does.
 
     A collective that was interrupted would hold the interpreter's own way out up, for ever where its peers are gone.
     """
-    if not getattr(rank_zero_only, "rank", 0):
+    met = torch.distributed.is_available() and torch.distributed.is_initialized()
+    on_machine = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
+    if not getattr(rank_zero_only, "rank", 0) or (not met and on_machine == "0"):
         print(words, file=sys.stderr)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if met:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

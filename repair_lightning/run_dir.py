@@ -22,6 +22,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
 
 from repair_lightning.data.journal import FILE as JOURNAL_FILE
 from repair_lightning.data.journal import Journal
@@ -151,14 +152,8 @@ class RunDirectory:
         log.info("resuming '%s' behind window %d; void: %s", self.path, windows, counted(void, "later event"))
 
     def history(self) -> Ledger:
-        """The ledger as the journal tells it, up to the checkpoint; another rank's journal is read from the disk."""
-        if hasattr(self, "journal"):
-            return self.journal.rebuild()
-        journal = Journal(self.path / JOURNAL_FILE, read_only=True)
-        try:
-            return journal.rebuild()
-        finally:
-            journal.close()
+        """The ledger as the journal tells it, up to the checkpoint."""
+        return self.journal.rebuild()
 
     def close(self) -> None:
         """Let go of the journal and of the directory."""
@@ -252,6 +247,10 @@ class WindowCheckpoint(ModelCheckpoint):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._cost, self._saved_at = 0.0, 0.0
+
+    def _should_skip_saving_checkpoint(self, trainer: pl.Trainer) -> bool:
+        """Windows decide, not steps of an optimiser: a rank without a batch takes none, nor does a closed form."""
+        return trainer.state.fn != TrainerFn.FITTING
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save, unless nothing is left to arrive or to be written."""

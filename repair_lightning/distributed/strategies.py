@@ -13,14 +13,13 @@ import subprocess
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.distributed import _distributed_is_initialized
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch import nn
 
 from repair_lightning.distributed.team import ALONE, Team
-from repair_lightning.distributed.watch import Watch
+from repair_lightning.distributed.watch import Meeting, Watch
 from repair_lightning.errors import ConfigError
 
 
@@ -55,6 +54,7 @@ class EditStrategy(DDPStrategy):
 
     Args:
         lost_after: seconds without a sign of life before a rank counts as lost and the run is ended.
+        meet_within: seconds that the ranks have to meet at the start.
         options: of Lightning's DDPStrategy, as `timeout` and `process_group_backend`.
     """
 
@@ -62,11 +62,12 @@ class EditStrategy(DDPStrategy):
     rows_of_batches = False
     shards_base = False
 
-    def __init__(self, lost_after: float = 60.0, **options: Any) -> None:
-        if lost_after <= 0:
-            raise ConfigError(f"strategy lost_after must be above 0 seconds, got {lost_after}")
+    def __init__(self, lost_after: float = 60.0, meet_within: float = 600.0, **options: Any) -> None:
+        for name, seconds in (("lost_after", lost_after), ("meet_within", meet_within)):
+            if seconds <= 0:
+                raise ConfigError(f"strategy {name} must be above 0 seconds, got {seconds}")
         super().__init__(**options)
-        self.lost_after = lost_after
+        self.lost_after, self.meet_within = lost_after, meet_within
         self.team = ALONE
         self.watch: Watch | None = None
         self._sigterm: Any = None
@@ -78,10 +79,12 @@ class EditStrategy(DDPStrategy):
         assert isinstance(self._launcher, EarlyLauncher)
         self._sigterm = signal.getsignal(signal.SIGTERM)
         self._launcher.start()
-        self.accelerator.setup_device(self.root_device)  # type: ignore[union-attr]
-        self.setup_distributed()
+        started = self._launcher.procs
+        with Meeting(self.global_rank, self.world_size, started, self.meet_within, self.local_rank == 0):
+            self.accelerator.setup_device(self.root_device)  # type: ignore[union-attr]
+            self.setup_distributed()
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self.watch = Watch(self.global_rank, self.world_size, address, self.lost_after, self._launcher.procs)
+        self.watch = Watch(self.global_rank, self.world_size, address, self.lost_after, started)
         self.watch.start()
         self.team = Team(self.global_rank, self.world_size, self.root_device, self.deals, self.rows_of_batches)
         return self.team
@@ -103,7 +106,7 @@ class EditStrategy(DDPStrategy):
         """Lightning's, and SIGTERM as it was: Lightning's answer is a broadcast, which waits for ever in the midst of
         another collective."""
         super().on_train_start()
-        if self._sigterm is not None and not isinstance(self.cluster_environment, SLURMEnvironment):
+        if self._sigterm is not None:
             signal.signal(signal.SIGTERM, self._sigterm)
 
     def setup_distributed(self) -> None:

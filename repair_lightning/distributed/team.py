@@ -146,6 +146,14 @@ class Team:
         """The texts of rank 0."""
         return list(texts) if self.size == 1 else self.all_texts(texts if self.rank == 0 else [])[0]
 
+    def of_first(self, tensor: Tensor) -> Tensor:
+        """The tensor of rank 0, where all ranks have one of the same shape and type."""
+        if self.size == 1:
+            return tensor
+        data = _bytes(tensor).to(self.device, copy=True)
+        dist.broadcast(data, 0)
+        return data.view(tensor.dtype).reshape(tensor.shape).to(tensor.device)
+
     def total(self, tensor: Tensor) -> Tensor:
         """The sum of every rank's tensor, the same bits for all."""
         if self.size == 1:

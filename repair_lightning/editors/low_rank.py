@@ -169,7 +169,7 @@ class LowRankWriter:
                 kd, per_sample = editor.distil(logits, features, rows)
                 if margin is not None and step % editor.writing.check_every == 0:
                     known = keys.lowest(target_margin(logits.detach()[:, None], rows.labels[:, None]))
-                    done = (~(known < margin)).cpu()  # what is not finite is not helped by more steps
+                    done = editor.agreed(~(known < margin)).cpu()  # what is not finite is not helped by more steps
                     if 2 * int(done.sum()) >= len(done):
                         break
                 if step == budget:

@@ -481,7 +481,7 @@ class Repair(Editor):
                 logits, features = tail(module.product)
                 losses = part.per_row(target_cross_entropy(logits[:, None], part.labels[:, None]))
                 kd, per_sample = self.distil(logits, features, part, mine)
-                if step == budget or self._written(step, logits, part.labels, mine is not None):
+                if step == budget or self._written(step, logits, part.labels):
                     break
                 total = losses.mean() if mine is None else losses.sum() / len(rows)
                 total = total + self.distillation.weight * kd
@@ -505,6 +505,15 @@ class Repair(Editor):
         """Whether the ranks write each batch together, with part of its rows each: low-rank shards share nothing."""
         return self.team.rows_of_batches and self.team.parts > 1 and self.writing.form == "dense"
 
+    @property
+    def in_step(self) -> bool:
+        """Whether the ranks train the same shard at the same time."""
+        return self.team.size > 1 and (self.splits_rows or not self.team.deals)
+
+    def agreed(self, yes: Tensor) -> Tensor:
+        """What every rank says that trains the same shard; elementwise."""
+        return self.team.total((~yes).float()) == 0 if self.in_step else yes
+
     def _own_rows(self, rows: TargetRows) -> tuple[list[int] | None, TargetRows]:
         """The members whose rows this rank trains on, and those rows; None and all where there are fewer than ranks."""
         if not self.splits_rows or rows.members < self.team.size:
@@ -515,7 +524,7 @@ class Repair(Editor):
 
     def share_gradient(self, parameter: torch.nn.Parameter, summed: bool = False) -> None:
         """The sum of the ranks' gradients where each has seen some rows; their mean where each has seen all."""
-        if self.team.size == 1 or (self.team.deals and not summed):
+        if not self.in_step:
             return
         assert parameter.grad is not None
         total = self.team.total(parameter.grad)
@@ -568,14 +577,14 @@ class Repair(Editor):
     def _score(self, activations: Tensor, mask: Tensor, module: Shard) -> Tensor:
         return activation_scores(activations.float(), [module.delta], mask, self.routing.pool, check=False)[:, 0]
 
-    def _written(self, step: int, logits: Tensor, labels: Tensor, dealt: bool) -> bool:
-        """Whether every target token, on every rank where rows are dealt out, leads its best rival by the margin;
+    def _written(self, step: int, logits: Tensor, labels: Tensor) -> bool:
+        """Whether every target token, on every rank that trains the same shard, leads its best rival by the margin;
         looked at every few steps."""
         margin = self.writing.margin
         if margin is None or step % self.writing.check_every:
             return False
-        own = bool((target_margin(logits.detach()[:, None], labels[:, None]) >= margin).all())
-        return self.team.everyone(own) if dealt else own
+        own = (target_margin(logits.detach()[:, None], labels[:, None]) >= margin).all()
+        return bool(self.agreed(own))
 
     def backpropagate(self, loss: Tensor) -> None:
         """Backward, through the trainer where there is one."""

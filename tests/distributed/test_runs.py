@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -142,6 +143,58 @@ def test_a_rank_that_stands_still_is_named(folder):
     assert "error: rank 1 is lost: no sign of life for 4 s" in output
 
 
+def test_the_first_rank_stands_still(folder):
+    """The others' signs of life lie with it: they notice that it does not answer."""
+    name = "still-first"
+    strategy = ["--trainer.strategy", "repair_lightning.distributed.strategies.ShardParallelStrategy"]
+    process = start(arguments(folder, name, 2, *strategy, "--trainer.strategy.lost_after", "4"))
+    while events(folder / name) < 2 * WINDOW:
+        time.sleep(0.05)
+        assert process.poll() is None, process.communicate()[0]
+    child = next(pid for pid in children_of(process.pid) if "train.py" in Path(f"/proc/{pid}/cmdline").read_text())
+    process.send_signal(signal.SIGSTOP)
+    late = time.monotonic() + 60
+    while Path(f"/proc/{child}/cmdline").read_text():  # empty once it has ended
+        assert time.monotonic() < late
+        time.sleep(0.1)
+    process.kill()
+    output, _ = process.communicate()
+    assert "error: the first rank's store has not answered for 4 s: rank 0 is lost" in output
+
+
+def test_of_three_ranks_one_says_who_is_lost(folder):
+    process = start(arguments(folder, "killed-of-3", 3))
+    while events(folder / "killed-of-3") < 2 * WINDOW:
+        time.sleep(0.05)
+        assert process.poll() is None, process.communicate()[0]
+    children = [pid for pid in children_of(process.pid) if "train.py" in Path(f"/proc/{pid}/cmdline").read_text()]
+    os.kill(children[-1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert output.count("is lost") == output.count("error: rank 2 is lost: its process ended with code -9") == 1
+
+
+@pytest.mark.parametrize("editor", ["repair", "ultraedit"])
+def test_a_window_without_a_batch_for_every_rank(folder, editor):
+    """A rank without a batch, and a method without an optimiser, save with the others."""
+    name = f"one-by-one-{editor}"
+    options = ("--data.window", "1", "--data.max_edits", "5")
+    options += () if editor == "repair" else ("--config", editor)
+    code, output = finish([*arguments(folder, name, 2), *options])
+    assert code == 0, output
+    journal = sqlite3.connect(folder / name / "journal.sqlite")
+    assert journal.execute("select count(*) from checkpoints").fetchone() == (4,)
+    journal.close()
+
+
+@pytest.mark.parametrize(("option", "value"), [("max_steps", "3"), ("max_time", "00:01:00:00")])
+def test_what_would_stop_ranks_at_different_places_is_refused(folder, option, value):
+    code, output = finish(arguments(folder, option, 2, f"--trainer.{option}", value))
+    assert code == 2
+    assert f"error: trainer.{option} " in output
+    assert "give trainer.max_epochs" in output
+
+
 @pytest.mark.parametrize("ranks", [0, 2], ids=["devices", "torchrun"])
 def test_a_mistake_is_said_once(folder, ranks):
     code, output = finish(arguments(folder, "mistake", 2, "--data.path", "nowhere.jsonl"), ranks=ranks)
@@ -179,6 +232,26 @@ def test_sigterm_ends_all_ranks_and_is_said_once(folder, two):
 
 
 DENSE = ("--model.writing.form", "dense", "--merge.enabled", "false")
+
+
+def test_as_slurm_starts_it(folder, two, monkeypatch):
+    """Each process is told by the environment who it is; Lightning's own requeueing leaves the signals alone."""
+    job = {"NTASKS": 2, "NTASKS_PER_NODE": 2, "NNODES": 1, "NODEID": 0, "JOB_ID": 17, "JOB_NAME": "edit"}
+    for name, value in {**job, "JOB_NODELIST": "127.0.0.1", "NODELIST": "127.0.0.1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    processes = []
+    for rank in range(2):
+        monkeypatch.setenv("SLURM_PROCID", str(rank))
+        monkeypatch.setenv("SLURM_LOCALID", str(rank))
+        processes.append(start(arguments(folder, "slurm", 2)))
+    while events(folder / "slurm") < WINDOW:
+        time.sleep(0.05)
+        assert processes[0].poll() is None, processes[0].communicate()[0]
+    handled = Path(f"/proc/{processes[0].pid}/status").read_text().split("SigCgt:")[1].split()[0]
+    assert not int(handled, 16) >> (signal.SIGUSR1 - 1) & 1
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert fingerprint(whole(folder / "slurm")) == fingerprint(two)
 
 
 def test_the_rows_of_a_batch_on_two_ranks_are_one_batch(folder):
