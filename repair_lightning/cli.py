@@ -189,8 +189,8 @@ class EditCLI(LightningCLI):
             value = self.config_init.trainer[option]
             if trainer.world_size > 1 and value not in (unset, None):
                 raise ConfigError(
-                    f"trainer.{option} {value} would stop each of {trainer.world_size} ranks at a place of its own; give "
-                    "trainer.max_epochs, the number of windows"
+                    f"trainer.{option} {value} would stop each of {trainer.world_size} ranks at a place of its own; "
+                    "give trainer.max_epochs, the number of windows"
                 )
         return trainer
 
