@@ -193,10 +193,18 @@ class Editor(pl.LightningModule):
         """Whether the base has a W_v that is not its own."""
         return bool(self.edited.weights)
 
+    @classmethod
+    def arguments(cls) -> list[str]:
+        """The names of the constructor's arguments; `**common` stands for those that every editor has."""
+        own = inspect.signature(cls).parameters
+        named = [name for name, found in own.items() if found.kind is not inspect.Parameter.VAR_KEYWORD]
+        common = list(inspect.signature(Editor).parameters) if len(named) < len(own) else []
+        return list(dict.fromkeys([*common, *named]))
+
     def options(self) -> dict[str, Any]:
         """The constructor's arguments, in plain types; an editor keeps each under its name or as `<name>_option`."""
         found: dict[str, Any] = {}
-        for name in list(inspect.signature(type(self)).parameters):
+        for name in self.arguments():
             value = getattr(self, f"{name}_option" if hasattr(self, f"{name}_option") else name)
             found[name] = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
         return json.loads(json.dumps(found))

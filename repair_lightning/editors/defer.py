@@ -46,11 +46,6 @@ class Defer(Editor):
 
     Args:
         base: folder or hub name of a Hugging Face causal LM.
-        layer: the edited layer; None for the default of `resolve_layer`.
-        precision: of the base.
-        trust_remote_code: let the base's repository run its own code.
-        cache_mib: memory for the prefix cache, in MiB.
-        cache_disk_mib: scratch space on disk for what the prefix cache cannot hold in memory, in MiB.
         lr: of Adam, absolute.
         steps: most steps per batch.
         stop_margin: a batch is done once every target token of its own leads its best rival by this many nats; None
@@ -60,16 +55,12 @@ class Defer(Editor):
         threshold: the least probability of being in scope that hands a prompt over.
         false_fire_rate: share of held-out irrelevant prompts that may be handed over.
         seed: of what is drawn; on the command line 0 follows `seed_everything`.
+        common: what every editor takes, see `Editor`.
     """
 
     def __init__(
         self,
         base: str = "",
-        layer: int | None = None,
-        precision: str = "auto",
-        trust_remote_code: bool = False,
-        cache_mib: int = 2048,
-        cache_disk_mib: int = 8192,
         lr: float = 1e-3,
         steps: int = 100,
         stop_margin: float | None = 2.0,
@@ -78,8 +69,9 @@ class Defer(Editor):
         threshold: float = 0.5,
         false_fire_rate: float = 0.01,
         seed: int = 0,
+        **common: Any,
     ) -> None:
-        super().__init__(base, layer, precision, trust_remote_code, cache_mib, cache_disk_mib)
+        super().__init__(base, **common)
         if not lr > 0:
             raise ConfigError(f"lr must be positive, got {lr}")
         for name, value, least in (("steps", steps, 1), ("replay", replay, 0), ("irrelevant", irrelevant, 0)):

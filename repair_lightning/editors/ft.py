@@ -47,32 +47,24 @@ class FineTuner(WeightEditor):
 
     Args:
         base: folder or hub name of a Hugging Face causal LM.
-        layer: the edited layer; None for the default of `resolve_layer`.
-        precision: of the base.
-        trust_remote_code: let the base's repository run its own code.
-        cache_mib: memory for the prefix cache, in MiB.
-        cache_disk_mib: scratch space on disk for what the prefix cache cannot hold in memory, in MiB.
         lr: of Adam, absolute.
         steps: most steps per batch.
         stop_loss: a batch is done once its mean loss is below this, in nats; None takes all steps.
         stop_margin: a batch is done once every target token leads its best rival by this many nats; None does not
             look.
+        common: what every editor takes, see `Editor`.
     """
 
     def __init__(
         self,
         base: str,
-        layer: int | None,
-        precision: str,
-        trust_remote_code: bool,
-        cache_mib: int,
-        cache_disk_mib: int,
         lr: float,
         steps: int,
         stop_loss: float | None,
         stop_margin: float | None,
+        **common: Any,
     ) -> None:
-        super().__init__(base, layer, precision, trust_remote_code, cache_mib, cache_disk_mib)
+        super().__init__(base, **common)
         if not lr > 0:
             raise ConfigError(f"lr must be positive, got {lr}")
         if steps < 1:
@@ -147,33 +139,23 @@ class FT(FineTuner):
 
     Args:
         base: folder or hub name of a Hugging Face causal LM.
-        layer: the edited layer; None for the default of `resolve_layer`.
-        precision: of the base.
-        trust_remote_code: let the base's repository run its own code.
-        cache_mib: memory for the prefix cache, in MiB.
-        cache_disk_mib: scratch space on disk for what the prefix cache cannot hold in memory, in MiB.
         lr: of Adam, absolute.
         steps: most steps per batch.
         stop_loss: a batch is done once its mean loss is below this, in nats; None takes all steps.
         norm_constraint: delta, how far each coordinate may be from the base's own; None leaves it free.
+        common: what every editor takes, see `Editor`.
     """
 
     def __init__(
         self,
         base: str = "",
-        layer: int | None = None,
-        precision: str = "auto",
-        trust_remote_code: bool = False,
-        cache_mib: int = 2048,
-        cache_disk_mib: int = 8192,
         lr: float = 5e-4,
         steps: int = 25,
         stop_loss: float | None = 0.01,
         norm_constraint: float | None = 5e-4,
+        **common: Any,
     ) -> None:
-        super().__init__(
-            base, layer, precision, trust_remote_code, cache_mib, cache_disk_mib, lr, steps, stop_loss, None
-        )
+        super().__init__(base, lr=lr, steps=steps, stop_loss=stop_loss, stop_margin=None, **common)
         if norm_constraint is not None and not norm_constraint > 0:
             raise ConfigError(f"norm_constraint must be positive, or null for none, got {norm_constraint}")
         self.norm_constraint = norm_constraint

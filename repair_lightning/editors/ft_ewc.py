@@ -48,36 +48,26 @@ class FTEWC(FineTuner):
 
     Args:
         base: folder or hub name of a Hugging Face causal LM.
-        layer: the edited layer; None for the default of `resolve_layer`.
-        precision: of the base.
-        trust_remote_code: let the base's repository run its own code.
-        cache_mib: memory for the prefix cache, in MiB.
-        cache_disk_mib: scratch space on disk for what the prefix cache cannot hold in memory, in MiB.
         lr: of Adam, absolute.
         steps: most steps per batch.
         stop_margin: a batch is done once every target token leads its best rival by this many nats; None takes all
             steps.
         weight: lambda, of the penalty; it wants to be the larger, the more the base's answers are to stay.
         accumulate: the edits of windows that are over are to stay too.
+        common: what every editor takes, see `Editor`.
     """
 
     def __init__(
         self,
         base: str = "",
-        layer: int | None = None,
-        precision: str = "auto",
-        trust_remote_code: bool = False,
-        cache_mib: int = 2048,
-        cache_disk_mib: int = 8192,
         lr: float = 1e-2,
         steps: int = 100,
         stop_margin: float | None = 0.0,
         weight: float = 0.2,
         accumulate: bool = False,
+        **common: Any,
     ) -> None:
-        super().__init__(
-            base, layer, precision, trust_remote_code, cache_mib, cache_disk_mib, lr, steps, None, stop_margin
-        )
+        super().__init__(base, lr=lr, steps=steps, stop_loss=None, stop_margin=stop_margin, **common)
         if weight < 0:
             raise ConfigError(f"weight must be at least 0, got {weight}")
         self.weight, self.accumulate = weight, accumulate

@@ -47,10 +47,6 @@ class GRACE(Editor):
     Args:
         base: folder or hub name of a Hugging Face causal LM.
         layer: the edited layer, below the last; None takes it at 27/31 of the depth.
-        precision: of the base.
-        trust_remote_code: let the base's repository run its own code.
-        cache_mib: memory for the prefix cache, in MiB.
-        cache_disk_mib: scratch space on disk for what the prefix cache cannot hold in memory, in MiB.
         eps: epsilon, the radius of a new entry's ball.
         relative: epsilon is in units of the median distance from an irrelevant prompt to its nearest other one, and the
             rate in units of the root mean square of what the layer puts out; off, both are absolute, as published.
@@ -58,6 +54,7 @@ class GRACE(Editor):
         steps: most steps per batch.
         stop_margin: an edit is done once every target token leads its best rival by this many nats; None takes all
             steps.
+        common: what every editor takes, see `Editor`.
     """
 
     can_undo = True
@@ -65,18 +62,14 @@ class GRACE(Editor):
     def __init__(
         self,
         base: str = "",
-        layer: int | None = None,
-        precision: str = "auto",
-        trust_remote_code: bool = False,
-        cache_mib: int = 2048,
-        cache_disk_mib: int = 8192,
         eps: float = 1.0,
         relative: bool = False,
         lr: float = 1.0,
         steps: int = 100,
         stop_margin: float | None = None,
+        **common: Any,
     ) -> None:
-        super().__init__(base, layer, precision, trust_remote_code, cache_mib, cache_disk_mib)
+        super().__init__(base, **common)
         for name, value in (("eps", eps), ("lr", lr)):
             if not value > 0:
                 raise ConfigError(f"{name} must be positive, got {value}")

@@ -12,7 +12,7 @@ no edit is as near as held-out irrelevant prompts are to theirs, nothing is put 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -30,13 +30,10 @@ class InContext(Editor):
     Args:
         base: folder or hub name of a Hugging Face causal LM.
         layer: whose input is the embedding; None for the default of `resolve_layer`.
-        precision: of the base.
-        trust_remote_code: let the base's repository run its own code.
-        cache_mib: memory for the prefix cache, in MiB.
-        cache_disk_mib: scratch space on disk for what the prefix cache cannot hold in memory, in MiB.
         number: of edits that are put before a prompt, the nearest last. IKE takes 32 demonstrations of one edit.
         line: how an edit reads there, with `{prompt}` and `{target}`.
         false_fire_rate: share of the held-out irrelevant prompts that may get anything put before them.
+        common: what every editor takes, see `Editor`.
     """
 
     can_undo: ClassVar[bool] = True
@@ -44,16 +41,12 @@ class InContext(Editor):
     def __init__(
         self,
         base: str = "",
-        layer: int | None = None,
-        precision: str = "auto",
-        trust_remote_code: bool = False,
-        cache_mib: int = 2048,
-        cache_disk_mib: int = 8192,
         number: int = 4,
         line: str = "{prompt} {target}\n",
         false_fire_rate: float = 0.01,
+        **common: Any,
     ) -> None:
-        super().__init__(base, layer, precision, trust_remote_code, cache_mib, cache_disk_mib)
+        super().__init__(base, **common)
         if number < 1:
             raise ConfigError(f"number must be at least 1, got {number}")
         if not 0 <= false_fire_rate < 1:

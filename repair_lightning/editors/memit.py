@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -35,13 +35,10 @@ class MEMIT(ValueEditor):
     Args:
         base: folder or hub name of a Hugging Face causal LM.
         layer: the lowest edited layer; None ends at the paper's share of the depth.
-        precision: of the base.
-        trust_remote_code: let the base's repository run its own code.
-        cache_mib: memory for the prefix cache, in MiB.
-        cache_disk_mib: scratch space on disk for what the prefix cache cannot hold in memory, in MiB.
         layers: how many layers are written into.
         values: how values are found.
         moment_weight: weight of the keys' second moment against the keys of a batch (lambda of Eq. 15).
+        common: what every editor takes, see `Editor`.
     """
 
     default_depth: ClassVar[float | None] = 0.3  # layer 8 of GPT-J's 0 to 27
@@ -49,16 +46,12 @@ class MEMIT(ValueEditor):
     def __init__(
         self,
         base: str = "",
-        layer: int | None = None,
-        precision: str = "auto",
-        trust_remote_code: bool = False,
-        cache_mib: int = 2048,
-        cache_disk_mib: int = 8192,
         layers: int = 6,
         values: Values = PUBLISHED,
         moment_weight: float = 15000.0,
+        **common: Any,
     ) -> None:
-        super().__init__(base, layer, precision, trust_remote_code, cache_mib, cache_disk_mib, layers, values)
+        super().__init__(base, layers=layers, values=values, **common)
         if not moment_weight > 0:
             raise ConfigError(f"moment_weight must be positive, got {moment_weight}")
         self.moment_weight = moment_weight

@@ -29,11 +29,6 @@ class RLSRepair(Repair):
 
     Args:
         base: folder or hub name of a Hugging Face causal LM.
-        layer: the edited layer; None for the default of `resolve_layer`.
-        precision: of the base.
-        trust_remote_code: let the base's repository run its own code.
-        cache_mib: memory for the prefix cache, in MiB.
-        cache_disk_mib: scratch space on disk for what the prefix cache cannot hold in memory, in MiB.
         routing: how prompts find their shard.
         writing: how shards are written; low-rank ones alone.
         distillation: intra-batch distillation in shards.
@@ -42,6 +37,7 @@ class RLSRepair(Repair):
         ridge: RLSEdit's lambda.
         anchoring: RLSEdit's mu.
         anchors: RLSEdit's file of anchor prompts.
+        common: what every editor takes, see `Editor`.
     """
 
     can_merge = False
@@ -52,11 +48,6 @@ class RLSRepair(Repair):
     def __init__(
         self,
         base: str = "",
-        layer: int | None = None,
-        precision: str = "auto",
-        trust_remote_code: bool = False,
-        cache_mib: int = 2048,
-        cache_disk_mib: int = 8192,
         routing: Routing = Routing(),  # noqa: B008 - jsonargparse reads the defaults here
         writing: Writing = Writing(),  # noqa: B008
         distillation: Distillation = Distillation(),  # noqa: B008
@@ -65,13 +56,13 @@ class RLSRepair(Repair):
         ridge: float = RIDGE,
         anchoring: float = ANCHORING,
         anchors: str | None = None,
+        **common: Any,
     ) -> None:
-        ours = (base, layer, precision, trust_remote_code, cache_mib, cache_disk_mib)
-        super().__init__(*ours, routing, writing, distillation, seed)
+        super().__init__(base, routing=routing, writing=writing, distillation=distillation, seed=seed, **common)
         if writing.form != "low_rank":
             raise ConfigError(f"writing.form must be low_rank for shards upon a matrix that moves, got {writing.form}")
         self.values, self.ridge, self.anchoring, self.anchors = values, ridge, anchoring, anchors
-        first = RLSEdit(*ours, 1, values, ridge, anchoring, anchors)
+        first = RLSEdit(base, values=values, ridge=ridge, anchoring=anchoring, anchors=anchors, **common)
         self._first = [first]  # in a list: its model is this one's, not a part of its own
 
     @property

@@ -58,16 +58,12 @@ class RLSEdit(ValueEditor):
 
     Args:
         base: folder or hub name of a Hugging Face causal LM.
-        layer: the lowest edited layer; None ends with the default of `resolve_layer`.
-        precision: of the base. The problem is solved in float32, whatever it is.
-        trust_remote_code: let the base's repository run its own code.
-        cache_mib: memory for the prefix cache, in MiB.
-        cache_disk_mib: scratch space on disk for what the prefix cache cannot hold in memory, in MiB.
         layers: how many layers are written into.
         values: how values are found.
         ridge: lambda, what holds W to W_0, in units of the anchors' root mean squared norm.
         anchoring: mu, what holds the anchors' values; at 1 all anchors together weigh as much as a key per dimension.
         anchors: text file with an anchor prompt per line; None takes the stream's irrelevant prompts.
+        common: what every editor takes, see `Editor`.
     """
 
     can_undo = True
@@ -75,18 +71,14 @@ class RLSEdit(ValueEditor):
     def __init__(
         self,
         base: str = "",
-        layer: int | None = None,
-        precision: str = "auto",
-        trust_remote_code: bool = False,
-        cache_mib: int = 2048,
-        cache_disk_mib: int = 8192,
         layers: int = 1,
         values: Values = VALUES,
         ridge: float = RIDGE,
         anchoring: float = ANCHORING,
         anchors: str | None = None,
+        **common: Any,
     ) -> None:
-        super().__init__(base, layer, precision, trust_remote_code, cache_mib, cache_disk_mib, layers, values)
+        super().__init__(base, layers=layers, values=values, **common)
         if not ridge > 0:
             raise ConfigError(f"ridge must be positive, got {ridge}: without it the problem has no single solution")
         if anchoring < 0:

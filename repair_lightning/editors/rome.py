@@ -13,7 +13,7 @@ Wikipedia texts; contexts are the base's own greedy texts; the target ends with 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -45,11 +45,8 @@ class ROME(ValueEditor):
         base: folder or hub name of a Hugging Face causal LM.
         layer: the edited layer; None for the paper's share of the depth. Not the last: nothing there would carry the
             subject's value to the answer.
-        precision: of the base.
-        trust_remote_code: let the base's repository run its own code.
-        cache_mib: memory for the prefix cache, in MiB.
-        cache_disk_mib: scratch space on disk for what the prefix cache cannot hold in memory, in MiB.
         values: how the value is found.
+        common: what every editor takes, see `Editor`.
     """
 
     batchable: ClassVar[bool] = False
@@ -58,14 +55,10 @@ class ROME(ValueEditor):
     def __init__(
         self,
         base: str = "",
-        layer: int | None = None,
-        precision: str = "auto",
-        trust_remote_code: bool = False,
-        cache_mib: int = 2048,
-        cache_disk_mib: int = 8192,
         values: Values = PUBLISHED,
+        **common: Any,
     ) -> None:
-        super().__init__(base, layer, precision, trust_remote_code, cache_mib, cache_disk_mib, 1, values)
+        super().__init__(base, layers=1, values=values, **common)
 
     def prepare(self, background: Sequence[str], held_out: Sequence[str]) -> None:
         """Besides, take the second moment of the keys in the base as it was."""

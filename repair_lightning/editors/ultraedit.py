@@ -43,27 +43,19 @@ class UltraEdit(WeightEditor):
 
     Args:
         base: folder or hub name of a Hugging Face causal LM.
-        layer: the lowest edited layer; None ends with the default of `resolve_layer`.
-        precision: of the base.
-        trust_remote_code: let the base's repository run its own code.
-        cache_mib: memory for the prefix cache, in MiB.
-        cache_disk_mib: scratch space on disk for what the prefix cache cannot hold in memory, in MiB.
         layers: how many layers are written into.
         lr: length of the step.
+        common: what every editor takes, see `Editor`.
     """
 
     def __init__(
         self,
         base: str = "",
-        layer: int | None = None,
-        precision: str = "auto",
-        trust_remote_code: bool = False,
-        cache_mib: int = 2048,
-        cache_disk_mib: int = 8192,
         layers: int = 2,
         lr: float = 1e-6,
+        **common: Any,
     ) -> None:
-        super().__init__(base, layer, precision, trust_remote_code, cache_mib, cache_disk_mib, layers)
+        super().__init__(base, layers=layers, **common)
         if not lr > 0:
             raise ConfigError(f"lr must be positive, got {lr}")
         self.lr = lr

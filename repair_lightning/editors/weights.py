@@ -11,7 +11,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -41,12 +41,8 @@ class WeightEditor(Editor):
 
     Args:
         base: folder or hub name of a Hugging Face causal LM.
-        layer: the lowest edited layer; None ends with the default of `resolve_layer`.
-        precision: of the base.
-        trust_remote_code: let the base's repository run its own code.
-        cache_mib: memory for the prefix cache, in MiB.
-        cache_disk_mib: scratch space on disk for what the prefix cache cannot hold in memory, in MiB.
         layers: how many layers are written into.
+        common: what every editor takes, see `Editor`.
     """
 
     writes_base: ClassVar[bool] = True
@@ -56,14 +52,10 @@ class WeightEditor(Editor):
     def __init__(
         self,
         base: str = "",
-        layer: int | None = None,
-        precision: str = "auto",
-        trust_remote_code: bool = False,
-        cache_mib: int = 2048,
-        cache_disk_mib: int = 8192,
         layers: int = 1,
+        **common: Any,
     ) -> None:
-        super().__init__(base, layer, precision, trust_remote_code, cache_mib, cache_disk_mib)
+        super().__init__(base, **common)
         if layers < 1:
             raise ConfigError(f"layers must be at least 1, got {layers}")
         self.layers = layers
@@ -190,27 +182,19 @@ class ValueEditor(WeightEditor):
 
     Args:
         base: folder or hub name of a Hugging Face causal LM.
-        layer: the lowest edited layer; None ends with the default of `resolve_layer`.
-        precision: of the base.
-        trust_remote_code: let the base's repository run its own code.
-        cache_mib: memory for the prefix cache, in MiB.
-        cache_disk_mib: scratch space on disk for what the prefix cache cannot hold in memory, in MiB.
         layers: how many layers are written into.
         values: how values are found.
+        common: what every editor takes, see `Editor`.
     """
 
     def __init__(
         self,
         base: str = "",
-        layer: int | None = None,
-        precision: str = "auto",
-        trust_remote_code: bool = False,
-        cache_mib: int = 2048,
-        cache_disk_mib: int = 8192,
         layers: int = 1,
         values: Values = Values(),  # noqa: B008 - jsonargparse reads the defaults here
+        **common: Any,
     ) -> None:
-        super().__init__(base, layer, precision, trust_remote_code, cache_mib, cache_disk_mib, layers)
+        super().__init__(base, layers=layers, **common)
         self.values = values
         for name, least in (("steps", 1), ("check_every", 1), ("contexts", 0)):
             if getattr(values, name) < least:

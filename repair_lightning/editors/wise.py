@@ -63,11 +63,6 @@ class WISE(Repair):
 
     Args:
         base: folder or hub name of a Hugging Face causal LM.
-        layer: the edited layer; None for the default of `resolve_layer`.
-        precision: of the base.
-        trust_remote_code: let the base's repository run its own code.
-        cache_mib: memory for the prefix cache, in MiB.
-        cache_disk_mib: scratch space on disk for what the prefix cache cannot hold in memory, in MiB.
         routing: how prompts find their memory.
         writing: how a batch is written; always `dense`.
         distillation: REPAIR's, off.
@@ -75,6 +70,7 @@ class WISE(Repair):
         mode: `retrieve` or `merge`.
         subspaces: merge: how many memories with edits are fused, at least 2.
         density: merge: share of a memory's coordinates that is kept before, in (0, 1].
+        common: what every editor takes, see `Editor`.
     """
 
     can_adapt = False
@@ -83,11 +79,6 @@ class WISE(Repair):
     def __init__(
         self,
         base: str = "",
-        layer: int | None = None,
-        precision: str = "auto",
-        trust_remote_code: bool = False,
-        cache_mib: int = 2048,
-        cache_disk_mib: int = 8192,
         routing: Routing = ROUTING,
         writing: Writing = WRITING,
         distillation: Distillation = Distillation(),  # noqa: B008 - jsonargparse reads the defaults here
@@ -95,20 +86,10 @@ class WISE(Repair):
         mode: Mode = "retrieve",
         subspaces: int = 2,
         density: float = 0.53,
+        **common: Any,
     ) -> None:
         self.mode, self.subspaces, self.density = mode, subspaces, density
-        super().__init__(
-            base,
-            layer,
-            precision,
-            trust_remote_code,
-            cache_mib,
-            cache_disk_mib,
-            routing,
-            writing,
-            distillation,
-            seed,
-        )
+        super().__init__(base, routing=routing, writing=writing, distillation=distillation, seed=seed, **common)
         self.merged: list[int] = []
         """The memories that came of a merge: what is fused is not written into."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import subprocess
 import sys
@@ -109,7 +108,7 @@ def test_its_options_rebuild_it(make, name):
     """Plain types, one for each argument of the constructor, through JSON and back."""
     editor = make()
     options = editor.options()
-    assert options.keys() == inspect.signature(REGISTRY[name]).parameters.keys()
+    assert list(options) == REGISTRY[name].arguments()
     assert make_editor(name, json.loads(json.dumps(options))).options() == options
 
 
