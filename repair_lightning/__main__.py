@@ -153,8 +153,11 @@ def _ask(options: Namespace) -> None:
     from repair_lightning.ask import Pair
 
     pair = Pair.open(options.pack, options.base, options.precision, options.max_new_tokens)
-    if options.question:
-        print("\n\n".join("\n".join(reply.lines()) for reply in pair.ask(options.question)))
+    asked = options.question
+    if len(asked) > 1 and not any(" " in part for part in asked):
+        asked = [" ".join(asked)]  # a question without its quotes
+    if asked:
+        print("\n\n".join("\n".join(reply.lines()) for reply in pair.ask(asked)))
         return
     for question in _questions():
         try:

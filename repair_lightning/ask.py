@@ -116,6 +116,8 @@ class Pair:
         ]
 
     def _check(self, prompts: Sequence[str]) -> None:
+        if not all(prompt.strip() for prompt in prompts):
+            raise ConfigError("a prompt is empty; give a question")
         limit = longest_text(self.model)
         rows = self.model.tokenizer(list(prompts))["input_ids"] if prompts else []
         for prompt, row in zip(prompts, rows, strict=True):

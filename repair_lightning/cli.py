@@ -544,6 +544,7 @@ def _quiet() -> None:
         logging.getLogger(ours).setLevel(logging.INFO)
     for theirs in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(theirs).setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each of its retries; what comes of them is said
     transformers.utils.logging.disable_progress_bar()
     os.environ.setdefault("WANDB_SILENT", "true")  # its folder is named in the closing report
     warnings.filterwarnings("ignore", "Found .* module.* in eval mode")  # the frozen base stays in it on purpose

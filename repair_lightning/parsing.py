@@ -69,6 +69,9 @@ def explained(message: str, parser: ArgumentParser, classes: Mapping[str, Iterab
         return f"a configuration has the unknown option '{name}'{_alike(name, known)} {help} lists all"
     if found := _UNKNOWN.search(message):
         name = _as_given(found[1] or found[2])
+        if name in known:
+            own = f"{parser.prog} --model.help NAME"
+            return f"the class that is chosen has no option '{name}'; `{own}` lists its own"
         return f"unknown option '{name}'{_alike(name, known)} {help} lists all"
     keys, got = _KEY.findall(message), _GOT.search(message)
     if not keys or not got:

@@ -109,7 +109,7 @@ class RunDirectory:
         if obstacle and not overwrite:
             self._held.close()
             raise ConfigError(f"run_dir '{self.path}' holds {obstacle}")
-        self._anew = bool(obstacle) or not self._begun()
+        self._anew = bool(obstacle) or not self._begun() or self._replaced()
 
     def hold(self) -> None:
         """Take hold of the directory, for as long as this process lives or until :meth:`close`.
@@ -149,7 +149,10 @@ class RunDirectory:
         except OSError as error:
             raise self._unwritable(error) from error
         void = self.journal.rewind(seq, f"resumed behind window {windows}")
-        log.info("resuming '%s' behind window %d; void: %s", self.path, windows, counted(void, "later event"))
+        if windows:
+            log.info("resuming '%s' behind window %d; void: %s", self.path, windows, counted(void, "later event"))
+        else:
+            log.info("resuming '%s' from its first edit: no window was saved", self.path)
 
     def history(self) -> Ledger:
         """The ledger as the journal tells it, up to the checkpoint."""
@@ -193,10 +196,30 @@ class RunDirectory:
             return f"an unfinished run whose {SETTINGS_FILE} is damaged ({error}); --overwrite starts it anew"
         now = _flat(self.settings)
         for name in sorted(known.keys() | now.keys()):
-            if known.get(name) != now.get(name):
+            if known.get(name) != now.get(name) and not self._fruitless():
                 values = f"{name} {known.get(name)!r}, now {now.get(name)!r}"
                 return f"an unfinished run with {values}; give the same, another --run_dir, or --overwrite"
         return None
+
+    def _replaced(self) -> bool:
+        """Whether a run under other settings lies here, which :meth:`_obstacle` has let pass."""
+        return json.loads((self.path / SETTINGS_FILE).read_text(encoding="utf-8")) != self.settings
+
+    def _fruitless(self) -> bool:
+        """Whether the run was stopped before it had written an edit: it begins anew, under whatever settings."""
+        if (self.path / CHECKPOINT).is_file():
+            return False
+        try:
+            journal = Journal(self.path / JOURNAL_FILE, read_only=True)
+        except (RepairError, OSError):  # it is told of where the journal is needed
+            return False
+        try:
+            ledger = journal.rebuild()
+            return not any(ledger.entry(id).attempts for id in ledger)
+        except RepairError:
+            return False
+        finally:
+            journal.close()
 
     def _durable_point(self) -> tuple[int, int]:
         """The last event and the number of windows that the checkpoint holds; sets `checkpoint`. What it does not

@@ -97,6 +97,8 @@ def test_a_merged_matrix_is_the_edited_answer_alone(made, tmp_path):
 def test_what_cannot_be_asked_is_refused(pair):
     with pytest.raises(ConfigError, match=r"prompt 'who who .*' has .* tokens, .* shorten it"):
         pair.ask(["who " * 3000])
+    with pytest.raises(ConfigError, match="a prompt is empty"):
+        pair.ask([" "])
     with pytest.raises(ConfigError, match="max_new_tokens must be at least 1, got 0"):
         Pair(pair.model, max_new_tokens=0)
 
@@ -180,6 +182,12 @@ def test_ask_takes_several_questions(made, capsys):
     first, second = capsys.readouterr().out.split("\n\n")
     assert first.startswith(edits[0].prompt)
     assert second.startswith(ELSEWHERE)
+
+
+def test_a_question_without_quotes_is_one_question(made, monkeypatch, capsys):
+    pack, _, edits = made
+    run("ask", "--pack", pack, *edits[0].prompt.split())
+    assert capsys.readouterr().out.startswith(edits[0].prompt)
 
 
 def test_ask_opens_a_prompt_in_a_terminal_and_ctrl_d_leaves_it(made):

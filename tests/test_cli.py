@@ -492,6 +492,10 @@ def test_ctrl_c_is_one_line_that_says_what_resumes_the_run(tmp_path):
             ["--model.writing.speps", "3"],
             ["unknown option '--model.writing.speps'; did you mean '--model.writing.steps'"],
         ),
+        (
+            ["--model", "GRACE", "--model.routing.router", "key"],
+            ["the class that is chosen has no option '--model.routing.router'; `train.py --model.help NAME` lists"],
+        ),
         (["--data.windw", "3"], ["unknown option '--data.windw'; did you mean '--data.window'? ", "--help lists all"]),
         (["--gate.smple", "3"], ["unknown option '--gate.smple'; did you mean '--gate.sample'?"]),
         (["--zzz"], ["unknown option '--zzz'; train.py --help lists all"]),

@@ -167,6 +167,13 @@ def test_it_runs_on_a_tiny_base(path, tmp_path, monkeypatch, folder_of):
     made_small = {"base", "layer", "precision", "steps", "path", "irrelevant", "trainer"}
     assert list(missing(saved, without(content, made_small))) == []
     assert ("perplexity" in metrics) == (format == "hallucination")
+    page = (tmp_path / "run" / "report.html").read_text()
+    in_base = "deviation" in metrics.get("method", {})
+    assert ("change some of its own weights" in page) == in_base
+    assert ("The model itself was not retrained" in page) == (not in_base)
+    if in_base and not metrics["shards"]:  # nobody is routed anywhere
+        assert "<td>oracle routing" not in page
+        assert 'id="plot-answered_by"' not in page
 
 
 def without(content, keys):

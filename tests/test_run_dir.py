@@ -156,6 +156,14 @@ def test_other_settings_are_named_with_both_values(path, change, words):
     assert json.loads((path / "run.json").read_text()) == plain(SETTINGS | change)
 
 
+def test_what_was_stopped_before_its_first_edit_takes_other_settings(path):
+    stopped(path, windows=0)
+    run = begin(path, SETTINGS | {"seed": 1})
+    assert json.loads((path / "run.json").read_text())["seed"] == 1
+    assert list(run.journal.rebuild()) == []
+    run.close()
+
+
 @pytest.mark.parametrize("damaged", ["", "{", "[]", "3", b"\xff\xfe", '"text"', "null"])
 def test_damaged_settings_are_refused_in_one_line(path, damaged):
     stopped(path)

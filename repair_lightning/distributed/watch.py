@@ -163,7 +163,7 @@ class Watch:
         for other, (count, since) in self._seen.items():
             reason = self._reason(other)
             if reason and reason != "done":
-                return f"rank {other} stopped: {reason}"
+                return f"rank {other} stopped: {reason}" if other else ""  # the first has said so itself
             found = self._number(self._key("alive", other))
             if found != count:
                 self._seen[other] = (found, now)

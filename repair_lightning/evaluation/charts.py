@@ -16,6 +16,7 @@ from torchmetrics.functional.classification import binary_auroc
 from repair_lightning.evaluation.artefacts import Artefacts, Row
 from repair_lightning.evaluation.metrics import KIND_OF_PROMPT
 from repair_lightning.evaluation.protocols import AUTOREGRESSIVE
+from repair_lightning.evaluation.report import only_in_base
 
 Kind = Literal["lines", "histograms", "bars", "stacked", "heat", "points"]
 
@@ -157,7 +158,7 @@ def _auroc(ratios: Mapping[str, Sequence[float]]) -> str:
 
 def answered_by(run: Artefacts) -> Chart | str:
     """Which memory answered each kind of prompt."""
-    routing = run.metrics.get("routing") or {}
+    routing = {} if only_in_base(run.metrics) else run.metrics.get("routing") or {}
     names = {"right": "the edit's own shard", "wrong": "another shard", "base": "the base"}
     rows = [
         {"prompts": KINDS_IN_WORDS.get(kind, kind), "memory": words, "share": round(100 * shares[name], 3)}
@@ -166,7 +167,7 @@ def answered_by(run: Artefacts) -> Chart | str:
         for name, words in names.items()
     ]
     if not rows:
-        return "answered_by: no routing figures in metrics.json"
+        return "answered_by: no routing figures in metrics.json, or no shard that could answer"
     parts = [
         f"{KINDS_IN_WORDS.get(kind, kind)}: own shard {percent(shares['right'])}, "
         f"other shard {percent(shares['wrong'])}, base {percent(shares['base'])}"

@@ -50,12 +50,15 @@ def evaluate_pack(
         "editor": config["editor"],
         "base": {"name": config["base"]["name"], "sha256": config["base"]["sha256"]},
         "n_edits": len(edits),
+        "shards": len(model.memory),
         "pre_edit": before.scores,
         "final": final.scores,
         "routing": final.routing,
         "oracle_routing": oracle.scores,
         "provenance": config["provenance"],
     }
+    if changed:
+        metrics["method"] = {"deviation": {str(layer): moved for layer, moved in model.weights.deviations().items()}}
     if perplexity is not None:
         metrics["perplexity"] = perplexity | {"final": scorer.perplexity(choice.memory)}
     done = time.perf_counter()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import gzip
 import logging
+from collections import Counter
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
@@ -154,11 +155,18 @@ def lead(run: Artefacts) -> list[str]:
     size = m["base"].get("parameters")
     base = f"the language model {run.base}" + (f" ({size / 1e6:,.1f} million parameters)" if size else "")
     source = f" They come from {data}." if data else ""
+    changed = "deviation" in m.get("method", {})
+    shards = (
+        f"Corrections are kept in small side memories (shards; {m.get('shards', 0):,} at the end), and for every "
+        "question a router decides, from its words alone, whether one of them or the "
+        f"{'changed' if changed else 'unchanged'} model answers."
+    )
+    how = f"The model itself was not retrained. {shards}"
+    if changed:
+        how = "They change some of its own weights" + (f". {shards}" if m.get("shards") else ", for every question.")
     asked = (
         f"A language model was wrong about some facts. {many} corrections were written into {base}, one after the "
-        f"other, as they would arrive in use.{source} The model itself was not retrained: corrections are kept in "
-        f"small side memories (shards; {m.get('shards', 0):,} at the end), and for every question a router decides, "
-        "from its words alone, whether one of them or the unchanged model answers."
+        f"other, as they would arrive in use.{source} {how}"
     )
     rel, gen, loc = (run.score(kind) for kind in ("rel", "gen", "loc"))
     parts = [
@@ -251,7 +259,8 @@ def failed_words(run: Artefacts) -> str:
 def edits_words(run: Artefacts) -> str:
     """How many edits the table holds, and what became of them."""
     total = len({**run.entries, **edit_rows(run)})
-    counts = ", ".join(f"{number:,} {status}" for status, number in run.metrics.get("edits", {}).items() if number)
+    known = Counter(str(entry.status) for entry in run.entries.values()) or run.metrics.get("edits", {})
+    counts = ", ".join(f"{number:,} {status}" for status, number in known.items() if number)
     rest = f" The table holds the first {EDITS_SHOWN:,} of them, failed ones first; all are in edits.parquet."
     return f"{total:,} edits" + (f": {counts}." if counts else ".") + (rest if total > EDITS_SHOWN else "")
 

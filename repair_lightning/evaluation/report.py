@@ -53,6 +53,19 @@ def replace_text(path: Path, text: str) -> None:
     os.replace(waiting, path)
 
 
+def only_in_base(metrics: Mapping[str, Any]) -> bool:
+    """Whether all edits lie in the base's own weights: then there is no memory to choose."""
+    return metrics.get("shards") == 0 and "deviation" in metrics.get("method", {})
+
+
+def stages(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """The stages that have scores, in words; perfect routing only where there is anything to route."""
+    routed = not only_in_base(metrics)
+    return {
+        stage: words for stage, words in STAGES.items() if metrics.get(stage) and (routed or "routing" not in stage)
+    }
+
+
 def score_table(metrics: Mapping[str, Any], title: str) -> Table:
     """The score table: a row per stage and protocol, in per cent."""
     table = Table(title=escape(title), title_justify="left", header_style="bold")
@@ -61,10 +74,9 @@ def score_table(metrics: Mapping[str, Any], title: str) -> Table:
     for column in _COLUMNS:
         table.add_column(_TITLES[column], justify="right")
     for protocol in PROTOCOLS:
-        for stage, words in STAGES.items():
-            if metrics.get(stage):
-                scores = metrics[stage][protocol]
-                table.add_row(protocol.replace("_", " "), words, *(_percent(scores[column]) for column in _COLUMNS))
+        for stage, words in stages(metrics).items():
+            scores = metrics[stage][protocol]
+            table.add_row(protocol.replace("_", " "), words, *(_percent(scores[column]) for column in _COLUMNS))
         table.add_section()
     return table
 
@@ -90,7 +102,8 @@ def print_report(metrics: Mapping[str, Any], run_dir: Path | None, console: Cons
     base = metrics["base"]["name"]
     console.print()
     console.print(score_table(metrics, f"{counted(metrics['n_edits'], 'edit')} of {base}"))
-    console.print(routing_table(metrics["routing"]))
+    if not only_in_base(metrics):
+        console.print(routing_table(metrics["routing"]))
     said = [*_side_words(metrics), *(_run_words(metrics) if run_dir is not None else ())]
     for line in said:
         console.print(escape(line), soft_wrap=not console.is_terminal)  # whoever reads a pipe wants whole lines

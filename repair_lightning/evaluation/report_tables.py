@@ -11,7 +11,7 @@ from repair_lightning.data.ledger import EditStatus, LedgerEntry
 from repair_lightning.evaluation.artefacts import Artefacts, Row
 from repair_lightning.evaluation.charts import SCORES_IN_WORDS, Chart
 from repair_lightning.evaluation.protocols import PROTOCOLS
-from repair_lightning.evaluation.report import STAGES
+from repair_lightning.evaluation.report import stages
 from repair_lightning.types import BASE
 
 EDITS_SHOWN, ROWS_SHOWN, POINTS_SHOWN, TEXT_SHOWN = 2000, 200, 60, 240
@@ -69,7 +69,8 @@ class PageTable:
 def examples(run: Artefacts, number: int = 3) -> PageTable:
     """A few edits, before and after."""
     before = answers_before(run)
-    rows = [row for row in run.rows.get("final", ()) if row["kind"] == "edit"]
+    gone = {id for id, entry in run.entries.items() if entry.status in (EditStatus.SUPERSEDED, EditStatus.UNDONE)}
+    rows = [row for row in run.rows.get("final", ()) if row["kind"] == "edit" and row["id"] not in gone]
     shown = [row for row in rows if row["correct"] and row["answer"] != before.get(row["id"])][:number]
     columns = [Column(name, "text") for name in ("asked", "answer before", "answer now")]
     lines = [Line([text(row["prompt"]), text(before.get(row["id"])), text(row["answer"])]) for row in shown]
@@ -80,11 +81,10 @@ def score_table(run: Artefacts) -> PageTable:
     """A row per protocol and stage, in per cent."""
     lines, kinds = [], [kind for kind in SCORES_IN_WORDS if run.score(kind) is not None]
     for protocol in PROTOCOLS:
-        for stage, words in STAGES.items():
-            if run.metrics.get(stage):
-                scores = [run.score(kind, stage, protocol) for kind in kinds]
-                cells = [Cell("-" if s is None else f"{100 * s:.1f}", "" if s is None else s) for s in scores]
-                lines.append(Line([Cell(protocol.replace("_", " ")), Cell(words), *cells], strong=stage == "final"))
+        for stage, words in stages(run.metrics).items():
+            scores = [run.score(kind, stage, protocol) for kind in kinds]
+            cells = [Cell("-" if s is None else f"{100 * s:.1f}", "" if s is None else s) for s in scores]
+            lines.append(Line([Cell(protocol.replace("_", " ")), Cell(words), *cells], strong=stage == "final"))
     columns = [Column("protocol"), Column("model"), *(Column(SCORES_IN_WORDS[kind], "number") for kind in kinds)]
     return PageTable("score-table", "scores", columns, lines, "In per cent; higher is better everywhere.")
 
@@ -139,6 +139,8 @@ def why_wrong(row: Row, entry: LedgerEntry | None) -> str:
     if memory == BASE:
         if kept:
             return "the base answered, and its own weights have changed"
+        if owner == BASE:
+            return "the base answered, into whose weights the edit is written"
         above = bool(score) and row["score"] > row["threshold"]
         words = "it does not ask what the nearest edit asks" if above else score
         return "no shard answered" + (f": {words}" if words else "")

@@ -56,6 +56,8 @@ def load_base(name: str, precision: str = "auto", trust_remote_code: bool = Fals
     given = name
     name = str(base_dir()) if name == WORLD else os.path.expanduser(name)
     local = _is_local(name)
+    if not local:
+        log.info("no folder '%s' here: asking the hub", name)
     options = {"local_files_only": local, "trust_remote_code": trust_remote_code}
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=resolve_dtype(precision), **options)

@@ -7,6 +7,7 @@ import logging
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -295,6 +296,21 @@ def test_it_lives_in_a_browser(browser, hard_run, width):
     assert driver.execute_script("return document.querySelectorAll('.plot .main-svg').length") >= 6
     assert driver.execute_script("return document.documentElement.scrollWidth") <= width
     assert driver.title == "12 corrections of world"
+
+
+def test_pictures_keep_their_height_when_the_window_changes(browser, hard_run):
+    driver = opened(browser, hard_run / "report.html", 1400, "light")
+    heights = "return [...document.querySelectorAll('.plot')].map(plot => plot.getBoundingClientRect().height)"
+    before = driver.execute_script(heights)
+    assert min(before) > 200
+    narrower = {"width": 1000, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", narrower)
+    widths = "return Math.max(...[...document.querySelectorAll('.plot .main-svg')].map(svg => svg.clientWidth))"
+    deadline = time.monotonic() + 20
+    while driver.execute_script(widths) > 1000:  # Plotly draws anew a moment after the window has changed
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert driver.execute_script(heights) == before
 
 
 def test_tables_sort(browser, hard_run):

@@ -32,7 +32,9 @@
     return Promise.all(Object.entries(figures).map(([name, figure]) => {
       const { data, layout } = coloured(figure);
       const options = { responsive: true, displaylogo: false, displayModeBar: false };
-      return window.Plotly.react(document.getElementById("plot-" + name), data, layout, options);
+      const place = document.getElementById("plot-" + name);
+      place.style.height = layout.height + "px"; // where the width changes, Plotly takes the height of what it stands in
+      return window.Plotly.react(place, data, layout, options);
     }));
   };
   const unpacked = async () => {
