@@ -566,7 +566,10 @@ def test_the_ablations_take_away_what_their_names_say(ablations):
 def test_the_presets_stand_as_they_are(ablations):
     for name in ("paper", "wise"):
         preset = yaml.safe_load((REPOSITORY / "configs" / f"{name}.yaml").read_text())
-        parts = {**{f"model.{part}": content for part, content in preset.pop("model").get("init_args", {}).items()}, **preset}
+        parts = {
+            **{f"model.{part}": content for part, content in preset.pop("model").get("init_args", {}).items()},
+            **preset,
+        }
         for part, content in parts.items():
             for option, value in content.items():
                 assert ablations[name][f"{part}.{option}"] == value

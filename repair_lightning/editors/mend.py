@@ -14,8 +14,8 @@ Defaults from the authors' configuration as EasyEdit has it (`hparams/TRAINING/M
 upper three layers, rank 1,920, Adam at 1e-6 (steps alpha: 1e-4), alpha begins at 1e-4, c_edit 0.1, c_loc 1, ten edits
 to a step, gradients cut at 100, at most 100,000 steps and the end 30,000 after the best one. Deviations: W_v alone
 (theirs also the matrix before it); moments for each layer (theirs for all of one shape); the irrelevant prompts are
-those of the stream, with the base's own answers; the end of sequence is trained as well. An edit of a batch has the
-update that it has alone, and these are added up.
+those of the stream, with the base's own answers; the end of sequence is trained as well; moments are of one pass before
+the training. Edits are written one at a time, because the network is trained on single ones.
 
 Shapes: B rows of T tokens, n edits, D = d_model, F = d_ffn, L written layers.
 """
@@ -30,7 +30,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import safe_open
@@ -178,6 +178,8 @@ class MEND(WeightEditor):
         patience: training ends after so many steps without a better look.
         seed: of the first weights and of what is drawn; on the command line 0 follows `seed_everything`.
     """
+
+    batchable: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -420,7 +422,7 @@ class MEND(WeightEditor):
 
     @torch.no_grad()
     def change(self, edits: Sequence[Edit]) -> list[EditReport]:
-        """Add up the updates of some edits."""
+        """The updates of some edits, added up."""
         losses, factors = self.factors(self._rows([self.encode(edit) for edit in edits]))
         for place, (layer, pair) in enumerate(zip(self.written_layers, factors, strict=True)):
             self.edited.weights.add(layer, self._trained[0].change(place, pair))
