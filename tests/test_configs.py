@@ -20,6 +20,7 @@ OVERLAYS = {
     "rls_repair",
     "rome",
     "memit",
+    "mend",
     "ultraedit",
     "ft",
     "ft_ewc",
@@ -124,6 +125,11 @@ def test_complete_configs_have_a_seed_and_a_logger_and_overlays_do_not_choose_th
 IN_PLACE = {"model.values.steps": 2, "model.values.contexts": 0}
 SMALL: dict[str, dict] = dict.fromkeys(("rlsedit", "rome", "memit"), IN_PLACE) | {
     name: {} for name in ("ultraedit", "ft", "ft_ewc", "grace", "defer", "icl")
+}
+SMALL["mend"] = {
+    "model.train_data": REPOSITORY / "repair_lightning" / "world" / "edits.jsonl",
+    "model.steps": 2,
+    "model.rank": 8,
 }
 """How the configurations of other editors are made small; several layers end with the last one by themselves."""
 

@@ -7,6 +7,7 @@ from .ft_ewc import FTEWC
 from .grace import GRACE
 from .icl import InContext
 from .memit import MEMIT
+from .mend import MEND
 from .repair import Repair
 from .rls_repair import RLSRepair
 from .rlsedit import RLSEdit
@@ -19,6 +20,7 @@ __all__ = [
     "FTEWC",
     "GRACE",
     "MEMIT",
+    "MEND",
     "REGISTRY",
     "ROME",
     "WISE",

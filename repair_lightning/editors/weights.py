@@ -201,6 +201,11 @@ class ValueEditor(WeightEditor):
                 raise ConfigError(f"values.{name} must be at least {least}, got {getattr(values, name)}")
         if not values.lr > 0:
             raise ConfigError(f"values.lr must be positive, got {values.lr}")
+        if values.essence and values.at != "subject":
+            raise ConfigError(
+                f"values.essence is the divergence behind the subject's own value, which values.at {values.at} has "
+                f"not; got {values.essence}: give --model.values.essence 0 or --model.values.at subject"
+            )
 
     def prepare(self, background: Sequence[str], held_out: Sequence[str]) -> None:
         """Besides, let the base write contexts and measure the unit of the learning rate."""

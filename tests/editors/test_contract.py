@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from helpers_runs import REPOSITORY
 
 from repair_lightning.editors import REGISTRY, Editor, make_editor
 from repair_lightning.editors.repair import Routing, Writing
@@ -26,6 +27,13 @@ OPTIONS: dict[str, dict] = {
     "rome": {"values": SURE},
     "memit": {"layers": 2, "layer": 0, "values": SURE, "moment_weight": 1e-6},
     "ultraedit": {"lr": 0.01},
+    "mend": {
+        "train_data": str(REPOSITORY / "repair_lightning" / "world" / "edits.jsonl"),
+        "steps": 0,
+        "alpha": 1e-3,
+        "layers": 2,
+        "rank": 16,
+    },
     "ft": {"lr": 0.02, "steps": 100, "norm_constraint": 0.5},
     "ft_ewc": {"lr": 0.02, "accumulate": True},
     "grace": {"eps": 0.5, "relative": True, "lr": 0.3, "steps": 100, "stop_margin": 2.0},
@@ -36,7 +44,7 @@ OPTIONS: dict[str, dict] = {
     },
 }
 """Constructor arguments for editors whose defaults do not suit a tiny base."""
-NEARER = ("ultraedit", "grace")
+NEARER = ("ultraedit", "grace", "mend")
 """Editors of which a single write is a step towards the target, not an answer; in so small a base GRACE's one vector
 for all tokens is no more either."""
 

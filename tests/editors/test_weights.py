@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+import yaml
+from helpers_runs import REPOSITORY
 
+from repair_lightning.data.records import load_records
 from repair_lightning.editors import make_editor
 from repair_lightning.editors.ultraedit import pseudo_values
-from repair_lightning.editors.values import Places, Values
+from repair_lightning.editors.values import Places, Values, ValueSearch, pushing
 from repair_lightning.errors import ConfigError
 from repair_lightning.functional.least_squares import Recursion, damped_change
 from repair_lightning.functional.moments import RunningMoments
@@ -202,6 +206,49 @@ class TestROME:
         kept = ("at", "lr", "relative", "steps", "decay", "clamp", "essence", "stop_loss")
         assert [options[name] for name in kept] == ["subject", 0.5, False, 20, 0.5, 4.0, 0.0625, 0.05]
 
+    def test_the_values_loss_is_that_of_the_whole_model(self, editor_of, edits, monkeypatch):
+        """What the search finds from the cached prefix, laid upon the subject's last token by hand."""
+        editor = editor_of("llama", "rome", layer=1, values=replace(AT_SUBJECT, contexts=0))
+        found = []
+        run = ValueSearch.run
+        monkeypatch.setattr(ValueSearch, "run", lambda *args: found.append(run(*args)) or found[0])
+        before = editor.snapshot()
+        (report,) = editor.write(EditBatch((edits[0],)))
+        editor.rollback(before)
+        row, end = editor.encode(edits[0]), edits[0].prompt.index(edits[0].subject) + len(edits[0].subject)
+        place = len(editor.tokenizer(edits[0].prompt[:end])["input_ids"]) - 1
+        shift = torch.zeros(1, len(row.ids), found[0].shifts.shape[1])
+        shift[0, place] = found[0].shifts[0]
+        without = loss_of(editor, edits[0])
+        with pushing(editor.edited.split, shift):
+            assert loss_of(editor, edits[0]) == pytest.approx(report.loss, rel=1e-3)
+        assert abs(without - report.loss) > 0.1, "the premise"
+
+    @pytest.mark.parametrize("name", ["rome", "memit"])
+    def test_a_base_that_knows_facts_says_another(self, name, irrelevant):
+        """On the embedded world, with the settings for a small base: what had hardly a chance is the likelier answer,
+        to a rephrase as well."""
+        settings = yaml.safe_load((REPOSITORY / "configs/compare/compare_zsre_small.yaml").read_text())
+        options = settings["variants"][name]["options"]
+        values = {key.rsplit(".", 1)[1]: value for key, value in options.items() if key.startswith("model.values.")}
+        own = {key.rsplit(".", 1)[1]: value for key, value in options.items() if key.count(".") == 1}
+        plain = make_editor(name, {}).options()
+        editor = make_editor(name, {**plain, "base": "world", **own, "values": plain["values"] | values})
+        editor.load()
+        editor.prepare(irrelevant[:8], irrelevant[8:])
+        edit = load_records(REPOSITORY / "repair_lightning/world/edits.jsonl").edits[200]
+        asked = [edit, replace(edit, prompt=edit.rephrases[0])]
+        before = [loss_of(editor, one) for one in asked]
+        editor.write(EditBatch((edit,)))
+        after = [loss_of(editor, one) for one in asked]
+        assert min(before) > 3
+        assert after[0] < 0.3
+        assert after[1] < 0.5 * before[1]
+
+    def test_the_essence_is_the_subjects(self):
+        with pytest.raises(ConfigError, match=r"values\.essence is the divergence behind the subject's own value"):
+            make_editor("rome", {}).__class__(values=Values(essence=0.1))
+
     def test_the_shift_is_clamped_and_decays(self, editor_of, edits):
         """A clamp of 0.01 leaves a value that has hardly moved."""
         for clamp, least, most in ((0.01, 0.0, 0.011), (None, 0.1, 1e9)):
@@ -303,3 +350,11 @@ def gradients_by_hand(editor, edits):
         (loss / tokens).backward()
         found.append(outputs[0].grad[0, start - 1 : -1])
     return torch.cat(found)
+
+
+def loss_of(editor, edit):
+    """The mean token loss of an edit's target, by the whole model."""
+    row = editor.encode(edit)
+    with torch.no_grad():
+        logits = editor.base.model(input_ids=torch.tensor([row.ids])).logits[0, len(row.prompt) - 1 : -1]
+    return float(torch.nn.functional.cross_entropy(logits, torch.tensor(row.target)))
