@@ -92,15 +92,19 @@ class EditStream(pl.LightningDataModule):
 
     # -- loading ------------------------------------------------------------------------------------------------------
 
+    @property
+    def file(self) -> str:
+        """Where the records lie."""
+        return str(edits_path()) if self.path == WORLD else self.path
+
     def setup(self, stage: str = "fit") -> None:
         """Read and check every record before the first write; does nothing the second time."""
         if self.records is not None:
             return
-        path = str(edits_path()) if self.path == WORLD else self.path
         chosen = (self.max_edits, self.on_bad_record, self.split, self.sample_seed)
-        self.records = load_records(path, self.format, *chosen)
+        self.records = load_records(self.file, self.format, *chosen)
         if not self.records.edits:
-            raise ConfigError(f"'{path}' holds no edit that can be written; see the messages above")
+            raise ConfigError(f"'{self.file}' holds no edit that can be written; see the messages above")
 
     @property
     def edits(self) -> tuple[Edit, ...]:

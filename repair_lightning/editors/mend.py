@@ -102,6 +102,10 @@ class GradientNetwork(nn.Module):
         seed: of the first weights.
     """
 
+    count: Tensor
+    mean: Tensor
+    spread: Tensor
+
     def __init__(
         self, sizes: tuple[int, int], layers: int, rank: int, step: float, normalise: bool = True, seed: int = 0
     ) -> None:
@@ -156,13 +160,9 @@ class MEND(WeightEditor):
 
     Args:
         base: folder or hub name of a Hugging Face causal LM.
-        layer: the lowest edited layer; None ends with the default of `resolve_layer`.
-        precision: of the base.
-        trust_remote_code: let the base's repository run its own code.
-        cache_mib: memory for the prefix cache, in MiB.
-        cache_disk_mib: scratch space on disk for what the prefix cache cannot hold in memory, in MiB.
         layers: how many layers are written into.
-        train_data: file of the edits that the hypernetwork is trained on; what the stream asks is left out of them.
+        train_data: file of the edits that the hypernetwork is trained on, by default the stream's own; what the stream
+            asks is left out of them.
         train_format: of that file.
         train_cache: folder that keeps trained hypernetworks for later runs; None keeps none.
         steps: most training steps.
@@ -177,6 +177,7 @@ class MEND(WeightEditor):
         check_every: training steps between looks at the held-out edits; the best of these is kept.
         patience: training ends after so many steps without a better look.
         seed: of the first weights and of what is drawn; on the command line 0 follows `seed_everything`.
+        common: what every editor takes, see `Editor`.
     """
 
     batchable: ClassVar[bool] = False
@@ -184,11 +185,6 @@ class MEND(WeightEditor):
     def __init__(
         self,
         base: str = "",
-        layer: int | None = None,
-        precision: str = "auto",
-        trust_remote_code: bool = False,
-        cache_mib: int = 2048,
-        cache_disk_mib: int = 8192,
         layers: int = 3,
         train_data: str = "",
         train_format: str = "jsonl",
@@ -205,8 +201,9 @@ class MEND(WeightEditor):
         check_every: int = 100,
         patience: int = 30_000,
         seed: int = 0,
+        **common: Any,
     ) -> None:
-        super().__init__(base, layer, precision, trust_remote_code, cache_mib, cache_disk_mib, layers)
+        super().__init__(base, layers=layers, **common)
         self.train_data, self.train_format, self.train_cache = train_data, train_format, train_cache
         self.steps, self.batch, self.lr, self.lr_steps = steps, batch, lr, lr_steps
         self.alpha, self.rank, self.normalise = alpha, rank, normalise
@@ -225,22 +222,16 @@ class MEND(WeightEditor):
         self.training_figures: dict[str, Any] = {}
         self.evaluated: tuple[Edit, ...] = ()
         """Edits that must not be trained on."""
+        self.beside = ("", "")
+        """The file that they come from, and its format."""
 
     # -- training -----------------------------------------------------------------------------------------------------
-
-    def load(self) -> None:
-        """Load the base; without anything to train on, refuse before that takes its time."""
-        if self.base is None and not self.train_data:
-            raise ConfigError(
-                "mend needs edits to train its hypernetwork on: give --model.train_data a file of edits and "
-                "--model.train_format their format; those that the stream asks are left out"
-            )
-        super().load()
 
     def on_fit_start(self) -> None:
         """Besides, learn what is going to be evaluated, for it must not be trained on."""
         stream = self.trainer.datamodule  # type: ignore[attr-defined]
         self.evaluated = stream.edits
+        self.beside = (stream.file, stream.format)
         super().on_fit_start()
 
     def prepare(self, background: Sequence[str], held_out: Sequence[str]) -> None:
@@ -248,36 +239,48 @@ class MEND(WeightEditor):
         super().prepare(background, held_out)
         if self._trained:
             return
-        kept, left_out = apart(self._training_edits(), self.evaluated, self.train_format)
+        path, format = (self.train_data, self.train_format) if self.train_data else self.beside
+        if not path:
+            raise ConfigError(
+                "mend needs edits to train its hypernetwork on: give --model.train_data a file of edits and "
+                "--model.train_format their format; those that the stream asks are left out"
+            )
+        found = list(load_records(path, format, on_bad_record="skip").edits)
+        kept, left_out = apart(found, self.evaluated, format)
         if len(kept) < 2:
             raise ConfigError(
-                f"'{self.train_data}' holds {len(kept)} edits that the stream does not ask, at least 2 are needed: "
+                f"'{path}' holds {len(kept)} edits that the stream does not ask, at least 2 are needed: "
                 "give --model.train_data another file"
             )
         self.other = self.said_by_base(self.background_prompts[:KEPT])
         file = self._cache_file(kept)
         if file is None or not file.is_file():
-            found = self.train_on(kept) | {"left_out": left_out}
+            figures = self.train_on(kept) | {"left_out": left_out}
             if file is not None and self.team.rank == 0:
-                _keep(file, self._trained[0], found)
+                _keep(file, self._trained[0], figures)
         else:
             log.info("the hypernetwork is taken from %s", file)
             self.load_own_state(_kept(file))
-            found = self.training_figures
+            figures = self.training_figures
         with torch.no_grad():  # all ranks go on with the first one's
             for tensor in self._trained[0].state_dict().values():
                 tensor.copy_(self.team.total(tensor if self.team.rank == 0 else torch.zeros_like(tensor)))
-        self.training_figures = found
-
-    def _training_edits(self) -> list[Edit]:
-        return list(load_records(self.train_data, self.train_format, on_bad_record="skip").edits)
+        self.training_figures = figures
 
     def _cache_file(self, edits: Sequence[Edit]) -> Path | None:
         """Where the hypernetwork of these edits, this base and these options is kept."""
         if self.train_cache is None:
             return None
         assert self.base is not None
-        free = ("base", "precision", "trust_remote_code", "cache_mib", "cache_disk_mib", "layer", "layers")
+        free: tuple[str, ...] = (
+            "base",
+            "precision",
+            "trust_remote_code",
+            "cache_mib",
+            "cache_disk_mib",
+            "layer",
+            "layers",
+        )
         free += ("train_data", "train_format", "train_cache")
         options = {name: value for name, value in self.options().items() if name not in free}
         texts = [[edit.prompt, edit.target, *edit.rephrases] for edit in edits]

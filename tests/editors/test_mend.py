@@ -214,9 +214,16 @@ class TestData:
         with pytest.raises(ConfigError, match="holds 0 edits that the stream does not ask"):
             editor.prepare(irrelevant[:8], irrelevant[8:])
 
-    def test_without_train_data_it_says_what_is_missing(self):
+    def test_without_train_data_it_learns_from_what_the_stream_leaves(self, few, irrelevant):
+        editor = make_editor("mend", {"base": "world", **QUICK, "train_data": ""})
+        editor.load()
         with pytest.raises(ConfigError, match=r"give --model\.train_data a file of edits"):
-            make_editor("mend", {"base": "world"}).load()
+            editor.prepare(irrelevant[:8], irrelevant[8:])
+        editor.beside, editor.evaluated = (few, "jsonl"), load_records(few).edits[:10]
+        editor.prepare(irrelevant[:8], irrelevant[8:])
+        figures = editor.training_figures
+        assert figures["left_out"] >= 10
+        assert figures["edits"] + figures["held_out"] + figures["left_out"] == len(load_records(few).edits)
 
     @pytest.mark.parametrize(
         ("options", "message"),
