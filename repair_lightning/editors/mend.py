@@ -112,6 +112,9 @@ class GradientNetwork(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         size = sum(sizes)
+        self.count: Tensor
+        self.mean: Tensor
+        self.spread: Tensor
         self.sizes, self.normalise = sizes, normalise
         self.blocks = nn.ModuleList([GradientBlock(size, rank, layers, generator) for _ in range(2)])
         self.steps = nn.Parameter(torch.full((layers,), step))
@@ -272,17 +275,9 @@ class MEND(WeightEditor):
         if self.train_cache is None:
             return None
         assert self.base is not None
-        free: tuple[str, ...] = (
-            "base",
-            "precision",
-            "trust_remote_code",
-            "cache_mib",
-            "cache_disk_mib",
-            "layer",
-            "layers",
-        )
-        free += ("train_data", "train_format", "train_cache")
-        options = {name: value for name, value in self.options().items() if name not in free}
+        apart_from = {"base", "precision", "trust_remote_code", "cache_mib", "cache_disk_mib", "layer", "layers"}
+        apart_from |= {"train_data", "train_format", "train_cache"}
+        options = {name: value for name, value in self.options().items() if name not in apart_from}
         texts = [[edit.prompt, edit.target, *edit.rephrases] for edit in edits]
         parts = [self.base.sha256, str(self.base.model.dtype), self.written_layers, options, texts]
         digest = hashlib.sha256(json.dumps([*parts, self.background_prompts[:KEPT]]).encode()).hexdigest()
