@@ -132,6 +132,17 @@ def test_a_command_runs(page, number, command, reader, capsys):
     run(command, reader)
 
 
+def test_no_table_is_still_to_come():
+    """A line of capitals alone stands where something was to be put in."""
+    waiting = [
+        (page.name, line)
+        for page in PAGES
+        for line in page.read_text().splitlines()
+        if re.fullmatch(r"[A-Z_]{4,}", line)
+    ]
+    assert waiting == []
+
+
 def test_what_is_not_run_is_there():
     """A reason that fits no command any more goes."""
     every = [parameter.values[2] for parameter in COMMANDS]
