@@ -91,6 +91,7 @@ class Bench:
 
     can_prune = True
     team = ALONE
+    complete = False
 
     def __init__(self, percent_wrong: int, delta: int) -> None:
         self.ledger, self.wrong, self.delta, self.exhausted = Ledger(), percent_wrong, delta, False
