@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -116,6 +117,17 @@ class Team:
             parts = iter(plain)
             found |= {i: list(islice(parts, size)) for i, size in zip(numbers.tolist(), sizes.tolist(), strict=True)}
         return [found[i] for i in range(len(found))]
+
+    def mine_of(self, prompts: Sequence[str]) -> list[int]:
+        """This rank's share of some prompts, as indices: a prompt is always the same rank's, which may know its states
+        from an earlier time."""
+        if self.parts == 1:
+            return list(range(len(prompts)))
+        return [
+            i
+            for i, prompt in enumerate(prompts)
+            if crc32(prompt.encode("utf-8", "surrogatepass")) % self.parts == self.rank
+        ]
 
     # -- sending ------------------------------------------------------------------------------------------------------
 

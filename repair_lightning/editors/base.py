@@ -332,7 +332,7 @@ class Editor(pl.LightningModule):
 
     def features(self, edits: Sequence[Edit]) -> np.ndarray:
         """Unit features (n, D) of the edits' prompts in the frozen base, for clustering."""
-        mine = self.team.mine(len(edits))
+        mine = self.team.mine_of([edit.prompt for edit in edits])
         centre = self.background.last_hidden().mean(0)
         part = self.query_of([edits[i] for i in mine]).last_hidden() if mine else centre[None][:0]
         (last,) = self.team.rows(mine, part)
@@ -345,7 +345,7 @@ class Editor(pl.LightningModule):
     @torch.no_grad()
     def choose_for(self, edits: Sequence[Edit]) -> Choice:
         """The router's choice for the edits' own prompts, from the states that are known of them."""
-        mine = self.team.mine(len(edits))
+        mine = self.team.mine_of([edit.prompt for edit in edits])
         own = [edits[i] for i in mine]
         part = self.router.route(self.query_of(own), self.memory) if own else Choice.base(0)
         return self.edited.shared_choice(mine, part)

@@ -69,7 +69,7 @@ def answers(
     """
     rows = model.tokenizer(list(prompts))["input_ids"] if prompts else []
     limits = [max_new_tokens] * len(rows) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-    mine = model.team.mine(len(rows), [len(row) for row in rows])
+    mine = model.team.mine_of(prompts)
     own = [rows[i] for i in mine], memory[mine], [limits[i] for i in mine]
     return model.team.texts(mine, _answers(model, *own, batch_size))
 
@@ -109,7 +109,7 @@ def _over_targets(
     The layers below the edited one run once per row where the model has a prefix cache.
     """
     rows = [encode(model.tokenizer, prompt, target) for prompt, target in zip(prompts, targets, strict=True)]
-    mine = model.team.mine(len(rows), [len(row.ids) for row in rows])
+    mine = model.team.mine_of(prompts)
     found = _read_rows(model, [rows[i] for i in mine], memory[mine], read, batch_size)
     return model.team.numbers(mine, found)
 

@@ -208,7 +208,7 @@ class EditedModel(nn.Module):
     @torch.no_grad()
     def choose(self, prompts: Sequence[str], batch_size: int = 64) -> Choice:
         """The router's choice for prompts, given as text; dealt out among the ranks."""
-        mine = self.team.mine(len(prompts))
+        mine = self.team.mine_of(prompts)
         asked = [prompts[i] for i in mine]
         parts = [
             self.router.route(self.query(asked[start : start + batch_size]), self.memory)

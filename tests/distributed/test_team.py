@@ -118,6 +118,17 @@ def test_every_piece_has_one_owner_and_nobody_has_two_more_than_another(number, 
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+def test_a_prompt_is_always_the_same_ranks():
+    prompts = [f"Who wrote book {i}?" for i in range(300)]
+    for size in (2, 3, 8):
+        shares = [Team(rank, size).mine_of(prompts) for rank in range(size)]
+        assert sorted(i for share in shares for i in share) == list(range(300))
+        assert max(map(len, shares)) < 1.5 * 300 / size
+        again = Team(1, size).mine_of(prompts[::-1])
+        assert {prompts[::-1][i] for i in again} == {prompts[i] for i in shares[1]}
+    assert Team(1, 2, deals=False).mine_of(prompts) == list(range(300))
+
+
 def test_one_alone_passes_everything_through():
     tensor = torch.ones(2, 3)
     assert ALONE.rows([0, 1], tensor)[0] is tensor
