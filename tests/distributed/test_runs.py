@@ -126,15 +126,20 @@ def test_killed_at_a_moment(folder, two, moment):
     assert fingerprint(folder / name) == fingerprint(two)
 
 
-def test_a_rank_that_stands_still_is_named(folder):
-    """It is not dead, but gives no sign of life: the others do not wait for ever."""
-    name = "still"
+def impatient(folder: Path, name: str) -> tuple[subprocess.Popen[str], int]:
+    """Two ranks behind their second window that wait four seconds for each other: the first, and the other's id."""
     strategy = ["--trainer.strategy", "repair_lightning.distributed.strategies.ShardParallelStrategy"]
     process = start(arguments(folder, name, 2, *strategy, "--trainer.strategy.lost_after", "4"))
     while events(folder / name) < 2 * WINDOW:
         time.sleep(0.05)
         assert process.poll() is None, process.communicate()[0]
-    child = next(pid for pid in children_of(process.pid) if "train.py" in Path(f"/proc/{pid}/cmdline").read_text())
+    of_run = (pid for pid in children_of(process.pid) if "train.py" in Path(f"/proc/{pid}/cmdline").read_text())
+    return process, next(of_run)
+
+
+def test_a_rank_that_stands_still_is_named(folder):
+    """It is not dead, but gives no sign of life: the others do not wait for ever."""
+    process, child = impatient(folder, "still")
     os.kill(child, signal.SIGSTOP)
     process.wait(timeout=60)
     os.kill(child, signal.SIGKILL)
@@ -145,13 +150,7 @@ def test_a_rank_that_stands_still_is_named(folder):
 
 def test_the_first_rank_stands_still(folder):
     """The others' signs of life lie with it: they notice that it does not answer."""
-    name = "still-first"
-    strategy = ["--trainer.strategy", "repair_lightning.distributed.strategies.ShardParallelStrategy"]
-    process = start(arguments(folder, name, 2, *strategy, "--trainer.strategy.lost_after", "4"))
-    while events(folder / name) < 2 * WINDOW:
-        time.sleep(0.05)
-        assert process.poll() is None, process.communicate()[0]
-    child = next(pid for pid in children_of(process.pid) if "train.py" in Path(f"/proc/{pid}/cmdline").read_text())
+    process, child = impatient(folder, "still-first")
     process.send_signal(signal.SIGSTOP)
     late = time.monotonic() + 60
     while Path(f"/proc/{child}/cmdline").read_text():  # empty once it has ended
