@@ -42,7 +42,7 @@ class Chart:
         group: column whose values get a colour each; `value` of a heat map, and of points where it holds numbers.
         panel: column whose values get a small picture each.
         spread: column with the standard deviation of what is drawn.
-        log: both axes are logarithmic; of points, x alone.
+        log: the axes that are logarithmic, of `xy`.
         mark: x of a vertical line, or (x, y) of the heat map's framed cell.
         limits: of the axis that shows a share in per cent, or None.
     """
@@ -58,7 +58,7 @@ class Chart:
     group: str | None = None
     panel: str | None = None
     spread: str | None = None
-    log: bool = False
+    log: Literal["", "x", "xy"] = ""
     mark: float | tuple[Any, Any] | None = None
     limits: tuple[float, float] | None = None
 
@@ -366,7 +366,7 @@ def cost(costs: Sequence[Cost], log: bool = True) -> Chart | str:
         y="seconds",
         group="of",
         labels={"edits": "edits", "seconds": "seconds of editing"},
-        log=log,
+        log="xy" if log else "",
     )
 
 

@@ -14,6 +14,8 @@ from repair_lightning.evaluation.editor_tables import costs
 from repair_lightning.evaluation.protocols import AUTOREGRESSIVE
 
 PANELS = ("rel", "gen", "loc", "op")
+TOLD = 3
+"""Most lines whose every point the words name."""
 
 
 def finished(results: Iterable[Result]) -> list[Result]:
@@ -28,6 +30,12 @@ def _values(results: Sequence[Result], kind: str) -> list[float]:
 
 def _spread(values: Sequence[float]) -> float | None:
     return round(stdev(values), 3) if len(values) > 1 else None
+
+
+def _highest(rows: Sequence[dict[str, Any]], by: str) -> list[dict[str, Any]]:
+    """The row with the highest OP for each value of a column."""
+    values = dict.fromkeys(row[by] for row in rows)
+    return [max((row for row in rows if row[by] == value), key=lambda row: float(row["OP"])) for value in values]
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
@@ -175,11 +183,13 @@ def scale(found: Sequence[Scored]) -> Chart | str:
         for (base, variant), sizes in lines.items()
         for edits, values in sorted(sizes.items())
     ]
-    ends = "; ".join(f"{row['of']}, {row['edits']:,} edits: {row['OP']:.1f}" for row in rows)
+    told = rows if len(lines) <= TOLD else _highest(rows, "edits")
+    ends = "; ".join(f"{row['of']}, {row['edits']:,} edits: {row['OP']:.1f}" for row in told)
+    which = "" if told is rows else "highest: "
     return Chart(
         name="scale",
         title="OP against the number of edits",
-        words=f"Free generation, final model. {ends}.",
+        words=f"Free generation, final model; {which}{ends}.",
         kind="lines",
         columns=_table(rows),
         x="edits",
@@ -187,6 +197,7 @@ def scale(found: Sequence[Scored]) -> Chart | str:
         group="of",
         spread="sd",
         labels={"edits": "edits", "OP": "OP, per cent"},
+        log="x",
         limits=(0, 100),
     )
 
@@ -229,19 +240,21 @@ def op_against(cost: str, results: Sequence[Result]) -> Chart | str:
             rows.append({"id": f"N = {size:,}", "editor": variant, **place})
     if not rows:
         return f"op_against_{cost}: needs a comparison with finished runs that say what an edit cost"
-    best = max(rows, key=lambda row: row["OP"])
-    said = f"Highest OP: {best['editor']}, {best['id']}: {best['OP']:.1f} at {best['cost']:,g}"
+    said = "; ".join(
+        f"{row['id']}: {row['editor']} {row['OP']:.1f} at {row['cost']:,g}" for row in _highest(rows, "id")
+    )
     return Chart(
         name=f"op_against_{cost}",
         title=f"OP against {words}",
-        words=f"Free generation, a point per editor and number of edits; upper left is best. {said}.",
+        words=f"Free generation, a picture per number of edits; upper left is best. Highest OP at {said}.",
         kind="points",
         columns=_table(rows),
         x="cost",
         y="OP",
         group="editor",
+        panel="id",
         labels={"cost": words, "OP": "OP, per cent"},
-        log=True,
+        log="x",
         limits=(0, 100),
     )
 

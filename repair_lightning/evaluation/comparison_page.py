@@ -62,13 +62,14 @@ def lead(results: Sequence[Result]) -> list[str]:
 
 def page_table(table: GroupedTable) -> PageTable:
     """A grouped table for the page; it can be sorted by any of its columns."""
-    columns = [Column("editor"), *(Column(title, "number") for title in table.header[1:])]
+    columns = [Column("editor"), *(Column(title, "number") for _ in table.sizes for title in table.columns)]
+    groups = [("", 1), *((f"N = {size:,}", len(table.columns)) for size in table.sizes)]
     lines = []
     for name, entries in table.rows:
         cells = [cell for entry in entries for cell in entry.texts]
         lines.append(Line([text(name), *(Cell(cell, "" if cell in ("", "-") else _key(cell)) for cell in cells)]))
     lines = [line for line in lines if line.cells[0].text != BEFORE or any(c.text != "-" for c in line.cells[1:])]
-    return PageTable(f"table-{table.name}", table.title, columns, lines, table.note)
+    return PageTable(f"table-{table.name}", table.title, columns, lines, table.note, groups)
 
 
 def _key(cell: str) -> str | float:

@@ -29,6 +29,7 @@ COLOURS = ("#0b6e99", "#d97706", "#2f855a", "#a23b72", "#6b5fb5", "#b93a20", "#7
 DASHES = ("-", "--", ":", "-.")
 """Lines that lie on each other show through, and colour is not all that tells them apart."""
 MARKERS = ("o", "^", "s", "D")
+"""Colours come again with another mark."""
 MARK, DARK, FAINT = "#b93a20", "#20282d", "#eceff1"
 DPI = 130
 
@@ -185,23 +186,31 @@ def _lines(figure: Any, chart: Chart) -> None:
     for i, group in enumerate(groups):
         part = chart.part(chart.group, group)
         spread = [value or 0.0 for value in part[chart.spread]] if chart.spread else None
-        look: dict[str, Any] = {
-            "color": COLOURS[i % len(COLOURS)],
-            "linestyle": DASHES[i % len(DASHES)],
-            "label": _as_it_is(group),
-        }
-        look |= {"marker": "o" if len(part[chart.x]) <= 60 else "", "markersize": 4, "linewidth": 1.6, "capsize": 2}
+        look = _look(i) | {"linestyle": DASHES[i % len(DASHES)], "label": _as_it_is(group)}
+        look |= {"markersize": 4, "linewidth": 1.6, "capsize": 2}
+        if len(part[chart.x]) > 60:
+            look["marker"] = ""
         axis.errorbar(part[chart.x], part[chart.y], yerr=spread, **look)
-    if chart.log:
-        _logarithmic(axis)
-    if chart.limits:
-        axis.set_ylim(chart.limits[0], chart.limits[1] + 0.03 * (chart.limits[1] - chart.limits[0]))
+    _logarithmic(axis, chart.log)
+    _limited(axis, chart)
     axis.grid()
     axis.set(xlabel=chart.label(chart.x), ylabel=chart.label(chart.y))
     figure.legend(loc="outside lower center", ncols=min(4, len(groups)) if len(groups) <= 4 else 2, fontsize=7.5)
 
 
-def _logarithmic(axis: Any, sides: str = "xy") -> None:
+def _look(i: int) -> dict[str, Any]:
+    """Colour and mark of the i-th group."""
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i // len(COLOURS) % len(MARKERS)]}
+
+
+def _limited(axis: Any, chart: Chart) -> None:
+    """The limits, with room for marks that lie on them."""
+    if chart.limits:
+        room = 0.03 * (chart.limits[1] - chart.limits[0])
+        axis.set_ylim(chart.limits[0] - room, chart.limits[1] + room)
+
+
+def _logarithmic(axis: Any, sides: str) -> None:
     """Logarithmic scales, with plain numbers on them."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -296,29 +305,37 @@ def _heat(figure: Any, chart: Chart) -> None:
 
 
 def _points(figure: Any, chart: Chart) -> None:
-    figure.set_size_inches(5.2, 4.2)
-    axis = figure.subplots()
-    groups = chart.values(chart.group)
-    look = {"s": 14, "alpha": 0.8, "linewidths": 0}
-    if any(isinstance(group, str) for group in groups):
-        for i, group in enumerate(groups):
-            part = chart.part(chart.group, group)
-            marks: dict[str, Any] = {
-                "color": COLOURS[i % len(COLOURS)],
-                "marker": MARKERS[i // len(COLOURS) % len(MARKERS)],
-            }
-            axis.scatter(part[chart.x], part[chart.y], label=_as_it_is(group), **look, **marks)
-        figure.legend(loc="outside lower center", ncols=4, fontsize=7.5)
-    else:
-        numbers = [float("nan") if value is None else value for value in chart.columns[chart.group or ""]]
-        cloud = axis.scatter(chart.columns[chart.x], chart.columns[chart.y], c=numbers, cmap="viridis", **look)
-        figure.colorbar(cloud, label=chart.label(chart.group or ""))
-    if chart.log:
-        _logarithmic(axis, "x")
-    if chart.limits:
-        axis.set_ylim(chart.limits[0], 1.03 * chart.limits[1])
-    axis.grid()
-    axis.set(xlabel=chart.label(chart.x), ylabel=chart.label(chart.y))
+    """Places, a small picture per panel; what is named has a colour each, numbers are a scale of colours."""
+    groups, panels = chart.values(chart.group), chart.values(chart.panel)
+    across = min(2, len(panels))
+    down = -(-len(panels) // across)
+    named = any(isinstance(group, str) for group in groups)
+    figure.set_size_inches(5.2 if across == 1 else 7.4, (4.2 if down == 1 else 2.5 * down) + 0.05 * len(groups) * named)
+    axes = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
+    look = {"s": 14 if across == 1 else 26, "alpha": 0.8, "linewidths": 0}
+    for place, (panel, axis) in enumerate(zip(panels, axes.flat, strict=False)):
+        part = chart.part(chart.panel, panel)
+        if named:
+            for i, group in enumerate(groups):
+                mine = [j for j, of in enumerate(part[chart.group or ""]) if of == group]
+                x, y = ([part[column][j] for j in mine] for column in (chart.x, chart.y))
+                axis.scatter(x, y, label=_as_it_is(group), **_look(i), **look)
+        else:
+            numbers = [float("nan") if value is None else value for value in part[chart.group or ""]]
+            cloud = axis.scatter(part[chart.x], part[chart.y], c=numbers, cmap="viridis", **look)
+            figure.colorbar(cloud, label=chart.label(chart.group or ""))
+        axis.set_title(_as_it_is(panel or ""))
+        _logarithmic(axis, chart.log)
+        _limited(axis, chart)
+        axis.grid()
+        axis.set_ylabel("" if place % across else chart.label(chart.y))
+        if place + across >= len(panels):  # nothing below it
+            axis.set_xlabel(chart.label(chart.x))
+            axis.tick_params(labelbottom=True)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    if named:
+        figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=7.5)
 
 
 DRAWN: Mapping[str, Callable[[Any, Chart], None]] = {

@@ -214,8 +214,9 @@ def tiles(run: Artefacts) -> list[dict[str, str]]:
 
 
 def chart_in_words(chart: Chart) -> dict[str, Any]:
-    """A picture's text alternative: what it says, and its numbers."""
-    return {"name": chart.name, "title": chart.title, "words": chart.words, "table": chart_table(chart)}
+    """A picture's text alternative: what it says, and its numbers; small pictures side by side want the whole width."""
+    found = {"name": chart.name, "title": chart.title, "words": chart.words, "table": chart_table(chart)}
+    return found | {"wide": chart.kind == "points" and chart.panel is not None}
 
 
 def glossary(run: Artefacts) -> list[tuple[str, str]]:

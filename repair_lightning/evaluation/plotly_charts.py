@@ -5,7 +5,7 @@ Colours are CSS variables, which the report's script looks up when it draws: a f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -47,7 +47,7 @@ def _text(value: Any) -> str:
 def _lines(chart: Chart) -> Figure:
     traces = []
     for i, group in enumerate(chart.values(chart.group)):
-        colour = COLOURS[i % len(COLOURS)]
+        look = _look(i)
         part = chart.part(chart.group, group)
         traces.append(
             {
@@ -56,20 +56,27 @@ def _lines(chart: Chart) -> Figure:
                 "name": _text(group),
                 "x": part[chart.x],
                 "y": part[chart.y],
-                "line": {"color": colour, "width": 2, "dash": DASHES[i % len(DASHES)]},
-                "marker": {"color": colour, "size": 6},
+                "line": {"color": look["color"], "width": 2, "dash": DASHES[i % len(DASHES)]},
+                "marker": look | {"size": 6},
                 "showlegend": len(chart.values(chart.group)) > 1,
             }
         )
-    scale: Figure = {"type": "log"} if chart.log else {"rangemode": "tozero"}
-    limits: Figure = {"range": _wider(*chart.limits)} if chart.limits else {}
-    axes = {"xaxis": _axis(chart, chart.x, **scale), "yaxis": _axis(chart, chart.y, **scale, **limits)}
+    scales: list[Figure] = [{"type": "log"} if side in chart.log else {"rangemode": "tozero"} for side in "xy"]
+    axes = {"xaxis": _axis(chart, chart.x, **scales[0]), "yaxis": _axis(chart, chart.y, **scales[1], **_limits(chart))}
     return {"data": traces, "layout": axes}
 
 
-def _wider(low: float, high: float) -> list[float]:
-    """Limits with room for a line that runs along them."""
-    return [low, high + 0.04 * (high - low)]
+def _look(i: int) -> Figure:
+    """Colour and mark of the i-th group; colours come again with another mark."""
+    return {"color": COLOURS[i % len(COLOURS)], "symbol": SYMBOLS[i // len(COLOURS) % len(SYMBOLS)]}
+
+
+def _limits(chart: Chart) -> Figure:
+    """The limits, with room for marks that lie on them."""
+    if not chart.limits:
+        return {}
+    low, high = chart.limits
+    return {"range": [low - 0.04 * (high - low), high + 0.04 * (high - low)]}
 
 
 def _histograms(chart: Chart) -> Figure:
@@ -128,24 +135,52 @@ def _stacked(chart: Chart) -> Figure:
 
 
 def _points(chart: Chart) -> Figure:
-    """Places in the plane; numbers in the group column are a colour scale, names have a colour each."""
-    groups = chart.values(chart.group)
-    if any(isinstance(group, str) for group in groups):
-        looks = [
-            {"color": COLOURS[i % len(COLOURS)], "symbol": SYMBOLS[i // len(COLOURS) % len(SYMBOLS)]}
-            for i in range(len(groups))
-        ]
-        parts = [chart.part(chart.group, group) for group in groups]
-        data = [_cloud(chart, part, look, _text(group)) for part, look, group in zip(parts, looks, groups, strict=True)]
-    else:
-        bar = {"title": {"text": _text(chart.label(chart.group or ""))}, "thickness": 12}
-        marker = {"color": chart.columns[chart.group], "colorscale": "Viridis", "showscale": True, "colorbar": bar}  # type: ignore[index]
-        data = [_cloud(chart, dict(chart.columns), marker, "")]
-    layout = {"height": 420, "showlegend": len(data) > 1}
-    scale: Figure = {"type": "log"} if chart.log else {}
-    limits: Figure = {"range": _wider(*chart.limits)} if chart.limits else {}
-    axes = {"xaxis": _axis(chart, chart.x, **scale), "yaxis": _axis(chart, chart.y, **limits)}
-    return {"data": data, "layout": layout | axes}
+    """Places, a small picture per panel; what is named has a colour each, numbers are a scale of colours."""
+    groups, panels = chart.values(chart.group), chart.values(chart.panel)
+    named = any(isinstance(group, str) for group in groups)
+    layout = _panels(chart, panels) | {"showlegend": named}
+    data = []
+    for i, panel in enumerate(panels):
+        part = chart.part(chart.panel, panel)
+        on = {"xaxis": f"x{i + 1 if i else ''}", "yaxis": f"y{i + 1 if i else ''}"}
+        if named:
+            for j, group in enumerate(groups):
+                mine = [k for k, of in enumerate(part[chart.group or ""]) if of == group]
+                one = {column: [values[k] for k in mine] for column, values in part.items()}
+                legend = {"legendgroup": _text(group), "showlegend": not i}
+                data.append(_cloud(chart, one, _look(j), _text(group)) | on | legend)
+        else:
+            bar = {"title": {"text": _text(chart.label(chart.group or ""))}, "thickness": 12}
+            colours = {"color": part[chart.group or ""], "colorscale": "Viridis", "showscale": not i, "colorbar": bar}
+            data.append(_cloud(chart, part, colours, "") | on)
+    return {"data": data, "layout": layout}
+
+
+def _panels(chart: Chart, panels: Sequence[Any]) -> Figure:
+    """Axes of small pictures, two in a row, with a title each; of one alone, without."""
+    across = min(2, len(panels))
+    down = -(-len(panels) // across)
+    gap = 2.2 * _GAP
+    wide, high = (1 - _GAP * (across - 1)) / across, (1 - gap * (down - 1)) / down
+    scale: Figure = {"type": "log"} if "x" in chart.log else {}
+    layout: Figure = {"height": 420 if down == 1 else 260 * down + 80}
+    notes = []
+    for i, panel in enumerate(panels):
+        left, top = i % across * (wide + _GAP), 1 - i // across * (high + gap)
+        number = str(i + 1) if i else ""
+        more: Figure = {"domain": [left, min(1.0, left + wide)], "anchor": f"y{number}"}
+        more |= {"matches": "x"} if i else {}
+        more |= {} if i + across >= len(panels) else {"title": None}
+        layout[f"xaxis{number}"] = _axis(chart, chart.x, **scale, **more)
+        more = {"domain": [max(0.0, top - high), top], "anchor": f"x{number}"} | ({"title": None} if i % across else {})
+        layout[f"yaxis{number}"] = _axis(chart, chart.y, **more, **_limits(chart))
+        where = {"xref": "paper", "yref": "paper", "x": left, "y": top, "yanchor": "bottom", "xanchor": "left"}
+        notes.append({"text": f"<b>{_text(panel)}</b>", "showarrow": False, "font": {"size": 12}, **where})
+    if len(panels) > 1:  # a legend on top would lie on the titles
+        layout["annotations"] = notes
+        layout["legend"] = {"orientation": "h", "y": -0.12, "x": 0, "yanchor": "top", "traceorder": "normal"}
+        layout["margin"] = {"l": 56, "r": 16, "t": 28, "b": 48}
+    return layout
 
 
 def _cloud(chart: Chart, part: Mapping[str, Any], marker: Figure, name: str) -> Figure:

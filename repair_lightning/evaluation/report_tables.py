@@ -54,13 +54,14 @@ class Line:
 
 @dataclass(frozen=True)
 class PageTable:
-    """A table of the page."""
+    """A table of the page; `groups` are titles over some columns each, with their number."""
 
     id: str
     caption: str
     columns: Sequence[Column]
     rows: Sequence[Line]
     note: str = ""
+    groups: Sequence[tuple[str, int]] = ()
 
 
 # -- scores ------------------------------------------------------------------------------------------------------------

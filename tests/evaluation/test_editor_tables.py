@@ -20,6 +20,7 @@ from repair_lightning.evaluation.editor_tables import (
     grouped_markdown,
     write_editor_tables,
 )
+from repair_lightning.evaluation.plotly_charts import figure
 
 
 def finished(variant: str, size: int, seed: int = 0, rel: float = 0.9, **more) -> Result:
@@ -111,6 +112,16 @@ def test_op_against_what_an_edit_costs(results):
         ("ours", "N = 30"): (2.0, 85.0),
         ("rome_1", "N = 1"): (2.0, 50.0),
     }
+    assert "Highest OP at N = 1: ours 90.0 at 2; N = 30: ours 85.0 at 2." in chart.words
+    drawn = figure(chart)
+    assert [note["text"] for note in drawn["layout"]["annotations"]] == ["<b>N = 1</b>", "<b>N = 30</b>"]
+    places = {(trace["name"], trace["xaxis"]): (trace["x"], trace["y"]) for trace in drawn["data"]}
+    assert places == {
+        ("ours", "x"): ([2.0], [90.0]),
+        ("rome_1", "x"): ([2.0], [50.0]),
+        ("ours", "x2"): ([2.0], [85.0]),
+        ("rome_1", "x2"): ([], []),
+    }
     kept = op_against("kept", results)
     assert isinstance(kept, Chart)
     assert set(kept.columns["cost"]) == {21.0}
@@ -125,4 +136,7 @@ def test_the_files_and_the_page(results, tmp_path):
     assert "not run: it takes hours &amp; days" in page
     assert "N = 1 is the mean over 100 single edits" in page
     assert 'id="plot-op_against_seconds"' in page
+    heads = re.search(r"<thead><tr>(.*?)</tr>\s*<tr>(.*?)</tr></thead>", page, re.DOTALL)
+    assert heads
+    assert [sum(map(int, re.findall(r'colspan="(\d+)"', heads[1])))] == [heads[2].count("<th")] == [9]
     assert 'src="http' not in page

@@ -79,7 +79,7 @@
   document.querySelectorAll("table.sortable").forEach((table) => {
     const body = table.tBodies[0];
     const key = (row, i) => { const cell = row.cells[i]; return cell.dataset.v ?? cell.textContent.trim(); };
-    table.querySelectorAll("thead th").forEach((heading, i) => clickable(heading, (direction) => {
+    table.querySelectorAll("thead tr:last-child th").forEach((heading, i) => clickable(heading, (direction) => {
       const rows = [...body.rows].sort((a, b) => direction * compare(key(a, i), key(b, i)));
       body.append(...rows);
     }));
