@@ -1,4 +1,4 @@
-"""Score an edited model: `python evaluate.py --pack DIR --data.path FILE --data.format F [--base DIR] [--out FILE]`."""
+"""Score an edited model: `python evaluate.py --pack DIR --data.path FILE --data.format F [--out FILE] [--quiet]`."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from jsonargparse import ArgumentParser
 
 from repair_lightning.cli import guarded
 from repair_lightning.evaluation.evaluate import evaluate_pack
-from repair_lightning.evaluation.report import print_report, write_json
+from repair_lightning.evaluation.report import print_report, verdict, write_json
 from repair_lightning.parsing import parse
 
 
@@ -21,14 +21,20 @@ def main() -> None:
     parser.add_argument("--base", default=None, help="the base, where the pack's own name for it does not lead there")
     parser.add_argument("--precision", default="auto", help="of the base")
     parser.add_argument("--out", default=None, help="write the figures to this JSON file")
+    parser.add_argument(
+        "--generations", default=None, help="write every prompt with every answer to this JSON Lines file"
+    )
+    parser.add_argument("--quiet", action="store_true", help="only errors, and the score in one last line")
     options = parse(parser)
     data = options.data
-    metrics = evaluate_pack(
-        options.pack, data.path, data.format, data.max_edits, options.base, options.precision, data.on_bad_record
-    )
-    print_report(metrics, None)
+    given = (data.path, data.format, data.max_edits, options.base, options.precision, data.on_bad_record)
+    metrics = evaluate_pack(options.pack, *given, generations=options.generations)
     if options.out:
         write_json(Path(options.out), metrics)
+    if options.quiet:
+        print(verdict(metrics, options.pack))
+    else:
+        print_report(metrics, None)
 
 
 if __name__ == "__main__":

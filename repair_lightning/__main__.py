@@ -248,7 +248,7 @@ def parser() -> ArgumentParser:
 
 
 def _run() -> None:
-    options = parser().parse_args()
+    options = parser().parse_args(sys.argv[1:] or ["--help"])
     options.run_command(options)
 
 

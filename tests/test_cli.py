@@ -307,12 +307,15 @@ def test_the_saved_config_runs_again(tmp_path, monkeypatch, preset):
 
 def test_another_process_scores_the_pack_alike(run, metrics, tmp_path):
     out = tmp_path / "deep" / "scores.json"
-    options = ["--data.path", "world", "--data.max_edits", "12", "--out", out]
+    options = ["--data.path", "world", "--data.max_edits", "12", "--out", out, "--generations", "said/all.jsonl"]
     ran = succeeded("evaluate.py", "--pack", run[0] / "pack", *options, cwd=tmp_path)
     found = json.loads(out.read_text(), parse_constant=pytest.fail)
     for key in ("pre_edit", "final", "routing", "oracle_routing", "editor", "n_edits"):
         assert found[key] == metrics[key], key
     assert "12 edits of world" in ran.out
+    said = (tmp_path / "said" / "all.jsonl").read_text().splitlines()
+    assert set(said) <= set((run[0] / "generations.jsonl").read_text().splitlines())
+    assert {json.loads(line)["stage"] for line in said} == {"pre_edit", "final"}
 
 
 def test_other_records_can_be_scored(run, tmp_path):
@@ -320,8 +323,10 @@ def test_other_records_can_be_scored(run, tmp_path):
     records = write_edits(tmp_path / "other.jsonl", world_edits(5, 200))
     base = tmp_path / "base"
     shutil.copytree(base_dir(), base)
-    options = ["--data.path", records, "--base", base, "--out", "scores.json"]
-    succeeded("evaluate.py", "--pack", run[0] / "pack", *options, cwd=tmp_path)
+    options = ["--data.path", records, "--base", base, "--out", "scores.json", "--quiet"]
+    ran = succeeded("evaluate.py", "--pack", run[0] / "pack", *options, cwd=tmp_path)
+    assert ran.out.startswith("5 edits of ")
+    assert ran.out.count("\n") == 1
     found = json.loads((tmp_path / "scores.json").read_text())
     assert found["n_edits"] == 5
     assert found["routing"]["edit"]["right"] == 0

@@ -114,7 +114,10 @@ def load_records(
         raise RecordError(source, None, None, "holds no records", f"give at least one record in format '{format}'")
     good, bad, repeated = _check_rows(source, rows, chosen)
     if bad and (on_bad_record == "stop" or not good):
-        raise RecordError.at(source, *bad[0], more=len(bad) - 1)
+        first = RecordError.at(source, *bad[0], more=len(bad) - 1)
+        if on_bad_record == "stop":
+            raise first
+        raise RecordError(source, None, None, f"skipping bad records leaves none: {first}", "mend at least one")
     messages = tuple(str(RecordError.at(source, number, error)) for number, error in bad)
     if sample_seed is not None and max_edits is not None:
         good, repeated = _draw(good, repeated, max_edits, sample_seed)

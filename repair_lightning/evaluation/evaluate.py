@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from repair_lightning.data.records import load_records
+from repair_lightning.evaluation.report import write_rows
 from repair_lightning.evaluation.scoring import Scorer, oracle_choice
 from repair_lightning.models.prefix_cache import PrefixCache
 from repair_lightning.packs import fold_into, load_ledger, open_pack, read_pack
@@ -24,10 +25,12 @@ def evaluate_pack(
     base: str | None = None,
     precision: str = "auto",
     on_bad_record: str = "stop",
+    generations: str | Path | None = None,
 ) -> dict[str, Any]:
     """The figures of `metrics.json` that a finished model has; those of the run that made it stay there.
 
     An edit of the records is the pack's own where prompt and target agree with the ledger's; others have no owner.
+    Every prompt with its answers before and after goes to `generations`, a JSON Lines file, if one is named.
     """
     started = time.perf_counter()
     config, tensors = read_pack(pack)
@@ -46,6 +49,8 @@ def evaluate_pack(
     choice = scorer.choose()
     final = scorer.score("final", choice, owners, changed)
     oracle = scorer.score("oracle", oracle_choice(scorer.questions, owners), owners, changed)
+    if generations is not None:
+        write_rows(Path(generations), (row for result in (before, final) for row in result.rows))
     metrics: dict[str, Any] = {
         "editor": config["editor"],
         "base": {"name": config["base"]["name"], "sha256": config["base"]["sha256"]},

@@ -144,12 +144,12 @@ def _run_words(metrics: Mapping[str, Any]) -> Iterator[str]:
     )
 
 
-def verdict(metrics: Mapping[str, Any], run_dir: Path) -> str:
-    """A finished run in one line: the final score in free generation, and what became of the edits."""
+def verdict(metrics: Mapping[str, Any], place: str | Path) -> str:
+    """A finished run, or a scored pack, in one line: the final score in free generation, what became of the edits."""
     final = metrics["final"][AUTOREGRESSIVE]
     scores = "  ".join(f"{_TITLES[name]} {_percent(final[name])}" for name in _COLUMNS)
-    given_up = f"{metrics['closed_loop']['quarantined']} quarantined"
-    return f"{counted(metrics['n_edits'], 'edit')} of {metrics['base']['name']}: {scores}; {given_up}; {run_dir}"
+    given_up = f"; {metrics['closed_loop']['quarantined']} quarantined" if "closed_loop" in metrics else ""
+    return f"{counted(metrics['n_edits'], 'edit')} of {metrics['base']['name']}: {scores}{given_up}; {place}"
 
 
 def _earlier_words(earlier: Mapping[str, Any]) -> str:

@@ -283,7 +283,9 @@ def test_the_one_error_says_how_many_more_there_are(jsonl):
 
 
 def test_skipping_everything_is_still_an_error(jsonl):
-    with pytest.raises(RecordError, match=r"record 1, .*and 1 more bad record in this file"):
+    with pytest.raises(
+        RecordError, match=r"skipping bad records leaves none: .*record 1, .*and 1 more bad record in this file"
+    ):
         load_records(jsonl({"prompt": "x"}, "{"), on_bad_record="skip")
 
 
