@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
+from rich.console import Console
 
 from repair_lightning.cli import guarded
 from repair_lightning.evaluation.evaluate import evaluate_pack
@@ -32,7 +33,7 @@ def main() -> None:
     if options.out:
         write_json(Path(options.out), metrics)
     if options.quiet:
-        print(verdict(metrics, options.pack))
+        Console().print(verdict(metrics, options.pack), markup=False, highlight=False, soft_wrap=True)
     else:
         print_report(metrics, None)
 

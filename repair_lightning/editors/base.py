@@ -36,7 +36,7 @@ from repair_lightning.models.architectures import architecture_of, resolve_layer
 from repair_lightning.models.base import Base, load_base
 from repair_lightning.models.edited import EditedModel
 from repair_lightning.models.prefix_cache import PrefixCache
-from repair_lightning.models.sampling import own_texts
+from repair_lightning.models.sampling import greedy_rows, own_texts
 from repair_lightning.types import BASE, Edit, EditBatch, EditReport
 
 log = logging.getLogger(__name__)
@@ -50,13 +50,17 @@ class Snapshot:
         shards: of the side memory.
         router: its state.
         weights: by layer, W_v (as the base stores it) where it is no longer the base's own.
-        own: what the method remembers besides, see `Editor.own_state`.
+        own: what the method remembers besides, see `Editor.remember`.
     """
 
     shards: tuple[dict[str, torch.nn.Module], int]
     router: dict[str, Any]
     weights: dict[int, Tensor]
-    own: dict[str, Any]
+    own: Any
+
+
+KEPT = 256
+"""To so many irrelevant prompts the base's own answers are taken: with them, some thousands of tokens."""
 
 
 class Editor(pl.LightningModule):
@@ -278,7 +282,12 @@ class Editor(pl.LightningModule):
 
     def undo(self, ids: Sequence[str]) -> list[str]:
         """Take edits back, ledger included; returns the ids of other edits that had to be written anew for it."""
-        raise ConfigError(f"the editor {self.editor_name} cannot take edits back")  # type: ignore[attr-defined]
+        if not self.can_undo:
+            raise ConfigError(f"the editor {self.editor_name} cannot take edits back")  # type: ignore[attr-defined]
+        self.ledger.undo(ids, "taken back on request")
+        self.forget(ids)
+        self.finish_window()
+        return []
 
     def finish_window(self) -> None:
         """Called when a window's last batch is written, before anything is evaluated."""
@@ -286,19 +295,27 @@ class Editor(pl.LightningModule):
     def snapshot(self) -> Snapshot:
         """What was learnt and written so far, to go back to with :meth:`rollback`."""
         shards = self.memory.snapshot(writable=True)
-        return Snapshot(shards, self.router.state_dict(), self.edited.weights.state(), self.own_state())
+        return Snapshot(shards, self.router.state_dict(), self.edited.weights.state(), self.remember())
 
     def rollback(self, snapshot: Snapshot) -> None:
         """Go back to a :meth:`snapshot`, bit by bit; a snapshot serves once."""
         self.memory.restore(snapshot.shards)
         self.router.load_state_dict(snapshot.router)
         self.edited.weights.load(snapshot.weights)
-        self.load_own_state(snapshot.own)
+        self.recall(snapshot.own)
+
+    def remember(self) -> Any:
+        """What :meth:`recall` goes back to, within this process; who remembers much gives references."""
+        return self.own_state()
+
+    def recall(self, kept: Any) -> None:
+        """Go back to what :meth:`remember` gave."""
+        self.load_own_state(kept)
 
     def own_state(self) -> dict[str, Any]:
         """What the method remembers besides memory, router and weights: tensors and plain types by name.
 
-        It travels with checkpoints, packs and snapshots. Its tensors are never changed in place.
+        It travels with checkpoints and packs. Its tensors are never changed in place.
         """
         return {}
 
@@ -324,6 +341,11 @@ class Editor(pl.LightningModule):
     def base_texts(self, number: int, length: int = 12) -> list[str]:
         """Texts that the base wrote by itself, the same on every rank; see `own_texts`."""
         return self.team.first(own_texts(self.edited.base, self.tokenizer, number, length))
+
+    def said_by_base(self, prompts: Sequence[str], length: int = 8) -> list[Encoded]:
+        """Prompts with what the base as it was says to them, in at most so many tokens."""
+        with self.edited.forced(None), self.edited.weights.originals():
+            return [Encoded(*row) for row in greedy_rows(self.edited.base, self.tokenizer, prompts, length)]
 
     def query_of(self, edits: Sequence[Edit]) -> Query:
         """The edits' prompts as a router sees them, from the one pass that serves their writing too."""

@@ -25,19 +25,15 @@ from typing import Any
 
 import torch
 
-from repair_lightning.data.tokenizing import Encoded, encode
-from repair_lightning.editors.base import Editor, register
+from repair_lightning.data.tokenizing import Encoded
+from repair_lightning.editors.base import KEPT, Editor, register
 from repair_lightning.editors.inner_loop import Tail, TargetRows, TargetTail
 from repair_lightning.errors import ConfigError
 from repair_lightning.functional import target_cross_entropy, target_margin
 from repair_lightning.memory.query import Query
 from repair_lightning.memory.routers import Router, make_router
 from repair_lightning.memory.side_memory import Selection, Shard
-from repair_lightning.models.sampling import greedy_answers
 from repair_lightning.types import EditBatch, EditReport
-
-KEPT = 256
-"""Of so many irrelevant prompts the base's answers are kept."""
 
 
 @register("defer")
@@ -72,8 +68,8 @@ class Defer(Editor):
         **common: Any,
     ) -> None:
         super().__init__(base, **common)
-        if not lr > 0:
-            raise ConfigError(f"lr must be positive, got {lr}")
+        if not 0 < lr < math.inf:
+            raise ConfigError(f"lr must be positive and finite, got {lr}")
         for name, value, least in (("steps", steps, 1), ("replay", replay, 0), ("irrelevant", irrelevant, 0)):
             if value < least:
                 raise ConfigError(f"{name} must be at least {least}, got {value}")
@@ -91,10 +87,7 @@ class Defer(Editor):
     def prepare(self, background: Sequence[str], held_out: Sequence[str]) -> None:
         """Besides, take the base's own answers to irrelevant prompts, and find how much of it a step must run."""
         super().prepare(background, held_out)
-        prompts = self.background_prompts[:KEPT]
-        with self.edited.forced(None):
-            said = greedy_answers(self.edited.base, self.tokenizer, prompts)
-        self.said = [encode(self.tokenizer, *pair) for pair in zip(prompts, said, strict=True)]
+        self.said = self.said_by_base(self.background_prompts[:KEPT])
         self.tail: Tail = "model"
         if self.cache_mib:
             self.tail = "positions" if self.edited.split.adds_up() else "rows"

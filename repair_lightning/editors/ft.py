@@ -13,6 +13,7 @@ must say them in their order. In a base of lower precision what is rounded is ro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -64,9 +65,9 @@ class FineTuner(WeightEditor):
         stop_margin: float | None,
         **common: Any,
     ) -> None:
-        super().__init__(base, **common)
-        if not lr > 0:
-            raise ConfigError(f"lr must be positive, got {lr}")
+        super().__init__(base, layers=1, **common)
+        if not 0 < lr < math.inf:
+            raise ConfigError(f"lr must be positive and finite, got {lr}")
         if steps < 1:
             raise ConfigError(f"steps must be at least 1, got {steps}")
         self.lr, self.steps = lr, steps

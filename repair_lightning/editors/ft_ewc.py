@@ -17,6 +17,7 @@ theirs takes F from the last ten edits, which says nothing of what is unrelated;
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,14 +25,13 @@ import torch
 from torch import Tensor
 
 from repair_lightning.data.tokenizing import Encoded
-from repair_lightning.editors.base import register
+from repair_lightning.editors.base import KEPT, register
 from repair_lightning.editors.ft import FineTuner
 from repair_lightning.editors.inner_loop import TargetRows
 from repair_lightning.editors.values import pushing
-from repair_lightning.editors.weights import KEPT
 from repair_lightning.errors import ConfigError
 from repair_lightning.functional import target_cross_entropy
-from repair_lightning.types import Edit, EditReport
+from repair_lightning.types import Edit, EditBatch, EditReport
 
 ROWS = 32
 """Texts whose gradients are taken together."""
@@ -68,8 +68,8 @@ class FTEWC(FineTuner):
         **common: Any,
     ) -> None:
         super().__init__(base, lr=lr, steps=steps, stop_loss=None, stop_margin=stop_margin, **common)
-        if weight < 0:
-            raise ConfigError(f"weight must be at least 0, got {weight}")
+        if not 0 <= weight < math.inf:
+            raise ConfigError(f"weight must be at least 0 and finite, got {weight}")
         self.weight, self.accumulate = weight, accumulate
         self.learnt: dict[str, Tensor] = {}
         """With `accumulate`, once a window is over: F as `fisher`, and W* as `anchor`."""
@@ -79,8 +79,9 @@ class FTEWC(FineTuner):
     def prepare(self, background: Sequence[str], held_out: Sequence[str]) -> None:
         """Besides, estimate F from what the base says to the background prompts."""
         super().prepare(background, held_out)
+        said = self.said_by_base(self.background_prompts[:KEPT])
         with self.edited.weights.originals():
-            self.background_fisher = self.fisher_of(self.said_by_base(self.background_prompts[:KEPT]))
+            self.background_fisher = self.fisher_of(said)
 
     def fisher_of(self, texts: Sequence[Encoded]) -> Tensor:
         """The mean over texts of the squared gradient of each one's log likelihood for W_v as it is, (D, F)."""
@@ -118,8 +119,13 @@ class FTEWC(FineTuner):
         weights = self.edited.weights
         anchor = self.learnt.get("anchor")
         self.moved = weights.matrix(self.layer) - (weights.original(self.layer) if anchor is None else anchor)
-        reports = super().change(edits)
-        self.recent += edits
+        return super().change(edits)
+
+    def write(self, batch: EditBatch) -> list[EditReport]:
+        """Besides, note what was written, for the window's end."""
+        reports = super().write(batch)
+        spoilt = {report.id for report in reports if report.error}
+        self.recent += [edit for edit in batch.edits if edit.id not in spoilt]
         return reports
 
     def penalty(self, delta: Tensor) -> Tensor:

@@ -27,15 +27,17 @@ from torch import Tensor, nn
 
 from repair_lightning.editors.base import Editor, register
 from repair_lightning.editors.inner_loop import TargetRows, TargetTail
-from repair_lightning.errors import ConfigError
+from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.functional import target_cross_entropy, target_margin
-from repair_lightning.functional.codebook import placement
+from repair_lightning.functional.codebook import placement, was_cut
 from repair_lightning.memory.routers import BallRouter, make_router
 from repair_lightning.memory.side_memory import Selection, ValueShard
 from repair_lightning.models.architectures import resolve_layer
 from repair_lightning.models.base import Base, load_base
 from repair_lightning.types import BASE, Edit, EditBatch, EditReport
 
+TOGETHER = 64
+"""So many edits at most are written at once where some are written anew."""
 DEPTH = 27 / 31
 """The edited layer where none is named, as a share of the depth."""
 
@@ -71,8 +73,8 @@ class GRACE(Editor):
     ) -> None:
         super().__init__(base, **common)
         for name, value in (("eps", eps), ("lr", lr)):
-            if not value > 0:
-                raise ConfigError(f"{name} must be positive, got {value}")
+            if not 0 < value < math.inf:
+                raise ConfigError(f"{name} must be positive and finite, got {value}")
         if steps < 1:
             raise ConfigError(f"steps must be at least 1, got {steps}")
         self.eps, self.relative, self.lr, self.steps, self.stop_margin = eps, relative, lr, steps, stop_margin
@@ -234,11 +236,33 @@ class GRACE(Editor):
         self.balls.forget(list(ids))
 
     def undo(self, ids: Sequence[str]) -> list[str]:
-        """Forget edits for good; no other has to be written anew."""
+        """Take edits back. What shared an entry with them, or a ball that theirs had cut short, is written anew."""
+        again = self._entangled(ids)
         self.ledger.undo(ids, "taken back on request")
-        self.forget(ids)
+        self.ledger.requeue(again, f"placed anew without {', '.join(ids[:3])}")
+        self.forget([*ids, *again])
         self.finish_window()
-        return []
+        for at in range(0, len(again), TOGETHER):
+            reports = self.write(EditBatch(tuple(self.ledger.edit(id) for id in again[at : at + TOGETHER])))
+            self.ledger.written(reports)
+            for report in reports:
+                if report.error:
+                    raise RepairError(f"edit {report.id!r} cannot be written anew ({report.error}): nothing is undone")
+        return again
+
+    def _entangled(self, ids: Sequence[str]) -> list[str]:
+        """The other edits of the entries that some edits are in, and those of balls that these entries cut short."""
+        balls, gone = self.balls, set(ids)
+        theirs = [entry for entry, members in enumerate(balls.members) if gone.intersection(members)]
+        if not theirs:
+            return []
+        apart, radii = balls.distances(balls.keys[theirs]).tolist(), balls.radii.tolist()
+        others = [
+            entry
+            for entry, radius in enumerate(radii)
+            if entry in theirs or any(was_cut(distances[entry], radius, self.first) for distances in apart)
+        ]
+        return [id for entry in others for id in balls.members[entry] if id not in gone]
 
     def own_state(self) -> dict[str, Any]:
         """What each shard says."""

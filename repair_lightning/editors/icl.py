@@ -11,7 +11,7 @@ no edit is as near as held-out irrelevant prompts are to theirs, nothing is put 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -85,10 +85,3 @@ class InContext(Editor):
     def forget(self, ids: Iterable[str]) -> None:
         """The edits are put before no prompt any more."""
         self.router.forget(list(ids))
-
-    def undo(self, ids: Sequence[str]) -> list[str]:
-        """Take edits back; no other is touched."""
-        self.ledger.undo(ids, "taken back on request")
-        self.forget(ids)
-        self.finish_window()
-        return []

@@ -25,6 +25,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,10 +40,10 @@ from torch import Tensor, nn
 
 from repair_lightning.data.records import load_records
 from repair_lightning.data.tokenizing import Encoded, encode
-from repair_lightning.editors.base import register
+from repair_lightning.editors.base import KEPT, register
 from repair_lightning.editors.inner_loop import TargetRows
 from repair_lightning.editors.values import pushing
-from repair_lightning.editors.weights import KEPT, WeightEditor
+from repair_lightning.editors.weights import WeightEditor
 from repair_lightning.errors import ConfigError
 from repair_lightning.functional import target_cross_entropy
 from repair_lightning.functional.moments import RunningMoments
@@ -216,15 +217,17 @@ class MEND(WeightEditor):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in ("lr", "lr_steps", "alpha"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be positive and finite, got {getattr(self, name)}")
         for name in ("c_edit", "c_loc"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
         self._trained: list[GradientNetwork] = []  # in a list: no module of the checkpoint, own_state carries it
         self.training_figures: dict[str, Any] = {}
         self.evaluated: tuple[Edit, ...] = ()
         """Edits that must not be trained on."""
+        self.also_asked: tuple[str, ...] = ()
+        """Further texts that must not."""
         self.beside = ("", "")
         """The file that they come from, and its format."""
 
@@ -233,7 +236,7 @@ class MEND(WeightEditor):
     def on_fit_start(self) -> None:
         """Besides, learn what is going to be evaluated, for it must not be trained on."""
         stream = self.trainer.datamodule  # type: ignore[attr-defined]
-        self.evaluated = stream.edits
+        self.evaluated, self.also_asked = stream.edits, stream.also_scored
         self.beside = (stream.file, stream.format)
         super().on_fit_start()
 
@@ -249,7 +252,7 @@ class MEND(WeightEditor):
                 "--model.train_format their format; those that the stream asks are left out"
             )
         found = list(load_records(path, format, on_bad_record="skip").edits)
-        kept, left_out = apart(found, self.evaluated, format)
+        kept, left_out = apart(found, self.evaluated, format, self.also_asked)
         if len(kept) < 2:
             raise ConfigError(
                 f"'{path}' holds {len(kept)} edits that the stream does not ask, at least 2 are needed: "
@@ -310,7 +313,7 @@ class MEND(WeightEditor):
             if step % self.check_every and step != self.steps:
                 continue
             seen = self.look(network, held)
-            log.debug("training step %d: %.4f on held-out edits, best %.4f", step, seen, best)
+            log.info("training step %d: %.4f on held-out edits, best %.4f", step, seen, best)
             if seen < best:
                 kept, best, at = _copied(network), seen, step
             if step - at >= self.patience:
@@ -447,16 +450,19 @@ class MEND(WeightEditor):
         return super().figures() | {"training": self.training_figures}
 
 
-def apart(edits: Sequence[Edit], evaluated: Sequence[Edit], format: str) -> tuple[list[Edit], int]:
+def apart(
+    edits: Sequence[Edit], evaluated: Sequence[Edit], format: str, also_asked: Sequence[str] = ()
+) -> tuple[list[Edit], int]:
     """Edits that share no id, no subject and no text with those that are evaluated, and how many do.
 
-    An id that `load_records` made of a record's number says nothing.
+    What is `also_asked` counts as their texts. An id that `load_records` made of a record's number says nothing.
     """
     made = re.compile(rf"{re.escape(format)}-\d+")
     ids = {edit.id for edit in evaluated}
     subjects = {edit.subject.casefold() for edit in evaluated if edit.subject}
     texts = {_folded(text) for edit in evaluated for text in _texts(edit)}
     texts |= {_folded(probe.prompt) for edit in evaluated for probe in (*edit.near, *edit.locality)}
+    texts |= set(map(_folded, also_asked))
 
     def shared(edit: Edit) -> bool:
         same_id = edit.id in ids and not made.fullmatch(edit.id)

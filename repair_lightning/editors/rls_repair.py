@@ -36,7 +36,7 @@ class RLSRepair(Repair):
         values: how RLSEdit finds values.
         ridge: RLSEdit's lambda.
         anchoring: RLSEdit's mu.
-        anchors: RLSEdit's file of anchor prompts.
+        anchors: RLSEdit's anchor prompts, or the file that holds them.
         common: what every editor takes, see `Editor`.
     """
 
@@ -55,14 +55,15 @@ class RLSRepair(Repair):
         values: Values = VALUES,
         ridge: float = RIDGE,
         anchoring: float = ANCHORING,
-        anchors: str | None = None,
+        anchors: str | list[str] | None = None,
         **common: Any,
     ) -> None:
         super().__init__(base, routing=routing, writing=writing, distillation=distillation, seed=seed, **common)
         if writing.form != "low_rank":
             raise ConfigError(f"writing.form must be low_rank for shards upon a matrix that moves, got {writing.form}")
-        self.values, self.ridge, self.anchoring, self.anchors = values, ridge, anchoring, anchors
+        self.values, self.ridge, self.anchoring = values, ridge, anchoring
         first = RLSEdit(base, values=values, ridge=ridge, anchoring=anchoring, anchors=anchors, **common)
+        self.anchors = first.anchors
         self._first = [first]  # in a list: its model is this one's, not a part of its own
 
     @property
@@ -76,9 +77,9 @@ class RLSRepair(Repair):
         self.first.work_upon(self)
 
     def prepare(self, background: Sequence[str], held_out: Sequence[str]) -> None:
-        """Besides, prepare RLSEdit."""
+        """Besides, let RLSEdit measure the base."""
         super().prepare(background, held_out)
-        self.first.prepare(background, held_out)
+        self.first.measure(background)
 
     def write(self, batch: EditBatch) -> list[EditReport]:
         """What is new goes into the matrix, what has failed before into shards."""
@@ -127,6 +128,14 @@ class RLSRepair(Repair):
         sizes = self.ledger.sizes()
         base = sizes.pop(BASE, 0)
         return self.first.figures() | {"in_the_matrix": base, "in_shards": sum(sizes.values())}
+
+    def remember(self) -> Any:
+        """RLSEdit's."""
+        return self.first.remember()
+
+    def recall(self, kept: Any) -> None:
+        """RLSEdit's."""
+        self.first.recall(kept)
 
     def own_state(self) -> dict[str, Any]:
         """RLSEdit's."""

@@ -6,7 +6,8 @@ written layer
     min_W  sum_i ||K_i W^T - V_i||^2 + lambda^2 ||W - W_0||^2 + mu^2 ||K_0 W^T - K_0 W_0^T||^2
 
 is solved recursively (`functional.least_squares`): a write costs the same after ten thousand edits as after none, early
-edits weigh as much as late ones, and an edit is taken back by downdating, as if it had never been written.
+edits weigh as much as late ones, and an edit is taken back by downdating: the problem is as if it had never had the
+edit's term. What later edits were given as keys and values stays as it was found while that edit was in.
 
 What is provable: the minimum is not above the objective at W_0, which is `E = sum_i ||K_i W_0^T - V_i||^2`. So
 `||W - W_0|| <= sqrt(E) / lambda` and `||K_0 (W - W_0)^T|| <= sqrt(E) / mu`. Both sides of both are logged.
@@ -29,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repair_lightning.editors.base import register
+from repair_lightning.editors.base import KEPT, register
 from repair_lightning.editors.values import Values
 from repair_lightning.editors.weights import ValueEditor
 from repair_lightning.errors import ConfigError
@@ -52,6 +53,17 @@ class Term:
     energy: float
 
 
+def _prompts_in(file: str) -> list[str]:
+    """The lines of a text file."""
+    if not Path(file).is_file():
+        raise ConfigError(f"anchors: '{file}' is no file; give a text file with a prompt per line, or null")
+    lines = Path(file).read_text(encoding="utf-8").splitlines()
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ConfigError(f"anchors: '{file}' holds no prompt; give one per line, or null")
+    return prompts
+
+
 @register("rlsedit")
 class RLSEdit(ValueEditor):
     """Soft recursive least squares; see the module's own docstring.
@@ -62,11 +74,13 @@ class RLSEdit(ValueEditor):
         values: how values are found.
         ridge: lambda, what holds W to W_0, in units of the anchors' root mean squared norm.
         anchoring: mu, what holds the anchors' values; at 1 all anchors together weigh as much as a key per dimension.
-        anchors: text file with an anchor prompt per line; None takes the stream's irrelevant prompts.
+        anchors: text file with an anchor prompt per line, or the prompts; None takes the irrelevant ones. Packs
+            hold the prompts.
         common: what every editor takes, see `Editor`.
     """
 
     can_undo = True
+    _anchor_keys: tuple[list[str], dict[int, Tensor]] | None = None
 
     def __init__(
         self,
@@ -75,41 +89,44 @@ class RLSEdit(ValueEditor):
         values: Values = VALUES,
         ridge: float = RIDGE,
         anchoring: float = ANCHORING,
-        anchors: str | None = None,
+        anchors: str | list[str] | None = None,
         **common: Any,
     ) -> None:
         super().__init__(base, layers=layers, values=values, **common)
-        if not ridge > 0:
-            raise ConfigError(f"ridge must be positive, got {ridge}: without it the problem has no single solution")
-        if anchoring < 0:
-            raise ConfigError(f"anchoring must be at least 0, got {anchoring}; 0 leaves the anchors out")
-        if anchors is not None and not Path(anchors).is_file():
-            raise ConfigError(f"anchors: '{anchors}' is no file; give a text file with a prompt per line, or null")
-        self.ridge, self.anchoring, self.anchors = ridge, anchoring, anchors
+        if not 0 < ridge < math.inf:
+            raise ConfigError(
+                f"ridge must be positive and finite, got {ridge}: without it the problem has no single solution"
+            )
+        if not 0 <= anchoring < math.inf:
+            raise ConfigError(f"anchoring must be at least 0 and finite, got {anchoring}; 0 leaves the anchors out")
+        self.ridge, self.anchoring = ridge, anchoring
+        self.anchors = _prompts_in(anchors) if isinstance(anchors, str) else anchors
+        self.anchored: list[str] = []
+        """The prompts whose answers the problems hold."""
         self.problems: dict[int, Recursion] = {}
         self.terms: dict[str, dict[int, Term]] = {}
 
-    def prepare(self, background: Sequence[str], held_out: Sequence[str]) -> None:
-        """Besides, take the anchors' keys in the base as it was."""
-        super().prepare(background, held_out)
-        self.anchor_keys = self.background_keys()
-        self.squared = {layer: float(keys.square().sum(-1).mean()) for layer, keys in self.anchor_keys.items()}
+    def measure(self, background: Sequence[str]) -> None:
+        """Besides, say which prompts are anchors; a problem that is there has its own."""
+        super().measure(background)
+        if not self.problems:
+            self.anchored = list(background[:KEPT] if self.anchors is None else self.anchors)
 
-    def background_keys(self) -> dict[int, Tensor]:
-        """The anchors' keys."""
-        if self.anchors is None:
-            return super().background_keys()
-        lines = Path(self.anchors).read_text(encoding="utf-8").splitlines()
-        prompts = [line.strip() for line in lines if line.strip()]
-        if not prompts:
-            raise ConfigError(f"anchors: '{self.anchors}' holds no prompt; give one per line, or null")
-        _, keys, _ = self.states([row.ids for row in self.said_by_base(prompts)])
-        return {layer: torch.cat(found).float() for layer, found in keys.items()}
+    @property
+    def anchor_keys(self) -> dict[int, Tensor]:
+        """By written layer, the anchors' keys (N, F) in the base as it was."""
+        if self._anchor_keys is None or self._anchor_keys[0] != self.anchored:
+            said = self.said_by_base(self.anchored)
+            with self.edited.weights.originals():
+                _, keys, _ = self.states([row.ids for row in said])
+            self._anchor_keys = list(self.anchored), {layer: torch.cat(each).float() for layer, each in keys.items()}
+        return self._anchor_keys[1]
 
     def strengths(self, layer: int) -> tuple[float, float]:
         """lambda^2 and mu^2 of a layer's problem, absolute."""
         keys = self.anchor_keys[layer]
-        return self.ridge**2 * self.squared[layer], self.anchoring**2 * keys.shape[1] / len(keys)
+        squared = float(keys.square().sum(-1).mean())
+        return self.ridge**2 * squared, self.anchoring**2 * keys.shape[1] / len(keys)
 
     def problem(self, layer: int) -> Recursion:
         """A layer's problem as it stands."""
@@ -122,7 +139,7 @@ class RLSEdit(ValueEditor):
         """Take the edits in; one that was in already is replaced."""
         found = self.problem(layer)
         for id in ids:
-            old = self.terms.get(id, {}).pop(layer, None)
+            old = self.terms.get(id, {}).get(layer)
             found = found if old is None else found.remove(old.keys, old.values)
         found = found.absorb(keys, values)
         self._count(layer, found)
@@ -139,7 +156,7 @@ class RLSEdit(ValueEditor):
         self.problems[layer] = found
 
     def forget(self, ids: Iterable[str]) -> None:
-        """Take edits out of the problem, as if they had never been written; unknown ones are passed over."""
+        """Take the edits' terms out of the problem; unknown ones are passed over."""
         known = [id for id in dict.fromkeys(ids) if id in self.terms]
         if not known:
             return
@@ -154,13 +171,6 @@ class RLSEdit(ValueEditor):
         if not self.terms:
             self.problems = {}
             self.edited.weights.restore()
-
-    def undo(self, ids: Sequence[str]) -> list[str]:
-        """Take edits back; no other has to be written anew for it."""
-        self.ledger.undo(ids, "taken back on request")
-        self.forget(ids)
-        self.finish_window()
-        return []
 
     # -- what is provable ---------------------------------------------------------------------------------------------
 
@@ -197,9 +207,19 @@ class RLSEdit(ValueEditor):
 
     # -- state --------------------------------------------------------------------------------------------------------
 
+    def remember(self) -> Any:
+        """References: neither a problem nor a term is changed in place, and a copy of all would cost more with each."""
+        return dict(self.problems), dict(self.terms), self.anchored
+
+    def recall(self, kept: Any) -> None:
+        """The inverse of :meth:`remember`."""
+        problems, terms, self.anchored = kept
+        self.problems, self.terms = dict(problems), dict(terms)
+
     def own_state(self) -> dict[str, Any]:
-        """The problems, and what each edit added to them."""
+        """The problems with their anchors' prompts, and what each edit added to them."""
         found: dict[str, Any] = {"ids": list(self.terms)}
+        found |= {"anchored": list(self.anchored)} if self.problems else {}
         for layer in self.problems:
             problem, mine = self.problems[layer], [terms[layer] for terms in self.terms.values()]
             found |= {f"{layer}.{name}": getattr(problem, name) for name in ("weight", "inverse", "information")}
@@ -212,6 +232,7 @@ class RLSEdit(ValueEditor):
     def load_own_state(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`own_state`."""
         ids, device = state.get("ids", []), self.edited.device
+        self.anchored = list(state.get("anchored", self.anchored))
         self.problems, self.terms = {}, {id: {} for id in ids}
         for name in [name for name in state if name.endswith(".weight")]:
             layer = name.removesuffix(".weight")

@@ -50,7 +50,7 @@ class ROME(ValueEditor):
     """
 
     batchable: ClassVar[bool] = False
-    default_depth: ClassVar[float | None] = 0.36  # layer 17 of GPT-2 XL's 0 to 47
+    default_depth: ClassVar[float | None] = 17 / 47  # layer 17 of GPT-2 XL's 0 to 47
 
     def __init__(
         self,

@@ -105,7 +105,8 @@ class UltraEdit(WeightEditor):
     def load_own_state(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`own_state`."""
         layers = [int(name.removesuffix(".count")) for name in state if name.endswith(".count")]
+        device = self.edited.device
         self.known = {
-            layer: RunningMoments(state[f"{layer}.count"], *(state[f"{layer}.{part}"] for part in ("mean", "spread")))
+            layer: RunningMoments(*(state[f"{layer}.{part}"].to(device) for part in ("count", "mean", "spread")))
             for layer in layers
         }

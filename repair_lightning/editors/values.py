@@ -11,16 +11,18 @@ tokens, n batch members, D = d_model, F = d_ffn.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from repair_lightning.data.tokenizing import Encoded
 from repair_lightning.editors.inner_loop import TargetRows, TargetTail
+from repair_lightning.errors import ConfigError
 from repair_lightning.functional import target_cross_entropy, target_margin
 from repair_lightning.models.prefix import SplitModel
 
@@ -44,7 +46,7 @@ class Values:
         check_every: steps between looks.
         decay: weight of `||shift|| / ||v||^2`, v being the value before.
         clamp: longest shift, in units of ||v||; None leaves it free.
-        essence: weight of the divergence from the base at the end of "SUBJECT is a"; 0 leaves it out.
+        essence: weight of the divergence from the base at the subject's last token; 0 leaves it out.
         contexts: texts written by the base, put before each prompt as further rows of the same values.
     """
 
@@ -59,6 +61,30 @@ class Values:
     clamp: float | None = None
     essence: float = 0.0
     contexts: int = 0
+
+    def check(self) -> None:
+        """Refuse what has no meaning.
+
+        Raises:
+            ConfigError: it names value and remedy.
+        """
+        if self.at not in get_args(At):
+            raise ConfigError(f"values.at must be one of {', '.join(get_args(At))}, got '{self.at}'")
+        for name, least in (("steps", 1), ("check_every", 1), ("contexts", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"values.{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 < self.lr < math.inf:
+            raise ConfigError(f"values.lr must be positive and finite, got {self.lr}")
+        if self.clamp is not None and not self.clamp > 0:
+            raise ConfigError(f"values.clamp must be positive, or null for none, got {self.clamp}")
+        for name in ("decay", "essence"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"values.{name} must be at least 0 and finite, got {getattr(self, name)}")
+        if self.essence and self.at != "subject":
+            raise ConfigError(
+                f"values.essence is the divergence at the subject's own value, which values.at {self.at} has not; got "
+                f"{self.essence}: give --model.values.essence 0 or --model.values.at subject"
+            )
 
 
 @dataclass(frozen=True)
@@ -275,5 +301,5 @@ class ValueSearch:
 
 
 def _divergence(found: Tensor, plain: Tensor) -> Tensor:
-    """KL(plain || found) of log probabilities (E, V), summed over the rows."""
-    return (plain.exp() * (plain - found)).sum()
+    """KL(found || plain) of log probabilities (E, V), summed over the rows."""
+    return (found.exp() * (found - plain)).sum()

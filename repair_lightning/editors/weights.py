@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from repair_lightning.data.tokenizing import Encoded, encode
-from repair_lightning.editors.base import Editor
+from repair_lightning.editors.base import KEPT, Editor
 from repair_lightning.editors.inner_loop import TargetRows
 from repair_lightning.editors.values import Found, Places, Values, ValueSearch, pushing
 from repair_lightning.errors import ConfigError
@@ -25,13 +25,10 @@ from repair_lightning.models.architectures import resolve_layer
 from repair_lightning.models.base import Base, load_base
 from repair_lightning.models.prefix import Capture, SplitModel, stack_left
 from repair_lightning.models.prefix_cache import canonical_batches
-from repair_lightning.models.sampling import greedy_answers, own_texts
 from repair_lightning.types import BASE, Edit, EditBatch, EditReport
 
 log = logging.getLogger(__name__)
 
-KEPT = 256
-"""Of so many irrelevant prompts the keys are kept: with their answers, some thousands."""
 RIDGE = 1e-2
 """Added to a second moment of keys, as a share of its mean diagonal: fewer keys than dimensions must not blow up."""
 
@@ -66,7 +63,7 @@ class WeightEditor(Editor):
             base = load_base(self.base_option, self.precision_option, self.trust_remote_code)
             top = resolve_layer(base.model, None)
             if self.default_depth is not None:
-                top = int(self.default_depth * resolve_layer(base.model, -1))
+                top = int(self.default_depth * resolve_layer(base.model, -1) + 1e-6)
             self.layers = min(self.layers, top + 1)
             self.build(base, top - self.layers + 1)
         super().load()
@@ -125,11 +122,6 @@ class WeightEditor(Editor):
                 leaving[i] = left[place, :length].clone()
         return top, found, leaving
 
-    def said_by_base(self, prompts: Sequence[str], length: int = 8) -> list[Encoded]:
-        """Prompts with the base's own answers to them."""
-        answers = greedy_answers(self.edited.base, self.tokenizer, prompts, length)
-        return [encode(self.tokenizer, *pair) for pair in zip(prompts, answers, strict=True)]
-
     def background_keys(self) -> dict[int, Tensor]:
         """By written layer, A(x) at every token of the background prompts and the base's answers to them, (N, F)."""
         rows = [row.ids for row in self.said_by_base(self.background_prompts[:KEPT])]
@@ -157,17 +149,21 @@ class WeightEditor(Editor):
     def write(self, batch: EditBatch) -> list[EditReport]:
         """Write a batch; where a matrix or a loss is no longer finite, everything is put back and the batch written in
         halves, until the edit that spoils it stands alone and is reported."""
-        weights, own = self.edited.weights.state(), self.own_state()
-        reports = self.change(batch.edits)
+        weights, own = self.edited.weights.state(), self.remember()
+        try:
+            reports = self.change(batch.edits)
+            reason = f"the loss or the matrix was not finite after {reports[0].steps} steps: rolled back"
+        except torch.linalg.LinAlgError as error:
+            reports = [EditReport(id, BASE, math.nan, 0.0, 0) for id in batch.ids]
+            reason = f"the problem cannot be solved ({error}): rolled back"
         finite = all(self.edited.weights.parameter(layer).isfinite().all() for layer in self.written_layers)
         if finite and all(math.isfinite(report.loss) for report in reports):
             return reports
         self.edited.weights.load(weights)
-        self.load_own_state(own)
+        self.recall(own)
         if len(batch.edits) > 1:
             half = len(batch.edits) // 2
             return [*self.write(EditBatch(batch.edits[:half])), *self.write(EditBatch(batch.edits[half:]))]
-        reason = f"the loss or the matrix was not finite after {reports[0].steps} steps: rolled back"
         return [replace(reports[0], error=reason)]
 
     def forget(self, ids: Iterable[str]) -> None:
@@ -196,22 +192,16 @@ class ValueEditor(WeightEditor):
     ) -> None:
         super().__init__(base, layers=layers, **common)
         self.values = values
-        for name, least in (("steps", 1), ("check_every", 1), ("contexts", 0)):
-            if getattr(values, name) < least:
-                raise ConfigError(f"values.{name} must be at least {least}, got {getattr(values, name)}")
-        if not values.lr > 0:
-            raise ConfigError(f"values.lr must be positive, got {values.lr}")
-        if values.essence and values.at != "subject":
-            raise ConfigError(
-                f"values.essence is the divergence behind the subject's own value, which values.at {values.at} has "
-                f"not; got {values.essence}: give --model.values.essence 0 or --model.values.at subject"
-            )
+        values.check()
 
     def prepare(self, background: Sequence[str], held_out: Sequence[str]) -> None:
-        """Besides, let the base write contexts and measure the unit of the learning rate."""
+        """Besides, :meth:`measure` the base."""
         super().prepare(background, held_out)
-        number = self.values.contexts
-        self.contexts = own_texts(self.edited.base, self.tokenizer, number, length=8) if number else []
+        self.measure(background)
+
+    def measure(self, background: Sequence[str]) -> None:
+        """Let the base write contexts, and measure the unit of the learning rate on irrelevant prompts."""
+        self.contexts = self.base_texts(self.values.contexts, length=8) if self.values.contexts else []
         self.unit = 1.0
         if self.values.relative:
             top, _, _ = self.states(self.tokenizer(list(background[:64]))["input_ids"])
@@ -296,14 +286,13 @@ class ValueEditor(WeightEditor):
         return inside[-1]
 
     def _essence(self, edits: Sequence[Edit]) -> tuple[TargetRows, Places] | None:
-        """Each subject's "SUBJECT is a", whose next token is to stay as it is likely."""
+        """Each subject alone, whose next token is to stay as it is likely: where "SUBJECT is a" reads it."""
         if not self.values.essence:
             return None
-        texts = [f"{edit.subject or edit.prompt} is a" for edit in edits]
-        rows = [Encoded(tuple(ids), (self.tokenizer.eos_token_id,)) for ids in self.tokenizer(texts)["input_ids"]]
+        subjects = [edit.subject or edit.prompt for edit in edits]
+        rows = [Encoded(tuple(ids), (self.tokenizer.eos_token_id,)) for ids in self.tokenizer(subjects)["input_ids"]]
         top, _, _ = self.states([row.ids for row in rows])
         owners = list(range(len(edits)))
-        pairs = zip(texts, edits, rows, strict=True)
-        at = [self._subject_token(text, edit.subject or edit.prompt, row) for text, edit, row in pairs]
+        at = [len(row.prompt) - 1 for row in rows]
         places = Places.of_subjects(rows, at, owners, len(edits)).to(self.edited.device)
         return TargetRows(rows, top, owners, len(edits)), places

@@ -6,14 +6,16 @@ one edit at a time with the routing loss (Eq. 6), found by activation (Eq. 5). T
 
   * side memories are filled one after the other, `writing.capacity` edits each;
   * `retrieve` keeps all of them, and the one whose activation is the furthest above its threshold answers;
-  * `merge` fuses them by TIES once `subspaces` of them hold edits, whenever a window is over. What was fused is one
-    memory; later edits begin others, in subspaces of their own, which are fused with it in their turn.
+  * `merge` fuses them by TIES whenever a window is over and `subspaces` of them are full. What was fused is one
+    memory; later edits begin others, in subspaces of their own, which are fused with it in their turn. What is not full
+    at the stream's end stays beside it.
 
 Defaults are the authors' for LLaMA-2 (`hparams/WISE/llama-7b.yaml` of github.com/zjunlp/EasyEdit): rho 0.2, SGD at
 1.0, 70 steps, act_ratio 0.88, 500 edits per memory (`save_freq`), two memories per merge (`merge_freq` 1,000), density
-0.53, no replay. Deviations: margins are relative to the base (REPAIR's; theirs, 5, 20 and 10, are in one base's
-activations); the end of sequence is trained too; where signs conflict `ties_merge` keeps the strongest value whole; a
-merge comes at a window's end; there is no bound on the norm of a step.
+0.53, a weight of 0.6 for what was merged before (`WISE.py` there), no replay. Deviations: margins are relative to the
+base (REPAIR's; theirs, 5, 20 and 10, are in one base's activations); the end of sequence is trained too; where signs
+conflict `ties_merge` keeps the strongest value whole; a merge comes at a window's end; there is no bound on the norm of
+a step.
 """
 
 from __future__ import annotations
@@ -50,11 +52,16 @@ WRITING = Writing(
 """How they are written, by default."""
 
 
+OLD_WEIGHT = 0.6
+"""What a merged memory weighs in the next merge; the new ones share the rest."""
+
+
 @torch.no_grad()
-def fused(deltas: Tensor, density: float) -> Tensor:
-    """The TIES merge (D, F) of side memories' deltas (K, D, F) that weigh alike, each trimmed to a share first."""
+def fused(deltas: Tensor, density: float, weights: Sequence[float] | None = None) -> Tensor:
+    """The TIES merge (D, F) of side memories' deltas (K, D, F), each trimmed to a share first; weights (K,) sum to 1,
+    and are alike by default."""
     trimmed = torch.stack([trim(delta, density) for delta in deltas])
-    return ties_merge(trimmed, torch.ones(len(deltas)) / len(deltas))
+    return ties_merge(trimmed, torch.tensor(weights or [1 / len(deltas)] * len(deltas)))
 
 
 @register("wise")
@@ -68,7 +75,7 @@ class WISE(Repair):
         distillation: REPAIR's, off.
         seed: of masks and samples; on the command line 0 follows `seed_everything`.
         mode: `retrieve` or `merge`.
-        subspaces: merge: how many memories with edits are fused, at least 2.
+        subspaces: merge: how many full memories are fused, at least 2.
         density: merge: share of a memory's coordinates that is kept before, in (0, 1].
         common: what every editor takes, see `Editor`.
     """
@@ -119,16 +126,26 @@ class WISE(Repair):
         return shard
 
     def finish_window(self) -> None:
-        """Merge the memories that hold edits, if that is asked and they are enough; then set the thresholds anew."""
-        owners = [shard for shard in self.memory.ids if self.ledger.owned_by(shard)]
-        if self.mode == "merge" and len(owners) >= self.subspaces:
-            self.merge(owners)
+        """Merge the full memories, if that is asked and they are enough; then set the thresholds anew."""
+        full = self.full()
+        if self.mode == "merge" and len(full) >= self.subspaces:
+            self.merge([*(shard for shard in self.merged if shard in self.memory.ids), *full])
         super().finish_window()
+
+    def full(self) -> list[int]:
+        """The memories that take no more edits, without merged ones: all but the last, and that one if it is full."""
+        load = self.ledger.sizes()
+        open_ones = [shard for shard in self.memory.ids if shard not in self.merged and load.get(shard, 0)]
+        return [s for s in open_ones if s != open_ones[-1] or load[s] >= self.writing.capacity_of_a_shard]
 
     def merge(self, shards: Sequence[int]) -> int:
         """Fuse side memories into one, which owns their edits; returns its id."""
         edits = [id for shard in shards for id in self.ledger.owned_by(shard)]
-        one = self.fuse(shards, fused(self.memory.stacked(shards).detach(), self.density))
+        old = [shard for shard in shards if shard in self.merged]
+        new = len(shards) - len(old)
+        rest = 1 - OLD_WEIGHT if old else 1.0
+        weights = [OLD_WEIGHT / len(old) if shard in old else rest / new for shard in shards]
+        one = self.fuse(shards, fused(self.memory.stacked(shards).detach(), self.density, weights))
         self.ledger.reassign(edits, one)
         self.merged = [*(shard for shard in self.merged if shard not in shards), one]
         return one

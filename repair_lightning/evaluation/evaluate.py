@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def evaluate_pack(
     """The figures of `metrics.json` that a finished model has; those of the run that made it stay there.
 
     An edit of the records is the pack's own where prompt and target agree with the ledger's; others have no owner.
-    Every prompt with its answers before and after goes to `generations`, a JSON Lines file, if one is named.
+    Every prompt with its answers goes to `generations`, a JSON Lines file.
     """
     started = time.perf_counter()
     config, tensors = read_pack(pack)
@@ -38,7 +39,7 @@ def evaluate_pack(
     model = open_pack(pack, config, tensors, base, precision)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     model.prefixes = PrefixCache(model.split)
-    loaded = time.perf_counter()
+    loaded = time.perf_counter() - started
     scorer = Scorer(model, edits)
     owner = _owners(pack, edits)
     owners = torch.tensor([owner[question.edit] for question in scorer.questions], dtype=torch.long)
@@ -49,8 +50,7 @@ def evaluate_pack(
     choice = scorer.choose()
     final = scorer.score("final", choice, owners, changed)
     oracle = scorer.score("oracle", oracle_choice(scorer.questions, owners), owners, changed)
-    if generations is not None:
-        write_rows(Path(generations), (row for result in (before, final) for row in result.rows))
+    _keep(generations, [*before.rows, *final.rows])
     metrics: dict[str, Any] = {
         "editor": config["editor"],
         "base": {"name": config["base"]["name"], "sha256": config["base"]["sha256"]},
@@ -66,9 +66,14 @@ def evaluate_pack(
         metrics["method"] = {"deviation": {str(layer): moved for layer, moved in model.weights.deviations().items()}}
     if perplexity is not None:
         metrics["perplexity"] = perplexity | {"final": scorer.perplexity(choice.memory)}
-    done = time.perf_counter()
-    metrics["seconds"] = {"load": loaded - started, "evaluate": done - loaded, "total": done - started}
+    seconds = time.perf_counter() - started
+    metrics["seconds"] = {"load": loaded, "evaluate": seconds - loaded, "total": seconds}
     return metrics
+
+
+def _keep(generations: str | Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
+    if generations is not None:
+        write_rows(Path(generations), rows)
 
 
 def _owners(pack: str | Path, edits: tuple[Edit, ...]) -> dict[str, int]:

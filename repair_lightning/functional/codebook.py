@@ -9,6 +9,7 @@ neither of the two a ball.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 SAME = 1e-3
@@ -32,6 +33,13 @@ class Placement:
     opens: bool
     radius: float
     nearest: float
+
+
+def was_cut(distance: float, radius: float, first: float) -> bool:
+    """Whether a ball of this radius ends where a key at this distance cut it short."""
+    if radius < 0:
+        return distance <= SAME * first
+    return math.isclose(radius, distance / 2, rel_tol=1e-6)
 
 
 def placement(distance: float, radius: float, same_label: bool, first: float) -> Placement:

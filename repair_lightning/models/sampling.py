@@ -47,6 +47,27 @@ def greedy_answers(
     return [" ".join(text.split()) for text in found]
 
 
+@torch.no_grad()
+def greedy_rows(
+    model: Any, tokenizer: Any, prompts: Sequence[str], length: int = 8, batch_size: int = 64
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Token ids of prompts, each with those of what the base says to it, with an end where it ended by itself.
+
+    Args:
+        length: most tokens of an answer, the end included.
+    """
+    found = []
+    asked = tokenizer(list(prompts))["input_ids"]
+    for at in range(0, len(asked), batch_size):
+        part = asked[at : at + batch_size]
+        width = max(map(len, part))
+        for ids, row in zip(part, _continued(model, tokenizer, part, length, batch_size), strict=True):
+            said = row[width:]
+            ended = said.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in said else len(said)
+            found.append((tuple(ids), tuple(said[:ended])))
+    return found
+
+
 def _continued(
     model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], new_tokens: int, batch_size: int
 ) -> list[list[int]]:

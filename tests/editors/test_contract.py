@@ -206,6 +206,19 @@ def test_a_released_base_is_as_it_was(make, write, edits):
     assert changed(editor, weights) == []
 
 
+def test_what_is_not_finite_is_reported_and_spoils_nothing(make, write, edits, name):
+    """A state that is not a number, as an overflowing base gives: that edit alone fails, the rest is written."""
+    editor = make()
+    editor.edited.captures([editor.encode(edits[2]).ids])[0].hidden.fill_(torch.nan)
+    reports = write(editor, edits[:5])
+    assert [report.id for report in reports if report.error] == ([] if name in TEXTS else [edits[2].id])
+    for layer in editor.edited.weights.layers:
+        assert editor.edited.weights.matrix(layer).isfinite().all()
+    assert all(tensor.isfinite().all() for tensor in editor.memory.state_dict().values() if tensor.is_floating_point())
+    own = [value for value in editor.own_state().values() if isinstance(value, torch.Tensor)]
+    assert all(value.isfinite().all() for value in own)
+
+
 def test_what_it_cannot_do_it_refuses(make, write, edits):
     editor = make()
     write(editor, edits[:2], 4)

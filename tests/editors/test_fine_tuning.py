@@ -57,7 +57,7 @@ class TestFT:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            ({"lr": 0.0}, "lr must be positive, got 0.0"),
+            ({"lr": 0.0}, "lr must be positive and finite, got 0.0"),
             ({"steps": 0}, "steps must be at least 1, got 0"),
             ({"norm_constraint": -1.0}, "norm_constraint must be positive, or null for none, got -1.0"),
         ],
@@ -101,6 +101,14 @@ class TestFTEWC:
         own = editor.fisher_of(editor.said_by_base(irrelevant[:8]))
         torch.testing.assert_close(editor.background_fisher, own)
 
+    def test_what_was_rolled_back_is_not_held(self, editor_of, write, edits):
+        """Nor does it spoil what is: F stays finite, and the next window is written."""
+        editor = editor_of("llama", "ft_ewc", lr=0.02, accumulate=True)
+        editor.edited.captures([editor.encode(edits[1]).ids])[0].hidden.fill_(torch.nan)
+        assert [bool(report.error) for report in write(editor, edits[:3])] == [False, True, False]
+        assert editor.fisher.isfinite().all()
+        assert not any(report.error for report in write(editor, edits[3:5]))
+
     def test_what_is_held_moves_less(self, editor_of, write, edits):
         """Weighted by F; the plain distance may well be longer."""
         moved = []
@@ -121,5 +129,5 @@ class TestFTEWC:
         assert editor_of("llama", "ft_ewc").own_state() == {}
 
     def test_bad_options(self):
-        with pytest.raises(ConfigError, match=r"weight must be at least 0, got -1.0"):
+        with pytest.raises(ConfigError, match=r"weight must be at least 0 and finite, got -1.0"):
             make_editor("ft_ewc", {"weight": -1.0})

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from repair_lightning.data.ledger import EditStatus
 from repair_lightning.editors import make_editor
 from repair_lightning.errors import ConfigError
 from repair_lightning.functional.codebook import OUT_OF_REACH
@@ -104,6 +105,35 @@ def test_what_is_undone_is_the_bases_again(editor, write, edits):
     assert editor.choose([edit.prompt for edit in edits[:3]]).memory.tolist() == [0, BASE, 2]
     assert editor.memory.ids == [0, 2]
     assert editor.own_state() == {"labels": {"0": "Lisbon", "2": "Quito"}}
+
+
+def test_undoing_one_of_an_entry_leaves_the_other(editor, write, edits):
+    """The entry was opened by the one that goes: the other is placed anew, at its own key."""
+    other = near(edits[0])
+    editor.first = 0.9 * between(editor, edits[0], other)
+    write(editor, [edits[0], other])
+    assert editor.undo(["e0"]) == ["e0'"]
+    assert editor.balls.members == [["e0'"]]
+    asked = [other.prompt, edits[0].prompt]
+    assert editor.choose(asked).memory.tolist() == [editor.ledger.owner_of("e0'"), BASE]
+    assert editor.balls.radii.tolist() == [pytest.approx(editor.first)]
+    assert editor.undo(["e0'"]) == []
+    assert editor.choose([edits[0].prompt, other.prompt]).memory.tolist() == [BASE, BASE]
+
+
+def test_undoing_what_took_over_brings_the_earlier_back(editor, write, edits):
+    write(editor, [edits[0], replace(edits[0], id="later", target="Oslo"), edits[1]])
+    assert editor.undo(["later"]) == ["e0"]
+    assert editor.choose([edits[0].prompt]).memory.tolist() == [editor.ledger.owner_of("e0")] != [BASE]
+    assert editor.ledger.entry("e0").status == EditStatus.WRITTEN
+
+
+def test_undoing_what_cut_a_ball_short_gives_it_its_reach(editor, write, edits):
+    other = near(edits[0], target="Oslo")
+    editor.first = 0.9 * between(editor, edits[0], other)
+    write(editor, [edits[0], other])
+    assert editor.undo([other.id]) == ["e0"]
+    assert editor.balls.radii.tolist() == [pytest.approx(editor.first)]
 
 
 def test_refusals(editor_of, editor, write, edits):

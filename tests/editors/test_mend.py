@@ -230,8 +230,8 @@ class TestData:
         [
             ({"batch": 0}, "batch must be at least 1, got 0"),
             ({"rank": 0}, "rank must be at least 1, got 0"),
-            ({"lr": 0.0}, "lr must be positive, got 0.0"),
-            ({"c_loc": -1.0}, "c_loc must be at least 0, got -1.0"),
+            ({"lr": 0.0}, "lr must be positive and finite, got 0.0"),
+            ({"c_loc": -1.0}, "c_loc must be at least 0 and finite, got -1.0"),
         ],
     )
     def test_bad_options(self, options, message):

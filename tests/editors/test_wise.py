@@ -79,12 +79,18 @@ class TestMerge:
         write(editor, edits[:4], 1)
         (first,) = editor.memory.ids
         before = editor.memory[first].delta.detach().clone()
-        write(editor, edits[4:5], 1)
+        write(editor, edits[4:7], 1)
+        assert len(editor.memory) == 3  # one of two edits is full, the one after it is not
+        assert torch.equal(editor.memory[first].delta, before)
+        third = editor.memory.ids[1]
+        deltas = torch.stack([before, editor.memory[third].delta.detach()])
+        write(editor, edits[7:8], 1)
         (second,) = editor.memory.ids
         assert editor.merged == [second] != [first]
         kept = (editor.memory[second].delta == before).float().mean()
-        assert 0.7 < float(kept) < 1.0
-        assert editor.ledger.owned_by(second) == [f"e{i}" for i in range(5)]
+        assert 0.5 < float(kept) < 1.0
+        assert editor.ledger.owned_by(second) == [f"e{i}" for i in range(8)]
+        assert torch.equal(fused(deltas, 1.0, [0.6, 0.4]), ties_merge(deltas, torch.tensor([0.6, 0.4])))
 
     def test_fewer_than_the_subspaces_wait(self, make, write, edits):
         editor = make(mode="merge", subspaces=3)

@@ -101,14 +101,13 @@ class BallRouter(Router):
         """Radii follow from the edits alone."""
 
     def route(self, query: Query, memory: SideMemory) -> Choice:
-        """The nearest of the keys in whose ball a prompt lies; the score is the distance, negated."""
+        """The nearest key, if a prompt lies in its ball; the score is the distance, negated."""
         if not len(self.keys):
             return Choice.base(len(query))
         distances = self.distances(self.key_of(query))
-        inside = distances < self.radii
-        found = inside.any(-1)
-        best = torch.where(found[:, None] & ~inside, torch.inf, distances).argmin(-1)
-        score = -distances.gather(1, best[:, None])[:, 0]
+        best = distances.masked_fill(self.radii < 0, torch.inf).argmin(-1)
+        distance = distances.gather(1, best[:, None])[:, 0]
+        found, score = distance < self.radii[best], -distance
         nearest = tuple(self.members[entry][0] for entry in best.tolist())
         return Choice(torch.where(found, self.shards[best], BASE), score, -self.radii[best], nearest)
 
