@@ -107,6 +107,8 @@ class UltraEdit(WeightEditor):
         layers = [int(name.removesuffix(".count")) for name in state if name.endswith(".count")]
         device = self.edited.device
         self.known = {
-            layer: RunningMoments(*(state[f"{layer}.{part}"].to(device) for part in ("count", "mean", "spread")))
+            layer: RunningMoments(
+                state[f"{layer}.count"], *(state[f"{layer}.{part}"].to(device) for part in ("mean", "spread"))
+            )
             for layer in layers
         }
