@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 FOLDED = "base.value_weight."
 """What the names of the base's W_v begin with where they were written into; the layer's number follows."""
-OWN = "own."
+OWN, ROUTER = "own.", "router."
 """What the names of the tensors begin with that the method itself remembers."""
 LOW_RANK = "low_rank."
 """What the names of the low-rank shards' tensors begin with."""
@@ -107,8 +107,7 @@ def _write(
 ) -> Path:
     """Write a pack: what `config` says of its origin, and the memory, the router and the weights as they are."""
     state, memory = edited.router.state_dict(), edited.memory
-    tensors = {f"router.{key}": value.cpu().contiguous() for key, value in state.items() if isinstance(value, Tensor)}
-    tensors |= written_tensors(edited, own)
+    tensors = written_tensors(edited, own)
     content = {
         "format_version": FORMAT_VERSION,
         **config,
@@ -161,8 +160,11 @@ def sealed(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def written_tensors(edited: EditedModel, own: Mapping[str, Any]) -> dict[str, Tensor]:
-    """All that editing has left: the shards, each W_v that was written into, and what the method remembers."""
-    weights = {f"{FOLDED}{layer}": value for layer, value in edited.weights.state().items()}
+    """All that editing has left: the shards, what the router knows, each W_v that was written into, and what the method
+    remembers."""
+    router = edited.router.state_dict()
+    weights = {f"{ROUTER}{key}": value for key, value in router.items() if isinstance(value, Tensor)}
+    weights |= {f"{FOLDED}{layer}": value for layer, value in edited.weights.state().items()}
     weights |= {f"{OWN}{key}": value for key, value in own.items() if isinstance(value, Tensor)}
     return shard_tensors(edited.memory) | {key: value.cpu().contiguous() for key, value in weights.items()}
 
@@ -455,7 +457,7 @@ def restore_into(editor: Editor, folder: str | Path, config: Mapping[str, Any], 
 
 
 def _router_state(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    return config["router"]["state"] | _part(tensors, "router.")
+    return config["router"]["state"] | _part(tensors, ROUTER)
 
 
 def _own_state(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
