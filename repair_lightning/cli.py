@@ -125,7 +125,7 @@ class EditCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Lightning's own, with the parser's complaints in one line."""
-        self.config = parse(parser, {"model": tuple(REGISTRY.values())})
+        self.config = parse(parser, {"model": REGISTRY})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The run directory and the callbacks' own sections."""

@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from rich.console import Console
@@ -335,25 +335,37 @@ class Schedule:
         self.processes: set[subprocess.Popen[bytes]] = set()
         self.stopped = False
         self.spent = 0.0
+        self.said: list[str | None] = []
+        """What went wrong with the runs so far."""
         self.waiting = [run.size + STARTUP for run in runs]
 
     def run_all(self) -> None:
-        """Run everything; what fails is recorded and does not stop the others."""
+        """Run everything; what fails is recorded and does not stop the others, unless nothing can work."""
         with ThreadPoolExecutor(self.workers) as pool:
             futures = {pool.submit(self.execute, run): run for run in self.runs}
             try:
                 for future in as_completed(futures):
                     self.report(futures[future], future.result())
+                    self.refuse_early()
             except BaseException:
                 self.stop()
                 pool.shutdown(cancel_futures=True)
                 raise
 
+    def refuse_early(self) -> None:
+        """Stop where the first two runs were refused alike: their common options are at fault.
+
+        Raises:
+            ConfigError: it says what the runs said.
+        """
+        if len(self.said) == 2 and self.said[0] == self.said[1] and str(self.said[0]).endswith("(exit code 2)"):
+            raise ConfigError(f"the first two runs were refused alike, and so would all: {self.said[0]}")
+
     def execute(self, run: Run) -> float:
         """Run one process and record how it went; returns the seconds that it took."""
         run.folder.mkdir(parents=True, exist_ok=True)
         with open(run.folder / "log.txt", "a", encoding="utf-8") as log:
-            fcntl.flock(log, fcntl.LOCK_EX)  # what a killed comparison left running holds it, and is waited for
+            self.wait_for(run, log)
             if self.stopped or run.settled(self.limit):
                 return 0.0
             started = time.perf_counter()
@@ -369,6 +381,19 @@ class Schedule:
             error = None if over else failure(run.folder, code)
             run.write(record | {"seconds": seconds, "error": error, "stopped": over})
         return seconds
+
+    def wait_for(self, run: Run, log: Any) -> None:
+        """Wait, and say so, while what a killed comparison left running holds the run's log."""
+        told = False
+        while not self.stopped:
+            try:
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if not told:
+                    say(self.console, f"{run.title}: waiting for a process that was left running in {run.folder}")
+                told = True
+                time.sleep(0.5)
 
     def call(self, command: Sequence[str], log: Any) -> int:
         """Run a process to its end, in a session of its own: a Ctrl-C reaches it through `stop` alone.
@@ -402,6 +427,7 @@ class Schedule:
         """One line: how the run went, and the time left if edits go on taking what they took."""
         result = run.result()
         self.done += 1
+        self.said.append(result.error if result.status == "failed" else None)
         self.spent += seconds
         weight = run.size + STARTUP
         self.waiting.remove(weight)
@@ -449,18 +475,24 @@ def _time(seconds: float) -> str:
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
+class _Parser(argparse.ArgumentParser):
+    """Complains in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        remedy = "options of train.py stand behind --" if "unrecognized" in message else "--help lists all options"
+        raise ConfigError(f"{message}; {remedy}")
+
+
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The comparison's own options, and those after `--` for every run."""
     at = list(argv).index("--") if "--" in argv else len(argv)
-    parser = argparse.ArgumentParser(
-        prog="python -m repair_lightning.compare", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = _Parser(prog="python -m repair_lightning.compare", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--config", required=True, help="the comparison: a file, or a name in configs/compare")
     parser.add_argument("--sizes", type=int, nargs="+", help="numbers of edits, instead of the configuration's")
     parser.add_argument("--seeds", type=int, nargs="+", help="likewise")
     parser.add_argument("--singles", type=int, help="edits over which the scores of one edit are averaged, likewise")
     parser.add_argument("--limit_minutes", type=float, help="end a run that takes longer; the tables say so")
-    parser.add_argument("--variants", nargs="+", metavar="NAME", help="only these")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="run only these; the tables hold all")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time (default: cores)")
     parser.add_argument("--out", type=Path, help="default: runs/<name of the configuration>")
     parser.add_argument("--dry_run", action="store_true", help="print the commands")
@@ -481,12 +513,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     sizes, seeds = (tuple(dict.fromkeys(given or ())) for given in (options.sizes, options.seeds))
     comparison = replace(comparison, sizes=sizes or comparison.sizes, seeds=seeds or comparison.seeds)
     comparison = replace(comparison, singles=comparison.singles if options.singles is None else options.singles)
-    comparison = comparison.only(options.variants) if options.variants else comparison
+    chosen = comparison.only(options.variants) if options.variants else comparison
     out = options.out or Path("runs") / file.stem
-    runs = plan(comparison, common, out)
-    console = Console()
+    runs, console = plan(chosen, common, out), Console()
     if options.tables_only:
-        _tables(comparison, runs, out, console, any_command=True)
+        if not out.is_dir():
+            raise ConfigError(f"--tables_only: '{out}' is no folder; give the --out of the runs")
+        _tables(comparison, chosen, common, out, console, any_command=True)
         return
     _check(runs)
     if options.dry_run:
@@ -495,10 +528,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     todo = [run for run in runs if not run.settled(options.limit_minutes)]
     say(console, f"{len(runs)} runs, {len(runs) - len(todo)} of them finished before; {options.workers} at a time")
+    again = sum(run.result(any_command=True).status == "finished" for run in todo)
+    if again:
+        say(console, f"{again} of them finished under other options or configurations, and are run anew")
     try:
         Schedule(todo, options.workers, len(runs) - len(todo), console, options.limit_minutes).run_all()
     finally:
-        failed = _tables(comparison, runs, out, console)
+        failed = _tables(comparison, chosen, common, out, console)
     if failed:
         raise SystemExit(1)
 
@@ -514,15 +550,28 @@ def _check(runs: Sequence[Run]) -> None:
         run.asked()  # every configuration is there
 
 
-def _tables(comparison: Comparison, runs: Sequence[Run], out: Path, console: Console, any_command: bool = False) -> int:
-    """Write the tables, the report and the pictures of all runs that were begun; returns how many failed."""
-    results = [run.result(any_command) for run in runs]
-    begun = [result for result in results if result.status != "missing"]
+def _tables(
+    comparison: Comparison,
+    chosen: Comparison,
+    common: Sequence[str],
+    out: Path,
+    console: Console,
+    any_command: bool = False,
+) -> int:
+    """Write the tables, the report and the pictures of what was chosen and of all that was run before; returns how many
+    failed."""
+    results = [run.result(any_command) for run in plan(comparison, common, out)]
     failed = [result for result in results if result.status == "failed"]
-    if not begun:
+    known = {result.variant for result in results if result.status != "missing"}
+    if not known:
         say(console, f"no run is finished in {out}; no table is written")
         return 0
-    begun += not_run(comparison)
+    begun = [result for result in results if result.status != "missing"]
+    begun += [result for result in not_run(comparison) if result.variant in known]
+    asked = {variant.name for variant in chosen.variants}
+    missing = [f"{one.variant} ({one.size})" for one in results if one.status == "missing" and one.variant in asked]
+    if missing:
+        say(console, f"not there yet: {', '.join(missing)}")
     write_tables(out, begun, comparison.grid)
     counts = {status: sum(result.status == status for result in begun) for status in ("finished", "stopped")}
     said = f"{counts['finished']} runs finished, {len(failed)} failed"

@@ -21,20 +21,35 @@ _EXPECTED = re.compile(r"Expected (?:a )?(?:<class '(\w+)'>|typing\.(Literal\[.*
 _GOT = re.compile(r"(?:Got|Given) value: (.*)")
 
 
-def parse(parser: ArgumentParser, classes: Mapping[str, Iterable[type]] | None = None) -> Any:
+Classes = Mapping[str, Mapping[str, type]]
+"""Option that takes a class -> name -> class: those that may be named there."""
+
+
+def parse(parser: ArgumentParser, classes: Classes | None = None) -> Any:
     """The options of this process; `--help` prints and exits.
 
     Args:
         parser: made with `exit_on_error=False`.
-        classes: option that takes a class -> the classes that may be named there.
+        classes: which options take a class; `--option NAME` takes the one of that name.
 
     Raises:
         ConfigError: an option is unknown, misses its value, or cannot take it.
     """
     try:
-        return parser.parse_args(with_nulls(sys.argv[1:], classes or {}))
+        return parser.parse_args(with_nulls(with_paths(sys.argv[1:], classes or {}), classes or {}))
     except ArgumentError as error:
         raise ConfigError(explained(str(error), parser, classes or {})) from error
+
+
+def with_paths(argv: Sequence[str], classes: Classes) -> list[str]:
+    """The arguments, where a class's own name stands for its path."""
+    found: list[str] = []
+    for before, argument in zip(["", *argv], argv, strict=False):
+        option, given, value = argument.partition("=") if argument.startswith("--") else (before, "", argument)
+        kind = classes.get(option.removeprefix("--"), {}).get(value) if option.startswith("--") else None
+        path = value if kind is None else f"{kind.__module__}.{kind.__qualname__}"
+        found.append(f"{option}={path}" if given else argument if kind is None else path)
+    return found
 
 
 def with_nulls(argv: Sequence[str], classes: Iterable[str]) -> list[str]:
@@ -60,7 +75,7 @@ def _nested(names: Sequence[str]) -> str:
     return json.dumps(value)
 
 
-def explained(message: str, parser: ArgumentParser, classes: Mapping[str, Iterable[type]]) -> str:
+def explained(message: str, parser: ArgumentParser, classes: Classes) -> str:
     """The parser's message in one line, with a remedy."""
     known = known_options(parser, classes)
     help = f"{parser.prog} --help"
@@ -78,16 +93,18 @@ def explained(message: str, parser: ArgumentParser, classes: Mapping[str, Iterab
         return f"{' '.join(message.split())}; {help} explains the options"
     expected = _expected(message)
     if len(keys) == 1 and keys[0] in classes and "NestedArg(" not in message:
-        names = [kind.__name__ for kind in classes[keys[0]]]
-        return f"--{keys[0]} cannot be '{got[1]}'{_alike(got[1], names)} It takes one of: {', '.join(names)}"
+        names = list(classes[keys[0]])
+        similar = _alike(got[1], names)
+        takes = f"{'It' if similar.endswith('?') else 'it'} takes one of: {', '.join(names)}"
+        return f"--{keys[0]} cannot be '{got[1]}'{similar} {takes}; or the path of a class that can be imported"
     return f"--{'.'.join(keys)} cannot be '{got[1]}': it takes {' or '.join(expected) or 'something else'}; see {help}"
 
 
-def known_options(parser: ArgumentParser, classes: Mapping[str, Iterable[type]]) -> list[str]:
+def known_options(parser: ArgumentParser, classes: Classes) -> list[str]:
     """The names of all options, those of the classes too."""
     names = [name for action in parser._actions for name in action.option_strings]
     for option, kinds in classes.items():
-        for kind in kinds:
+        for kind in kinds.values():
             inner = ArgumentParser(exit_on_error=False)
             inner.add_class_arguments(kind, option)
             names += [name for action in inner._actions for name in action.option_strings]

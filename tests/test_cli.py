@@ -25,8 +25,9 @@ from helpers_wandb import offline_run, series
 from repair_lightning import load_edited
 from repair_lightning.cli import OURS, config_path, resolve_configs
 from repair_lightning.data.ledger import Ledger
+from repair_lightning.editors import REGISTRY
 from repair_lightning.errors import ConfigError
-from repair_lightning.parsing import with_nulls
+from repair_lightning.parsing import with_nulls, with_paths
 from repair_lightning.types import BASE
 from repair_lightning.world import base_dir
 
@@ -512,7 +513,10 @@ def test_ctrl_c_is_one_line_that_says_what_resumes_the_run(tmp_path):
         (["--model.writing.form", "fat"], ["--model.writing.form cannot be 'fat': it takes 'low_rank' or 'dense'"]),
         (["--data.max_edits", "few"], ["--data.max_edits cannot be 'few': it takes a whole number or null"]),
         (["--resume", "maybe"], ["--resume cannot be 'maybe': it takes 'auto' or 'never'"]),
-        (["--model", "Repiar"], ["--model cannot be 'Repiar'; did you mean 'Repair'? It takes one of: "]),
+        (
+            ["--model", "repiar"],
+            ["--model cannot be 'repiar'; did you mean 'repair'? It takes one of: repair, ", "icl"],
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and value[0].startswith("--") else "",
 )
@@ -560,8 +564,14 @@ def test_null_on_the_command_line_is_null(monkeypatch):
     argv = ["train.py", "--model.writing.stop_margin", "null", "--model.routing.act_ratio=null", "--data.path", "null"]
     expected = ['--config={"model": {"init_args": {"writing": {"stop_margin": null}}}}']
     expected += ['--config={"model": {"init_args": {"routing": {"act_ratio": null}}}}', "--data.path", "null"]
-    assert with_nulls(argv[1:], ["model"]) == expected
-    assert with_nulls(["--x", "null", "--model.layer", "3"], ["model"]) == ["--x", "null", "--model.layer", "3"]
+    assert with_nulls(argv[1:], {"model": {}}) == expected
+    assert with_nulls(["--x", "null", "--model.layer", "3"], {"model": {}}) == ["--x", "null", "--model.layer", "3"]
+
+
+def test_a_registered_name_stands_for_its_class():
+    path = "repair_lightning.editors.icl.InContext"
+    argv = ["--model", "icl", "--model=icl", "--x", "icl", "icl"]
+    assert with_paths(argv, {"model": REGISTRY}) == ["--model", path, f"--model={path}", *argv[3:]]
 
 
 def test_null_on_the_command_line_runs(monkeypatch, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import os
 import re
@@ -67,6 +68,9 @@ if "together" in fake:
         assert time.time() < until
 while "wait" in fake and not (home / fake["wait"]).exists():
     time.sleep(0.02)
+if "refuse" in fake:
+    print("error: unknown option '--x'")
+    sys.exit(2)
 if "fail" in fake and seed in fake["fail"]:
     print("loading")
     sys.exit(f"error: cannot do {fake['fail']}; do something else")
@@ -491,7 +495,51 @@ def test_tables_only_writes_what_is_there(bench, capsys):
     assert "| variant | N = 30 | N = 40 |\n" in first
     assert "| plain | 89.2 ± 0.7 | 89.1 ± 0.7 |\n| plain - part | 48.7 | - |\n" in first
     assert len(csv_rows(bench)) == 5
-    assert capsys.readouterr().out.splitlines()[-2].startswith("5 runs finished, 0 failed; tables: ")
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2].startswith("5 runs finished, 0 failed; tables: ")
+    assert said[-3].startswith("not there yet: plain - part (30), plain - part (40), ")
+
+
+def test_what_refuses_the_first_two_runs_would_refuse_all(bench):
+    bench.write({f"v{i}": {"options": {"fake.refuse": True}} for i in range(4)})
+    with pytest.raises(ConfigError, match=r"refused alike, and so would all: error: unknown option '--x'"):
+        bench.run("--workers", "1")
+    assert 2 <= len(bench.starts) <= 3
+
+
+def test_what_was_left_running_is_waited_for_and_said(bench, capsys):
+    folder = bench.out / PLAIN[0]
+    folder.mkdir(parents=True)
+    with open(folder / "log.txt", "a") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        thread = threading.Thread(target=lambda: bench.run("--variants", "plain", "--workers", "1"))
+        thread.start()
+        said = ""
+        until = time.monotonic() + 30
+        while "waiting" not in said and time.monotonic() < until:
+            time.sleep(0.05)
+            said += capsys.readouterr().out
+    thread.join(60)
+    assert f"waiting for a process that was left running in {folder}" in said
+    assert sorted(bench.new()) == PLAIN
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--config", "x", "--model.base", "y"], "unrecognized arguments: .*; options of train.py stand behind --"),
+        (["--config", "x", "--sizes", "ten"], "argument --sizes: invalid int value: 'ten'; --help lists all options"),
+    ],
+)
+def test_its_own_options_are_refused_in_a_line(argv, words):
+    with pytest.raises(ConfigError, match=words):
+        main(argv)
+
+
+def test_the_tables_hold_what_was_not_asked_for_again(bench):
+    bench.run("--sizes", "30")
+    bench.run("--sizes", "30", "--variants", "plain")
+    assert len(csv_rows(bench)) == 4
 
 
 def csv_rows(bench: Bench) -> list[dict[str, str]]:
@@ -499,9 +547,12 @@ def csv_rows(bench: Bench) -> list[dict[str, str]]:
 
 
 def test_tables_of_nothing(bench, capsys):
+    with pytest.raises(ConfigError, match=r"--tables_only: '.*out' is no folder; give the --out of the runs"):
+        bench.run("--tables_only")
+    bench.out.mkdir()
     bench.run("--tables_only")
     assert capsys.readouterr().out.startswith("no run is finished in ")
-    assert not bench.out.exists()
+    assert not list(bench.out.iterdir())
 
 
 def test_names_are_made_safe():
@@ -737,8 +788,7 @@ def test_a_comparison_of_real_runs(tmp_path, capsys):
         assert run["metrics"] == json.loads((folder / "metrics.json").read_text())
         assert (run["metrics"]["n_edits"], run["metrics"]["seed"]) == (4, run["seed"])
         stored = load_file(folder / "pack" / "side_memory.safetensors")
-        shards = [tensor.nbytes for name, tensor in stored.items() if not name.startswith("router.")]
-        assert run["metrics"]["memory_bytes"] == sum(shards) > 0
+        assert run["metrics"]["memory_bytes"] == sum(tensor.nbytes for tensor in stored.values()) > 0
         writing = yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]["writing"]
         expected = ("low_rank", 2.0, 20) if run["variant"] == "ours" else ("dense", None, 20)
         assert (writing["form"], writing["stop_margin"], writing["steps"]) == expected

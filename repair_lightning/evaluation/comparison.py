@@ -239,7 +239,12 @@ def _mean_op(results: Sequence[Result]) -> float:
 def markdown(results: Sequence[Result]) -> str:
     """The tables as Markdown, with what the variants are, what failed, and where the data were too few."""
     seeds = sorted({result.seed for result in results})
-    lines = [f"Mean ± standard deviation over the seeds {', '.join(map(str, seeds))}; every run's command and figures"]
+    over = (
+        f"Seed {seeds[0]}"
+        if len(seeds) == 1
+        else f"Mean ± standard deviation over the seeds {', '.join(map(str, seeds))}"
+    )
+    lines = [f"{over}; every run's command and figures"]
     lines += ["are in `table.json`. Scores are per cent, of the final model.", ""]
     for table in tables_of(results):
         lines += [

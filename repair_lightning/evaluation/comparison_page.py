@@ -8,7 +8,7 @@ from pathlib import Path
 from repair_lightning.evaluation.charts import Chart
 from repair_lightning.evaluation.comparison import Result
 from repair_lightning.evaluation.comparison_charts import COSTS, op_against, scale, scored_results
-from repair_lightning.evaluation.editor_tables import BEFORE, GroupedTable, editor_tables
+from repair_lightning.evaluation.editor_tables import BEFORE, GroupedTable, editor_tables, lead
 from repair_lightning.evaluation.html_report import GLOSSARY, REPORT_FILE, chart_in_words, environment, packed_plotly
 from repair_lightning.evaluation.plotly_charts import figure
 from repair_lightning.evaluation.report import replace_text
@@ -42,22 +42,6 @@ def write_comparison_page(folder: Path, results: Sequence[Result]) -> Path:
     )
     replace_text(folder / REPORT_FILE, page)
     return folder / REPORT_FILE
-
-
-def lead(results: Sequence[Result]) -> list[str]:
-    """What the numbers are of."""
-    seeds = len({run.seed for run in results})
-    words = [
-        "Scores are shares, of the final model over all edits that it was given"
-        + (f"; mean ± standard deviation over {seeds} seeds." if seeds > 1 else ", from one seed.")
-    ]
-    singles = max((int(run.figure(("singles",)) or 0) for run in results), default=0)
-    if singles:
-        words.append(
-            f"N = 1 is the mean over {singles:,} single edits: each was written into the base as it was, scored, and "
-            "taken back."
-        )
-    return words
 
 
 def page_table(table: GroupedTable) -> PageTable:

@@ -29,10 +29,11 @@ COSTS = {
     "dev": Column(("deviation",), scale=1.0, digits=4),
 }
 COSTS_IN_WORDS = (
-    "s/edit: seconds of editing, the closed loop included, without loading and scoring. kB/edit: what the edits left, "
-    "as a pack stores it. peak MiB, GPU MiB: the most memory that editing took above what was taken before the first "
-    "edit, of the process and of the GPU. dev: the Frobenius norm of the change of the base's own W_v over its own, "
-    "mean over the layers that were written into; a dash where the base was not touched."
+    "s/edit: seconds of editing, the closed loop included, and what a method trains before the first edit, without "
+    "loading and scoring. kB/edit: what the edits left, as a pack stores it beside their texts. peak MiB, GPU MiB: the "
+    "most memory that editing took above what was taken before the first edit, of the process and of the GPU. dev: the "
+    "Frobenius norm of the change of the base's own W_v over its own, mean over the layers that were written into; a "
+    "dash where the base was not touched."
 )
 
 
@@ -141,7 +142,8 @@ def _cell(runs: Sequence[Result], column: Column) -> str:
     if not values:
         return "-"
     text = f"{mean(values):.{column.digits}f}"
-    return text + (f" ± {stdev(values):.{column.digits}f}" if len(values) > 1 else "")
+    text += f" ± {stdev(values):.{column.digits}f}" if len(values) > 1 else ""
+    return text + (f" ({len(values)} of {len(runs)} seeds)" if len(values) < len(runs) else "")
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -153,15 +155,43 @@ def write_editor_tables(folder: Path, results: Sequence[Result]) -> list[Path]:
     `scores.tex` compiles as it is, and serves a paper by `\\input` where the package `standalone` is loaded.
     """
     tables = editor_tables(results)
-    texts = {"md": grouped_markdown(tables), "csv": grouped_csv(results), "tex": grouped_latex(tables)}
+    words = [*lead(results), *notes(results)]
+    texts = {"md": grouped_markdown(tables, words), "csv": grouped_csv(results), "tex": grouped_latex(tables, words)}
     for suffix, text in texts.items():
         replace_text(folder / f"{NAME}.{suffix}", text)
     return [folder / f"{NAME}.{suffix}" for suffix in texts]
 
 
-def grouped_markdown(tables: Sequence[GroupedTable]) -> str:
-    """The tables as Markdown, which has no groups of columns: a header names both."""
-    lines: list[str] = []
+def lead(results: Sequence[Result]) -> list[str]:
+    """What the numbers are of."""
+    bases = dict.fromkeys(Path(str(run.figure(("base", "name")))).name for run in results if run.metrics)
+    seeds = len({run.seed for run in results})
+    words = [
+        f"{len({run.variant for run in results})} editors of {', '.join(bases) or 'a base'}. Scores are shares, of the "
+        "final model over all edits that it was given"
+        + (f"; mean ± standard deviation over {seeds} seeds." if seeds > 1 else ", from one seed.")
+    ]
+    singles = max((int(run.figure(("singles",)) or 0) for run in results), default=0)
+    if singles:
+        words.append(
+            f"N = 1 is the mean over {singles:,} single edits: each was written into the base as it was, scored, and "
+            "taken back."
+        )
+    few = {run.size: run.edits for run in results if run.metrics and not run.figure(("singles",))}
+    words += [
+        f"N = {size:,} stands for {held:,} edits: the data hold no more." for size, held in few.items() if held < size
+    ]
+    return words
+
+
+def notes(results: Sequence[Result]) -> list[str]:
+    """What the comparison says of its variants."""
+    return [f"{name}: {note}." for name, note in {run.variant: run.note for run in results if run.note}.items()]
+
+
+def grouped_markdown(tables: Sequence[GroupedTable], words: Sequence[str] = ()) -> str:
+    """The tables as Markdown behind some words; it has no groups of columns: a header names both."""
+    lines: list[str] = [line for sentence in words for line in (sentence, "")]
     for table in tables:
         lines += [f"## {table.title}", "", markdown_row(table.header)]
         lines.append(markdown_row(["---", *["---:"] * (len(table.header) - 1)]))
@@ -171,14 +201,15 @@ def grouped_markdown(tables: Sequence[GroupedTable]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def grouped_latex(tables: Sequence[GroupedTable]) -> str:
-    """A document of its own for LaTeX: the tables, each in the form of the paper's."""
+def grouped_latex(tables: Sequence[GroupedTable], words: Sequence[str] = ()) -> str:
+    """A document of its own for LaTeX: some words and the tables, each in the form of the paper's."""
     lines = [
         r"\documentclass[varwidth=\maxdimen, border=6pt]{standalone}",
         r"\usepackage{booktabs}",
         r"\begin{document}",
     ]
-    return "\n".join([*lines, *map(_grouped_tabular, tables), r"\end{document}", ""])
+    said = [rf"{tex(sentence)}\par" for sentence in words]
+    return "\n".join([*lines, *said, r"\bigskip", *map(_grouped_tabular, tables), r"\end{document}", ""])
 
 
 def _grouped_tabular(table: GroupedTable) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from repair_lightning.data.records import load_records
 from repair_lightning.evaluation.report import write_rows
@@ -41,9 +42,8 @@ def evaluate_pack(
     model.prefixes = PrefixCache(model.split)
     loaded = time.perf_counter() - started
     scorer = Scorer(model, edits)
-    owner = _owners(pack, edits)
-    owners = torch.tensor([owner[question.edit] for question in scorer.questions], dtype=torch.long)
-    nobody = torch.full((len(owners),), BASE)
+    owners = _owners(pack, edits, scorer)
+    nobody = torch.full_like(owners, BASE)
     before = scorer.score("pre_edit", oracle_choice(scorer.questions, nobody), owners)
     perplexity = {"pre": scorer.perplexity(nobody)} if format == "hallucination" else None
     changed = fold_into(model, tensors)  # only now: the base's own answers are what must be kept
@@ -62,9 +62,9 @@ def evaluate_pack(
         "oracle_routing": oracle.scores,
         "provenance": config["provenance"],
     }
-    if changed:
-        metrics["method"] = {"deviation": {str(layer): moved for layer, moved in model.weights.deviations().items()}}
-    if perplexity is not None:
+    deviation = {str(layer): moved for layer, moved in model.weights.deviations().items()}
+    metrics |= {"method": {"deviation": deviation}} if changed else {}
+    if perplexity:
         metrics["perplexity"] = perplexity | {"final": scorer.perplexity(choice.memory)}
     seconds = time.perf_counter() - started
     metrics["seconds"] = {"load": loaded, "evaluate": seconds - loaded, "total": seconds}
@@ -76,8 +76,10 @@ def _keep(generations: str | Path | None, rows: Sequence[Mapping[str, Any]]) -> 
         write_rows(Path(generations), rows)
 
 
-def _owners(pack: str | Path, edits: tuple[Edit, ...]) -> dict[str, int]:
+def _owners(pack: str | Path, edits: tuple[Edit, ...], scorer: Scorer) -> Tensor:
+    """The shard that should answer each of the scorer's questions."""
     ledger = load_ledger(pack)
     known = {(ledger.edit(id).prompt, ledger.edit(id).target): ledger.owner_of(id) for id in ledger}
     found = {edit.id: known.get((edit.prompt, edit.target)) for edit in edits}
-    return {id: BASE if shard is None else shard for id, shard in found.items()}
+    owner = {id: BASE if shard is None else shard for id, shard in found.items()}
+    return torch.tensor([owner[question.edit] for question in scorer.questions], dtype=torch.long)

@@ -217,7 +217,9 @@ def _logarithmic(axis: Any, sides: str) -> None:
     for name in sides:
         axis.set(**{f"{name}scale": "log"})
         side = getattr(axis, f"{name}axis")
-        side.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        low, high = side.get_data_interval()
+        wide = high > 200 * low > 0
+        side.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
         side.set_major_formatter("{x:,g}")
         side.set_minor_formatter(NullFormatter())
 
