@@ -115,7 +115,7 @@ class LossAwareTiesMerge(pl.Callback):
     def merge(self, editor: Any) -> None:
         """Merge every group of shards that bears it; says in `outcome` whether all were accepted and why."""
         if not editor.can_merge:
-            self.outcome = Decision(False, "this editor has no shards to merge")
+            self.outcome = Decision(False, "this editor cannot merge")
             return
         owners = [shard for shard in editor.memory.ids if editor.ledger.owned_by(shard)]
         groups = groups_of(owners, self.group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from repair_lightning.cli import guarded
-from repair_lightning.errors import RepairError
+from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.types import BASE
 
 
@@ -41,6 +42,7 @@ def undo(parser: ArgumentParser) -> None:
     parser.add_argument("--id", required=True, action="append", nargs="+", help="of an edit; may be given repeatedly")
     parser.add_argument("--base", help="the base, where the pack's own name for it does not lead there")
     parser.add_argument("--precision", help="of the base, where it is not to be the one of the run")
+    parser.add_argument("--import", dest="module", help="the module of an editor of your own, as Python imports it")
     parser.set_defaults(run_command=_undo)
 
 
@@ -48,6 +50,11 @@ def _undo(options: Namespace) -> None:
     from repair_lightning.evaluation.html_report import try_report
     from repair_lightning.undo import report_lines, undo
 
+    if options.module:
+        try:
+            importlib.import_module(options.module)
+        except ImportError as error:
+            raise ConfigError(f"--import {options.module}: {error}; give a module that Python finds") from error
     ids = [id for given in options.id for id in given]
     print("\n".join(report_lines(undo(options.run, ids, options.base, options.precision))))
     try_report(options.run)

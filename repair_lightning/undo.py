@@ -106,7 +106,8 @@ def check(editor: Editor, ids: Sequence[str]) -> None:
         RepairError: it says which cannot, and what is possible.
     """
     if not editor.can_undo:
-        raise ConfigError(f"the editor {editor.editor_name} cannot take edits back")  # type: ignore[attr-defined]
+        name = editor.editor_name  # type: ignore[attr-defined]
+        raise ConfigError(f"the editor {name} cannot take edits back; a new run without the record can")
     for id in ids:
         entry = editor.ledger.entry(id)
         if entry.status is EditStatus.UNDONE:

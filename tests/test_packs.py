@@ -508,7 +508,7 @@ class TestRestoring:
     @pytest.mark.parametrize(
         ("changes", "match"),
         [
-            ({"editor": "repare"}, "unknown editor 'repare': did you mean 'repair'"),
+            ({"editor": "repare"}, "unknown editor 'repare'; did you mean 'repair'"),
             ({"options": {"speed": 9}}, "is damaged: .*speed"),
             ({"options": [1]}, "is damaged"),
             ({"irrelevant": None}, "is damaged"),

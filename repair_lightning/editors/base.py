@@ -27,7 +27,7 @@ from repair_lightning.data.tokenizing import Encoded, encode
 from repair_lightning.distributed.team import ALONE, Team
 from repair_lightning.editors.adapt import AUTO, Adapted
 from repair_lightning.editors.exchange import Pace, Written
-from repair_lightning.errors import ConfigError
+from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.memory.query import Choice, Query
 from repair_lightning.memory.routers import Router, make_router
 from repair_lightning.memory.rows import Rows
@@ -102,6 +102,9 @@ class Editor(pl.LightningModule):
         cache_disk_mib: int = 8192,
     ) -> None:
         super().__init__()
+        lacks = [name for name in ("write", "forget") if hasattr(getattr(self, name), "__isabstractmethod__")]
+        if lacks:
+            raise ConfigError(f"{type(self).__name__} must have {' and '.join(lacks)}; see docs/adding-an-editor.md")
         for name, value in (("cache_mib", cache_mib), ("cache_disk_mib", cache_disk_mib)):
             if value < 0:
                 raise ConfigError(f"{name} must be at least 0, got {value}")
@@ -283,7 +286,9 @@ class Editor(pl.LightningModule):
     def undo(self, ids: Sequence[str]) -> list[str]:
         """Take edits back, ledger included; returns the ids of other edits that had to be written anew for it."""
         if not self.can_undo:
-            raise ConfigError(f"the editor {self.editor_name} cannot take edits back")  # type: ignore[attr-defined]
+            raise ConfigError(
+                f"the editor {self.editor_name} cannot take edits back; a new run without the record can"  # type: ignore[attr-defined]
+            )
         self.ledger.undo(ids, "taken back on request")
         self.forget(ids)
         self.finish_window()
@@ -403,6 +408,11 @@ class Editor(pl.LightningModule):
             self.written.begin()
         if batch.edits:  # empty ones fill up a rank that has fewer than others
             reports = self.write(batch)
+            if sorted(report.id for report in reports) != sorted(batch.ids):
+                raise RepairError(
+                    f"{type(self).__name__}.write must return one report for each edit of its batch; got "
+                    f"{[report.id for report in reports][:5]} for {list(batch.ids[:5])}"
+                )
             self.ledger.written(reports)
             self.log_losses(reports)
             if self.written is not None:
@@ -530,7 +540,8 @@ def editor_class(name: str) -> type[Editor]:
     if name not in REGISTRY:
         close = difflib.get_close_matches(name, REGISTRY, n=1)
         hint = f" did you mean '{close[0]}'?" if close else ""
-        raise ConfigError(f"unknown editor '{name}':{hint} known: {', '.join(REGISTRY)}")
+        own = "one of your own must be imported first (undo: --import MODULE)"
+        raise ConfigError(f"unknown editor '{name}';{hint} known: {', '.join(REGISTRY)}; {own}")
     return REGISTRY[name]
 
 

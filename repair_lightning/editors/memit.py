@@ -6,7 +6,7 @@ of the written layers; from the lowest on, each takes an equal share R of what i
 
 Defaults are the authors' for GPT-J (`hparams/MEMIT/EleutherAI_gpt-j-6B.json` of github.com/kmeng01/memit): 6 layers,
 25 steps of Adam at 0.5, weight decay 0.5, the shift at most 0.75 times as long as the value, the divergence at
-"SUBJECT is a" weighed 0.0625, `moment_weight` 15,000. Deviations: as in `rome`; the shift is clamped by the value
+the subject's last token weighed 0.0625, `moment_weight` 15,000. Deviations: as in `rome`; the shift is clamped by the value
 matrix's output, theirs by the layer's.
 """
 

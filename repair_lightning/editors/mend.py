@@ -295,6 +295,7 @@ class MEND(WeightEditor):
     def train_on(self, edits: Sequence[Edit]) -> dict[str, Any]:
         """Train a fresh hypernetwork on edits, some of which only choose the best; returns what came of it."""
         draw = random.Random(self.seed)
+        log.info("training the hypernetwork on %d edits, in at most %d steps", len(edits), self.steps)
         shuffled = draw.sample(list(edits), len(edits))
         share, most = HELD_OUT
         aside = max(1, min(most, int(share * len(shuffled))))

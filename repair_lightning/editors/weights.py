@@ -286,7 +286,7 @@ class ValueEditor(WeightEditor):
         return inside[-1]
 
     def _essence(self, edits: Sequence[Edit]) -> tuple[TargetRows, Places] | None:
-        """Each subject alone, whose next token is to stay as it is likely: where "SUBJECT is a" reads it."""
+        """Each subject alone, behind which the next token is to stay as likely as it is."""
         if not self.values.essence:
             return None
         subjects = [edit.subject or edit.prompt for edit in edits]

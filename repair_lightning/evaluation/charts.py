@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torchmetrics.functional.classification import binary_auroc
 
+from repair_lightning.errors import counted
 from repair_lightning.evaluation.artefacts import Artefacts, Row
 from repair_lightning.evaluation.metrics import KIND_OF_PROMPT
 from repair_lightning.evaluation.protocols import AUTOREGRESSIVE
 from repair_lightning.evaluation.report import only_in_base
+from repair_lightning.types import BASE
 
 Kind = Literal["lines", "histograms", "bars", "stacked", "heat", "points"]
 
@@ -277,26 +279,28 @@ def feature_points(run: Artefacts) -> Chart | str:
     if len(places) < 2:
         return "features: no features.json with two edits (an older run)"
     owners = {id: entry.shard for id, entry in run.entries.items()}
-    shards = {owner for id in places if (owner := owners.get(id)) is not None}
+    shards = {owner for id in places if (owner := owners.get(id)) is not None and owner != BASE}
     many = len(shards) > MOST_COLOURS
     rows: list[Row] = [
         {"id": id, "x": x, "y": y, "shard": owners.get(id) if many else _shard(owners.get(id))}
         for id, (x, y) in places.items()
     ]
     first, second = (run.features.get("explained") or [0.0, 0.0])[:2]
+    coloured = "Each shard has its colour."
+    if many:
+        coloured = (
+            "The colour is the shard's number: shards are opened as batches are written, so like colours were written "
+            "together."
+        )
+    holders = f"{counted(len(shards), 'shard')} own{'s' * (len(shards) == 1)} them. {coloured}"
+    owned_by = holders if shards else "they are written into the base itself."
     return Chart(
         name="features",
         title="Where the edits lie",
         words=(
             f"{len(rows):,} edits of {run.metrics['n_edits']:,}, each the frozen base's state at its prompt's last "
             f"token, along the two directions of largest variance ({percent(first)} and {percent(second)} of it); "
-            f"{len(shards):,} shards own them. "
-            + (
-                "The colour is the shard's number: shards are opened as batches are written, so like colours were "
-                "written together."
-                if many
-                else "Each shard has its colour."
-            )
+            + owned_by
         ),
         kind="points",
         columns=_table(rows, ("id", "x", "y", "shard")),

@@ -19,6 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from repair_lightning.data.ledger import EditStatus
+from repair_lightning.errors import counted
 from repair_lightning.evaluation.artefacts import Artefacts
 from repair_lightning.evaluation.charts import RUN_CHARTS, SCORES_IN_WORDS, Chart, percent
 from repair_lightning.evaluation.plotly_charts import figure
@@ -157,7 +158,7 @@ def lead(run: Artefacts) -> list[str]:
     source = f" They come from {data}." if data else ""
     changed = "deviation" in m.get("method", {})
     shards = (
-        f"Corrections are kept in small side memories (shards; {m.get('shards', 0):,} at the end), and for every "
+        f"Corrections are kept in memories beside it (shards; {m.get('shards', 0):,} at the end), and for every "
         "question a router decides, from its words alone, whether one of them or the "
         f"{'changed' if changed else 'unchanged'} model answers."
     )
@@ -228,6 +229,10 @@ def glossary(run: Artefacts) -> list[tuple[str, str]]:
 def further(run: Artefacts) -> list[str]:
     """Figures that only some runs have."""
     m, found = run.metrics, []
+    moved = m.get("method", {}).get("deviation")
+    if moved:
+        each = ", ".join(f"{share:.3f} in layer {layer}" for layer, share in moved.items())
+        found.append(f"The base's own value matrices were moved, as a share of their norm, by {each}.")
     if m.get("perplexity"):
         both = m["perplexity"]
         found.append(f"Perplexity of the targets: {both['pre']:.2f} before, {both['final']:.3f} after.")
@@ -270,13 +275,18 @@ def loop_words(run: Artefacts) -> str:
     """The closed loop and the merge in a few sentences."""
     m = run.metrics
     loop, merge = m.get("closed_loop", {}), m.get("merge", {})
-    words = (
-        f"The edits arrived in {loop.get('windows', 0):,} windows. After each, unrelated questions were asked ("
-        f"{loop.get('rolled_back', 0):,} windows were taken back because too many had changed), then the edits "
-        f"themselves: {loop.get('pruned', 0):,} shards were emptied because they failed too often, "
-        f"{loop.get('retriggered', 0):,} times an edit was sent back to be written anew, "
-        f"{loop.get('quarantined', 0):,} edits were given up."
-    )
+    words = f"The edits arrived in {counted(loop.get('windows', 0), 'window')}."
+    if run.option("gate.enabled") is not False:
+        words += (
+            " After each, unrelated questions were asked "
+            f"({counted(loop.get('rolled_back', 0), 'window')} taken back because too many had changed)."
+        )
+    if run.option("feedback.enabled") is not False:
+        words += (
+            f" The edits themselves were asked: {counted(loop.get('pruned', 0), 'shard')} emptied because of many "
+            f"failures, {counted(loop.get('retriggered', 0), 'time')} an edit was sent back to be written anew, "
+            f"{counted(loop.get('quarantined', 0), 'edit')} given up."
+        )
     if merge:
         words += f" Fusing the side memories: {'accepted' if merge['accepted'] else 'not applied'} ({merge['reason']})."
     return words
@@ -294,14 +304,15 @@ def setup(run: Artefacts) -> list[tuple[str, str]]:
         "unrelated prompts": "data.irrelevant",
     }
     found = [("base", f"{m['base']['name']} ({str(m['base'].get('sha256', ''))[:12]})")]
-    found += [
-        (word, str(m[name]))
-        for word, name in (("editor", "editor"), ("edited layer", "layer"), ("seed", "seed"))
-        if name in m
-    ]
+    found += [(word, str(m[word])) for word in ("editor", "seed") if word in m]
+    layers = list(m.get("method", {}).get("deviation", ())) or [str(m["layer"])] * ("layer" in m)
+    if layers:
+        found.append(("edited layers" if len(layers) > 1 else "edited layer", ", ".join(layers)))
     found += [(word, str(value)) for word, name in options.items() if (value := run.option(name)) is not None]
     if m.get("memory_bytes") is not None:
-        found.append(("side memory", f"{m['memory_bytes'] / 2**20:.2f} MiB in {m.get('shards', 0):,} shards"))
+        found.append(
+            ("kept of the edits", f"{m['memory_bytes'] / 2**20:.2f} MiB; {counted(m.get('shards', 0), 'shard')}")
+        )
     if seconds:
         parts = (("loading", "load"), ("editing", "edit"), ("scoring", "evaluate"))
         found.append(("time", ", ".join(f"{duration(seconds[key])} {word}" for word, key in parts if key in seconds)))

@@ -241,7 +241,8 @@ def _edit_row(run: Artefacts, id: str, row: Row | None, why: Mapping[str, str]) 
         (entry.edit.prompt, entry.edit.target) if entry else ((row or {})["prompt"], (row or {})["expected"])
     )
     now = "not asked" if row is None else "right" if row["correct"] else "wrong"
-    memory = None if row is None else "base" if row["memory"] == BASE else f"shard {row['memory']}"
+    changed = "base, changed" if "deviation" in run.metrics.get("method", {}) else "base"
+    memory = None if row is None else changed if row["memory"] == BASE else f"shard {row['memory']}"
     reason = why.get(id) or (entry.reason if entry else "") or ""
     said = [shortened(row["answer"]), shortened(row["base_answer"])] if row else [None, None]
     status = str(entry.status) if entry else None

@@ -139,7 +139,7 @@ def _reason(
 ) -> str:
     """Why a memory answers: what was passed, and for the base the first that was not."""
     if threshold == math.inf and nearest is None:
-        return "base: no shard holds an edit"
+        return "base: there is no shard"
     verb = "exceeds" if score > threshold else "does not exceed"
     words = [f"score {score:.3f} {verb} {threshold:.3f}"]
     for name, value, limit in checks if score > threshold else ():

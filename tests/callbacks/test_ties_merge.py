@@ -195,7 +195,7 @@ def test_an_editor_without_shards_says_so():
     editor.can_merge = False
     merge = LossAwareTiesMerge()
     merge.merge(editor)
-    assert merge.outcome.reason == "this editor has no shards to merge"
+    assert merge.outcome.reason == "this editor cannot merge"
 
 
 # -- into W_v ----------------------------------------------------------------------------------------------------------

@@ -13,11 +13,11 @@ from helpers_runs import REPOSITORY
 from repair_lightning.editors import REGISTRY, Editor, make_editor
 from repair_lightning.editors.repair import Routing, Writing
 from repair_lightning.editors.values import Values
-from repair_lightning.errors import ConfigError
+from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.evaluation.protocols import perplexity
 from repair_lightning.models.prefix import pad_left
 from repair_lightning.packs import WEIGHTS_FILE, load_edited, save_pack, shard_tensors
-from repair_lightning.types import BASE
+from repair_lightning.types import BASE, EditBatch
 
 SURE = Values(lr=0.3, steps=60, stop_margin=6.0)
 """How a tiny random base is told what to say, token by token."""
@@ -110,6 +110,22 @@ def test_a_name_and_capabilities(name):
     assert REGISTRY[name].editor_name == name
     flags = ("batchable", "can_merge", "can_prune", "can_undo", "can_adapt", "writes_base")
     assert all(isinstance(getattr(REGISTRY[name], flag), bool) for flag in flags)
+
+
+def test_what_lacks_a_part_is_refused_before_anything_is_loaded():
+    class Half(Editor):
+        def write(self, batch):
+            return []
+
+    with pytest.raises(ConfigError, match=r"Half must have forget; see docs/adding-an-editor\.md"):
+        Half("no/base")
+
+
+def test_an_edit_without_a_report_is_refused(editor_of, edits, monkeypatch):
+    editor = editor_of("llama", "ft")
+    monkeypatch.setattr(editor, "write", lambda batch: [])
+    with pytest.raises(RepairError, match=r"FT\.write must return one report for each edit .* got \[\] for \['e0'\]"):
+        editor.training_step(EditBatch((edits[0],)), 0)
 
 
 def test_its_options_rebuild_it(make, name):

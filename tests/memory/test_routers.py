@@ -446,7 +446,7 @@ class TestReasons:
         assert joined.routes() == choice.routes() * 2
 
     def test_an_empty_memory_has_nothing_to_weigh(self):
-        assert Choice.base(1).routes()[0].reason == "base: no shard holds an edit"
+        assert Choice.base(1).routes()[0].reason == "base: there is no shard"
 
 
 def test_nobody_is_routed_where_there_is_no_side_memory():
