@@ -6,8 +6,9 @@ the least change in the norm of C with `W' k = v`.
 
 Defaults are the authors' (`hparams/ROME` of github.com/kmeng01/rome and of EasyEdit): 20 steps of Adam at 0.5, weight
 decay 0.5, the shift at most 4 times as long as the value, the divergence at the subject's last token weighed 0.0625,
-stop at a loss of 0.05. Deviations: the stop looks at the target's loss, theirs at the sum; C is of the irrelevant prompts that the stream hands over, regularised, not of 100,000
-Wikipedia texts; contexts are the base's own greedy texts; the target ends with the end of sequence.
+stop at a loss of 0.05. Deviations: that is the target's loss, theirs the sum; C is of the irrelevant prompts that the
+stream hands over, regularised, not of 100,000 Wikipedia texts; contexts are the base's own greedy texts; the target
+ends with the end of sequence.
 """
 
 from __future__ import annotations
