@@ -93,4 +93,5 @@ class StreamProgress(ProgressBar):
             self._bar = None
 
     def _written(self, trainer: pl.Trainer) -> int:
-        return len(trainer.datamodule.written())  # type: ignore[attr-defined]
+        stream: Any = trainer.datamodule  # type: ignore[attr-defined]
+        return stream.arrived if stream.singles else len(stream.written())  # of single edits the model holds one

@@ -101,7 +101,8 @@ def print_report(metrics: Mapping[str, Any], run_dir: Path | None, console: Cons
     console = console or Console()
     base = metrics["base"]["name"]
     console.print()
-    console.print(score_table(metrics, f"{counted(metrics['n_edits'], 'edit')} of {base}"))
+    by = f", {metrics['editor']}" if "editor" in metrics else ""
+    console.print(score_table(metrics, f"{counted(metrics['n_edits'], 'edit')} of {base}{by}"))
     if not only_in_base(metrics):
         console.print(routing_table(metrics["routing"]))
     said = [*_side_words(metrics), *(_run_words(metrics) if run_dir is not None else ())]

@@ -38,6 +38,16 @@ def test_one_edit_is_not_edits(tmp_path, capsys):
     assert lines_of(capsys.readouterr())[0].startswith("window 1: 1/1 edit  ")
 
 
+def test_single_edits_are_counted_though_the_model_holds_one(tmp_path, capsys):
+    editor, stream = world_editor(steps=3), world_stream(max_edits=3, singles=True)
+    fit(editor, stream, [StreamProgress(), Scoreboard(live=0)], tmp_path, enable_progress_bar=True)
+    assert [line.split(": ")[1].split("  ")[0] for line in lines_of(capsys.readouterr())] == [
+        "1/3 edits",
+        "2/3 edits",
+        "3/3 edits",
+    ]
+
+
 def test_pace_counts_what_this_process_wrote(tmp_path, capsys, monkeypatch):
     """A resumed run: three of six edits were written before, three now, in a minute that the clock says has passed."""
     run(tmp_path, StreamProgress(quiet=True), max_epochs=1, enable_checkpointing=True)
