@@ -515,7 +515,7 @@ def test_ctrl_c_is_one_line_that_says_what_resumes_the_run(tmp_path):
         (["--resume", "maybe"], ["--resume cannot be 'maybe': it takes 'auto' or 'never'"]),
         (
             ["--model", "repiar"],
-            ["--model cannot be 'repiar'; did you mean 'repair'? It takes one of: repair, ", "icl"],
+            ["--model cannot be 'repiar'; did you mean 'repair'? It takes one of: ", " icl, "],
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and value[0].startswith("--") else "",
