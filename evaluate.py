@@ -5,7 +5,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from repair_lightning.cli import guarded
+from repair_lightning.cli import guarded, only_errors
 from repair_lightning.evaluation.evaluate import evaluate_pack
 from repair_lightning.evaluation.report import print_report, verdict, write_json
 from repair_lightning.parsing import parse
@@ -28,6 +28,8 @@ def main() -> None:
     parser.add_argument("--quiet", action="store_true", help="only errors, and the score in one last line")
     options = parse(parser)
     data = options.data
+    if options.quiet:
+        only_errors()
     given = (data.path, data.format, data.max_edits, options.base, options.precision, data.on_bad_record)
     metrics = evaluate_pack(options.pack, *given, generations=options.generations)
     if options.out:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Mapping
@@ -51,6 +52,7 @@ def _undo(options: Namespace) -> None:
     from repair_lightning.undo import report_lines, undo
 
     if options.module:
+        sys.path.insert(0, os.getcwd())  # a console script looks beside itself alone
         try:
             importlib.import_module(options.module)
         except ImportError as error:

@@ -35,7 +35,7 @@ from repair_lightning.errors import ConfigError, RepairError, counted
 from repair_lightning.evaluation.html_report import try_report
 from repair_lightning.evaluation.report import print_report, verdict, write_json, write_rows
 from repair_lightning.models.base import files_hash
-from repair_lightning.packs import JOURNAL_FILE, PackContent, restore_into, save_pack, written_tensors
+from repair_lightning.packs import JOURNAL_FILE, PackContent, bytes_left, restore_into, save_pack
 from repair_lightning.parsing import parse
 from repair_lightning.run_dir import CHECKPOINT, METRICS_FILE, Resume, RunDirectory, WindowCheckpoint
 
@@ -147,8 +147,7 @@ class EditCLI(LightningCLI):
         self._follow_seed()
         if self.config.quiet:
             self.config.progress.quiet = True
-            for ours in OURS:
-                logging.getLogger(ours).setLevel(logging.ERROR)
+            only_errors()
         self.run_dir = Path(self.config.run_dir or Path("runs") / name)
         self.config.run_dir = str(self.run_dir)
         self.config.trainer.default_root_dir = str(self.run_dir)
@@ -425,7 +424,7 @@ def _memory(cli: EditCLI) -> dict[str, Any]:
     if board.singles:
         left = one = board.singles.figures()["memory_bytes"]
     else:
-        left = sum(tensor.nbytes for tensor in written_tensors(editor.edited, editor.own_state()).values())
+        left = bytes_left(editor)
         one = left / max(len(cli.datamodule.edits), 1)
     return {
         "shards": len(editor.memory),
@@ -535,6 +534,12 @@ class _ToStderr(logging.StreamHandler):
     @stream.setter
     def stream(self, _: Any) -> None:
         """It is looked up."""
+
+
+def only_errors() -> None:
+    """Let our loggers say what went wrong alone."""
+    for ours in OURS:
+        logging.getLogger(ours).setLevel(logging.ERROR)
 
 
 def _quiet() -> None:

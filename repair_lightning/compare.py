@@ -335,8 +335,8 @@ class Schedule:
         self.processes: set[subprocess.Popen[bytes]] = set()
         self.stopped = False
         self.spent = 0.0
-        self.said: list[str | None] = []
-        """What went wrong with the runs so far."""
+        self.said: list[tuple[str, str | None]] = []
+        """The variants of the runs so far, and what went wrong."""
         self.waiting = [run.size + STARTUP for run in runs]
 
     def run_all(self) -> None:
@@ -353,13 +353,16 @@ class Schedule:
                 raise
 
     def refuse_early(self) -> None:
-        """Stop where the first two runs were refused alike: their common options are at fault.
+        """Stop where the first runs of two variants were refused alike: their common options are at fault.
 
         Raises:
             ConfigError: it says what the runs said.
         """
-        if len(self.said) == 2 and self.said[0] == self.said[1] and str(self.said[0]).endswith("(exit code 2)"):
-            raise ConfigError(f"the first two runs were refused alike, and so would all: {self.said[0]}")
+        if self.done > len(self.said) or len(self.said) != 2:
+            return  # what was finished before shows that others can work
+        (one, said), (other, again) = self.said
+        if one != other and said == again and str(said).endswith("(exit code 2)"):
+            raise ConfigError(f"the first two runs were refused alike, and so would all: {said}")
 
     def execute(self, run: Run) -> float:
         """Run one process and record how it went; returns the seconds that it took."""
@@ -427,7 +430,7 @@ class Schedule:
         """One line: how the run went, and the time left if edits go on taking what they took."""
         result = run.result()
         self.done += 1
-        self.said.append(result.error if result.status == "failed" else None)
+        self.said.append((run.variant.name, result.error if result.status == "failed" else None))
         self.spent += seconds
         weight = run.size + STARTUP
         self.waiting.remove(weight)
@@ -511,9 +514,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     file = config_path(options.config, COMPARISONS)
     comparison = read_comparison(file)
     sizes, seeds = (tuple(dict.fromkeys(given or ())) for given in (options.sizes, options.seeds))
-    comparison = replace(comparison, sizes=sizes or comparison.sizes, seeds=seeds or comparison.seeds)
     comparison = replace(comparison, singles=comparison.singles if options.singles is None else options.singles)
     chosen = comparison.only(options.variants) if options.variants else comparison
+    chosen = replace(chosen, sizes=sizes or comparison.sizes, seeds=seeds or comparison.seeds)
+    known_sizes, known_seeds = ({*comparison.sizes, *chosen.sizes}, {*comparison.seeds, *chosen.seeds})
+    comparison = replace(comparison, sizes=tuple(sorted(known_sizes)), seeds=tuple(sorted(known_seeds)))
     out = options.out or Path("runs") / file.stem
     runs, console = plan(chosen, common, out), Console()
     if options.tables_only:
@@ -559,7 +564,7 @@ def _tables(
     any_command: bool = False,
 ) -> int:
     """Write the tables, the report and the pictures of what was chosen and of all that was run before; returns how many
-    failed."""
+    of the chosen failed."""
     results = [run.result(any_command) for run in plan(comparison, common, out)]
     failed = [result for result in results if result.status == "failed"]
     known = {result.variant for result in results if result.status != "missing"}
@@ -568,8 +573,12 @@ def _tables(
         return 0
     begun = [result for result in results if result.status != "missing"]
     begun += [result for result in not_run(comparison) if result.variant in known]
-    asked = {variant.name for variant in chosen.variants}
-    missing = [f"{one.variant} ({one.size})" for one in results if one.status == "missing" and one.variant in asked]
+    asked = {(run.variant.name, run.size, run.seed) for run in plan(chosen, common, out)}
+    missing = dict.fromkeys(
+        f"{one.variant} ({one.size})"
+        for one in results
+        if one.status == "missing" and (one.variant, one.size, one.seed) in asked
+    )
     if missing:
         say(console, f"not there yet: {', '.join(missing)}")
     write_tables(out, begun, comparison.grid)
@@ -587,7 +596,7 @@ def _tables(
         files = draw_grid(out, comparison.grid, begun)
         words = f"heat map: {', '.join(map(str, files))}" if files else "no heat map: pip install matplotlib for it"
         say(console, words)
-    return len(failed)
+    return sum((one.variant, one.size, one.seed) in asked for one in failed)
 
 
 def command() -> None:

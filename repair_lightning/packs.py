@@ -169,6 +169,15 @@ def written_tensors(edited: EditedModel, own: Mapping[str, Any]) -> dict[str, Te
     return shard_tensors(edited.memory) | {key: value.cpu().contiguous() for key, value in weights.items()}
 
 
+def bytes_left(editor: Editor) -> int:
+    """What editing has left, in bytes of a pack's tensors, without what a router learns before the first edit."""
+    empty = editor.build_router()
+    assert editor.base is not None
+    empty.fit(editor.background, editor.base.embeddings)
+    before = sum(value.nbytes for value in empty.state_dict().values() if isinstance(value, Tensor))
+    return sum(tensor.nbytes for tensor in written_tensors(editor.edited, editor.own_state()).values()) - before
+
+
 def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in state.items() if not isinstance(value, Tensor)}
 

@@ -328,6 +328,7 @@ def test_other_records_can_be_scored(run, tmp_path):
     ran = succeeded("evaluate.py", "--pack", run[0] / "pack", *options, cwd=tmp_path)
     assert ran.out.startswith("5 edits of ")
     assert ran.out.count("\n") == 1
+    assert ran.err == ""
     found = json.loads((tmp_path / "scores.json").read_text())
     assert found["n_edits"] == 5
     assert found["routing"]["edit"]["right"] == 0

@@ -102,7 +102,8 @@ class Editor(pl.LightningModule):
         cache_disk_mib: int = 8192,
     ) -> None:
         super().__init__()
-        lacks = [name for name in ("write", "forget") if hasattr(getattr(self, name), "__isabstractmethod__")]
+        kind = type(self)
+        lacks = [name for name in dir(kind) if getattr(getattr(kind, name, None), "__isabstractmethod__", False)]
         if lacks:
             raise ConfigError(f"{type(self).__name__} must have {' and '.join(lacks)}; see docs/adding-an-editor.md")
         for name, value in (("cache_mib", cache_mib), ("cache_disk_mib", cache_disk_mib)):

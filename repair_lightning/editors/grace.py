@@ -133,22 +133,27 @@ class GRACE(Editor):
     # -- writing ------------------------------------------------------------------------------------------------------
 
     def write(self, batch: EditBatch) -> list[EditReport]:
-        """Place the edits' keys, then train the values of the entries that they came to."""
+        """Place the edits' keys, then train the values of the entries that they came to; where one is not finite,
+        everything is put back and the batch written in halves, until the edit that spoils it stands alone."""
+        before = self.memory.snapshot(writable=True), self.balls.state_dict(), self.labels
         encoded = [self.encode(edit) for edit in batch.edits]
         captures = self.edited.captures([row.ids for row in encoded])
         prompts = self.edited.query_of([row.prompt for row in encoded], captures)
         shards = self._place(batch.edits, self.balls.key_of(prompts), self._outputs(prompts.at_last().activations))
         rows = TargetRows(encoded, captures, range(len(encoded)), len(encoded))
         steps, losses = self._train(rows, shards)
-        reports = []
-        for edit, shard, loss in zip(batch.edits, shards, losses, strict=True):
-            if math.isfinite(loss) and bool(self._value(shard).isfinite().all()):
-                reports.append(EditReport(edit.id, shard, loss, 0.0, steps))
-                continue
-            self.forget([edit.id])
-            error = f"the loss or the value was not finite after {steps} steps: forgotten"
-            reports.append(EditReport(edit.id, BASE, loss, 0.0, steps, error=error))
-        return reports
+        if all(map(math.isfinite, losses)) and all(bool(self._value(shard).isfinite().all()) for shard in shards):
+            triples = zip(batch.ids, shards, losses, strict=True)
+            return [EditReport(id, shard, loss, 0.0, steps) for id, shard, loss in triples]
+        self.memory.restore(before[0])
+        self.balls.load_state_dict(before[1])
+        self.labels = before[2]
+        if len(batch.edits) > 1:
+            half = len(batch.edits) // 2
+            return [*self.write(EditBatch(batch.edits[:half])), *self.write(EditBatch(batch.edits[half:]))]
+        self.forget(batch.ids)
+        error = f"the loss or the value was not finite after {steps} steps: forgotten"
+        return [EditReport(batch.ids[0], BASE, losses[0], 0.0, steps, error=error)]
 
     def _place(self, edits: Sequence[Edit], keys: Tensor, outputs: Tensor) -> list[int]:
         """The shard of each edit, by its key (n, F); new ones begin with what the layer puts out, (n, D)."""
@@ -251,18 +256,19 @@ class GRACE(Editor):
         return again
 
     def _entangled(self, ids: Sequence[str]) -> list[str]:
-        """The other edits of the entries that some edits are in, and those of balls that these entries cut short."""
+        """The other edits of the entries that some edits are in, those of balls that these cut short, and so on, in the
+        order in which they came: of one key the latest has its way."""
         balls, gone = self.balls, set(ids)
-        theirs = [entry for entry, members in enumerate(balls.members) if gone.intersection(members)]
-        if not theirs:
-            return []
-        apart, radii = balls.distances(balls.keys[theirs]).tolist(), balls.radii.tolist()
-        others = [
-            entry
-            for entry, radius in enumerate(radii)
-            if entry in theirs or any(was_cut(distances[entry], radius, self.first) for distances in apart)
-        ]
-        return [id for entry in others for id in balls.members[entry] if id not in gone]
+        found = {entry for entry, members in enumerate(balls.members) if gone.intersection(members)}
+        looked: set[int] = set()
+        while found > looked:
+            new = sorted(found - looked)
+            looked = set(found)
+            for distances in balls.distances(balls.keys[new]).tolist():
+                pairs = enumerate(zip(distances, balls.radii.tolist(), strict=True))
+                found |= {entry for entry, pair in pairs if was_cut(*pair, self.first)}
+        again = {id for entry in found for id in balls.members[entry]} - gone
+        return [id for id in self.ledger if id in again]
 
     def own_state(self) -> dict[str, Any]:
         """What each shard says."""

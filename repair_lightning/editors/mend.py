@@ -283,7 +283,7 @@ class MEND(WeightEditor):
         options = {name: value for name, value in self.options().items() if name not in apart_from}
         texts = [[edit.prompt, edit.target, *edit.rephrases] for edit in edits]
         parts = [self.base.sha256, str(self.base.model.dtype), self.written_layers, options, texts]
-        digest = hashlib.sha256(json.dumps([*parts, self.background_prompts[:KEPT]]).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps([*parts, [row.ids for row in self.other]]).encode()).hexdigest()
         return Path(self.train_cache).expanduser() / f"hypernetwork-{digest[:32]}.safetensors"
 
     def fresh_network(self) -> GradientNetwork:

@@ -101,6 +101,8 @@ class RLSEdit(ValueEditor):
             raise ConfigError(f"anchoring must be at least 0 and finite, got {anchoring}; 0 leaves the anchors out")
         self.ridge, self.anchoring = ridge, anchoring
         self.anchors = _prompts_in(anchors) if isinstance(anchors, str) else anchors
+        if self.anchors == []:
+            raise ConfigError("anchors: an empty list; give prompts, a file of them, or null")
         self.anchored: list[str] = []
         """The prompts whose answers the problems hold."""
         self.problems: dict[int, Recursion] = {}
@@ -109,7 +111,7 @@ class RLSEdit(ValueEditor):
     def measure(self, background: Sequence[str]) -> None:
         """Besides, say which prompts are anchors; a problem that is there has its own."""
         super().measure(background)
-        if not self.problems:
+        if not self.problems or not self.anchored:
             self.anchored = list(background[:KEPT] if self.anchors is None else self.anchors)
 
     @property

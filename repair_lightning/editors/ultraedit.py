@@ -11,6 +11,7 @@ the target ends with the end of sequence. `lr` has no scale that fits all bases:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -56,7 +57,7 @@ class UltraEdit(WeightEditor):
         **common: Any,
     ) -> None:
         super().__init__(base, layers=layers, **common)
-        if not lr > 0:
+        if not 0 < lr < math.inf:
             raise ConfigError(f"lr must be positive, got {lr}")
         self.lr = lr
         self.known: dict[int, RunningMoments] = {}

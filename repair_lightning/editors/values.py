@@ -75,8 +75,8 @@ class Values:
                 raise ConfigError(f"values.{name} must be at least {least}, got {getattr(self, name)}")
         if not 0 < self.lr < math.inf:
             raise ConfigError(f"values.lr must be positive and finite, got {self.lr}")
-        if self.clamp is not None and not self.clamp > 0:
-            raise ConfigError(f"values.clamp must be positive, or null for none, got {self.clamp}")
+        if self.clamp is not None and not 0 < self.clamp < math.inf:
+            raise ConfigError(f"values.clamp must be positive and finite, or null for none, got {self.clamp}")
         for name in ("decay", "essence"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"values.{name} must be at least 0 and finite, got {getattr(self, name)}")

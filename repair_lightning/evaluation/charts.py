@@ -293,7 +293,9 @@ def feature_points(run: Artefacts) -> Chart | str:
             "together."
         )
     holders = f"{counted(len(shards), 'shard')} own{'s' * (len(shards) == 1)} them. {coloured}"
-    owned_by = holders if shards else "they are written into the base itself."
+    inside = sum(owners.get(id) == BASE for id in places)
+    parts = [holders] * bool(shards) + [f"{inside:,} of them are written into the base itself."] * bool(inside)
+    owned_by = " ".join(parts) or "none of them is held any more."
     return Chart(
         name="features",
         title="Where the edits lie",

@@ -59,8 +59,8 @@ def page_table(table: GroupedTable) -> PageTable:
 def _key(cell: str) -> str | float:
     """What a cell is sorted by: its mean; its words behind all numbers."""
     try:
-        return float(cell.split(" ± ")[0])
-    except ValueError:
+        return float(cell.split()[0])
+    except (ValueError, IndexError):
         return ""
 
 

@@ -139,7 +139,7 @@ def _points(chart: Chart) -> Figure:
     groups, panels = chart.values(chart.group), chart.values(chart.panel)
     named = any(isinstance(group, str) for group in groups)
     layout = _panels(chart, panels) | {"showlegend": named}
-    data = []
+    data, shown = [], set()
     for i, panel in enumerate(panels):
         part = chart.part(chart.panel, panel)
         on = {"xaxis": f"x{i + 1 if i else ''}", "yaxis": f"y{i + 1 if i else ''}"}
@@ -147,7 +147,8 @@ def _points(chart: Chart) -> Figure:
             for j, group in enumerate(groups):
                 mine = [k for k, of in enumerate(part[chart.group or ""]) if of == group]
                 one = {column: [values[k] for k in mine] for column, values in part.items()}
-                legend = {"legendgroup": _text(group), "showlegend": not i}
+                legend = {"legendgroup": _text(group), "showlegend": bool(mine) and group not in shown}
+                shown |= {group} if mine else set()
                 data.append(_cloud(chart, one, _look(j), _text(group)) | on | legend)
         else:
             bar = {"title": {"text": _text(chart.label(chart.group or ""))}, "thickness": 12}

@@ -14,7 +14,7 @@ from torch import Tensor
 from repair_lightning.evaluation.metrics import KIND_OF_PROMPT, EditScores
 from repair_lightning.evaluation.protocols import AUTOREGRESSIVE, TEACHER_FORCED
 from repair_lightning.evaluation.scoring import Result, Scorer, confusion, oracle_choice
-from repair_lightning.packs import written_tensors
+from repair_lightning.packs import bytes_left
 
 if TYPE_CHECKING:
     from repair_lightning.editors.base import Editor
@@ -56,8 +56,7 @@ class Singles:
         self.owners += owners.tolist()
         routed = part.score("oracle", oracle_choice(part.questions, owners), owners, fresh).rows
         self.oracle += [(row["kind"], float(row["correct"]), row["teacher_forced"]) for row in routed]
-        left = written_tensors(editor.edited, editor.own_state())
-        self.memory_bytes.append(sum(tensor.nbytes for tensor in left.values()))
+        self.memory_bytes.append(bytes_left(editor))
         self.deviations.append({str(layer): x for layer, x in editor.edited.weights.deviations().items()})
         if perplexity:
             self.surprises.append(math.log(part.perplexity(choice.memory)))

@@ -36,10 +36,8 @@ class Placement:
 
 
 def was_cut(distance: float, radius: float, first: float) -> bool:
-    """Whether a ball of this radius ends where a key at this distance cut it short."""
-    if radius < 0:
-        return distance <= SAME * first
-    return math.isclose(radius, distance / 2, rel_tol=1e-6)
+    """Whether a ball of this radius ends where a key at this distance cut it short, or has the same key."""
+    return distance <= SAME * first or math.isclose(radius, distance / 2, rel_tol=1e-6)
 
 
 def placement(distance: float, radius: float, same_label: bool, first: float) -> Placement:

@@ -57,13 +57,15 @@ def greedy_rows(
         length: most tokens of an answer, the end included.
     """
     found = []
+    stops = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])}
     asked = tokenizer(list(prompts))["input_ids"]
     for at in range(0, len(asked), batch_size):
         part = asked[at : at + batch_size]
         width = max(map(len, part))
         for ids, row in zip(part, _continued(model, tokenizer, part, length, batch_size), strict=True):
             said = row[width:]
-            ended = said.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in said else len(said)
+            ended = next((i + 1 for i, token in enumerate(said) if token in ends), len(said))
             found.append((tuple(ids), tuple(said[:ended])))
     return found
 

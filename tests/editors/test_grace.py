@@ -136,6 +136,25 @@ def test_undoing_what_cut_a_ball_short_gives_it_its_reach(editor, write, edits):
     assert editor.balls.radii.tolist() == [pytest.approx(editor.first)]
 
 
+def test_of_three_on_one_key_undoing_the_second_leaves_the_latest(editor, write, edits):
+    for id, target in (("a", "Lisbon"), ("b", "Oslo"), ("c", "Quito")):
+        write(editor, [replace(edits[0], id=id, target=target)])
+    assert editor.undo(["b"]) == ["a", "c"]
+    assert editor.choose([edits[0].prompt]).memory.tolist() == [editor.ledger.owner_of("c")]
+
+
+def test_what_joins_an_entry_and_is_not_finite_leaves_it_as_it_was(editor, write, edits):
+    other = near(edits[0])
+    editor.first = 0.9 * between(editor, edits[0], other)
+    write(editor, [edits[0]])
+    before = editor.memory[0].value.clone()
+    editor.edited.captures([editor.encode(other).ids])[0].hidden.fill_(torch.nan)
+    reports = write(editor, [edits[1], other])
+    assert [bool(report.error) for report in reports] == [False, True]
+    assert torch.equal(editor.memory[0].value, before)
+    assert editor.choose([edits[0].prompt]).memory.tolist() == [0]
+
+
 def test_refusals(editor_of, editor, write, edits):
     with pytest.raises(ConfigError, match=r"layer must lie below the last, got 2: .* give a lower --model.layer"):
         editor_of("llama", "grace", layer=2)

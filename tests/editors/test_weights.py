@@ -328,7 +328,7 @@ class TestMEMIT:
             editor_of("llama", name, layer=2, values=AT_SUBJECT, **({"layers": 1} if name == "memit" else {}))
 
     def test_the_papers_depth(self, editor_of):
-        """Of a base with layers 0 to 2 the first is 0.3 and 0.36 of the depth."""
+        """Of a base with layers 0 to 2 the first is 0.3 and 17/47 of the depth."""
         assert editor_of("llama", "rome", values=AT_SUBJECT).written_layers == [0]
         assert editor_of("llama", "memit", values=AT_SUBJECT).written_layers == [0]
 

@@ -73,7 +73,7 @@ class TestMerge:
         deltas = torch.tensor([[[0.5, -1.0], [0.1, 3.0]], [[2.0, 0.3], [0.2, -4.0]]])
         assert fused(deltas, 0.5).tolist() == [[2.0, -1.0], [0.0, -4.0]]
 
-    def test_what_follows_begins_a_subspace_of_its_own(self, make, write, edits):
+    def test_what_follows_begins_a_subspace_of_its_own(self, make, write, edits, monkeypatch):
         """And is fused with what came of the first merge."""
         editor = make(mode="merge")
         write(editor, edits[:4], 1)
@@ -82,15 +82,21 @@ class TestMerge:
         write(editor, edits[4:7], 1)
         assert len(editor.memory) == 3  # one of two edits is full, the one after it is not
         assert torch.equal(editor.memory[first].delta, before)
-        third = editor.memory.ids[1]
-        deltas = torch.stack([before, editor.memory[third].delta.detach()])
+        merged = []
+        fuse = editor.fuse
+        monkeypatch.setattr(editor, "fuse", lambda shards, delta: merged.append((shards, delta)) or fuse(shards, delta))
+        stacked = editor.memory.stacked
+        seen = []
+        monkeypatch.setattr(editor.memory, "stacked", lambda *of: seen.append(stacked(*of)) or seen[-1])
         write(editor, edits[7:8], 1)
+        ((shards, delta),) = merged
+        assert shards[0] == first
+        torch.testing.assert_close(delta, ties_merge(seen[0].detach(), torch.tensor([0.6, 0.2, 0.2])))
         (second,) = editor.memory.ids
         assert editor.merged == [second] != [first]
         kept = (editor.memory[second].delta == before).float().mean()
         assert 0.5 < float(kept) < 1.0
         assert editor.ledger.owned_by(second) == [f"e{i}" for i in range(8)]
-        assert torch.equal(fused(deltas, 1.0, [0.6, 0.4]), ties_merge(deltas, torch.tensor([0.6, 0.4])))
 
     def test_fewer_than_the_subspaces_wait(self, make, write, edits):
         editor = make(mode="merge", subspaces=3)
