@@ -22,6 +22,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -590,7 +591,8 @@ def _tables(
         write_editor_tables(out, begun)
         page = write_comparison_page(out, begun)
         drawn = draw_costs(out, begun)
-        words = ", ".join(file.name for file in drawn) or "pip install matplotlib for the figures"
+        nothing = "no run has an OP to draw" if find_spec("matplotlib") else "pip install matplotlib for the figures"
+        words = ", ".join(file.name for file in drawn) or nothing
         say(console, f"report: {page}; the paper's tables: {out}/scores.md .tex .csv; {words}")
     else:
         files = draw_grid(out, comparison.grid, begun)
