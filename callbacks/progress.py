@@ -18,7 +18,7 @@ _BESIDE_A_BAR = 120
 
 
 class StreamProgress(ProgressBar):
-    """The window, edits written out of all, live scores, edits per minute and the time left.
+    """The window, edits written out of all, live scores in per cent, edits per minute and the time left.
 
     Pace and time left are those of this process: what a resumed run wrote before it was stopped does not count.
 
@@ -71,12 +71,12 @@ class StreamProgress(ProgressBar):
         self._close()
 
     def words(self, trainer: pl.Trainer) -> str:
-        """Where the stream stands: `window 2: 256/300 edits  Rel 1.00  ...  950 edits/min  0:00:03 left`."""
+        """Where the stream stands: `window 2: 256/300 edits  Rel 100.0  ...  950 edits/min  0:00:03 left`."""
         stream: Any = trainer.datamodule  # type: ignore[attr-defined]
         written, total = self._written(trainer), len(stream.edits)
         pace = (written - self._had) / max(time.perf_counter() - self._start, 1e-9)
         known = trainer.callback_metrics
-        scores = [f"{name} {float(known[key]):.2f}" for key, name in _SHOWN.items() if key in known]
+        scores = [f"{name} {100 * float(known[key]):.1f}" for key, name in _SHOWN.items() if key in known]
         parts = [f"window {stream.windows}: {written}/{total} edit{'s' * (total != 1)}", *scores]
         if pace > 0:
             parts += [f"{60 * pace:.0f} edits/min"]

@@ -26,10 +26,19 @@ def test_one_plain_line_per_window_where_there_is_no_terminal(tmp_path, capsys):
     run(tmp_path, StreamProgress(), ErrorSampleMonitor(), Scoreboard(live=4))
     lines = lines_of(capsys.readouterr())
     assert len(lines) == 2
-    scores = "  ".join(rf"{name} \d\.\d\d" for name in ("Rel", "Gen", "Loc", "Near", "OP"))
+    scores = "  ".join(rf"{name} \d+\.\d" for name in ("Rel", "Gen", "Loc", "Near", "OP"))
     for window, (line, left) in enumerate(zip(lines, (r"  0:0\d:\d\d left", ""), strict=True), 1):
         assert re.fullmatch(rf"window {window}: {3 * window}/6 edits  {scores}  \d+ edits/min{left}", line), line
         assert "\x1b" not in line
+
+
+def test_live_scores_read_as_the_report_prints_them(tmp_path, capsys):
+    """In per cent: what is logged lies in [0, 1]."""
+    editor, stream = world_editor(steps=3), world_stream(max_edits=6)
+    trainer = fit(editor, stream, [Scoreboard(live=4), StreamProgress()], tmp_path, enable_progress_bar=True)
+    shown = dict(re.findall(r"  (\w+) (\d+\.\d)", lines_of(capsys.readouterr())[-1]))
+    logged = {name: f"{100 * trainer.callback_metrics[key]:.1f}" for key, name in progress._SHOWN.items()}
+    assert shown == logged
 
 
 def test_one_edit_is_not_edits(tmp_path, capsys):
@@ -85,7 +94,7 @@ def test_a_bar_in_a_terminal(tmp_path, width):
     run(tmp_path, progress, Scoreboard(live=4))
     shown = " ".join(re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue()).split())
     assert "window 1: 0/6 edits" in shown
-    assert re.search(r"window 2: 6/6 edits Rel \d\.\d\d Gen \d\.\d\d Loc .* OP \d\.\d\d \d+ edits/min", shown), shown
+    assert re.search(r"window 2: 6/6 edits Rel \d+\.\d Gen \d+\.\d Loc .* OP \d+\.\d \d+ edits/min", shown), shown
     assert ("━" in shown) == (width > 100)
     assert progress._bar is None
 
