@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from repair_lightning.distributed.team import Team
 from repair_lightning.editors.base import register
 from repair_lightning.editors.repair import Distillation, Repair, Routing, Writing
 from repair_lightning.editors.rlsedit import ANCHORING, RIDGE, VALUES, RLSEdit
@@ -75,6 +76,11 @@ class RLSRepair(Repair):
         """Besides building, let RLSEdit work upon the same model."""
         super().build(base, layer)
         self.first.work_upon(self)
+
+    def join(self, team: Team) -> None:
+        """Work among the ranks of a team, RLSEdit too: the texts that it lets the base write are the first rank's."""
+        super().join(team)
+        self.first.join(team)
 
     def prepare(self, background: Sequence[str], held_out: Sequence[str]) -> None:
         """Besides, let RLSEdit measure the base."""

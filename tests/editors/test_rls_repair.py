@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from repair_lightning.distributed.team import Team
 from repair_lightning.editors.repair import Writing
 from repair_lightning.editors.rls_repair import RLSRepair
 from repair_lightning.editors.values import Values
@@ -78,3 +79,10 @@ def test_a_shard_says_the_same_when_the_matrix_moves_on(taken_over, write, edits
 def test_dense_shards_are_refused():
     with pytest.raises(ConfigError, match=r"writing\.form must be low_rank"):
         RLSRepair(writing=Writing("dense"))
+
+
+def test_both_halves_work_in_one_team(editor_of):
+    """The texts that the base writes for values are the first rank's, so all ranks find the same ones."""
+    editor, team = hybrid(editor_of, ridge=1.0), Team(rank=1, size=2)
+    editor.join(team)
+    assert editor.first.team is editor.team is team
