@@ -46,6 +46,7 @@ class Scoreboard(pl.Callback):
         earlier: how the edits of the pack that the run started from are answered; None where it started anew.
         seconds: spent on scoring.
         edit_seconds: of fitting without the scoring.
+        prepare_seconds: of these, what went before the first edit.
         curve: how things stood after each window, see `Scoreboard.moment`.
         features: where the edits lie, see `feature_map`.
         singles: what single edits came to, where the stream gives the model one at a time; else None.
@@ -69,6 +70,7 @@ class Scoreboard(pl.Callback):
         self.perplexity: dict[str, float] | None = None
         self.seconds = 0.0
         self.edit_seconds = 0.0
+        self.prepare_seconds = 0.0
         self.curve: list[dict[str, Any]] = []
         self.features: dict[str, Any] = {}
         self.singles: Singles | None = None
@@ -96,6 +98,7 @@ class Scoreboard(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """How a pack's edits are answered before the first new one is written."""
+        self.prepare_seconds += self._edited() - self._before
         stream: Any = trainer.datamodule  # type: ignore[attr-defined]
         if stream.joined and self.earlier is None:
             with self._timed():
@@ -170,11 +173,13 @@ class Scoreboard(pl.Callback):
         """The time spent so far on editing, the curve, and how a pack's edits were answered at the start."""
         earlier = self.earlier.before if self.earlier else None
         singles = self.singles.as_dict() if self.singles else None
-        return {"edit_seconds": self._edited(), "curve": self.curve, "earlier": earlier, "singles": singles}
+        seconds = {"edit_seconds": self._edited(), "prepare_seconds": self.prepare_seconds}
+        return {**seconds, "curve": self.curve, "earlier": earlier, "singles": singles}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self._before, self.curve = state_dict["edit_seconds"], list(state_dict.get("curve", ()))
+        self.prepare_seconds = state_dict.get("prepare_seconds", 0.0)
         if state_dict.get("earlier") is not None:
             self.earlier = EarlierEdits(state_dict["earlier"])
         if state_dict.get("singles") is not None:

@@ -370,8 +370,6 @@ def finish(cli: EditCLI) -> dict[str, Any]:
 def collect_metrics(cli: EditCLI) -> dict[str, Any]:
     """The content of `metrics.json`; figures that do not apply are None."""
     board, feedback, merge = cli.part("scoreboard"), cli.part("feedback"), cli.part("merge")
-    reporting = cli.part("dashboard").seconds  # measures, as scoring does: no time that editing takes
-    editing = board.edit_seconds - reporting
     editor, stream, results = cli.model, cli.datamodule, board.results
     ledger, records = stream.ledger, stream.records
     pre = results["pre_edit"].rows
@@ -383,8 +381,8 @@ def collect_metrics(cli: EditCLI) -> dict[str, Any]:
         "n_edits": len(stream.edits),
         **_memory(cli),
         "seed": cli.config.seed_everything,
-        "seconds": {"load": cli.loaded - cli.started, "edit": editing, "evaluate": board.seconds + reporting},
-        "edits_per_minute": 60 * len(stream.edits) / max(editing, 1e-9),
+        "seconds": (seconds := _seconds(cli)),
+        "edits_per_minute": 60 * len(stream.edits) / max(seconds["edit"], 1e-9),
         **{stage: results[stage].scores for stage in ("pre_edit", "before_merge", "final")},
         "routing": results["final"].routing,
         "oracle_routing": board.oracle,
@@ -416,6 +414,17 @@ def collect_metrics(cli: EditCLI) -> dict[str, Any]:
         "earlier": earlier,
     }
     return metrics | {name: figures for name, figures in found.items() if figures is not None} | _of_singles(board)
+
+
+def _seconds(cli: EditCLI) -> dict[str, float]:
+    """What took how long; `prepare` is that part of `edit` which went before the first edit."""
+    board, reporting = cli.part("scoreboard"), cli.part("dashboard").seconds  # reporting measures, as scoring does
+    return {
+        "load": cli.loaded - cli.started,
+        "edit": board.edit_seconds - reporting,
+        "prepare": board.prepare_seconds,
+        "evaluate": board.seconds + reporting,
+    }
 
 
 def _memory(cli: EditCLI) -> dict[str, Any]:

@@ -525,6 +525,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.tables_only:
         if not out.is_dir():
             raise ConfigError(f"--tables_only: '{out}' is no folder; give the --out of the runs")
+        everything = plan(comparison, common, out)
+        other = sum(run.result(any_command=True).status != run.result().status for run in everything)
+        if other:
+            say(
+                console,
+                f"{other} runs in {out} were made with other options or configurations than these: shown as they are",
+            )
         _tables(comparison, chosen, common, out, console, any_command=True)
         return
     _check(runs)
@@ -573,7 +580,8 @@ def _tables(
         say(console, f"no run is finished in {out}; no table is written")
         return 0
     begun = [result for result in results if result.status != "missing"]
-    begun += [result for result in not_run(comparison) if result.variant in known]
+    sizes = {result.size for result in begun}
+    begun += [result for result in not_run(comparison) if result.variant in known and result.size in sizes]
     asked = {(run.variant.name, run.size, run.seed) for run in plan(chosen, common, out)}
     missing = dict.fromkeys(
         f"{one.variant} ({one.size})"

@@ -79,7 +79,7 @@ scores = {protocol: {"rel": 1.0, "gen": found, "loc": 0.99, "near": None, "op": 
           for protocol, found in (("autoregressive", op), ("teacher_forced", round(op + 0.05, 6)))}
 metrics = {"n_edits": min(size, 40), "before_merge": scores, "final": scores, "oracle_routing": scores, "shards": size,
            "closed_loop": {"windows": 1, "pruned": 2, "retriggered": 3, "quarantined": seed}, "seconds": {"total": 1.5},
-           "memory_bytes": 1000 * size,
+           "memory_bytes": 1000 * size, "bytes_per_edit": 1000 * size / min(size, 40),
            "merge": {"accepted": False, "reason": "is off"}, "edits_per_minute": 100.0 * (1 + seed)}
 (run / "metrics.json").write_text(json.dumps(metrics))
 '''
@@ -495,6 +495,7 @@ def test_tables_only_writes_what_is_there(bench, capsys):
     assert "| plain | 89.2 ± 0.7 | 89.1 ± 0.7 |\n| plain - part | 48.7 | - |\n" in first
     assert len(csv_rows(bench)) == 5
     said = capsys.readouterr().out.splitlines()
+    assert f"5 runs in {bench.out} were made with other options or configurations than these: shown as they are" in said
     assert said[-2].startswith("5 runs finished, 0 failed; tables: ")
     assert said[-3].startswith("not there yet: plain - part (30), plain - part (40), ")
 
@@ -831,6 +832,13 @@ def test_a_slow_variant_is_not_run_with_all_sizes(bench):
     assert "| slow | 90.0 | not run |" in bench.text("md")
     assert "- Not run: `slow`, 30 edits: it takes hours." in bench.text("md")
     assert "| not run: it takes hours |" in (bench.out / "scores.md").read_text()
+
+
+def test_a_size_without_runs_has_no_column_for_what_is_not_run(bench):
+    bench.write({"plain": None, "slow": {"sizes": [5], "reason": "it takes hours"}}, sizes=[5, 30], seeds=[0])
+    bench.run("--sizes", "5")
+    assert "not run" not in bench.text("md")
+    assert "N = 30" not in (bench.out / "scores.md").read_text()
 
 
 def test_a_run_that_takes_too_long_is_stopped_and_the_others_go_on(bench, capsys):

@@ -90,6 +90,9 @@ class Editor(pl.LightningModule):
     writes_base: ClassVar[bool] = False
     """Whether edits may live in the base's own weights, so that `BASE` owns them."""
 
+    learnt_beforehand: ClassVar[bool] = False
+    """Whether :meth:`own_state` is what was learnt before the first edit, and holds nothing of any edit."""
+
     strict_loading = False  # the base stays out of checkpoints
 
     def __init__(
@@ -507,6 +510,8 @@ class Editor(pl.LightningModule):
             self.adopt(Adapted.from_dict(checkpoint["adapted"]))
         if self._trainer is not None and self.trainer.datamodule.singles:  # type: ignore[attr-defined]
             checkpoint["state_dict"] = {}  # a single edit that was under way is written anew
+            if self.learnt_beforehand:
+                self.load_own_state(checkpoint["own"])
             return
         rows, state = checkpoint.get("rows", {}), checkpoint["router"]
         if "shards" in rows:

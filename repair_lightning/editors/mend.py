@@ -186,6 +186,8 @@ class MEND(WeightEditor):
 
     batchable: ClassVar[bool] = False
 
+    learnt_beforehand = True
+
     def __init__(
         self,
         base: str = "",

@@ -717,7 +717,7 @@ class Repair(Editor):
     def _rebuild(self, shard: int, edits: Sequence[Edit]) -> None:
         """Write the edits of an emptied shard anew: dense ones into that shard, all of them or none."""
         dense = self.writing.form == "dense" and shard in self.memory.ids
-        size = self.writing.capacity_of_a_shard if dense else self.batch_limit(edits)
+        size = self.written_together(edits, dense)
         groups = [tuple(edits[at : at + size]) for at in range(0, len(edits), size)]
         while groups:
             batch = EditBatch(groups.pop(0))
@@ -729,6 +729,10 @@ class Repair(Editor):
                     f"edit {batch.ids[0]!r} cannot be written anew ({left[batch.ids[0]]}): nothing is undone"
                 )
             groups += [(edit,) for edit in batch.edits if edit.id in left]
+
+    def written_together(self, edits: Sequence[Edit], dense: bool) -> int:
+        """How many edits of a shard that is rebuilt are written at once: all that a dense one holds."""
+        return self.writing.capacity_of_a_shard if dense else self.batch_limit(edits)
 
     def fuse(self, shards: Sequence[int], delta: Tensor) -> int:
         """Replace shards by one that holds `delta` and owns all their edits; returns its id."""

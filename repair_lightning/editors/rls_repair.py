@@ -77,6 +77,12 @@ class RLSRepair(Repair):
         super().build(base, layer)
         self.first.work_upon(self)
 
+    def on_fit_start(self) -> None:
+        """Besides, leave RLSEdit's anchors out that scoring asks."""
+        self.first.leave_out_asked(self.trainer.datamodule.unrelated)  # type: ignore[attr-defined]
+        self.anchors = self.first.anchors
+        super().on_fit_start()
+
     def join(self, team: Team) -> None:
         """Work among the ranks of a team, RLSEdit too: the texts that it lets the base write are the first rank's."""
         super().join(team)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,27 @@ class RLSEdit(ValueEditor):
         """The prompts whose answers the problems hold."""
         self.problems: dict[int, Recursion] = {}
         self.terms: dict[str, dict[int, Term]] = {}
+
+    def on_fit_start(self) -> None:
+        """Besides, leave anchors out that scoring asks."""
+        self.leave_out_asked(self.trainer.datamodule.unrelated)  # type: ignore[attr-defined]
+        super().on_fit_start()
+
+    def leave_out_asked(self, unrelated: Callable[[Sequence[str]], list[str]]) -> None:
+        """Keep those of the given anchors that are unrelated to what is scored.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if self.anchors is None:
+            return
+        left = unrelated(self.anchors)
+        if not left:
+            raise ConfigError(f"anchors: scoring asks all {len(self.anchors)} of them; give other prompts, or null")
+        if len(left) < len(self.anchors):
+            gone = len(self.anchors) - len(left)
+            log.warning("anchors: %d of %d are asked in scoring or repeated: left out", gone, len(self.anchors))
+        self.anchors = left
 
     def measure(self, background: Sequence[str]) -> None:
         """Besides, say which prompts are anchors; a problem that is there has its own."""

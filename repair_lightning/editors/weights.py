@@ -64,7 +64,11 @@ class WeightEditor(Editor):
             top = resolve_layer(base.model, None)
             if self.default_depth is not None:
                 top = int(self.default_depth * resolve_layer(base.model, -1) + 1e-6)
-            self.layers = min(self.layers, top + 1)
+            if self.layers > top + 1:
+                log.warning(
+                    "layers: %d asked for, the base has %d up to layer %d: all are written", self.layers, top + 1, top
+                )
+                self.layers = top + 1
             self.build(base, top - self.layers + 1)
         super().load()
 

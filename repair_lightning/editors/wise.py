@@ -32,7 +32,7 @@ from repair_lightning.editors.base import Snapshot, register
 from repair_lightning.editors.repair import Distillation, Repair, Routing, Writing
 from repair_lightning.errors import ConfigError
 from repair_lightning.functional import ties_merge, trim
-from repair_lightning.types import EditBatch
+from repair_lightning.types import Edit, EditBatch
 
 Mode = Literal["retrieve", "merge"]
 """What becomes of side memories that are full."""
@@ -131,6 +131,10 @@ class WISE(Repair):
         if self.mode == "merge" and len(full) >= self.subspaces:
             self.merge([*(shard for shard in self.merged if shard in self.memory.ids), *full])
         super().finish_window()
+
+    def written_together(self, edits: Sequence[Edit], dense: bool) -> int:
+        """One: a memory that is rebuilt after an undo is filled as it was, edit by edit in their order."""
+        return 1
 
     def full(self) -> list[int]:
         """The memories that take no more edits, without merged ones: all but the last, and that one if it is full."""

@@ -67,17 +67,16 @@ class Result:
 
 @dataclass(frozen=True)
 class Column:
-    """A figure as a table shows it: its place, its unit, its digits after the point, and what it is divided by."""
+    """A figure as a table shows it: its place, its unit and its digits after the point."""
 
     path: Place
     scale: float = 100.0
     digits: int = 1
-    per: Place | None = None
 
     def of(self, result: Result) -> float | None:
         """The figure of a run in the column's unit; None where the run has none."""
-        value, divisor = result.figure(self.path), result.figure(self.per) if self.per else 1.0
-        return None if value is None or not divisor else self.scale * value / divisor
+        value = result.figure(self.path)
+        return None if value is None else self.scale * value
 
 
 @dataclass(frozen=True)
@@ -123,11 +122,11 @@ COLUMNS = {
     "OP forced": Column(("final", TEACHER_FORCED, "op")),
     "OP oracle": Column(("oracle_routing", AUTOREGRESSIVE, "op")),
     "quarantined": Column(("closed_loop", "quarantined"), scale=1.0),
-    "bytes/edit": Column(("memory_bytes",), scale=1.0, digits=0, per=("n_edits",)),
+    "bytes/edit": Column(("bytes_per_edit",), scale=1.0, digits=0),
     "edits/min": Column(("edits_per_minute",), scale=1.0, digits=0),
 }
 """The columns of the table of one size; scores are autoregressive unless they say otherwise, bytes those
-of the shards as a pack stores them."""
+that the edits left."""
 
 FIGURES: dict[str, Place] = {
     "n_edits": ("n_edits",),
@@ -150,8 +149,11 @@ def cell(results: Sequence[Result], column: Column) -> str:
     values = [value for value in found if value is not None]
     failed = sum(result.status == "failed" for result in results)
     if not values:
-        others = {result.status for result in results} & {"stopped", "not run"}
-        return "failed" if failed else min(others, default="-")
+        standing = {result.status for result in results}
+        others = (
+            [] if "finished" in standing else [name for name in ("failed", "not run", "stopped") if name in standing]
+        )
+        return next(iter(others), "-")
     text = f"{mean(values):.{column.digits}f}"
     text += f" ± {stdev(values):.{column.digits}f}" if len(values) > 1 else ""
     return text + (f" ({failed} failed)" if failed else "")

@@ -29,20 +29,27 @@ COSTS = {
     "dev": Column(("deviation",), scale=1.0, digits=4),
 }
 COSTS_IN_WORDS = (
-    "s/edit: seconds of editing, the closed loop included, and what a method trains before the first edit, without "
-    "loading and scoring. kB/edit: what the edits left, as a pack stores it beside their texts. peak MiB, GPU MiB: the "
-    "most memory that editing took above what was taken before the first edit, of the process and of the GPU. dev: the "
-    "Frobenius norm of the change of the base's own W_v over its own, mean over the layers that were written into; a "
-    "dash where the base was not touched."
+    "s/edit: seconds of editing, the closed loop included, and what a method measures and trains before the first edit "
+    "(at N = 1 all of that), without loading and scoring. kB/edit: what the edits left, as a pack stores it beside "
+    "their texts. peak MiB, GPU MiB: the most memory that editing took above what was taken before the first edit, of "
+    "the process and of the GPU. dev: the Frobenius norm of the change of the base's own W_v over its own, mean over "
+    "the layers that were written into; a dash where the base was not touched."
 )
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a row says of one number of edits: a text per column, or one text in the place of them all."""
+    """What a row says of one number of edits.
+
+    Attributes:
+        cells: a text per column.
+        instead: a text in the place of them all.
+        values: per column, what each seed has.
+    """
 
     cells: tuple[str, ...]
     instead: str = ""
+    values: tuple[tuple[float, ...], ...] = ()
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -102,7 +109,8 @@ def costs(metrics: Mapping[str, object]) -> dict[str, float]:
     found: dict[str, float] = {}
     seconds, edits, method = (metrics.get(name) for name in ("seconds", "n_edits", "method"))
     if isinstance(seconds, Mapping) and "edit" in seconds and isinstance(edits, int) and edits:
-        found["seconds_per_edit"] = seconds["edit"] / edits
+        whole = seconds.get("prepare", 0.0) if metrics.get("singles") else 0.0  # each single edit would need it
+        found["seconds_per_edit"] = whole + (seconds["edit"] - whole) / edits
     deviation = method.get("deviation") if isinstance(method, Mapping) else None
     if deviation:
         found["deviation"] = mean(deviation.values())
@@ -130,20 +138,24 @@ def _table(
 
 def _entry(runs: Sequence[Result], columns: Mapping[str, Column]) -> Entry:
     """What some runs that differ in their seed alone came to."""
-    cells = tuple(_cell(runs, column) for column in columns.values())
-    if any(run.status == "finished" for run in runs) or not runs:
-        return Entry(cells)
+    finished = [run for run in runs if run.status == "finished"]
+    values = tuple(
+        tuple(value for run in finished if (value := column.of(run)) is not None) for column in columns.values()
+    )
+    cells = tuple(_cell(each, column, len(runs)) for each, column in zip(values, columns.values(), strict=True))
+    if finished or not runs:
+        return Entry(cells, values=values)
     first = min(runs, key=lambda run: ("not run", "stopped", "failed", "missing").index(run.status))
-    return Entry(cells, {"missing": "-", "failed": "failed"}.get(first.status, f"{first.status}: {first.error}"))
+    instead = {"missing": "-", "failed": "failed"}.get(first.status, f"{first.status}: {first.error}")
+    return Entry(cells, instead, values)
 
 
-def _cell(runs: Sequence[Result], column: Column) -> str:
-    values = [value for run in runs if run.status == "finished" and (value := column.of(run)) is not None]
+def _cell(values: Sequence[float], column: Column, seeds: int) -> str:
     if not values:
         return "-"
     text = f"{mean(values):.{column.digits}f}"
     text += f" ± {stdev(values):.{column.digits}f}" if len(values) > 1 else ""
-    return text + (f" ({len(values)} of {len(runs)} seeds)" if len(values) < len(runs) else "")
+    return text + (f" ({len(values)} of {seeds} seeds)" if len(values) < seeds else "")
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -231,17 +243,16 @@ def _tex_entry(entry: Entry) -> str:
 
 
 def grouped_csv(results: Sequence[Result]) -> str:
-    """A line per editor, number of edits, table and column: mean, standard deviation and number of seeds."""
+    """A line per editor, number of edits, table and column: mean, standard deviation and number of seeds, unrounded."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["table", "editor", "N", "column", "mean", "sd", "seeds", "status"])
     for table in editor_tables(results):
         for name, entries in table.rows:
-            of = [run for run in results if run.variant == name or name == BEFORE]
             for size, entry in zip(table.sizes, entries, strict=True):
-                seeds = len({run.seed for run in of if run.size == size and run.status == "finished"})
-                for column, cell in zip(table.columns, entry.cells, strict=True):
-                    status = entry.instead or ("finished" if seeds else "missing")
-                    centre, _, spread = cell.removesuffix("-").partition(" ± ")
-                    writer.writerow([table.name, name, size, column, centre, spread, seeds, status])
+                status = entry.instead or ("finished" if any(entry.values) else "missing")
+                for column, values in zip(table.columns, entry.values, strict=True):
+                    centre = f"{mean(values):.8g}" if values else ""
+                    spread = f"{stdev(values):.8g}" if len(values) > 1 else ""
+                    writer.writerow([table.name, name, size, column, centre, spread, len(values), status])
     return text.getvalue()

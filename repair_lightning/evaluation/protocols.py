@@ -183,14 +183,23 @@ def token_share(found: Sequence[int], expected: Sequence[int]) -> float:
     return sum(a == b for a, b in zip(found, expected, strict=True)) / max(len(expected), 1)
 
 
-def _mean_nll(logits: Tensor, labels: Tensor) -> list[tuple[float, int]]:
+def _nll_sums(logits: Tensor, labels: Tensor) -> list[tuple[float, int]]:
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
     return list(zip(losses.sum(-1).tolist(), (labels >= 0).sum(-1).tolist(), strict=True))
+
+
+def target_loss(
+    model: EditedModel, prompts: Sequence[str], targets: Sequence[str], memory: Tensor, batch_size: int = 64
+) -> tuple[float, int]:
+    """The negative log likelihood of the targets' tokens (with their end) given their prompts, in nats, summed; and
+    how many tokens they are."""
+    sums = _over_targets(model, prompts, targets, memory, _nll_sums, batch_size)
+    return sum(total for total, _ in sums), sum(count for _, count in sums)
 
 
 def perplexity(
     model: EditedModel, prompts: Sequence[str], targets: Sequence[str], memory: Tensor, batch_size: int = 64
 ) -> float:
     """Token perplexity of the targets (with their end) given their prompts: exp of the mean over all tokens."""
-    sums = _over_targets(model, prompts, targets, memory, _mean_nll, batch_size)
-    return math.exp(sum(total for total, _ in sums) / max(sum(count for _, count in sums), 1))
+    total, tokens = target_loss(model, prompts, targets, memory, batch_size)
+    return math.exp(total / max(tokens, 1))

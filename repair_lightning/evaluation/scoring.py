@@ -5,6 +5,7 @@ The base is asked once; later only prompts that a shard answers are asked again,
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -135,10 +136,15 @@ class Scorer:
 
     def perplexity(self, memory: Tensor) -> float:
         """Perplexity of the targets after the edits' own prompts."""
+        total, tokens = self.target_loss(memory)
+        return math.exp(total / max(tokens, 1))
+
+    def target_loss(self, memory: Tensor) -> tuple[float, int]:
+        """Of the targets after the edits' own prompts, see `protocols.target_loss`."""
         index = [i for i, question in enumerate(self.questions) if question.kind == "edit"]
         asked = [self.questions[i] for i in index]
         prompts, targets = [q.prompt for q in asked], [q.expected or "" for q in asked]
-        return protocols.perplexity(self.model, prompts, targets, memory[index], self.batch_size)
+        return protocols.target_loss(self.model, prompts, targets, memory[index], self.batch_size)
 
     def _replies(self, memory: Tensor, fresh: bool) -> _Replies:
         """What each question's memory says; it is asked again only if it changed since it was last asked."""

@@ -32,7 +32,7 @@ class Singles:
         oracle: per prompt of each edit its kind and its two scores under perfect routing.
         memory_bytes: per edit, what it left.
         deviations: per edit and layer, how far the base's own weights went.
-        surprises: per edit of a hallucination record, the logarithm of its target's perplexity.
+        target_losses: per edit of a hallucination record, its target's summed loss and number of tokens.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -40,7 +40,7 @@ class Singles:
     oracle: list[tuple[str, float, float]] = field(default_factory=list)
     memory_bytes: list[int] = field(default_factory=list)
     deviations: list[dict[str, float]] = field(default_factory=list)
-    surprises: list[float] = field(default_factory=list)
+    target_losses: list[tuple[float, int]] = field(default_factory=list)
 
     def take(self, editor: Editor, part: Scorer, perplexity: bool = False) -> None:
         """Score one edit, the only one that the editor holds.
@@ -59,7 +59,7 @@ class Singles:
         self.memory_bytes.append(bytes_left(editor))
         self.deviations.append({str(layer): x for layer, x in editor.edited.weights.deviations().items()})
         if perplexity:
-            self.surprises.append(math.log(part.perplexity(choice.memory)))
+            self.target_losses.append(part.target_loss(choice.memory))
 
     def result(self, stage: str, scorer: Scorer) -> Result:
         """The score over all of them, as of a stage.
@@ -81,12 +81,13 @@ class Singles:
         return _scores(self.oracle)
 
     def figures(self) -> dict[str, Any]:
-        """Means over the edits for `metrics.json`; the perplexity is the mean of its logarithm."""
+        """Means over the edits for `metrics.json`; the perplexity is over all tokens of all targets."""
         found: dict[str, Any] = {"number": len(self.memory_bytes), "memory_bytes": mean(self.memory_bytes or [0])}
         layers = dict.fromkeys(layer for one in self.deviations for layer in one)
         if layers:
             found["deviation"] = {layer: mean(one.get(layer, 0.0) for one in self.deviations) for layer in layers}
-        return found | ({"perplexity": math.exp(mean(self.surprises))} if self.surprises else {})
+        total, tokens = (sum(each) for each in zip(*self.target_losses, strict=True)) if self.target_losses else (0, 0)
+        return found | ({"perplexity": math.exp(total / tokens)} if tokens else {})
 
     def as_dict(self) -> dict[str, Any]:
         """Plain types, for checkpoints."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -172,6 +173,19 @@ class TestTraining:
         other.train_data = "gone.jsonl"
         other.prepare(irrelevant[:8], irrelevant[8:])
         assert other.training_figures == first.training_figures
+
+    def test_single_edits_that_go_on_need_no_second_training(self, trained, few, monkeypatch):
+        """A checkpoint between single edits has the network; what was written of an edit is not taken over."""
+        first = trained(steps=5)
+        checkpoint = {"state_dict": first.state_dict()}
+        first.on_save_checkpoint(checkpoint)
+        other = make_editor("mend", first.options())
+        other._trainer = SimpleNamespace(datamodule=SimpleNamespace(singles=True))
+        other.on_load_checkpoint(checkpoint)
+        assert checkpoint["state_dict"] == {}
+        assert other.training_figures == first.training_figures
+        monkeypatch.setattr(type(first), "train_on", lambda *_: pytest.fail("trained again"))
+        other.prepare(["a text"], ["and another"])
 
 
 def loss_of(editor, edit):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 import yaml
-from helpers_runs import REPOSITORY
+from helpers_runs import REPOSITORY, fit, world_edits, world_stream
 
 from repair_lightning.data.records import load_records
 from repair_lightning.editors import make_editor
@@ -151,6 +151,26 @@ class TestRLSEdit:
         editor = editor_of("llama", "rlsedit", anchors=str(tmp_path / "anchors.txt"))
         said = editor.said_by_base(["the sky is blue", "the river runs"])
         assert len(editor.anchor_keys[editor.layer]) == sum(len(row.ids) for row in said)
+
+    @pytest.mark.parametrize("name", ["rlsedit", "rls_repair"])
+    def test_anchors_that_scoring_asks_are_left_out(self, name, tmp_path, caplog):
+        """On the way that a run takes: what is held to the base's answer must not be what `Loc` asks."""
+        edit = world_edits(2)[0]
+        given = [edit.locality[0].prompt, "the sky is blue", "the sky is blue"]
+        options = {"base": "world", "precision": "float32", "anchors": given, "values": asdict(SURE)}
+        editor = make_editor(name, options)
+        fit(editor, world_stream(max_edits=2), [], tmp_path)
+        assert editor.anchors == ["the sky is blue"]
+        assert getattr(editor, "first", editor).anchored == ["the sky is blue"]
+        assert "anchors: 2 of 3 are asked in scoring or repeated: left out" in caplog.text
+        with pytest.raises(ConfigError, match=r"anchors: scoring asks all 1 of them; give other prompts, or null"):
+            fit(make_editor(name, options | {"anchors": [edit.prompt]}), world_stream(max_edits=2), [], tmp_path)
+
+    def test_more_layers_than_the_base_has_are_said(self, caplog):
+        editor = make_editor("memit", {"base": "world", "precision": "float32", "layers": 50})
+        editor.load()
+        assert editor.layers < 50
+        assert f"layers: 50 asked for, the base has {editor.layers} up to layer {editor.layers - 1}" in caplog.text
 
     def test_a_pack_needs_neither_the_file_nor_the_same_irrelevant_prompts(self, editor_of, write, edits, tmp_path):
         """What the problem holds is the pack's own: bounds and undo go on."""

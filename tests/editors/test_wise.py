@@ -55,6 +55,17 @@ class TestRetrieve:
         write(editor, edits[5:6], 1)
         assert editor.ledger.owner_of("e5") == 2
 
+    def test_an_undo_fills_the_memory_anew_edit_by_edit(self, make, write, edits, monkeypatch):
+        """As it was filled: what is left of it must not gain from being trained together."""
+        editor = make(capacity=8)
+        write(editor, edits[:4], 1)
+        written, plain = [], WISE._write_dense
+        monkeypatch.setattr(
+            WISE, "_write_dense", lambda self, batch, shard: written.append(batch.ids) or plain(self, batch, shard)
+        )
+        assert editor.undo(["e1"]) == ["e0", "e2", "e3"]
+        assert written == [("e0",), ("e2",), ("e3",)]
+
 
 class TestMerge:
     def test_it_is_ties_of_the_masked_deltas(self, make, write, edits):

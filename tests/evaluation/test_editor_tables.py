@@ -9,11 +9,12 @@ import re
 import pytest
 
 from repair_lightning.evaluation.charts import Chart
-from repair_lightning.evaluation.comparison import Result
+from repair_lightning.evaluation.comparison import COLUMNS, Result, cell
 from repair_lightning.evaluation.comparison_charts import op_against
 from repair_lightning.evaluation.comparison_page import write_comparison_page
 from repair_lightning.evaluation.editor_tables import (
     BEFORE,
+    costs,
     editor_tables,
     grouped_csv,
     grouped_latex,
@@ -100,7 +101,37 @@ def test_markdown_and_csv(results):
     (row,) = [
         r for r in rows if (r["table"], r["editor"], r["N"], r["column"]) == ("autoregressive", "ours", "30", "OP")
     ]
-    assert (row["mean"], row["sd"], row["seeds"], row["status"]) == ("0.85", "0.07", "2", "finished")
+    assert (row["mean"], row["sd"], row["seeds"], row["status"]) == ("0.85", "0.070710678", "2", "finished")
+
+
+def test_the_csv_stays_numbers_where_a_seed_is_missing():
+    results = [
+        finished("ours", 30, 0, rel=0.915),
+        finished("ours", 30, 1, rel=0.905),
+        Result("ours", "", 30, 2, "failed"),
+    ]
+    (rel, *_) = [r for r in csv.DictReader(io.StringIO(grouped_csv(results))) if r["editor"] == "ours"]
+    assert (rel["mean"], rel["sd"], rel["seeds"], rel["status"]) == ("0.91", "0.0070710678", "2", "finished")
+    assert "0.91 ± 0.01 (2 of 3 seeds)" in grouped_markdown(editor_tables(results))
+
+
+def test_what_is_prepared_is_paid_by_every_single_edit():
+    """100 s of training and 50 s of writing: one edit of its own needs all of the training, one of 50 a share."""
+    seconds = {"edit": 150.0, "prepare": 100.0, "total": 160.0}
+    assert costs({"seconds": seconds, "n_edits": 50})["seconds_per_edit"] == 3.0
+    assert costs({"seconds": seconds, "n_edits": 50, "singles": 50})["seconds_per_edit"] == 101.0
+
+
+def test_a_column_that_a_finished_run_lacks_did_not_fail():
+    results = [finished("ours", 30, 0), Result("ours", "", 30, 1, "failed")]
+    assert cell(results, COLUMNS["OP oracle"]) == "-"
+    assert cell(results, COLUMNS["OP"]) == "90.0 (1 failed)"
+    assert cell(results[1:], COLUMNS["OP"]) == "failed"
+
+
+def test_bytes_of_single_edits_are_of_one():
+    run = finished("ours", 1, singles=100, n_edits=100, memory_bytes=21_000, bytes_per_edit=21_000)
+    assert cell([run], COLUMNS["bytes/edit"]) == "21000"
 
 
 def test_op_against_what_an_edit_costs(results):

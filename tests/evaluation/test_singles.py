@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from helpers_runs import fit, hard_edits, world_editor, world_edits, world_stream, write_edits
 
@@ -84,8 +86,10 @@ def test_a_run_that_is_resumed_scores_the_rest_on_a_fresh_base(tmp_path):
 
 
 def test_means_over_layers_and_perplexities():
-    found = Singles(memory_bytes=[2, 4], deviations=[{"1": 0.5}, {"1": 0.25, "2": 1.0}], surprises=[0.0, 0.0]).figures()
-    assert found == {"number": 2, "memory_bytes": 3, "deviation": {"1": 0.375, "2": 0.5}, "perplexity": 1.0}
+    found = Singles(
+        memory_bytes=[2, 4], deviations=[{"1": 0.5}, {"1": 0.25, "2": 1.0}], target_losses=[(0.0, 1), (4.0, 3)]
+    ).figures()
+    assert found == {"number": 2, "memory_bytes": 3, "deviation": {"1": 0.375, "2": 0.5}, "perplexity": math.exp(1.0)}
 
 
 def test_a_pack_is_no_fresh_base():
