@@ -14,8 +14,8 @@ What is provable: the minimum is not above the objective at W_0, which is `E = s
 
 Our deviations: values are absolute (the public code feeds differences and subtracts `K W` once more); by default each
 target token has a key and a value of its own, because greedy decoding must say every one of them; anchors are what the
-stream calls irrelevant, with the base's own answers; lambda is in units of the anchors' mean squared norm, mu^2 is
-divided by the number of anchors.
+stream calls irrelevant, with the base's own answers; lambda is in units of the anchors' root mean squared norm (without
+first tokens), mu^2 is divided by the number of anchors.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class RLSEdit(ValueEditor):
     """
 
     can_undo = True
-    _anchor_keys: tuple[list[str], dict[int, Tensor]] | None = None
+    _anchors: tuple[list[str], dict[int, Tensor], dict[int, float]] | None = None
 
     def __init__(
         self,
@@ -138,18 +138,31 @@ class RLSEdit(ValueEditor):
     @property
     def anchor_keys(self) -> dict[int, Tensor]:
         """By written layer, the anchors' keys (N, F) in the base as it was."""
-        if self._anchor_keys is None or self._anchor_keys[0] != self.anchored:
+        return self._measured()[1]
+
+    @property
+    def units(self) -> dict[int, float]:
+        """By written layer, the mean squared norm of the anchors' keys but for each prompt's first token: many bases
+        park values there that are hundreds of times as large as any other."""
+        return self._measured()[2]
+
+    def _measured(self) -> tuple[list[str], dict[int, Tensor], dict[int, float]]:
+        if self._anchors is None or self._anchors[0] != self.anchored:
             said = self.said_by_base(self.anchored)
             with self.edited.weights.originals():
                 _, keys, _ = self.states([row.ids for row in said])
-            self._anchor_keys = list(self.anchored), {layer: torch.cat(each).float() for layer, each in keys.items()}
-        return self._anchor_keys[1]
+            units = {
+                layer: float(torch.cat([key[min(1, len(key) - 1) :] for key in each]).float().square().sum(-1).mean())
+                for layer, each in keys.items()
+            }
+            found = {layer: torch.cat(each).float() for layer, each in keys.items()}
+            self._anchors = list(self.anchored), found, units
+        return self._anchors
 
     def strengths(self, layer: int) -> tuple[float, float]:
         """lambda^2 and mu^2 of a layer's problem, absolute."""
         keys = self.anchor_keys[layer]
-        squared = float(keys.square().sum(-1).mean())
-        return self.ridge**2 * squared, self.anchoring**2 * keys.shape[1] / len(keys)
+        return self.ridge**2 * self.units[layer], self.anchoring**2 * keys.shape[1] / len(keys)
 
     def problem(self, layer: int) -> Recursion:
         """A layer's problem as it stands."""

@@ -152,6 +152,27 @@ class TestRLSEdit:
         said = editor.said_by_base(["the sky is blue", "the river runs"])
         assert len(editor.anchor_keys[editor.layer]) == sum(len(row.ids) for row in said)
 
+    def test_first_tokens_do_not_set_the_unit(self, editor_of, monkeypatch):
+        """A base that parks huge values at its first token must not get a problem too stiff to take an edit."""
+        plain = editor_of("llama", "rlsedit", layers=2)
+        parking = editor_of("llama", "rlsedit", layers=2)
+        states = parking.states
+
+        def parked(rows):
+            top, keys, left = states(rows)
+            return (
+                top,
+                {layer: [torch.cat([1e3 * key[:1], key[1:]]) for key in each] for layer, each in keys.items()},
+                left,
+            )
+
+        monkeypatch.setattr(parking, "states", parked)
+        for layer in plain.written_layers:
+            keys = plain.anchor_keys[layer]
+            assert parking.strengths(layer) == plain.strengths(layer)
+            assert plain.units[layer] == pytest.approx(float(keys.square().sum(-1).mean()), rel=0.5)
+            assert float(parking.anchor_keys[layer].square().sum(-1).mean()) > 1e3 * plain.units[layer]
+
     @pytest.mark.parametrize("name", ["rlsedit", "rls_repair"])
     def test_anchors_that_scoring_asks_are_left_out(self, name, tmp_path, caplog):
         """On the way that a run takes: what is held to the base's answer must not be what `Loc` asks."""
