@@ -214,10 +214,11 @@ class Run:
         return [sys.executable, str(TRAIN), *self.arguments]
 
     def asked(self) -> dict[str, Any]:
-        """All that decides what comes out, short of the code and the data: a run is repeated where it changes."""
+        """All that decides what comes out, short of the code and the data: a run is repeated where it changes. Where a
+        configuration lies decides nothing: the project may move."""
         own = f"--config={self.folder / 'options.yaml'}"
         _, files = resolve_configs([part for part in self.arguments if part != own], [REPOSITORY / "configs"])
-        digests = {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+        digests = [[file.name, hashlib.sha256(file.read_bytes()).hexdigest()] for file in files]
         return {"arguments": list(self.arguments), "options": dict(self.variant.options), "configs": digests}
 
     def write(self, record: Mapping[str, Any]) -> None:

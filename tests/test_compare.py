@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -253,6 +254,19 @@ def test_another_preset_of_the_same_name_is_run_again(bench):
     preset.write_text("data: {window: 9}\n")
     bench.run()
     assert bench.new() == PART
+
+
+def test_a_project_that_has_moved_keeps_its_runs(bench, monkeypatch, tmp_path):
+    """What a configuration says decides, not where it lies."""
+    bench.run()
+    bench.new()
+    shutil.copytree(REPOSITORY / "configs", tmp_path / "moved" / "configs")
+    monkeypatch.setattr(compare, "REPOSITORY", tmp_path / "moved")
+    bench.run()
+    assert bench.new() == []
+    (tmp_path / "moved" / "configs" / "zsre_small.yaml").write_text("data: {window: 9}\n")
+    bench.run()
+    assert bench.new() == PART + PLAIN
 
 
 def test_options_of_any_size_are_recognised(bench):
