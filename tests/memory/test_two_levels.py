@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_routers import BACKGROUND, COMMON, D, E, F, V, ask, bank, fitted, same, table
 
@@ -79,14 +79,23 @@ def history(router: KeyRouter, seed: int, between=lambda router: router) -> KeyR
     return router
 
 
+def clear(router: KeyRouter) -> torch.Tensor:
+    """The prompts of `EVERYONE` whose last candidate leads the next key by more than half precision may err."""
+    found, _ = router._search_all(router.encoder(EVERYONE), router.candidates + 1)
+    return (found[:, -2] - found[:, -1] > 1e-3).nonzero()[:, 0]
+
+
 class TestKeys:
     @settings(max_examples=15, deadline=None)
     @given(st.integers(0, 10_000))
+    @example(9931)
     def test_all_cells_say_what_a_search_of_all_keys_says(self, seed):
         two, one = history(new_router(Thorough, FROM), seed), history(new_router(Thorough, MANY), seed)
         assert two.ids == one.ids
         assert not one.clustered
-        a, b = two.route(EVERYONE, NOWHERE), one.route(EVERYONE, NOWHERE)
+        asked = EVERYONE.rows(clear(one))
+        assert len(asked) > 0.9 * len(EVERYONE)
+        a, b = two.route(asked, NOWHERE), one.route(asked, NOWHERE)
         assert a.memory.tolist() == b.memory.tolist()
         assert a.nearest == b.nearest
         assert torch.equal(a.score, b.score)
