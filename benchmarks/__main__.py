@@ -47,7 +47,7 @@ def measured(part: str, context: Context, argv: Sequence[str]) -> bool:
     known, start = machine.describe(context.threads), time.perf_counter()
     try:
         result = importlib.import_module(f"benchmarks.{part}").run_part(context)
-    except Exception:
+    except Exception:  # whatever it is, it is printed whole, the exit code says it, and the other parts are measured
         console.print_exception(max_frames=8)
         return False
     report.save(context, part, result | {"took_seconds": time.perf_counter() - start}, known, argv)

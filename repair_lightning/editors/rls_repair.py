@@ -64,13 +64,17 @@ class RLSRepair(Repair):
             raise ConfigError(f"writing.form must be low_rank for shards upon a matrix that moves, got {writing.form}")
         self.values, self.ridge, self.anchoring = values, ridge, anchoring
         first = RLSEdit(base, values=values, ridge=ridge, anchoring=anchoring, anchors=anchors, **common)
-        self.anchors = first.anchors
         self._first = [first]  # in a list: its model is this one's, not a part of its own
 
     @property
     def first(self) -> RLSEdit:
         """Who writes first; it works upon this editor's model."""
         return self._first[0]
+
+    @property
+    def anchors(self) -> list[str] | None:
+        """RLSEdit's anchors, as a pack keeps them."""
+        return self.first.anchors
 
     def build(self, base: Base, layer: int) -> None:
         """Besides building, let RLSEdit work upon the same model."""
@@ -80,7 +84,6 @@ class RLSRepair(Repair):
     def on_fit_start(self) -> None:
         """Besides, leave RLSEdit's anchors out that scoring asks."""
         self.first.leave_out_asked(self.trainer.datamodule.unrelated)  # type: ignore[attr-defined]
-        self.anchors = self.first.anchors
         super().on_fit_start()
 
     def join(self, team: Team) -> None:

@@ -150,10 +150,9 @@ def cell(results: Sequence[Result], column: Column) -> str:
     failed = sum(result.status == "failed" for result in results)
     if not values:
         standing = {result.status for result in results}
-        others = (
-            [] if "finished" in standing else [name for name in ("failed", "not run", "stopped") if name in standing]
-        )
-        return next(iter(others), "-")
+        order = ("finished", "failed", "not run", "stopped")
+        first = next((status for status in order if status in standing), "finished")
+        return "-" if first == "finished" else first
     text = f"{mean(values):.{column.digits}f}"
     text += f" ± {stdev(values):.{column.digits}f}" if len(values) > 1 else ""
     return text + (f" ({failed} failed)" if failed else "")

@@ -197,9 +197,6 @@ def target_loss(
     return sum(total for total, _ in sums), sum(count for _, count in sums)
 
 
-def perplexity(
-    model: EditedModel, prompts: Sequence[str], targets: Sequence[str], memory: Tensor, batch_size: int = 64
-) -> float:
-    """Token perplexity of the targets (with their end) given their prompts: exp of the mean over all tokens."""
-    total, tokens = target_loss(model, prompts, targets, memory, batch_size)
-    return math.exp(total / max(tokens, 1))
+def perplexity(losses: Sequence[tuple[float, int]]) -> float:
+    """Token perplexity: exp of the mean over all tokens of what :meth:`target_loss` gave, once or of several parts."""
+    return math.exp(sum(total for total, _ in losses) / max(sum(tokens for _, tokens in losses), 1))

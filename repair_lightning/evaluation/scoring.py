@@ -5,7 +5,6 @@ The base is asked once; later only prompts that a shard answers are asked again,
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -136,8 +135,7 @@ class Scorer:
 
     def perplexity(self, memory: Tensor) -> float:
         """Perplexity of the targets after the edits' own prompts."""
-        total, tokens = self.target_loss(memory)
-        return math.exp(total / max(tokens, 1))
+        return protocols.perplexity([self.target_loss(memory)])
 
     def target_loss(self, memory: Tensor) -> tuple[float, int]:
         """Of the targets after the edits' own prompts, see `protocols.target_loss`."""

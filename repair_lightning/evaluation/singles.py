@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from statistics import mean
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from repair_lightning.evaluation.metrics import KIND_OF_PROMPT, EditScores
-from repair_lightning.evaluation.protocols import AUTOREGRESSIVE, TEACHER_FORCED
+from repair_lightning.evaluation.protocols import AUTOREGRESSIVE, TEACHER_FORCED, perplexity
 from repair_lightning.evaluation.scoring import Result, Scorer, confusion, oracle_choice
 from repair_lightning.packs import bytes_left
 
@@ -42,13 +41,13 @@ class Singles:
     deviations: list[dict[str, float]] = field(default_factory=list)
     target_losses: list[tuple[float, int]] = field(default_factory=list)
 
-    def take(self, editor: Editor, part: Scorer, perplexity: bool = False) -> None:
+    def take(self, editor: Editor, part: Scorer, losses: bool = False) -> None:
         """Score one edit, the only one that the editor holds.
 
         Args:
             editor: as it is after the edit.
             part: asks the edit's prompts.
-            perplexity: whether that of the target is asked for.
+            losses: whether that of the target is asked for.
         """
         owners = editor.owner_choice([question.edit for question in part.questions])
         choice, fresh = part.choose(), editor.base_changed
@@ -58,7 +57,7 @@ class Singles:
         self.oracle += [(row["kind"], float(row["correct"]), row["teacher_forced"]) for row in routed]
         self.memory_bytes.append(bytes_left(editor))
         self.deviations.append({str(layer): x for layer, x in editor.edited.weights.deviations().items()})
-        if perplexity:
+        if losses:
             self.target_losses.append(part.target_loss(choice.memory))
 
     def result(self, stage: str, scorer: Scorer) -> Result:
@@ -86,8 +85,7 @@ class Singles:
         layers = dict.fromkeys(layer for one in self.deviations for layer in one)
         if layers:
             found["deviation"] = {layer: mean(one.get(layer, 0.0) for one in self.deviations) for layer in layers}
-        total, tokens = (sum(each) for each in zip(*self.target_losses, strict=True)) if self.target_losses else (0, 0)
-        return found | ({"perplexity": math.exp(total / tokens)} if tokens else {})
+        return found | ({"perplexity": perplexity(self.target_losses)} if self.target_losses else {})
 
     def as_dict(self) -> dict[str, Any]:
         """Plain types, for checkpoints."""

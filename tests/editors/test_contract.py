@@ -14,7 +14,7 @@ from repair_lightning.editors import REGISTRY, Editor, make_editor
 from repair_lightning.editors.repair import Routing, Writing
 from repair_lightning.editors.values import Values
 from repair_lightning.errors import ConfigError, RepairError
-from repair_lightning.evaluation.protocols import perplexity
+from repair_lightning.evaluation.protocols import perplexity, target_loss
 from repair_lightning.models.prefix import pad_left
 from repair_lightning.packs import WEIGHTS_FILE, load_edited, save_pack, shard_tensors
 from repair_lightning.types import BASE, EditBatch
@@ -167,7 +167,7 @@ def test_edits_are_answered_and_reach_their_owner(make, write, answers, edits, n
     editor = make()
     written = edits[:4] if editor.writes_base else edits
     prompts, targets = [edit.prompt for edit in written], [edit.target for edit in written]
-    before = perplexity(editor.edited, prompts, targets, torch.full((len(written),), BASE))
+    before = perplexity([target_loss(editor.edited, prompts, targets, torch.full((len(written),), BASE))])
     reports = write(editor, written, 4)
     assert [report.id for report in reports] == [edit.id for edit in written]
     assert all(report.error is None for report in reports)
@@ -175,7 +175,7 @@ def test_edits_are_answered_and_reach_their_owner(make, write, answers, edits, n
     assert chosen.tolist() == editor.owner_choice([edit.id for edit in written]).tolist()
     if name in TEXTS:
         return
-    assert perplexity(editor.edited, prompts, targets, chosen) < 0.9 * before
+    assert perplexity([target_loss(editor.edited, prompts, targets, chosen)]) < 0.9 * before
     if name in NEARER:
         return
     right = written[-1:] if not editor.batchable else written

@@ -23,6 +23,7 @@ from repair_lightning.evaluation.protocols import (
     forced_tokens,
     normalise,
     perplexity,
+    target_loss,
     token_share,
 )
 from repair_lightning.types import BASE
@@ -156,7 +157,10 @@ def test_perplexity_is_the_plain_models(written, plain, asked, batch_size):
         logs = logits.log_softmax(-1)
         total -= sum(float(logs[i, token]) for i, token in enumerate(expected))
         count += len(expected)
-    found = perplexity(editor.edited, prompts, targets, memory, batch_size)
+    whole = target_loss(editor.edited, prompts, targets, memory, batch_size)
+    parts = [target_loss(editor.edited, [p], [t], m[None]) for p, t, m in zip(prompts, targets, memory, strict=True)]
+    assert perplexity(parts) == pytest.approx(perplexity([whole]), rel=1e-4)
+    found = perplexity([whole])
     assert found == pytest.approx(math.exp(total / count), rel=1e-4)
 
 

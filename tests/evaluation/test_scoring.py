@@ -307,10 +307,9 @@ def test_infinite_thresholds_are_written_as_null(scorer, owners):
 def test_perplexity_is_of_the_edits_own_prompts(written, edits, scorer):
     editor, _ = written
     nobody = torch.full((len(scorer.questions),), BASE)
-    expected = protocols.perplexity(
-        editor.edited, [e.prompt for e in edits], [e.target for e in edits], torch.full((3,), BASE)
-    )
-    assert scorer.perplexity(nobody) == pytest.approx(expected)
+    prompts, targets = [e.prompt for e in edits], [e.target for e in edits]
+    expected = protocols.target_loss(editor.edited, prompts, targets, torch.full((3,), BASE))
+    assert scorer.perplexity(nobody) == pytest.approx(protocols.perplexity([expected]))
 
 
 def test_answers_are_long_enough_for_the_longest_target(written, edits):
