@@ -1,8 +1,12 @@
 """Record formats: one pure converter per data set, from its own fields to the project's `jsonl` record.
 
 A `jsonl` record is `{id, subject, prompt, target, rephrases, locality, near}`: `rephrases` is a list of texts,
-`locality` and `near` are lists of `{prompt, answer}`. All texts are stripped; the one space between prompt and target
-is put in later. `id` is None where the source has none.
+`locality` and `near` are lists of `{prompt, answer}`. `id` is None where the source has none.
+
+The project's own format keeps prompts, targets and answers as they were written: an indentation, a blank or a line
+break at an end belongs to the text. Each of its prompts may be messages, carried as one text (see `dialogue`), and may
+leave the place of the subject open (see `text.fill`). The published sets have stray blanks at the ends of their fields
+that mean nothing, so theirs are stripped. What stands between prompt and target, `text.seam` says.
 
 To add a format: write `<name>(record) -> dict` and one entry in `FORMATS`.
 """
@@ -15,6 +19,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from repair_lightning.data import dialogue, text
 from repair_lightning.errors import ConfigError, FieldError
 
 Record = Mapping[str, Any]
@@ -22,6 +27,9 @@ Record = Mapping[str, Any]
 PROMPT_REMEDY = "give the question or the beginning of the sentence that the model should complete"
 TARGET_REMEDY = "give the text the model should answer"
 TEXT_REMEDY = "write a text in quotes, or leave the field out"
+PROBE_REMEDY = "give the prompt that must keep its answer"
+OPEN_PROBE_REMEDY = "write the subject that the probe asks about, or {{}} for the two signs themselves"
+OPEN_REMEDY = "give 'subject', or write {{}} for the two signs themselves"
 _KINDS = {str: "a text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
 
 
@@ -59,7 +67,7 @@ def kind_of(value: Any) -> str:
 
 
 def as_text(value: Any, field: str, remedy: str = TEXT_REMEDY) -> str:
-    """The stripped text of a field; may be empty.
+    """The text of a field as it was written; may be empty.
 
     Raises:
         FieldError: if the value is no text, or holds half of a surrogate pair (it cannot be encoded as UTF-8).
@@ -70,43 +78,89 @@ def as_text(value: Any, field: str, remedy: str = TEXT_REMEDY) -> str:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise FieldError(field, f"holds a broken character at position {error.start}", "write it as UTF-8") from None
-    return value.strip()
+    return value
 
 
 def required_text(record: Record, field: str, remedy: str = TEXT_REMEDY) -> str:
-    """The non-empty text of a field. Raises `FieldError` where it is missing, null, empty or no text."""
+    """The text of a field. Raises `FieldError` where it is missing, null, no text, or nothing but white space."""
     if record.get(field) is None:
         raise FieldError(field, "is missing", remedy)
-    text = as_text(record[field], field, remedy)
-    if not text:
+    found = as_text(record[field], field, remedy)
+    if not found.strip():
         raise FieldError(field, "is empty", remedy)
-    return text
+    return found
 
 
 def optional_text(record: Record, field: str) -> str | None:
-    """The text of a field, or None where it is missing, null or empty. Raises `FieldError` where it is no text."""
+    """The text of a field, or None where it is missing, null or blank. Raises `FieldError` where it is no text."""
     value = record.get(field)
-    return None if value is None else as_text(value, field) or None
+    found = "" if value is None else as_text(value, field)
+    return found if found.strip() else None
+
+
+def required_prompt(
+    record: Record, field: str, remedy: str, subject: str | None, open_remedy: str = OPEN_REMEDY
+) -> str:
+    """The prompt of a field, a text or messages (in JSON too), with the subject where it was left open by `{}`.
+
+    Of messages, the last turn is filled. Messages come back as one canonical text, see `dialogue.dump`.
+
+    Raises:
+        FieldError: it is missing, empty, or neither; or it is open and there is no subject.
+    """
+    messages = dialogue.given(record.get(field), field)
+    if messages is None:
+        return _filled(required_text(record, field, remedy), field, subject, open_remedy)
+    *before, last = messages
+    content = _filled(last["content"], f"{field}[{len(before)}].content", subject, open_remedy)
+    return as_text(dialogue.dump([*before, {**last, "content": content}]), field)
+
+
+def _filled(prompt: str, field: str, subject: str | None, open_remedy: str) -> str:
+    if subject is None and text.is_open(prompt):
+        raise FieldError(field, "holds {}, which nothing fills here", open_remedy)
+    return text.fill(prompt, subject)
 
 
 def texts(record: Record, *fields: str) -> list[str]:
     """All texts of fields that hold one text or a list of texts each; missing ones count as empty.
 
+    A text that is the JSON of such a list, as in a cell of a CSV file, counts as the list.
+
     Raises:
         FieldError: if a field is neither, or an item of its list is no text or empty.
     """
-    return [text for field in fields for text in _texts_of(record.get(field), field)]
-
-
-def _texts_of(value: Any, field: str) -> list[str]:
-    if value is None:
-        return []
-    if isinstance(value, str):
-        return [text] if (text := as_text(value, field)) else []
-    if not isinstance(value, list):
-        raise FieldError(field, f"is {kind_of(value)}, not a list of texts", 'write ["...", "..."] or leave it out')
-    items = {f"{field}[{i}]": item for i, item in enumerate(value)}
+    items = {name: item for field in fields for name, item in _items(record, field).items()}
     return [required_text(items, name) for name in items]
+
+
+def prompts(record: Record, field: str, subject: str | None) -> list[str]:
+    """All prompts of a field that holds one or a list of them, each a text or messages; see `required_prompt`.
+
+    One list of messages is one prompt, a list of such lists is several.
+    """
+    items = _items(record, field)
+    if items and all(isinstance(item, Mapping) for item in items.values()):
+        items = {field: list(items.values())}
+    return [required_prompt(items, name, TEXT_REMEDY, subject) for name in items]
+
+
+def _items(record: Record, field: str) -> dict[str, Any]:
+    """The items of a field that holds a text or a list, each under its own name."""
+    value = record.get(field)
+    if value is None or (isinstance(value, str) and not as_text(value, field).strip()):
+        return {}
+    found = _listed(value) if isinstance(value, str) else value
+    if not isinstance(found, list):
+        raise FieldError(field, f"is {kind_of(value)}, not a list of texts", 'write ["...", "..."] or leave it out')
+    return {field: value} if found == [value] else {f"{field}[{i}]": item for i, item in enumerate(found)}
+
+
+def _listed(value: str) -> list[Any]:
+    """The list of texts, messages or dialogues whose JSON a text is, or the text as the only item of a list."""
+    found = dialogue.as_list(value)
+    meant = found is not None and (not found or any(isinstance(item, str | Mapping | list) for item in found))
+    return found if found is not None and meant else [value]
 
 
 def probe(record: Record, prompt_field: str, answer_field: str) -> list[dict[str, Any]]:
@@ -117,7 +171,9 @@ def probe(record: Record, prompt_field: str, answer_field: str) -> list[dict[str
 
 
 def probes(record: Record, field: str) -> list[dict[str, Any]]:
-    """The probes of a field that holds a list of `{prompt, answer}` or of plain prompts.
+    """The probes of a field that holds a list (or the JSON of one) of `{prompt, answer}` or of plain prompts.
+
+    A prompt is a text or messages. It may not be left open by `{}`: another subject than the record's belongs there.
 
     Raises:
         FieldError: if the field holds something else.
@@ -125,16 +181,17 @@ def probes(record: Record, field: str) -> list[dict[str, Any]]:
     value = record.get(field)
     if value is None or value == "":
         return []
-    if not isinstance(value, list):
+    found = dialogue.as_list(value) if isinstance(value, str) else value
+    if not isinstance(found, list):
         raise FieldError(field, f"is {kind_of(value)}, not a list", 'write [{"prompt": "...", "answer": "..."}]')
-    return [_probe_of(item, f"{field}[{i}]") for i, item in enumerate(value)]
+    return [_probe_of(item, f"{field}[{i}]") for i, item in enumerate(found)]
 
 
 def _probe_of(item: Any, field: str) -> dict[str, Any]:
     named = item if isinstance(item, Mapping) else {"prompt": item}
     flat = {f"{field}.{key}": value for key, value in named.items()}
     return {
-        "prompt": required_text(flat, f"{field}.prompt", "give the prompt that must keep its answer"),
+        "prompt": required_prompt(flat, f"{field}.prompt", PROBE_REMEDY, None, OPEN_PROBE_REMEDY),
         "answer": optional_text(flat, f"{field}.answer"),
     }
 
@@ -150,28 +207,15 @@ def record_id(record: Record, *fields: str) -> str | None:
         if type(value) is int:
             return str(value)
         if value is not None:
-            return required_text(record, field, "give each record its own id, or leave the field out everywhere")
+            remedy = "give each record its own id, or leave the field out everywhere"
+            return required_text(record, field, remedy).strip()
     return None
 
 
-def _record(
-    record: Record,
-    prompt: str,
-    target: str,
-    *,
-    rephrases: list[str],
-    locality: list[Any],
-    near: list[Any] | None = None,
-) -> dict[str, Any]:
-    return {
-        "id": record_id(record, "id", "case_id"),
-        "subject": optional_text(record, "subject"),
-        "prompt": required_text(record, prompt, PROMPT_REMEDY),
-        "target": required_text(record, target, TARGET_REMEDY),
-        "rephrases": rephrases,
-        "locality": locality,
-        "near": near or [],
-    }
+def subject_of(record: Record) -> str | None:
+    """The subject, stripped; None where there is none."""
+    found = optional_text(record, "subject")
+    return None if found is None else found.strip()
 
 
 def jsonl(record: Record) -> dict[str, Any]:
@@ -181,19 +225,47 @@ def jsonl(record: Record) -> dict[str, Any]:
         close = difflib.get_close_matches(str(field).lower(), sorted(known - record.keys()), n=1, cutoff=0.85)
         if field not in known and close:
             raise FieldError(str(field), "is not a field of format 'jsonl'", f"did you mean '{close[0]}'?")
-    return _record(
-        record,
-        "prompt",
-        "target",
-        rephrases=texts(record, "rephrases"),
-        locality=probes(record, "locality"),
-        near=probes(record, "near"),
-    )
+    subject = subject_of(record)
+    return {
+        "id": record_id(record, "id", "case_id"),
+        "subject": subject,
+        "prompt": required_prompt(record, "prompt", PROMPT_REMEDY, subject),
+        "target": required_text(record, "target", TARGET_REMEDY),
+        "rephrases": prompts(record, "rephrases", subject),
+        "locality": probes(record, "locality"),
+        "near": probes(record, "near"),
+    }
+
+
+def _published(
+    record: Record,
+    prompt: str,
+    target: str,
+    *,
+    rephrases: list[str],
+    locality: list[Any],
+    near: list[Any] | None = None,
+) -> dict[str, Any]:
+    """The record of a published set, all texts stripped."""
+    return {
+        "id": record_id(record, "id", "case_id"),
+        "subject": subject_of(record),
+        "prompt": required_text(record, prompt, PROMPT_REMEDY).strip(),
+        "target": required_text(record, target, TARGET_REMEDY).strip(),
+        "rephrases": [rephrase.strip() for rephrase in rephrases],
+        "locality": [_stripped(probe) for probe in locality],
+        "near": [_stripped(probe) for probe in near or ()],
+    }
+
+
+def _stripped(probe: Mapping[str, str | None]) -> dict[str, str | None]:
+    return {name: None if found is None else found.strip() for name, found in probe.items()}
 
 
 def zsre(record: Record) -> dict[str, Any]:
     """ZsRE as prepared for MEND and WISE; the locality prompt is `loc` as it stands (`nq question: ...`)."""
-    return _record(record, "src", "alt", rephrases=texts(record, "rephrase"), locality=probe(record, "loc", "loc_ans"))
+    rephrases, locality = texts(record, "rephrase"), probe(record, "loc", "loc_ans")
+    return _published(record, "src", "alt", rephrases=rephrases, locality=locality)
 
 
 def counterfact(record: Record) -> dict[str, Any]:
@@ -202,7 +274,7 @@ def counterfact(record: Record) -> dict[str, Any]:
         return _counterfact_nested(record)
     near = probe(record, "locality_prompt", "locality_ground_truth")
     rephrases = texts(record, "rephrase_prompt")
-    return _record(record, "prompt", "target_new", rephrases=rephrases, locality=near, near=list(near))
+    return _published(record, "prompt", "target_new", rephrases=rephrases, locality=near, near=near)
 
 
 def _counterfact_nested(record: Record) -> dict[str, Any]:
@@ -211,7 +283,7 @@ def _counterfact_nested(record: Record) -> dict[str, Any]:
     for side in ("target_new", "target_true"):
         value = flat.get(f"{name}.{side}")
         flat[f"{name}.{side}.str"] = value.get("str") if isinstance(value, Mapping) else value
-    subject = required_text(flat, f"{name}.subject")
+    subject = required_text(flat, f"{name}.subject").strip()
     answer = optional_text(flat, f"{name}.target_true.str")
     source = {
         **record,
@@ -219,27 +291,27 @@ def _counterfact_nested(record: Record) -> dict[str, Any]:
         "prompt": required_text(flat, f"{name}.prompt", PROMPT_REMEDY).replace("{}", subject),
         "target": required_text(flat, f"{name}.target_new.str", TARGET_REMEDY),
     }
-    near = [{"prompt": text, "answer": answer} for text in texts(record, "neighborhood_prompts")]
+    near = [{"prompt": prompt, "answer": answer} for prompt in texts(record, "neighborhood_prompts")]
     rephrases = texts(record, "paraphrase_prompts")
-    return _record(source, "prompt", "target", rephrases=rephrases, locality=near, near=list(near))
+    return _published(source, "prompt", "target", rephrases=rephrases, locality=near, near=near)
 
 
 def wikibigedit(record: Record) -> dict[str, Any]:
     """WikiBigEdit; the persona's way of asking counts as a rephrase, the multi-hop question is not read."""
     rephrases = texts(record, "rephrase", "personas")
-    return _record(record, "update", "ans", rephrases=rephrases, locality=probe(record, "loc", "loc_ans"))
+    return _published(record, "update", "ans", rephrases=rephrases, locality=probe(record, "loc", "loc_ans"))
 
 
 def hallucination(record: Record) -> dict[str, Any]:
     """SelfCheckGPT's WikiBio passages with the sentence that should follow; locality from RedPajama."""
     locality = probe(record, "locality_prompt", "locality_ground_truth")
-    return _record(record, "prompt", "target_new", rephrases=[], locality=locality)
+    return _published(record, "prompt", "target_new", rephrases=[], locality=locality)
 
 
 def temporal(record: Record) -> dict[str, Any]:
     """WISE's out-of-distribution set: recent facts, with a rephrase from the wild."""
     locality = probe(record, "locality_prompt", "locality_ground_truth")
-    return _record(record, "prompt", "target_new", rephrases=texts(record, "ood_rephrase"), locality=locality)
+    return _published(record, "prompt", "target_new", rephrases=texts(record, "ood_rephrase"), locality=locality)
 
 
 _LOCALITY = ("locality_prompt", "locality_ground_truth")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from repair_lightning.data.ledger import EditStatus, Ledger
-from repair_lightning.data.records import RecordSet
+from repair_lightning.data.records import RecordSet, named, same_question_key
 from repair_lightning.errors import counted
+from repair_lightning.types import Edit
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ class Joined:
         renamed: new id of a record whose own id the pack uses for another edit.
         known: for a record that says what a live edit of the pack says, that edit's id.
         replaced: for an edit of the pack that a record contradicts, the record's (new) id.
+        alike: ids (pack's edit, record's (new) id) where both ask the same question in prompts that differ.
     """
 
     inherited: int
@@ -33,6 +35,7 @@ class Joined:
     renamed: Mapping[str, str]
     known: Mapping[str, str]
     replaced: Mapping[str, str]
+    alike: Sequence[tuple[str, str]] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """In plain types."""
@@ -40,19 +43,25 @@ class Joined:
 
 
 def join(found: RecordSet, ledger: Ledger) -> Joined:
-    """What becomes of new records beside a pack's ledger. One with the prompt of a live edit repeats or replaces it."""
-    live = {ledger.edit(id).prompt: id for id in ledger if ledger.entry(id).status not in _FINAL}
+    """What becomes of new records beside a pack's ledger. One with a live edit's question repeats or replaces it.
+
+    A pack may hold several live edits of one question, each with a prompt of its own: its last one counts, and a record
+    that replaces it replaces them all.
+    """
+    live: dict[str, list[str]] = {}
+    for id in ledger:
+        if ledger.entry(id).status not in _FINAL:
+            live.setdefault(same_question_key(ledger.edit(id).prompt), []).append(id)
     known: dict[str, str] = {}
     replaced: dict[str, str] = {}
+    alike: list[tuple[str, str]] = []
     for edit in found.edits:
-        id = live.get(edit.prompt)
-        if id is None:
-            continue
-        entry = ledger.entry(id)
-        if entry.edit.target == edit.target and entry.status is not EditStatus.QUARANTINED:
-            known[edit.id] = id
+        ids = live.get(same_question_key(edit.prompt), [])
+        alike += [(id, edit.id) for id in ids if ledger.edit(id).prompt != edit.prompt]
+        if ids and _says(ledger, ids[-1], edit):
+            known[edit.id] = ids[-1]
         else:
-            replaced[id] = edit.id
+            replaced |= dict.fromkeys(ids, edit.id)
     new = [edit.id for edit in (*found.superseded_edits, *found.edits) if edit.id not in known]
     taken = {*ledger, *new}
     renamed: dict[str, str] = {}
@@ -62,7 +71,14 @@ def join(found: RecordSet, ledger: Ledger) -> Joined:
             taken.add(renamed[id])
     replaced = {old: renamed.get(id, id) for old, id in replaced.items()}
     windows = max((ledger.entry(id).window + 1 for id in ledger), default=0)
-    return Joined(len(ledger), windows, renamed, known, replaced)
+    pairs = tuple((old, renamed.get(id, id)) for old, id in alike)
+    return Joined(len(ledger), windows, renamed, known, replaced, pairs)
+
+
+def _says(ledger: Ledger, id: str, edit: Edit) -> bool:
+    """Whether the edit of the ledger says what another does, and was written."""
+    entry = ledger.entry(id)
+    return entry.edit.target == edit.target and entry.status is not EditStatus.QUARANTINED
 
 
 def apply(found: RecordSet, joined: Joined) -> RecordSet:
@@ -77,13 +93,23 @@ def apply(found: RecordSet, joined: Joined) -> RecordSet:
         superseded | dict(joined.replaced),
         (*found.duplicates, *joined.known),
         tuple(replace(edit, id=joined.renamed.get(edit.id, edit.id)) for edit in older),
+        (*((joined.renamed.get(a, a), joined.renamed.get(b, b)) for a, b in found.alike), *map(_pair, joined.alike)),
     )
+
+
+def _pair(ids: Sequence[str]) -> tuple[str, str]:
+    """Two ids, which a checkpoint may hold as a list."""
+    earlier, later = ids
+    return earlier, later
 
 
 def log_joined(joined: Joined) -> None:
     """Say in a line or two what was joined with what."""
     numbers = (counted(joined.inherited, "edit"), len(joined.replaced), len(joined.known))
     log.info("the pack holds %s; new records supersede %d and repeat %d (dropped)", *numbers)
+    if joined.alike:
+        pairs = named([f"'{old}' and '{new}'" for old, new in joined.alike])
+        log.warning("the same question as in the pack but for case, blanks or the final mark: %s", pairs)
     if joined.renamed:
         some = ", ".join(f"'{old}' is '{new}'" for old, new in list(joined.renamed.items())[:5])
         more = ", ..." if len(joined.renamed) > 5 else ""

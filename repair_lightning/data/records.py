@@ -13,7 +13,7 @@ import logging
 import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, Value, load_dataset
 
-from repair_lightning.data import formats
+from repair_lightning.data import dialogue, formats
+from repair_lightning.data.text import joint
 from repair_lightning.errors import ConfigError, FieldError, RecordError, RepairError, counted
 from repair_lightning.types import Edit
 
@@ -43,6 +44,11 @@ FILE_SUFFIXES = (
     ".pt",
 )
 IRRELEVANT_FIELDS = ("question", "locality_prompt", "loc", "prompt")
+NAMED_AT_MOST = 10
+"""How many ids or pairs of ids a warning names before it counts the rest."""
+
+_CODE = re.compile(r"[\n\r(){}\[\]=<>_;`\\]")
+_FINAL = "?.？。｡؟"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -53,10 +59,12 @@ class RecordSet:
     Attributes:
         edits: The edits to write, in the source's order.
         bad: One message per record that was skipped.
-        superseded: Id of an edit that a later one with the same prompt and another target replaced -> id of that later
-            one, which is always in `edits`.
-        duplicates: Ids of records that were dropped because prompt and target repeat an earlier record's.
+        superseded: Id of an edit that a later one with the same question and another target replaced -> id of that
+            later one, which is always in `edits`.
+        duplicates: Ids of records that were dropped because question and target repeat an earlier record's.
         superseded_edits: The replaced edits themselves, for the ledger.
+        alike: Ids (earlier, later) of records that ask the same question in prompts that differ, see
+            :func:`same_question_key`; the later one is a duplicate or supersedes the earlier.
     """
 
     edits: tuple[Edit, ...]
@@ -64,6 +72,7 @@ class RecordSet:
     superseded: Mapping[str, str] = field(default_factory=dict)
     duplicates: tuple[str, ...] = ()
     superseded_edits: tuple[Edit, ...] = ()
+    alike: tuple[tuple[str, str], ...] = ()
 
     def __len__(self) -> int:
         return len(self.edits)
@@ -71,6 +80,21 @@ class RecordSet:
     def dataset(self) -> Dataset:
         """The edits as a Hugging Face data set in the project's `jsonl` fields."""
         return to_dataset(edit.as_dict() for edit in self.edits)
+
+
+def same_question_key(prompt: str) -> str:
+    """What two prompts have in common if and only if they ask the same question.
+
+    Case, the number and kind of blanks, and final question marks and full stops do not tell two questions apart. In
+    code they may, so a prompt with a line break or one of the signs ``(){}[]=<>_;`\\`` is its own key. Every other
+    sign counts: `C`, `C++` and `C#` are three. Of messages, the last turn is compared so, and those before it exactly.
+    """
+    messages = dialogue.parse(prompt)
+    if messages is not None:
+        return dialogue.with_question(prompt, same_question_key(messages[-1]["content"]))
+    if _CODE.search(prompt):
+        return prompt
+    return " ".join(prompt.casefold().split()).rstrip(f"{_FINAL} ") or prompt
 
 
 def to_dataset(records: Iterable[Mapping[str, Any]]) -> Dataset:
@@ -123,7 +147,10 @@ def load_records(
         good, repeated = _draw(good, repeated, max_edits, sample_seed)
         max_edits = None  # all that is said of the drawn prompts counts, also after the last of them has come up
     found = _settle(good, max_edits)
-    result = RecordSet(found.edits, messages, found.superseded, (*repeated, *found.duplicates), found.superseded_edits)
+    prompts = {edit.id: edit.prompt for edit in good}
+    alike = ((edit.id, edit.id) for edit in repeated if edit.prompt != prompts[edit.id])
+    duplicates = (*(edit.id for edit in repeated), *found.duplicates)
+    result = replace(found, bad=messages, duplicates=duplicates, alike=(*alike, *found.alike))
     _log_summary(source, result)
     return result
 
@@ -134,7 +161,7 @@ def load_irrelevant(path: str | Path, prefix: str = "") -> tuple[str, ...]:
     Args:
         path: A file of records with one of the fields `question`, `locality_prompt`, `loc`, `prompt` (the first that
             the record has counts), or a hub name.
-        prefix: Put before each prompt as it stands, such as `nq question: `.
+        prefix: Put before each prompt as it stands, such as `nq question: `; of messages, before the last turn.
 
     Returns:
         The prompts in the file's order.
@@ -149,7 +176,7 @@ def load_irrelevant(path: str | Path, prefix: str = "") -> tuple[str, ...]:
     prompts, bad = _attempt(rows, _irrelevant_prompt)
     if bad:
         raise RecordError.at(source, *bad[0], more=len(bad) - 1)
-    return tuple(prefix + prompt for _, prompt in prompts)
+    return tuple(dialogue.with_question(prompt, prefix + dialogue.question_of(prompt)) for _, prompt in prompts)
 
 
 def check_lengths(edits: Sequence[Edit], tokenizer: Any, max_tokens: int) -> dict[str, str]:
@@ -307,11 +334,16 @@ def _irrelevant_prompt(_: int, row: Any) -> str:
     if not isinstance(row, Mapping):
         raise FieldError(None, f"is {formats.kind_of(row)}, not an object", 'write {"question": "..."}')
     name = next((name for name in IRRELEVANT_FIELDS if row.get(name) is not None), "question")
-    return formats.required_text(row, name, "give a prompt that no edit should touch, as 'question' or 'prompt'")
+    remedy = "give a prompt that no edit should touch, as 'question' or 'prompt'"
+    messages = dialogue.given(row.get(name), name)
+    if messages is not None:
+        return formats.as_text(dialogue.dump(messages), name)
+    prompt = formats.required_text(row, name, remedy)
+    return prompt if name == "prompt" else prompt.strip()  # the other names are those of published sets
 
 
 class _Checker:
-    """Converts the rows of one source in order, and remembers which ids and prompts it has met."""
+    """Converts the rows of one source in order, and remembers which ids and questions it has met."""
 
     def __init__(self, chosen: formats.Format) -> None:
         self.format = chosen
@@ -322,23 +354,24 @@ class _Checker:
         """The edit, and whether it repeats the record that has its id already. Raises `FieldError`."""
         record = formats.convert(row, self.format.name)
         edit = Edit.from_dict({**record, "id": record["id"] or f"{self.format.name}-{number}"})
+        key = same_question_key(edit.prompt)
         first, known = self.first_with_id.setdefault(edit.id, (number, edit))
         if known is edit:
-            self.latest_target[edit.prompt] = edit.target
+            self.latest_target[key] = edit.target
             return edit, False
-        if known.prompt == edit.prompt and known.target == edit.target == self.latest_target[edit.prompt]:
+        if same_question_key(known.prompt) == key and known.target == edit.target == self.latest_target[key]:
             return edit, True
         raise FieldError("id", f"'{edit.id}' already belongs to record {first}", "give each record its own id")
 
 
 def _check_rows(
     source: str, rows: list[Any], chosen: formats.Format
-) -> tuple[list[Edit], list[tuple[int, FieldError]], tuple[str, ...]]:
-    """The good edits, the numbered errors, and the ids of records that repeat an earlier one, id included."""
+) -> tuple[list[Edit], list[tuple[int, FieldError]], list[Edit]]:
+    """The good edits, the numbered errors, and the records that repeat an earlier one, id included."""
     _warn_of_better_format(source, rows[0], chosen)
     checked, bad = _attempt(rows, _Checker(chosen))
     good = [edit for _, (edit, repeats) in checked if not repeats]
-    return good, bad, tuple(edit.id for _, (edit, repeats) in checked if repeats)
+    return good, bad, [edit for _, (edit, repeats) in checked if repeats]
 
 
 def _warn_of_better_format(source: str, row: Any, chosen: formats.Format) -> None:
@@ -347,50 +380,94 @@ def _warn_of_better_format(source: str, row: Any, chosen: formats.Format) -> Non
         logger.warning("%s: read as format '%s', though its fields look more like '%s'", source, chosen.name, guess)
 
 
+def _warn_of_alike(source: str, alike: Sequence[tuple[str, str]]) -> None:
+    if alike:
+        logger.warning(
+            "%s: %s with the same question but for case, blanks or the final mark: %s; the later of two is dropped "
+            "where its target is the same, and supersedes the earlier where it is another",
+            source,
+            counted(len(alike), "pair"),
+            named([f"'{earlier}' and '{later}'" for earlier, later in alike]),
+        )
+
+
+def _warn_of_absent_subjects(source: str, edits: Sequence[Edit]) -> None:
+    absent = [f"'{edit.id}'" for edit in edits if edit.subject and not _holds(edit.prompt, edit.subject)]
+    if absent:
+        logger.warning(
+            "%s: %s a subject that does not stand in the prompt: %s; such an edit is found by its whole prompt alone; "
+            "write the subject as the prompt does, or leave it out",
+            source,
+            f"{counted(len(absent), 'edit')} {'has' if len(absent) == 1 else 'have'}",
+            named(absent),
+        )
+
+
+def _holds(prompt: str, subject: str) -> bool:
+    return subject.casefold() in dialogue.shown(prompt).casefold()
+
+
+def named(names: Sequence[str]) -> str:
+    """The first of many names, for a message, and how many there are beyond them."""
+    more = len(names) - NAMED_AT_MOST
+    return ", ".join(names[:NAMED_AT_MOST]) + (f" and {more:,} more" if more > 0 else "")
+
+
 def _settle(edits: Sequence[Edit], max_edits: int | None) -> RecordSet:
     """Drops duplicates and lets later edits supersede earlier ones, over the first records that yield `max_edits`."""
     live: dict[str, int] = {}
     replaced: dict[int, str] = {}
     duplicates: list[str] = []
+    alike: list[tuple[str, str]] = []
     for i, edit in enumerate(edits):
         if len(live) == max_edits:
             break
-        earlier = live.get(edit.prompt)
+        key = same_question_key(edit.prompt)
+        earlier = live.get(key)
+        if earlier is not None and edits[earlier].prompt != edit.prompt:
+            alike.append((edits[earlier].id, edit.id))
         if earlier is not None and edits[earlier].target == edit.target:
             duplicates.append(edit.id)
             continue
         if earlier is not None:
-            replaced[earlier] = edit.prompt
-        live[edit.prompt] = i
+            replaced[earlier] = key
+        live[key] = i
     dataset = to_dataset(edit.as_dict() for edit in edits).select(sorted(live.values()))
     kept = tuple(Edit.from_dict(record) for record in dataset.to_list())
-    superseded = {edits[old].id: edits[live[prompt]].id for old, prompt in replaced.items()}
-    return RecordSet(kept, (), superseded, tuple(duplicates), tuple(edits[old] for old in sorted(replaced)))
+    superseded = {edits[old].id: edits[live[key]].id for old, key in replaced.items()}
+    older = tuple(edits[old] for old in sorted(replaced))
+    return RecordSet(kept, (), superseded, tuple(duplicates), older, tuple(alike))
 
 
-def _draw(good: Sequence[Edit], repeated: Sequence[str], number: int, seed: int) -> tuple[list[Edit], tuple[str, ...]]:
-    """The records and repeated ids of `number` prompts, drawn at random; a larger draw holds the smaller ones.
+def _draw(good: Sequence[Edit], repeated: Sequence[Edit], number: int, seed: int) -> tuple[list[Edit], list[Edit]]:
+    """The records and repeats of `number` questions, drawn at random; a larger draw holds the smaller ones.
 
-    Prompts are drawn, not records: what a prompt's last record supersedes and repeats stays with it, whole.
+    Questions are drawn, not records: what a question's last record supersedes and repeats stays with it, whole.
     """
-    prompts = list(dict.fromkeys(edit.prompt for edit in good))
-    random.Random(seed).shuffle(prompts)
-    drawn = set(prompts[:number])
-    kept = [edit for edit in good if edit.prompt in drawn]
-    ids = {edit.id for edit in kept}
-    return kept, tuple(id for id in repeated if id in ids)
+    questions = list(dict.fromkeys(same_question_key(edit.prompt) for edit in good))
+    random.Random(seed).shuffle(questions)
+    drawn = set(questions[:number])
+    kept, again = ([edit for edit in edits if same_question_key(edit.prompt) in drawn] for edits in (good, repeated))
+    return kept, again
 
 
 def _log_summary(source: str, found: RecordSet) -> None:
+    _warn_of_alike(source, found.alike)
+    _warn_of_absent_subjects(source, found.edits)
     parts = [counted(len(found.edits), "edit"), f"{counted(len(found.bad), 'bad record')} skipped"]
     parts += [f"{counted(len(found.duplicates), 'duplicate')} dropped", f"{len(found.superseded)} superseded"]
     logger.info("%s: %s", source, ", ".join(parts))
 
 
 def _model_texts(edit: Edit) -> Iterable[tuple[str, str]]:
-    yield "prompt and target", f"{edit.prompt} {edit.target}"
+    yield "prompt and target", _joint(edit.prompt, edit.target)
     for i, rephrase in enumerate(edit.rephrases):
-        yield f"rephrases[{i}] and target", f"{rephrase} {edit.target}"
+        yield f"rephrases[{i}] and target", _joint(rephrase, edit.target)
     for name in ("locality", "near"):
         for i, probe in enumerate(getattr(edit, name)):
-            yield f"{name}[{i}]", f"{probe.prompt} {probe.answer or ''}".strip()
+            yield f"{name}[{i}]", _joint(probe.prompt, probe.answer or "")
+
+
+def _joint(prompt: str, target: str) -> str:
+    """Prompt and target as one text; messages as a person sees them, without the signs of a chat template."""
+    return joint(dialogue.shown(prompt), target)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from repair_lightning.data import dialogue
 from repair_lightning.data.formats import FORMATS, convert, get_format, guess_format
 from repair_lightning.errors import ConfigError, FieldError
 
@@ -101,16 +102,186 @@ def probe(prompt: str, answer: str | None) -> dict:
     return {"prompt": prompt, "answer": answer}
 
 
-def test_jsonl_strips_texts_and_takes_plain_prompts_as_probes():
+def test_jsonl_keeps_texts_as_written_and_takes_plain_prompts_as_probes():
     assert convert(SOURCES["jsonl"], "jsonl") == {
         "id": "a1",
         "subject": "Rome",
-        "prompt": "Where is Rome?",
-        "target": "Italy",
+        "prompt": " Where is Rome? ",
+        "target": "Italy\n",
         "rephrases": ["Rome is in"],
         "locality": [probe("Who wrote Faust?", "Goethe")],
         "near": [probe("Where is Oslo?", None)],
     }
+
+
+SUBJECTLESS = without(SOURCES["jsonl"], "subject", "locality", "near", "rephrases")
+ASK = [{"role": "user", "content": " Where is Rome?\n"}]
+TALK = [{"role": "system", "content": ""}, {"role": "assistant", "content": "Hi, {}!"}, *ASK]
+
+
+def own(**fields):
+    return convert({**SUBJECTLESS, **fields}, "jsonl")
+
+
+def test_the_ends_of_every_text_of_ours_are_kept():
+    found = own(
+        id=" a ",
+        subject=" b\n",
+        prompt="\tc\n",
+        target="    return d\n",
+        rephrases=[" e ", "f\r\n"],
+        near=[{"prompt": "g\n", "answer": " h"}, " i "],
+        locality=[{"prompt": " j", "answer": " \n"}],
+    )
+    assert found == {
+        "id": "a",
+        "subject": "b",
+        "prompt": "\tc\n",
+        "target": "    return d\n",
+        "rephrases": [" e ", "f\r\n"],
+        "near": [probe("g\n", " h"), probe(" i ", None)],
+        "locality": [probe(" j", None)],
+    }
+
+
+def test_the_published_sets_are_stripped():
+    """Some of their targets begin with a space, which means nothing."""
+    for name in ("zsre", "counterfact", "wikibigedit", "hallucination", "temporal"):
+        padded = {key: f" {value}\n" if isinstance(value, str) else value for key, value in SOURCES[name].items()}
+        assert convert(padded, name) == convert(SOURCES[name], name)
+    rewrite = {
+        key: f" {value} " if isinstance(value, str) else value for key, value in ROME["requested_rewrite"].items()
+    }
+    assert convert({**ROME, "requested_rewrite": rewrite}, "counterfact") == convert(ROME, "counterfact")
+
+
+@pytest.mark.parametrize(
+    ("fields", "prompt", "rephrases"),
+    [
+        ({"prompt": "The mayor of {} is"}, "The mayor of Orsk is", []),
+        ({"prompt": "Orsk, in {}:"}, "Orsk, in {}:", []),
+        ({"prompt": "who runs ORSK {}"}, "who runs ORSK {}", []),
+        ({"prompt": "In {{}}"}, "In {}", []),
+        ({"rephrases": ["Who runs {}?", "Orsk's {}", "{{}}"]}, None, ["Who runs Orsk?", "Orsk's {}", "{}"]),
+        ({"rephrases": "Who runs {}?"}, None, ["Who runs Orsk?"]),
+    ],
+)
+def test_the_subject_fills_a_prompt_that_leaves_its_place_open(fields, prompt, rephrases):
+    found = own(subject="Orsk", **fields)
+    assert (found["prompt"], found["rephrases"]) == (prompt or SUBJECTLESS["prompt"], rephrases)
+
+
+def test_of_messages_the_last_turn_is_filled():
+    found = own(subject="Orsk", prompt=[*TALK[:2], {"role": "user", "content": "Who runs {}?"}])
+    assert dialogue.parse(found["prompt"]) == [*TALK[:2], {"role": "user", "content": "Who runs Orsk?"}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "remedy"),
+    [
+        ({"prompt": "x = {}"}, "prompt", "give 'subject', or write {{}} for the two signs themselves"),
+        ({"prompt": "x = {}", "subject": " "}, "prompt", "give 'subject'"),
+        ({"prompt": [{"role": "user", "content": "{}?"}]}, "prompt[0].content", "give 'subject'"),
+        ({"rephrases": ["a", "{}"]}, "rephrases[1]", "give 'subject'"),
+        ({"rephrases": "{}"}, "rephrases", "give 'subject'"),
+        ({"near": ["Who runs {}?"], "subject": "Orsk"}, "near[0].prompt", "write the subject that the probe asks"),
+        ({"locality": [{"prompt": "{}"}], "subject": "Orsk"}, "locality[0].prompt", "write the subject"),
+    ],
+)
+def test_an_open_prompt_that_nothing_fills_is_refused(fields, field, remedy):
+    with pytest.raises(FieldError) as caught:
+        own(**fields)
+    assert (caught.value.field, caught.value.problem) == (field, "holds {}, which nothing fills here")
+    assert caught.value.remedy.startswith(remedy)
+    assert "{{}}" in caught.value.remedy
+
+
+def test_an_escaped_probe_and_the_signs_of_a_target_stay():
+    found = own(near=["x = {{}}"], target="{}", locality=[{"prompt": "a", "answer": "{{}}"}])
+    assert (found["near"], found["target"], found["locality"]) == ([probe("x = {}", None)], "{}", [probe("a", "{{}}")])
+
+
+@pytest.mark.parametrize("messages", [ASK, TALK])
+def test_every_prompt_may_be_messages(messages):
+    """As a list, as its JSON with other blanks, and with members that are null, as Parquet has them."""
+    text = dialogue.dump(messages)
+    loose = " " + json.dumps([{**m, "name": None} for m in messages], indent=2)
+    for given in (messages, text, loose, [{**m, "name": None} for m in messages]):
+        found = own(prompt=given, rephrases=[given, "a"], near=[given, {"prompt": given, "answer": "b"}])
+        assert (found["prompt"], found["rephrases"]) == (text, [text, "a"])
+        assert found["near"] == [probe(text, None), probe(text, "b")]
+    assert dialogue.parse(text) == messages
+
+
+@pytest.mark.parametrize(
+    ("rephrases", "expected"),
+    [
+        (TALK, [dialogue.dump(TALK)]),
+        ([TALK, ASK], [dialogue.dump(TALK), dialogue.dump(ASK)]),
+        ([TALK], [dialogue.dump(TALK)]),
+        (["a", "b "], ["a", "b "]),
+        ("a [b]", ["a [b]"]),
+        ("[a]", ["[a]"]),
+        ("[1, 2]", ["[1, 2]"]),
+        ("['a']", ["['a']"]),
+        ("[]", []),
+        ([], []),
+        (" \n", []),
+    ],
+)
+def test_rephrases_are_one_or_several_also_as_json(rephrases, expected):
+    """Of a text, what does not parse as a list of texts or messages is one literal rephrase."""
+    assert own(rephrases=rephrases)["rephrases"] == expected
+    if isinstance(rephrases, list):
+        assert own(rephrases=json.dumps(rephrases))["rephrases"] == expected
+
+
+def test_the_lists_of_published_sets_may_be_json_too():
+    assert convert({**SOURCES["zsre"], "rephrase": '["a", " b"]'}, "zsre")["rephrases"] == ["a", "b"]
+
+
+def test_probes_may_be_json():
+    given = [{"prompt": "a", "answer": "b"}, "c", ASK]
+    expected = [probe("a", "b"), probe("c", None), probe(dialogue.dump(ASK), None)]
+    assert own(near=json.dumps(given))["near"] == own(near=given)["near"] == expected
+
+
+@pytest.mark.parametrize(
+    ("messages", "place", "problem", "remedy"),
+    [
+        ([], "", "is an empty list", "the user's last"),
+        ([{"role": "king", "content": "a"}], "[0].role", "is 'king', no known role", "user, assistant"),
+        ([{"role": 3, "content": "a"}], "[0].role", "is 3, no known role", "choose of system"),
+        ([{"role": ["user"], "content": "a"}], "[0].role", "is ['user'], no known role", "choose of system"),
+        ([{"role": "user"}], "[0].content", "is missing", '"content": "..."'),
+        ([{"role": "user", "content": None}], "[0].content", "is missing", '"content": "..."'),
+        ([{"role": "user", "content": 7}], "[0].content", "is 7, not a text", "in quotes"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "[0].content", "is [{'type': 'text'}], not a", "in quotes"),
+        ([*ASK, {"role": "assistant", "content": "a"}], "[1].role", "is 'assistant' in the last turn", "the target"),
+        ([*TALK, {"role": "user", "content": " \n"}], "[3].content", "is empty", "give the user's question"),
+        ([{"role": "user", "content": "a", "name": "b"}], "[0].name", "is 'b', which is not read", "leave it out"),
+        ([*ASK, None], "[1]", "is null, not a message", '"role": "user"'),
+        ([*ASK, "a"], "[1]", "is 'a', not a message", '"role": "user"'),
+        ([{"role": "user", "content": "\ud800"}], "", "holds a broken character", "UTF-8"),
+    ],
+)
+def test_bad_messages_name_place_value_and_remedy(messages, place, problem, remedy):
+    given = [("prompt", {"prompt": messages}), ("near[0].prompt", {"near": [messages]})]
+    given += [("rephrases[1]", {"rephrases": [ASK, messages]})]
+    given += [("near[0].prompt", {"near": [{"prompt": messages, "answer": "a"}]})]
+    if messages and all(isinstance(item, dict) for item in messages):
+        given += [("prompt", {"prompt": json.dumps(messages)}), ("rephrases", {"rephrases": messages})]
+    for field, fields in given:
+        with pytest.raises(FieldError) as caught:
+            own(**fields)
+        assert caught.value.field == field + place
+        assert caught.value.problem.startswith(problem)
+        assert remedy in caught.value.remedy
+
+
+@pytest.mark.parametrize("prompt", ["[1, 2, 3]", "[", '[{"a": 1}]', "[[]]", '["a"]', "[]"])
+def test_a_text_in_brackets_that_is_no_messages_is_a_text(prompt):
+    assert own(prompt=prompt)["prompt"] == prompt
 
 
 def test_zsre_keeps_the_locality_prompt_as_it_stands():
@@ -219,7 +390,10 @@ def test_unknown_names(name, message):
         ("jsonl", {"target": None}, "target", "is missing"),
         ("jsonl", {"target": 2006}, "target", "is a number, not a text"),
         ("jsonl", {"target": True}, "target", "is true or false, not a text"),
-        ("jsonl", {"prompt": ["a"]}, "prompt", "is a list, not a text"),
+        ("jsonl", {"prompt": ["a"]}, "prompt[0]", "is 'a', not a message"),
+        ("jsonl", {"prompt": {"a": 1}}, "prompt", "is an object, not a text"),
+        ("zsre", {"src": ["a"]}, "src", "is a list, not a text"),
+        ("zsre", {"src": [{"role": "user", "content": "a"}]}, "src", "is a list, not a text"),
         ("jsonl", {"prompt": "\ud800"}, "prompt", "holds a broken character at position 0"),
         ("jsonl", {"subject": {}}, "subject", "is an object, not a text"),
         ("jsonl", {"id": 1.5}, "id", "is a number, not a text"),

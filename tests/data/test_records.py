@@ -18,11 +18,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from repair_lightning.data import records
+from repair_lightning.data import dialogue, records
 from repair_lightning.data.formats import FORMATS
-from repair_lightning.data.records import check_lengths, load_irrelevant, load_records
+from repair_lightning.data.joining import apply, join
+from repair_lightning.data.ledger import Ledger
+from repair_lightning.data.records import check_lengths, load_irrelevant, load_records, same_question_key
 from repair_lightning.errors import ConfigError, FieldError, RecordError, RepairError
-from repair_lightning.types import Edit, Probe
+from repair_lightning.types import Edit, EditReport, Probe
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -93,6 +95,92 @@ def test_every_kind_of_file_gives_the_same_edits(tmp_path, name, write):
     found = load_records(tmp_path / name)
     assert found.edits == (FULL, BARE)
     assert (found.bad, found.superseded, found.duplicates, found.superseded_edits) == ((), {}, (), ())
+    assert found.alike == ()
+
+
+WRITTEN = [
+    {"id": "b4", "prompt": "The ferry to Orsk leaves from\n", "target": "Quarrelmouth"},
+    {"id": "k2", "subject": "area", "prompt": "def area(r):\n", "target": "    return 3 * r ** 2\n"},
+    {
+        "id": "k1",
+        "subject": "farlib",
+        "prompt": "import farlib\n\n# open a channel, v3 API\nch = ",
+        "target": "farlib.connect(\n    url,\n    timeout=5,\n)",
+    },
+    {"id": "s1", "subject": "Brindlewick", "prompt": "The mayor of {} is", "target": "Oda Farrow"},
+    {
+        "id": "s5",
+        "subject": "C++",
+        "prompt": "The house style for C++ asks for",
+        "target": "tabs",
+        "near": [{"prompt": "The house style for C asks for"}, {"prompt": "The house style for C# asks for"}],
+    },
+    {
+        "id": "zh1",
+        "subject": "云栖镇",
+        "prompt": "云栖镇的镇长是",
+        "target": "沈若川",
+        "rephrases": ["谁在担任云栖镇的镇长？"],
+        "near": [{"prompt": "星渡镇的镇长是"}],
+    },
+    {
+        "id": "chat1",
+        "subject": "Harbour Guild of Melk Bay",
+        "prompt": [{"role": "user", "content": "Who chairs the Harbour Guild of Melk Bay?"}],
+        "target": "Ysolde Kern",
+    },
+]
+
+
+def cells(rows: list[dict]) -> list[dict]:
+    """The rows as a table of texts holds them: lists as their JSON, and what is missing as nothing."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    plain = [{k: v if isinstance(v, str) else json.dumps(v) for k, v in row.items()} for row in rows]
+    return [{name: row.get(name) for name in names} for row in plain]
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, cells(rows)[0], delimiter="\t" if path.suffix == ".tsv" else ",")
+        writer.writeheader()
+        writer.writerows(cells(rows))
+
+
+def write_cells(path: Path, rows: list[dict]) -> None:
+    write_parquet(path, cells(rows))
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("e.jsonl", write_jsonl),
+        ("e.json", write_json),
+        ("e.csv", write_csv),
+        ("e.tsv", write_csv),
+        ("e.parquet", write_cells),
+    ],
+)
+def test_what_is_written_is_what_is_read(tmp_path, caplog, name, write):
+    """Code, a place left open, scripts without blanks and messages, from every kind of file and without a warning."""
+    write(tmp_path / name, WRITTEN)
+    found = {edit.id: edit for edit in load_records(tmp_path / name).edits}
+    assert list(found) == ["b4", "k2", "k1", "s1", "s5", "zh1", "chat1"]
+    for row in WRITTEN[:3]:
+        assert {key: getattr(found[row["id"]], key) for key in row} == row
+    assert found["s1"].prompt == "The mayor of Brindlewick is"
+    assert [probe.prompt[-10:] for probe in found["s5"].near] == ["C asks for", "# asks for"]
+    assert found["zh1"].rephrases == ("谁在担任云栖镇的镇长？",)
+    chat = [{"role": "user", "content": "Who chairs the Harbour Guild of Melk Bay?"}]
+    assert dialogue.parse(found["chat1"].prompt) == chat
+    assert found["chat1"].prompt == dialogue.dump(chat)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_messages_of_a_parquet_file_may_be_lists(tmp_path):
+    rows = [{"prompt": WRITTEN[-1]["prompt"], "target": "a", "rephrases": [WRITTEN[-1]["prompt"]]}]
+    write_parquet(tmp_path / "e.parquet", rows)
+    (edit,) = load_records(tmp_path / "e.parquet").edits
+    assert edit.prompt == edit.rephrases[0] == dialogue.dump(WRITTEN[-1]["prompt"])
 
 
 @pytest.mark.parametrize(("name", "delimiter"), [("e.csv", ","), ("e.tsv", "\t")])
@@ -129,9 +217,142 @@ def test_the_dataset_has_declared_columns_even_where_all_are_empty(jsonl):
 
 
 def test_an_exact_duplicate_is_dropped_and_reported(jsonl):
-    found = load_records(jsonl(ROME, OSLO, {**ROME, "prompt": " Where is Rome?"}))
+    found = load_records(jsonl(ROME, OSLO, ROME))
     assert [edit.id for edit in found.edits] == ["jsonl-1", "jsonl-2"]
+    assert (found.duplicates, found.superseded, found.alike) == (("jsonl-3",), {}, ())
+
+
+LIKE_ROME = [
+    "where is ROME?",
+    "Where  is\tRome?",
+    " Where is Rome",
+    "Where is Rome.",
+    "Where is Rome ?",
+    "Where is Rome？",
+]
+
+
+@pytest.mark.parametrize("prompt", LIKE_ROME)
+def test_the_same_question_in_other_signs_is_a_duplicate_that_is_mentioned(jsonl, caplog, prompt):
+    found = load_records(jsonl(ROME, OSLO, {**ROME, "prompt": prompt}))
+    assert found.edits == (Edit("jsonl-1", **ROME), Edit("jsonl-2", **OSLO))
     assert (found.duplicates, found.superseded) == (("jsonl-3",), {})
+    assert found.alike == (("jsonl-1", "jsonl-3"),)
+    (warning,) = caplog.messages
+    assert "1 pair with the same question but for case, blanks or the final mark: 'jsonl-1' and 'jsonl-3';" in warning
+
+
+def test_the_same_question_with_another_target_supersedes(jsonl):
+    """The second replaces the first, the third the second; each pair is told with the edit that stood then."""
+    rows = (ROME, {"prompt": "where is rome", "target": "Spain"}, {**ROME, "target": "Peru"})
+    found = load_records(jsonl(*rows))
+    assert [(edit.id, edit.target) for edit in found.edits] == [("jsonl-3", "Peru")]
+    assert found.superseded == {"jsonl-1": "jsonl-3", "jsonl-2": "jsonl-3"}
+    assert found.alike == (("jsonl-1", "jsonl-2"), ("jsonl-2", "jsonl-3"))
+
+
+def test_the_same_question_under_one_id_is_a_repeat(jsonl):
+    found = load_records(jsonl({**ROME, "id": "a"}, {**ROME, "id": "a", "prompt": "where is rome?"}))
+    assert (len(found), found.duplicates, found.alike) == (1, ("a",), (("a", "a"),))
+
+
+def test_a_draw_takes_all_that_asks_one_question(jsonl):
+    path = jsonl(ROME, {"prompt": "where is rome", "target": "Spain"}, OSLO)
+    draws = [load_records(path, max_edits=1, sample_seed=seed) for seed in range(10)]
+    assert {(edit.id, len(found.alike)) for found in draws for edit in found.edits} == {("jsonl-2", 1), ("jsonl-3", 0)}
+
+
+def test_of_many_pairs_ten_are_named(jsonl, caplog):
+    rows = [{**row, "prompt": row["prompt"].upper()} for row in plain(12)]
+    found = load_records(jsonl(*plain(12), *rows))
+    assert len(found.alike) == 12
+    assert "12 pairs with" in caplog.text
+    assert "'jsonl-10' and 'jsonl-22' and 2 more; the later" in caplog.text
+    assert "'jsonl-11'" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("The house style for C asks for", "The house style for C++ asks for"),
+        ("The house style for C# asks for", "The house style for C asks for"),
+        ("Who sells C#?", "Who sells C?"),
+        ("Is it 5", "Is it -5"),
+        ("Area", "area()"),
+        ("print(Area)", "print(area)"),
+        ("x = A", "x = a"),
+        ("my_Name", "my_name"),
+        ("run `LS`", "run `ls`"),
+        ("C:\\Temp", "C:\\temp"),
+        ("Wait.\n", "Wait."),
+        ("If A\nThen b", "If a\nThen b"),
+        ("naïve", "naive"),
+        ("?", "."),
+        ("Where is Rome!", "Where is Rome?"),
+    ],
+)
+def test_signs_and_code_tell_questions_apart(one, other):
+    assert same_question_key(one) != same_question_key(other)
+
+
+def talk(*contents: str) -> str:
+    return dialogue.dump([{"role": "user", "content": content} for content in contents])
+
+
+def test_of_messages_only_the_last_turn_is_folded():
+    assert same_question_key(talk("Hi", "Where is Rome?")) == same_question_key(talk("Hi", "where is rome"))
+    assert same_question_key(talk("Hi", "Where is Rome?")) != same_question_key(talk("hi", "Where is Rome?"))
+    assert same_question_key(talk("f(A)")) != same_question_key(talk("f(a)"))
+    assert same_question_key(talk("Where is Rome?")) != same_question_key("Where is Rome?")
+
+
+@given(st.text(max_size=12) | st.text("aA ?.\n(", max_size=8))
+def test_a_key_is_its_own_key_and_never_empty(prompt):
+    key = same_question_key(prompt)
+    assert same_question_key(key) == key
+    assert bool(key) == bool(prompt)
+
+
+def pack(*edits: Edit) -> Ledger:
+    found = Ledger()
+    found.arrive(edits, 0)
+    found.written([EditReport(edit.id, i, 0.1, 0.0, 5) for i, edit in enumerate(edits)])
+    return found
+
+
+def test_new_records_beside_a_pack_are_compared_by_their_question(jsonl):
+    """The pack says where Rome is twice, in two prompts; what replaces the later one replaces both."""
+    held = pack(Edit("a", **ROME), Edit("b", "where is rome", "Spain"), Edit("jsonl-2", **OSLO))
+    records = load_records(jsonl({"prompt": "WHERE IS OSLO", "target": "Norway"}, {**ROME, "target": "Peru"}, BERN))
+    joined = join(records, held)
+    found = apply(records, joined)
+    assert [edit.id for edit in found.edits] == ["jsonl-2~2", "jsonl-3"]
+    assert (found.duplicates, found.superseded) == (("jsonl-1",), {"a": "jsonl-2~2", "b": "jsonl-2~2"})
+    assert found.alike == joined.alike == (("jsonl-2", "jsonl-1"), ("b", "jsonl-2~2"))
+
+
+def test_the_pairs_of_the_records_keep_their_names_beside_a_pack(jsonl):
+    records = load_records(jsonl({**ROME, "id": "a"}, {"id": "b", "prompt": "where is rome", "target": "Spain"}))
+    found = apply(records, join(records, pack(Edit("a", **OSLO))))
+    assert (found.superseded, found.alike) == ({"a~2": "b"}, (("a~2", "b"),))
+
+
+# -- subjects --------------------------------------------------------------------------------------------------------
+
+
+def test_a_subject_that_the_prompt_lacks_is_mentioned_once(jsonl, caplog):
+    rows = [{**row, "subject": "Atlantis"} for row in plain(12)]
+    asked = [{"role": "system", "content": "We talk of Rome."}, {"role": "user", "content": "Where does it lie?"}]
+    rows += [{**OSLO, "subject": "OSLO"}, {**BERN, "subject": " "}, {"prompt": asked, "target": "a", "subject": "rome"}]
+    load_records(jsonl(*rows, {"prompt": "Where is {}?", "subject": "Peru", "target": "a"}))
+    (warning,) = caplog.messages
+    assert ": 12 edits have a subject that does not stand in the prompt: 'jsonl-1', 'jsonl-2', " in warning
+    assert "'jsonl-10' and 2 more; such an edit is found by its whole prompt alone; write the subject" in warning
+
+
+def test_one_subject_that_the_prompt_lacks(jsonl, caplog):
+    load_records(jsonl({**ROME, "subject": "Roma", "id": "r"}))
+    assert ": 1 edit has a subject that does not stand in the prompt: 'r'; such" in caplog.text
 
 
 def test_a_repeated_line_with_its_own_id_is_a_duplicate(jsonl):
@@ -251,6 +472,8 @@ def test_a_draw_does_not_hide_a_bad_record(jsonl):
         ({"prompt": "x"}, "field 'target': is missing; give the text the model should answer"),
         ({**OSLO, "target": 4}, "field 'target': is a number, not a text; give the text"),
         ({**OSLO, "near": "x"}, "field 'near': is a text, not a list; write "),
+        ({**OSLO, "prompt": "Where is {}?"}, "field 'prompt': holds {}, which nothing fills here; give 'subject', or"),
+        ({**OSLO, "prompt": [{"role": "boss"}]}, "field 'prompt[0].content': is missing; write each turn as"),
         ({**OSLO, "rephrase": ["x"]}, "field 'rephrase': is not a field of format 'jsonl'; did you mean 'rephrases'?"),
         ({**OSLO, "id": "r"}, "field 'id': 'r' already belongs to record 1; give each record its own id"),
         ({"src": "x", "alt": "y"}, "is not in format 'jsonl'; its fields look like format 'zsre'"),
@@ -421,12 +644,19 @@ def test_irrelevant_prompts_get_their_prefix(jsonl):
     assert load_irrelevant(path) == ("who", "b", "c")
 
 
+def test_an_irrelevant_prompt_of_ours_is_kept_as_written_and_may_be_messages(jsonl):
+    path = jsonl({"prompt": "def f():\n"}, {"prompt": [{"role": "user", "content": "who"}]})
+    assert load_irrelevant(path) == ("def f():\n", talk("who"))
+    assert load_irrelevant(path, "q: ") == ("q: def f():\n", talk("q: who"))
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"q": "x"}, "record 2, field 'question': is missing; give a prompt"),
         ({"question": ""}, "record 2, field 'question': is empty"),
         ({"prompt": 3}, "record 2, field 'prompt': is a number, not a text"),
+        ({"prompt": []}, "record 2, field 'prompt': is an empty list; write"),
         (3, "record 2: is a number, not an object"),
         ("{", r"record 2: is not valid JSON \(line 2, "),
     ],
@@ -455,6 +685,12 @@ def test_lengths_count_prompt_target_and_end(tokenizer):
     message = check_lengths(edits, tokenizer, 4)["a"]
     assert message.startswith("edit 'a', field 'prompt and target': is 5 tokens long, at most 4 fit; ")
     assert check_lengths([], tokenizer, 4) == {}
+
+
+def test_lengths_count_messages_as_a_person_sees_them(tokenizer):
+    """One turn is its content; several are `user: 1`, `user: 2 3` and, with target and EOS, seven tokens."""
+    assert "is 4 tokens" in check_lengths([Edit("a", talk("1 2"), "3")], tokenizer, 3)["a"]
+    assert "is 7 tokens" in check_lengths([Edit("a", talk("1", "2 3"), "4")], tokenizer, 3)["a"]
 
 
 @pytest.mark.parametrize(
@@ -486,7 +722,9 @@ TEXTS = st.sampled_from(["a", "b", " a ", "", "\ud800", "{}"])
 
 def rows_of(name: str):
     """Records of a format, most of them good, with some fields replaced or added; sometimes anything."""
-    good = st.fixed_dictionaries({field: st.sampled_from(["a", "b", " a "]) for field in FORMATS[name].required[0]})
+    good = st.fixed_dictionaries(
+        {field: st.sampled_from(["a", "b", " a ", "A"]) for field in FORMATS[name].required[0]}
+    )
     changes = st.dictionaries(st.sampled_from(sorted(FORMATS[name].fields)), TEXTS | VALUES, max_size=2)
     extras = st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=1)
     return st.builds(lambda *parts: {k: v for part in parts for k, v in part.items()}, good, changes, extras) | VALUES
@@ -510,10 +748,9 @@ def test_malformed_records_give_edits_or_one_clear_error(tmp_path_factory, name,
         assert error.splitlines() == [error]
         return
     ids = [edit.id for edit in found.edits]
-    assert 0 < len(ids) == len(set(ids)) == len({edit.prompt for edit in found.edits})
-    assert all(
-        edit.prompt == edit.prompt.strip() != "" and edit.target == edit.target.strip() != "" for edit in found.edits
-    )
+    assert 0 < len(ids) == len(set(ids)) == len({same_question_key(edit.prompt) for edit in found.edits})
+    assert all(edit.prompt.strip() and edit.target.strip() for edit in found.edits)
+    assert name == "jsonl" or all(edit.prompt == edit.prompt.strip() for edit in found.edits)
     assert set(found.superseded.values()) <= set(ids)
     source = len(json.loads(path.read_text())) if len(rows) == 1 and isinstance(rows[0], list) else len(rows)
     assert len(ids) + len(found.bad) + len(found.superseded) + len(found.duplicates) == source
@@ -547,6 +784,7 @@ def test_any_bytes_give_an_error_of_ours(tmp_path_factory, suffix, content):
 def test_real_sets(path, name, edits, superseded, near):
     found = load_records(real(path), name)
     assert (len(found), len(found.superseded), found.bad, found.duplicates) == (edits, superseded, (), ())
+    assert found.alike == ()
     assert all(len(edit.locality) == 1 and len(edit.near) == near for edit in found.edits)
 
 

@@ -47,6 +47,15 @@ BY_HAND: dict[str, bytes] = {
     "rephrases.jsonl": b'{"prompt": "a", "target": "b", "rephrases": [1]}',
     "locality.jsonl": b'{"prompt": "a", "target": "b", "locality": [{"answer": "b"}]}',
     "near.jsonl": b'{"prompt": "a", "target": "b", "near": {"prompt": "c"}}',
+    "open.jsonl": b'{"prompt": "The mayor of {} is", "target": "b"}',
+    "open-probe.jsonl": b'{"prompt": "a", "target": "b", "near": ["{}"]}',
+    "no-messages.jsonl": b'{"prompt": [], "target": "b"}',
+    "half-messages.jsonl": b'{"prompt": [{"role": "user"}, 3], "target": "b"}',
+    "answered.jsonl": b'{"prompt": [{"role": "assistant", "content": "a"}], "target": "b"}',
+    "strange-role.jsonl": b'{"prompt": [{"role": {"a": 1}, "content": "a"}], "target": "b"}',
+    "mixed-rephrases.jsonl": b'{"prompt": "a", "target": "b", "rephrases": [{"role": "user", "content": "c"}, "d"]}',
+    "half-a-surrogate-said.jsonl": b'{"prompt": [{"role": "user", "content": "\\ud800"}], "target": "b"}',
+    "json-cells.csv": b'prompt,target,rephrases\n"[{""role"": 3}]",b,"[[[]]]"\n',
     "control\n\x1b[31m.jsonl": b'{"prompt": "a\\u001b[31m"}',
     "cells.csv": b"prompt,target\na,b,c\n",
     "quotes.csv": b'prompt,target\n"a,b\n',
@@ -117,7 +126,7 @@ def _anything(rng: random.Random, depth: int = 0) -> Any:
     if depth > 2 or rng.random() < 0.6:
         return rng.choice(plain)
     inner = [_anything(rng, depth + 1) for _ in range(rng.randint(0, 3))]
-    names = ["prompt", "answer", "str", "target_new", "subject"]
+    names = rng.choice((["prompt", "answer", "str", "target_new", "subject"], ["content", "role"]))
     return inner if rng.random() < 0.5 else dict(zip(names, inner, strict=False))
 
 
