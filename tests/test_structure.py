@@ -19,7 +19,7 @@ BELOW = {
     "world": (),
     "distributed": ("errors",),
     "memory": ("types", "errors", "functional"),
-    "models": ("types", "errors", "functional", "world", "distributed", "memory"),
+    "models": ("types", "errors", "functional", "world", "distributed", "memory", "folders"),
     "data": ("types", "errors", "functional", "world", "memory", "models"),
     "editors": ("types", "errors", "functional", "world", "distributed", "memory", "models", "data"),
     "folders": ("errors",),

