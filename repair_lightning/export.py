@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from repair_lightning.data.ledger import EditStatus, Ledger
-from repair_lightning.data.tokenizing import encode
 from repair_lightning.errors import ConfigError, RepairError, counted
 from repair_lightning.evaluation.metrics import overall_performance
 from repair_lightning.evaluation.protocols import AUTOREGRESSIVE, answers, normalise
@@ -27,6 +26,7 @@ from repair_lightning.folders import replace_folder, whereabouts
 from repair_lightning.functional import fused_delta
 from repair_lightning.models.base import base_files, weights_hash_of
 from repair_lightning.models.prefix_cache import PrefixCache
+from repair_lightning.models.tokenizing import encode
 from repair_lightning.packs import (
     BASE_FOLDER,
     CONFIG_FILE,

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from repair_lightning.data import dialogue, text
 from repair_lightning.errors import ConfigError, FieldError
+from repair_lightning.texts import dialogue
+from repair_lightning.texts import joint as text
 
 Record = Mapping[str, Any]
 

@@ -22,9 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, Value, load_dataset
 
-from repair_lightning.data import dialogue, formats
-from repair_lightning.data.text import joint
+from repair_lightning.data import formats
 from repair_lightning.errors import ConfigError, FieldError, RecordError, RepairError, counted
+from repair_lightning.texts import dialogue
+from repair_lightning.texts.joint import joint
 from repair_lightning.types import Edit
 
 logger = logging.getLogger(__name__)

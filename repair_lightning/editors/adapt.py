@@ -25,13 +25,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from repair_lightning.data.tokenizing import target_labels
 from repair_lightning.errors import ConfigError
 from repair_lightning.functional import IGNORED
 from repair_lightning.memory.query import Choice
 from repair_lightning.models.base import can_stop
 from repair_lightning.models.prefix import pad_left, stack_left
 from repair_lightning.models.sampling import greedy_answers
+from repair_lightning.models.tokenizing import target_labels
 from repair_lightning.types import BASE, Edit, EditBatch
 
 if TYPE_CHECKING:

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from repair_lightning.data.ledger import Ledger
-from repair_lightning.data.tokenizing import Encoded, encode
 from repair_lightning.distributed.team import ALONE, Team
 from repair_lightning.editors.adapt import AUTO, Adapted
 from repair_lightning.editors.exchange import Pace, Written
@@ -37,6 +36,7 @@ from repair_lightning.models.base import Base, load_base
 from repair_lightning.models.edited import EditedModel
 from repair_lightning.models.prefix_cache import PrefixCache
 from repair_lightning.models.sampling import greedy_rows, own_texts
+from repair_lightning.models.tokenizing import Encoded, encode
 from repair_lightning.types import BASE, Edit, EditBatch, EditReport
 
 log = logging.getLogger(__name__)

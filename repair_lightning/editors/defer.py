@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 
-from repair_lightning.data.tokenizing import Encoded
 from repair_lightning.editors.base import KEPT, Editor, register
 from repair_lightning.editors.inner_loop import Tail, TargetRows, TargetTail
 from repair_lightning.errors import ConfigError
@@ -33,6 +32,7 @@ from repair_lightning.functional import target_cross_entropy, target_margin
 from repair_lightning.memory.query import Query
 from repair_lightning.memory.routers import Router, make_router
 from repair_lightning.memory.side_memory import Selection, Shard
+from repair_lightning.models.tokenizing import Encoded
 from repair_lightning.types import EditBatch, EditReport
 
 

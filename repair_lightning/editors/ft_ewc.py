@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repair_lightning.data.tokenizing import Encoded
 from repair_lightning.editors.base import KEPT, register
 from repair_lightning.editors.ft import FineTuner
 from repair_lightning.editors.inner_loop import TargetRows
 from repair_lightning.editors.values import pushing
 from repair_lightning.errors import ConfigError
 from repair_lightning.functional import target_cross_entropy
+from repair_lightning.models.tokenizing import Encoded
 from repair_lightning.types import Edit, EditBatch, EditReport
 
 ROWS = 32

@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from repair_lightning.data.tokenizing import Encoded, target_labels
 from repair_lightning.memory.query import Query
 from repair_lightning.memory.side_memory import Shard
 from repair_lightning.models.prefix import Capture, SplitModel, pad_left, stack_left
+from repair_lightning.models.tokenizing import Encoded, target_labels
 
 Tail = Literal["positions", "rows", "model"]
 """How much runs in a step: the positions that are read, whole rows from the edited layer on, or the whole model."""

@@ -39,7 +39,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from repair_lightning.data.records import load_records
-from repair_lightning.data.tokenizing import Encoded, encode
 from repair_lightning.editors.base import KEPT, register
 from repair_lightning.editors.inner_loop import TargetRows
 from repair_lightning.editors.values import pushing
@@ -48,6 +47,7 @@ from repair_lightning.errors import ConfigError
 from repair_lightning.functional import target_cross_entropy
 from repair_lightning.functional.moments import RunningMoments
 from repair_lightning.models.prefix import SplitModel
+from repair_lightning.models.tokenizing import Encoded, encode
 from repair_lightning.types import BASE, Edit, EditReport
 
 log = logging.getLogger(__name__)

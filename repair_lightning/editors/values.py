@@ -20,11 +20,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from repair_lightning.data.tokenizing import Encoded
 from repair_lightning.editors.inner_loop import TargetRows, TargetTail
 from repair_lightning.errors import ConfigError
 from repair_lightning.functional import target_cross_entropy, target_margin
 from repair_lightning.models.prefix import SplitModel
+from repair_lightning.models.tokenizing import Encoded
 
 At = Literal["targets", "subject"]
 """Where shifts act: wherever a target token is read, or at the subject's last token alone."""

@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from repair_lightning.data.tokenizing import Encoded, encode
 from repair_lightning.editors.base import KEPT, Editor
 from repair_lightning.editors.inner_loop import TargetRows
 from repair_lightning.editors.values import Found, Places, Values, ValueSearch, pushing
@@ -25,6 +24,7 @@ from repair_lightning.models.architectures import resolve_layer
 from repair_lightning.models.base import Base, load_base
 from repair_lightning.models.prefix import Capture, SplitModel, stack_left
 from repair_lightning.models.prefix_cache import canonical_batches
+from repair_lightning.models.tokenizing import Encoded, encode
 from repair_lightning.types import BASE, Edit, EditBatch, EditReport
 
 log = logging.getLogger(__name__)

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repair_lightning.data.tokenizing import Encoded, encode, target_labels
 from repair_lightning.memory.query import Choice
 from repair_lightning.models.edited import EditedModel
 from repair_lightning.models.prefix import pad_left, stack_left
+from repair_lightning.models.tokenizing import Encoded, encode, target_labels
 
 AUTOREGRESSIVE, TEACHER_FORCED = "autoregressive", "teacher_forced"
 PROTOCOLS = (AUTOREGRESSIVE, TEACHER_FORCED)

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repair_lightning.data.tokenizing import encode
 from repair_lightning.evaluation import protocols
 from repair_lightning.evaluation.metrics import KIND_OF_PROMPT, EditScores
 from repair_lightning.evaluation.protocols import AUTOREGRESSIVE, TEACHER_FORCED
 from repair_lightning.memory.query import Choice
 from repair_lightning.models.edited import EditedModel
+from repair_lightning.models.tokenizing import encode
 from repair_lightning.types import BASE, Edit
 
 

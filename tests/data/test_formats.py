@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from repair_lightning.data import dialogue
 from repair_lightning.data.formats import FORMATS, convert, get_format, guess_format
 from repair_lightning.errors import ConfigError, FieldError
+from repair_lightning.texts import dialogue
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 REAL = {

@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from repair_lightning.data import dialogue, records
+from repair_lightning.data import records
 from repair_lightning.data.formats import FORMATS
 from repair_lightning.data.joining import apply, join
 from repair_lightning.data.ledger import Ledger
 from repair_lightning.data.records import check_lengths, load_irrelevant, load_records, same_question_key
 from repair_lightning.errors import ConfigError, FieldError, RecordError, RepairError
+from repair_lightning.texts import dialogue
 from repair_lightning.types import Edit, EditReport, Probe
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from repair_lightning.data.tokenizing import Encoded
 from repair_lightning.editors.inner_loop import OpenCoordinates, TargetRows
 from repair_lightning.editors.repair import Distillation, Routing, Writing
 from repair_lightning.memory.query import Query
 from repair_lightning.memory.side_memory import Shard
 from repair_lightning.models.prefix import Capture
+from repair_lightning.models.tokenizing import Encoded
 from repair_lightning.types import EditBatch
 
 D, F, V = 3, 4, 5

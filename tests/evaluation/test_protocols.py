@@ -12,7 +12,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from repair_lightning.data.tokenizing import encode
 from repair_lightning.editors.repair import Writing
 from repair_lightning.evaluation import protocols
 from repair_lightning.evaluation.correctness import correctness
@@ -26,6 +25,7 @@ from repair_lightning.evaluation.protocols import (
     target_loss,
     token_share,
 )
+from repair_lightning.models.tokenizing import encode
 from repair_lightning.types import BASE
 
 

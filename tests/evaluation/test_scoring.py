@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from repair_lightning.data.tokenizing import encode
 from repair_lightning.evaluation import protocols, scoring
 from repair_lightning.evaluation.protocols import forced_choice, normalise, token_share
 from repair_lightning.evaluation.scoring import Question, Scorer, oracle_choice, questions_of
 from repair_lightning.memory.query import Choice
+from repair_lightning.models.tokenizing import encode
 from repair_lightning.types import BASE, Edit, Probe
 
 

@@ -65,7 +65,7 @@ def seam(prompt: str, target: str) -> str:
     left, right = _edge(reversed(prompt)), _edge(target)
     if not left or not right or left.isspace() or right.isspace():
         return ""
-    return "" if _unspaced(left) or _unspaced(right) else " "
+    return "" if unspaced(left) or unspaced(right) else " "
 
 
 def _edge(characters: Iterable[str]) -> str:
@@ -78,7 +78,8 @@ def _edge(characters: Iterable[str]) -> str:
     return first
 
 
-def _unspaced(character: str) -> bool:
+def unspaced(character: str) -> bool:
+    """Whether a character belongs to a script that writes no blanks between words."""
     at = bisect_right(_STARTS, ord(character)) - 1
     return at >= 0 and ord(character) <= _UNSPACED[at][1]
 

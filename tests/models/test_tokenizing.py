@@ -10,9 +10,9 @@ from helpers_runs import world_edits
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from repair_lightning.data.tokenizing import Encoded, encode, target_labels
 from repair_lightning.functional import IGNORED
 from repair_lightning.models.prefix import pad_left
+from repair_lightning.models.tokenizing import Encoded, encode, target_labels
 from repair_lightning.world import base_dir
 
 CORPUS = ["the quick brown fox jumps over the lazy dog", "who painted the night watch? Rembrandt van Rijn", "1984 , 51"]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from repair_lightning.data.text import _UNSPACED, fill, is_open, joint, names, seam
+from repair_lightning.texts.joint import _UNSPACED, fill, is_open, joint, names, seam
 
 
 @pytest.mark.parametrize(
