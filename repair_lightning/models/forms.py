@@ -1,9 +1,9 @@
 """Forms: how a question is put to a base, how its answer ends, and what the last turn of a dialogue asks.
 
 A prompt is a text or a dialogue (messages), see `repair_lightning.texts.dialogue`. The base's chat template is not
-known by name: it is rendered with words of our own as contents, and what stands around these words are its marks. Marks are
-compared as token ids turned into text in which every special token is one private character, so that no text which a
-user types can look like one.
+known by name: it is rendered with words of our own as contents, and what stands around these words are its marks.
+Marks are compared as token ids turned into text in which every special token is one private character, so that no text
+which a user types can look like one.
 """
 
 from __future__ import annotations
@@ -289,7 +289,8 @@ class Forms:
         if self.marks is not None:
             _, mark, turn = spelled.rpartition(self.marks.user)
             if mark:
-    X                return _PRIVATE_SIGN.sub(" ", inside).strip()
+                inside = turn.split(self.marks.close, 1)[0]
+                return _PRIVATE_SIGN.sub(" ", inside).strip()
         return _PRIVATE_SIGN.sub("", spelled)
 
     def opens_turn(self, ids: Sequence[int]) -> bool:
