@@ -119,7 +119,7 @@ class Pair:
         if not all(prompt.strip() for prompt in prompts):
             raise ConfigError("a prompt is empty; give a question")
         limit = longest_text(self.model)
-        rows = self.model.tokenizer(list(prompts))["input_ids"] if prompts else []
+        rows = [self.model.forms.ids(prompt) for prompt in prompts]
         for prompt, row in zip(prompts, rows, strict=True):
             if len(row) + self.max_new_tokens > limit:
                 raise ConfigError(

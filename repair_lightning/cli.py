@@ -265,7 +265,7 @@ class EditCLI(LightningCLI):
         self.model.scratch, self.model.rows_apart = self.run_dir / "scratch", True
         self.model.join(self.team)  # the base's own score, before the first edit, is dealt out too
         self.model.load()
-        self.datamodule.check_fit(self.model.tokenizer, self.model.max_tokens)
+        self.datamodule.check_fit(self.model.edited.forms, self.model.max_tokens)
         return None if resumes else self._start_from_pack()
 
     @contextmanager

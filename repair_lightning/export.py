@@ -26,7 +26,6 @@ from repair_lightning.folders import replace_folder, whereabouts
 from repair_lightning.functional import fused_delta
 from repair_lightning.models.base import base_files, weights_hash_of
 from repair_lightning.models.prefix_cache import PrefixCache
-from repair_lightning.models.tokenizing import encode
 from repair_lightning.packs import (
     BASE_FOLDER,
     CONFIG_FILE,
@@ -187,7 +186,7 @@ def merge_into_base(
         that weight.
     """
     keys, values = _said(model, edits)
-    rows = [row for row in model.tokenizer(list(background))["input_ids"] if row] if background else []
+    rows = [row for row in map(model.forms.ids, background) if row]
     kept = torch.cat([capture.activations.float() for capture in model.captures(rows)]) if rows else keys[:0]
     before = model.weights.state()
     sample, guard = edits[:: max(1, len(edits) // 64)][:64], list(guard)[:64]
@@ -208,7 +207,7 @@ def merge_into_base(
 
 def _said(model: PackedModel, edits: Sequence[Edit]) -> tuple[Tensor, Tensor]:
     """A(x) (N, F) where the edits' target tokens are read, and what their shards add there (N, D)."""
-    rows = [encode(model.tokenizer, edit.prompt, edit.target) for edit in edits]
+    rows = [model.forms.encode(edit.prompt, edit.target) for edit in edits]
     keys: list[Tensor] = []
     values: list[Tensor] = []
     captures = model.captures([row.ids for row in rows])

@@ -173,7 +173,8 @@ def bytes_left(editor: Editor) -> int:
     """What editing has left, in bytes of a pack's tensors, without what a router learns before the first edit."""
     empty = editor.build_router()
     assert editor.base is not None
-    empty.fit(editor.background, editor.base.embeddings)
+    empty.space = getattr(editor.router, "space", None)  # type: ignore[attr-defined]
+    empty.fit(editor.background)
     before = sum(value.nbytes for value in empty.state_dict().values() if isinstance(value, Tensor))
     return sum(tensor.nbytes for tensor in written_tensors(editor.edited, editor.own_state()).values()) - before
 
@@ -349,6 +350,7 @@ def open_pack(
         more = {name: (whereabouts(folder) / name).read_bytes() for name in further}
         model.own = _own_state(config, tensors)
     model.card, model.ledger, model.more = dict(config), ledger, more
+    model.target_of = lambda id: ledger.edit(id).target if id in ledger else None
     return model.eval()
 
 
@@ -462,7 +464,6 @@ def restore_into(editor: Editor, folder: str | Path, config: Mapping[str, Any], 
         editor.router.load_state_dict(_router_state(config, tensors))
         editor.load_own_state(_own_state(config, tensors))
         editor.changed_weights = changed_weights(tensors)
-    editor.router.bind(editor.base.embeddings)
 
 
 def _router_state(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -483,8 +484,8 @@ def _edited_from(config: Mapping[str, Any], tensors: Mapping[str, Tensor], loade
         raise ValueError(f"its shards are {memory.shape}, the value matrix of layer {config['layer']} is {found}")
     router = make_router(config["router"]["name"], **config["router"]["options"])
     router.load_state_dict(_router_state(config, tensors))
-    router.bind(loaded.embeddings)
-    return PackedModel(loaded.model, loaded.tokenizer, memory.to(loaded.model.device), router, config["layer"])
+    forms = loaded.forms(config["options"].get("template", "auto"))
+    return PackedModel(loaded.model, loaded.tokenizer, memory.to(loaded.model.device), router, config["layer"], forms)
 
 
 def _base_of(config: Mapping[str, Any], base: str | None, precision: str, trust: bool) -> Base:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,8 +25,10 @@ from datasets import Dataset, Features, Value, load_dataset
 from repair_lightning.data import formats
 from repair_lightning.errors import ConfigError, FieldError, RecordError, RepairError, counted
 from repair_lightning.texts import dialogue
-from repair_lightning.texts.joint import joint
 from repair_lightning.types import Edit
+
+if TYPE_CHECKING:
+    from repair_lightning.models.forms import Forms
 
 logger = logging.getLogger(__name__)
 
@@ -180,28 +182,27 @@ def load_irrelevant(path: str | Path, prefix: str = "") -> tuple[str, ...]:
     return tuple(dialogue.with_question(prompt, prefix + dialogue.question_of(prompt)) for _, prompt in prompts)
 
 
-def check_lengths(edits: Sequence[Edit], tokenizer: Any, max_tokens: int) -> dict[str, str]:
+def check_lengths(edits: Sequence[Edit], forms: Forms, max_tokens: int) -> dict[str, str]:
     """Finds edits with a text that is too long for the model: prompt or rephrase with target and EOS, or a probe.
 
     Args:
         edits: The edits to check.
-        tokenizer: A Hugging Face tokenizer.
+        forms: how the base is asked.
         max_tokens: Most tokens a sequence may have, in tokens.
 
     Returns:
         Id of each offending edit -> a message that names its first over-long field; in the order of `edits`.
     """
-    named = [(edit.id, name, text) for edit in edits for name, text in _model_texts(edit)]
-    if not named:
-        return {}
-    ids = tokenizer([text for *_, text in named], add_special_tokens=True)["input_ids"]
     messages: dict[str, str] = {}
-    for (id, name, _), tokens in zip(named, ids, strict=True):
-        length = len(tokens) + 1
-        if length > max_tokens:
-            remedy = "shorten it or raise the limit, if the model reads that much"
-            message = f"edit '{id}', field '{name}': is {length} tokens long, at most {max_tokens} fit; {remedy}"
-            messages.setdefault(id, message)
+    for edit in edits:
+        for name, prompt, target in _model_texts(edit):
+            length = len(forms.encode(prompt, target).ids)
+            if length > max_tokens:
+                remedy = "shorten it or raise the limit, if the model reads that much"
+                message = (
+                    f"edit '{edit.id}', field '{name}': is {length} tokens long, at most {max_tokens} fit; {remedy}"
+                )
+                messages.setdefault(edit.id, message)
     return messages
 
 
@@ -460,15 +461,10 @@ def _log_summary(source: str, found: RecordSet) -> None:
     logger.info("%s: %s", source, ", ".join(parts))
 
 
-def _model_texts(edit: Edit) -> Iterable[tuple[str, str]]:
-    yield "prompt and target", _joint(edit.prompt, edit.target)
+def _model_texts(edit: Edit) -> Iterable[tuple[str, str, str]]:
+    yield "prompt and target", edit.prompt, edit.target
     for i, rephrase in enumerate(edit.rephrases):
-        yield f"rephrases[{i}] and target", _joint(rephrase, edit.target)
+        yield f"rephrases[{i}] and target", rephrase, edit.target
     for name in ("locality", "near"):
         for i, probe in enumerate(getattr(edit, name)):
-            yield f"{name}[{i}]", _joint(probe.prompt, probe.answer or "")
-
-
-def _joint(prompt: str, target: str) -> str:
-    """Prompt and target as one text; messages as a person sees them, without the signs of a chat template."""
-    return joint(dialogue.shown(prompt), target)
+            yield f"{name}[{i}]", probe.prompt, probe.answer or ""

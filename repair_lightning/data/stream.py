@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
@@ -24,6 +25,7 @@ from repair_lightning.world import WORLD, edits_path, irrelevant_path
 
 if TYPE_CHECKING:
     from repair_lightning.editors.base import Editor
+    from repair_lightning.models.forms import Forms
 
 log = logging.getLogger(__name__)
 
@@ -113,9 +115,9 @@ class EditStream(pl.LightningDataModule):
         assert self.records is not None
         return self.records.edits
 
-    def check_fit(self, tokenizer: Any, max_tokens: int) -> None:
+    def check_fit(self, forms: Forms, max_tokens: int) -> None:
         """Refuse edits that are too long for the base, or leave them out where bad records are skipped."""
-        too_long = check_lengths(self.edits, tokenizer, max_tokens)
+        too_long = check_lengths(self.edits, forms, max_tokens)
         if not too_long:
             return
         if self.on_bad_record == "stop" or len(too_long) == len(self.edits):
@@ -127,12 +129,12 @@ class EditStream(pl.LightningDataModule):
         kept = tuple(edit for edit in found.edits if edit.id not in too_long)
         orphans = {old: new for old, new in found.superseded.items() if new in too_long}
         lost = [f"edit '{old}': its successor '{new}' is too long; give one that fits" for old, new in orphans.items()]
-        self.records = RecordSet(
-            kept,
-            (*found.bad, *too_long.values(), *lost),
-            {old: new for old, new in found.superseded.items() if old not in orphans},
-            found.duplicates,
-            tuple(edit for edit in found.superseded_edits if edit.id not in orphans),
+        self.records = replace(
+            found,
+            edits=kept,
+            bad=(*found.bad, *too_long.values(), *lost),
+            superseded={old: new for old, new in found.superseded.items() if old not in orphans},
+            superseded_edits=tuple(edit for edit in found.superseded_edits if edit.id not in orphans),
         )
 
     def join(self, earlier: Ledger) -> None:

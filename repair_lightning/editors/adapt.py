@@ -175,7 +175,7 @@ def make_probes(editor: Repair, prompts: Sequence[str]) -> list[Edit]:
     """
     asked = random.Random(editor.seed).sample(list(prompts), min(PROBES, len(prompts)))
     with editor.edited.forced(None):
-        said = greedy_answers(editor.edited.base, editor.tokenizer, asked)
+        said = greedy_answers(editor.edited.base, editor.edited.forms, asked)
     pairs = [(prompt, answer) for prompt, answer in zip(asked, said, strict=True) if answer]
     answers = list(dict.fromkeys(answer for _, answer in pairs))
     if len(answers) < 2:

@@ -13,7 +13,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
 
@@ -27,16 +27,21 @@ from repair_lightning.distributed.team import ALONE, Team
 from repair_lightning.editors.adapt import AUTO, Adapted
 from repair_lightning.editors.exchange import Pace, Written
 from repair_lightning.errors import ConfigError, RepairError
+from repair_lightning.functional.relations import RelationSpace
 from repair_lightning.memory.query import Choice, Query
 from repair_lightning.memory.routers import Router, make_router
 from repair_lightning.memory.rows import Rows
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.models.architectures import architecture_of, resolve_layer, value_shape
 from repair_lightning.models.base import Base, load_base
+from repair_lightning.models.cache import kept_space
 from repair_lightning.models.edited import EditedModel
+from repair_lightning.models.forms import Template
 from repair_lightning.models.prefix_cache import PrefixCache
 from repair_lightning.models.sampling import greedy_rows, own_texts
-from repair_lightning.models.tokenizing import Encoded, encode
+from repair_lightning.models.tokenizing import Encoded
+from repair_lightning.texts.dialogue import behind
+from repair_lightning.texts.relations import bank
 from repair_lightning.types import BASE, Edit, EditBatch, EditReport
 
 log = logging.getLogger(__name__)
@@ -73,6 +78,8 @@ class Editor(pl.LightningModule):
         trust_remote_code: let the base's repository run its own code.
         cache_mib: memory for the prefix cache, in MiB; 0 goes without and runs the whole base again and again.
         cache_disk_mib: scratch space on disk for what the prefix cache cannot hold in memory, in MiB.
+        template: how the base is asked a text: `chat` through its chat template, `none` bare, `auto` through the
+            template where it has one.
     """
 
     batchable: ClassVar[bool] = True
@@ -103,6 +110,7 @@ class Editor(pl.LightningModule):
         trust_remote_code: bool = False,
         cache_mib: int = 2048,
         cache_disk_mib: int = 8192,
+        template: Template = "auto",
     ) -> None:
         super().__init__()
         kind = type(self)
@@ -121,6 +129,7 @@ class Editor(pl.LightningModule):
         self.precision_option = precision
         self.trust_remote_code = trust_remote_code
         self.cache_mib, self.cache_disk_mib = cache_mib, cache_disk_mib
+        self.template = template
         self.ledger = Ledger()
         self.base: Base | None = None
         self.adapted: Adapted | None = None
@@ -160,13 +169,18 @@ class Editor(pl.LightningModule):
         memory = self.build_memory(value_shape(value)).to(base.model.device)
         memory.rows_apart = self.rows_apart
         if self.base is None:
-            self.edited = EditedModel(base.model, base.tokenizer, memory, self.build_router(), layer)
-            self._encode = lru_cache(1 << 16)(partial(encode, base.tokenizer))
+            forms = base.forms(self.template)
+            self.edited = EditedModel(base.model, base.tokenizer, memory, self.build_router(), layer, forms)
+            self.edited.target_of = self._target_of
+            self._encode = lru_cache(1 << 16)(forms.encode)
         else:
             self.edited.move_to(layer, memory)
         self.base = base
         self.edited.prefixes = self._prefix_cache()
         self.join(self.team)
+
+    def _target_of(self, id: str) -> str | None:
+        return self.ledger.edit(id).target if id in self.ledger else None
 
     def join(self, team: Team) -> None:
         """Work among the ranks of a team: all of them must do the same from here on."""
@@ -181,10 +195,14 @@ class Editor(pl.LightningModule):
         return self.can_share and self.team.parts > 1
 
     def _prefix_cache(self) -> PrefixCache:
-        assert self.base is not None
-        identity = f"{self.base.sha256[:16]}-{self.layer}-{str(self.base.model.dtype).removeprefix('torch.')}"
         scratch = self.scratch if self.cache_mib and self.cache_disk_mib else None
-        return PrefixCache(self.edited.split, self.cache_mib << 20, scratch, self.cache_disk_mib << 20, identity)
+        return PrefixCache(self.edited.split, self.cache_mib << 20, scratch, self.cache_disk_mib << 20, self._identity)
+
+    @property
+    def _identity(self) -> str:
+        """Names what computes the states at the edited layer."""
+        assert self.base is not None
+        return f"{self.base.sha256[:16]}-{self.layer}-{str(self.base.model.dtype).removeprefix('torch.')}"
 
     def adopt(self, found: Adapted) -> None:
         """Go on with settings that were found; another layer begins with an empty memory."""
@@ -269,8 +287,14 @@ class Editor(pl.LightningModule):
         self.background = self._shared_queries(background)
         self.held_out_prompts = tuple(held_out)
         self.held_out = self._shared_queries(held_out)
-        assert self.base is not None
-        self.router.fit(self.background, self.base.embeddings)
+        if self.router.needs_space:
+            self.router.space = self._relation_space()  # type: ignore[attr-defined]
+        self.router.fit(self.background)
+
+    def _relation_space(self) -> RelationSpace:
+        """The router's space of relations: learnt once per base, layer, precision and form, and kept on the disk."""
+        known = (self._identity, str(self.edited.forms.chat), *map(str, self.router.options().values()), *bank()[0])
+        return kept_space(known, lambda: self.router.learn_space(self.edited.last_states))  # type: ignore[attr-defined]
 
     def _shared_queries(self, prompts: Sequence[str]) -> Query:
         return self.edited.shared_query(len(prompts), lambda index: self.edited.query([prompts[i] for i in index]))
@@ -345,7 +369,7 @@ class Editor(pl.LightningModule):
     def in_context(self, edits: Sequence[Edit]) -> list[Edit]:
         """The edits asked behind a context that the base wrote itself: a stand-in for other words."""
         contexts = self.base_texts(max(1, min(len(edits), 16)), length=8)
-        return [replace(edit, prompt=f"{contexts[i % len(contexts)]}. {edit.prompt}") for i, edit in enumerate(edits)]
+        return [replace(edit, prompt=behind(contexts[i % len(contexts)], edit.prompt)) for i, edit in enumerate(edits)]
 
     def base_texts(self, number: int, length: int = 12) -> list[str]:
         """Texts that the base wrote by itself, the same on every rank; see `own_texts`."""
@@ -354,12 +378,14 @@ class Editor(pl.LightningModule):
     def said_by_base(self, prompts: Sequence[str], length: int = 8) -> list[Encoded]:
         """Prompts with what the base as it was says to them, in at most so many tokens."""
         with self.edited.forced(None), self.edited.weights.originals():
-            return [Encoded(*row) for row in greedy_rows(self.edited.base, self.tokenizer, prompts, length)]
+            return [Encoded(*row) for row in greedy_rows(self.edited.base, self.edited.forms, prompts, length)]
 
     def query_of(self, edits: Sequence[Edit]) -> Query:
         """The edits' prompts as a router sees them, from the one pass that serves their writing too."""
+        texts = [self.edited.forms.asked(edit.prompt) for edit in edits]
         rows = [self.encode(edit) for edit in edits]
-        return self.edited.query_of([row.prompt for row in rows], self.edited.captures([row.ids for row in rows]))
+        captures = self.edited.captures([row.ids for row in rows])
+        return self.edited.query_of(texts, [row.prompt for row in rows], captures)
 
     def features(self, edits: Sequence[Edit]) -> np.ndarray:
         """Unit features (n, D) of the edits' prompts in the frozen base, for clustering."""
@@ -378,7 +404,11 @@ class Editor(pl.LightningModule):
         """The router's choice for the edits' own prompts, from the states that are known of them."""
         mine = self.team.mine_of([edit.prompt for edit in edits])
         own = [edits[i] for i in mine]
-        part = self.router.route(self.query_of(own), self.memory) if own else Choice.base(0)
+        if not own:
+            return self.edited.shared_choice(mine, Choice.base(0))
+        texts = [self.edited.forms.asked(edit.prompt) for edit in own]
+        query = self.query_of(own) if self.router.reads_states else Query.of_texts(texts)
+        part = self.edited.held(self.router.route(query, self.memory), [self.encode(edit).prompt for edit in own])
         return self.edited.shared_choice(mine, part)
 
     def owner_choice(self, ids: Sequence[str]) -> Tensor:
@@ -518,7 +548,6 @@ class Editor(pl.LightningModule):
             found = self.memory.state_of_rows(rows["shards"])
             checkpoint["state_dict"] |= {f"edited.memory.{name}": tensor for name, tensor in found.items()}
         self.router.load_state_dict(self.router.state_of_rows(state, rows["router"]) if "router" in rows else state)
-        self.router.bind(self.base.embeddings)
         self.changed_weights = checkpoint["value_weights"]
         self.load_own_state(checkpoint["own"])
 

@@ -138,7 +138,7 @@ class GRACE(Editor):
         before = self.memory.snapshot(writable=True), self.balls.state_dict(), self.labels
         encoded = [self.encode(edit) for edit in batch.edits]
         captures = self.edited.captures([row.ids for row in encoded])
-        prompts = self.edited.query_of([row.prompt for row in encoded], captures)
+        prompts = self.edited.query_of([edit.prompt for edit in batch.edits], [row.prompt for row in encoded], captures)
         shards = self._place(batch.edits, self.balls.key_of(prompts), self._outputs(prompts.at_last().activations))
         rows = TargetRows(encoded, captures, range(len(encoded)), len(encoded))
         steps, losses = self._train(rows, shards)

@@ -72,7 +72,7 @@ class InContext(Editor):
 
     def tokens_of(self, edit: Edit) -> list[int]:
         """An edit's line as token ids."""
-        text = self.line.replace("{prompt}", edit.prompt).replace("{target}", edit.target)
+        text = self.line.replace("{prompt}", self.edited.forms.asked(edit.prompt)).replace("{target}", edit.target)
         found: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return found
 

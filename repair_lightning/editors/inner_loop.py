@@ -116,13 +116,18 @@ class TargetTail:
 
     Where the last layer is edited and its value output is simply added, only the positions that are read take part;
     otherwise the edited layer and those above it run over whole rows, or, without a prefix cache, the whole model.
+
+    Attributes:
+        states: (M, D) at the positions that are read: what leaves the layer where these take part alone, else what
+            enters it.
     """
 
     def __init__(self, split: SplitModel, rows: TargetRows, kind: Tail) -> None:
         self.split, self.rows, self.kind = split, rows, kind
+        self.states = rows.reading(rows.hidden)
         if kind == "positions":
             with split.skipping():
-                self.out = rows.reading(split.layer_output(rows.ids, rows.mask, rows.hidden))
+                self.states = self.out = rows.reading(split.layer_output(rows.ids, rows.mask, rows.hidden))
             self.activations = rows.reading(rows.activations).float()
 
     def __call__(self, product: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,9 @@ group, D = d_model, F = d_ffn.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,35 @@ if TYPE_CHECKING:
 
 RIDGE = 1e-4
 """Added to `K K^T`, as a share of its mean diagonal: two positions with one key must not blow up."""
+
+
+REACH = 0.1
+"""A step of the normalised gradient, as a share of the length of the states that it moves, at a rate of 1."""
+
+
+class NormalizedGradient(torch.optim.Optimizer):
+    """Steps of fixed length along each position's gradient, shorter where it has less to go than the worst position.
+
+    Values stay in the span of what the head asks for. Adam moves each coordinate alike; what that adds besides says
+    rare tokens where keys of another form mix the positions (measured: docs/studies/forms.md).
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One step; every parameter is (..., R, D)."""
+        found = closure() if closure is not None else None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                size = parameter.grad.norm(dim=-1, keepdim=True)
+                most = size.amax(dim=-2, keepdim=True) if size.dim() > 1 else size
+                share = (size / most.clamp_min(1e-30)).sqrt()
+                parameter -= group["lr"] * share * parameter.grad / size.clamp_min(1e-30)
+        return found
 
 
 class DualKeys:
@@ -93,6 +123,40 @@ class Outcome:
     steps: int
     loss: dict[int, float]
     kd: dict[int, float]
+
+    def moved(self, members: Sequence[int]) -> Outcome:
+        """The same, of members that stand elsewhere."""
+        loss, kd = ({members[i]: value for i, value in found.items()} for found in (self.loss, self.kd))
+        return Outcome(self.left, self.right, self.steps, loss, kd)
+
+
+def held_outside(editor: Repair, outcomes: Sequence[Outcome], rows: TargetRows) -> list[bool]:
+    """Whether each outcome says its members' targets in rows that it was not trained on."""
+    owner = {member: outcome for outcome in outcomes for member in outcome.loss}
+    parts = [(owner[int(member)].left, owner[int(member)].right) for member in rows.owner.tolist()]
+    tail = TargetTail(editor.edited.split, rows, editor.tail)
+    hook = Selection(len(rows), [(_Given(parts), None)])
+    with torch.no_grad(), editor.cut(), editor.edited.forced(hook):
+        of = rows.row.tolist()
+        logits, _ = tail(lambda keys: torch.stack([_push(key, *parts[row]) for key, row in zip(keys, of, strict=True)]))
+    wrong = rows.owner[rows.row[logits.argmax(-1) != rows.labels]].unique().tolist()
+    return [not any(member in wrong for member in outcome.loss) for outcome in outcomes]
+
+
+def _push(keys: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    return keys @ right.T @ left.T
+
+
+class _Given(nn.Module):
+    """Finished factors, one pair for each row, as what a hook on the value matrix adds."""
+
+    def __init__(self, parts: Sequence[tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.parts = parts
+
+    def product(self, activations: Tensor) -> Tensor:
+        """(B, T, D) for float32 activations (B, T, F)."""
+        return torch.stack([_push(row, *pair) for row, pair in zip(activations, self.parts, strict=True)])
 
 
 class LowRankWriter:
@@ -161,8 +225,11 @@ class LowRankWriter:
         editor, margin = self.editor, self.editor.writing.margin
         tail = TargetTail(editor.edited.split, rows, editor.tail)
         hook = Selection(len(rows), [(_Training(keys, values), None)])
+        rate = editor.value_rate
+        if editor.writing.stepping == "normalized":
+            rate = editor.writing.rate * REACH * float(tail.states.float().norm(dim=-1).mean())
         done = torch.zeros(len(keys.ranks), dtype=torch.bool)
-        with editor.bound(values, editor.value_rate) as optimizer, editor.cut(), editor.edited.forced(hook):
+        with editor.bound(values, rate) as optimizer, editor.cut(), editor.edited.forced(hook):
             for step in range(budget + 1):  # the last round only looks at what the steps made
                 logits, features = tail(lambda _: keys.pushed(values))
                 losses = rows.per_row(target_cross_entropy(logits[:, None], rows.labels[:, None]))

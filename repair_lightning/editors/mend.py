@@ -47,7 +47,7 @@ from repair_lightning.errors import ConfigError
 from repair_lightning.functional import target_cross_entropy
 from repair_lightning.functional.moments import RunningMoments
 from repair_lightning.models.prefix import SplitModel
-from repair_lightning.models.tokenizing import Encoded, encode
+from repair_lightning.models.tokenizing import Encoded
 from repair_lightning.types import BASE, Edit, EditReport
 
 log = logging.getLogger(__name__)
@@ -356,7 +356,7 @@ class MEND(WeightEditor):
     def _loss(self, network: GradientNetwork, asked: Sequence[tuple[Edit, str]], other: Sequence[Encoded]) -> Tensor:
         """The training loss of edits with their rephrases, each edit's update by itself."""
         own = [self.encode(edit) for edit, _ in asked]
-        again = [encode(self.tokenizer, text, edit.target) for edit, text in asked]
+        again = [self._encode(text, edit.target) for edit, text in asked]
         _, factors = self.factors(self._rows(own))
         updates = [network(place, pair) for place, pair in enumerate(factors)]
         edited, elsewhere = self._rows([*own, *again]), self._rows(other)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ from torch import Tensor
 from repair_lightning.editors.adapt import AUTO, Adapted, adapt
 from repair_lightning.editors.base import Editor, register
 from repair_lightning.editors.inner_loop import OpenCoordinates, Tail, TargetRows, TargetTail
-from repair_lightning.editors.low_rank import LowRankWriter, Outcome
+from repair_lightning.editors.low_rank import LowRankWriter, NormalizedGradient, Outcome, held_outside
 from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.functional import (
     Margins,
@@ -40,15 +39,23 @@ from repair_lightning.functional import (
     target_margin,
 )
 from repair_lightning.functional.routing import Pool
-from repair_lightning.memory.query import Query, canonical_ids
-from repair_lightning.memory.routers import Anchor, Neighbours, Router, make_router
+from repair_lightning.memory.query import Query
+from repair_lightning.memory.routers import Anchor, Router, make_router
 from repair_lightning.memory.side_memory import Shard, SideMemory
 from repair_lightning.models.base import Base
+from repair_lightning.models.forms import Template
+from repair_lightning.models.tokenizing import Encoded
+from repair_lightning.texts.dialogue import behind
 from repair_lightning.types import BASE, Edit, EditBatch, EditReport
 
 log = logging.getLogger(__name__)
 
-OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+OPTIMIZERS = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+    "normalized": NormalizedGradient,
+}
 
 
 @dataclass
@@ -60,14 +67,11 @@ class Routing:
         pool: `last`, `mean` or `max` over the prompt's tokens, for activation scores.
         act_ratio: the paper's threshold rule; None calibrates on held-out irrelevant prompts.
         false_fire_rate: share of irrelevant prompts that a calibrated threshold lets fire.
-        caution: how far a key's radius lies above its nearest known negative, 0 to 1, where the subject is known.
-        caution_unnamed: the same where it is not.
-        relation_caution: how much more alike than its made-up neighbours a prompt must be, 0 to 1.
-        neighbours: made-up neighbours per edit (its subject in other edits' words); 0 leaves that check out.
-        state_weight: weight of the last hidden state in the key.
-        two_level_from: from how many edits (key) or shards (activation) on a router looks for candidates first, by
-            their cells or sketches; None takes 20,000 edits or 256 shards, from where it was measured to pay.
-        candidates: how many edits or shards are then looked at; None takes 64 edits or 32 shards.
+        relation_false_rate: share of other questions about a subject, from a bank of our own, that may pass for the one
+            that was edited.
+        two_level_from: activation: from how many shards on candidates are looked for first, by their sketches; None
+            takes 256, from where it was measured to pay.
+        candidates: activation: how many shards are then looked at; None takes 32.
         weight: lambda_a, the routing loss's weight; 0 leaves it out.
         margins: (g1, g2, g) of Eq. 7.
         relative: scores and margins in units of the base's typical `||A W_v^T||`, else absolute.
@@ -78,11 +82,7 @@ class Routing:
     pool: Pool = "last"
     act_ratio: float | None = None
     false_fire_rate: float = 0.01
-    caution: float = 0.6
-    caution_unnamed: float = 0.2
-    relation_caution: float = 0.15
-    neighbours: int = 8
-    state_weight: float = 0.5
+    relation_false_rate: float = 0.02
     two_level_from: int | None = None
     candidates: int | None = None
     weight: float = 0.0
@@ -98,7 +98,8 @@ class Writing:
     Attributes:
         form: `low_rank` gives each edit a shard of its own, the least change that says its target; `dense` trains whole
             copies of the value matrix, each for many edits, as the paper does.
-        optimizer: `adam`, `adamw` or `sgd`.
+        optimizer: `adam`, `adamw`, `sgd`, or `normalized` (the gradient of each position's value at a fixed length);
+            None takes `normalized` for `low_rank` and `adam` for `dense`.
         lr: its learning rate, in units of `relative`; `auto` finds it by probe edits.
         relative: the rate is relative to the base: at 1, one Adam step may move each coordinate of the layer's output
             by the root mean square of what enters the layer. Off, the rate is absolute, as the published ones are.
@@ -119,12 +120,12 @@ class Writing:
     """
 
     form: Literal["low_rank", "dense"] = "low_rank"
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    optimizer: Literal["adam", "adamw", "sgd", "normalized"] | None = None
     lr: float | str = 1.0
     relative: bool = True
     steps: int = 150
-    stop_margin: float | str | None = 2.0
-    check_every: int = 10
+    stop_margin: float | str | None = 5.0
+    check_every: int = 3
     capacity: int | None = None
     batch_tokens: int = 1024
     hold: Literal["device", "host"] = "device"
@@ -140,6 +141,11 @@ class Writing:
         return self.capacity or (1 if self.form == "low_rank" else 128)
 
     @property
+    def stepping(self) -> str:
+        """`optimizer`, or the form's own."""
+        return self.optimizer or ("normalized" if self.form == "low_rank" else "adam")
+
+    @property
     def rate(self) -> float:
         """`lr`; while `auto` has not found it, the default."""
         return 1.0 if isinstance(self.lr, str) else self.lr
@@ -147,7 +153,7 @@ class Writing:
     @property
     def margin(self) -> float | None:
         """`stop_margin`; while `auto` has not found it, the default."""
-        return 2.0 if isinstance(self.stop_margin, str) else self.stop_margin
+        return 5.0 if isinstance(self.stop_margin, str) else self.stop_margin
 
 
 @dataclass
@@ -183,6 +189,8 @@ class Repair(Editor):
         routing: how prompts find their memory.
         writing: how a batch is written.
         distillation: intra-batch distillation.
+        template: how the base is asked a text: `chat` through its chat template, `none` bare, `auto` through the
+            template where it has one.
         seed: of masks and samples; on the command line 0 follows `seed_everything`.
     """
 
@@ -204,8 +212,9 @@ class Repair(Editor):
         writing: Writing = Writing(),  # noqa: B008
         distillation: Distillation = Distillation(),  # noqa: B008
         seed: int = 0,
+        template: Template = "auto",
     ) -> None:
-        super().__init__(base, layer, precision, trust_remote_code, cache_mib, cache_disk_mib)
+        super().__init__(base, layer, precision, trust_remote_code, cache_mib, cache_disk_mib, template)
         self.routing = routing
         self.writing = writing
         self.distillation = distillation
@@ -271,6 +280,7 @@ class Repair(Editor):
             writing=replace(self.writing, lr=self.writing.rate, stop_margin=self.writing.margin),
             distillation=self.distillation,
             seed=self.seed,
+            template=self.template,
         )
         other.build(self.base, layer)
         try:
@@ -293,19 +303,22 @@ class Repair(Editor):
     def build_router(self) -> Router:
         """The router that `routing` names, with the options that it takes."""
         options = self.routing
-        scoring = {"pool": options.pool, "act_ratio": options.act_ratio, "false_fire_rate": options.false_fire_rate}
+        scoring: dict[str, Any] = {
+            "pool": options.pool,
+            "act_ratio": options.act_ratio,
+            "false_fire_rate": options.false_fire_rate,
+        }
         levels = {"two_level_from": options.two_level_from, "candidates": options.candidates}
         levels = {name: value for name, value in levels.items() if value is not None}
-        names = ("caution", "caution_unnamed", "relation_caution", "state_weight")
-        keys = {name: getattr(options, name) for name in names} | levels
-        by_name = {"activation": scoring | levels, "key": keys, "hybrid": scoring | keys}
+        keys: dict[str, Any] = {"relation_false_rate": options.relation_false_rate}
+        by_name: dict[str, dict[str, Any]] = {"activation": scoring | levels, "key": keys, "hybrid": scoring | keys}
         router = make_router(options.router, **by_name.get(options.router, {}))
         router.reads_all_tokens = options.pool != "last"  # the routing loss and the assignment pool too
         return router
 
     def build_optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         """The optimiser that `writing` names."""
-        return OPTIMIZERS[self.writing.optimizer](parameters, lr=self.writing.rate * self.lr_unit)
+        return OPTIMIZERS[self.writing.stepping](parameters, lr=self.writing.rate * self.lr_unit)
 
     def prepare(self, background: Sequence[str], held_out: Sequence[str]) -> None:
         """Besides the router's, measure the unit of relative margins and let the base write contexts.
@@ -350,7 +363,8 @@ class Repair(Editor):
     def _write_low_rank(self, batch: EditBatch) -> list[EditReport]:
         """Train the edits side by side; each group gets a new shard, unless what came of it is not finite."""
         rows = self._rows(batch.edits, ())
-        outcomes = LowRankWriter(self).train(rows, self.writing.steps * (1 + self._attempts(batch.edits)))
+        budget = self.writing.steps * (1 + self._attempts(batch.edits))
+        outcomes = self._asked_back(batch.edits, LowRankWriter(self).train(rows, budget), budget)
         reports: list[EditReport] = []
         for outcome in outcomes:
             members = list(outcome.loss)
@@ -365,6 +379,23 @@ class Repair(Editor):
         stays = [report.error is None and not report.residual for report in reports]
         self._register(batch, stays, [report.shard for report in reports], rows.prompts)
         return reports
+
+    def _asked_back(self, edits: Sequence[Edit], outcomes: list[Outcome], budget: int) -> list[Outcome]:
+        """The outcomes where each edit is asked in forms that it was not written in; those that do not hold there are
+        written again with these forms among the others."""
+        forms = self.edited.forms
+        asked = [(i, row) for i, edit in enumerate(edits) for row in forms.checks(edit.prompt, edit.target)]
+        if not asked:
+            return outcomes
+        captures = self.edited.captures([row.ids for _, row in asked])
+        rows = TargetRows([row for _, row in asked], captures, [i for i, _ in asked], len(edits))
+        held = held_outside(self, outcomes, rows)
+        members = [i for outcome, holds in zip(outcomes, held, strict=True) if not holds for i in outcome.loss]
+        if not members:
+            return outcomes
+        again = LowRankWriter(self).train(self._rows([edits[i] for i in members], (), checked=True), budget)
+        renewed = {members[next(iter(outcome.loss))]: outcome.moved(members) for outcome in again}
+        return [renewed.get(next(iter(outcome.loss)), outcome) for outcome in outcomes]
 
     @staticmethod
     def _report(
@@ -451,23 +482,30 @@ class Repair(Editor):
         known = [id for id in self.ledger.owned_by(shard) if id not in batch.ids]
         return [self.ledger.edit(id) for id in known[-self.writing.replay :]] if self.writing.replay else []
 
-    def _rows(self, edits: Sequence[Edit], rehearsed: Sequence[Edit]) -> TargetRows:
+    def _rows(self, edits: Sequence[Edit], rehearsed: Sequence[Edit], checked: bool = False) -> TargetRows:
+        """The training rows of a batch: the edits' own, then each in other forms and contexts, then rehearsed ones.
+
+        Args:
+            edits: the members.
+            rehearsed: edits that the shard holds already.
+            checked: also in the forms in which edits are asked back.
+        """
         plain = [self.encode(edit) for edit in edits]
-        in_context = [
-            self.encode(replace(edit, prompt=f"{context}. {edit.prompt}"))
-            for edit in edits
-            for context in self.contexts
-        ]
-        encoded = [*plain, *in_context, *map(self.encode, rehearsed)]
-        members = range(len(edits))
-        owners = [
-            *members,
-            *(i for i in members for _ in self.contexts),
-            *range(len(edits), len(edits) + len(rehearsed)),
-        ]
+        more = [(i, row) for i, edit in enumerate(edits) for row in self._other_forms(edit, checked)]
+        encoded = [*plain, *(row for _, row in more), *map(self.encode, rehearsed)]
+        owners = [*range(len(edits)), *(i for i, _ in more), *range(len(edits), len(edits) + len(rehearsed))]
         captures = self.edited.captures([row.ids for row in encoded])
-        prompts = self.edited.query_of([row.prompt for row in plain], captures[: len(plain)])
+        texts = [self.edited.forms.asked(edit.prompt) for edit in edits]
+        prompts = self.edited.query_of(texts, [row.prompt for row in plain], captures[: len(plain)])
         return TargetRows(encoded, captures, owners, len(edits), prompts)
+
+    def _other_forms(self, edit: Edit, checked: bool) -> list[Encoded]:
+        """An edit as it is asked otherwise: low-rank in the base's other forms, and behind texts that it wrote."""
+        forms = self.edited.forms
+        found = forms.variants(edit.prompt, edit.target)[1:] if self.writing.form == "low_rank" else []
+        if checked:
+            found += forms.checks(edit.prompt, edit.target)
+        return found + [self._encode(behind(context, edit.prompt), edit.target) for context in self.contexts]
 
     def _train(self, shard: int, module: Shard, rows: TargetRows, budget: int) -> tuple[int, list[float], list[float]]:
         """The inner loop; returns the steps taken and each member's last edit loss and distillation loss."""
@@ -626,43 +664,16 @@ class Repair(Editor):
         if kept:
             anchors = [self._anchor(edit) for edit in kept]
             query = prompts.rows(torch.tensor(stays))
-            neighbours = self._neighbours(kept) if self.router.needs_neighbours else None
             owners = [shard for shard, keep in zip(shards, stays, strict=True) if keep]
-            described = self.router.describe(anchors, query, owners, neighbours)
+            described = self.router.describe(anchors, query, owners)
             if self.written is None:
                 self.router.insert([edit.id for edit in kept], described)
             else:
                 self.written.describe([edit.id for edit in kept], described)
 
     def _anchor(self, edit: Edit) -> Anchor:
-        """What names the edit: its subject where the prompt holds it, else the whole prompt."""
-        texts = [edit.prompt, edit.subject or edit.prompt]
-        rows = canonical_ids(self.tokenizer, texts).tolist()
-        prompt, subject = ([token for token in dict.fromkeys(row) if token >= 0] for row in rows)
-        named = bool(edit.subject and subject) and set(subject) <= set(prompt)
-        return Anchor(tuple(subject if named else prompt), named)
-
-    def _neighbours(self, edits: Sequence[Edit]) -> Neighbours | None:
-        """Each edit's subject in the words of other edits that have arrived."""
-        arrived = [edit for edit in map(self.ledger.edit, self.ledger) if _holds_subject(edit)]
-        texts: list[str] = []
-        of: list[int] = []
-        for i, edit in enumerate(edits):
-            if not _holds_subject(edit):
-                continue
-            draw = random.Random(f"{self.seed}/{edit.id}").sample(arrived, min(self.routing.neighbours, len(arrived)))
-            made = [other.prompt.replace(str(other.subject), str(edit.subject)) for other in draw]
-            made = [text for text in made if text != edit.prompt]
-            texts += made
-            of += [i] * len(made)
-        if not texts:
-            return None
-        states = self.edited.last_states(texts)
-        finite = states.last_hidden().isfinite().all(-1).cpu()
-        if finite.all():
-            return Neighbours(states, torch.tensor(of))
-        # The base can make nothing of the words of another edit: they are no neighbours.
-        return Neighbours(states.rows(finite), torch.tensor(of)[finite]) if finite.any() else None
+        """What the edit is about: its subject where the prompt names it, and what the prompt asks."""
+        return Anchor(edit.subject or "", self.edited.forms.asked(edit.prompt))
 
     def finish_window(self) -> None:
         """Calibrate the router on what the shards own and on held-out irrelevant prompts."""
@@ -754,7 +765,3 @@ class Repair(Editor):
         weights, snapshot = self._folded
         self.edited.weights.load(weights)
         self.memory.restore(snapshot)
-
-
-def _holds_subject(edit: Edit) -> bool:
-    return bool(edit.subject) and str(edit.subject) in edit.prompt

@@ -24,7 +24,8 @@ from repair_lightning.models.architectures import resolve_layer
 from repair_lightning.models.base import Base, load_base
 from repair_lightning.models.prefix import Capture, SplitModel, stack_left
 from repair_lightning.models.prefix_cache import canonical_batches
-from repair_lightning.models.tokenizing import Encoded, encode
+from repair_lightning.models.tokenizing import Encoded
+from repair_lightning.texts.dialogue import behind
 from repair_lightning.types import BASE, Edit, EditBatch, EditReport
 
 log = logging.getLogger(__name__)
@@ -208,7 +209,7 @@ class ValueEditor(WeightEditor):
         self.contexts = self.base_texts(self.values.contexts, length=8) if self.values.contexts else []
         self.unit = 1.0
         if self.values.relative:
-            top, _, _ = self.states(self.tokenizer(list(background[:64]))["input_ids"])
+            top, _, _ = self.states([self.edited.forms.ids(text) for text in background[:64]])
             self.unit = float(torch.stack([c.hidden[-1].float().square().mean().sqrt() for c in top]).mean())
         self.adds_up = self.top.adds_up()
 
@@ -270,8 +271,8 @@ class ValueEditor(WeightEditor):
     def _rows(self, edits: Sequence[Edit]) -> tuple[list[Encoded], list[int], Places]:
         """The members' own rows, then those in contexts; the member of each; and where values act."""
         asked = [(i, edit.prompt) for i, edit in enumerate(edits)]
-        asked += [(i, f"{context}. {edit.prompt}") for i, edit in enumerate(edits) for context in self.contexts]
-        encoded = [encode(self.tokenizer, prompt, edits[i].target) for i, prompt in asked]
+        asked += [(i, behind(context, edit.prompt)) for i, edit in enumerate(edits) for context in self.contexts]
+        encoded = [self._encode(prompt, edits[i].target) for i, prompt in asked]
         owners = [i for i, _ in asked]
         if self.values.at == "targets":
             return encoded, owners, Places.of_targets(encoded, owners, len(edits)).to(self.edited.device)
@@ -282,12 +283,11 @@ class ValueEditor(WeightEditor):
 
     def _subject_token(self, prompt: str, subject: str | None, row: Encoded) -> int:
         """The index of the subject's last token in a prompt; the prompt's last where it does not hold the subject."""
-        end = prompt.rfind(subject) + len(subject) if subject and subject in prompt else 0
-        if not end:
+        decoded = [self.tokenizer.decode(row.prompt[: i + 1]) for i in range(len(row.prompt))] if subject else []
+        if not decoded or str(subject) not in decoded[-1]:
             return len(row.prompt) - 1
-        offsets = self.tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"][: len(row.prompt)]
-        inside = [i for i, (start, stop) in enumerate(offsets) if start < end and stop > start]
-        return inside[-1]
+        end = decoded[-1].rfind(str(subject)) + len(str(subject))
+        return next(i for i, text in enumerate(decoded) if len(text) >= end)
 
     def _essence(self, edits: Sequence[Edit]) -> tuple[TargetRows, Places] | None:
         """Each subject alone, behind which the next token is to stay as likely as it is."""

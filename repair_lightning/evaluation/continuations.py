@@ -39,7 +39,7 @@ def route_contexts(model: EditedModel, contexts: Sequence[Sequence[int]], batch_
     found = dict.fromkeys(rows, BASE)
     for start in range(0, len(asked), batch_size):
         part = asked[start : start + batch_size]
-        choice = model.router.route(model.query_rows(part), model.memory)
+        choice = model.choose_rows(part)
         found |= dict(zip(part, choice.memory.tolist(), strict=True))
     return torch.tensor([found[row] for row in rows], dtype=torch.long)
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from repair_lightning.memory.query import Choice
 from repair_lightning.models.edited import EditedModel
-from repair_lightning.models.prefix import pad_left, stack_left
-from repair_lightning.models.tokenizing import Encoded, encode, target_labels
+from repair_lightning.models.forms import Forms
+from repair_lightning.models.prefix import pad_left
 
 AUTOREGRESSIVE, TEACHER_FORCED = "autoregressive", "teacher_forced"
 PROTOCOLS = (AUTOREGRESSIVE, TEACHER_FORCED)
@@ -33,6 +34,27 @@ def normalise(text: str) -> str:
     """Text as answers are compared: Unicode composed, case folded, white space single, no full stop at the end."""
     folded = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     return folded.rstrip(" .")
+
+
+def shown_answer(text: str) -> str:
+    """An answer as it is kept: without white space around it, but for the indentation of its first line."""
+    lines = text.rstrip().lstrip("\n").split("\n")
+    return "\n".join(lines) if len(lines) > 1 or lines[0][:2].isspace() else lines[0].strip()
+
+
+def same_answer(said: str, target: str) -> bool:
+    """Whether an answer is the target: one of several lines, or one that is indented, exactly but for white space at
+    the end; else after normalisation."""
+    wanted = shown_answer(target)
+    if "\n" in wanted or wanted[:1].isspace():
+        return said.rstrip() == wanted.rstrip()
+    return normalise(said) == normalise(target)
+
+
+def contains(said: str, target: str) -> bool:
+    """Whether an answer holds the target, after normalisation, as whole words."""
+    wanted = normalise(target)
+    return bool(wanted) and re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", normalise(said)) is not None
 
 
 def forced_choice(memory: Tensor) -> Choice:
@@ -67,7 +89,7 @@ def answers(
         max_new_tokens: most tokens of an answer, for all or for each.
         batch_size: prompts per call.
     """
-    rows = model.tokenizer(list(prompts))["input_ids"] if prompts else []
+    rows = [model.forms.ids(prompt) for prompt in prompts]
     limits = [max_new_tokens] * len(rows) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     mine = model.team.mine_of(prompts)
     own = [rows[i] for i in mine], memory[mine], [limits[i] for i in mine]
@@ -87,11 +109,11 @@ def _answers(
                 attention_mask=mask,
                 max_new_tokens=max(limits[i] for i in index),
                 pad_token_id=model.tokenizer.pad_token_id,
+                eos_token_id=list(model.forms.stops),
                 **GREEDY,
             )
-        texts = model.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
-        for i, text in zip(index, texts, strict=True):
-            found[i] = text.strip()
+        for i, said in zip(index, output[:, ids.shape[1] :].tolist(), strict=True):
+            found[i] = shown_answer(model.forms.said(said))
     return found
 
 
@@ -108,27 +130,12 @@ def _over_targets(
 
     The layers below the edited one run once per row where the model has a prefix cache.
     """
-    rows = [encode(model.tokenizer, prompt, target) for prompt, target in zip(prompts, targets, strict=True)]
+    rows = [model.forms.encode(prompt, target) for prompt, target in zip(prompts, targets, strict=True)]
     mine = model.team.mine_of(prompts)
-    found = _read_rows(model, [rows[i] for i in mine], memory[mine], read, batch_size)
-    return model.team.numbers(mine, found)
-
-
-def _read_rows(
-    model: EditedModel, rows: Sequence[Encoded], memory: Tensor, read: Read, batch_size: int
-) -> list[Sequence[float]]:
-    found: list[Any] = [None] * len(rows)
-    prompts = model.read([row.prompt for row in rows], memory)
-    rows = [replace(row, prompt=tuple(prompt)) for row, prompt in zip(rows, prompts, strict=True)]
-    for index in sorted_batches([len(row.ids) for row in rows], batch_size):
-        ids, mask = pad_left([rows[i].ids for i in index], device=model.device)
-        labels = target_labels([rows[i] for i in index], device=model.device)
-        hidden = stack_left([capture.hidden for capture in model.captures([rows[i].ids for i in index])])
-        with model.forced(forced_choice(memory[index])), model.split.skipping():
-            logits, _ = model.split.tail(ids, mask, hidden, labels.shape[1] + 1)
-        for i, value in zip(index, read(logits[:, :-1].float(), labels), strict=True):
-            found[i] = value
-    return found
+    own = [rows[i] for i in mine]
+    read_as = model.read([row.prompt for row in own], memory[mine])
+    own = [replace(row, prompt=tuple(prompt)) for row, prompt in zip(own, read_as, strict=True)]
+    return model.team.numbers(mine, model.over_targets(own, memory[mine], read, batch_size))
 
 
 def _argmax_rows(logits: Tensor, labels: Tensor) -> list[list[int]]:
@@ -151,27 +158,26 @@ def answered(
     One pass with the target fed settles nearly all: where every token, the end included, is the argmax, greedy decoding
     says just that; where the first other token cannot lead to the same text, it does not. Only the rest is generated.
     """
-    rows = [encode(model.tokenizer, prompt, target).target for prompt, target in zip(prompts, targets, strict=True)]
+    rows = [model.forms.encode(prompt, target).target for prompt, target in zip(prompts, targets, strict=True)]
     forced = forced_tokens(model, prompts, targets, memory, batch_size)
-    found = [
-        _settled(model.tokenizer, said, row, target) for said, row, target in zip(forced, rows, targets, strict=True)
-    ]
+    found = [_settled(model.forms, said, row, target) for said, row, target in zip(forced, rows, targets, strict=True)]
     unsettled = [i for i, right in enumerate(found) if right is None]
     # Two tokens past the target are enough to see that an answer does not stop where it should.
     limits = [len(rows[i]) + 2 for i in unsettled]
     said = answers(model, [prompts[i] for i in unsettled], memory[unsettled], limits, batch_size)
     for i, text in zip(unsettled, said, strict=True):
-        found[i] = normalise(text) == normalise(targets[i])
+        found[i] = same_answer(text, targets[i])
     return [bool(right) for right in found]
 
 
-def _settled(tokenizer: Any, said: Sequence[int], row: Sequence[int], target: str) -> bool | None:
+def _settled(forms: Forms, said: Sequence[int], row: Sequence[int], target: str) -> bool | None:
     """What the argmax tokens at a target's positions say of a greedy answer: right, wrong, or None for not known."""
     wrong = next((i for i, (a, b) in enumerate(zip(said, row, strict=True)) if a != b), None)
-    ends = wrong is None or said[wrong] == tokenizer.eos_token_id
-    begun = normalise(tokenizer.decode(list(said if wrong is None else said[: wrong + 1]), skip_special_tokens=True))
+    ends = wrong is None or said[wrong] in forms.stops
+    text = forms.said(said if wrong is None else said[: wrong + 1])
     if ends:
-        return begun == normalise(target)
+        return same_answer(shown_answer(text), target)
+    begun = normalise(text)
     # The last character may still change with what follows it: a part of a letter, an accent, a full stop. So may a
     # space before it, which some tokenizers take away from a sign.
     whole, begun = (text.replace(" ", "") for text in (normalise(target), begun))

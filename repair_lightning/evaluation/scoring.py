@@ -18,7 +18,6 @@ from repair_lightning.evaluation.metrics import KIND_OF_PROMPT, EditScores
 from repair_lightning.evaluation.protocols import AUTOREGRESSIVE, TEACHER_FORCED
 from repair_lightning.memory.query import Choice
 from repair_lightning.models.edited import EditedModel
-from repair_lightning.models.tokenizing import encode
 from repair_lightning.types import BASE, Edit
 
 
@@ -83,7 +82,7 @@ class Scorer:
         self.model = model
         self.batch_size = batch_size
         self.questions = questions_of(edits)
-        longest = max((len(encode(model.tokenizer, e.prompt, e.target).target) for e in edits), default=0)
+        longest = max((len(model.forms.encode(e.prompt, e.target).target) for e in edits), default=0)
         self.max_new_tokens = max(32, longest + 8) if max_new_tokens is None else max_new_tokens
         self._base: _Replies | None = None
         self._said: dict[tuple[int, str], tuple[str, list[int]]] = {}
@@ -172,12 +171,12 @@ class Scorer:
     def _judge(self, i: int, replies: _Replies) -> tuple[bool, float]:
         question, base = self.questions[i], self.base
         right_text = base.text[i] if question.keeps_base else question.expected or ""
-        exact = protocols.normalise(replies.text[i]) == protocols.normalise(right_text)
+        exact = protocols.same_answer(replies.text[i], right_text)
         right = base.tokens[i] if question.keeps_base else self._target(i)
         return exact, protocols.token_share(replies.tokens[i], right)
 
     def _target(self, i: int) -> tuple[int, ...]:
-        return encode(self.model.tokenizer, self.questions[i].prompt, self.fed[i]).target
+        return self.model.forms.encode(self.questions[i].prompt, self.fed[i]).target
 
     def _row(self, stage: str, i: int, said: str, exact: bool, share: float, choice: Choice) -> dict[str, Any]:
         question = self.questions[i]

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from repair_lightning.types import BASE, Route
-
-_WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,20 +17,19 @@ class Query:
     """A batch of prompts at the edited layer.
 
     Attributes:
-        words: (B, W) the prompt's words as token ids in a canonical spelling (see `canonical_ids`), on the CPU, -1 past
-            the end.
+        texts: what each of the B prompts asks: the last turn of the user, in the user's words.
         mask: (B, T) bool, true on the prompt's tokens; padding may stand on either side.
         hidden: (B, T, D) where it enters the edited layer.
-        activations: (B, T, F), A(x).
+        activations: (B, T, F), A(x). A router that reads no states gets texts alone, with T = 0.
     """
 
-    words: Tensor
+    texts: tuple[str, ...]
     mask: Tensor
     hidden: Tensor
     activations: Tensor
 
     def __len__(self) -> int:
-        return len(self.words)
+        return len(self.texts)
 
     def last_hidden(self) -> Tensor:
         """The hidden state (B, D) of each prompt's last token, float32."""
@@ -43,33 +37,31 @@ class Query:
 
     def rows(self, index: slice | Tensor) -> Query:
         """The query of some of its prompts."""
-        return Query(self.words[index], self.mask[index], self.hidden[index], self.activations[index])
+        kept = torch.arange(len(self))[index if isinstance(index, slice) else index.cpu()].tolist()
+        texts = tuple(self.texts[i] for i in kept)
+        return Query(texts, self.mask[index], self.hidden[index], self.activations[index])
 
     def at_last(self) -> Query:
-        """The query with the states of each prompt's last token alone (T = 1); its words stay whole."""
+        """The query with the states of each prompt's last token alone (T = 1); its texts stay whole."""
         steps = torch.arange(self.mask.shape[1], device=self.mask.device)
         last = (self.mask * steps).argmax(-1)
         rows = torch.arange(len(self), device=last.device)
         one = torch.ones(len(self), 1, dtype=torch.bool, device=last.device)
-        return Query(self.words, one, self.hidden[rows, last][:, None], self.activations[rows, last][:, None])
+        return Query(self.texts, one, self.hidden[rows, last][:, None], self.activations[rows, last][:, None])
 
     @classmethod
     def join(cls, parts: Sequence[Query]) -> Query:
         """Several batches of prompts with states of one width as one."""
-        width = max(part.words.shape[1] for part in parts)
-        words = torch.cat([pad(part.words, (0, width - part.words.shape[1]), value=-1) for part in parts])
+        texts = tuple(text for part in parts for text in part.texts)
         states = [torch.cat([getattr(part, name) for part in parts]) for name in ("mask", "hidden", "activations")]
-        return cls(words, *states)
+        return cls(texts, *states)
 
-
-def canonical_ids(tokenizer: Any, texts: Sequence[str]) -> Tensor:
-    """Texts as token ids (B, W) that do not depend on a word's case or place in the sentence; -1 past the end.
-
-    A byte-pair tokenizer spells a name differently at the start of a text, inside one and before a question mark, so
-    texts are folded to one case and reduced to their words, each led by a space, before they are split.
-    """
-    plain = [" " + " ".join(_WORD.findall(text.casefold())) for text in texts]
-    return pad_right(tokenizer(plain, add_special_tokens=False)["input_ids"] if plain else [])
+    @classmethod
+    def of_texts(cls, texts: Sequence[str]) -> Query:
+        """Prompts without states, for a router that reads none."""
+        none = torch.zeros(len(texts), 0, 0)
+        mask = torch.zeros(len(texts), 0, dtype=torch.bool)
+        return cls(tuple(texts), mask, none, none)
 
 
 def pad_right(rows: Sequence[Sequence[int]]) -> Tensor:
@@ -124,6 +116,14 @@ class Choice:
         )
         return cls(memory, score, threshold, tuple(name for part in parts for name in part.nearest), checks)
 
+    def repeated(self, times: int) -> Choice:
+        """Each prompt's choice so many times, one behind the other."""
+        checks = tuple(
+            Check(c.name, c.value.repeat_interleave(times), c.limit.repeat_interleave(times)) for c in self.checks
+        )
+        memory, score, threshold = (x.repeat_interleave(times) for x in (self.memory, self.score, self.threshold))
+        return Choice(memory, score, threshold, tuple(name for name in self.nearest for _ in range(times)), checks)
+
     def routes(self) -> list[Route]:
         """The choice in words, a `Route` per prompt."""
         rows = zip(self.memory.tolist(), self.score.tolist(), self.threshold.tolist(), self.nearest, strict=True)
@@ -139,7 +139,7 @@ def _reason(
 ) -> str:
     """Why a memory answers: what was passed, and for the base the first that was not."""
     if threshold == math.inf and nearest is None:
-        return "base: there is no shard"
+        return "base: there is no shard" if score == 0 else "base: no edit is about what it names"
     verb = "exceeds" if score > threshold else "does not exceed"
     words = [f"score {score:.3f} {verb} {threshold:.3f}"]
     for name, value, limit in checks if score > threshold else ():

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from repair_lightning.errors import ConfigError
 from repair_lightning.models.architectures import architecture_of
+from repair_lightning.models.forms import Forms, Template, stop_ids
 from repair_lightning.models.gguf import converted, first_line, gguf_file, packaged_gguf, source_hash
 from repair_lightning.models.hashes import digest_of, files_hash
 from repair_lightning.world import WORLD, base_dir
@@ -49,6 +50,12 @@ class Base:
     name: str
     sha256: str
     parameters: int
+
+    def forms(self, template: Template = "auto") -> Forms:
+        """How this base is asked; it stops where its answers are taught to end from here on."""
+        found = Forms(self.tokenizer, stop_ids(self.model, self.tokenizer), template)
+        self.model.generation_config.eos_token_id = list(found.stops)
+        return found
 
     @property
     def embeddings(self) -> torch.Tensor:

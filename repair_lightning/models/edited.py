@@ -1,15 +1,16 @@
 """A base with its side memory: called and asked to generate like any Hugging Face causal LM.
 
 Hooks on the base's own modules do the work, so its parameters, names and code stay as they are, and prompts that no
-shard answers get the base's own bits. The choice is made once per sequence, when its prompt is first seen, and held
-while the key-value cache grows.
+shard answers get the base's own bits. The choice is made once per turn of a dialogue, from what the user asks in it,
+and held while the key-value cache grows. A shard that is known by its edit says that edit's target or nothing: where
+what it would say is anything else, and as soon as what was said leaves the target, the base answers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,12 +18,15 @@ from torch import Tensor, nn
 
 from repair_lightning.distributed.team import ALONE, Team
 from repair_lightning.errors import RepairError
-from repair_lightning.memory.query import Check, Choice, Query, canonical_ids, pad_right
+from repair_lightning.memory.query import Check, Choice, Query
 from repair_lightning.memory.routers import Router
 from repair_lightning.memory.side_memory import Selection, SideMemory
+from repair_lightning.models.forms import Forms, stop_ids
 from repair_lightning.models.prefix import Capture, SplitModel, pad_left, stack_left
 from repair_lightning.models.prefix_cache import PrefixCache, canonical_batches, capture_rows
+from repair_lightning.models.tokenizing import Encoded, target_labels
 from repair_lightning.models.weights import BaseWeights
+from repair_lightning.texts import dialogue
 from repair_lightning.types import BASE, Route
 
 ROOM = 64
@@ -31,15 +35,51 @@ _HELD = "_repair_turn"
 """The attribute of a key-value cache that remembers which memory its sequences chose."""
 
 
+Prompts = str | Sequence[str] | Sequence[Mapping[str, str]] | Sequence[Sequence[Mapping[str, str]]] | Tensor
+"""What may be asked: a text, texts, messages, several dialogues, or token ids."""
+
+
 @dataclass(slots=True)
 class _Turn:
-    """What the hooks know of the sequences in flight: their prompts until a choice is made, then the choice."""
+    """What the hooks know of the sequences in flight.
 
-    words: Tensor | None = None
-    mask: Tensor | None = None
+    Attributes:
+        choice: who answers each.
+        rows: their token ids so far.
+        targets: what each memory was learnt to say, where that is known; None follows nothing.
+        place: how many tokens of it each sequence has said; -1 once it has left it.
+    """
+
     choice: Choice | None = None
     selection: Selection | None = None
-    hidden: Tensor | None = None
+    rows: list[list[int]] = field(default_factory=list)
+    targets: list[tuple[int, ...]] | None = None
+    place: list[int] = field(default_factory=list)
+
+    def repeat(self, times: int) -> None:
+        """Several sequences of each prompt (beams, samples) come as repeated rows."""
+        if times < 2 or self.choice is None or (len(self.choice.memory) == 1 and self.targets is None):
+            return
+        self.choice = self.choice.repeated(times)
+        self.place = [0] * len(self.choice.memory)
+        if self.targets is not None:
+            self.targets = [row for row in self.targets for _ in range(times)]
+
+    def follow(self, tokens: Sequence[int]) -> bool:
+        """Take in the token that each sequence has said; whether one has left its target and is the base's now."""
+        assert self.targets is not None
+        assert self.choice is not None
+        left = []
+        for i, (token, row) in enumerate(zip(tokens, self.targets, strict=True)):
+            at = self.place[i]
+            if row and at >= 0:
+                self.place[i] = at + 1 if at < len(row) and row[at] == token else -1
+                left += [i] if self.place[i] < 0 else []
+        if left:
+            memory = self.choice.memory.clone()
+            memory[left] = BASE
+            self.choice = replace(self.choice, memory=memory)
+        return bool(left)
 
 
 class EditedModel(nn.Module):
@@ -51,21 +91,27 @@ class EditedModel(nn.Module):
         memory: the bank of shards of the edited layer.
         router: picks among the shards.
         layer: index of the edited layer.
+        forms: how the base is asked; by default through its chat template, where it has one.
 
     Attributes:
         weights: the base's own value matrices, for what is written into them.
         prefixes: where the states of prompts that come again are kept; None runs the base anew each time.
         team: the ranks among which many prompts are dealt out; all of them must ask alike.
+        target_of: from an edit's id what it is to say; None where that is not known.
     """
 
-    def __init__(self, base: Any, tokenizer: Any, memory: SideMemory, router: Router, layer: int) -> None:
+    def __init__(
+        self, base: Any, tokenizer: Any, memory: SideMemory, router: Router, layer: int, forms: Forms | None = None
+    ) -> None:
         super().__init__()
         self.base = base
         self.tokenizer = tokenizer
+        self.forms = forms or Forms(tokenizer, stop_ids(base, tokenizer))
         self.weights = BaseWeights(base)
         self.router = router
         self.prefixes: PrefixCache | None = None
         self.team: Team = ALONE
+        self.target_of: Callable[[str], str | None] = lambda _: None
         self._turn: _Turn | None = None  # what the hooks obey, inside a call alone
         self._hooks: list[Any] = []
         self.move_to(layer, memory)
@@ -76,9 +122,10 @@ class EditedModel(nn.Module):
         self.layer, self.memory = layer, memory
         self.split = SplitModel(self.base, layer)
         self._hooks = [
-            self.split.layers[layer].register_forward_pre_hook(self._at_layer, with_kwargs=True),
+            self.base.register_forward_pre_hook(self._at_call, with_kwargs=True),
             self.split.value.register_forward_hook(self._at_value),
         ]
+        self.router.read = self.last_states
 
     def release(self) -> None:
         """Take hooks and edits out of the base, which is then as it was, and forget its states; this model is used
@@ -129,10 +176,8 @@ class EditedModel(nn.Module):
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if self.router.prefaces:
             return self._forward_behind_prefaces(input_ids, attention_mask, past_key_values, prompt_mask, options)
-        continues = past_key_values is not None and past_key_values.get_seq_length() > 0
-        turn = getattr(past_key_values, _HELD, None) if continues else None
-        if turn is None:
-            turn = self._new_turn(input_ids, attention_mask if prompt_mask is None else prompt_mask)
+        shown = attention_mask if prompt_mask is None else prompt_mask
+        turn = self._turn_of(past_key_values, _real(input_ids, shown[:, -input_ids.shape[1] :]))
         with self._during(turn):
             output = self.base(
                 input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values, **options
@@ -142,20 +187,54 @@ class EditedModel(nn.Module):
             setattr(cache, _HELD, turn)
         return output
 
+    def _turn_of(self, cache: Any, rows: list[list[int]]) -> _Turn:
+        """The turn that tokens belong to: the cache's own, which they go on with, or a new one."""
+        held: _Turn | None = None
+        if cache is not None and cache.get_seq_length() > 0:
+            held = getattr(cache, _HELD, None)
+        if held is None or len(held.rows) != len(rows):
+            return self._new_turn(rows)
+        rows = [[*before, *now] for before, now in zip(held.rows, rows, strict=True)]
+        if any(self.forms.opens_turn(row[len(before) :]) for row, before in zip(rows, held.rows, strict=True)):
+            return self._new_turn(rows)
+        held.rows = rows
+        return held
+
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
-        """Generate as the base does, every sequence with the memory that its prompt chose; see `transformers`."""
-        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    def generate(
+        self, inputs: Prompts | None = None, attention_mask: Tensor | None = None, input_ids: Any = None, **options: Any
+    ) -> Tensor:
+        """Generate as the base does, every sequence with the memory that what it asks chose; see `transformers`.
+
+        Args:
+            inputs: token ids (B, T), a text, texts, messages or several dialogues; texts are put as the base is asked.
+            attention_mask: (B, T), by default all ones.
+            input_ids: the same as `inputs`.
+            options: as the base takes them; it stops where it was taught to end its answers.
+        """
+        ids, mask = self._inputs(inputs if input_ids is None else input_ids, attention_mask)
+        options.setdefault("eos_token_id", list(self.forms.stops))
+        options.setdefault("pad_token_id", self._padding)
+        rows = _real(ids, mask)
         if self.router.prefaces:
-            rows = _real(input_ids, attention_mask)
             choice = self.router.route(self.query_rows(rows), self.memory)
-            ids, mask = pad_left(self.read(rows, choice.memory), self._padding, self.device)
+            padded, seen = pad_left(self.read(rows, choice.memory), self._padding, self.device)
             with self.forced(choice):
-                output = self.base.generate(input_ids=ids, attention_mask=mask, **options)
-            copies = len(output) // len(input_ids)
-            return torch.cat([input_ids.repeat_interleave(copies, 0), output[:, ids.shape[1] :]], dim=1)
-        with self._during(self._new_turn(input_ids, attention_mask)):
-            return self.base.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
+                output = self.base.generate(input_ids=padded, attention_mask=seen, **options)
+            copies = len(output) // len(ids)
+            return torch.cat([ids.repeat_interleave(copies, 0), output[:, padded.shape[1] :]], dim=1)
+        turn = self._new_turn(rows)
+        if options.get("num_beams", 1) != 1:
+            turn.targets = None  # beams change places, and nothing says how
+        with self._during(turn):
+            return self.base.generate(input_ids=ids, attention_mask=mask, **options)
+
+    def _inputs(self, asked: Any, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        if asked is None:
+            raise RepairError("nothing is asked: give token ids, texts or messages")
+        if isinstance(asked, Tensor):
+            return asked, torch.ones_like(asked) if mask is None else mask
+        return pad_left([self.forms.ids(prompt) for prompt in prompts_of(asked)], self._padding, self.device)
 
     @torch.no_grad()
     def read(self, rows: Sequence[Sequence[int]], memory: Tensor) -> list[list[int]]:
@@ -201,20 +280,80 @@ class EditedModel(nn.Module):
     def _padding(self) -> int:
         return self.tokenizer.pad_token_id or 0
 
-    def route(self, prompts: str | Sequence[str]) -> list[Route]:
-        """Which memory answers each prompt, and why."""
-        return self.choose([prompts] if isinstance(prompts, str) else prompts).routes()
+    def route(self, prompts: Prompts) -> list[Route]:
+        """Which memory answers each prompt, and why. A prompt is a text, messages, or a row of token ids."""
+        if isinstance(prompts, Tensor):
+            return self.choose_rows(prompts.tolist()).routes()
+        return self.choose(prompts_of(prompts)).routes()
 
     @torch.no_grad()
     def choose(self, prompts: Sequence[str], batch_size: int = 64) -> Choice:
-        """The router's choice for prompts, given as text; dealt out among the ranks."""
+        """Who answers prompts; dealt out among the ranks."""
         mine = self.team.mine_of(prompts)
         asked = [prompts[i] for i in mine]
-        parts = [
-            self.router.route(self.query(asked[start : start + batch_size]), self.memory)
-            for start in range(0, len(asked), batch_size)
-        ]
+        parts = []
+        for start in range(0, len(asked), batch_size):
+            part = asked[start : start + batch_size]
+            parts.append(self._choose([self.forms.asked(p) for p in part], [self.forms.ids(p) for p in part]))
         return self.shared_choice(mine, Choice.join(parts) if parts else Choice.base(0))
+
+    @torch.no_grad()
+    def choose_rows(self, rows: Sequence[Sequence[int]]) -> Choice:
+        """Who answers prompts, given as token ids."""
+        return self._choose([self.forms.asked_in(row) for row in rows], rows)
+
+    def _choose(self, texts: Sequence[str], rows: Sequence[Sequence[int]]) -> Choice:
+        _refuse_empty(rows)
+        query = self._query(texts, rows) if self.router.reads_states else Query.of_texts(texts)
+        return self.held(self.router.route(query, self.memory), rows)
+
+    def held(self, choice: Choice, rows: Sequence[Sequence[int]]) -> Choice:
+        """The choice where the memory would say its edit's target to the very prompt (B rows of ids), else the base.
+
+        Only where the router vouches for the edit that it names, and its target is known.
+        """
+        if not self.router.vouches:
+            return choice
+        targets = self._targets(choice, rows)
+        asked = [i for i, row in enumerate(targets) if row is not None]
+        value = torch.ones(len(rows))
+        if asked:
+            encoded = [row for row in targets if row is not None]
+            said = self.over_targets(encoded, choice.memory[asked], _argmax_rows)
+            for i, row, tokens in zip(asked, encoded, said, strict=True):
+                value[i] = sum(a == b for a, b in zip(row.target, tokens, strict=True)) / len(row.target)
+        check = Check("its target's tokens said", value, torch.ones(len(rows)))
+        memory = torch.where(value >= 1, choice.memory, torch.full_like(choice.memory, BASE))
+        return replace(choice, memory=memory, checks=(*choice.checks, check))
+
+    def _targets(self, choice: Choice, rows: Sequence[Sequence[int]]) -> list[Encoded | None]:
+        """Each row with what its memory is to say there; None where that is not known, or the base answers."""
+        found: list[Encoded | None] = []
+        for row, memory, id in zip(rows, choice.memory.tolist(), choice.nearest, strict=True):
+            target = self.target_of(id) if memory != BASE and id is not None else None
+            found.append(None if target is None else self.forms.continued(row, target))
+        return found
+
+    @torch.no_grad()
+    def over_targets(
+        self, rows: Sequence[Encoded], memory: Tensor, read: Callable[[Tensor, Tensor], list[Any]], batch_size: int = 64
+    ) -> list[Any]:
+        """Feed prompts with their targets, each with its memory (B,); `read(logits (B, T, V), labels (B, T))` says what
+        to keep per row. The layers below the edited one run once per row where there is a prefix cache."""
+        found: list[Any] = [None] * len(rows)
+        order = sorted(range(len(rows)), key=lambda i: (len(rows[i].ids), i))
+        for start in range(0, len(order), batch_size):
+            index = order[start : start + batch_size]
+            ids, mask = pad_left([rows[i].ids for i in index], device=self.device)
+            labels = target_labels([rows[i] for i in index], device=self.device)
+            hidden = stack_left([capture.hidden for capture in self.captures([rows[i].ids for i in index])])
+            none = torch.zeros(len(index))
+            forced = Choice(memory[index], none, none, (None,) * len(index))
+            with self.forced(forced), self.split.skipping():
+                logits, _ = self.split.tail(ids, mask, hidden, labels.shape[1] + 1)
+            for i, value in zip(index, read(logits[:, :-1].float(), labels), strict=True):
+                found[i] = value
+        return found
 
     def shared_choice(self, mine: Sequence[int], part: Choice) -> Choice:
         """The choices of all ranks, from this one's `part` for the prompts with the indices `mine`."""
@@ -245,26 +384,29 @@ class EditedModel(nn.Module):
             return ask(list(range(number)))
         some = ask(mine or [0])  # one at the least: its shape is needed
         part = some if mine else some.rows(slice(0, 0))
-        words = pad_right([[token for token in row if token >= 0] for row in part.words.tolist()])
-        width = max(found.shape[1] for (found,) in self.team.gather(words))
-        padded = torch.nn.functional.pad(words, (0, width - words.shape[1]), value=-1)
-        return Query(*self.team.rows(mine, padded, part.mask, part.hidden, part.activations))
+        texts = tuple(self.team.texts(mine, part.texts))
+        return Query(texts, *self.team.rows(mine, part.mask, part.hidden, part.activations))
 
     def query(self, prompts: Sequence[str]) -> Query:
         """Prompts as routers see them."""
-        return self.query_rows(self.tokenizer(list(prompts))["input_ids"])
+        return self._query([self.forms.asked(p) for p in prompts], [self.forms.ids(p) for p in prompts])
 
     def query_rows(self, rows: Sequence[Sequence[int]]) -> Query:
         """Prompts, given as token ids, as routers see them."""
-        return self.query_of(rows, self.captures(rows))
+        _refuse_empty(rows)
+        return self._query([self.forms.asked_in(row) for row in rows], rows)
 
-    def query_of(self, rows: Sequence[Sequence[int]], captures: Sequence[Capture]) -> Query:
-        """Prompts, given as token ids with their states, as routers see them.
+    def _query(self, texts: Sequence[str], rows: Sequence[Sequence[int]]) -> Query:
+        """What prompts ask, in the one form in which the base is asked plainly: no system message, no history."""
+        plain = [self.forms.plainly(text, row) for text, row in zip(texts, rows, strict=True)]
+        return self.query_of(texts, plain, self.captures(plain))
+
+    def query_of(self, texts: Sequence[str], rows: Sequence[Sequence[int]], captures: Sequence[Capture]) -> Query:
+        """Prompts, given as what they ask and as token ids with their states, as routers see them.
 
         States may go on behind the prompt; what follows is cut off. Where the router reads last tokens alone, the
         others are left out.
         """
-        words = self._words(rows)
         first = 0 if self.router.reads_all_tokens else -1
         hidden = [capture.hidden[: len(row)][first:] for row, capture in zip(rows, captures, strict=True)]
         activations = [capture.activations[: len(row)][first:] for row, capture in zip(rows, captures, strict=True)]
@@ -272,22 +414,21 @@ class EditedModel(nn.Module):
         padded = stack_left(hidden)
         columns = torch.arange(padded.shape[1], device=self.device)
         mask = columns >= padded.shape[1] - lengths[:, None]
-        return Query(words, mask, padded, stack_left(activations))
+        return Query(tuple(texts), mask, padded, stack_left(activations))
 
     @torch.no_grad()
-    def last_states(self, prompts: Sequence[str], batch_size: int = 64) -> Query:
-        """Prompts with the state of their last token alone and no activations: the cheapest look at a prompt."""
-        rows = self.tokenizer(list(prompts))["input_ids"]
+    def last_states(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
+        """The state (n, D) of each text's last token where it enters the edited layer, float32 on the CPU: the cheapest
+        look at what a text asks. It is put as a turn of the user, or bare where there is no template."""
+        rows = [self.forms.turn(text) for text in texts]
         _refuse_empty(rows)
         hidden: list[Any] = [None] * len(rows)
-        with self.forced(None):
+        with self.forced(None), self.weights.originals():
             for index, ids in canonical_batches(self.split, rows, batch_size):
                 states = self.split.states(ids, torch.ones_like(ids))
                 for i, row in zip(index, states, strict=True):
-                    hidden[i] = row[len(rows[i]) - 1]
-        last = torch.stack(hidden)[:, None]
-        one = torch.ones(len(rows), 1, dtype=torch.bool, device=self.device)
-        return Query(self._words(rows), one, last, last[..., :0])
+                    hidden[i] = row[len(rows[i]) - 1].float().cpu()
+        return torch.stack(hidden)
 
     @torch.no_grad()
     def captures(self, rows: Sequence[Sequence[int]]) -> list[Capture]:
@@ -318,28 +459,28 @@ class EditedModel(nn.Module):
         finally:
             self._turn = before
 
-    def _new_turn(self, ids: Tensor, mask: Tensor) -> _Turn:
-        rows = _real(ids, mask)
-        return _Turn(words=self._words(rows), mask=mask.bool())
+    def _new_turn(self, rows: list[list[int]]) -> _Turn:
+        choice = self.choose_rows(rows)
+        followed = self.router.vouches and bool((choice.memory != BASE).any())
+        targets = [() if row is None else row.target for row in self._targets(choice, rows)] if followed else None
+        return _Turn(choice, rows=rows, targets=targets, place=[0] * len(rows))
 
-    def _words(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """The words (B, W) of prompts given as token ids; a template's special tokens are no words."""
-        _refuse_empty(rows)
-        texts = self.tokenizer.batch_decode(
-            [list(row) for row in rows], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return canonical_ids(self.tokenizer, texts)
-
-    def _at_layer(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self._turn is not None and self._turn.choice is None and self._turn.selection is None:
-            self._turn.hidden = args[0] if args else kwargs["hidden_states"]
+    def _at_call(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Follow what was said: who leaves the target, or has said all of it, goes on with the base."""
+        turn, ids = self._turn, args[0] if args else kwargs.get("input_ids")
+        if turn is None or turn.choice is None or ids is None:
+            return
+        if turn.selection is None:
+            turn.repeat(len(ids) // len(turn.choice.memory))
+        elif turn.targets is not None and ids.shape[1] == 1 and turn.follow(ids[:, -1].tolist()):
+            turn.selection = self.memory.select(turn.choice.memory)
 
     def _at_value(self, _: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         turn = self._turn
         if turn is None:
             return None
         if turn.selection is None:
-            turn.choice = self._decide(turn, args[0]) if turn.choice is None else turn.choice
+            assert turn.choice is not None
             turn.selection = self.memory.select(turn.choice.memory)
         selection = turn.selection
         if not selection:
@@ -350,18 +491,6 @@ class EditedModel(nn.Module):
         activations = args[0].reshape(selection.size, -1, args[0].shape[-1])
         return selection(output.reshape(shape), activations).reshape(output.shape)
 
-    def _decide(self, turn: _Turn, activations: Tensor) -> Choice:
-        assert turn.hidden is not None
-        assert turn.words is not None
-        assert turn.mask is not None
-        size, width = turn.hidden.shape[:2]
-        copies = size // len(turn.words)  # beams and several samples per prompt come as repeated rows
-        mask = turn.mask[:, -width:].repeat_interleave(copies, 0)
-        words = turn.words.repeat_interleave(copies, 0)
-        query = Query(words, mask, turn.hidden.detach(), activations.detach().reshape(size, width, -1))
-        turn.hidden = None
-        return self.router.route(query if self.router.reads_all_tokens else query.at_last(), self.memory)
-
 
 def _real(ids: Tensor, mask: Tensor) -> list[list[int]]:
     """The rows without what the mask hides."""
@@ -371,6 +500,25 @@ def _real(ids: Tensor, mask: Tensor) -> list[list[int]]:
 def _refuse_empty(rows: Sequence[Sequence[int]]) -> None:
     if not all(rows):
         raise RepairError("a prompt without tokens cannot be routed; give each sequence at least one token")
+
+
+def _argmax_rows(logits: Tensor, labels: Tensor) -> list[list[int]]:
+    chosen = logits.argmax(-1)
+    return [row[keep].tolist() for row, keep in zip(chosen, labels >= 0, strict=True)]
+
+
+def prompts_of(asked: Any) -> list[str]:
+    """Prompts from a text, texts, messages or several dialogues."""
+    if isinstance(asked, str):
+        return [asked]
+    if dialogue.is_messages(asked):
+        return [dialogue.dump(asked)]
+    found = [dialogue.dump(item) if dialogue.is_messages(item) else item for item in asked]
+    if not all(isinstance(item, str) for item in found):
+        raise RepairError(
+            "a prompt must be a text, or messages such as [{'role': 'user', 'content': '...'}] that end with the user's"
+        )
+    return found
 
 
 def _uniform(memory: int) -> Choice:

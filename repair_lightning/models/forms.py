@@ -275,6 +275,36 @@ class Forms:
         """A dialogue through the template."""
         return self._render_ids(dialogue.dump(messages), thinking)
 
+    def continued(self, ids: Sequence[int], target: str) -> Encoded:
+        """A prompt, given as token ids, and the target that is said to it."""
+        if self.marks is not None and self.opens_turn(ids):
+            return self.answered(ids, target)
+        text = self.asked_in(ids)
+        found = self.bare_encoded(text, target)
+        if found.prompt == tuple(ids):
+            return found
+        return Encoded(tuple(ids), (*self._plain(f"{seam(text, target)}{target}"), self.bare_end))
+
+    def plainly(self, text: str, ids: Sequence[int]) -> list[int]:
+        """The token ids of what a prompt asks, as the base is asked it plainly; its own where there is no template."""
+        if self.marks is None or not text.strip():
+            return list(ids)
+        return list(self.in_chat([_user(text)]) if self.chat else self.bare(text))
+
+    def turn(self, text: str) -> tuple[int, ...]:
+        """A text as a turn of the user without what the template puts before it; bare where there is no template."""
+        if self.marks is None or not self.chat:
+            return self.bare(text) or (self.bare_end,)
+        return self.in_chat([_user(text)])[self._head :]
+
+    @cached_property
+    def _head(self) -> int:
+        """How many tokens stand before the first turn of the user where there is no system message."""
+        assert self.marks is not None
+        ids = self.in_chat([_user(_WORDS[0])])
+        starts = [i for i in range(len(ids)) if self.spelled(ids[i:]).startswith(self.marks.user)]
+        return starts[-1] if starts else 0
+
     # -- what is asked ------------------------------------------------------------------------------------------------
 
     def asked(self, prompt: str) -> str:
@@ -326,19 +356,35 @@ class Forms:
             found.append(self.in_chat(dialogues[0], thinking=False))
         return found
 
-    def checks(self, prompt: str) -> list[tuple[int, ...]]:
-        """The prompt of an edit in forms that it was not written in, to ask it back; made here too."""
-        question = self.asked(prompt)
+    def checks(self, prompt: str, target: str) -> list[Encoded]:
+        """An edit in a form that it was not written in, to ask it back: behind a system message and another turn, and
+        inside courtesy. Of our own making too."""
         if self.marks is None:
             return []
         hello, reply = GREETING
-        found = [self.in_chat([_user(hello), _base(reply), _user(question)])]
+        dialogue_ = [_user(hello), _base(reply), _user(f"I have a question. {self.asked(prompt)} Thank you.")]
+        if self._takes_system:
+            dialogue_.insert(0, {"role": "system", "content": SYSTEM})
+        return [self.answered(self.in_chat(dialogue_), target)]
+
+    @cached_property
+    def _takes_system(self) -> bool:
+        """Whether the template has a turn for a system message."""
+        a, _, _, d = _WORDS
         try:
-            found.append(self.in_chat([{"role": "system", "content": SYSTEM}, _user(question)]))
-        except ConfigError:
-            log.debug("the template has no system turn")
-        found.append(self.in_chat([_user(f"I have a question. {question} Thank you.")]))
-        return found
+            told = self._spelled_dialogue([{"role": "system", "content": d}, _user(a)])
+        except (TemplateError, ValueError, TypeError, KeyError):
+            return False
+        return d in told
+
+
+def stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """The ids at which a base's generation stops: of its generation settings, its configuration, its tokenizer."""
+    for settings in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):
+        found = getattr(settings, "eos_token_id", None)
+        if found is not None and found != []:
+            return tuple(found) if isinstance(found, (list, tuple)) else (int(found),)
+    return ()
 
 
 def _user(text: str) -> dict[str, str]:

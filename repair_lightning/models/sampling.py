@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from repair_lightning.models.forms import Forms
 from repair_lightning.models.prefix import pad_left
 
 
@@ -30,14 +31,14 @@ def own_texts(model: Any, tokenizer: Any, number: int, length: int = 12, batch_s
 
 @torch.no_grad()
 def greedy_answers(
-    model: Any, tokenizer: Any, prompts: Sequence[str], length: int = 8, batch_size: int = 64
+    model: Any, forms: Forms, prompts: Sequence[str], length: int = 8, batch_size: int = 64
 ) -> list[str]:
     """What the base says to prompts by itself, with single spaces between the words; empty where it says nothing.
 
     Args:
         length: most tokens of an answer.
     """
-    asked = tokenizer(list(prompts))["input_ids"]
+    asked, tokenizer = [forms.ids(prompt) for prompt in prompts], forms.tokenizer
     found: list[str] = []
     for at in range(0, len(asked), batch_size):
         part = asked[at : at + batch_size]
@@ -49,7 +50,7 @@ def greedy_answers(
 
 @torch.no_grad()
 def greedy_rows(
-    model: Any, tokenizer: Any, prompts: Sequence[str], length: int = 8, batch_size: int = 64
+    model: Any, forms: Forms, prompts: Sequence[str], length: int = 8, batch_size: int = 64
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Token ids of prompts, each with those of what the base says to it, with an end where it ended by itself.
 
@@ -57,9 +58,8 @@ def greedy_rows(
         length: most tokens of an answer, the end included.
     """
     found = []
-    stops = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])}
-    asked = tokenizer(list(prompts))["input_ids"]
+    ends, tokenizer = set(forms.stops), forms.tokenizer
+    asked = [forms.ids(prompt) for prompt in prompts]
     for at in range(0, len(asked), batch_size):
         part = asked[at : at + batch_size]
         width = max(map(len, part))

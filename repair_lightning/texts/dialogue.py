@@ -129,6 +129,11 @@ def with_question(prompt: str, text: str) -> str:
     return text if messages is None else dump([*messages[:-1], {**messages[-1], "content": text}])
 
 
+def behind(context: str, prompt: str) -> str:
+    """The prompt with a sentence before what it asks."""
+    return with_question(prompt, f"{context}. {question_of(prompt)}")
+
+
 def shown(prompt: str) -> str:
     """A prompt for a person."""
     messages = parse(prompt)

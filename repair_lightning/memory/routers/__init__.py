@@ -9,7 +9,7 @@ from typing import Any
 from repair_lightning.errors import ConfigError
 from repair_lightning.memory.routers.activation import ActivationRouter
 from repair_lightning.memory.routers.ball import BallRouter
-from repair_lightning.memory.routers.base import Anchor, Neighbours, Router
+from repair_lightning.memory.routers.base import Anchor, Router
 from repair_lightning.memory.routers.gate import GateRouter
 from repair_lightning.memory.routers.hybrid import HybridRouter
 from repair_lightning.memory.routers.key import KeyRouter
@@ -49,7 +49,6 @@ __all__ = [
     "GateRouter",
     "HybridRouter",
     "KeyRouter",
-    "Neighbours",
     "NobodyRouter",
     "RetrievalRouter",
     "Router",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from repair_lightning.memory.query import Choice, Query
-from repair_lightning.memory.routers.base import Anchor, Neighbours, Router
+from repair_lightning.memory.routers.base import Anchor, Router
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.types import BASE
 
@@ -55,9 +55,7 @@ class BallRouter(Router):
         known = self.keys.reshape(-1, keys.shape[1])
         return torch.cdist(keys, known, compute_mode="donot_use_mm_for_euclid_dist")
 
-    def describe(
-        self, anchors: Sequence[Anchor], prompts: Query, shards: Sequence[int], neighbours: Neighbours | None = None
-    ) -> dict[str, Tensor]:
+    def describe(self, anchors: Sequence[Anchor], prompts: Query, shards: Sequence[int]) -> dict[str, Tensor]:
         """Keys and shards; what the edits are about is not looked at."""
         return {"keys": self.key_of(prompts), "shards": torch.tensor(list(shards), dtype=torch.long)}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,24 +13,16 @@ from repair_lightning.memory.query import Choice, Query
 from repair_lightning.memory.rows import Part, Rows
 from repair_lightning.memory.side_memory import SideMemory
 
+Read = Callable[[Sequence[str]], Tensor]
+"""From texts the state (n, D) of each one's last token where it enters the edited layer, float32 on the CPU."""
+
 
 @dataclass(frozen=True, slots=True)
 class Anchor:
-    """The tokens that name what an edit is about, in canonical spelling; `named` where they are its subject's."""
+    """What an edit is about: its subject, empty where the prompt does not name it, and what its prompt asks."""
 
-    tokens: tuple[int, ...]
-    named: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Neighbours:
-    """Prompts made up as neighbours of edits: the edit's subject in other edits' words, so another relation of it.
-
-    `of` (N,) is the index of the edit that each prompt is a neighbour of.
-    """
-
-    prompts: Query
-    of: Tensor
+    subject: str
+    asked: str
 
 
 class Router(ABC):
@@ -42,14 +34,19 @@ class Router(ABC):
     """Whether calibration looks at the shards' own edits."""
     reads_all_tokens: bool = False
     """Whether the states of all the prompt's tokens matter, not the last one's alone."""
-    needs_neighbours: ClassVar[bool] = False
-    """Whether made-up neighbours are of use when edits are added."""
-
+    reads_states: ClassVar[bool] = True
+    """Whether the states of the prompts matter; else what they ask is enough, and no forward pass is needed."""
+    vouches: ClassVar[bool] = False
+    """Whether it names the very edit that is to answer, so that the edit's target may be asked of the shard."""
+    needs_space: ClassVar[bool] = False
+    """Whether it compares what is asked in a space of the base's states, its `space`."""
+    read: Read | None = None
+    """Gives the states of further texts, where a model holds the router."""
     prefaces: ClassVar[bool] = False
     """Whether the base reads something before a prompt that a memory answers, see :meth:`preface`."""
 
-    def fit(self, background: Query, embeddings: Tensor) -> None:  # noqa: B027 - nothing to learn by default
-        """Learn what is common from irrelevant prompts, once, before the first edit. `embeddings` is (V, E)."""
+    def fit(self, background: Query) -> None:  # noqa: B027 - nothing to learn by default
+        """Learn what is common from irrelevant prompts, once, before the first edit."""
 
     def add(
         self,
@@ -57,18 +54,15 @@ class Router(ABC):
         anchors: Sequence[Anchor],
         prompts: Query,
         shards: Sequence[int],
-        neighbours: Neighbours | None = None,
     ) -> None:
         """Take in edits that were written: their ids, anchors, prompts and shards; known ids are replaced."""
-        self.insert(ids, self.describe(anchors, prompts, shards, neighbours))
+        self.insert(ids, self.describe(anchors, prompts, shards))
 
-    def describe(
-        self, anchors: Sequence[Anchor], prompts: Query, shards: Sequence[int], neighbours: Neighbours | None = None
-    ) -> dict[str, Tensor]:
+    def describe(self, anchors: Sequence[Anchor], prompts: Query, shards: Sequence[int]) -> dict[str, Tensor]:
         """What is to be kept of n edits, as tensors with n rows each; nothing for a router without keys.
 
         It depends on the edits alone, so it may be computed where they are written and inserted elsewhere. Tables of
-        token ids may differ in width; they are filled with -1.
+        bytes may differ in width; they are filled with -1.
         """
         return {}
 
@@ -80,9 +74,6 @@ class Router(ABC):
 
     def reassign(self, shards: Sequence[int], fused: int) -> None:  # noqa: B027
         """Follow a merge: what the given shards owned belongs to `fused` now."""
-
-    def bind(self, embeddings: Tensor) -> None:  # noqa: B027
-        """Give a loaded router the base's input embeddings (V, E); they are not stored with it."""
 
     @abstractmethod
     def calibrate(self, memory: SideMemory, owned: Mapping[int, Query], background: Query) -> None:

@@ -72,7 +72,7 @@ class GateRouter(Router):
         """As given to the constructor."""
         return {name: getattr(self, name) for name in ("threshold", "false_fire_rate", "ridge")}
 
-    def fit(self, background: Query, embeddings: Tensor) -> None:
+    def fit(self, background: Query) -> None:
         """What is outside every scope, and the features' unit."""
         found = self._states(background)
         parts = (background.activations.shape[-1], background.hidden.shape[-1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -21,6 +21,7 @@ class HybridRouter(KeyRouter):
 
     name = "hybrid"
     needs_owned = True
+    reads_states: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from repair_lightning.memory.query import Choice, Query, pad_right
-from repair_lightning.memory.routers.base import Anchor, Neighbours, Router
+from repair_lightning.memory.routers.base import Anchor, Router
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.types import BASE
 
@@ -43,13 +43,11 @@ class RetrievalRouter(Router):
         """As given to the constructor."""
         return {"number": self.number, "false_fire_rate": self.false_fire_rate}
 
-    def fit(self, background: Query, embeddings: Tensor) -> None:
+    def fit(self, background: Query) -> None:
         """What is common to all prompts."""
         self.centre = background.last_hidden().mean(0).cpu()
 
-    def describe(
-        self, anchors: Sequence[Anchor], prompts: Query, shards: Sequence[int], neighbours: Neighbours | None = None
-    ) -> dict[str, Tensor]:
+    def describe(self, anchors: Sequence[Anchor], prompts: Query, shards: Sequence[int]) -> dict[str, Tensor]:
         """Each edit's direction and shard; whoever adds it says its `lines` (n, W) besides."""
         return {"keys": self._directions(prompts), "shards": torch.tensor(list(shards), dtype=torch.long)}
 
