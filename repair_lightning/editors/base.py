@@ -27,7 +27,7 @@ from repair_lightning.distributed.team import ALONE, Team
 from repair_lightning.editors.adapt import AUTO, Adapted
 from repair_lightning.editors.exchange import Pace, Written
 from repair_lightning.errors import ConfigError, RepairError
-from repair_lightning.functional.relations import RelationSpace
+from repair_lightning.functional.relations import DIMENSIONS, SHRINKAGE, RelationSpace
 from repair_lightning.memory.query import Choice, Query
 from repair_lightning.memory.routers import Router, make_router
 from repair_lightning.memory.rows import Rows
@@ -293,7 +293,14 @@ class Editor(pl.LightningModule):
 
     def _relation_space(self) -> RelationSpace:
         """The router's space of relations: learnt once per base, layer, precision and form, and kept on the disk."""
-        known = (self._identity, str(self.edited.forms.chat), *map(str, self.router.options().values()), *bank()[0])
+        learning = (str(SHRINKAGE), str(DIMENSIONS))
+        known = (
+            self._identity,
+            str(self.edited.forms.chat),
+            *learning,
+            *map(str, self.router.options().values()),
+            *bank()[0],
+        )
         return kept_space(known, lambda: self.router.learn_space(self.edited.last_states))  # type: ignore[attr-defined]
 
     def _shared_queries(self, prompts: Sequence[str]) -> Query:

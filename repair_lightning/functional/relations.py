@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 SHRINKAGE = 0.1
 """Added to the scatter within relations, as a share of its mean diagonal."""
-DIMENSIONS = 128
+DIMENSIONS = 256
 """Most dimensions of the space."""
 
 
