@@ -1,7 +1,7 @@
 """The prefix cache: hidden states of texts that come again, in memory and behind it on disk, both bounded.
 
-A text's states do not depend on the company in which they were computed, so it makes no difference to a single bit
-whether they were kept, read back, or dropped and computed anew; see :func:`capture_rows`.
+What was kept or read back is bitwise identical to what was computed. What was dropped is computed again in another
+batch, and may differ from the first time by rounding; see :func:`canonical_batches`.
 
 Legend for shapes: T tokens, D = d_model, F = d_ffn.
 """
@@ -32,7 +32,7 @@ Key: TypeAlias = tuple[str, tuple[int, ...]]
 """The identity of what computes, and the token ids."""
 
 LANES = 16
-"""Widths are multiples of this, the floats in a vector of 512 bits: a remainder would be summed in another order."""
+"""Widths are multiples of this, the floats in a vector of 512 bits: rows of like lengths have one shape."""
 
 SEGMENTS = 16
 """Into so many files the budget on disk is divided."""
@@ -47,12 +47,12 @@ def canonical_width(length: int, limit: int | None = None) -> int:
 def canonical_batches(
     split: SplitModel, rows: Sequence[Sequence[int]], batch_size: int = 64
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Token rows in passes in which each has its own canonical form: the same bits in every batch, order and place.
+    """Token rows in passes in which each has its own canonical width, whatever rows are there beside it.
 
     Rows share a pass with rows of their own :func:`canonical_width` alone. They are padded on the right, which a causal
-    model cannot see, so no mask is needed: the pass is the one of unpadded rows. A row's bits do not depend on how many
-    others there are either. That is measured, on x86 with 1 and 2 threads in float32, bfloat16 and float16, and no
-    promise of the libraries: other devices may choose other sums for other shapes, and differ in the last place.
+    model cannot see, so no mask is needed: the pass is the one of unpadded rows. The same batch run again gives the
+    same bits. A row in another batch gives the same states up to rounding: libraries choose their sums by the shapes,
+    the processor and the threads.
 
     Args:
         split: the model, cut at the edited layer.
@@ -101,9 +101,9 @@ def nbytes(entry: Capture) -> int:
 class PrefixCache:
     """Hidden states at the edited layer by token ids: least recently used entries leave when the budget is full.
 
-    They leave for the disk if there is a place on it, and come back from there bit by bit; else they are computed anew
-    when they are asked for again. A disk that fails or is full costs nothing but time: one warning, and the cache goes
-    on without it. Not for use by several threads.
+    They leave for the disk if there is a place on it, and come back from there bit by bit; else they are computed again
+    when they are asked for, equal up to rounding. A disk that fails or is full costs nothing but time: one warning, and
+    the cache goes on without it. Not for use by several threads.
 
     Args:
         split: the model, cut at the edited layer.

@@ -1,4 +1,5 @@
-"""The prefix cache never changes a bit: kept, read back from disk, or dropped and computed anew in other company."""
+"""The prefix cache gives back what it took in, from memory and from disk; what it dropped is computed again, up to the
+rounding that another batch brings."""
 
 from __future__ import annotations
 
@@ -6,11 +7,11 @@ import errno
 import gc
 import json
 import os
-import platform
 import random
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -28,9 +29,6 @@ CASES += [("mistral", {"sliding_window": 3}), ("gemma2", {"sliding_window": 3}),
 NAMES = [name + ("-sliding" if more else "") for name, more in CASES]
 each_case = pytest.mark.parametrize(("model_type", "more"), CASES, ids=NAMES)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-on_x86 = pytest.mark.skipif(
-    platform.machine().lower() not in ("x86_64", "amd64"), reason="equal bits in other company are measured on x86 only"
-)
 ROWS = ([5, 6, 7], [8, 9, 10, 11, 12], [13], [14, 15])
 TOKEN = (32 + 64) * 4
 """Bytes of a token's states in a tiny base in float32."""
@@ -64,6 +62,19 @@ def same(first: Capture, second: Capture) -> bool:
 
 def all_same(first, second) -> bool:
     return all(same(a, b) for a, b in zip(first, second, strict=True))
+
+
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}
+"""What another order of sums may cost in some layers, as a share of the largest state."""
+
+
+def assert_close(first: Sequence[Capture], second: Sequence[Capture]) -> None:
+    """Equal up to rounding."""
+    for a, b in zip(first, second, strict=True):
+        for one, other in ((a.hidden, b.hidden), (a.activations, b.activations)):
+            assert one.dtype == other.dtype
+            rounding = ROUNDING[one.dtype]
+            torch.testing.assert_close(one, other, rtol=rounding, atol=rounding * float(one.abs().max()))
 
 
 def passes(cache: PrefixCache) -> list[int]:
@@ -151,7 +162,9 @@ class TestGet:
         assert len(seen) == 4, "1, 3, 5 | 16 | 17, 30 | 33"
 
 
-class TestCanonicalBits:
+class TestOtherBatches:
+    """A row's states are its own in every batch, order and place; to the bit only where the same batch runs again."""
+
     lengths = (1, 2, 3, 7, 8, 9, 15, 16, 17, 23, 31, 32, 33, 40)
 
     @pytest.mark.parametrize(
@@ -166,12 +179,10 @@ class TestCanonicalBits:
         [found] = capture_rows(split, rows_of([20]))
         assert found.hidden.shape == (20, 32)
 
-    @on_x86
     @each_case
-    def test_no_bit_depends_on_company_or_place(self, tiny, model_type, more):
+    def test_the_batch_and_the_place_in_it_do_not_matter(self, tiny, model_type, more):
         self.check(SplitModel(tiny(model_type, **more), 2))
 
-    @on_x86
     @each_dtype
     @pytest.mark.parametrize("count", [1, 2])
     def test_in_every_dtype_with_one_thread_and_two(self, tiny, threads, dtype, count):
@@ -187,9 +198,13 @@ class TestCanonicalBits:
             mixed = rows + rows_of(dice.choices(range(1, 41), k=30), seed=seed + 1)
             order = dice.sample(range(len(mixed)), len(mixed))
             found = dict(enumerate(capture_rows(split, [mixed[i] for i in order], batch_size=(64, 3)[seed])))
-            assert all_same(alone, [found[order.index(i)] for i in range(len(rows))])
+            assert_close(alone, [found[order.index(i)] for i in range(len(rows))])
 
-    @on_x86
+    @each_dtype
+    def test_the_same_batch_again_is_bitwise_identical(self, tiny, dtype):
+        split, rows = SplitModel(tiny("llama").to(dtype), 2), rows_of(self.lengths)
+        assert all_same(capture_rows(split, rows), capture_rows(split, rows))
+
     @pytest.mark.parametrize("count", [1, 2])
     def test_of_a_trained_model(self, shared, threads, count):
         threads(count)
@@ -204,9 +219,8 @@ class TestCanonicalBits:
         for start, size in ((0, 1), (1, 2), (3, 5), (8, 22)):
             part = order[start : start + size]
             found = dict(enumerate(capture_rows(split, [rows[i] for i in part])))
-            assert all_same([together[i] for i in part], [found[k] for k in range(size)])
+            assert_close([together[i] for i in part], [found[k] for k in range(size)])
 
-    @on_x86
     @pytest.mark.parametrize("spills", [False, True])
     def test_evictions_change_nothing(self, cache, tmp_path, spills):
         """Random requests to a cache that holds a few of them, and a disk that holds a few more, against all kept."""
@@ -217,7 +231,7 @@ class TestCanonicalBits:
         for seed in range(30):
             wanted = random.Random(seed).choices(range(len(rows)), k=random.Random(seed).randint(1, 20))
             found = small.get([rows[i] for i in wanted])
-            assert all_same(found, [every[i] for i in wanted])
+            assert_close(found, [every[i] for i in wanted])
             assert small.used <= 100 * TOKEN
             assert small.spilled <= 300 * TOKEN
         assert len(seen) > 3, "some were computed again"

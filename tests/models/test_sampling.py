@@ -4,16 +4,38 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
+
 from repair_lightning.models import sampling
+from repair_lightning.models.forms import Forms
+
+ROWS = [[5, 2, 0, 0], [9, 0, 0, 0], [5, 5, 5, 5], [2, 0, 0, 0]]
 
 
-def test_an_answer_ends_with_whatever_ends_it_and_holds_no_padding(monkeypatch):
-    """Ends are the tokenizer's and the model's; an answer that is cut has none."""
-    said = [[7, 7, 5, 2, 0, 0], [7, 7, 9, 0, 0, 0], [7, 7, 5, 5, 5, 5], [7, 7, 2, 0, 0, 0]]
-    monkeypatch.setattr(sampling, "_continued", lambda *_: said)
-    tokenizer = lambda texts: {"input_ids": [[7, 7] for _ in texts]}  # noqa: E731
-    tokenizer.eos_token_id = 2
-    for stops in ([2, 9], 9):
-        model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=stops))
-        rows = sampling.greedy_rows(model, tokenizer, ["a"] * 4, length=4)
-        assert rows == [((7, 7), (5, 2)), ((7, 7), (9,)), ((7, 7), (5, 5, 5, 5)), ((7, 7), (2,))]
+@pytest.fixture
+def base(monkeypatch):
+    """A base that says `ROWS`, whatever it is asked."""
+
+    def said(model, tokenizer, rows, length, batch_size):
+        return [[*row, *found] for row, found in zip(rows, ROWS, strict=True)]
+
+    monkeypatch.setattr(sampling, "_continued", said)
+    return SimpleNamespace()
+
+
+def test_an_answer_ends_with_whatever_ends_it_and_holds_no_padding(base, tokenizer):
+    """Of several ends each counts; an answer that is cut has none."""
+    rows = sampling.greedy_rows(base, Forms(tokenizer, stops=[2, 9]), ["a"] * 4, length=4)
+    asked = tuple(tokenizer("a")["input_ids"])
+    assert rows == [(asked, (5, 2)), (asked, (9,)), (asked, (5, 5, 5, 5)), (asked, (2,))]
+
+
+def test_a_token_that_ends_nothing_is_said(base, tokenizer):
+    rows = sampling.greedy_rows(base, Forms(tokenizer, stops=[2]), ["a"] * 4, length=4)
+    assert [said for _, said in rows] == [(5, 2), (9, 0, 0, 0), (5, 5, 5, 5), (2,)]
+
+
+def test_prompts_are_put_as_the_base_is_asked(base, tokenizer):
+    forms = Forms(tokenizer, stops=[2])
+    rows = sampling.greedy_rows(base, forms, ["Mara", "Tobin Quill", "a\n", "b"])
+    assert [list(asked) for asked, _ in rows] == [forms.ids(text) for text in ("Mara", "Tobin Quill", "a\n", "b")]
