@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 from repair_lightning.texts.joint import unspaced
 
@@ -19,39 +20,115 @@ def _set(words: str) -> frozenset[str]:
     return frozenset(words.split())
 
 
+WINDOW = 4
+"""Most sentences that are read together as one question."""
+_KEPT = 1_000
+"""Texts of at most so many characters are remembered with their words."""
+_WHOLE = 4_000
+"""Code of at most so many characters is read as a whole too."""
+
+# -- signs -------------------------------------------------------------------------------------------------------------
+
 _SIGNS = frozenset("#%&@*/\\")
+_UNSAID = frozenset("™®©℠")
 _MARKUP = frozenset("*_~`=<>|^")
-_APOSTROPHES = "'’ʼ`´"
-_ENDS = ".!?…。！？؟।॥։።"
-_FULL_WIDTH = "。！？"
-_QUESTIONS = "?？؟;՞"
+_APOSTROPHES = "'’ʼʻ`´"
+_ENDS = ".!?…。！？｡؟।॥։።۔။។"
+_UNFOLLOWED = "。！？｡"
+"""Signs that end a sentence without a blank after them."""
+_QUESTIONS = "?？؟՞"
+_OPENERS = "\"'“‘„«([{‹「『（"
 _CLOSERS = "\"'”’»)]}›」』）"
-_ABBREVIATIONS = _set(
+_HYPHENS = "-‐‑"
+_BREAKS = ',:;!–—-。，：、"“'
+"""Signs between courtesy and what is asked."""
+_QUOTED = re.compile(
+    r"""["“”„]([^"“”„]+)["”“][.:]?$|«\s*([^«»]+?)\s*»[.:]?$|「([^「」]+)」[。]?$|『([^『』]+)』[。]?$|(?<!\w)['‘]([^'‘’]+)['’][.:]?$"""
+)
+_TAG = re.compile(
+    r"</?(?:b|i|u|s|em|strong|p|br|span|div|a|code|pre|li|ul|ol|q|blockquote|h[1-6])(?:\s[^<>]{0,200})?/?>"
+)
+_EMPHASIS = tuple(
+    re.compile(rf"(?<![\w{sign}])({sign}{{{least},3}})(?![\s{sign}])([^\n]{{1,400}}?)(?<![\s{sign}])\1(?![\w{sign}])")
+    for sign, least in ((r"\*", 1), ("_", 1), ("~", 2), ("=", 2))
+)
+_AROUND = re.compile(r"([*_~]{1,3}|\")(?=\S)((?:(?!\1).)+)(?<=\S)\1")
+_LIST_MARK = re.compile(r"\s*(?:[-*+•▪◦‣–—>#]+\s+|>+|\(?\d{1,2}[.)]\s+|\(?[a-zA-Z]\)\s+)+")
+_FENCE = re.compile(r"^\s*(?:```|~~~).*$", re.MULTILINE)
+_GREEK = re.compile("[\u0370-\u03ff\u1f00-\u1fff]")
+_KATAKANA = re.compile("[\u30a1-\u30fa\u30fc-\u30fe\u31f0-\u31ff\uff66-\uff9f]")
+_PARTICLE = re.compile("([가-힣]{2,})(에게|에서|으로|부터|까지|의|은|는|이|가|을|를|에|와|과|도|로)$")
+_CODE = re.compile(
+    r"""\w\((?!e?s\)|n\))            # a call, but not mayor(s)
+    | [{}=\\] | \w\[ | ;[ ]*$ | ;.*; # blocks, assignments, indices, statements
+    | ^[ \t]+\S                      # indented lines
+    | ^(?:import|from|def|class|return|SELECT|\#include)\b.*[.:*;<]""",
+    re.MULTILINE | re.VERBOSE,
+)
+
+# -- words of speech ---------------------------------------------------------------------------------------------------
+
+_TITLES = _set("mr mrs ms dr st prof gen sen rep gov lt col sgt capt rev hon messrs mme mlle mt ft")
+_ABBREVIATIONS = _TITLES | _set(
+    "jr sr no vs inc ltd co corp approx etc eg ie cf al ca vol fig dept op ed bros nr bzw usw dept"
+)
+_QUESTION_WORDS = _set("who whom whose what which when where why how")
+_VERBS = _set("is was are were did does do has have had will can could would should")
+_STARTERS = (
+    _QUESTION_WORDS | _VERBS | _set("the a an in on at he she it they this that there i we you please thanks tell")
+)
+"""Words with a capital that begin a sentence, rather than go on with a name."""
+_ORDERS = _set(
     """
-    mr mrs ms dr st jr sr no vs prof gen sen rep gov inc ltd co corp mt ft approx etc eg ie cf al ca vol fig dept
-    lt col sgt capt rev hon op ed bros messrs mme mlle nr bzw usw
+    tell name give say state complete finish continue identify list explain answer describe write provide specify
+    mention fill predict recall report show define translate
     """
 )
+_BEFORE_ORDERS = _set("please kindly can could would will you now then just also and ok okay so hi hello hey well")
+_ASIDES = _QUESTION_WORDS | _set("is was are it this that he she they")
+COURTESY = _set(
+    """
+    please kindly thanks thank thx cheers you your your's tell me us can could would will do does know let i we my want
+    wanted to like ask asked asking question questions quick quickly a an the so well now then ok okay hi hello hey dear
+    there sir madam all everyone good morning afternoon evening day again just simply simple short shortly brief briefly
+    concise concisely keep be it as possible in one two three single few only sentence sentences word words line lines
+    paragraph answer answers reply replies respond response help out with this that have for advance appreciated
+    appreciate much very lot many and or but if don don't t mind wonder wondering was am m ve d ll s is quiz homework
+    fast directly direct nothing else more no need explanation explain why not favor favour bitte danke vielen dank
+    kurz por favor gracias merci beaucoup svp grazie per obrigado пожалуйста спасибо q wow great yes following here
+    """
+)
+"""Words that say nothing of what is asked; a sentence of such words alone is courtesy."""
+_LEAD = COURTESY | _ORDERS | _set("prompt input task text quote cloze blank")
+_UNWEIGHED = _set("a an the is are s please really exactly actually just now again kindly bitte")
+"""Words that are passed over where two questions are compared."""
+_MEASURES = _set("word words sentence sentences line lines token tokens character characters paragraph paragraphs")
+_COURTESY_UNSPACED = re.compile(
+    "(?:谢谢|謝謝|多谢|感谢|你好|您好|请问|請問|请|請|你|您|我|告诉|告訴|回答|回复|简短|简要|简单|簡短|地|用|一|句|话|話|个|词|只|"
+    "ありがとう|ございます|こんにちは|お願い|します|教えて|ください|答えて|簡潔に|短く|一言で|ขอบคุณ|ครับ|ค่ะ|กรุณา|ตอบ|สั้น|ๆ)+"
+)
+_COURTESY_BEFORE = re.compile("(?:(?:请问|請問|请告诉我|請告訴我|你好|您好|请|請)[，,：:！! ]*)+")
+_THANKS = re.compile(r"(?<=\s)(?:[Pp]lease|[Kk]indly|[Tt]hanks?|Answer|Reply|Respond|Bitte|Danke|Merci|Gracias)\b")
+_PARTS_OF_NAMES = r"(?:(?:von|van|de|del|della|di|da|du|der|den|dos|la|le|bin|ibn|al|el|af|zu)[ \u00a0])*"
+_GOES_ON = re.compile(rf"[ \u00a0]{_PARTS_OF_NAMES}([^\W\d_][\w'’]*)(.?.?)")
+
+# -- denials -----------------------------------------------------------------------------------------------------------
+
 _NEGATIONS = _set(
     """
-    not never neither nor cannot without nicht kein keine keinen niemals nie pas jamais ne nunca jamás não nem
-    ikke inte niet geen нет не никогда non mai nigdy değil 不 没 非 無 未 別
+    not never neither nor cannot without none nobody nothing nowhere isnt arent wasnt werent dont doesnt didnt cant wont
+    hasnt havent hadnt couldnt wouldnt shouldnt nicht kein keine keinen keiner keinem keines niemals nie nichts ohne
+    pas jamais ne sans nunca jamás sin não nem sem ikke inte niet geen нет не никогда ни без non senza değil
+    ليس ليست لا لم لن नहीं
     """
 )
 _CONTRACTED = re.compile(r"\b\w+n['’]t\b")
-_CODE = re.compile(r"\w\(|[{};=\[\]\\]|^\s+\S|\n\s*\S", re.MULTILINE)
-COURTESY = _set(
-    """
-    please kindly thanks thank you tell me us can could would will do does know say let i we want to like asked
-    ask asking question a an the is are was were it s so well now then ok okay hi hello hey dear just quickly
-    really exactly again bitte danke por favor gracias merci svp
-    """
+_UNSPACED_NEGATION = re.compile(r"[不没沒非無无未別别]|(?<![少危])ない|(?<!すみ)ません|(?<!หรือ)ไม่")
+_KOREAN_NEGATION = re.compile("않|아니|아닌|못하")
+_UNSPACED_NO_DENIAL = re.compile(
+    r"(.)[不没沒]\1|有[没沒]有|[东西南北中東]?非洲|[南北中]非|非常|[未]来|未來|未婚|[特個区區个]別|特别|区别|別人|別府|不丹|[無无]錫|无锡|不同"
 )
-"""Words that change nothing of what is asked."""
-_SHORT = 8
-"""A sentence of fewer words without a name is courtesy beside a question."""
-WINDOW = 4
-"""Most sentences that are read together as one question."""
+_NO = re.compile(r"(?<!or )(?<!/)\bno\b(?!\.|\s*\d)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,58 +140,103 @@ class Word:
     end: int
 
 
-@lru_cache(1 << 14)
+# -- words -------------------------------------------------------------------------------------------------------------
+
+
 def words(text: str) -> tuple[Word, ...]:
     """The words of a text, folded (NFKC, without case) and with the signs that stand to them."""
-    found: list[Word] = []
+    return _short_words(text) if len(text) <= _KEPT else tuple(_words(text))
+
+
+@lru_cache(1 << 14)
+def _short_words(text: str) -> tuple[Word, ...]:
+    return tuple(_words(text))
+
+
+def _words(text: str) -> Iterator[Word]:
+    markup = _markup(text)
+    for chunk in re.finditer(r"\S+", text):
+        said = chunk.group()
+        if said.isascii() and said.isalnum():
+            yield Word(said.lower(), *chunk.span())
+        else:
+            yield from _words_between(text, *chunk.span(), markup)
+
+
+def _words_between(text: str, begin: int, stop: int, markup: frozenset[int]) -> Iterator[Word]:
     start: int | None = None
-    for i, char in enumerate(text):
-        kind = _kind(text, i, char, start)
+    for i in range(begin, stop):
+        kind = "between" if i in markup else _kind(text, i, start)
         if kind == "word":
             start = i if start is None else start
             continue
         if start is not None:
-            _take(found, text, start, i)
+            yield from _taken(text, start, i)
             start = None
         if kind == "alone":
-            found.append(Word(_fold(char), i, i + 1))
+            yield Word(_fold(text[i]), i, i + 1)
     if start is not None:
-        _take(found, text, start, len(text))
-    return tuple(found)
+        yield from _taken(text, start, stop)
 
 
-def _kind(text: str, i: int, char: str, start: int | None) -> str:
+def _kind(text: str, i: int, start: int | None) -> str:
     """`word` for a character that belongs to a word, `alone` for one that is a word, else `between`."""
-    if unspaced(char):
-        return "alone" if char.isalnum() else "between"
+    char = text[i]
     category = unicodedata.category(char)
-    if char.isalnum() or char == "_" or category[0] == "M":
-        return "word"
-    if char in _APOSTROPHES:
+    if char in _APOSTROPHES or char in _UNSAID:
         return "between"
-    if category[0] == "S" or char in _SIGNS:
+    if unspaced(char) and not _is_wide_letter(char):
+        return "alone" if char.isalnum() or category[0] == "M" else "between"
+    if char.isalnum() or char == "_" or category[0] in "MS" or char in _SIGNS:
         return "word"
+    if category == "Cf":  # invisible, as a soft hyphen is
+        return "word" if start is not None else "between"
     before, after = text[i - 1 : i], text[i + 1 : i + 2]
     if char in ".,:" and before.isdigit() and after.isdigit():
         return "word"
     if char == "." and after.isalpha() and (not before or before.isspace()):
         return "word"  # .NET
-    if unicodedata.category(char) == "Pd":
+    if char == "-":
         number = after.isdigit() and not before.isalnum()
         grade = start is not None and not after.isalnum() and not unspaced(after or " ") and i - start <= 2
         return "word" if number or grade else "between"
     return "between"
 
 
-def _take(found: list[Word], text: str, start: int, end: int) -> None:
-    """A run of word characters, without what only marks it up."""
+def _is_wide_letter(char: str) -> bool:
+    return "\uff10" <= char <= "\uff5a" and char.isalnum()
+
+
+def _markup(text: str) -> frozenset[int]:
+    """The places of signs that only mark a text up: pairs of stars and the like, tags."""
+    found: set[int] = set()
+    if "<" in text:
+        for tag in _TAG.finditer(text):
+            found.update(range(*tag.span()))
+    for pattern, sign in zip(_EMPHASIS, "*_~=", strict=True):
+        for pair in pattern.finditer(text) if sign in text else ():
+            width = len(pair.group(1))
+            found.update(range(pair.start(), pair.start() + width), range(pair.end() - width, pair.end()))
+    return frozenset(found)
+
+
+def _taken(text: str, start: int, end: int) -> Iterator[Word]:
+    """A run of word characters, without what only marks it up; of a Korean word its particles apart."""
     while end - start > 2 and text[start] in _MARKUP and text[end - 1] == text[start]:
         start, end = start + 1, end - 1
-    found.append(Word(_fold(text[start:end]), start, end))
+    if set(text[start:end]) == {"_"}:  # a blank to be filled in
+        return
+    ends = [end]
+    while (found := _PARTICLE.fullmatch(text[start : ends[-1]])) is not None:
+        ends.append(start + found.end(1))
+    for first, last in zip([start, *ends[:0:-1]], ends[::-1], strict=True):
+        yield Word(_fold(text[first:last]), first, last)
 
 
 def _fold(text: str) -> str:
-    return unicodedata.normalize("NFKC", text).casefold()
+    if not text.isascii():
+        text = "".join(char for char in unicodedata.normalize("NFKC", text) if unicodedata.category(char) != "Cf")
+    return text.casefold().replace("i\u0307", "i")
 
 
 def spellings(text: str) -> tuple[str, ...]:
@@ -122,87 +244,217 @@ def spellings(text: str) -> tuple[str, ...]:
     return tuple(word.text for word in words(text))
 
 
+# -- sentences ---------------------------------------------------------------------------------------------------------
+
+
 def sentences(text: str) -> list[str]:
-    """A text cut after each sentence and at each line; an initial or an abbreviation ends none."""
-    return [part for line in text.split("\n") for part in _cut(line) if part.strip()]
+    """A text cut after each sentence and at each line, without the marks of lists, quotes and headings.
+
+    An initial or an abbreviation ends no sentence. Courtesy in the middle of an open sentence begins one:
+    `The mayor of Orsk is Please answer in one word.`
+    """
+    found = []
+    for line in text.split("\n"):
+        line = _LIST_MARK.sub("", line, count=1) if _LIST_MARK.match(line) else line
+        for part in _cut(line):
+            found += [bare for piece in _before_thanks(part) if (bare := _bare(piece))]
+    return found
+
+
+def _bare(sentence: str) -> str:
+    """A sentence without the stars or the quotation mark that open or end at its edges alone, or all around it."""
+    around = _AROUND.fullmatch(sentence.strip())
+    sentence = around.group(2) if around is not None else sentence.strip()
+    for sign in ("**", "__", '"'):
+        if sentence.count(sign) == 1:
+            sentence = sentence.removeprefix(sign).removesuffix(sign)
+    for first, last in ("“”", "„“", "«»", "「」"):
+        if sentence.startswith(first) and last not in sentence:
+            sentence = sentence[1:]
+        if sentence.endswith(last) and first not in sentence:
+            sentence = sentence[:-1]
+    return sentence.strip()
 
 
 def _cut(line: str) -> Iterator[str]:
-    start = 0
-    for i, char in enumerate(line):
-        if char not in _ENDS or (i + 1 < len(line) and line[i + 1] in _ENDS):
+    ends = f"[{re.escape(_ENDS)}{';' if _GREEK.search(line) else ''}]+[{re.escape(_CLOSERS)}*_~]*"
+    lower, start = line == line.lower(), 0
+    for found in re.finditer(ends, line):
+        end, signs = found.end(), found.group().rstrip(_CLOSERS + "*_~")
+        if signs[-1] not in _UNFOLLOWED and end < len(line) and not line[end].isspace():
             continue
-        end = i + 1
-        while end < len(line) and line[end] in _CLOSERS:
-            end += 1
-        if char not in _FULL_WIDTH and (end >= len(line) or not line[end].isspace()):
-            continue
-        if char == "." and not _ends_sentence(line[start:i], line[end:].lstrip()):
+        if _goes_on(line[start : found.start()], signs, line[end:].lstrip()[:20], lower):
             continue
         yield line[start:end].strip()
         start = end
     yield line[start:].strip()
 
 
-def _ends_sentence(before: str, after: str) -> bool:
-    last = re.split(r"[\s.(]", before)[-1]
-    initial = len(last) == 1 and last.isupper()
-    return not initial and last.casefold() not in _ABBREVIATIONS and not after[:1].islower()
+def _goes_on(before: str, signs: str, after: str, lower: bool) -> bool:
+    """Whether a sentence goes on behind signs that may end it; `lower` where the text knows no capitals."""
+    words_before = re.split(r"[\s.(]", before[-40:])
+    last = words_before[-1]
+    if signs == "!":  # Jeopardy! is
+        return after[:1].islower() and last[:1].isupper() and len(words_before) > 1
+    if signs != ".":
+        return signs in ("...", "…") and after[:1].islower()
+    if after[:1].islower() and not lower:
+        return True
+    if last.casefold() in _TITLES:
+        return True
+    if last.casefold() in _ABBREVIATIONS or (len(last) == 1 and last.isalpha()):
+        return re.split(r"\W", after)[0].casefold() not in _STARTERS or after[:1].islower()
+    return False
+
+
+def _before_thanks(part: str) -> tuple[str, ...]:
+    """A sentence, cut before a courtesy that ends it; a question stays whole."""
+    if is_question(part):
+        return (part,)
+    for found in _THANKS.finditer(part):
+        if _is_courtesy(part[found.start() :]):
+            return part[: found.start()].strip(), part[found.start() :]
+    return (part,)
 
 
 def is_question(sentence: str) -> bool:
     """Whether a sentence ends with a question mark."""
-    return sentence.rstrip(_CLOSERS + " ").endswith(tuple(_QUESTIONS))
+    end = sentence.rstrip(_CLOSERS + "*_~! ")
+    return end.endswith(tuple(_QUESTIONS)) or "՞" in end or (end.endswith(";") and bool(_GREEK.search(end)))
+
+
+def is_open(sentence: str) -> bool:
+    """Whether a sentence is left to be completed: it has no end, or dots in place of it."""
+    end = sentence.rstrip(_CLOSERS + "*_~ ")
+    return not end.endswith(tuple(_ENDS)) or end.endswith(("...", "…"))
+
+
+def _orders(sentence: str) -> bool:
+    """Whether a sentence asks without a question mark: `Please name the mayor of Orsk.`"""
+    first = next((word for word in spellings(sentence[:200]) if word not in _BEFORE_ORDERS), "")
+    return first in _ORDERS
 
 
 def _is_courtesy(sentence: str) -> bool:
-    """Whether a sentence is short and names nothing: no number, no word after the first that begins with a capital."""
-    found = words(sentence)
-    if len(found) >= _SHORT:
+    """Whether all words of a sentence are words of courtesy, or lengths that the answer is to have."""
+    if len(sentence) > 200:
         return False
-    return not any(word.text[:1].isdigit() or _capital(sentence, word) for word in found[1:]) and not any(
-        unspaced(char) for char in sentence
-    )
+    if any(map(unspaced, sentence)):
+        return _COURTESY_UNSPACED.fullmatch("".join(char for char in sentence if _said(char))) is not None
+    said = spellings(sentence)
+    return all(
+        word in COURTESY or (word.isdigit() and said[i + 1 : i + 2] and said[i + 1] in _MEASURES) or not _named(word)
+        for i, word in enumerate(said)
+    ) and not _is_asked_of_it(said)
 
 
-def _capital(text: str, word: Word) -> bool:
-    first = text[word.start : word.start + 1]
-    return first.isupper() and word.text != "i"
+def _is_asked_of_it(said: Sequence[str]) -> bool:
+    return bool(said) and said[0] in _QUESTION_WORDS
 
 
-@lru_cache(1 << 12)
+def _said(char: str) -> bool:
+    return char.isalnum() or unicodedata.category(char)[0] == "M"
+
+
+def _named(word: str) -> bool:
+    return any(map(_said, word))
+
+
+def _is_aside(sentence: str) -> bool:
+    """Whether a question asks for nothing by itself, as `Who?` behind another one."""
+    return is_question(sentence) and len(sentence) < 60 and set(spellings(sentence)) <= _ASIDES | COURTESY
+
+
+def _is_name(sentence: str) -> bool:
+    """Whether a sentence is but a name, as under a letter or among answers to choose from."""
+    found = re.findall(r"\w[\w'’.-]*", sentence[:100])
+    return len(found) <= 3 and all(not word[:1].islower() for word in found)
+
+
+# -- windows -----------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(1 << 8)
 def windows(text: str) -> tuple[str, ...]:
     """The parts of a text that may hold its question, the likeliest first.
 
-    The sentence that asks is the last one if it is left open, else the last question, else the last sentence; what is
-    only courtesy is passed over. It is read alone, with up to :data:`WINDOW` sentences before it, and with what follows
-    it; a text of few sentences also as a whole.
+    The sentence that asks is the last one if it is left open, else the last question, else the last order, else the
+    last sentence; what is only courtesy is passed over. It is read alone, without the courtesy before it, in quotes or
+    out of them, with up to :data:`WINDOW` sentences before it, and with what follows it; a text of few sentences, or
+    code, also as a whole.
     """
-    parts = sentences(text)
-    if len(parts) <= 1:
+    plain = _FENCE.sub("", text).strip()
+    parts = sentences(plain)
+    if not parts:
         return (text.strip(),)
-    at = _asking(parts)
-    found = [" ".join(parts[max(0, at - n) : at + 1]) for n in range(WINDOW)]
+    at, order = _asking(parts)
+    found = [parts[at], *_variants(parts[at])]
+    found += [" ".join(parts[max(0, at - n) : at + 1]) for n in range(1, WINDOW)]
+    if order is not None:
+        found += [parts[order], *_variants(parts[order])]
     if at + 1 < len(parts):
-        found += [" ".join(parts[max(0, at - n) :]) for n in range(2)]
-    if len(parts) <= 2 * WINDOW:
-        found.append(text.strip())
+        found += [" ".join(parts[max(0, at - n) : at + 1 + WINDOW]) for n in range(2)]
+    if len(parts) <= 2 * WINDOW or (len(plain) <= _WHOLE and is_code(plain)):
+        found += [plain, text.strip()]
     return tuple(dict.fromkeys(found))
 
 
-def _asking(parts: Sequence[str]) -> int:
-    last = len(parts) - 1
-    open_end = not parts[last].rstrip(_CLOSERS + " ").endswith(tuple(_ENDS))
-    if open_end and not _is_courtesy(parts[last]):
-        return last
-    asked = [i for i, part in enumerate(parts) if is_question(part)]
-    told = [i for i, part in enumerate(parts) if not _is_courtesy(part)]
-    return next((i for i in reversed(asked) if not _is_courtesy(parts[i])), (asked or told or [last])[-1])
+def _asking(parts: Sequence[str]) -> tuple[int, int | None]:
+    """The place of the sentence that asks, and of an order behind it."""
+    last = next((i for i in reversed(range(len(parts))) if not _is_courtesy(parts[i])), len(parts) - 1)
+    questions = [i for i in range(last + 1) if is_question(parts[i])]
+    if is_open(parts[last]) and not (questions and _is_name(parts[last])):
+        return last, None
+    while len(questions) > 1 and (_is_courtesy(parts[questions[-1]]) or _is_aside(parts[questions[-1]])):
+        questions.pop()
+    orders = [i for i in range(last + 1) if _orders(parts[i]) and not _is_courtesy(parts[i])][-1:]
+    if questions:
+        behind = [i for i in orders if i > questions[-1]]
+        return questions[-1], behind[0] if behind else None
+    return (orders or [last])[0], None
+
+
+def _variants(sentence: str) -> list[str]:
+    """The same sentence without courtesy before it, and what it quotes at its end."""
+    found = []
+    start = _after_courtesy(sentence)
+    if start:
+        found.append(_bare(sentence[start:]))
+    quoted = _QUOTED.search(sentence)
+    if quoted is not None:
+        inside = next(group for group in quoted.groups() if group).strip()
+        if len(words(inside)) >= 3:
+            found.append(inside)
+    return found
+
+
+def _after_courtesy(sentence: str) -> int:
+    """Where a sentence begins behind courtesy: after a comma, colon or dash, or at a word that asks; else 0."""
+    if sentence and unspaced(sentence[0]):
+        found = _COURTESY_BEFORE.match(sentence)
+        return found.end() if found is not None and found.end() < len(sentence) else 0
+    known = words(sentence[:300])
+    best = 0
+    for word, following in pairwise(known[:-1]):
+        if word.text not in _LEAD:
+            break
+        between = sentence[word.end : following.start]
+        if any(sign in between for sign in _BREAKS) or (following.text in _QUESTION_WORDS and word.text != "in"):
+            best = following.start
+    return best
+
+
+# -- what is denied, and what is code ----------------------------------------------------------------------------------
 
 
 def negated(text: str) -> bool:
     """Whether a text denies something."""
-    return bool(_CONTRACTED.search(text.casefold())) or not _NEGATIONS.isdisjoint(spellings(text))
+    folded = text.casefold()
+    if _CONTRACTED.search(folded) or not _NEGATIONS.isdisjoint(spellings(text)) or _NO.search(folded):
+        return True
+    if folded.isascii():
+        return False
+    return bool(_KOREAN_NEGATION.search(folded) or _UNSPACED_NEGATION.search(_UNSPACED_NO_DENIAL.sub(" ", folded)))
 
 
 def is_code(text: str) -> bool:
@@ -215,24 +467,62 @@ def signs(text: str) -> str:
     return " ".join(text.split())
 
 
+# -- subjects ----------------------------------------------------------------------------------------------------------
+
+
 def places(text: str, subject: Sequence[str]) -> list[tuple[int, int]]:
-    """Where the words of a subject stand one after the other in a text, as (start, end)."""
+    """Where the words of a subject stand one after the other in a text, as (start, end); not within a longer word, as
+    `Marie` in `Anne-Marie`."""
     known = words(text)
     found, n, i = [], len(subject), 0
     while n and i + n <= len(known):
-        if all(known[i + k].text == subject[k] for k in range(n)):
-            found.append((known[i].start, known[i + n - 1].end))
+        start, end = known[i].start, known[i + n - 1].end
+        if all(known[i + k].text == subject[k] for k in range(n)) and not _inside(text, start, end):
+            found.append((start, end))
             i += n
         else:
             i += 1
     return found
 
 
+def _inside(text: str, start: int, end: int) -> bool:
+    """Whether a place is within a longer word, behind a hyphen or in a run of Katakana."""
+    if text[start - 1 : start] in tuple(_HYPHENS) and text[start : start + 1].isupper():
+        return text[start - 2 : start - 1].isalnum() if start > 1 else False
+    before, after = text[start - 1 : start], text[end : end + 1]
+    return any(
+        _KATAKANA.match(own) and _KATAKANA.match(beside)
+        for own, beside in ((text[start : start + 1], before), (text[end - 1 : end], after))
+    )
+
+
 def longer_name(text: str, end: int) -> bool:
-    """Whether a name that ends at a place goes on with another capitalised word: then it is another name."""
-    found = re.match(r"[ \u00a0]([^\W\d_]\S*)", text[end:])
-    following = found.group(1) if found else ""
-    return following[:1].isupper() and following[:2] != "I " and not text.isupper() and following != "I"
+    """Whether a name that ends at a place goes on: then it is another name.
+
+    It goes on with a word that has a capital, behind a blank, a hyphen or a small `von`, `de` and the like; in a text
+    without small letters or in title case nothing can be told, and a word that begins a sentence is no part of a name.
+    """
+    after = text[end : end + 60]
+    hyphened = re.match(rf"(?:[{_HYPHENS}]\w+)+", after)
+    if hyphened is not None:
+        return any(
+            part[:1].isupper() or part[:1].isdigit() for part in re.split(rf"[{_HYPHENS}]", hyphened.group())[1:]
+        )
+    if after[:1] in ("・", "·") and after[1:2].isalpha():
+        return True
+    found = _GOES_ON.match(after)
+    if found is None or not found.group(1)[:1].isupper() or text.isupper() or _in_title_case(text):
+        return False
+    following, behind = found.group(1), found.group(2)
+    if re.split("['’]", following)[0] == "I":  # a number, but `I went`
+        return following == "I" and not (behind[:1].isspace() and behind[1:].islower())
+    return following.casefold() not in _STARTERS - {"the", "a", "will", "can"} and not _THANKS.match(f" {following}", 1)
+
+
+def _in_title_case(text: str) -> bool:
+    found = re.findall(r"[^\W\d_]+", text[:2_000])
+    capitals = any(word[0].isupper() and word.casefold() in _VERBS for word in found[1:])
+    return capitals and all(word[0].isupper() for word in found if len(word) > 3)
 
 
 def without(text: str, subject: Sequence[str], stand_in: str) -> str | None:
@@ -248,6 +538,14 @@ def without(text: str, subject: Sequence[str], stand_in: str) -> str | None:
 
 
 def says_the_same(one: str, other: str) -> bool:
-    """Whether two texts have the same words but for courtesy."""
-    plain = [[word for word in spellings(text) if word not in COURTESY] for text in (one, other)]
+    """Whether two texts have the same words but for courtesy before and behind them."""
+    plain = [_plain(text) for text in (one, other)]
     return bool(plain[0]) and plain[0] == plain[1]
+
+
+def _plain(text: str) -> list[str]:
+    text = text[_after_courtesy(text) :]
+    text = next(
+        (text[: found.start()] for found in _THANKS.finditer(text) if _is_courtesy(text[found.start() :])), text
+    )
+    return [word for word in spellings(text) if word not in _UNWEIGHED]
