@@ -1,0 +1,54 @@
+"""The bank of wordings: well formed, and each relation told apart by its words."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from repair_lightning.texts import asking
+from repair_lightning.texts.relations import STAND_IN, _lines, bank, questions_about
+
+WORDINGS, RELATION = bank()
+
+
+def test_seven_wordings_of_each_relation():
+    assert set(Counter(RELATION).values()) == {7}
+    assert sorted(set(RELATION)) == list(range(max(RELATION) + 1))
+    assert max(RELATION) > 100
+
+
+def test_no_wording_stands_twice():
+    twice = [wording for wording, count in Counter(map(str.casefold, WORDINGS)).items() if count > 1]
+    assert twice == []
+
+
+@pytest.mark.parametrize("line", _lines())
+def test_each_wording_has_one_place_for_its_subject_and_is_plain(line):
+    for wording in line.split(" | "):
+        assert wording.count("{}") == 1
+        assert not set("{}|") & set(wording.replace("{}", ""))
+        assert wording.strip() == " ".join(wording.split())
+        said = wording.strip().replace("{}", STAND_IN)
+        assert asking.places(said, (STAND_IN,))
+        assert not asking.is_code(said)
+        assert len(asking.sentences(said)) == 1
+
+
+def test_four_questions_and_three_sentences_to_complete():
+    for relation in set(RELATION):
+        own = [wording for wording, its in zip(WORDINGS, RELATION, strict=True) if its == relation]
+        assert [asking.is_question(wording) for wording in own] == [True] * 4 + [False] * 3
+
+
+def test_questions_about_a_subject_are_each_of_another_relation():
+    found = questions_about("Orsk", 10)
+    assert len(set(found)) == 10
+    assert all(asking.places(text, ("orsk",)) and "{}" not in text for text in found)
+    asked = [text.replace("Orsk", STAND_IN) for text in found]
+    assert len({RELATION[WORDINGS.index(text)] for text in asked}) == 10
+
+
+@pytest.mark.parametrize("number", [1, 5, 10_000])
+def test_no_more_questions_than_there_are_relations(number):
+    assert len(questions_about("Orsk", number)) == min(number, max(RELATION) + 1)
