@@ -55,7 +55,7 @@ class ProbeGate(pl.Callback):
         self.given = [probe.prompt for probe in load_probes(probes)][:sample] if probes else []
         if probes and not self.given:
             raise ConfigError(f"gate.probes '{probes}' holds no questions; give some, or null for the held-out prompts")
-        self.expected: list[str] = []
+        self.expected: dict[int, str] = {}
         self.rolled_back = 0
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -70,8 +70,6 @@ class ProbeGate(pl.Callback):
                 left_out = len(self.given) - len(given)
                 log.warning("gate: %d of %d probes are asked in scoring: left out", left_out, len(self.given))
             self.prompts = given or list(pl_module.held_out_prompts[: self.sample])
-            nobody = torch.full((len(self.prompts),), BASE)
-            self.expected = self.expected or self._answers(pl_module, range(len(self.prompts)), nobody)
         self.broken = self._broken(pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -120,6 +118,10 @@ class ProbeGate(pl.Callback):
         chosen = editor.choose(self.prompts).memory.cpu()
         ask = [i for i, memory in enumerate(chosen.tolist()) if memory != BASE or editor.base_changed]
         found = self._answers(editor, ask, chosen[ask])
+        new = [i for i in ask if i not in self.expected]
+        with editor.edited.weights.originals():
+            said = self._answers(editor, new, torch.full((len(new),), BASE))
+        self.expected |= dict(zip(new, said, strict=True))
         return {i: int(chosen[i]) for i, answer in zip(ask, found, strict=True) if answer != self.expected[i]}
 
     def _answers(self, editor: Any, index: Sequence[int], memory: torch.Tensor) -> list[str]:
@@ -127,12 +129,12 @@ class ProbeGate(pl.Callback):
         return answers(editor.edited, prompts, memory, max_new_tokens=8) if prompts else []
 
     def state_dict(self) -> dict[str, Any]:
-        """How often it acted, and the base's answers: a merge may write into the base before the run is resumed."""
-        return {"rolled_back": self.rolled_back, "expected": self.expected}
+        """How often it acted."""
+        return {"rolled_back": self.rolled_back}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
-        self.rolled_back, self.expected = state_dict["rolled_back"], state_dict["expected"]
+        self.rolled_back = state_dict["rolled_back"]
 
 
 def attempts_of(ledger: Ledger) -> dict[str, int]:

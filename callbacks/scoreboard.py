@@ -19,9 +19,11 @@ from torch import Tensor
 from repair_lightning.errors import counted
 from repair_lightning.evaluation.earlier import EarlierEdits
 from repair_lightning.evaluation.feature_map import feature_map
+from repair_lightning.evaluation.forms import form_scores
 from repair_lightning.evaluation.peak_memory import PeakMemory
 from repair_lightning.evaluation.probes import ProbeScorer, load_probes
 from repair_lightning.evaluation.protocols import AUTOREGRESSIVE, TEACHER_FORCED
+from repair_lightning.evaluation.same_subject import same_subject
 from repair_lightning.evaluation.scoring import Result, Scorer, oracle_choice
 from repair_lightning.evaluation.singles import Singles
 
@@ -37,6 +39,7 @@ class Scoreboard(pl.Callback):
         max_new_tokens: most tokens of an answer; None takes the longest target and 8 more, at least 32.
         seed: of the live sample.
         probes: file of general-knowledge questions that no edit touches, asked before the first edit and at the end.
+        forms: edits that are asked in every form at the end (bare, chat, system message, second turn, ...); 0 for none.
 
     Attributes:
         results: the score per stage: `pre_edit`, `before_merge`, `final`.
@@ -49,6 +52,8 @@ class Scoreboard(pl.Callback):
         prepare_seconds: of these, what went before the first edit.
         curve: how things stood after each window, see `Scoreboard.moment`.
         features: where the edits lie, see `feature_map`.
+        beside: of the final model, the shares per form and of other questions about edited subjects.
+        form_rows: each raw answer of the forms.
         singles: what single edits came to, where the stream gives the model one at a time; else None.
         peak: the most memory that editing took, without scoring.
     """
@@ -60,9 +65,13 @@ class Scoreboard(pl.Callback):
         max_new_tokens: int | None = None,
         seed: int = 0,
         probes: str | None = None,
+        forms: int = 128,
     ) -> None:
         self.live, self.batch_size, self.max_new_tokens, self.seed = live, batch_size, max_new_tokens, seed
         self.probes = load_probes(probes) if probes else ()
+        self.forms = forms
+        self.beside: dict[str, Any] = {"forms": None, "same_subject": None}
+        self.form_rows: list[dict[str, Any]] = []
         self.kept: dict[str, float | int] | None = None
         self.earlier: EarlierEdits | None = None
         self.results: dict[str, Result] = {}
@@ -158,6 +167,7 @@ class Scoreboard(pl.Callback):
         with self._timed():
             result = self._score("final", pl_module)
             self.oracle = self._oracle(pl_module)
+            self._ask_beside(trainer.datamodule, pl_module)  # type: ignore[attr-defined]
             if self.earlier is not None:
                 self.earlier.ask_again(pl_module)
             self.features = feature_map(pl_module, trainer.datamodule.edits)  # type: ignore[attr-defined]
@@ -168,6 +178,15 @@ class Scoreboard(pl.Callback):
             elif self.perplexity is not None:
                 memory = torch.tensor([row["memory"] for row in result.rows])
                 self.perplexity["final"] = self.scorer.perplexity(memory)
+
+    def _ask_beside(self, stream: Any, editor: Any) -> None:
+        """How the edits hold in other forms, and what became of other questions about their subjects."""
+        if self.singles is not None:
+            return
+        self.beside["same_subject"] = same_subject(editor.edited, stream.edits, editor.base_changed)
+        if self.forms:
+            found = form_scores(editor.edited, stream.edits, self.forms, editor.max_tokens)
+            self.beside["forms"], self.form_rows = found
 
     def state_dict(self) -> dict[str, Any]:
         """The time spent so far on editing, the curve, and how a pack's edits were answered at the start."""

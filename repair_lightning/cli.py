@@ -353,7 +353,7 @@ def finish(cli: EditCLI) -> dict[str, Any]:
     stream.ledger.to_parquet(run_dir / "edits.parquet")
     cli.run.journal.note("finished", counted(len(stream.edits), "edit"))
     save_pack(editor, run_dir / "pack", cli.provenance(), {JOURNAL_FILE: cli.run.journal.to_parquet})
-    write_rows(run_dir / "generations.jsonl", (row for result in board.results.values() for row in result.rows))
+    write_rows(run_dir / "generations.jsonl", _all_rows(board))
     write_rows(run_dir / "curves.jsonl", board.curve)
     write_rows(run_dir / "features.json", [board.features])
     metrics["seconds"]["total"] = time.perf_counter() - cli.started
@@ -365,6 +365,13 @@ def finish(cli: EditCLI) -> dict[str, Any]:
     else:
         print_report(metrics, run_dir)
     return metrics
+
+
+def _all_rows(board: Any) -> Iterator[dict[str, Any]]:
+    """Every prompt with every raw answer, those in other forms last."""
+    for result in board.results.values():
+        yield from result.rows
+    yield from board.form_rows
 
 
 def collect_metrics(cli: EditCLI) -> dict[str, Any]:
@@ -383,7 +390,8 @@ def collect_metrics(cli: EditCLI) -> dict[str, Any]:
         "seed": cli.config.seed_everything,
         "seconds": (seconds := _seconds(cli)),
         "edits_per_minute": 60 * len(stream.edits) / max(seconds["edit"], 1e-9),
-        **{stage: results[stage].scores for stage in ("pre_edit", "before_merge", "final")},
+        **{stage: results[stage].scores for stage in ("pre_edit", "before_merge")},
+        "final": results["final"].scores | board.beside,
         "routing": results["final"].routing,
         "oracle_routing": board.oracle,
         "closed_loop": {

@@ -64,6 +64,8 @@ class Snapshot:
     own: Any
 
 
+SAMPLED = 64
+"""So many irrelevant prompts say how large the base's states are, where nothing else is asked of them."""
 KEPT = 256
 """To so many irrelevant prompts the base's own answers are taken: with them, some thousands of tokens."""
 
@@ -190,6 +192,11 @@ class Editor(pl.LightningModule):
             self.memory.turn = (team.rank, team.size) if self.shares else (0, 1)
 
     @property
+    def reads_background(self) -> bool:
+        """Whether writing needs the states of all irrelevant prompts."""
+        return False
+
+    @property
     def shares(self) -> bool:
         """Whether the ranks write different batches of a window side by side."""
         return self.can_share and self.team.parts > 1
@@ -283,13 +290,16 @@ class Editor(pl.LightningModule):
 
     def prepare(self, background: Sequence[str], held_out: Sequence[str]) -> None:
         """Take in irrelevant prompts: `background` for losses and centring, `held_out` for thresholds."""
-        self.background_prompts = tuple(background)
-        self.background = self._shared_queries(background)
-        self.held_out_prompts = tuple(held_out)
-        self.held_out = self._shared_queries(held_out)
+        self.background_prompts, self.held_out_prompts = tuple(background), tuple(held_out)
+        reads = self.router.reads_states or self.reads_background
+        self.background = self._shared_queries(background if reads else background[:SAMPLED])
+        self.held_out = self._shared_queries(held_out) if self.router.reads_states else self._asked(held_out)
         if self.router.needs_space:
             self.router.space = self._relation_space()  # type: ignore[attr-defined]
-        self.router.fit(self.background)
+        self.router.fit(self.background if self.router.reads_states else self._asked(background))
+
+    def _asked(self, prompts: Sequence[str]) -> Query:
+        return Query.of_texts([self.edited.forms.asked(prompt) for prompt in prompts])
 
     def _relation_space(self) -> RelationSpace:
         """The router's space of relations: learnt once per base, layer, precision and form, and kept on the disk."""

@@ -354,6 +354,11 @@ class Repair(Editor):
         found = [json.dumps(adapt(self, background, held_out).as_dict())] if self.team.rank == 0 else []
         return Adapted.from_dict(json.loads(self.team.first(found)[0]))
 
+    @property
+    def reads_background(self) -> bool:
+        """For the routing loss."""
+        return bool(self.routing.weight)
+
     # -- writing ------------------------------------------------------------------------------------------------------
 
     def write(self, batch: EditBatch) -> list[EditReport]:

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from repair_lightning.data.records import load_records
+from repair_lightning.evaluation.continuations import longest_text
+from repair_lightning.evaluation.forms import form_scores
 from repair_lightning.evaluation.report import write_rows
+from repair_lightning.evaluation.same_subject import same_subject
 from repair_lightning.evaluation.scoring import Scorer, oracle_choice
 from repair_lightning.models.prefix_cache import PrefixCache
 from repair_lightning.packs import fold_into, load_ledger, open_pack, read_pack
@@ -50,14 +53,16 @@ def evaluate_pack(
     choice = scorer.choose()
     final = scorer.score("final", choice, owners, changed)
     oracle = scorer.score("oracle", oracle_choice(scorer.questions, owners), owners, changed)
-    _keep(generations, [*before.rows, *final.rows])
+    forms, rows = form_scores(model, edits, longest=longest_text(model))
+    beside = {"forms": forms, "same_subject": same_subject(model, edits, changed)}
+    _keep(generations, [*before.rows, *final.rows, *rows])
     metrics: dict[str, Any] = {
         "editor": config["editor"],
         "base": {"name": config["base"]["name"], "sha256": config["base"]["sha256"]},
         "n_edits": len(edits),
         "shards": len(model.memory),
         "pre_edit": before.scores,
-        "final": final.scores,
+        "final": final.scores | beside,
         "routing": final.routing,
         "oracle_routing": oracle.scores,
         "provenance": config["provenance"],

@@ -93,12 +93,14 @@ def answers(
     limits = [max_new_tokens] * len(rows) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     mine = model.team.mine_of(prompts)
     own = [rows[i] for i in mine], memory[mine], [limits[i] for i in mine]
-    return model.team.texts(mine, _answers(model, *own, batch_size))
+    return model.team.texts(mine, answer_rows(model, *own, batch_size))
 
 
-def _answers(
-    model: EditedModel, rows: Sequence[Sequence[int]], memory: Tensor, limits: Sequence[int], batch_size: int
+@torch.no_grad()
+def answer_rows(
+    model: EditedModel, rows: Sequence[Sequence[int]], memory: Tensor, limits: Sequence[int], batch_size: int = 64
 ) -> list[str]:
+    """Greedy answers to prompts, given as token ids, each of at most so many tokens; see :func:`answers`."""
     found = [""] * len(rows)
     for index in sorted_batches([len(row) for row in rows], batch_size):
         read = model.read([rows[i] for i in index], memory[index])

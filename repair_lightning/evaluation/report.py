@@ -92,6 +92,18 @@ def routing_table(routing: Mapping[str, Mapping[str, float] | None]) -> Table:
     return table
 
 
+def form_table(forms: Mapping[str, Mapping[str, float | None]]) -> Table:
+    """How edits hold in each form, in per cent; forms that the base does not have are left out."""
+    table = Table(title="Edits in other forms", title_justify="left", header_style="bold")
+    for column in ("form", "exact", "contains", "fires", "garbled"):
+        table.add_column(column, justify="left" if column == "form" else "right")
+    for form, found in forms.items():
+        if found["rel"] is not None:
+            shares = (_percent(found[name]) for name in ("rel", "contains", "fires", "garbled"))
+            table.add_row(form.replace("_", " "), *shares)
+    return table
+
+
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
@@ -105,6 +117,8 @@ def print_report(metrics: Mapping[str, Any], run_dir: Path | None, console: Cons
     console.print(score_table(metrics, f"{counted(metrics['n_edits'], 'edit')} of {base}{by}"))
     if not only_in_base(metrics):
         console.print(routing_table(metrics["routing"]))
+    if metrics["final"].get("forms"):
+        console.print(form_table(metrics["final"]["forms"]))
     said = [*_side_words(metrics), *(_run_words(metrics) if run_dir is not None else ())]
     for line in said:
         console.print(escape(line), soft_wrap=not console.is_terminal)  # whoever reads a pipe wants whole lines
@@ -118,6 +132,12 @@ def print_report(metrics: Mapping[str, Any], run_dir: Path | None, console: Cons
 
 def _side_words(metrics: Mapping[str, Any]) -> Iterator[str]:
     """What was measured beside the scores."""
+    about = metrics["final"].get("same_subject")
+    if about:
+        yield (
+            f"{counted(about['asked'], 'other question')} about edited subjects: a shard answers "
+            f"{_percent(about['fires'])} %, {_percent(about['changed'])} % of the answers changed."
+        )
     if "perplexity" in metrics:
         yield "Perplexity of the targets: " + ", ".join(f"{k} {v:.2f}" for k, v in metrics["perplexity"].items())
     if "probes" in metrics:

@@ -125,7 +125,8 @@ class Scorer:
             metrics[AUTOREGRESSIVE].update(kind, torch.tensor([float(exact)]))
             metrics[TEACHER_FORCED].update(kind, torch.tensor([share]))
             rows.append(self._row(stage, i, replies.text[i], exact, share, choice))
-        scores = {name: metric.compute() for name, metric in metrics.items()}
+        scores = {name: metric.compute() | {"contains": None, "garbled": None} for name, metric in metrics.items()}
+        scores[AUTOREGRESSIVE] |= self._beside(rows)
         return Result(stage, scores, confusion(self.questions, choice.memory, owners), rows)
 
     def choose(self) -> Choice:
@@ -177,6 +178,23 @@ class Scorer:
 
     def _target(self, i: int) -> tuple[int, ...]:
         return self.model.forms.encode(self.questions[i].prompt, self.fed[i]).target
+
+    def _beside(self, rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+        """Of free answers: the share of edits whose answer holds the target, and of all answers those of a shard that
+        are neither a target nor the base's."""
+        edits = [protocols.contains(row["answer"], row["expected"]) for row in rows if row["kind"] == "edit"]
+        garbled = [self._garbled(row) for row in rows]
+        return {
+            "contains": sum(edits) / len(edits) if edits else None,
+            "garbled": sum(garbled) / len(garbled) if garbled else None,
+        }
+
+    def _garbled(self, row: dict[str, Any]) -> bool:
+        if row["memory"] == BASE or row["answer"] == row["base_answer"]:
+            return False
+        of_shard = self.model.target_of(row["nearest"]) if row["nearest"] is not None else None
+        targets = [target for target in (of_shard, row["expected"]) if target]
+        return not any(protocols.same_answer(row["answer"], target) for target in targets)
 
     def _row(self, stage: str, i: int, said: str, exact: bool, share: float, choice: Choice) -> dict[str, Any]:
         question = self.questions[i]

@@ -1,38 +1,57 @@
-"""Routers on prompts made by hand: words name a subject (rare) in the words of a relation (common).
+"""Routers on prompts made by hand: a text names a subject in the words of a relation.
 
 The last state of a prompt says its relation, with a little of its subject; padding and everything behind the prompt
-are NaN, so that a router that looks there is caught.
+are NaN, so that a router that looks there is caught. What the key router reads of further texts is made by hand too.
 """
 
 from __future__ import annotations
 
 import math
+import zlib
+from collections.abc import Sequence
+from functools import lru_cache
 
 import pytest
 import torch
 
 from repair_lightning.errors import ConfigError
 from repair_lightning.functional import activation_scores, calibrate_threshold, decide, ratio_threshold
-from repair_lightning.memory.query import Check, Choice, Query, canonical_ids, pad_right
-from repair_lightning.memory.routers import ROUTERS, Anchor, HybridRouter, KeyRouter, Neighbours, make_router
+from repair_lightning.functional.relations import RelationSpace
+from repair_lightning.memory.query import Check, Choice, Query
+from repair_lightning.memory.routers import ROUTERS, Anchor, HybridRouter, KeyRouter, make_router
 from repair_lightning.memory.side_memory import SideMemory
+from repair_lightning.texts import asking
 from repair_lightning.types import BASE
 
-V, E, D, F = 90, 16, 12, 40
+D, F = 12, 40
 RELATIONS, SUBJECTS = 5, 30
-COMMON = [[0, 1, 2], [0, 1, 3], [4, 1, 5], [0, 6, 7], [8, 9, 2]]
+PHRASES = ["Who chairs", "Which river crosses", "When did someone found", "What colour is", "How many people visit"]
+NAMES = [f"{first}{last} {first}orsk" for first in ("Ka", "Lu", "Mi", "No", "Ra") for last in "bdfgkl"]
+LENGTHS = [3, 4, 5, 4, 5]
 
 
 def table(rows: int, width: int, seed: int) -> torch.Tensor:
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
 
 
-def subject_tokens(subject: int) -> list[int]:
-    return [10 + 2 * subject, 11 + 2 * subject]
+def text_of(relation: int, subject: int | None) -> str:
+    return f"{PHRASES[relation]} {'it' if subject is None else NAMES[subject]}?"
 
 
-def words_of(relation: int, subject: int | None) -> list[int]:
-    return COMMON[relation] + (subject_tokens(subject) if subject is not None else [])
+@lru_cache(None)
+def _direction(word: str) -> torch.Tensor:
+    return torch.randn(64, generator=torch.Generator().manual_seed(zlib.crc32(word.encode())))
+
+
+def read(texts: Sequence[str]) -> torch.Tensor:
+    """A state for each text: the sum of a fixed direction for each of its words, by its first five letters."""
+    return torch.stack([sum((_direction(word[:5]) for word in asking.spellings(t)), torch.zeros(64)) for t in texts])
+
+
+@lru_cache(1)
+def space() -> RelationSpace:
+    """Learnt of the bank of wordings, as a base's is."""
+    return KeyRouter().learn_space(read)
 
 
 def ask(*asked: tuple[int, int | None], side: str = "left", behind: int = 0, width: int = 8) -> Query:
@@ -43,7 +62,7 @@ def ask(*asked: tuple[int, int | None], side: str = "left", behind: int = 0, wid
     hidden = torch.full((*mask.shape, D), torch.nan)
     activations = torch.full((*mask.shape, F), torch.nan)
     for row, (relation, subject) in enumerate(asked):
-        n = len(words_of(relation, subject))
+        n = LENGTHS[relation] + (2 if subject is not None else 0)
         start = width - n if side == "left" else 0
         mask[row, start : start + n] = True
         place = slice(start, start + n)
@@ -54,7 +73,7 @@ def ask(*asked: tuple[int, int | None], side: str = "left", behind: int = 0, wid
             about = (0.2 * subject_states[subject], subject_keys[subject])
         hidden[row, start + n - 1] = relation_states[relation] + about[0]
         activations[row, start + n - 1] = 0.1 * relation_keys[relation] + about[1]
-    return Query(pad_right([words_of(*one) for one in asked]), mask, hidden, activations)
+    return Query(tuple(text_of(*one) for one in asked), mask, hidden, activations)
 
 
 BACKGROUND = [(relation, None) for relation in range(RELATIONS)] + [(relation, 20 + relation) for relation in range(5)]
@@ -62,8 +81,8 @@ EDITS = [(0, 0), (1, 1), (0, 2), (2, 3), (3, 4), (1, 5)]
 OWNERS = [0, 0, 0, 1, 1, 1]
 
 
-def anchors(asked=EDITS, named=True) -> list[Anchor]:
-    return [Anchor(tuple(subject_tokens(s) if named else words_of(r, s)), named) for r, s in asked]
+def anchors(asked=EDITS) -> list[Anchor]:
+    return [Anchor(NAMES[subject], text_of(relation, subject)) for relation, subject in asked]
 
 
 def bank() -> SideMemory:
@@ -82,10 +101,17 @@ def owned(memory: SideMemory) -> dict[int, Query]:
     }
 
 
-def fitted(name: str, memory: SideMemory, named: bool = True, **options):
+def new_router(name: str, **options):
     router = make_router(name, **options)
-    router.fit(ask(*BACKGROUND[:5]), table(V, E, 0))
-    router.add([f"e{i}" for i in range(len(EDITS))], anchors(named=named), ask(*EDITS), OWNERS)
+    if isinstance(router, KeyRouter):
+        router.read, router.space = read, space()
+    return router
+
+
+def fitted(name: str, memory: SideMemory, **options):
+    router = new_router(name, **options)
+    router.fit(ask(*BACKGROUND[:5]))
+    router.add([f"e{i}" for i in range(len(EDITS))], anchors(), ask(*EDITS), OWNERS)
     router.calibrate(memory, owned(memory), ask(*BACKGROUND))
     return router
 
@@ -145,7 +171,7 @@ class TestEveryRouter:
         fresh = make_router(name, **router.options())
         fresh.load_state_dict(state)
         if isinstance(fresh, KeyRouter):
-            fresh.bind(table(V, E, 0))
+            fresh.read = read
         assert fresh.options() == router.options()
         assert same(fresh.route(ask(*ASKED), memory), router.route(ask(*ASKED), memory))
         for either in (router, fresh):
@@ -164,14 +190,14 @@ class TestEveryRouter:
 
     def test_an_empty_router_can_be_stored(self, name):
         router = make_router(name)
-        router.fit(ask(*BACKGROUND), table(V, E, 0))
+        router.fit(ask(*BACKGROUND))
         fresh = make_router(name)
         fresh.load_state_dict(router.state_dict())
         assert fresh.route(ask(*EDITS), bank()).memory.tolist() == [BASE] * len(EDITS)
 
     def test_calibrating_without_edits_is_no_error(self, name):
         router = make_router(name)
-        router.fit(ask(*BACKGROUND), table(V, E, 0))
+        router.fit(ask(*BACKGROUND))
         router.calibrate(bank(), {}, ask(*BACKGROUND))
         assert router.route(ask(*EDITS), bank()).memory.tolist() == [BASE] * len(EDITS)
 
@@ -226,113 +252,6 @@ class TestActivationRouter:
         assert 0 not in router.route(ask(*EDITS), memory).memory.tolist()
 
 
-class TestKeyRouter:
-    def test_the_nearest_edit_is_named(self):
-        memory = bank()
-        choice = fitted("key", memory).route(ask(*EDITS), memory)
-        assert choice.nearest == tuple(f"e{i}" for i in range(len(EDITS)))
-        torch.testing.assert_close(choice.score, torch.ones(len(EDITS)))
-
-    @pytest.mark.parametrize("named", [True, False])
-    def test_radii_lie_between_the_nearest_negative_and_full_coverage(self, named):
-        router = fitted("key", bank(), named=named, caution=0.6, caution_unnamed=0.2)
-        assert bool((router.radii >= 0.2 - 1e-6).all())
-        assert bool((router.radii < 1).all())
-        if named:  # no other prompt holds a word of these subjects
-            torch.testing.assert_close(router.radii, torch.full((len(EDITS),), 0.6))
-
-    @pytest.mark.parametrize("relation", range(RELATIONS))
-    def test_other_words_about_the_subject_reach_the_edit(self, relation):
-        memory = bank()
-        choice = fitted("key", memory).route(ask(*[(relation, subject) for _, subject in EDITS]), memory)
-        assert choice.memory.tolist() == OWNERS
-
-    def test_the_same_question_about_another_subject_stays_with_the_base(self):
-        memory = bank()
-        others = [(relation, subject + 10) for relation, subject in EDITS]
-        for named in (True, False):
-            choice = fitted("key", memory, named=named).route(ask(*others), memory)
-            assert choice.memory.tolist() == [BASE] * len(others)
-
-    def test_neighbours_hold_back_other_questions_about_the_subject(self):
-        """Relations 1 to 3 of subject 0 are made-up neighbours of its relation 0; subject 4 has none."""
-        memory = bank()
-        router = make_router("key")
-        router.fit(ask(*BACKGROUND[:5]), table(V, E, 0))
-        near = Neighbours(ask((1, 0), (2, 0), (3, 0)), torch.tensor([0, 0, 0]))
-        router.add(["a", "b"], anchors([(0, 0), (3, 4)]), ask((0, 0), (3, 4)), [0, 1], near)
-        router.calibrate(memory, {}, ask(*BACKGROUND))
-        assert router.floors[1] == -1, "no neighbours, no floor"
-        assert -1 < router.floors[0] < 1
-        asked = ask((0, 0), (1, 0), (2, 0), (3, 0), (3, 4), (4, 4))
-        assert router.route(asked, memory).memory.tolist() == [0, BASE, BASE, BASE, 1, 1]
-
-    def test_the_floor_by_hand(self):
-        """Cosines of the last states to the edit's own, median of three neighbours; floor = m + 0.15 (1 - m)."""
-        router = make_router("key", relation_caution=0.15)
-        background = ask(*BACKGROUND[:5])
-        router.fit(background, table(V, E, 0))
-        asked, near = ask((0, 0)), ask((1, 0), (2, 0), (3, 0))
-        router.add(["a"], anchors([(0, 0)]), asked, [0], Neighbours(near, torch.tensor([0, 0, 0])))
-        centre = background.last_hidden().mean(0)
-        cosines = torch.cosine_similarity(near.last_hidden() - centre, asked.last_hidden() - centre)
-        median = cosines.median().item()
-        assert router.floors.item() == pytest.approx(median + 0.15 * (1 - median), abs=1e-5)
-
-    def test_forgotten_edits_are_the_bases_again(self):
-        memory = bank()
-        router = fitted("key", memory)
-        router.forget(["e0", "e3", "never heard of"])
-        assert router.route(ask(*EDITS), memory).memory.tolist() == [BASE, 0, 0, BASE, 1, 1]
-        router.forget(router.ids.copy())
-        assert router.route(ask(*EDITS), memory).memory.tolist() == [BASE] * 6
-
-    def test_reassigning_follows_a_merge(self):
-        memory = bank()
-        router = fitted("key", memory)
-        router.reassign([0], 7)
-        assert router.route(ask(*EDITS), memory).memory.tolist() == [7, 7, 7, 1, 1, 1]
-
-    def test_a_known_id_is_replaced(self):
-        memory = bank()
-        router = fitted("key", memory)
-        router.add(["e0"], anchors([(2, 15)]), ask((2, 15)), [1])
-        router.calibrate(memory, {}, ask(*BACKGROUND))
-        choice = router.route(ask((0, 0), (2, 15)), memory)
-        assert choice.memory.tolist() == [BASE, 1]
-        assert choice.nearest[1] == "e0"
-        assert sorted(router.ids) == [f"e{i}" for i in range(6)]
-
-    def test_between_writing_and_calibrating_only_full_coverage_answers(self):
-        memory = bank()
-        router = make_router("key")
-        router.fit(ask(*BACKGROUND[:5]), table(V, E, 0))
-        router.add(["a"], anchors([(0, 0)]), ask((0, 0)), [1])
-        assert router.route(ask((0, 0), (0, 9), (1, None)), memory).memory.tolist() == [1, BASE, BASE]
-
-    def test_more_edits_than_candidates(self):
-        """Each of 30 subjects is found among 4 candidates: the search, not its order of arrival, decides."""
-        memory = bank()
-        router = make_router("key", candidates=4)
-        router.fit(ask(*BACKGROUND[:5]), table(V, E, 0))
-        asked = [(i % RELATIONS, i) for i in range(SUBJECTS)]
-        for i, one in enumerate(asked):
-            router.add([f"e{i}"], anchors([one]), ask(one), [i % 2])
-        router.calibrate(memory, {}, ask(*BACKGROUND[:5]))
-        choice = router.route(ask(*asked), memory)
-        assert choice.nearest == tuple(f"e{i}" for i in range(SUBJECTS))
-        assert choice.memory.tolist() == [i % 2 for i in range(SUBJECTS)]
-
-    def test_keys_are_unit_vectors(self):
-        router = fitted("key", bank())
-        torch.testing.assert_close(router.keys.norm(dim=-1), torch.ones(len(EDITS)))
-        assert router.keys.shape == (len(EDITS), E + D)
-
-    def test_the_stored_state_holds_no_embeddings(self):
-        router = fitted("key", bank())
-        assert all(value.shape != (V, E) for value in router.state_dict().values() if isinstance(value, torch.Tensor))
-
-
 class TestHybridRouter:
     def test_both_must_agree(self):
         """With shard 1's gate shut by its threshold, only shard 0's edits get through."""
@@ -352,11 +271,19 @@ class TestHybridRouter:
         router.gate.thresholds = {0: 1e-9, 1: 1e-9}
         assert same(router.route(ask(*ASKED), memory), KeyRouter.route(router, ask(*ASKED), memory))
 
+    def test_only_what_the_key_chose_is_scored(self):
+        memory = bank()
+        router = fitted("hybrid", memory)
+        asked = ask((0, 0), (4, None))
+        assert router.route(asked, memory).memory.tolist() == [0, BASE]
+        router.gate.scores = lambda query, memory, shards: pytest.fail("asked") if 1 in shards else torch.ones(2, 1)
+        assert router.route(asked, memory).memory.tolist()[1] == BASE
+
     def test_options_of_both(self):
-        router = HybridRouter(pool="mean", act_ratio=0.4, caution=0.3)
+        router = HybridRouter(pool="mean", act_ratio=0.4, relation_false_rate=0.3)
         assert router.options() == HybridRouter(**router.options()).options()
         assert router.options()["pool"] == "mean"
-        assert router.options()["caution"] == 0.3
+        assert router.options()["relation_false_rate"] == 0.3
         assert router.gate.act_ratio == 0.4
 
 
@@ -382,45 +309,24 @@ class TestQuery:
         assert torch.equal(left.at_last().activations, right.at_last().activations)
 
     def test_one_token_prompts(self):
-        query = Query(torch.tensor([[3]]), torch.tensor([[True, False]]), torch.ones(1, 2, D), torch.ones(1, 2, F))
+        query = Query(("one",), torch.tensor([[True, False]]), torch.ones(1, 2, D), torch.ones(1, 2, F))
         query.hidden[0, 1] = torch.nan
         assert query.last_hidden().isfinite().all()
 
     def test_rows_and_join_are_inverse(self):
         query = ask(*ASKED)
         joined = Query.join([query.rows(slice(0, 4)), query.rows(torch.arange(4, len(ASKED)))])
-        for name in ("words", "mask"):
-            assert torch.equal(getattr(joined, name), getattr(query, name))
+        assert joined.texts == query.texts
+        assert torch.equal(joined.mask, query.mask)
         torch.testing.assert_close(joined.hidden, query.hidden, equal_nan=True)
 
-    def test_join_widens_words(self):
-        joined = Query.join([ask((4, None)).at_last(), ask((0, 0)).at_last()])
-        assert joined.words.tolist() == [[8, 9, 2, -1, -1], [0, 1, 2, 10, 11]]
-
-
-class TestCanonicalIds:
-    def test_case_place_and_punctuation_do_not_matter(self, tokenizer):
-        """A name at the start, inside, and before a question mark is spelled by the same tokens."""
-        texts = ["Mara Kelstrom", "mara kelstrom?", "  MARA KELSTROM"]
-        rows = canonical_ids(tokenizer, texts)
-        assert rows.tolist() == [rows[0].tolist()] * 3
-        inside = canonical_ids(tokenizer, ["Where was Mara Kelstrom born?"])[0].tolist()
-        name = rows[0].tolist()
-        assert any(inside[i : i + len(name)] == name for i in range(len(inside)))
-
-    def test_ragged_rows_are_padded_and_no_special_token_is_added(self, tokenizer):
-        rows = canonical_ids(tokenizer, ["born", "Where was Mara born", ""])
-        assert (rows[0] >= 0).sum() < (rows[1] >= 0).sum()
-        assert rows[0, -1] == -1
-        assert not set(rows.flatten().tolist()) & set(tokenizer.all_special_ids)
-
-    def test_no_texts(self, tokenizer):
-        assert canonical_ids(tokenizer, []).shape == (0, 0)
-
-    def test_other_scripts(self, tokenizer):
-        rows = canonical_ids(tokenizer, ["東京はどこ", "Où est ZÜRICH?", "où est zürich"])
-        assert rows[1].tolist() == rows[2].tolist()
-        assert (rows >= 0).any(-1).all()
+    def test_texts_stay_whole(self):
+        query = ask(*ASKED)
+        assert query.at_last().texts == query.texts
+        assert query.rows(torch.tensor([3, 0])).texts == (query.texts[3], query.texts[0])
+        bare = Query.of_texts(query.texts)
+        assert len(bare) == len(query) == len(bare.mask)
+        assert bare.rows(slice(0, 2)).texts == query.texts[:2]
 
 
 class TestReasons:

@@ -1,0 +1,238 @@
+"""What a chat template puts around turns, and token ids as text in which nothing that a user types looks like it.
+
+Token ids are turned into text in which every control token is one private character: marks and dialogues are compared
+as such texts. Where a template marks its turns with ordinary text alone, a user can imitate it, for the base itself too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from tokenizers import Tokenizer
+
+_PRIVATE = 0xF0000
+"""The first of the private characters that stand for control tokens."""
+_SIGN = re.compile("[\U000f0000-\U0010fffd]")
+
+
+class Spelling:
+    """Texts as token ids and back, where control tokens are told apart from text that only looks like them.
+
+    Control tokens are the special ones, and the added ones that the chat template writes. Other added tokens (runs of
+    blanks, say) are text.
+
+    Args:
+        tokenizer: the base's.
+        guards: whether text that looks like a control token stays text; else the tokenizer decides.
+    """
+
+    def __init__(self, tokenizer: Any, guards: bool) -> None:
+        self.tokenizer, self.guards = tokenizer, guards
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        template = str(getattr(tokenizer, "chat_template", None) or "")
+        written = {
+            id for id, token in added.items() if token.special or (str(token).strip() and str(token) in template)
+        }
+        known = sorted({*tokenizer.all_special_ids, *written})
+        self.signs: dict[int, str] = {id: chr(_PRIVATE + i) for i, id in enumerate(known)}
+        self.controls: tuple[str, ...] = tuple(str(added[id]) for id in known if id in added)
+
+    def read(self, ids: Sequence[int]) -> tuple[str, list[str]]:
+        """The text that token ids spell, with one private character for each control token and no other such, and what
+        each of its characters says: itself, or nothing."""
+        spelled: list[str] = []
+        said: list[str] = []
+        run: list[int] = []
+        for id in [*ids, None]:
+            sign = "" if id is None else self.signs.get(int(id))
+            if sign is None:
+                run.append(int(id))  # type: ignore[arg-type]
+                continue
+            if run:
+                text = self.tokenizer.decode(run, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+                spelled.append(_SIGN.sub("\ufffd", text))
+                said += text
+                run = []
+            if sign:
+                spelled.append(sign)
+                said.append("")
+        return "".join(spelled), said
+
+    def spelled(self, ids: Sequence[int]) -> str:
+        """The first of :meth:`read`."""
+        return self.read(ids)[0]
+
+    def marked(self, text: str) -> list[int]:
+        """Token ids of a text in which control tokens are meant as such."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+    def plain(self, text: str, first: bool = False) -> list[int]:
+        """Token ids of a text in which none is a control token.
+
+        Args:
+            text: as a user wrote it.
+            first: whether it begins a row: the tokenizer puts before and after it what it puts around every text.
+        """
+        if not text and not first:
+            return []
+        if not (self.guards and self.holds(text)):
+            return list(self.tokenizer(text, add_special_tokens=first)["input_ids"])
+        if self._blind is None:
+            return list(self.tokenizer(text, add_special_tokens=first, split_special_tokens=True)["input_ids"])
+        return list(self._blind.encode(text, add_special_tokens=first).ids)
+
+    def holds(self, text: str) -> bool:
+        """Whether a text holds what is written like a control token."""
+        return any(token in text for token in self.controls)
+
+    @cached_property
+    def _blind(self) -> Tokenizer | None:
+        """A copy of a fast tokenizer that sees no control token in a text."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return None
+        raw = json.loads(backend.to_str())
+        for token in raw["added_tokens"]:
+            token["special"] = token["id"] in self.signs  # special ones alone can be split
+        copy = Tokenizer.from_str(json.dumps(raw))
+        copy.encode_special_tokens = True
+        copy.no_truncation()
+        copy.no_padding()
+        return copy
+
+    @cached_property
+    def prefixes(self) -> bool:
+        """Whether a text by itself gets a blank before it, as SentencePiece gives it."""
+        first = self.tokenizer.convert_ids_to_tokens(self.marked("a"))[0]
+        return str(first).startswith("\u2581")
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What a chat template puts around turns, as :meth:`Spelling.read` spells it.
+
+    Attributes:
+        starts: what a rendered dialogue begins with, one of these.
+        user: what opens a turn of the user, one of these.
+        system: what stands before and after a system message that is a part of the user's turn; empty where the
+            template has none such, or nothing visible is there.
+        close: what ends a turn of the user.
+        end: the token id that ends a turn of the base; None where it is none.
+        blank: what stands between the generation prompt and the base's answer.
+    """
+
+    starts: tuple[str, ...]
+    user: tuple[str, ...]
+    system: tuple[str, str]
+    close: str
+    end: int | None
+    blank: str
+
+    def are_in(self, spelled: str) -> bool:
+        """Whether a text is a rendered dialogue. One without control tokens must also close a turn."""
+        start = next((start for start in self.starts if spelled.startswith(start)), None)
+        if start is None or not any(mark in spelled for mark in self.user):
+            return False
+        return _SIGN.match(start) is not None or self.close in spelled
+
+    def last_turn(self, spelled: str) -> tuple[int, int] | None:
+        """Where the content of the last turn of the user begins and ends; None where there is none."""
+        begin = max((at + len(mark) for mark in self.user if (at := spelled.rfind(mark)) >= 0), default=-1)
+        if begin < 0:
+            return None
+        # Text that closes a turn may stand in its content too: then the last one counts.
+        end = spelled.find(self.close, begin) if _SIGN.match(self.close) else spelled.rfind(self.close, begin)
+        before, after = self.system
+        if after and spelled.startswith(before, begin):
+            system_end = spelled.find(after, begin, len(spelled) if end < 0 else end)
+            begin = begin if system_end < 0 else system_end + len(after)
+        return begin, len(spelled) if end < 0 else end
+
+
+def marks_of(
+    once: Sequence[str], twice: Sequence[str], told: Sequence[str] | None, signs: Mapping[int, str]
+) -> Marks | None:
+    """The marks in what stands around contents; None where turns cannot be told apart.
+
+    Args:
+        once: around the one turn of the user: before and after it.
+        twice: around turns of the user, of the base and of the user.
+        told: around a system message and a turn of the user; None where there is none.
+        signs: how control tokens are spelled.
+    """
+    (before, after), (head, first, second, _) = once, twice
+    opens = [before, head, second]
+    user = _user_marks(opens, others=[first, *(told or ())[:1]])
+    close = _closing(_common_start([after, first]))
+    if not user or not close:
+        return None
+    system, starts = ("", ""), [_start_of(before, user)]
+    if told is not None:
+        prefix, between, _ = told
+        starts.append(_start_of(prefix, user))
+        mark = next((m for m in user if prefix.find(m) >= 0), None)
+        if not between.endswith(user) and mark is not None:
+            system = (prefix.split(mark, 1)[1], between) if between.strip() else ("", "")
+        elif not between.endswith(user):
+            extended = _user_marks([*opens, between], others=[first, prefix])
+            user = extended or user
+    said = second.lstrip()
+    ending = "" if not said or said.startswith(user) else said[0]
+    end = next((id for id, sign in signs.items() if sign == ending), None)
+    blank = first[len(after) :] if first.startswith(after) and not first[len(after) :].strip() else ""
+    return Marks(tuple(dict.fromkeys(filter(None, starts))), user, system, close, end, blank)
+
+
+def _user_marks(opens: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:
+    """What opens a turn of the user, from what stands before several such turns and before others.
+
+    With a control token in what they share, the shortest end of it that begins with one and ends none of the others.
+    Where only text is shared but a control token stands before it, that token belongs to the mark: else a user could
+    type it.
+    """
+    shared = _common_end(opens)
+    for found in reversed(list(_SIGN.finditer(shared))):
+        if not any(other.endswith(shared[found.start() :]) for other in others):
+            return (shared[found.start() :],)
+    if not shared.strip():
+        return ()
+    longer = {text[-len(shared) - 1 :] for text in opens}
+    return tuple(sorted(longer)) if all(_SIGN.match(mark) for mark in longer) else (shared,)
+
+
+def _start_of(before: str, user: Sequence[str]) -> str:
+    """How a rendered dialogue begins: a control token, or the mark of the user's turn; else nothing that says so."""
+    found = _SIGN.match(before)
+    if found:
+        return found.group()
+    return before if before in user else ""
+
+
+def _closing(close: str) -> str:
+    """The first control token of what ends a turn, or the words of it."""
+    found = _SIGN.search(close)
+    return found.group() if found else close.strip()
+
+
+def parts(text: str, *words: str) -> list[str]:
+    """What stands before, between and after words, each of which stands in the text once and in this order."""
+    found = []
+    for word in words:
+        before, text = text.split(word, 1)
+        found.append(before)
+    return [*found, text]
+
+
+def _common_start(texts: Sequence[str]) -> str:
+    first, *others = texts
+    same = (i for i, char in enumerate(first) if any(other[i : i + 1] != char for other in others))
+    return first[: next(same, len(first))]
+
+
+def _common_end(texts: Sequence[str]) -> str:
+    return _common_start([text[::-1] for text in texts])[::-1]
