@@ -258,7 +258,7 @@ class Forms:
     @cached_property
     def _thinks(self) -> bool:
         """Whether the base is one that thinks: its tokenizer or template knows the end of a thought."""
-        return _CLOSED in self.spelling.controls or _CLOSED in str(self.tokenizer.chat_template)
+        return _CLOSED in self.spelling.controls or _CLOSED in str(getattr(self.tokenizer, "chat_template", None))
 
     def in_chat(self, messages: Messages, thinking: bool | None = None) -> tuple[int, ...]:
         """A dialogue through the template."""

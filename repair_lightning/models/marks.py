@@ -1,7 +1,8 @@
 """What a chat template puts around turns, and token ids as text in which nothing that a user types looks like it.
 
 Token ids are turned into text in which every control token is one private character: marks and dialogues are compared
-as such texts. Where a template marks its turns with ordinary text alone, a user can imitate it, for the base itself too.
+as such texts. Where a template marks its turns with ordinary text alone, a user can imitate it; so he can for the base
+itself.
 """
 
 from __future__ import annotations
@@ -186,6 +187,11 @@ def marks_of(
     end = next((id for id, sign in signs.items() if sign == ending), None)
     blank = first[len(after) :] if first.startswith(after) and not first[len(after) :].strip() else ""
     return Marks(tuple(dict.fromkeys(filter(None, starts))), user, system, close, end, blank)
+
+
+def _stands_in(token: str, template: str) -> bool:
+    """Whether a template writes a token; blanks stand in its source for other reasons."""
+    return bool(token.strip()) and token in template
 
 
 def _user_marks(opens: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:
