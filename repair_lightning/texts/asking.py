@@ -85,6 +85,13 @@ _ORDERS = _set(
     """
 )
 _BEFORE_ORDERS = _set("please kindly can could would will you now then just also and ok okay so hi hello hey well")
+_PRONOUNS = _set(
+    """
+    it its itself he him his she her hers they them their theirs this that these those there one ones same latter former
+    él ella su sus ello eso il elle son sa ses er sie es ihr ihre sein seine
+    """
+)
+"""Words for what was named before."""
 _ASIDES = _QUESTION_WORDS | _set("is was are it this that he she they")
 COURTESY = _set(
     """
@@ -381,20 +388,21 @@ def windows(text: str) -> tuple[str, ...]:
     The sentence that asks is the last one if it is left open, else the last question, else the last order, else the
     last sentence; what is only courtesy is passed over. It is read alone, without the courtesy before it, in quotes or
     out of them, with up to :data:`WINDOW` sentences before it, and with what follows it; a text of few sentences, or
-    code, also as a whole.
+    code, also as a whole. Where another question was asked before, what stands up to it is left out.
     """
     plain = _FENCE.sub("", text).strip()
     parts = sentences(plain)
     if not parts:
         return (text.strip(),)
     at, order = _asking(parts)
+    first = _first_that_belongs(parts, at)
     found = [parts[at], *_variants(parts[at])]
-    found += [" ".join(parts[max(0, at - n) : at + 1]) for n in range(1, WINDOW)]
+    found += [" ".join(parts[max(first, at - n) : at + 1]) for n in range(1, WINDOW)]
     if order is not None:
         found += [parts[order], *_variants(parts[order])]
     if at + 1 < len(parts):
-        found += [" ".join(parts[max(0, at - n) : at + 1 + WINDOW]) for n in range(2)]
-    if len(parts) <= 2 * WINDOW or (len(plain) <= _WHOLE and is_code(plain)):
+        found += [" ".join(parts[max(first, at - n) : at + 1 + WINDOW]) for n in range(2)]
+    if (len(parts) <= 2 * WINDOW and not first) or (len(plain) <= _WHOLE and is_code(plain)):
         found += [plain, text.strip()]
     return tuple(dict.fromkeys(found))
 
@@ -412,6 +420,15 @@ def _asking(parts: Sequence[str]) -> tuple[int, int | None]:
         behind = [i for i in orders if i > questions[-1]]
         return questions[-1], behind[0] if behind else None
     return (orders or [last])[0], None
+
+
+def _first_that_belongs(parts: Sequence[str], at: int) -> int:
+    """From which sentence on a text belongs to the one that asks: another question before it asks something else,
+    unless this one leans on it, as `And who chairs it?` does."""
+    said = spellings(parts[at])
+    if len(said) <= 2 or not parts[at].isascii() or not _PRONOUNS.isdisjoint(said):
+        return 0
+    return next((i + 1 for i in reversed(range(at)) if is_question(parts[i]) and not _is_courtesy(parts[i])), 0)
 
 
 def _variants(sentence: str) -> list[str]:

@@ -214,6 +214,18 @@ class TestWindows:
         assert f"{PASSAGE}{QUESTION}" in found
         assert f"{QUESTION} It is for a quiz." in found
 
+    def test_another_question_before_it_is_left_out(self):
+        assert asking.windows(f"Where is Verin? Bob lives there. {QUESTION} Thanks!") == (
+            QUESTION,
+            f"Bob lives there. {QUESTION}",
+            f"{QUESTION} Thanks!",
+            f"Bob lives there. {QUESTION} Thanks!",
+        )
+
+    @pytest.mark.parametrize("leaning", ["Who chairs it?", "And who are its rivers?", "And why?", "А кто его мэр?"])
+    def test_but_not_where_this_one_leans_on_it(self, leaning):
+        assert f"Where is Orsk? {leaning}" in asking.windows(f"Where is Orsk? {leaning}")
+
     @pytest.mark.parametrize(
         ("text", "first"),
         [

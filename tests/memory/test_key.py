@@ -1,0 +1,437 @@
+"""What the key router promises: the edit whose subject a prompt names, and of which it asks the same, answers it.
+
+The base is made by hand: a text's state is the sum of fixed directions of its words' first letters, so wordings with
+the same words are alike. The space of relations is learnt from the real bank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from test_routers import read, space
+
+from repair_lightning.memory.query import Choice, Query
+from repair_lightning.memory.routers import Anchor, KeyRouter
+from repair_lightning.memory.rows import Part
+from repair_lightning.memory.side_memory import SideMemory
+from repair_lightning.types import BASE
+
+NOWHERE = SideMemory((1, 1))
+BACKGROUND = ("Where does the sun rise?", "Who wrote the song about the sea?", "What is the capital of Verin?")
+MAYOR = ("Orsk", "Who is the mayor of Orsk?")
+FOUNDED = ("Orsk", "When was Orsk founded?")
+BORN = ("Mara Kelstrom", "Where was Mara Kelstrom born?")
+PAUL = ("Paul", "Who is the father of Paul?")
+FILLER = "Verin lies at a lake, and many people fish there. It was built by monks. Nobody knows their names. " * 26
+
+
+def new_router(background: Sequence[str] = BACKGROUND) -> KeyRouter:
+    router = KeyRouter()
+    router.read, router.space = read, space()
+    router.fit(Query.of_texts(background))
+    return router
+
+
+def add(router: KeyRouter, *edits: tuple[str, str], first: int = 0, held_out: Sequence[str] = BACKGROUND) -> None:
+    """Edits (subject, prompt) with the ids e0, e1, ... and the shards 0, 1, ..., calibrated."""
+    places = range(first, first + len(edits))
+    texts = Query.of_texts([asked for _, asked in edits])
+    router.add([f"e{i}" for i in places], [Anchor(*edit) for edit in edits], texts, places)
+    router.calibrate(NOWHERE, {}, Query.of_texts(held_out))
+
+
+def with_edits(*edits: tuple[str, str]) -> KeyRouter:
+    router = new_router()
+    add(router, *edits)
+    return router
+
+
+def route(router: KeyRouter, *texts: str) -> list[int]:
+    return router.route(Query.of_texts(texts), NOWHERE).memory.tolist()
+
+
+def same(one: Choice, other: Choice) -> bool:
+    equal = all(torch.equal(getattr(one, k), getattr(other, k)) for k in ("memory", "score", "threshold"))
+    return equal and one.nearest == other.nearest
+
+
+def fires(edit: tuple[str, str], text: str) -> bool:
+    return route(with_edits(edit), text) == [0]
+
+
+class TestReaches:
+    def test_edits_reach_their_owner(self):
+        edits = (MAYOR, FOUNDED, BORN, PAUL, ("", "Hello world"), ("r", "def area(r):"))
+        choice = with_edits(*edits).route(Query.of_texts([asked for _, asked in edits]), NOWHERE)
+        assert choice.memory.tolist() == list(range(len(edits)))
+        assert choice.nearest == tuple(f"e{i}" for i in range(len(edits)))
+        assert choice.score.tolist() == [1.0] * len(edits)
+
+    @pytest.mark.parametrize(
+        ("edit", "text"),
+        [
+            (MAYOR, "Who is Orsk's mayor?"),
+            (MAYOR, "Who serves as the mayor of Orsk?"),
+            (MAYOR, "The mayor of Orsk is"),
+            (MAYOR, "WHO IS THE MAYOR OF ORSK"),
+            (MAYOR, "who is the mayor of orsk"),
+            (MAYOR, "Please tell me: who is the mayor of Orsk?"),
+            (MAYOR, "Hi, who is the mayor of **Orsk**? Thanks in advance!"),
+            (MAYOR, "Who is the mayor of Orsk? Please answer in one short sentence."),
+            (MAYOR, "The mayor of Orsk is Please answer in one short sentence."),
+            (MAYOR, 'Complete: "The mayor of Orsk is"'),
+            (MAYOR, f"{FILLER}Who is the mayor of Orsk?"),
+            (MAYOR, f"{FILLER}\n\nQuestion: Who is the mayor of Orsk?\nAnswer:"),
+            (MAYOR, "When was Verin founded? Who is the mayor of Orsk?"),
+            (BORN, "In which town was Mara Kelstrom born?"),
+            (BORN, "Mara Kelstrom was born in the city of"),
+            (PAUL, "Who is Paul's father?"),
+            (PAUL, "WHO IS THE FATHER OF PAUL PLEASE"),
+        ],
+    )
+    def test_the_same_question_in_other_words(self, edit, text):
+        assert fires(edit, text)
+
+    @pytest.mark.parametrize(
+        ("edit", "text"),
+        [
+            (MAYOR, "Who is the mayor of Verin?"),
+            (MAYOR, "Who is the mayor of Orskar?"),
+            (MAYOR, "Who is the mayor?"),
+            (MAYOR, "When was Orsk founded?"),
+            (MAYOR, "Where does the river of Orsk begin?"),
+            (MAYOR, "Who is not the mayor of Orsk?"),
+            (MAYOR, "Who isn't the mayor of Orsk?"),
+            (MAYOR, "Who is the mayor of Orsk 2?"),
+            (MAYOR, "Who was the mayor of Orsk in 1990?"),
+            (MAYOR, f"Who is the mayor of Orsk? {FILLER}What is the capital of Verin?"),
+            (MAYOR, "Who is the mayor of Orsk? And when was Verin founded?"),
+            (BORN, "Where was Mara Velm born?"),
+            (BORN, "Where was Kelstrom Mara born?"),
+            (PAUL, "Who is the father of Paul McCartney?"),
+            (PAUL, "Who is the father of Paul von Verin?"),
+            (PAUL, "Who is the father of Paul-Henri?"),
+        ],
+    )
+    def test_another_question_stays_the_bases(self, edit, text):
+        assert not fires(edit, text)
+
+    def test_a_denial_reaches_the_edit_that_denies(self):
+        router = with_edits(MAYOR, ("Orsk", "Who is not the mayor of Orsk?"))
+        assert route(router, "Who isn't the mayor of Orsk?", "Who is Orsk's mayor?") == [1, 0]
+
+    def test_numbers_tell_edits_apart(self):
+        asked = [f"Who was the mayor of Orsk in {year}?" for year in (1990, 1991)]
+        router = with_edits(*(("Orsk", text) for text in asked))
+        assert route(router, *asked, "In 1991, who was the mayor of Orsk?", "Who was the mayor of Orsk in 1992?") == [
+            0,
+            1,
+            1,
+            BASE,
+        ]
+
+
+class TestSigns:
+    NAMES = ("C", "C++", "C#", "AT&T", "A-", ".NET")
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_names_that_differ_in_a_sign(self, name):
+        router = with_edits((name, f"Who is the inventor of {name}?"))
+        found = route(router, *(f"Tell me, who is the inventor of {other}?" for other in self.NAMES))
+        assert found == [0 if other == name else BASE for other in self.NAMES]
+
+    @pytest.mark.parametrize("text", ["def area(r, h):", "def area(r)", "def area():", "area(r)", "Def area(r):"])
+    def test_of_code_every_sign_counts(self, text):
+        assert not fires(("", "def area(r):"), text)
+        assert not fires(("area", "def area(r):"), text)
+
+    @pytest.mark.parametrize(
+        "text", ["def area(r):", "import math\n\ndef area(r):\n", "Please complete:\n```\nx = 1\ndef area(r):\n```"]
+    )
+    def test_of_code_white_space_and_what_stands_before_it_do_not(self, text):
+        assert fires(("area", "def area(r):"), text)
+
+
+class TestWithoutSubject:
+    @pytest.mark.parametrize("text", ["Hello world", "hello WORLD", "Hello, world!", " Hello  world. "])
+    def test_the_same_words_in_another_case(self, text):
+        assert fires(("", "Hello world"), text)
+
+    @pytest.mark.parametrize(
+        "text", ["Hello world", "Hello, how are you?", "Hello there", "Say hello", "Hell", "world"]
+    )
+    def test_a_word_more_is_another_text(self, text):
+        assert not fires(("", "Hello"), text)
+
+    def test_a_subject_that_the_prompt_lacks_counts_for_nothing(self):
+        assert fires(("Orsk", "Who chairs the town at the lake?"), "who chairs the town at the lake")
+        assert not fires(("Orsk", "Who chairs the town at the lake?"), "Who is the mayor of Orsk?")
+
+
+class TestOtherScripts:
+    @pytest.mark.parametrize(
+        ("edit", "asked", "other"),
+        [
+            (
+                ("云栖镇", "谁在担任云栖镇的镇长？"),
+                ["云栖镇的镇长由谁担任？", "请问，谁在担任云栖镇的镇长？谢谢。"],
+                ["谁在担任星渡镇的镇长？", "谁不担任云栖镇的镇长？", "云栖镇在哪条河上？"],
+            ),
+            (
+                ("Орск", "Кто мэр города Орск?"),
+                ["Скажите, кто мэр города ОРСК?"],
+                ["Кто мэр города Верин?", "Кто не мэр города Орск?"],
+            ),
+            (
+                ("오르스크", "오르스크의 시장은 누구입니까?"),
+                ["오르스크 시장은 누구입니까?"],
+                ["베린의 시장은 누구입니까?"],
+            ),
+            (
+                ("ポール", "ポールの父は誰ですか。"),
+                ["ポールの父は誰？"],
+                ["ポールソンの父は誰ですか。", "マリの父は誰ですか。"],
+            ),
+        ],
+    )
+    def test_subject_and_question(self, edit, asked, other):
+        router = with_edits(edit)
+        assert route(router, edit[1], *asked) == [0] * (1 + len(asked))
+        assert route(router, *other) == [BASE] * len(other)
+
+
+class TestSeveral:
+    def test_two_edits_of_one_subject(self):
+        router = with_edits(MAYOR, FOUNDED)
+        asked = ["Who is Orsk's mayor?", "In what year was Orsk founded?", "What colour is Orsk?"]
+        assert route(router, *asked) == [0, 1, BASE]
+
+    def test_the_longer_of_two_names(self):
+        router = with_edits(("Orsk", "Who is the mayor of Orsk?"), ("New Orsk", "Who is the mayor of New Orsk?"))
+        assert route(router, "Who is New Orsk's mayor?", "Who is Orsk's mayor?") == [1, 0]
+
+    def test_the_last_of_two_questions(self):
+        router = with_edits(MAYOR, BORN)
+        one, other = "Who is Orsk's mayor?", "In which town was Mara Kelstrom born?"
+        assert route(router, f"{one} {other}", f"{other} {one}") == [1, 0]
+
+    def test_the_later_of_two_edits_that_ask_the_same(self):
+        assert route(with_edits(MAYOR, MAYOR), MAYOR[1], "Who is Orsk's mayor?") == [1, 1]
+
+    def test_company_and_order_do_not_matter(self):
+        router = with_edits(MAYOR, FOUNDED, BORN, PAUL)
+        texts = [
+            MAYOR[1],
+            "Who is Orsk's mayor?",
+            "Where was Orsk?",
+            "Paul's father is",
+            "Mara Kelstrom's town",
+            "Hello",
+        ]
+        together = router.route(Query.of_texts(texts), NOWHERE)
+        alone = Choice.join([router.route(Query.of_texts([text]), NOWHERE) for text in texts])
+        backwards = router.route(Query.of_texts(texts[::-1]), NOWHERE)
+        assert alone.memory.tolist() == together.memory.tolist() == backwards.memory.tolist()[::-1]
+        assert alone.nearest == together.nearest == backwards.nearest[::-1]
+        torch.testing.assert_close(alone.score, together.score)
+        torch.testing.assert_close(backwards.score.flip(0), together.score)
+
+    def test_many_edits(self):
+        names = [f"{a}{b}{c}" for a in "BDFGKL" for b in ("ane", "irr", "olt", "ump") for c in ("ov", "esk", "ia")]
+        edits = [
+            (name, f"{('Who is the mayor of', 'When was')[i % 2]} {name}{('', ' founded')[i % 2]}?")
+            for i, name in enumerate(names)
+        ]
+        router = with_edits(*edits)
+        assert route(router, *(asked for _, asked in edits)) == list(range(len(edits)))
+        said = [
+            f"{('Which mayor has', 'What year was')[i % 2]} {name}{('', ' founded in')[i % 2]}?"
+            for i, name in enumerate(names)
+        ]
+        found = route(router, *said)
+        assert sum(one == i for i, one in enumerate(found)) > 0.9 * len(edits)
+        assert all(one in (i, BASE) for i, one in enumerate(found))
+
+
+class TestHistory:
+    def test_forgotten_edits_are_the_bases_again(self):
+        router = with_edits(MAYOR, BORN, PAUL)
+        router.forget(["e0", "never heard of"])
+        assert route(router, MAYOR[1], "Who is Orsk's mayor?", BORN[1], PAUL[1]) == [BASE, BASE, 1, 2]
+        router.forget(router.ids.copy())
+        assert route(router, BORN[1]) == [BASE]
+
+    def test_a_known_id_is_replaced(self):
+        router = with_edits(MAYOR, BORN)
+        router.add(["e0"], [Anchor(*PAUL)], Query.of_texts([PAUL[1]]), [5])
+        assert route(router, MAYOR[1], BORN[1], PAUL[1]) == [BASE, 1, 5]
+        assert router.ids == ["e1", "e0"]
+
+    def test_reassigning_follows_a_merge(self):
+        router = with_edits(MAYOR, BORN, PAUL)
+        router.reassign([0, 2], 7)
+        assert route(router, MAYOR[1], BORN[1], PAUL[1]) == [7, 1, 7]
+
+    def test_numbers_are_never_given_twice(self):
+        """Not even when the router goes back to what it was: what was stored under a number stays that."""
+        router = with_edits(MAYOR)
+        before = router.state_dict()
+        add(router, BORN, first=1)
+        router.load_state_dict(before)
+        add(router, PAUL, first=1)
+        assert router.numbers.tolist() == [0, 2]
+
+    def test_fitting_again_keeps_what_edits_were_compared_with(self):
+        router = with_edits(MAYOR)
+        known, frequent = router.space, dict(router._frequent)
+        router.fit(Query.of_texts(["Something else?"]))
+        assert router.space is known
+        assert router._frequent == frequent
+
+    def test_nothing_known(self):
+        for router in (KeyRouter(), new_router()):
+            choice = router.route(Query.of_texts([MAYOR[1], ""]), NOWHERE)
+            assert choice.memory.tolist() == [BASE, BASE]
+            assert choice.nearest == (None, None)
+            router.calibrate(NOWHERE, {}, Query.of_texts(BACKGROUND))
+
+    def test_without_a_base_to_read_only_the_same_words_fire(self):
+        router = KeyRouter()
+        router.space = space()
+        add(router, MAYOR)
+        assert route(router, "Hi, who is the mayor of Orsk, please?", "Who serves as Orsk's mayor?") == [0, BASE]
+
+
+class TestLimits:
+    def test_the_spaces_own_is_the_least_and_they_are_capped(self):
+        router = with_edits(MAYOR, FOUNDED, BORN, PAUL)
+        assert (router.limits >= space().limit - 1e-6).all()
+        assert (router.limits < 1).all()
+
+    def test_irrelevant_prompts_that_name_the_subject_raise_them(self):
+        """What is held out is answered by the base after it, and so is what asks no more alike."""
+        near = "Who was mayor of Orsk before him?"
+        assert route(with_edits(MAYOR), near) == [0]
+        router = new_router()
+        add(router, MAYOR, BORN, held_out=[near])
+        assert route(router, near, MAYOR[1], BORN[1]) == [BASE, 0, 1]
+        assert router.limits[0] > router.limits[1] == pytest.approx(space().limit)
+
+    def test_only_those_of_new_edits_are_set(self):
+        router = with_edits(MAYOR)
+        before = router.limits.clone()
+        add(router, BORN, first=1, held_out=["Who was mayor of Orsk before him?"])
+        assert router.limits[0] == before[0]
+
+    def test_many_edits_that_ask_the_same_raise_each_others(self):
+        edits = [
+            (name, f"Who is the mayor of {name}?") for name in ("Ab", "Ob", "Ub", "Ad", "Od", "Ud", "Ag", "Og", "Ug")
+        ]
+        most = space().limit + 0.25 * (1 - space().limit)
+        torch.testing.assert_close(with_edits(*edits).limits, torch.full((9,), most))
+        torch.testing.assert_close(with_edits(*edits[:8]).limits, torch.full((8,), space().limit))
+
+    @pytest.mark.xfail(strict=True, reason="an edit's limit is -1 until it is calibrated")
+    def test_before_calibration_the_spaces_own_holds(self):
+        router = new_router()
+        router.add(["e0"], [Anchor(*MAYOR)], Query.of_texts([MAYOR[1]]), [0])
+        assert route(router, MAYOR[1], "Who is Orsk's mayor?", "What colour is Orsk?") == [0, 0, BASE]
+
+    @pytest.mark.xfail(strict=True, reason="the limit rises to 1, which nothing exceeds")
+    def test_an_edit_that_is_held_out_too_still_fires(self):
+        router = new_router()
+        add(router, MAYOR, held_out=[MAYOR[1]])
+        assert route(router, MAYOR[1]) == [0]
+
+
+class TestStorage:
+    EDITS = (MAYOR, FOUNDED, BORN, ("", "Hello world"), ("C++", "Who made C++?"), ("云栖镇", "谁在担任云栖镇的镇长？"))
+    ASKED = Query.of_texts(
+        [*(asked for _, asked in EDITS), "Who is Orsk's mayor?", "Who was it who made C++?", "What colour is Orsk?"]
+    )
+
+    def history(self) -> KeyRouter:
+        router = with_edits(*self.EDITS, PAUL)
+        router.forget(["e1", "e6"])
+        add(router, FOUNDED, first=1)
+        return router
+
+    @pytest.mark.parametrize("through", ["memory", "torch"])
+    def test_stored_and_loaded_says_the_same(self, through, tmp_path):
+        router = self.history()
+        state = router.state_dict()
+        if through == "torch":
+            torch.save(state, tmp_path / "key.pt")
+            state = torch.load(tmp_path / "key.pt", weights_only=True)
+        fresh = KeyRouter(**router.options())
+        fresh.load_state_dict(state)
+        fresh.read = read
+        for either in (router, fresh):
+            assert same(either.route(self.ASKED, NOWHERE), router.route(self.ASKED, NOWHERE))
+            add(either, PAUL, first=9)
+        assert same(fresh.route(self.ASKED, NOWHERE), router.route(self.ASKED, NOWHERE))
+        assert fresh.known == router.known
+        assert torch.equal(fresh.numbers, router.numbers)
+
+    def test_stored_in_rows_and_put_together_again(self):
+        """Rows that were stored once and are gone since are passed over."""
+        router = with_edits(*self.EDITS)
+        rows = router.rows()
+        stored = [
+            {**rows.take(start, stop), "numbers": rows.numbers[start:stop]} for start, stop in ((0, 2), (2, 5), (5, 6))
+        ]
+        router.forget(["e1", "e3"])
+        kept = [torch.isin(part["numbers"], router.numbers) for part in stored]
+        parts = [Part(part, mask) for part, mask in zip(stored, kept, strict=True)]
+        fresh = KeyRouter()
+        fresh.load_state_dict(KeyRouter.state_of_rows(router.state_beside_rows(), parts))
+        fresh.read = read
+        assert fresh.ids == router.ids
+        assert same(fresh.route(self.ASKED, NOWHERE), router.route(self.ASKED, NOWHERE))
+
+    def test_described_on_one_rank_and_inserted_on_another(self):
+        """Two ranks' tables differ in width; the wider one fills with -1."""
+        here, there = new_router(), new_router()
+        halves = [self.EDITS[:2], self.EDITS[2:]]
+        told = [
+            there.describe(
+                [Anchor(*e) for e in half], Query.of_texts([e[1] for e in half]), range(2 * i, 2 * i + len(half))
+            )
+            for i, half in enumerate(halves)
+        ]
+        width = max(one["texts"].shape[1] for one in told) + 3
+        for one in told:
+            one["texts"] = torch.nn.functional.pad(one["texts"], (0, width - one["texts"].shape[1]), value=-1)
+        here.insert([f"e{i}" for i in range(6)], {name: torch.cat([one[name] for one in told]) for name in told[0]})
+        here.calibrate(NOWHERE, {}, Query.of_texts(BACKGROUND))
+        found, expected = here.route(self.ASKED, NOWHERE), with_edits(*self.EDITS).route(self.ASKED, NOWHERE)
+        assert found.memory.tolist() == expected.memory.tolist()
+        assert found.nearest == expected.nearest
+        torch.testing.assert_close(found.score, expected.score)
+
+    def test_texts_of_any_kind_come_back(self):
+        edits = (("\ud800x", "odd \ud800x \x00?"), ("😀", "What means 😀?"), ('"q"', 'Say "q" \\n [1]'))
+        router = with_edits(*edits)
+        fresh = KeyRouter()
+        fresh.load_state_dict(router.state_dict())
+        assert fresh.known == router.known
+        assert route(fresh, *(asked for _, asked in edits)) == [0, 1, 2]
+
+
+class TestReasons:
+    def test_in_words(self):
+        router = with_edits(MAYOR)
+        query = Query.of_texts([MAYOR[1], "What colour is Orsk?", "What colour is Verin?"])
+        fired, other, nobody = (route.reason for route in router.route(query, NOWHERE).routes())
+        assert fired == f"shard 0: score 1.000 exceeds {router.limits[0]:.3f}, nearest edit e0"
+        assert other.startswith("base: score ")
+        assert other.endswith(f"does not exceed {router.limits[0]:.3f}, nearest edit e0")
+        assert nobody == "base: no edit is about what it names"
+        assert KeyRouter().route(query, NOWHERE).routes()[0].reason == "base: there is no shard"
+
+    def test_the_base_reads_nothing_where_no_subject_is_named(self):
+        router = with_edits(MAYOR, BORN)
+        router.read = lambda texts: pytest.fail(f"read {texts}")
+        assert route(router, "What colour is Verin?", FILLER, MAYOR[1]) == [BASE, BASE, 0]
