@@ -319,7 +319,7 @@ def _before_thanks(part: str) -> tuple[str, ...]:
     if is_question(part):
         return (part,)
     for found in _THANKS.finditer(part):
-        if _is_courtesy(part[found.start() :]):
+        if is_courtesy(part[found.start() :]):
             return part[: found.start()].strip(), part[found.start() :]
     return (part,)
 
@@ -342,7 +342,7 @@ def _orders(sentence: str) -> bool:
     return first in _ORDERS
 
 
-def _is_courtesy(sentence: str) -> bool:
+def is_courtesy(sentence: str) -> bool:
     """Whether all words of a sentence are words of courtesy, or lengths that the answer is to have."""
     if len(sentence) > 200:
         return False
@@ -409,13 +409,13 @@ def windows(text: str) -> tuple[str, ...]:
 
 def _asking(parts: Sequence[str]) -> tuple[int, int | None]:
     """The place of the sentence that asks, and of an order behind it."""
-    last = next((i for i in reversed(range(len(parts))) if not _is_courtesy(parts[i])), len(parts) - 1)
+    last = next((i for i in reversed(range(len(parts))) if not is_courtesy(parts[i])), len(parts) - 1)
     questions = [i for i in range(last + 1) if is_question(parts[i])]
     if is_open(parts[last]) and not (questions and _is_name(parts[last])):
         return last, None
-    while len(questions) > 1 and (_is_courtesy(parts[questions[-1]]) or _is_aside(parts[questions[-1]])):
+    while len(questions) > 1 and (is_courtesy(parts[questions[-1]]) or _is_aside(parts[questions[-1]])):
         questions.pop()
-    orders = [i for i in range(last + 1) if _orders(parts[i]) and not _is_courtesy(parts[i])][-1:]
+    orders = [i for i in range(last + 1) if _orders(parts[i]) and not is_courtesy(parts[i])][-1:]
     if questions:
         behind = [i for i in orders if i > questions[-1]]
         return questions[-1], behind[0] if behind else None
@@ -428,7 +428,7 @@ def _first_that_belongs(parts: Sequence[str], at: int) -> int:
     said = spellings(parts[at])
     if len(said) <= 2 or not parts[at].isascii() or not _PRONOUNS.isdisjoint(said):
         return 0
-    return next((i + 1 for i in reversed(range(at)) if is_question(parts[i]) and not _is_courtesy(parts[i])), 0)
+    return next((i + 1 for i in reversed(range(at)) if is_question(parts[i]) and not is_courtesy(parts[i])), 0)
 
 
 def _variants(sentence: str) -> list[str]:
@@ -563,6 +563,6 @@ def says_the_same(one: str, other: str) -> bool:
 def _plain(text: str) -> list[str]:
     text = text[_after_courtesy(text) :]
     text = next(
-        (text[: found.start()] for found in _THANKS.finditer(text) if _is_courtesy(text[found.start() :])), text
+        (text[: found.start()] for found in _THANKS.finditer(text) if is_courtesy(text[found.start() :])), text
     )
     return [word for word in spellings(text) if word not in _UNWEIGHED]

@@ -38,6 +38,8 @@ _OTHERS = 512
 """Of so many other edits at most the relations are compared with a new one's."""
 _UNNAMED = 0.75
 """Share of the words, weighted, that an edit without a subject and a prompt must have in common."""
+_REMEMBERED = 8192
+"""Texts whose vectors are kept: what is asked comes again."""
 _FIXED = ("relations",)
 _SPACE = ("centre", "projection")
 
@@ -53,6 +55,7 @@ class _Known:
         code: whether every sign counts.
         denies: whether it denies something.
         numbers: its words with digits, outside the subject.
+        sentences: how many it has.
     """
 
     subject: tuple[str, ...]
@@ -61,6 +64,7 @@ class _Known:
     code: bool
     denies: bool
     numbers: frozenset[str]
+    sentences: int
 
     @classmethod
     def of(cls, subject: str, asked: str) -> _Known:
@@ -68,7 +72,8 @@ class _Known:
         masked = asking.without(asked, words, STAND_IN) if words else None
         named = words if masked is not None else ()
         relation = masked if masked is not None else asked
-        return cls(named, asked, relation, asking.is_code(asked), asking.negated(relation), _numbers(relation))
+        code, denies, sentences = asking.is_code(asked), asking.negated(relation), len(asking.sentences(asked))
+        return cls(named, asked, relation, code, denies, _numbers(relation), sentences)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +114,7 @@ class KeyRouter(Router):
         self._index: dict[str, list[int]] = {}
         self._exact: dict[str, list[int]] = {}
         self._frequent: dict[str, int] = {}
+        self._vectors_of: dict[str, Tensor] = {}  # of texts that were read
 
     def options(self) -> dict[str, Any]:
         """As given to the constructor."""
@@ -145,13 +151,15 @@ class KeyRouter(Router):
 
     def _vectors(self, texts: Sequence[str]) -> Tensor:
         """(n, k), each text read once."""
-        width = self.space.projection.shape[1]
-        different = list(dict.fromkeys(texts))
-        if not different or self.read is None:
-            return torch.zeros(len(texts), width)
-        found = self.space(self.read(different))
-        place = {text: i for i, text in enumerate(different)}
-        return found[torch.tensor([place[text] for text in texts])]
+        if not texts or self.read is None:
+            return torch.zeros(len(texts), self.space.projection.shape[1])
+        new = [text for text in dict.fromkeys(texts) if text not in self._vectors_of]
+        if new:
+            if len(self._vectors_of) + len(new) > _REMEMBERED:
+                self._vectors_of.clear()
+                new = list(dict.fromkeys(texts))
+            self._vectors_of |= dict(zip(new, self.space(self.read(new)), strict=True))
+        return torch.stack([self._vectors_of[text] for text in texts])
 
     def insert(self, ids: Sequence[str], described: Mapping[str, Tensor]) -> None:
         """Take in edits; until the next calibration the space's own limit is theirs."""
@@ -269,11 +277,14 @@ class KeyRouter(Router):
         for window in asking.windows(text):
             spelled = set(asking.spellings(window))
             places = sorted({place for word in spelled for place in self._with_word(word)})
+            long = len(asking.sentences(window)) if len(places) else 0
             for place in places:
+                if by_edit.get(place) and long != self.known[place].sentences:
+                    continue  # the likeliest part that names it is enough, but for one that is as long as the edit's
                 candidate = self._candidate(row, place, window)
                 if candidate is not None:
                     by_edit[place].append(candidate)
-        longest = _longest_names({place: self.known[place].subject for place in by_edit})
+        longest = _longest_names({place: self.known[place].subject for place, parts in by_edit.items() if parts})
         return [candidate for place in longest for candidate in by_edit[place]]
 
     def _with_word(self, word: str) -> Iterable[int]:
@@ -286,7 +297,8 @@ class KeyRouter(Router):
         else."""
         known = self.known[place]
         if known.code:  # signs count: only the same signs are the same
-            same = asking.signs(window).endswith(asking.signs(known.asked))
+            before, found, after = f" {asking.signs(window)} ".rpartition(f" {asking.signs(known.asked)} ")
+            same = bool(found) and all(map(asking.is_courtesy, asking.sentences(after)))
             return _Candidate(row, place, "", True, len(known.subject)) if same else None
         relation = _masked(window, known.subject) if known.subject else window
         if relation is None or asking.negated(relation) != known.denies or _numbers(relation) != known.numbers:
@@ -329,6 +341,7 @@ class KeyRouter(Router):
             setattr(self, field, state[field].cpu().clone())
         self.next_number = max(self.next_number, int(state["next_number"]))  # never given twice
         self._frequent = dict(state["frequent"])
+        self._vectors_of = {}
         self.space = RelationSpace(state["centre"].cpu(), state["projection"].cpu(), float(state["limit"]))
         self.ids, self.known, self._index, self._exact = [], [], {}, {}
         self._append(list(state["ids"]), state["texts"])
