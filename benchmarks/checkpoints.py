@@ -51,7 +51,7 @@ class Growing:
         self.generator = torch.Generator().manual_seed(context.seed)
         self.editor = Repair(context.base, seed=context.seed)
         self.editor.load()
-        self.editor.router.fit(self.source.background, self.source.embeddings)
+        self.source.prepared(self.editor.router)
         self.stream = EditStream()
         self.folder = context.work / "checkpoints"
         self.folder.mkdir(parents=True)
@@ -92,14 +92,14 @@ class Growing:
         edits, reports = [], []
         for place, (like, name) in enumerate(about, start=self.written):
             pattern = self.source.patterns[like]
-            prompt = pattern.prompt.replace(str(pattern.subject), name)
+            prompt = self.source.said((like, name))
             edits.append(Edit(str(place), prompt, pattern.target, name, pattern.rephrases, pattern.locality))
             left = torch.randn(width, RANK, generator=self.generator)
             shard = self.editor.memory.add(left, torch.randn(RANK, inner, generator=self.generator))
             reports.append(EditReport(str(place), shard, 0.1, 0.0, 10))
         self.stream.ledger.arrive(edits, 0)
         self.stream.ledger.written(reports)
-        self.source.add(self.editor.router, about, self.written)  # type: ignore[arg-type]
+        self.source.add(self.editor.router, about, self.written)
         self.written += count
 
     def saved(self, io: DurableCheckpointIO, rows_apart: bool) -> dict[str, float]:

@@ -56,9 +56,7 @@ class Context:
         (1_000, 10_000, 100_000, 500_000), "clustering: vectors to cluster", quick=(1_000, 20_000)
     )
     banks: tuple[int, ...] = option((16, 256, 4_096), "routing: shards in the bank", quick=(16, 64))
-    keyed: tuple[int, ...] = option(
-        (10_000, 20_000, 50_000, 100_000, 500_000), "routing: edits in the key router", quick=(1_000, 2_000)
-    )
+    keyed: tuple[int, ...] = option((1_000, 20_000, 100_000), "routing: edits in the key router", quick=(1_000, 2_000))
     checkpointed: tuple[int, ...] = option(
         (1_000, 10_000, 100_000), "checkpoints: edits that are held", quick=(200, 1_000)
     )

@@ -188,24 +188,29 @@ def clustering(axis: Any, result: dict[str, Any]) -> None:
 
 
 def routing(axis: Any, result: dict[str, Any]) -> None:
-    """Cost of two levels over that of one, a prompt at a time, against the number of shards and of edits."""
-    for rows, count, colour, label in (
-        (result["banks"], "shards", OTHER, "activation router, shards"),
-        (result["keyed"], "edits", OURS, "key router, edits"),
-    ):
-        points = [(row[count], row["batch_1"]["ratio"]) for row in rows]
-        axis.plot(*zip(*points, strict=True), "o-", color=colour, markersize=5, label=label)
-        for row, at in zip(rows, points, strict=True):
-            text = f"recall {row['recall']:.3f}"
-            axis.annotate(text, at, (6, 5), textcoords="offset points", fontsize=7.5)
-    axis.axhline(1, color="#8a949b", linewidth=0.8)
+    """Milliseconds of routing one prompt, against the number of shards in one and in two levels, and of edits."""
+    banks, keyed = result["banks"], result["keyed"]
+    lines = [
+        ("activation router, one level", OTHER, "s--", [(row["shards"], row["batch_1"]["one"]) for row in banks]),
+        ("activation router, two levels", OTHER, "o-", [(row["shards"], row["batch_1"]["two"]) for row in banks]),
+        ("key router", OURS, "o-", [(row["edits"], row["rephrased"]["batch_1"]["median"]) for row in keyed]),
+        (
+            "key router, search alone",
+            OURS,
+            "s--",
+            [(row["edits"], row["searched"]["batch_1"]["median"]) for row in keyed],
+        ),
+    ]
+    for label, colour, form, points in lines:
+        counts, seconds = [count for count, _ in points], [1e3 * spent for _, spent in points]
+        axis.plot(counts, seconds, form, color=colour, markersize=5, label=label)
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.grid()
     axis.set_xlabel("shards or edits")
-    axis.set_ylabel("cost of two levels / of one")
-    axis.legend(frameon=False, fontsize=7.5, loc="lower left")
-    axis.set_title("Routing in two levels, one prompt")
+    axis.set_ylabel("ms per prompt")
+    axis.legend(frameon=False, fontsize=7.5, loc="best")
+    axis.set_title("Routing, one prompt at a time")
 
 
 def checkpoints(axis: Any, result: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Finding a prompt's memory among many: two levels against one, in what they find and in what they cost."""
+"""Finding a prompt's memory among many: two levels against one for shards, an index by words for edits."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from benchmarks.streams import made_up_names
 from benchmarks.timing import interleaved, seconds_of
 from repair_lightning.data.records import load_irrelevant, load_records
 from repair_lightning.editors import Repair
-from repair_lightning.memory.query import Choice, Query, canonical_ids
+from repair_lightning.functional.relations import RelationSpace
+from repair_lightning.memory.query import Choice, Query
 from repair_lightning.memory.routers import ActivationRouter, Anchor, KeyRouter, Router
+from repair_lightning.memory.routers.base import Read
 from repair_lightning.memory.side_memory import SideMemory
+from repair_lightning.texts import asking
 from repair_lightning.types import BASE, Edit
 from repair_lightning.world import WORLD, edits_path, irrelevant_path
 
-TITLE = "Routing: two levels against one"
+TITLE = "Routing among many"
 SHAPE = (128, 512)
 """(D, F) of the synthetic shards: 4,096 of them take 1 GiB."""
 PER_SHARD = 8
@@ -35,10 +38,13 @@ _RECORDS = 512
 """Records that are edits of the key router, and that the invented ones are made from."""
 _CHUNK = 5_000
 """Edits that arrive at once."""
+_TIMED = 128
+"""Most calls that are timed of one kind."""
+NOWHERE = SideMemory((1, 1))
 
 
 def run_part(context: Context) -> dict[str, Any]:
-    """The activation router over banks of synthetic shards, the key router over ever more edits."""
+    """The activation router over banks of synthetic shards, the key router with ever more edits."""
     banks = [bank_row(size, context) for size in context.within_limit(context.banks)]
     sizes = context.within_limit(context.keyed)
     keyed = list(key_rows(sizes, context)) if sizes else []
@@ -91,9 +97,7 @@ def synthetic_bank(size: int, seed: int) -> tuple[SideMemory, dict[int, Tensor],
 def plain_query(activations: Tensor) -> Query:
     """Prompts of one token with these activations (B, F) and nothing else."""
     one = torch.ones(len(activations), 1, dtype=torch.bool)
-    return Query(
-        torch.zeros(len(activations), 0, dtype=torch.long), one, activations[:, None, :0], activations[:, None]
-    )
+    return Query(("",) * len(activations), one, activations[:, None, :0], activations[:, None])
 
 
 def centroid_recall(router: ActivationRouter, memory: SideMemory, owned: dict[int, Tensor], prompts: Query) -> float:
@@ -113,8 +117,7 @@ def centroid_recall(router: ActivationRouter, memory: SideMemory, owned: dict[in
 def key_rows(sizes: Sequence[int], context: Context) -> Iterator[dict[str, Any]]:
     """One router that edits keep arriving at, looked at whenever it holds so many."""
     source = Invented.from_base(context)
-    router = KeyRouter(two_level_from=1)
-    router.fit(source.background, source.embeddings)
+    router = source.prepared(KeyRouter())
     names = made_up_names(source.subjects, context.seed)
     known = list(source.own)
     source.add(router, known, 0)
@@ -123,54 +126,95 @@ def key_rows(sizes: Sequence[int], context: Context) -> Iterator[dict[str, Any]]
             new = [(source.pick(), next(names)) for _ in range(min(_CHUNK, size - len(known)))]
             source.add(router, new, len(known))
             known += new
-        router.radii = torch.full((len(known),), router.caution)
-        made = known[len(source.own) :]
-        asked = random.Random(size).sample(made, min(PROMPTS, len(made)))
-        rephrased = [source.query(about, rephrased=True) for about in (source.own, asked)]
-        prompts, nowhere = Query.join([*rephrased, source.unrelated]), SideMemory((1, 1))
-        filling = seconds_of(at_level(router, nowhere, prompts.rows(slice(0, 1)), 1))
-        row = compared(router, nowhere, prompts, context.repeats)
-        router.two_level_from = 1
-        held = {"width": router.keys.shape[1], "cells": len(router.centroids), "filling": filling}
-        yield {"edits": len(known), **held, **row}
+        held_out = Query.of_texts(source.background)
+        calibrating = seconds_of(lambda held_out=held_out: router.calibrate(NOWHERE, {}, held_out))  # type: ignore[misc]
+        asked = random.Random(size).sample(range(len(known)), min(PROMPTS, len(known)))
+        state = router.state_dict()
+        row = {
+            "edits": len(known),
+            **answered(router, source, known, asked),
+            **costs(router, source, [source.said(known[i], rephrased=True) for i in asked]),
+        }
+        loading = seconds_of(lambda state=state: KeyRouter().load_state_dict(state))  # type: ignore[misc]
+        yield row | {"calibrating": calibrating, "loading": loading}
+
+
+def answered(
+    router: KeyRouter, source: Invented, known: Sequence[tuple[int, str]], asked: Sequence[int]
+) -> dict[str, float]:
+    """Shares: of edits asked again in their own words and in others that reach their shard, of unrelated prompts that
+    the base keeps."""
+    own = torch.tensor(asked)
+    found = {}
+    for name, rephrased in (("own", False), ("recall", True)):
+        texts = [source.said(known[i], rephrased) for i in asked]
+        found[name] = float((router.route(Query.of_texts(texts), NOWHERE).memory == own).float().mean())
+    kept = router.route(Query.of_texts(source.unrelated), NOWHERE).memory == BASE
+    return found | {"base": float(kept.float().mean())}
+
+
+def costs(router: KeyRouter, source: Invented, rephrased: Sequence[str]) -> dict[str, Any]:
+    """Seconds per prompt that no one has asked before, one at a time and `BATCH` at once: of rephrases with the base's
+    reading and without it, and of unrelated prompts."""
+    found: dict[str, Any] = {}
+    remembering = router.read
+    for name, texts in (("rephrased", rephrased), ("searched", rephrased), ("unrelated", source.unrelated)):
+        router.read = source.last_states if name == "rephrased" else remembering
+        found[name] = {}
+        for batch in (1, BATCH):
+            forget_texts()
+            parts = [Query.of_texts(texts[i : i + batch]) for i in range(0, len(texts), batch)][:_TIMED]
+            spent = [seconds_of(lambda part=part: router.route(part, NOWHERE)) / len(part) for part in parts]  # type: ignore[misc]
+            found[name][f"batch_{batch}"] = {"median": median(spent), "all": spent}
+    router.read = remembering
+    return found
+
+
+def forget_texts() -> None:
+    """What is remembered of texts, as if none had been asked before."""
+    for remembered in (asking.windows, asking._short_words):
+        remembered.cache_clear()
+
+
+class Remembering:
+    """A base's reading of texts that reads each text once."""
+
+    def __init__(self, read: Read) -> None:
+        self.read, self.known = read, dict[str, Tensor]()
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """The states (n, D) of texts."""
+        new = [text for text in dict.fromkeys(texts) if text not in self.known]
+        if new:
+            self.known.update(zip(new, self.read(new), strict=True))
+        return torch.stack([self.known[text] for text in texts])
 
 
 @dataclass
 class Invented:
-    """Prompts about people who do not exist, by what a real base makes of the prompts that they are made from.
+    """Prompts about people who do not exist, in the words of real records, with a real base that reads them."""
 
-    The words are the invented prompt's own. Its last state is that of the prompt that it is made from, moved as another
-    subject moves it: by half of another prompt's distance from the mean.
-    """
-
-    tokenizer: Any
-    embeddings: Tensor
+    last_states: Read
     patterns: list[Edit]
-    states: Tensor
-    rephrased: Tensor
-    background: Query
-    unrelated: Query
+    background: Sequence[str]
+    unrelated: Sequence[str]
     draw: random.Random
+    space: RelationSpace
 
     @classmethod
     def from_base(cls, context: Context) -> Invented:
         """The context's base, records and irrelevant prompts."""
         editor = Repair(context.base, seed=context.seed)
         editor.load()
-        assert editor.base is not None
         path = edits_path() if context.data == WORLD else context.data
         edits = load_records(path, context.format, on_bad_record="skip").edits
-        patterns = [edit for edit in edits if edit.subject and edit.subject in edit.prompt and said_again(edit)][
-            :_RECORDS
-        ]
-        texts = [[edit.prompt for edit in patterns], [said_again(edit) for edit in patterns]]
-        states, rephrased = (editor.edited.last_states(text).last_hidden().cpu() for text in texts)
+        patterns = [edit for edit in edits if edit.subject and edit.subject in edit.prompt and said_again(edit)]
         path = irrelevant_path() if context.irrelevant in (WORLD, "") else context.irrelevant
         irrelevant = load_irrelevant(path, context.irrelevant_prefix)[:1000]
-        background, unrelated = (editor.edited.last_states(part) for part in (irrelevant[::2], irrelevant[1::2]))
+        read = editor.edited.last_states
         draw = random.Random(f"keys-{context.seed}")
-        embeddings = editor.base.embeddings
-        return cls(editor.tokenizer, embeddings, patterns, states, rephrased, background, unrelated, draw)
+        space = editor._relation_space()
+        return cls(read, patterns[:_RECORDS], irrelevant[::2], irrelevant[1::2], draw, space)
 
     @property
     def subjects(self) -> list[str]:
@@ -186,27 +230,23 @@ class Invented:
         """A prompt to make another from."""
         return self.draw.randrange(len(self.patterns))
 
-    def query(self, about: Sequence[tuple[int, str]], rephrased: bool = False) -> Query:
-        """Prompts as (made from, name), in the record's first words or in other ones."""
-        made_from = [self.patterns[i] for i, _ in about]
-        said = [said_again(edit) if rephrased else edit.prompt for edit in made_from]
-        texts = [
-            text.replace(str(edit.subject), name) for text, edit, (_, name) in zip(said, made_from, about, strict=True)
-        ]
-        index = torch.tensor([i for i, _ in about])
-        other = torch.tensor([random.Random(name).randrange(len(self.patterns)) for _, name in about])
-        states = (self.rephrased if rephrased else self.states)[index]
-        moved = torch.tensor([name != str(edit.subject) for edit, (_, name) in zip(made_from, about, strict=True)])
-        states = states + 0.5 * moved[:, None] * (self.states[other] - self.states.mean(0))
-        one = torch.ones(len(about), 1, dtype=torch.bool)
-        return Query(canonical_ids(self.tokenizer, texts), one, states[:, None], states[:, None, :0])
+    def said(self, about: tuple[int, str], rephrased: bool = False) -> str:
+        """A prompt as (made from, name), in the record's first words or in other ones."""
+        pattern, name = self.patterns[about[0]], about[1]
+        return (said_again(pattern) if rephrased else pattern.prompt).replace(str(pattern.subject), name)
 
-    def add(self, router: KeyRouter, about: Sequence[tuple[int, str]], first: int) -> None:
+    def prepared(self, router: Any) -> Any:
+        """A key router that knows what is common, and reads each text once."""
+        router.space, router.read = self.space, Remembering(self.last_states)
+        router.fit(Query.of_texts(self.background))
+        return router
+
+    def add(self, router: Router, about: Sequence[tuple[int, str]], first: int) -> None:
         """Make them edits of the router; each has a shard of its own."""
-        names = canonical_ids(self.tokenizer, [name for _, name in about]).tolist()
-        anchors = [Anchor(tuple(token for token in name if token >= 0), named=True) for name in names]
+        texts = [self.said(one) for one in about]
+        anchors = [Anchor(name, text) for (_, name), text in zip(about, texts, strict=True)]
         places = range(first, first + len(about))
-        router.add([str(i) for i in places], anchors, self.query(about), places)
+        router.add([str(i) for i in places], anchors, Query.of_texts(texts), places)
 
 
 def said_again(edit: Edit) -> str:
@@ -214,10 +254,10 @@ def said_again(edit: Edit) -> str:
     return next((text for text in edit.rephrases if edit.subject and edit.subject in text), "")
 
 
-# -- both --------------------------------------------------------------------------------------------------------------
+# -- shards, in two levels ---------------------------------------------------------------------------------------------
 
 
-def compared(router: Any, memory: SideMemory, prompts: Query, repeats: int) -> dict[str, Any]:
+def compared(router: ActivationRouter, memory: SideMemory, prompts: Query, repeats: int) -> dict[str, Any]:
     """What two levels say of the prompts that one level sends to a shard, and their cost at batch 1 and `BATCH`."""
     exact, found = (at_level(router, memory, prompts, level)() for level in (NEVER, 1))
     fires = exact.memory != BASE
@@ -236,12 +276,12 @@ def compared(router: Any, memory: SideMemory, prompts: Query, repeats: int) -> d
     return row
 
 
-def at_level(router: Router, memory: SideMemory, prompts: Query, two_level_from: int) -> Callable[[], Choice]:
-    """Routing with two levels from so many shards or edits on."""
+def at_level(router: ActivationRouter, memory: SideMemory, prompts: Query, two_level_from: int) -> Callable[[], Choice]:
+    """Routing with two levels from so many shards on."""
 
     @torch.no_grad()
     def route() -> Choice:
-        router.two_level_from = two_level_from  # type: ignore[attr-defined]
+        router.two_level_from = two_level_from
         return router.route(prompts, memory)
 
     return route
@@ -265,17 +305,29 @@ def tables(result: dict[str, Any]) -> list[Table]:
     found_banks = Table(
         f"{TITLE}, activation router", ("shards", "recall", "base", "by centroids", *costs), banks, note
     )
+    kinds = ("rephrased", "searched", "unrelated")
     keyed = [
-        (f"{row['edits']:,}", str(row["cells"]), *found(row), *cost(row, result["batch"]), number(row["filling"]))
+        (
+            f"{row['edits']:,}",
+            *(f"{percent(row[name])} %" for name in ("own", "recall", "base")),
+            *(number(1e3 * row[kind][f"batch_{size}"]["median"]) for size in (1, result["batch"]) for kind in kinds),
+            number(row["calibrating"]),
+            number(row["loading"]),
+        )
         for row in result["keyed"]
     ]
     note = (
-        f"Keys of width {result['keyed'][0]['width'] if result['keyed'] else 0}; rephrases of the first records and "
-        f"of {result['prompts']} edits made from them about invented names, and unrelated prompts; all of `route`, "
-        "encoding included. Radii as if nothing else came near (their calibration compares all pairs). Filling: "
-        "seconds to put all keys into their cells after loading."
+        f"Edits made from the first records about invented names. Of {result['prompts']} of them: the share whose own "
+        "words, and whose other words, reach their shard; base: of unrelated prompts, the share that the base keeps. "
+        "Ms/prompt: medians of all of `route` for prompts that were not asked before; rephrased: with what the base "
+        "reads, searched: without it. Seconds: to calibrate what came last, and to load a state."
     )
-    found_keys = Table(f"{TITLE}, key router", ("edits", "cells", "recall", "base", *costs, "filling s"), keyed, note)
+    header = (
+        *("edits", "own words", "recall", "base"),
+        *(f"{kind}, batch {size}" for size in (1, result["batch"]) for kind in ("ms/prompt rephrased", *kinds[1:])),
+        *("calibrating s", "loading s"),
+    )
+    found_keys = Table(f"{TITLE}, key router", header, keyed, note)
     return [found_banks, found_keys]
 
 

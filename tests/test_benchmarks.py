@@ -208,12 +208,20 @@ def test_routing(context):
     finite(result)
     assert [row["shards"] for row in result["banks"]] == [4, 40]
     assert [row["edits"] for row in result["keyed"]] == [600]
-    for row in (*result["banks"], *result["keyed"]):
+    for row in result["banks"]:
         assert 0.3 < row["fires"] < 1
         assert row["recall"] > 0.9
         assert set(row["batch_1"]) == {"one", "two", "ratio", "all"}
+    for row in result["keyed"]:
+        assert row["own"] == 1
+        assert row["recall"] > 0.5
+        assert row["base"] > 0.9
+        assert row["rephrased"]["batch_1"]["median"] > row["unrelated"]["batch_1"]["median"]
     assert result["banks"][0]["recall"] == 1  # all of 4 shards are candidates
     assert "key router" in shown("routing", result)
+    axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    figure.routing(axes, result)
+    assert len(axes.lines) == 4
 
 
 def test_recursion(context):
