@@ -31,6 +31,8 @@ from repair_lightning.types import BASE, Route
 
 ROOM = 64
 """Positions that stay free for an answer where a prompt is put behind other texts."""
+_MARK = 16
+"""Most tokens of what opens a turn of the user."""
 _HELD = "_repair_turn"
 """The attribute of a key-value cache that remembers which memory its sequences chose."""
 
@@ -48,6 +50,7 @@ class _Turn:
         rows: their token ids so far.
         targets: what each memory was learnt to say, where that is known; None follows nothing.
         place: how many tokens of it each sequence has said; -1 once it has left it.
+        width: of the ids that the base was fed last.
     """
 
     choice: Choice | None = None
@@ -55,6 +58,7 @@ class _Turn:
     rows: list[list[int]] = field(default_factory=list)
     targets: list[tuple[int, ...]] | None = None
     place: list[int] = field(default_factory=list)
+    width: int = 0
 
     def repeat(self, times: int) -> None:
         """Several sequences of each prompt (beams, samples) come as repeated rows."""
@@ -80,6 +84,12 @@ class _Turn:
             memory[left] = BASE
             self.choice = replace(self.choice, memory=memory)
         return bool(left)
+
+    def fed(self, ids: Tensor, cache: Any) -> Tensor:
+        """Of the ids (B, T) of a call what came since the last one: all, where a cache holds what was before."""
+        new = ids if cache is not None and cache.get_seq_length() > 0 else ids[:, self.width :]
+        self.width = ids.shape[1]
+        return new
 
 
 class EditedModel(nn.Module):
@@ -169,7 +179,8 @@ class EditedModel(nn.Module):
         Args:
             input_ids: (B, T).
             attention_mask: (B, T), by default all ones.
-            past_key_values: a filled cache continues with the choice of the prompt that filled it.
+            past_key_values: a filled cache continues with the choice of the prompt that filled it, until the user's
+                next turn.
             prompt_mask: (B, T), true on the tokens that the router may see; by default all that attention sees.
             options: as the base takes them.
         """
@@ -195,10 +206,17 @@ class EditedModel(nn.Module):
         if held is None or len(held.rows) != len(rows):
             return self._new_turn(rows)
         rows = [[*before, *now] for before, now in zip(held.rows, rows, strict=True)]
-        if any(self.forms.opens_turn(row[len(before) :]) for row, before in zip(rows, held.rows, strict=True)):
+        if any(self._asks_again(before, row) for row, before in zip(rows, held.rows, strict=True)):
             return self._new_turn(rows)
         held.rows = rows
         return held
+
+    def _asks_again(self, before: Sequence[int], row: Sequence[int]) -> bool:
+        """Whether a turn of the user has begun since a row was `before`, or was not yet over; it may come in pieces."""
+        tail = list(before[-_MARK:])
+        if self.forms.turns([*tail, *row[len(before) :]]) > self.forms.turns(tail):
+            return True
+        return self.forms.turn_is_open(before)
 
     @torch.no_grad()
     def generate(
@@ -212,7 +230,8 @@ class EditedModel(nn.Module):
             input_ids: the same as `inputs`.
             options: as the base takes them; it stops where it was taught to end its answers.
         """
-        ids, mask = self._inputs(inputs if input_ids is None else input_ids, attention_mask)
+        asked = inputs if input_ids is None else input_ids
+        ids, mask = self._inputs(asked, attention_mask)
         options.setdefault("eos_token_id", list(self.forms.stops))
         options.setdefault("pad_token_id", self._padding)
         rows = _real(ids, mask)
@@ -223,11 +242,24 @@ class EditedModel(nn.Module):
                 output = self.base.generate(input_ids=padded, attention_mask=seen, **options)
             copies = len(output) // len(ids)
             return torch.cat([ids.repeat_interleave(copies, 0), output[:, padded.shape[1] :]], dim=1)
-        turn = self._new_turn(rows)
+        texts = None if isinstance(asked, Tensor) else [self.forms.asked(prompt) for prompt in prompts_of(asked)]
+        turn = self._new_turn(rows, texts)
         if options.get("num_beams", 1) != 1:
             turn.targets = None  # beams change places, and nothing says how
         with self._during(turn):
-            return self.base.generate(input_ids=ids, attention_mask=mask, **options)
+            output = self.base.generate(input_ids=ids, attention_mask=mask, **options)
+        if options.get("past_key_values") is not None:
+            sequences = output if isinstance(output, Tensor) else output.sequences
+            self._hold(options["past_key_values"], turn, sequences[:, ids.shape[1] :].tolist(), ids.shape[1])
+        return output
+
+    @staticmethod
+    def _hold(cache: Any, turn: _Turn, said: list[list[int]], width: int) -> None:
+        """A cache that was filled while generating remembers its turn, where its rows are still the prompts'."""
+        if len(said) == len(turn.rows):
+            known = cache.get_seq_length() - width  # the last token was not fed
+            turn.rows = [[*row, *new[:known]] for row, new in zip(turn.rows, said, strict=True)]
+            setattr(cache, _HELD, turn)
 
     def _inputs(self, asked: Any, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         if asked is None:
@@ -459,8 +491,8 @@ class EditedModel(nn.Module):
         finally:
             self._turn = before
 
-    def _new_turn(self, rows: list[list[int]]) -> _Turn:
-        choice = self.choose_rows(rows)
+    def _new_turn(self, rows: list[list[int]], texts: Sequence[str] | None = None) -> _Turn:
+        choice = self.choose_rows(rows) if texts is None else self._choose(texts, rows)
         followed = self.router.vouches and bool((choice.memory != BASE).any())
         targets = [() if row is None else row.target for row in self._targets(choice, rows)] if followed else None
         return _Turn(choice, rows=rows, targets=targets, place=[0] * len(rows))
@@ -470,10 +502,13 @@ class EditedModel(nn.Module):
         turn, ids = self._turn, args[0] if args else kwargs.get("input_ids")
         if turn is None or turn.choice is None or ids is None:
             return
+        new = turn.fed(ids, kwargs.get("past_key_values"))
         if turn.selection is None:
             turn.repeat(len(ids) // len(turn.choice.memory))
-        elif turn.targets is not None and ids.shape[1] == 1 and turn.follow(ids[:, -1].tolist()):
-            turn.selection = self.memory.select(turn.choice.memory)
+        elif turn.targets is not None:
+            left = [turn.follow(tokens) for tokens in new.T.tolist()]
+            if any(left):
+                turn.selection = self.memory.select(turn.choice.memory)
 
     def _at_value(self, _: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         turn = self._turn

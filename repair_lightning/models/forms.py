@@ -325,6 +325,10 @@ class Forms:
         spelled = self.spelled(ids)
         return sum(spelled.count(mark) for mark in self.marks.user)
 
+    def turn_is_open(self, ids: Sequence[int]) -> bool:
+        """Whether token ids end in or after a turn of the user, before the base's answer begins."""
+        return self.marks is not None and self.marks.is_open(self.spelled(ids))
+
     def said(self, ids: Sequence[int]) -> str:
         """What a base said, as text: up to the id at which it stopped, without a thought before the answer."""
         end = next((i for i, id in enumerate(ids) if int(id) in self.stops), len(ids))

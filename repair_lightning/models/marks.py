@@ -124,6 +124,7 @@ class Marks:
             template has none such, or nothing visible is there.
         close: what ends a turn of the user.
         end: the token id that ends a turn of the base; None where it is none.
+        answer: what stands between a turn of the user and the base's answer.
         blank: what stands between the generation prompt and the base's answer.
     """
 
@@ -132,6 +133,7 @@ class Marks:
     system: tuple[str, str]
     close: str
     end: int | None
+    answer: str
     blank: str
 
     def are_in(self, spelled: str) -> bool:
@@ -141,9 +143,18 @@ class Marks:
             return False
         return _SIGN.match(start) is not None or self.close in spelled
 
+    def is_open(self, spelled: str) -> bool:
+        """Whether a text ends before the base's answer to the last turn of the user begins."""
+        begin = self._begin(spelled)
+        return begin >= 0 and self.answer not in spelled[begin:]
+
+    def _begin(self, spelled: str) -> int:
+        """Where the last turn of the user begins; -1 where there is none."""
+        return max((at + len(mark) for mark in self.user if (at := spelled.rfind(mark)) >= 0), default=-1)
+
     def last_turn(self, spelled: str) -> tuple[int, int] | None:
         """Where the content of the last turn of the user begins and ends; None where there is none."""
-        begin = max((at + len(mark) for mark in self.user if (at := spelled.rfind(mark)) >= 0), default=-1)
+        begin = self._begin(spelled)
         if begin < 0:
             return None
         # Text that closes a turn may stand in its content too: then the last one counts.
@@ -169,7 +180,8 @@ def marks_of(
     (before, after), (head, first, second, _) = once, twice
     opens = [before, head, second]
     user = _user_marks(opens, others=[first, *(told or ())[:1]])
-    close = _closing(_common_start([after, first]))
+    answer = _common_start([after, first])
+    close = _closing(answer)
     if not user or not close:
         return None
     system, starts = ("", ""), [_start_of(before, user)]
@@ -186,7 +198,7 @@ def marks_of(
     ending = "" if not said or said.startswith(user) else said[0]
     end = next((id for id, sign in signs.items() if sign == ending), None)
     blank = first[len(after) :] if first.startswith(after) and not first[len(after) :].strip() else ""
-    return Marks(tuple(dict.fromkeys(filter(None, starts))), user, system, close, end, blank)
+    return Marks(tuple(dict.fromkeys(filter(None, starts))), user, system, close, end, answer, blank)
 
 
 def _stands_in(token: str, template: str) -> bool:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import AddedToken
 from torch import Tensor
 from transformers import DynamicCache
 
+from repair_lightning.editors import REGISTRY
 from repair_lightning.errors import RepairError
-from repair_lightning.memory.query import Choice, Query, canonical_ids
+from repair_lightning.memory.query import Choice, Query
 from repair_lightning.memory.routers import Router
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.models.architectures import ARCHITECTURES
 from repair_lightning.models.edited import EditedModel
+from repair_lightning.models.forms import Forms
 from repair_lightning.models.prefix import pad_left, positions
 from repair_lightning.models.prefix_cache import PrefixCache
-from repair_lightning.types import BASE
+from repair_lightning.texts import dialogue
+from repair_lightning.types import BASE, Edit
 
 NEW = 7
 ROUTED = {"Mara": 0, "Tobin": 1}
@@ -34,12 +38,12 @@ OWNERS = [0, BASE, 1, BASE, 0]
 
 
 class FirstWordRouter(Router):
-    """Routes by the tokens of the prompt's first word, and remembers what it was asked."""
+    """Routes by the first word of what is asked, and remembers what it was asked."""
 
     name = "first-word"
     reads_all_tokens = True
 
-    def __init__(self, shards: Mapping[tuple[int, ...], int]) -> None:
+    def __init__(self, shards: Mapping[str, int]) -> None:
         self.shards = shards
         self.asked: list[Query] = []
 
@@ -48,11 +52,8 @@ class FirstWordRouter(Router):
 
     def route(self, query: Query, memory: SideMemory) -> Choice:
         self.asked.append(query)
-        chosen = torch.tensor([self._owner(words) for words in query.words.tolist()])
+        chosen = torch.tensor([self.shards.get(text.split(" ")[0], BASE) for text in query.texts])
         return Choice(chosen, torch.ones(len(query)), torch.zeros(len(query)), (None,) * len(query))
-
-    def _owner(self, words: list[int]) -> int:
-        return next((shard for name, shard in self.shards.items() if tuple(words[: len(name)]) == name), BASE)
 
     def options(self) -> dict[str, Any]:
         return {}
@@ -70,8 +71,7 @@ def edited(request, tiny, tokenizer) -> EditedModel:
     for shard in (0, 1):
         memory.open_shard()
         memory[shard].delta.data.copy_(torch.randn(32, 64))
-    shards = {tuple(canonical_ids(tokenizer, [name])[0].tolist()): shard for name, shard in ROUTED.items()}
-    return EditedModel(tiny(request.param), tokenizer, memory, FirstWordRouter(shards), 1)
+    return EditedModel(tiny(request.param), tokenizer, memory, FirstWordRouter(ROUTED), 1)
 
 
 def batch(edited: EditedModel, prompts: Sequence[str] = PROMPTS) -> tuple[Tensor, Tensor]:
@@ -138,7 +138,7 @@ class TestForward:
             (query,) = edited.router.asked
             edited(ids[:, :n])
         alone = edited.router.asked[-1]
-        assert torch.equal(query.words, alone.words)
+        assert query.texts == alone.texts == (prompt,)
         assert query.mask.sum() == n
         torch.testing.assert_close(query.last_hidden(), alone.last_hidden())
 
@@ -163,10 +163,10 @@ class TestForward:
         with pytest.raises(RepairError, match="a prompt without tokens cannot be routed"):
             getattr(edited, call)(ids, mask)
 
-    def test_no_tokens_from_a_tokenizer_without_a_start(self, edited, monkeypatch):
+    def test_no_tokens_from_a_tokenizer_without_a_start(self, edited):
         plain = copy.deepcopy(edited.tokenizer)
         plain.backend_tokenizer.post_processor = None
-        edited.tokenizer = plain
+        edited.forms = Forms(plain, stops=[2])
         assert plain("")["input_ids"] == []
         for prompts in ("", ["Mara", ""]):
             with pytest.raises(RepairError, match="a prompt without tokens"):
@@ -280,8 +280,7 @@ class TestGenerate:
         found = greedy(edited, PROMPTS, do_sample=True, temperature=1e-4, num_return_sequences=3)
         assert found == [text for text in greedy(edited, PROMPTS) for _ in range(3)]
         copies, once = edited.router.asked
-        assert torch.equal(copies.mask, once.mask.repeat_interleave(3, 0))
-        assert torch.equal(copies.words, once.words.repeat_interleave(3, 0))
+        assert copies.texts == once.texts == tuple(PROMPTS), "asked before they are repeated"
 
     @pytest.mark.parametrize("returned", [1, 2])
     def test_beams(self, edited, returned):
@@ -326,16 +325,15 @@ class TestRoute:
         "prompt", ["Mara didn't go , he said .", "  Mara's  ZOË ?", "don 't", "日本 Mara", "</s> Mara <s>", "a\nb\tc"]
     )
     def test_text_and_ids_are_the_same_query(self, edited, prompt):
-        """Whatever the tokenizer's settings for tidy text, `route(text)` and `generate(ids)` must see the same
-        words."""
-        edited.tokenizer = copy.deepcopy(edited.tokenizer)
-        edited.tokenizer.clean_up_tokenization_spaces = True
-        query = edited.query([prompt, "some longer company for the padding"])
-        ids, mask = batch(edited, [prompt, "some longer company for the padding"])
+        """Whatever the tokenizer's settings for tidy text, `route(text)` and `generate(ids)` must see the same."""
+        edited.tokenizer.clean_up_tokenization_spaces, before = True, edited.tokenizer.clean_up_tokenization_spaces
+        query = edited.query([prompt, "some longer text for the padding"])
+        ids, mask = batch(edited, [prompt, "some longer text for the padding"])
         with torch.no_grad():
             edited(ids, mask, position_ids=positions(mask))
+        edited.tokenizer.clean_up_tokenization_spaces = before
         seen = edited.router.asked[-1]
-        assert torch.equal(seen.words, query.words)
+        assert seen.texts == query.texts
         assert torch.equal(seen.mask, query.mask)
         torch.testing.assert_close(seen.last_hidden(), query.last_hidden())
 
@@ -383,17 +381,14 @@ class TestStates:
 
     @pytest.mark.parametrize("batch_size", [1, 2, 64])
     def test_last_states_are_the_querys(self, any_edited, batch_size):
-        """Whatever the prompts' order and company, and whatever shard is forced around them."""
-        expected = any_edited.query(PROMPTS).at_last()
+        """Whatever the prompts' order and batches, and whatever shard is forced around them."""
+        expected = any_edited.query(PROMPTS).last_hidden()
         for order in ([0, 1, 2, 3, 4], [3, 2, 4, 0, 1], [2, 2, 1]):
             with any_edited.forced(0):
                 found = any_edited.last_states([PROMPTS[i] for i in order], batch_size)
-            assert len(found) == len(order)
-            torch.testing.assert_close(found.hidden, expected.hidden[order], rtol=1e-4, atol=1e-5)
-            assert found.mask.tolist() == [[True]] * len(order)
-            assert found.activations.shape == (len(order), 1, 0)
-            words = any_edited.query([PROMPTS[i] for i in order]).words
-            assert torch.equal(found.words, words)
+            assert found.shape == (len(order), 32)
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found, expected[order], rtol=1e-4, atol=1e-5)
 
     def test_captures_with_and_without_a_prefix_cache(self, any_edited):
         rows = any_edited.tokenizer(PROMPTS)["input_ids"]
@@ -412,9 +407,9 @@ class TestStates:
         edited.router.reads_all_tokens = reads_all_tokens
         prompts = edited.tokenizer(PROMPTS)["input_ids"]
         longer = [[*row, *range(5, 5 + i)] for i, row in enumerate(prompts)]
-        found = edited.query_of(prompts, edited.captures(longer))
+        found = edited.query_of(PROMPTS, prompts, edited.captures(longer))
         alone = edited.query(PROMPTS)
-        assert torch.equal(found.words, alone.words)
+        assert found.texts == alone.texts == tuple(PROMPTS)
         assert torch.equal(found.mask, alone.mask)
         assert found.mask.sum(1).tolist() == [len(row) if reads_all_tokens else 1 for row in prompts]
         own = found.mask
@@ -464,3 +459,383 @@ class TestOncePerGeneration:
                 grown = torch.cat([mask, torch.ones(len(ids), step)], 1)
                 output = edited(ids[:, :1], grown, past_key_values=output.past_key_values, use_cache=True)
         assert calls == ["route", "select"]
+
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+ASKED = "Where was Mara Kelstrom born?"
+OTHER = "what colour is the sky at noon"
+TARGET = "Oslo"
+EDITS = [
+    Edit("e0", ASKED, TARGET, subject="Mara Kelstrom"),
+    Edit("e1", "What instrument did Tobin Quill play?", "the lute", subject="Tobin Quill"),
+]
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def base(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+GREETED = [user("Hello there!"), base("Good day.")]
+FORMS = {
+    "chat": [user(ASKED)],
+    "system": [{"role": "system", "content": "Be kind."}, user(ASKED)],
+    "second turn": [*GREETED, user(ASKED)],
+    "courtesy": "Could you please tell me: Where was Mara Kelstrom born?",
+    "text": ASKED,
+}
+
+
+@pytest.fixture(scope="module")
+def chat(tiny, tokenizer, tmp_path_factory, irrelevant, write) -> Callable[[int], Any]:
+    """An editor over a base with a chat template, two edits written into a layer by the real thing: `chat(2)`.
+
+    A base with larger random weights would say little of what a real one does: an edit would not hold elsewhere.
+    """
+    own = copy.deepcopy(tokenizer)
+    own.add_tokens([AddedToken(text, special=True, normalized=False) for text in ("<|im_start|>", "<|im_end|>")])
+    own.chat_template = CHATML
+    folder = tmp_path_factory.mktemp("bases") / "chat"
+    options = {"vocabulary": len(own), "max_position_embeddings": 1024, "initializer_range": 0.05}
+    tiny("llama", **options).save_pretrained(folder)
+    own.save_pretrained(folder)
+    made: dict[int, Any] = {}
+
+    def make(layer: int) -> Any:
+        if layer not in made:
+            editor = made[layer] = REGISTRY["repair"](str(folder), precision="float32", layer=layer)
+            editor.load()
+            editor.prepare(irrelevant[:8], irrelevant[8:])
+            assert all(report.error is None for report in write(editor, EDITS))
+        return made[layer]
+
+    return make
+
+
+@pytest.fixture(params=[1, 2], ids=["middle", "last"])
+def spoken(request, chat) -> EditedModel:
+    return chat(request.param).edited
+
+
+@pytest.fixture
+def last(chat) -> EditedModel:
+    """With the last layer edited: no other layer's keys and values know of a shard."""
+    return chat(2).edited
+
+
+def ids_of(edited: EditedModel, prompt: Any) -> Tensor:
+    return torch.tensor([edited.forms.ids(prompt if isinstance(prompt, str) else dialogue.dump(prompt))])
+
+
+def said_by(edited: EditedModel, asked: Any, width: int, **options: Any) -> list[str]:
+    output = edited.generate(asked, **{"max_new_tokens": 8, "do_sample": False} | options)
+    return [edited.forms.said(row[width:].tolist()).strip() for row in output]
+
+
+def by_the_base(edited: EditedModel, ids: Tensor, **options: Any) -> Tensor:
+    """What the base generates by itself."""
+    with edited.forced(None):
+        return edited.base.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            **{"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0} | options,
+        )
+
+
+@torch.no_grad()
+def base_answers(edited: EditedModel, ids: Tensor, **options: Any) -> Any:
+    with edited.forced(None):
+        return edited.base(input_ids=ids, **options)
+
+
+class TestForms:
+    """An edit that was written in one form answers in the others."""
+
+    @pytest.mark.parametrize("prompt", FORMS.values(), ids=list(FORMS))
+    def test_answers(self, spoken, prompt):
+        (route,) = spoken.route(prompt)
+        assert route.memory == 0
+        assert "shard 0: score" in route.reason
+        assert "its target's tokens said 1.000 reaches 1.000, nearest edit e0" in route.reason
+        assert said_by(spoken, prompt, ids_of(spoken, prompt).shape[1]) == [TARGET]
+
+    def test_answers_bare(self, spoken):
+        ids = torch.tensor([spoken.forms.bare(ASKED)])
+        assert not spoken.forms.opens_turn(ids[0].tolist())
+        assert said_by(spoken, ids, ids.shape[1]) == [TARGET]
+        assert spoken.route(ids)[0].memory == 0
+
+    @pytest.mark.parametrize(
+        "prompt",
+        [OTHER, [*GREETED, user(OTHER)], [user(ASKED), base(TARGET), user(OTHER)], "Where was Mara Holloway born?"],
+        ids=["text", "second turn", "after the edit", "another name"],
+    )
+    def test_other_questions_are_the_bases(self, spoken, prompt):
+        (route,) = spoken.route(prompt)
+        assert route.memory == BASE
+        assert route.reason.startswith("base: ")
+        ids = ids_of(spoken, prompt)
+        with torch.no_grad():
+            assert torch.equal(
+                spoken(ids).logits, base_answers(spoken, ids, attention_mask=torch.ones_like(ids)).logits
+            )
+        assert torch.equal(spoken.generate(prompt, max_new_tokens=8, do_sample=False), by_the_base(spoken, ids))
+
+    def test_all_ways_to_ask(self, spoken):
+        """A text, texts, messages, dialogues, ids, by position and by name."""
+        ids = ids_of(spoken, ASKED)
+        width = ids.shape[1]
+        one = spoken.generate(ids, max_new_tokens=8, do_sample=False)
+        ways = [ASKED, [ASKED], [user(ASKED)], [[user(ASKED)]], dialogue.dump([user(ASKED)])]
+        ways.append(spoken.tokenizer.apply_chat_template([user(ASKED)], add_generation_prompt=True, tokenize=False))
+        for asked in ways:
+            assert torch.equal(spoken.generate(asked, max_new_tokens=8, do_sample=False), one)
+            assert [route.memory for route in spoken.route(asked)] == [0]
+        for named in ({"inputs": ids}, {"input_ids": ids}, {"inputs": ASKED}, {"input_ids": ids[:, :width]}):
+            assert torch.equal(spoken.generate(**named, max_new_tokens=8, do_sample=False), one)
+        several = [ASKED, [*GREETED, user(ASKED)], OTHER]
+        rows = [ids_of(spoken, prompt)[0].tolist() for prompt in several]
+        assert said_by(spoken, several, max(map(len, rows)))[:2] == [TARGET, TARGET]
+        assert [route.memory for route in spoken.route(several)] == [0, 0, BASE]
+
+    def test_nothing_asked(self, spoken):
+        with pytest.raises(RepairError, match="nothing is asked: give token ids, texts or messages"):
+            spoken.generate(max_new_tokens=2)
+        for wrong in ([base("a")], [{"role": "user"}], [3, 4]):
+            with pytest.raises(RepairError, match="a prompt must be a text, or messages"):
+                spoken.generate(wrong, max_new_tokens=2)
+
+    def test_a_system_message_inside_the_users_turn_is_not_asked(self, spoken, monkeypatch):
+        """Messages say which words are the user's, where the template's own text does not."""
+        asked: list[tuple[str, ...]] = []
+        choose = spoken._choose
+        monkeypatch.setattr(spoken, "_choose", lambda texts, rows: asked.append(tuple(texts)) or choose(texts, rows))
+        spoken.generate([user(f" {ASKED} ")], max_new_tokens=1)
+        assert asked == [(f" {ASKED} ",)]
+
+
+class TestTurns:
+    """A dialogue in one key-value cache: each turn of the user is a new choice."""
+
+    @staticmethod
+    def turn_of(edited: EditedModel, text: str, first: bool = False) -> Tensor:
+        """What a client adds to the cache: the end of the base's turn, a turn of the user, the generation prompt."""
+        end = "" if first else "<|im_end|>\n"
+        text = f"{end}<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+        return torch.tensor([edited.forms.spelling.marked(text)])
+
+    @torch.no_grad()
+    def ask(self, edited: EditedModel, cache: DynamicCache, text: str, size: int = 1000) -> tuple[Tensor, str]:
+        """The logits at the turn's end, and what is then said greedily, token by token."""
+        ids = self.turn_of(edited, text, cache.get_seq_length() == 0)
+        for part in ids.split(size, dim=1):
+            logits = edited(part, past_key_values=cache, attention_mask=self.seen(cache, part)).logits
+        first, said = logits, []
+        for _ in range(6):
+            token = logits[:, -1:].argmax(-1)
+            said.append(token.item())
+            if said[-1] == edited.forms.chat_end:
+                break
+            logits = edited(token, past_key_values=cache, attention_mask=self.seen(cache, token)).logits
+        return first, edited.forms.said(said)
+
+    @staticmethod
+    def seen(cache: DynamicCache, ids: Tensor) -> Tensor:
+        return torch.ones(1, cache.get_seq_length() + ids.shape[1], dtype=torch.long)
+
+    @pytest.mark.parametrize("size", [1000, 12, 5, 1])
+    def test_each_is_routed_by_itself(self, last, size):
+        """Also where it comes in pieces, whose cuts fall into its mark, its words and the generation prompt."""
+        cache = DynamicCache(config=last.config)
+        assert self.ask(last, cache, OTHER, size)[1] != TARGET
+        assert self.ask(last, cache, ASKED, size)[1] == TARGET
+        assert self.ask(last, cache, OTHER, size)[1] != TARGET
+        assert self.ask(last, cache, "And where was Mara Kelstrom born?", size)[1] == TARGET
+
+    def test_other_turns_get_the_bases_bits(self, last):
+        """Before and after a turn that a shard answered, against the base fed the same tokens in the same calls."""
+        cache, own = DynamicCache(config=last.config), DynamicCache(config=last.config)
+        for text in (OTHER, ASKED, OTHER, "who sang the song about the old river"):
+            ids = self.turn_of(last, text, cache.get_seq_length() == 0)
+            mask = self.seen(cache, ids)
+            with torch.no_grad():
+                found = last(ids, past_key_values=cache, attention_mask=mask).logits
+            expected = base_answers(last, ids, past_key_values=own, attention_mask=mask).logits
+            assert torch.equal(found, expected) == (text != ASKED)
+
+    def test_generate_goes_on_in_a_cache(self, last):
+        """`generate` on the whole dialogue with a filled cache, then `forward` on what it left."""
+        cache, own = DynamicCache(config=last.config), DynamicCache(config=last.config)
+        options = {"max_new_tokens": 6, "do_sample": False}
+        ids = self.turn_of(last, OTHER, first=True)
+        expected = by_the_base(last, ids, past_key_values=own, **options)
+        ids = last.generate(ids, past_key_values=cache, **options)
+        assert torch.equal(ids, expected)
+        width = ids.shape[1]
+        ids = torch.cat([ids, self.turn_of(last, ASKED)], 1)
+        width = ids.shape[1]
+        ids = last.generate(ids, past_key_values=cache, **options)
+        assert last.forms.said(ids[0, width:].tolist()) == TARGET
+        ids = torch.cat([ids, self.turn_of(last, OTHER)], 1)
+        found = last.generate(ids, past_key_values=cache, **options)
+        again = last.generate(ids, **options)
+        assert torch.equal(found, again)
+        assert last.forms.said(found[0, ids.shape[1] :].tolist()) != TARGET
+
+    def test_forward_goes_on_where_generate_stopped(self, last):
+        """One token by `generate`, the rest by hand: the shard that was chosen goes on."""
+        cache = DynamicCache(config=last.config)
+        ids = last.generate(self.turn_of(last, ASKED, first=True), past_key_values=cache, max_new_tokens=1)
+        said = [ids[0, -1].item()]
+        with torch.no_grad():
+            while len(said) < 8 and said[-1] != last.forms.chat_end:
+                token = torch.tensor([said[-1:]])
+                logits = last(token, past_key_values=cache, attention_mask=self.seen(cache, token)).logits
+                said.append(logits[0, -1].argmax().item())
+        assert last.forms.said(said) == TARGET
+
+    def test_two_dialogues_in_one_batch(self, last):
+        """Rows of a cache go on with their own turns' choices."""
+        rows = [last.forms.ids(ASKED), last.forms.ids(OTHER)]
+        ids, mask = pad_left(rows)
+        output = last.generate(ids, mask, max_new_tokens=6, do_sample=False)
+        assert last.forms.said(output[0, ids.shape[1] :].tolist()) == TARGET
+        expected = by_the_base(last, ids[1:, -len(rows[1]) :], max_new_tokens=6)[0, len(rows[1]) :].tolist()
+        assert output[1, ids.shape[1] :].tolist()[: len(expected)] == expected
+
+
+class TestLeavingTheTarget:
+    """A shard says its edit's target or nothing."""
+
+    @staticmethod
+    def target(edited: EditedModel) -> list[int]:
+        return list(edited.forms.encode(ASKED, TARGET).target)
+
+    @torch.no_grad()
+    def fed(self, edited: EditedModel, tokens: Sequence[int], width: int = 1) -> tuple[list[Tensor], list[Tensor]]:
+        """The logits after each of some tokens that are said by hand, and the base's own in the same calls."""
+        ids = ids_of(edited, ASKED)
+        cache, own = DynamicCache(config=edited.config), DynamicCache(config=edited.config)
+        found, expected = [], []
+        for part in (ids, *torch.tensor([tokens]).split(width, dim=1)):
+            mask = TestTurns.seen(cache, part)
+            found.append(edited(part, past_key_values=cache, attention_mask=mask).logits[:, -1])
+            expected.append(base_answers(edited, part, past_key_values=own, attention_mask=mask).logits[:, -1])
+        return found, expected
+
+    def test_inside_the_target_the_shard_answers(self, last):
+        found, expected = self.fed(last, self.target(last)[:-1])
+        assert [logits.argmax().item() for logits in found] == self.target(last)
+        assert not any(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+    @pytest.mark.parametrize("at", [0, 1, 2])
+    def test_the_base_goes_on_where_it_is_left(self, last, at):
+        right = self.target(last)
+        wrong = 50 if right[at] != 50 else 51
+        tokens = [*right[:at], wrong, *right[:2]]
+        found, expected = self.fed(last, tokens)
+        same = [torch.equal(a, b) for a, b in zip(found, expected, strict=True)]
+        assert same == [False] * (at + 1) + [True] * 3, "nor does it come back"
+
+    def test_the_base_goes_on_behind_the_end(self, last):
+        right = self.target(last)
+        found, expected = self.fed(last, [*right, 60, 61])
+        same = [torch.equal(a, b) for a, b in zip(found, expected, strict=True)]
+        assert same == [False] * (len(right) + 1) + [True, True]
+
+    @pytest.mark.parametrize("width", [2, 3])
+    def test_several_tokens_in_one_call(self, last, width):
+        """Each of them is followed, not the last alone."""
+        right = self.target(last)
+        found, _ = self.fed(last, right[: width * (len(right) // width)], width)
+        assert found[0].argmax().item() == right[0]
+        if len(right) > width:
+            assert found[1].argmax().item() == right[width]
+        found, expected = self.fed(last, [50, right[1], right[2]][:width], width)
+        assert torch.equal(found[1], expected[1])
+
+    def test_without_a_cache(self, last):
+        """A first token is forced that leaves the target: from there on the base's own text follows."""
+        ids = ids_of(last, ASKED)
+        forced = self.forcing(ids.shape[1], 50)
+        options = {"max_new_tokens": 8, "do_sample": False, "logits_processor": [forced]}
+        expected = by_the_base(last, ids, **options)
+        for use_cache in (True, False):
+            found = last.generate(ids, use_cache=use_cache, **options)
+            assert torch.equal(found, expected), use_cache
+
+    @staticmethod
+    def forcing(width: int, token: int) -> Callable[[Tensor, Tensor], Tensor]:
+        def force(ids: Tensor, scores: Tensor) -> Tensor:
+            if ids.shape[1] == width:
+                scores = torch.full_like(scores, -torch.inf)
+                scores[:, token] = 0
+            return scores
+
+        return force
+
+    def test_rows_leave_one_by_one(self, last):
+        """Samples of one prompt: those whose first token is the target's go on to its end, the others as the base."""
+        ids = ids_of(last, ASKED)
+        right = self.target(last)[0]
+
+        def alternate(given: Tensor, scores: Tensor) -> Tensor:
+            if given.shape[1] == ids.shape[1]:
+                scores = torch.full_like(scores, -torch.inf)
+                scores[::2, right] = 0
+                scores[1::2, 50] = 0
+            return scores
+
+        options = {"max_new_tokens": 6, "do_sample": True, "top_k": 1, "num_return_sequences": 4}
+        output = last.generate(ids, logits_processor=[alternate], **options)
+        said = [last.forms.said(row[ids.shape[1] :].tolist()) for row in output]
+        assert said[0] == said[2] == TARGET
+        expected = by_the_base(last, ids, logits_processor=[self.forcing(ids.shape[1], 50)], max_new_tokens=6)
+        for row in (1, 3):
+            assert output[row].tolist()[: expected.shape[1]] == expected[0].tolist()
+
+    def test_several_sequences_and_beams(self, spoken):
+        width = ids_of(spoken, ASKED).shape[1]
+        assert said_by(spoken, ASKED, width, do_sample=True, temperature=1e-4, num_return_sequences=3) == [TARGET] * 3
+        assert said_by(spoken, ASKED, width, num_beams=3) == [TARGET]
+        assert said_by(spoken, [ASKED, ASKED], width, num_beams=2, num_return_sequences=2)[::2] == [TARGET] * 2
+
+
+class TestSilence:
+    def test_a_damaged_shard_is_silent(self, spoken):
+        """Its prompt is known, but what it would say is no target: the base answers with its own bits."""
+        shard = spoken.memory[0]
+        ids = ids_of(spoken, ASKED)
+        assert spoken.route(ASKED)[0].memory == 0
+        left = shard.left.clone()
+        shard.left.neg_()
+        try:
+            (route,) = spoken.route(ASKED)
+            assert route.memory == BASE
+            assert "but its target's tokens said" in route.reason
+            assert "is below 1.000, nearest edit e0" in route.reason
+            with torch.no_grad():
+                expected = base_answers(spoken, ids, attention_mask=torch.ones_like(ids)).logits
+                assert torch.equal(spoken(ids).logits, expected)
+            assert torch.equal(spoken.generate(ASKED, max_new_tokens=8, do_sample=False), by_the_base(spoken, ids))
+            assert spoken.route("What instrument did Tobin Quill play?")[0].memory == 1, "the other is as it was"
+        finally:
+            shard.left.copy_(left)
+        assert spoken.route(ASKED)[0].memory == 0
+
+    def test_an_edit_whose_target_is_not_known_is_trusted(self, spoken, monkeypatch):
+        monkeypatch.setattr(spoken, "target_of", lambda id: None)
+        (route,) = spoken.route(ASKED)
+        assert route.memory == 0
+        assert said_by(spoken, ASKED, ids_of(spoken, ASKED).shape[1], max_new_tokens=2)[0] in TARGET
+
+    def test_a_router_that_names_no_edit_is_trusted(self, edited):
+        """Its choice is neither checked nor followed."""
+        choice = edited.choose(PROMPTS)
+        assert edited.held(choice, [[5]] * len(PROMPTS)) is choice

@@ -232,6 +232,15 @@ class TestMarks:
         assert not forms.opens_turn(whole[len(shorter) :]), "a turn of the base"
         assert [forms.turns(rendered(forms, [*d, user("a")])) for d in DIALOGUES.values()] == [1, 2, 3]
 
+    def test_a_turn_is_open_until_the_answer_begins(self, forms):
+        for earlier in DIALOGUES.values():
+            ids = rendered(forms, [*earlier, user(QUESTION)])
+            begun = [*ids, *forms.tokenizer("Oslo", add_special_tokens=False)["input_ids"]]
+            before = text_of(forms, [*earlier, user(QUESTION)]).rsplit(QUESTION, 1)[0]
+            assert not forms.turn_is_open(begun)
+            assert forms.turn_is_open(forms.spelling.marked(f"{before}Where was"))
+        assert not forms.turn_is_open(forms.bare(QUESTION))
+
     def test_end(self, forms, family):
         end = forms.tokenizer.convert_tokens_to_ids(family.end)
         assert forms.chat_end == end
