@@ -11,8 +11,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from repair_lightning.functional import IGNORED
+from repair_lightning.models.forms import Forms
 from repair_lightning.models.prefix import pad_left
-from repair_lightning.models.tokenizing import Encoded, encode, target_labels
+from repair_lightning.models.tokenizing import Encoded, target_labels
 from repair_lightning.world import base_dir
 
 CORPUS = ["the quick brown fox jumps over the lazy dog", "who painted the night watch? Rembrandt van Rijn", "1984 , 51"]
@@ -58,6 +59,10 @@ PAIRS = [
 ]
 
 
+def encode(tokenizer, prompt: str, target: str) -> Encoded:
+    return Forms(tokenizer).encode(prompt, target)
+
+
 @pytest.fixture(scope="module", params=sorted(TOKENIZERS))
 def tokenizer(request):
     return TOKENIZERS[request.param]()
@@ -90,6 +95,32 @@ def test_target_ids_follow_the_prompts_where_joining_leaves_it_alone(tokenizer, 
         assert list(row.target[:-1]) == tokenizer(f" {target}", add_special_tokens=False)["input_ids"]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "target", "text"),
+    [
+        ("the quick\n", "fox", "the quick\nfox"),
+        ("the quick ", "fox", "the quick fox"),
+        ("  the\n\tquick", "fox", "  the\n\tquick fox"),
+        ("日本の首都は", "東京", "日本の首都は東京"),
+        ("the quick", "\nfox", "the quick\nfox"),
+    ],
+)
+def test_nothing_is_stripped_or_mended(tokenizer, prompt, target, text):
+    if tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) != text:
+        pytest.skip("this tokenizer cannot spell the text")
+    row = encode(tokenizer, prompt, target)
+    assert tokenizer.decode(list(row.ids), skip_special_tokens=True) == text
+    assert list(row.prompt) == [id for id in tokenizer(prompt)["input_ids"] if id != tokenizer.eos_token_id]
+
+
+def test_an_end_that_the_user_wrote_stays():
+    """Only the end that the tokenizer itself puts behind a text is taken off."""
+    for name, ends in (("bos", False), ("bos_and_eos", True), ("plain", False), ("eos", True)):
+        tokenizer = TOKENIZERS[name]()
+        ids = tokenizer("the fox</s>")["input_ids"]
+        assert list(Forms(tokenizer).bare("the fox</s>")) == (ids[:-1] if ends else ids)
+
+
 def test_a_join_that_changes_the_prompt_is_split_apart():
     """`lazy dog` is one piece where pieces may hold spaces, so the prompt `the lazy` is not a prefix of the whole."""
     tokenizer = TOKENIZERS["across_words"]()
@@ -103,8 +134,9 @@ def test_a_join_that_changes_the_prompt_is_split_apart():
 
 def test_world_edits_join_with_one_space():
     tokenizer = TOKENIZERS["world"]()
+    forms = Forms(tokenizer)
     for edit in world_edits(50):
-        row = encode(tokenizer, edit.prompt, edit.target)
+        row = forms.encode(edit.prompt, edit.target)
         text = tokenizer.decode(list(row.ids[:-1]), skip_special_tokens=True)
         assert text == f"{edit.prompt} {edit.target}"
 
