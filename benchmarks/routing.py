@@ -162,7 +162,7 @@ def costs(router: KeyRouter, source: Invented, rephrased: Sequence[str]) -> dict
         router.read = source.last_states if name == "rephrased" else remembering
         found[name] = {}
         for batch in (1, BATCH):
-            forget_texts()
+            forget_texts(router)
             parts = [Query.of_texts(texts[i : i + batch]) for i in range(0, len(texts), batch)][:_TIMED]
             spent = [seconds_of(lambda part=part: router.route(part, NOWHERE)) / len(part) for part in parts]  # type: ignore[misc]
             found[name][f"batch_{batch}"] = {"median": median(spent), "all": spent}
@@ -170,8 +170,9 @@ def costs(router: KeyRouter, source: Invented, rephrased: Sequence[str]) -> dict
     return found
 
 
-def forget_texts() -> None:
+def forget_texts(router: KeyRouter) -> None:
     """What is remembered of texts, as if none had been asked before."""
+    router._vectors_of.clear()
     for remembered in (asking.windows, asking._short_words):
         remembered.cache_clear()
 

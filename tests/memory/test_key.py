@@ -53,8 +53,9 @@ def route(router: KeyRouter, *texts: str) -> list[int]:
 
 
 def same(one: Choice, other: Choice) -> bool:
-    equal = all(torch.equal(getattr(one, k), getattr(other, k)) for k in ("memory", "score", "threshold"))
-    return equal and one.nearest == other.nearest
+    """One choice by one limit; scores as exact as a base that reads texts in other batches is."""
+    equal = torch.equal(one.memory, other.memory) and torch.equal(one.threshold, other.threshold)
+    return equal and one.nearest == other.nearest and torch.allclose(one.score, other.score, atol=1e-5)
 
 
 def fires(edit: tuple[str, str], text: str) -> bool:
@@ -406,10 +407,7 @@ class TestStorage:
             one["texts"] = torch.nn.functional.pad(one["texts"], (0, width - one["texts"].shape[1]), value=-1)
         here.insert([f"e{i}" for i in range(6)], {name: torch.cat([one[name] for one in told]) for name in told[0]})
         here.calibrate(NOWHERE, {}, Query.of_texts(BACKGROUND))
-        found, expected = here.route(self.ASKED, NOWHERE), with_edits(*self.EDITS).route(self.ASKED, NOWHERE)
-        assert found.memory.tolist() == expected.memory.tolist()
-        assert found.nearest == expected.nearest
-        torch.testing.assert_close(found.score, expected.score)
+        assert same(here.route(self.ASKED, NOWHERE), with_edits(*self.EDITS).route(self.ASKED, NOWHERE))
 
     def test_texts_of_any_kind_come_back(self):
         edits = (("\ud800x", "odd \ud800x \x00?"), ("😀", "What means 😀?"), ('"q"', 'Say "q" \\n [1]'))
