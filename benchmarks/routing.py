@@ -162,9 +162,11 @@ def costs(router: KeyRouter, source: Invented, rephrased: Sequence[str]) -> dict
         router.read = source.last_states if name == "rephrased" else remembering
         found[name] = {}
         for batch in (1, BATCH):
-            forget_texts(router)
-            parts = [Query.of_texts(texts[i : i + batch]) for i in range(0, len(texts), batch)][:_TIMED]
-            spent = [seconds_of(lambda part=part: router.route(part, NOWHERE)) / len(part) for part in parts]  # type: ignore[misc]
+            spent = []
+            for part in [texts[i : i + batch] for i in range(0, len(texts), batch)][:_TIMED]:
+                forget_texts(router)
+                query = Query.of_texts(part)
+                spent.append(seconds_of(lambda query=query: router.route(query, NOWHERE)) / len(part))  # type: ignore[misc]
             found[name][f"batch_{batch}"] = {"median": median(spent), "all": spent}
     router.read = remembering
     return found
