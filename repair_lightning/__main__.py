@@ -153,24 +153,26 @@ def _figures(options: Namespace) -> None:
 
 def ask(parser: ArgumentParser) -> None:
     """Ask the base and the edited model the same: both answers, who answered, and why. Without a question, a prompt."""
-    parser.add_argument("question", nargs="*", help="as many as you like; none opens a prompt that Ctrl-D leaves")
+    words = "as many as you like, each a text or messages as JSON; none opens a prompt that Ctrl-D leaves"
+    parser.add_argument("question", nargs="*", help=words)
     _add_pack(parser)
     parser.set_defaults(run_command=_ask)
 
 
 def _ask(options: Namespace) -> None:
-    from repair_lightning.ask import Pair
+    from repair_lightning.ask import Pair, given_prompt
 
     pair = Pair.open(options.pack, options.base, options.precision, options.max_new_tokens)
     asked = options.question
     if len(asked) > 1 and not any(" " in part for part in asked):
         asked = [" ".join(asked)]  # a question without its quotes
     if asked:
-        print("\n\n".join("\n".join(reply.lines()) for reply in pair.ask(asked)))
+        replies = pair.ask([given_prompt(question, "question") for question in asked])
+        print("\n\n".join("\n".join(reply.lines()) for reply in replies))
         return
     for question in _questions():
         try:
-            (reply,) = pair.ask([question])
+            (reply,) = pair.ask([given_prompt(question, "question")])
             print("\n".join(reply.lines()))
         except RepairError as error:
             print(f"error: {error}", file=sys.stderr)
@@ -194,7 +196,9 @@ def _questions() -> Iterator[str]:
 def diff(parser: ArgumentParser) -> None:
     """List the prompts of a file that the base and the edited model answer differently."""
     parser.add_argument(
-        "--data", required=True, help="prompts: plain text with one a line, or records (jsonl, CSV, ...) with `prompt`"
+        "--data",
+        required=True,
+        help="prompts: plain text with one a line, or records (jsonl, CSV, ...) with `prompt`, a text or messages",
     )
     parser.add_argument("--to", type=Path, help="write the differences as JSON lines into this file instead")
     _add_pack(parser)

@@ -15,10 +15,13 @@ from repair_lightning.data.records import read_rows
 from repair_lightning.errors import ConfigError, FieldError, RecordError, RepairError, counted
 from repair_lightning.evaluation.continuations import longest_text
 from repair_lightning.evaluation.protocols import answers
+from repair_lightning.models.edited import Prompts, prompts_of
 from repair_lightning.packs import PackedModel, changed_weights, open_pack, read_pack
+from repair_lightning.texts import dialogue
 from repair_lightning.types import BASE, Edit, Route
 
 _PLAIN_TEXT = ("", ".txt", ".md")
+_FIELDS = ("prompt", "question", "messages")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +29,7 @@ class Reply:
     """One prompt's two answers.
 
     Attributes:
-        prompt: as it was asked.
+        prompt: as it was asked, messages as their JSON.
         base: the base's answer, with its own weights.
         edited: the edited model's.
         route: which memory gave it, and why.
@@ -55,16 +58,22 @@ class Reply:
 
     def lines(self) -> list[str]:
         """For a person."""
-        found = [self.prompt, f"  base     {self.base}", f"  edited   {self.edited}", f"  memory   {self.memory}"]
+        asked = dialogue.shown(self.prompt)
+        found = [asked, f"  base     {self.base}", f"  edited   {self.edited}", f"  memory   {self.memory}"]
         if self.nearest is not None:
-            found += [f"  nearest  {self.nearest.id}: {self.nearest.prompt} -> {self.nearest.target}"]
+            found += [f"  nearest  {self.nearest.id}: {dialogue.shown(self.nearest.prompt)} -> {self.nearest.target}"]
         return [*found, f"  reason   {self.route.reason}"]
 
     def as_dict(self) -> dict[str, Any]:
-        """In plain types."""
-        nearest = {name: getattr(self.nearest, name) for name in ("id", "prompt", "target")} if self.nearest else None
+        """In plain types; messages as messages."""
+        known = self.nearest
+        nearest = {"id": known.id, "prompt": _plain(known.prompt), "target": known.target} if known else None
         route = {name: value for name, value in asdict(self.route).items() if name != "nearest"}
-        return {"prompt": self.prompt, "base": self.base, "edited": self.edited, **route, "nearest": nearest}
+        return {"prompt": _plain(self.prompt), "base": self.base, "edited": self.edited, **route, "nearest": nearest}
+
+
+def _plain(prompt: str) -> Any:
+    return dialogue.parse(prompt) or prompt
 
 
 class Pair:
@@ -96,12 +105,16 @@ class Pair:
         config, tensors = read_pack(pack)
         return cls(open_pack(pack, config, tensors, base, precision), changed_weights(tensors), max_new_tokens)
 
-    def ask(self, prompts: Sequence[str]) -> list[Reply]:
+    def ask(self, asked: Prompts) -> list[Reply]:
         """Both answers to each prompt. A prompt that no shard answers is asked once: its answers are the same bits.
+
+        Args:
+            asked: texts, messages, or several of either.
 
         Raises:
             RepairError: a prompt is longer than the base reads, or has no words.
         """
+        prompts = prompts_of(asked)
         self._check(prompts)
         routes = self.model.route(prompts)
         memory = torch.tensor([route.memory for route in routes], dtype=torch.long)
@@ -116,15 +129,15 @@ class Pair:
         ]
 
     def _check(self, prompts: Sequence[str]) -> None:
-        if not all(prompt.strip() for prompt in prompts):
+        if not all(dialogue.question_of(prompt).strip() for prompt in prompts):
             raise ConfigError("a prompt is empty; give a question")
         limit = longest_text(self.model)
         rows = [self.model.forms.ids(prompt) for prompt in prompts]
         for prompt, row in zip(prompts, rows, strict=True):
             if len(row) + self.max_new_tokens > limit:
                 raise ConfigError(
-                    f"prompt '{prompt[:40]}...' has {counted(len(row), 'token')}, with {self.max_new_tokens} for the "
-                    f"answer more than the {limit:,} that the base reads; shorten it"
+                    f"prompt '{dialogue.shown(prompt)[:40]}...' has {counted(len(row), 'token')}, with "
+                    f"{self.max_new_tokens} for the answer more than the {limit:,} that the base reads; shorten it"
                 )
 
     def _answers(self, prompts: Sequence[str], memory: Tensor) -> list[str]:
@@ -145,7 +158,10 @@ def _edit(ledger: Any, id: str | None) -> Edit | None:
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a file: one a line of plain text, or records with `prompt` or `question`.
+    """The prompts of a file, as they are written there: one a line of plain text, or records.
+
+    A record is a text or messages, or has one of them as `prompt`, `question` or `messages`. A line of plain text loses
+    the blanks around it, and may be messages as JSON.
 
     Raises:
         RecordError: for the first record without one.
@@ -153,9 +169,11 @@ def read_prompts(path: str | Path) -> list[str]:
     """
     file = Path(path).expanduser()
     if file.is_file() and file.suffix.lower() in _PLAIN_TEXT:
-        found = _read_lines(file)
+        rows: list[Any] = _read_lines(file)
     else:
-        found = [_prompt(str(path), number, row) for number, row in enumerate(read_rows(path), 1)]
+        rows = read_rows(path)
+        rows = [rows] if dialogue.is_messages(rows) else rows  # a file that is one dialogue
+    found = [_prompt(str(path), number, row) for number, row in enumerate(rows, 1)]
     if not found:
         raise RepairError(f"{path}: holds no prompts; write one a line")
     return found
@@ -163,20 +181,37 @@ def read_prompts(path: str | Path) -> list[str]:
 
 def _read_lines(file: Path) -> list[str]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # other signs may stand inside a prompt
     except (OSError, UnicodeDecodeError) as error:
         raise RepairError(f"{file}: cannot be read as UTF-8 text ({error}); give one prompt a line") from error
     return [line.strip() for line in lines if line.strip()]
 
 
 def _prompt(source: str, number: int, row: Any) -> str:
-    if isinstance(row, FieldError):
-        raise RecordError.at(source, number, row)
+    name = None
     if isinstance(row, Mapping):
-        row = row.get("prompt") or row.get("question")
-    if not isinstance(row, str) or not row.strip():
-        raise RecordError(source, number, "prompt", "is missing or no text", 'write {"prompt": "..."}')
-    return row
+        name = next((name for name in _FIELDS if row.get(name)), "prompt")
+        row = row.get(name)
+    try:
+        if isinstance(row, FieldError):
+            raise row
+        return given_prompt(row, name)
+    except FieldError as error:
+        raise RecordError.at(source, number, error) from None
+
+
+def given_prompt(value: Any, field: str | None = None) -> str:
+    """What somebody gave as a prompt: a text as it is, or messages, also as the text of their JSON.
+
+    Raises:
+        FieldError: it is neither, or asks nothing.
+    """
+    messages = dialogue.given(value, field or "messages")
+    if messages is not None:
+        return dialogue.dump(messages)
+    if not isinstance(value, str) or not value.strip():
+        raise FieldError(field or "prompt", "is missing or no text", 'write {"prompt": "..."}')
+    return value
 
 
 def difference_lines(replies: Sequence[Reply], to: Path | None = None) -> list[str]:

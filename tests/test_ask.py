@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers_chat import chat_folder
 from helpers_runs import REPOSITORY, written_editor
 
 from repair_lightning.__main__ import parser
@@ -22,6 +23,7 @@ from repair_lightning.editors import Repair
 from repair_lightning.errors import ConfigError, RecordError, RepairError
 from repair_lightning.evaluation.protocols import answers
 from repair_lightning.packs import save_pack
+from repair_lightning.texts import dialogue
 from repair_lightning.types import BASE, Edit
 
 ELSEWHERE = "Which river flows through Zarvik?"
@@ -69,13 +71,18 @@ def test_the_lines_say_what_a_person_asks_for(pair, made):
 
 
 def test_another_question_about_the_subject_is_refused_for_what_it_asks(pair, made):
-    """It names the subject in full, so the score passes; the reason must name the check that did not."""
+    """It names the subject in full; the reason must say how far it is from what the edit asks, and which edit that
+    is."""
     edit = made[2][0]
     (reply,) = pair.ask([f"Tell me about {edit.subject}"])
     assert reply.route.memory == BASE
-    assert reply.route.score > reply.route.threshold
-    assert "but likeness of what is asked" in reply.route.reason
-    assert "does not exceed" not in reply.route.reason
+    assert -1 < reply.route.score <= reply.route.threshold
+    assert reply.route.reason.startswith(f"base: score {reply.route.score:.3f} does not exceed")
+    assert reply.nearest is not None
+    assert reply.nearest.subject == edit.subject
+    (left,) = pair.ask([ELSEWHERE])
+    assert left.route.reason == "base: no edit is about what it names"
+    assert left.nearest is None
 
 
 def test_a_merged_matrix_is_the_edited_answer_alone(made, tmp_path):
@@ -114,11 +121,53 @@ def test_what_cannot_be_asked_is_refused(pair):
         ("p.jsonl", '{"prompt": "a b", "target": "x"}\n{"question": "c?"}\n'),
         ("p.json", '["a b", "c?"]'),
         ("p.csv", "id,prompt\n1,a b\n2,c?\n"),
+        ("p.txt", "\ufeffa b\r\nc?\r\n"),
     ],
 )
 def test_prompts_from_a_file(tmp_path, name, content):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_text(content, encoding="utf-8", newline="")
     assert read_prompts(tmp_path / name) == ["a b", "c?"]
+
+
+def talk(*contents: str) -> list[dict[str, str]]:
+    """Turns of user and base, by turns; the last is the user's where their number is odd."""
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+
+
+ONE, THREE = talk("a b"), talk("Hi!", "Hello.", "c?")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.jsonl", f'{{"messages": {json.dumps(ONE)}}}\n{{"prompt": {json.dumps(THREE)}}}\n'),
+        ("p.jsonl", f"{json.dumps(ONE)}\n{json.dumps(THREE)}\n"),
+        ("p.json", json.dumps([ONE, {"question": THREE}])),
+        ("p.json", json.dumps([json.dumps(ONE), {"prompt": json.dumps(THREE)}])),
+        ("p.txt", f"{json.dumps(ONE)}\n  {json.dumps(THREE)}\n"),
+    ],
+)
+def test_messages_from_a_file(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert [dialogue.parse(prompt) for prompt in read_prompts(tmp_path / name)] == [ONE, THREE]
+
+
+def test_a_file_may_be_one_dialogue(tmp_path):
+    (tmp_path / "p.json").write_text(json.dumps(THREE, indent=1))
+    assert read_prompts(tmp_path / "p.json") == [dialogue.dump(THREE)]
+
+
+def test_prompts_are_kept_as_written(tmp_path):
+    """Blanks and line breaks may be the point of a prompt; a list that is no dialogue is a text."""
+    texts = ["  def f():\n    ", "a\u2028b", "[1, 2]", '[{"a": 1}]', "Is {} a set?"]
+    (tmp_path / "p.json").write_text(json.dumps(texts))
+    assert read_prompts(tmp_path / "p.json") == texts
+    (tmp_path / "p.jsonl").write_text(
+        "".join(json.dumps({"prompt": text}, ensure_ascii=False) + "\n" for text in texts)
+    )
+    assert read_prompts(tmp_path / "p.jsonl") == texts
+    (tmp_path / "p.txt").write_text("a\u2028b\x0cc\nd", encoding="utf-8")
+    assert read_prompts(tmp_path / "p.txt") == ["a\u2028b\x0cc", "d"]
 
 
 @pytest.mark.parametrize(
@@ -128,6 +177,14 @@ def test_prompts_from_a_file(tmp_path, name, content):
         ("p.jsonl", '{"text": "a"}', "record 1, field 'prompt': is missing or no text"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt"', "record 2: is not valid JSON"),
         ("p.csv", "text\na\n", "record 1, field 'prompt'"),
+        ("p.jsonl", '{"prompt": ["a"]}', r"record 1, field 'prompt\[0\]': is 'a', not a message; write"),
+        ("p.jsonl", '{"messages": [{"role": "user", "content": " "}]}', r"'messages\[0\].content': is empty"),
+        (
+            "p.json",
+            json.dumps(["a", talk("b", "c")]),
+            r"record 2, field 'messages\[1\].role': is 'assistant' in the last",
+        ),
+        ("p.txt", json.dumps([{"role": "wizard", "content": "b"}]), r"record 1, .*is 'wizard', no known role"),
         ("absent.txt", None, "no such file"),
     ],
 )
@@ -205,6 +262,59 @@ def test_ask_opens_a_prompt_in_a_terminal_and_ctrl_d_leaves_it(made):
     os.write(ours, b"\x04")
     assert process.wait(30) == 0
     os.close(ours)
+
+
+# -- messages ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def in_chat(tmp_path_factory, tiny, tokenizer, irrelevant, edits, write) -> tuple[Path, list[Edit]]:
+    """A pack of two edits of a base with a chat template."""
+    base = chat_folder(tmp_path_factory.mktemp("bases") / "chat", tiny, tokenizer)
+    editor = Repair(str(base), precision="float32")
+    editor.load()
+    editor.prepare(irrelevant[:8], irrelevant[8:])
+    assert all(report.error is None for report in write(editor, edits[:2]))
+    return save_pack(editor, tmp_path_factory.mktemp("ask") / "pack", {}), edits[:2]
+
+
+def test_messages_are_asked_and_shown(in_chat):
+    """The last turn is the question; a person reads turns, a program gets messages."""
+    pack, edits = in_chat
+    pair = Pair.open(pack)
+    asked = talk("Hello there!", "Good day.", edits[0].prompt)
+    (reply,) = pair.ask(asked)
+    assert reply.edited == edits[0].target != reply.base
+    turns = ["user: Hello there!", "assistant: Good day.", f"user: {edits[0].prompt}"]
+    assert "\n".join(reply.lines()).splitlines()[:3] == turns
+    assert json.loads(json.dumps(reply.as_dict()))["prompt"] == asked
+    one, plain = pair.ask([talk(edits[1].prompt), edits[1].prompt])
+    assert one.edited == plain.edited == edits[1].target
+    assert one.lines()[0] == plain.lines()[0] == edits[1].prompt
+    with pytest.raises(ConfigError, match="prompt 'user: Hi"):
+        pair.ask(talk("Hi " * 2000, "Yes?", "Who?"))
+
+
+def test_messages_on_the_command_line(in_chat, tmp_path, capsys):
+    pack, edits = in_chat
+    asked = talk("Hello there!", "Good day.", edits[0].prompt)
+    run("ask", "--pack", pack, json.dumps(asked), edits[1].prompt)
+    first, second = capsys.readouterr().out.split("\n\n")
+    assert first.startswith("user: Hello there!\nassistant: Good day.\nuser: ")
+    assert f"  edited   {edits[0].target}" in first.splitlines()
+    assert second.startswith(edits[1].prompt)
+    with pytest.raises(RepairError, match=r"'question\[1\].role': is 'assistant' in the last turn"):
+        run("ask", "--pack", pack, json.dumps(asked[:2]))
+    (tmp_path / "p.jsonl").write_text(json.dumps({"messages": asked}) + "\n")
+    run("diff", "--pack", pack, "--data", tmp_path / "p.jsonl", "--to", tmp_path / "d.jsonl")
+    (row,) = [json.loads(line) for line in (tmp_path / "d.jsonl").read_text().splitlines()]
+    assert (row["prompt"], row["edited"]) == (asked, edits[0].target)
+    assert read_prompts(tmp_path / "d.jsonl") == [dialogue.dump(asked)]
+
+
+def test_messages_to_a_base_without_a_template_are_refused(pair, made):
+    with pytest.raises(ConfigError, match="the base has no chat template"):
+        pair.ask(talk(made[2][0].prompt))
 
 
 def until(terminal: int, end: str) -> str:

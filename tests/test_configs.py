@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers_chat import chat_folder
 from helpers_runs import REPOSITORY
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -145,12 +146,14 @@ def small_data(folder: Path, format: str) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=names(CONFIGS))
-def test_it_runs_on_a_tiny_base(path, tmp_path, monkeypatch, folder_of):
+def test_it_runs_on_a_tiny_base(path, tmp_path, monkeypatch, folder_of, tiny, tokenizer):
     """Parsed and run to the end by train.py, with the base, the layer, the data and the steps made small."""
     content = yaml.safe_load(path.read_text())
     format = content.get("data", {}).get("format", "jsonl")
     data, irrelevant = small_data(tmp_path, format)
-    base = folder_of("gpt2" if "gpt2" in path.stem else "llama")
+    chat = content["model"].get("init_args", {}).get("template") == "chat"
+    made = chat_folder(tmp_path / "base", tiny, tokenizer) if chat else None
+    base = made or folder_of("gpt2" if "gpt2" in path.stem else "llama")
     configs = [path.stem] if complete(path) else ["quickstart", path.stem]
     options = {
         "model.base": base,

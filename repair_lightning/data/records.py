@@ -185,6 +185,8 @@ def load_irrelevant(path: str | Path, prefix: str = "") -> tuple[str, ...]:
 def check_lengths(edits: Sequence[Edit], forms: Forms, max_tokens: int) -> dict[str, str]:
     """Finds edits with a text that is too long for the model: prompt or rephrase with target and EOS, or a probe.
 
+    A dialogue that the base cannot be asked is found too.
+
     Args:
         edits: The edits to check.
         forms: how the base is asked.
@@ -196,14 +198,19 @@ def check_lengths(edits: Sequence[Edit], forms: Forms, max_tokens: int) -> dict[
     messages: dict[str, str] = {}
     for edit in edits:
         for name, prompt, target in _model_texts(edit):
-            length = len(forms.encode(prompt, target).ids)
-            if length > max_tokens:
-                remedy = "shorten it or raise the limit, if the model reads that much"
-                message = (
-                    f"edit '{edit.id}', field '{name}': is {length} tokens long, at most {max_tokens} fit; {remedy}"
-                )
-                messages.setdefault(edit.id, message)
+            problem = _unfit(forms, prompt, target, max_tokens)
+            if problem is not None:
+                messages.setdefault(edit.id, f"edit '{edit.id}', field '{name}': {problem}")
     return messages
+
+
+def _unfit(forms: Forms, prompt: str, target: str, max_tokens: int) -> str | None:
+    try:
+        length = len(forms.encode(prompt, target).ids)
+    except ConfigError as error:
+        return str(error)
+    remedy = "shorten it or raise the limit, if the model reads that much"
+    return f"is {length} tokens long, at most {max_tokens} fit; {remedy}" if length > max_tokens else None
 
 
 def read_rows(path_or_hub_name: str | Path, split: str = "train") -> list[Any]:

@@ -15,7 +15,7 @@ import pytest
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from repair_lightning.data import records
@@ -24,6 +24,7 @@ from repair_lightning.data.joining import apply, join
 from repair_lightning.data.ledger import Ledger
 from repair_lightning.data.records import check_lengths, load_irrelevant, load_records, same_question_key
 from repair_lightning.errors import ConfigError, FieldError, RecordError, RepairError
+from repair_lightning.models.forms import _WORDS, Forms
 from repair_lightning.texts import dialogue
 from repair_lightning.types import Edit, EditReport, Probe
 
@@ -673,25 +674,60 @@ def test_bad_irrelevant_records(jsonl, row, message):
 @pytest.fixture(scope="module")
 def tokenizer():
     """One token per word."""
-    model = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    model = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
     model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>")
 
 
-def test_lengths_count_prompt_target_and_end(tokenizer):
+@pytest.fixture(scope="module")
+def forms(tokenizer):
+    """How a base with that tokenizer is asked: bare."""
+    return Forms(tokenizer, stops=[7])
+
+
+def test_lengths_count_prompt_target_and_end(forms):
     """3 words + 1 word + EOS = 5 tokens."""
     edits = [Edit("a", "where is rome", "italy"), Edit("b", "where is", "italy")]
-    assert check_lengths(edits, tokenizer, 5) == {}
-    assert list(check_lengths(edits, tokenizer, 4)) == ["a"]
-    message = check_lengths(edits, tokenizer, 4)["a"]
+    assert check_lengths(edits, forms, 5) == {}
+    assert list(check_lengths(edits, forms, 4)) == ["a"]
+    message = check_lengths(edits, forms, 4)["a"]
     assert message.startswith("edit 'a', field 'prompt and target': is 5 tokens long, at most 4 fit; ")
-    assert check_lengths([], tokenizer, 4) == {}
+    assert check_lengths([], forms, 4) == {}
 
 
-def test_lengths_count_messages_as_a_person_sees_them(tokenizer):
-    """One turn is its content; several are `user: 1`, `user: 2 3` and, with target and EOS, seven tokens."""
-    assert "is 4 tokens" in check_lengths([Edit("a", talk("1 2"), "3")], tokenizer, 3)["a"]
-    assert "is 7 tokens" in check_lengths([Edit("a", talk("1", "2 3"), "4")], tokenizer, 3)["a"]
+@pytest.fixture(scope="module")
+def turns():
+    """One token per word in a template that writes `<u> text` for the user and `<b>` before the answer."""
+    words = {word: i for i, word in enumerate(["<unk>", "E", *"a123456789"])}
+    words |= {word: len(words) + i for i, word in enumerate(_WORDS)}
+    model = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    found = PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>", eos_token="E")
+    found.add_tokens([AddedToken(mark, special=True, normalized=False) for mark in ("<u>", "<b>")])
+    found.chat_template = (
+        "{% for m in messages %}{{ ('<u> ' if m.role == 'user' else '<b> ') + m.content + (' ' if m.role == 'user' "
+        "else ' E ') }}{% endfor %}{% if add_generation_prompt %}{{ '<b> ' }}{% endif %}"
+    )
+    return found
+
+
+def test_lengths_count_what_the_template_writes(turns, forms):
+    """`<u> 1 2 <b>` and the answer `3 E`; a text is put the same way, unless texts are asked bare."""
+    chat, bare = Forms(turns), Forms(turns, template="none")
+    for prompt in (talk("1 2"), "1 2"):
+        assert "is 6 tokens" in check_lengths([Edit("a", prompt, "3")], chat, 5)["a"]
+    assert "is 4 tokens" in check_lengths([Edit("a", "1 2", "3")], bare, 3)["a"]
+    assert "is 9 tokens" in check_lengths([Edit("a", talk("1", "2", "3"), "4")], chat, 5)["a"]
+
+
+def test_messages_for_a_base_without_a_template_are_named(forms):
+    edits = [Edit("a", "1", "2"), Edit("b", talk("1 2"), "3"), Edit("c", "1", "2", rephrases=("1", talk("2")))]
+    found = check_lengths(edits, forms, 9)
+    assert list(found) == ["b", "c"]
+    assert found["b"].startswith(
+        "edit 'b', field 'prompt and target': a prompt is a dialogue, and the base has no chat"
+    )
+    assert found["c"].startswith("edit 'c', field 'rephrases[1] and target': ")
 
 
 @pytest.mark.parametrize(
@@ -702,9 +738,9 @@ def test_lengths_count_messages_as_a_person_sees_them(tokenizer):
         (Edit("a", "x", "y", near=(Probe("1 2 3 4 5"),)), "near[0]"),
     ],
 )
-def test_lengths_cover_every_text_the_model_reads(tokenizer, edit, field):
-    assert f"field '{field}': is 6 tokens" in check_lengths([edit], tokenizer, 5)["a"]
-    assert check_lengths([edit], tokenizer, 6) == {}
+def test_lengths_cover_every_text_the_model_reads(forms, edit, field):
+    assert f"field '{field}': is 6 tokens" in check_lengths([edit], forms, 5)["a"]
+    assert check_lengths([edit], forms, 6) == {}
 
 
 # -- anything at all -------------------------------------------------------------------------------------------------

@@ -292,22 +292,22 @@ def long_stream(tmp_path, on_bad_record: str) -> EditStream:
 
 def test_an_edit_that_is_too_long_stops_the_run(tmp_path, editor):
     with pytest.raises(RepairError, match=r"edits.jsonl: edit 'w0003', field '.*': is \d+ tokens long, at most 100 "):
-        long_stream(tmp_path, "stop").check_fit(editor.tokenizer, 100)
+        long_stream(tmp_path, "stop").check_fit(editor.edited.forms, 100)
 
 
 def test_an_edit_that_is_too_long_is_left_out_where_bad_records_are(tmp_path, editor):
     stream = long_stream(tmp_path, "skip")
-    stream.check_fit(editor.tokenizer, 100)
+    stream.check_fit(editor.edited.forms, 100)
     assert [edit.id for edit in stream.edits] == ["w0001", "w0002", "w0004"]
     assert len(stream.records.bad) == 1
     assert "w0003" in stream.records.bad[0]
-    stream.check_fit(editor.tokenizer, 100)  # what is left fits
+    stream.check_fit(editor.edited.forms, 100)  # what is left fits
     assert len(stream.records.bad) == 1
 
 
 def test_a_limit_that_leaves_nothing_is_an_error(tmp_path, editor):
     with pytest.raises(RepairError, match=r"tokens long, at most 2 fit; .* \(4 such edits in all\)"):
-        long_stream(tmp_path, "skip").check_fit(editor.tokenizer, 2)
+        long_stream(tmp_path, "skip").check_fit(editor.edited.forms, 2)
 
 
 def test_what_an_edit_that_is_too_long_had_superseded_is_listed(tmp_path, editor):
@@ -315,7 +315,7 @@ def test_what_an_edit_that_is_too_long_had_superseded_is_listed(tmp_path, editor
     edits = world_edits(2)
     newer = replace(edits[0], id="newer", target="very " * 200 + "long")
     stream = world_stream(write_edits(tmp_path / "edits.jsonl", [*edits, newer]), on_bad_record="skip")
-    attach(stream, editor).check_fit(editor.tokenizer, 100)
+    attach(stream, editor).check_fit(editor.edited.forms, 100)
     assert [edit.id for edit in stream.edits] == ["w0002"]
     assert len(stream.records.bad) == 2
     assert "edit 'w0001': its successor 'newer' is too long" in stream.records.bad[1]
