@@ -234,7 +234,8 @@ def answered(editor: Repair, edits: Sequence[Edit], shards: Sequence[int], batch
     unless the base cannot say it.
     """
     found = []
-    ends = can_stop(editor.edited.base, editor.tokenizer)
+    end = editor.encode(edits[0]).target[-1] if edits else None
+    ends = can_stop(editor.edited.base, editor.tokenizer, end)
     for at in range(0, len(edits), batch_size):
         rows = [editor.encode(edit) for edit in edits[at : at + batch_size]]
         memory = torch.tensor(shards[at : at + batch_size])

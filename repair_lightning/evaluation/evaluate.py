@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from repair_lightning.evaluation.forms import form_scores
 from repair_lightning.evaluation.report import write_rows
 from repair_lightning.evaluation.same_subject import same_subject
 from repair_lightning.evaluation.scoring import Scorer, oracle_choice
+from repair_lightning.models.edited import EditedModel
 from repair_lightning.models.prefix_cache import PrefixCache
-from repair_lightning.packs import fold_into, load_ledger, open_pack, read_pack
+from repair_lightning.packs import PackedModel, fold_into, load_ledger, open_pack, read_pack
 from repair_lightning.types import BASE, Edit
 from repair_lightning.world import WORLD, edits_path
 
@@ -40,9 +41,7 @@ def evaluate_pack(
     started = time.perf_counter()
     config, tensors = read_pack(pack)
     edits = load_records(str(edits_path()) if path == WORLD else path, format, max_edits, on_bad_record).edits  # type: ignore[arg-type]
-    model = open_pack(pack, config, tensors, base, precision)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    model.prefixes = PrefixCache(model.split)
+    model = _opened(pack, config, tensors, base, precision)
     loaded = time.perf_counter() - started
     scorer = Scorer(model, edits)
     owners = _owners(pack, edits, scorer)
@@ -53,9 +52,9 @@ def evaluate_pack(
     choice = scorer.choose()
     final = scorer.score("final", choice, owners, changed)
     oracle = scorer.score("oracle", oracle_choice(scorer.questions, owners), owners, changed)
-    forms, rows = form_scores(model, edits, longest=longest_text(model))
-    beside = {"forms": forms, "same_subject": same_subject(model, edits, changed)}
-    _keep(generations, [*before.rows, *final.rows, *rows])
+    beside, rows = _beside(model, edits, changed)
+    if generations is not None:
+        write_rows(Path(generations), [*before.rows, *final.rows, *rows])
     metrics: dict[str, Any] = {
         "editor": config["editor"],
         "base": {"name": config["base"]["name"], "sha256": config["base"]["sha256"]},
@@ -67,8 +66,8 @@ def evaluate_pack(
         "oracle_routing": oracle.scores,
         "provenance": config["provenance"],
     }
-    deviation = {str(layer): moved for layer, moved in model.weights.deviations().items()}
-    metrics |= {"method": {"deviation": deviation}} if changed else {}
+    if changed:
+        metrics["method"] = {"deviation": {str(layer): d for layer, d in model.weights.deviations().items()}}
     if perplexity:
         metrics["perplexity"] = perplexity | {"final": scorer.perplexity(choice.memory)}
     seconds = time.perf_counter() - started
@@ -76,9 +75,18 @@ def evaluate_pack(
     return metrics
 
 
-def _keep(generations: str | Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
-    if generations is not None:
-        write_rows(Path(generations), rows)
+def _opened(pack: str | Path, config: dict[str, Any], tensors: dict[str, Tensor], *how: Any) -> PackedModel:
+    """The pack's model where it computes fastest, and keeping the states of prompts that come again."""
+    model = open_pack(pack, config, tensors, *how)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.prefixes = PrefixCache(model.split)
+    return model
+
+
+def _beside(model: EditedModel, edits: Sequence[Edit], changed: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The shares per form and of other questions about edited subjects, and each raw answer of the forms."""
+    forms, rows = form_scores(model, edits, longest=longest_text(model))
+    return {"forms": forms, "same_subject": same_subject(model, edits, changed)}, rows
 
 
 def _owners(pack: str | Path, edits: tuple[Edit, ...], scorer: Scorer) -> Tensor:

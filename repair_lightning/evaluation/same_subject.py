@@ -21,7 +21,7 @@ NUMBER = 200
 """Most questions that are asked."""
 OWN = (
     "What do people usually say about {}?",
-    "How old is {}?",
+    "What does {} smell of?",
     "Who are the best friends of {}?",
     "What colour does {} like most?",
     "How far is {} from the sea?",

@@ -111,13 +111,19 @@ def _resolve(name: str) -> tuple[str, str | None]:
 
 
 @torch.no_grad()
-def can_stop(model: PreTrainedModel, tokenizer: Any) -> bool:
-    """Whether the head can rank the end-of-sequence token first: an untrained one often shares its row with others.
+def can_stop(model: PreTrainedModel, tokenizer: Any, end: int | None = None) -> bool:
+    """Whether the head can rank the token that ends an answer first: an untrained one often shares its row with others.
 
     Looks for a state that does so with perceptron steps: away from the token that ranks before it, `_STEPS` times.
+
+    Args:
+        end: the token; by default the tokenizer's end of a text, or the first at which the base stops, where that is
+            none of them.
     """
     head = model.get_output_embeddings().weight.float()  # type: ignore[operator,union-attr]
-    end = tokenizer.eos_token_id
+    if end is None:
+        stops = stop_ids(model, tokenizer)
+        end = tokenizer.eos_token_id if tokenizer.eos_token_id in stops else stops[0]
     state = normalize(head[end] - head.mean(0), dim=0)
     for _ in range(_STEPS):
         first = int((head @ state).argmax())

@@ -1,4 +1,4 @@
-"""Edits as token ids. One space joins prompt and target; the target ends with the end-of-sequence token."""
+"""Edits as token ids, and their labels; `repair_lightning.models.forms` makes them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from repair_lightning.functional import IGNORED
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A prompt and its target as token ids; the target includes the end-of-sequence token."""
+    """A prompt and its target as token ids; the target includes the token that ends the answer."""
 
     prompt: tuple[int, ...]
     target: tuple[int, ...]
@@ -23,26 +23,6 @@ class Encoded:
     def ids(self) -> tuple[int, ...]:
         """Prompt and target in one row."""
         return self.prompt + self.target
-
-
-def encode(tokenizer: Any, prompt: str, target: str) -> Encoded:
-    """Token ids of `prompt`, and of `target` as it is spelled after it.
-
-    The target's ids are those that follow the prompt's in the joined text; where joining changes the prompt's own ids,
-    both are split apart and tokenised by themselves.
-    """
-    prompt_ids = tuple(tokenizer(prompt)["input_ids"])
-    joined = _without_end(tokenizer, tuple(tokenizer(f"{prompt} {target}")["input_ids"]))
-    prompt_ids = _without_end(tokenizer, prompt_ids)
-    if joined[: len(prompt_ids)] == prompt_ids and len(joined) > len(prompt_ids):
-        target_ids = joined[len(prompt_ids) :]
-    else:
-        target_ids = tuple(tokenizer(f" {target}", add_special_tokens=False)["input_ids"])
-    return Encoded(prompt_ids, (*target_ids, tokenizer.eos_token_id))
-
-
-def _without_end(tokenizer: Any, ids: tuple[int, ...]) -> tuple[int, ...]:
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id and len(ids) > 1 else ids
 
 
 def target_labels(rows: Sequence[Encoded], device: Any = None) -> Tensor:

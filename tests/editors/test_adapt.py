@@ -91,10 +91,10 @@ def test_another_layer_where_the_last_one_cannot_be_written(crippled, irrelevant
 
 
 def test_what_is_written_there_is_answered(crippled, irrelevant, write, answers, edits):
-    editor = prepared(crippled, irrelevant, layer="auto", routing=Routing(neighbours=0))
+    editor = prepared(crippled, irrelevant, layer="auto")
     write(editor, edits[:3])
     right = answers(editor.edited, editor.tokenizer, [edit.prompt for edit in edits[:3]])
-    default = prepared(crippled, irrelevant, routing=Routing(neighbours=0))
+    default = prepared(crippled, irrelevant)
     write(default, edits[:3])
     wrong = answers(default.edited, default.tokenizer, [edit.prompt for edit in edits[:3]])
     hits = [sum(a == edit.target for a, edit in zip(said, edits, strict=False)) for said in (right, wrong)]

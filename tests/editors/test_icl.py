@@ -10,7 +10,6 @@ from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.evaluation import protocols
 from repair_lightning.evaluation.scoring import Scorer, oracle_choice
 from repair_lightning.models.prefix import pad_left
-from repair_lightning.models.tokenizing import encode
 from repair_lightning.types import BASE
 
 
@@ -59,7 +58,7 @@ def test_every_way_to_ask_it_is_the_base_behind_that_text(editor, edits):
         assert editor.edited(ids, mask).logits[:, -1].argmax(-1).tolist() == [row[0] for row in said]
     forced = protocols.forced_tokens(editor.edited, prompts, targets, chosen)
     for row, prompt, target, tokens in zip(read, prompts, targets, forced, strict=True):
-        wanted = encode(editor.tokenizer, prompt, target).target
+        wanted = editor.edited.forms.encode(prompt, target).target
         with torch.no_grad(), editor.edited.forced(None):
             logits = editor.base.model(torch.tensor([[*row, *wanted]])).logits[0]
         assert tokens == logits[-len(wanted) - 1 : -1].argmax(-1).tolist()

@@ -17,7 +17,6 @@ from repair_lightning.editors.repair import Distillation, Repair, Routing, Writi
 from repair_lightning.errors import ConfigError
 from repair_lightning.evaluation.correctness import correctness
 from repair_lightning.functional import activation_scores
-from repair_lightning.memory.query import canonical_ids
 from repair_lightning.memory.routers import Anchor
 from repair_lightning.models.architectures import ARCHITECTURES
 from repair_lightning.models.prefix import pad_left
@@ -86,7 +85,7 @@ class TestWriting:
 
     def test_other_words_in_another_case_reach_the_edit(self, editor_of, write, edits):
         """By words alone: the last state of a random base says nothing about what is asked."""
-        editor = editor_of(routing=Routing(neighbours=0))
+        editor = editor_of()
         write(editor, edits)
         rephrased = [edit.rephrases[0].upper() for edit in edits]
         assert [route.memory for route in editor.edited.route(rephrased)] == [0] * len(edits)
@@ -600,14 +599,18 @@ class TestSeeds:
 
 
 class TestAnchors:
-    def test_the_subject_where_the_prompt_holds_it(self, editor_of, edits):
+    def test_the_subject_and_what_the_prompt_asks(self, editor_of, edits):
         editor = editor_of()
-        subject = canonical_ids(editor.tokenizer, [edits[0].subject])[0].tolist()
-        assert editor._anchor(edits[0]) == Anchor(tuple(dict.fromkeys(subject)), named=True)
+        assert editor._anchor(edits[0]) == Anchor(edits[0].subject, edits[0].prompt)
+        assert editor._anchor(Edit("x", "Where was he born?", "Oslo")) == Anchor("", "Where was he born?")
+
+    def test_a_subject_that_the_prompt_does_not_name_is_none(self, editor_of, write):
+        """It is found by what it asks, and by nothing that only names the subject."""
+        editor = editor_of()
         elsewhere = Edit("x", "Where was he born?", "Oslo", subject="Mara Kelstrom")
-        words = canonical_ids(editor.tokenizer, [elsewhere.prompt])[0].tolist()
-        assert editor._anchor(elsewhere) == Anchor(tuple(dict.fromkeys(words)), named=False)
-        assert editor._anchor(Edit("x", elsewhere.prompt, "Oslo")) == editor._anchor(elsewhere)
+        write(editor, [elsewhere])
+        asked = [elsewhere.prompt, "Where was Mara Kelstrom born?"]
+        assert [route.memory for route in editor.edited.route(asked)] == [0, BASE]
 
 
 class TestOptions:
@@ -713,9 +716,10 @@ class TestRealBase:
         assert sum(route.memory == 0 for route in editor.edited.route(rephrased)) >= 6
 
 
-def test_the_key_router_works_without_states(editor_of, write, answers, edits, tmp_path):
-    """With `state_weight=0` keys cannot tell relations apart: no floor is set, edits are answered, and it saves."""
-    editor = editor_of(routing=Routing(state_weight=0.0))
+def test_the_key_router_reads_no_states_of_prompts(editor_of, write, answers, edits, tmp_path):
+    """It knows texts: held-out prompts are never run, edits are answered, and it saves."""
+    editor = editor_of()
+    assert editor.held_out.hidden.numel() == 0
     write(editor, edits[:4])
     assert answers(editor.edited, editor.tokenizer, prompts_of(edits[:4])) == targets_of(edits[:4])
     save_pack(editor, tmp_path / "pack", {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import subprocess
@@ -14,8 +15,10 @@ from typing import Any
 import pytest
 import torch
 from helpers_runs import REPOSITORY, hard_edits, write_edits, written_editor
+from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM
 
+from repair_lightning.editors.repair import Repair
 from repair_lightning.types import BASE
 from repair_lightning.world import base_dir
 
@@ -44,6 +47,35 @@ def plain(written) -> Callable[[int], Any]:
         return models[memory]
 
     return model
+
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def chat_folder(tiny, tokenizer, tmp_path_factory) -> Path:
+    """The folder of a tiny base with a chat template; larger random weights would let no edit hold in other forms."""
+    own = copy.deepcopy(tokenizer)
+    own.add_tokens([AddedToken(text, special=True, normalized=False) for text in ("<|im_start|>", "<|im_end|>")])
+    own.chat_template = CHATML
+    folder = tmp_path_factory.mktemp("bases") / "chat"
+    options = {"vocabulary": len(own), "max_position_embeddings": 2048, "initializer_range": 0.05}
+    tiny("llama", **options).save_pretrained(folder)
+    own.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chat_editor(chat_folder, irrelevant, write, edits) -> Repair:
+    """Four edits in low-rank shards of a base with a chat template. Tests must leave it as it is."""
+    editor = Repair(str(chat_folder), precision="float32")
+    editor.load()
+    editor.prepare(irrelevant[:8], irrelevant[8:])
+    assert all(report.error is None for report in write(editor, edits[:4]))
+    return editor
 
 
 HOSTILE = " <script>document.title = 'taken'</script>"

@@ -25,7 +25,7 @@ from repair_lightning.evaluation.protocols import (
     target_loss,
     token_share,
 )
-from repair_lightning.models.tokenizing import encode
+from repair_lightning.models.forms import Forms
 from repair_lightning.types import BASE
 
 
@@ -129,7 +129,7 @@ def test_nothing_asked(written):
 
 def slow_logits(model: Any, tokenizer: Any, prompt: str, target: str) -> tuple[torch.Tensor, list[int]]:
     """Logits at each target position, and the target's ids with their end."""
-    row = encode(tokenizer, prompt, target)
+    row = Forms(tokenizer).encode(prompt, target)
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([row.ids]), use_cache=False).logits[0]
     return logits[len(row.prompt) - 1 : -1], list(row.target)
@@ -240,7 +240,8 @@ def said(request, editor_of, write, edits) -> tuple[Any, list[str], torch.Tensor
 
 def generated(model: Any, prompts: list[str], targets: list[str], memory: torch.Tensor) -> list[bool]:
     """The definition: the greedy answer, two tokens past the target, is the target after normalisation."""
-    limits = [len(encode(model.tokenizer, prompt, target).target) + 2 for prompt, target in zip(prompts, targets)]  # noqa: B905
+    pairs = zip(prompts, targets, strict=True)
+    limits = [len(model.forms.encode(prompt, target).target) + 2 for prompt, target in pairs]
     found = answers(model, prompts, memory, limits)
     return [normalise(a) == normalise(b) for a, b in zip(found, targets, strict=True)]
 

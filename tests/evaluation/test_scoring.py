@@ -12,7 +12,6 @@ from repair_lightning.evaluation import protocols, scoring
 from repair_lightning.evaluation.protocols import forced_choice, normalise, token_share
 from repair_lightning.evaluation.scoring import Question, Scorer, oracle_choice, questions_of
 from repair_lightning.memory.query import Choice
-from repair_lightning.models.tokenizing import encode
 from repair_lightning.types import BASE, Edit, Probe
 
 
@@ -65,7 +64,7 @@ def test_every_figure_is_what_plain_models_say(written, plain, scorer, owners, r
         said, own = (say(plain(m), editor, question.prompt, scorer.max_new_tokens) for m in (int(memory[i]), BASE))
         fed = question.expected or own or "."
         tokens, base_tokens = (force(plain(m), editor, question.prompt, fed) for m in (int(memory[i]), BASE))
-        target = encode(editor.tokenizer, question.prompt, fed).target
+        target = editor.edited.forms.encode(question.prompt, fed).target
         right, right_tokens = (own, base_tokens) if question.keeps_base else (question.expected, target)
         kind = {"edit": "rel", "rephrase": "gen", "locality": "loc", "near": "near"}[question.kind]
         exact.setdefault(kind, []).append(float(normalise(said) == normalise(right)))
@@ -98,7 +97,7 @@ def say(model, editor, prompt: str, limit: int) -> str:
 
 
 def force(model, editor, prompt: str, target: str) -> list[int]:
-    row = encode(editor.tokenizer, prompt, target)
+    row = editor.edited.forms.encode(prompt, target)
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([row.ids])).logits[0]
     return logits[len(row.prompt) - 1 : -1].argmax(-1).tolist()
@@ -315,7 +314,7 @@ def test_perplexity_is_of_the_edits_own_prompts(written, edits, scorer):
 def test_answers_are_long_enough_for_the_longest_target(written, edits):
     editor, _ = written
     long = replace(edits[0], target=" ".join(["Icelandic"] * 60))
-    length = len(encode(editor.tokenizer, long.prompt, long.target).target)
+    length = len(editor.encode(long).target)
     assert Scorer(editor.edited, [long]).max_new_tokens == length + 8 > 32
     assert Scorer(editor.edited, edits).max_new_tokens == 32
     assert Scorer(editor.edited, edits, max_new_tokens=5).max_new_tokens == 5
