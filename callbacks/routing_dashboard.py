@@ -25,6 +25,7 @@ from repair_lightning.data.ledger import EditStatus, Ledger, LedgerEntry
 from repair_lightning.errors import ConfigError
 from repair_lightning.evaluation.protocols import answers
 from repair_lightning.evaluation.separation import MEANT, OTHERS, SCORE, Separation
+from repair_lightning.texts import dialogue
 
 _POOLS = {
     "pool/residual": EditStatus.RESIDUAL,
@@ -146,7 +147,7 @@ class RoutingDashboard(pl.Callback):
         said = answers(editor.edited, [edit.prompt for edit in edits], choice.memory, 32)
         for entry, route, answer in zip(new, choice.routes(), said, strict=True):
             edit, why = entry.edit, entry.reason or route.reason
-            row = [stream.windows, edit.id, edit.prompt, edit.target, answer, route.memory]
+            row = [stream.windows, edit.id, dialogue.shown(edit.prompt), edit.target, answer, route.memory]
             self._failed[edit.id, entry.attempts] = [*row, route.score, route.threshold, entry.score, why]
         return {"tables/failed": _table(FAILED, list(self._failed.values())[-self.rows :])}
 

@@ -101,6 +101,8 @@ def harness(parser: ArgumentParser) -> None:
     parser.add_argument("--precision", default="auto", help="of the base: auto, float32, bfloat16, float16")
     parser.add_argument("--limit", type=int, help="most documents of each task; default all")
     parser.add_argument("--num_fewshot", type=int, help="examples before each question; default the task's own")
+    parser.add_argument("--apply_chat_template", action="store_true", help="ask through the base's chat template")
+    parser.add_argument("--system_instruction", help="a system message before each question")
     parser.add_argument("--include_path", help="a folder with more tasks, in YAML")
     parser.add_argument("--batch_size", type=int, default=16, help="requests at once; default 16")
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
@@ -117,7 +119,8 @@ def _harness(options: Namespace) -> None:
     from repair_lightning.evaluation.harness import comparison_table, harness, who_answered
     from repair_lightning.evaluation.report import write_json
 
-    given = {name: getattr(options, name) for name in ("limit", "num_fewshot", "include_path", "batch_size")}
+    names = ("limit", "num_fewshot", "include_path", "batch_size", "apply_chat_template", "system_instruction")
+    given = {name: getattr(options, name) for name in names}
     found = harness(options.pack, options.tasks, options.base, options.precision, **given)
     Console().print(comparison_table(found))
     print(who_answered(found))

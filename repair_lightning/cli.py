@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -31,7 +32,7 @@ from repair_lightning.data.stream import EditStream
 from repair_lightning.distributed.strategies import STRATEGIES, EditStrategy
 from repair_lightning.distributed.team import ALONE
 from repair_lightning.editors import REGISTRY, Editor
-from repair_lightning.errors import ConfigError, RepairError, counted
+from repair_lightning.errors import ConfigError, NothingWritten, RepairError, counted
 from repair_lightning.evaluation.html_report import try_report
 from repair_lightning.evaluation.report import print_report, verdict, write_json, write_rows
 from repair_lightning.models.base import files_hash
@@ -340,7 +341,11 @@ class EditCLI(LightningCLI):
 
 def finish(cli: EditCLI) -> dict[str, Any]:
     """Write a finished run's artefacts and print its report, on the first rank; returns the content of
-    `metrics.json`."""
+    `metrics.json`.
+
+    Raises:
+        NothingWritten: none of the run's edits is written at its end; all artefacts are there.
+    """
     if cli.team.rank:
         return {}
     run_dir, editor, stream, board = cli.run_dir, cli.model, cli.datamodule, cli.part("scoreboard")
@@ -364,7 +369,23 @@ def finish(cli: EditCLI) -> dict[str, Any]:
         Console().print(verdict(metrics, run_dir), markup=False, highlight=False, soft_wrap=True)
     else:
         print_report(metrics, run_dir)
+    why = None if board.singles else nothing_written(stream.ledger, [edit.id for edit in stream.edits])
+    if why is not None:
+        raise NothingWritten(f"{why}; {run_dir / 'report.html'} says more, and another base, layer or lr may do better")
     return metrics
+
+
+def nothing_written(ledger: Ledger, ids: Sequence[str]) -> str | None:
+    """Why none of some edits is written, in words; None where one is."""
+    entries = [ledger.entry(id) for id in ids if id in ledger]
+    if any(entry.shard is not None for entry in entries):
+        return None
+    reasons = Counter((entry.status, entry.reason) for entry in entries)
+    words = [
+        f"{number:,} {status}{f' ({reason})' if reason else ''}" for (status, reason), number in reasons.most_common(3)
+    ]
+    rest = f" and {len(reasons) - 3:,} more reasons" if len(reasons) > 3 else ""
+    return f"nothing was written: of {counted(len(ids), 'edit')} {', '.join(words) or 'none arrived'}{rest}"
 
 
 def _all_rows(board: Any) -> Iterator[dict[str, Any]]:
@@ -480,7 +501,8 @@ def _stop(signum: int, frame: Any) -> None:
 
 
 def guarded(main: Callable[[], Any], resumes: bool = False) -> None:
-    """Run a command; a mistake of the user's becomes one line and exit code 2, SIGTERM one line and 143, Ctrl-C 130.
+    """Run a command; a mistake of the user's becomes one line and exit code 2, a run that wrote nothing likewise 1,
+    SIGTERM one line and 143, Ctrl-C 130.
 
     With `--debug` among the arguments the traceback is shown.
 
@@ -507,7 +529,7 @@ def guarded(main: Callable[[], Any], resumes: bool = False) -> None:
         known = _cause(error)
         if known is None:
             raise
-        _end(f"error: {known}", 2)
+        _end(f"error: {known}", known.exit_code)
 
 
 def _end(words: str, code: int) -> NoReturn:

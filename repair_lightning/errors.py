@@ -1,4 +1,4 @@
-"""What can go wrong, said in one line to the user; the command line prints it and exits with code 2."""
+"""What can go wrong, said in one line to the user; the command line prints it and exits with the error's code."""
 
 from __future__ import annotations
 
@@ -18,9 +18,18 @@ def counted(number: int, noun: str) -> str:
 class RepairError(Exception):
     """A problem the user can solve: its message names the value, what is allowed and the remedy."""
 
+    exit_code = 2
+    """Of a command that ends with it."""
+
 
 class ConfigError(RepairError):
     """A setting has a value that cannot work."""
+
+
+class NothingWritten(RepairError):
+    """A run went to its end, and none of its edits is written."""
+
+    exit_code = 1
 
 
 class FieldError(RepairError):

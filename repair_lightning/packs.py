@@ -280,6 +280,8 @@ class PackedModel(EditedModel):
         config, tensors = read_pack(folder)
         model = open_pack(folder, config, tensors, base, precision, trust_remote_code)
         fold_into(model, tensors)
+        if not any(model.ledger.owner_of(id) is not None for id in model.ledger):
+            log.warning("pack '%s' holds no written edit (%s): the base answers every prompt", folder, _counts(model))
         return model
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **hub: Any) -> Path:
@@ -312,6 +314,10 @@ class PackedModel(EditedModel):
         """
         with tempfile.TemporaryDirectory() as folder:
             return upload(self.save_pretrained(Path(folder) / "pack"), repo_id=repo_id, **hub)
+
+
+def _counts(model: PackedModel) -> str:
+    return ", ".join(f"{n:,} {status}" for status, n in model.ledger.counts().items() if n) or "none at all"
 
 
 def load_edited(

@@ -22,8 +22,7 @@ from repair_lightning.types import BASE
 
 def longest_text(model: EditedModel) -> int:
     """The longest text that the base reads, in tokens; 2048 where its configuration does not say."""
-    names = ("max_position_embeddings", "n_positions", "n_ctx")
-    return min([number for name in names if (number := getattr(model.config, name, None))] or [2048])
+    return model.longest or 2048
 
 
 @torch.no_grad()
@@ -98,6 +97,11 @@ def cut(text: str, until: Sequence[str]) -> str:
     return min((text.partition(stop)[0] for stop in until if stop), key=len, default=text)
 
 
+def _before(row: Sequence[int], ends: Sequence[int]) -> list[int]:
+    """A row up to the first of some ids: not every end of a turn is one that decoding leaves out."""
+    return list(row[: next((i for i, id in enumerate(row) if id in ends), len(row))])
+
+
 @torch.no_grad()
 def completions(
     model: EditedModel,
@@ -130,11 +134,13 @@ def completions(
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     for index in sorted_batches([len(row) for row in rows], batch_size):
         ids, mask = pad_left([rows[i] for i in index], fill=pad, device=model.device)
-        options = {"max_new_tokens": max_new_tokens, "pad_token_id": pad, **GREEDY}
+        ends = list(model.forms.stops)
+        options = {"max_new_tokens": max_new_tokens, "pad_token_id": pad, "eos_token_id": ends, **GREEDY}
         stop = StoppingCriteriaList([_Until(tokenizer, until, ids.shape[1])])
         with model.forced(forced_choice(memory[index])):
             output = model.base.generate(input_ids=ids, attention_mask=mask, stopping_criteria=stop, **options)
-        texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+        said = [_before(row, ends) for row in output[:, ids.shape[1] :].tolist()]
+        texts = tokenizer.batch_decode(said, skip_special_tokens=True)
         for i, text in zip(index, texts, strict=True):
             found[i] = cut(text, until)
     return found

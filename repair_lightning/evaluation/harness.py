@@ -65,6 +65,8 @@ def run_tasks(
     batch_size: int = 16,
     limit: int | None = None,
     num_fewshot: int | None = None,
+    apply_chat_template: bool = False,
+    system_instruction: str | None = None,
 ) -> dict[str, Any]:
     """Ask a model the requests of tasks.
 
@@ -76,12 +78,14 @@ def run_tasks(
         batch_size: requests per call.
         limit: most documents of each task.
         num_fewshot: examples before each question; None leaves it to the task.
+        apply_chat_template: put questions, and examples as earlier turns, through the base's chat template.
+        system_instruction: a system message before them.
 
     Returns:
         `scores`: task -> metric -> number; `requests`: how many there were; `by_shards`: how many a shard answered.
 
     Raises:
-        ConfigError: `lm_eval` is not installed, or there is no such task.
+        ConfigError: `lm_eval` is not installed, there is no such task, or no chat template.
         RepairError: a task's data cannot be loaded.
     """
     manager = manager or task_manager(tasks)
@@ -91,6 +95,8 @@ def run_tasks(
 
     lm = EditedLM(model, routed, batch_size)
     asked = {"tasks": list(tasks), "num_fewshot": num_fewshot, "limit": limit, "task_manager": manager}
+    asked["system_instruction"] = system_instruction
+    asked |= {"apply_chat_template": True, "fewshot_as_multiturn": True} if apply_chat_template else {}
     try:
         found = simple_evaluate(model=lm, log_samples=False, **asked)
     except OSError as error:

@@ -33,6 +33,7 @@ from repair_lightning.evaluation.report_tables import (
     event_table,
     examples,
     failed_table,
+    forms_table,
     others_table,
     problems,
     score_table,
@@ -116,6 +117,8 @@ def context(run: Artefacts) -> dict[str, Any]:
         "tiles": tiles(run),
         "examples": examples(run),
         "scores": score_table(run),
+        "forms": forms_table(run),
+        "subject_words": subject_words(run),
         "glossary": glossary(run),
         "further": further(run),
         "failed_words": failed_words(run),
@@ -218,6 +221,17 @@ def chart_in_words(chart: Chart) -> dict[str, Any]:
     """A picture's text alternative: what it says, and its numbers; small pictures side by side want the whole width."""
     found = {"name": chart.name, "title": chart.title, "words": chart.words, "table": chart_table(chart)}
     return found | {"wide": chart.kind == "points" and chart.panel is not None}
+
+
+def subject_words(run: Artefacts) -> str:
+    """What became of other questions about edited subjects; empty where none was asked."""
+    about = run.metrics["final"].get("same_subject")
+    if not about:
+        return ""
+    return (
+        f"{counted(about['asked'], 'other question')} about edited subjects, which no edit answers: a shard answers "
+        f"{percent(about['fires'])} of them, and {percent(about['changed'])} of the answers changed."
+    )
 
 
 def glossary(run: Artefacts) -> list[tuple[str, str]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
 import torch
+from jinja2.exceptions import TemplateError
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -16,6 +18,8 @@ from repair_lightning.errors import ConfigError
 from repair_lightning.evaluation.continuations import completions, log_likelihoods, longest_text, route_contexts
 from repair_lightning.models.edited import EditedModel
 from repair_lightning.types import BASE
+
+log = logging.getLogger(__name__)
 
 MAX_GEN_TOKS = 256
 """Most tokens of an answer where the task does not say, as the harness has it; half of what a short base reads."""
@@ -44,8 +48,8 @@ class EditedLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text."""
-        return self.tokenizer.eos_token_id
+        """The token that ends a text; answers end at each of `Forms.stops`."""
+        return self.edited.forms.bare_end
 
     @property
     def prefix_token_id(self) -> int:
@@ -64,10 +68,45 @@ class EditedLM(TemplateLM):
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids of a text that may go on: without the end of sequence that some tokenizers put behind it."""
-        special = True if add_special_tokens is None else add_special_tokens
-        ids = self.tokenizer(string, add_special_tokens=special)["input_ids"]
-        return ids[:-1] if special and ids[-1:] == [self.eot_token_id] != [self.prefix_token_id] else ids
+        """Token ids of a text that may go on: without the end of sequence that some tokenizers put behind it.
+
+        What the chat template has rendered has its control tokens, and no beginning of a text but the template's own.
+        """
+        forms, special = self.edited.forms, True if add_special_tokens is None else add_special_tokens
+        if special and forms.is_rendered(string):
+            return list(forms.rendered(string)[0])
+        if special:
+            return list(forms.bare(string))
+        return self.tokenizer(string, add_special_tokens=False)["input_ids"]
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """A dialogue keeps the blanks that its template ends with: there the answer begins."""
+        if not self.edited.forms.is_rendered(context):
+            return super()._encode_pair(context, continuation)
+        ids, whole = self.tok_encode(context), self.tok_encode(context + continuation)
+        if whole[: len(ids)] == ids and len(whole) > len(ids):
+            return ids, whole[len(ids) :]
+        return ids, self.tok_encode(continuation, add_special_tokens=False)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A dialogue as the base's chat template writes it; where that has no place for a system message, without.
+
+        Raises:
+            ConfigError: there is no template, or one that does not take the dialogue.
+        """
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ConfigError("the base's tokenizer has no chat template; leave --apply_chat_template out")
+        options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+        options["continue_final_message"] = not add_generation_prompt  # the answer is begun already
+        try:
+            return self.tokenizer.apply_chat_template(chat_history, **options)
+        except TemplateError as error:
+            others = [message for message in chat_history if message["role"] != "system"]
+            if len(others) == len(chat_history):
+                reason = " ".join(str(error).split())
+                raise ConfigError(f"the base's chat template does not take a task's dialogue ({reason})") from error
+        log.warning("the base's chat template has no place for a system message: it is left out")
+        return self.apply_chat_template(others, add_generation_prompt)
 
     def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any) -> list:
         contexts = [context or [self.prefix_token_id] for _, context, _ in requests]

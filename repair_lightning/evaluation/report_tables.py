@@ -12,6 +12,7 @@ from repair_lightning.evaluation.artefacts import Artefacts, Row
 from repair_lightning.evaluation.charts import SCORES_IN_WORDS, Chart
 from repair_lightning.evaluation.protocols import PROTOCOLS
 from repair_lightning.evaluation.report import stages
+from repair_lightning.texts import dialogue
 from repair_lightning.types import BASE
 
 EDITS_SHOWN, ROWS_SHOWN, POINTS_SHOWN, TEXT_SHOWN = 2000, 200, 60, 240
@@ -25,6 +26,21 @@ FAILED = (
     EditStatus.REQUEUED,
 )
 """What an edit of a finished run should not be."""
+
+FORMS_IN_WORDS = {
+    "bare": "as bare text",
+    "chat": "in the chat template",
+    "system": "behind a system message",
+    "second_turn": "in a second turn",
+    "wrapped": "inside courtesy",
+    "long": "behind other text",
+}
+FIGURES_IN_WORDS = {
+    "rel": "answered exactly",
+    "contains": "target in the answer",
+    "fires": "a shard answers",
+    "garbled": "garbled",
+}
 
 
 @dataclass(frozen=True)
@@ -74,7 +90,7 @@ def examples(run: Artefacts, number: int = 3) -> PageTable:
     rows = [row for row in run.rows.get("final", ()) if row["kind"] == "edit" and row["id"] not in gone]
     shown = [row for row in rows if row["correct"] and row["answer"] != before.get(row["id"])][:number]
     columns = [Column(name, "text") for name in ("asked", "answer before", "answer now")]
-    lines = [Line([text(row["prompt"]), text(before.get(row["id"])), text(row["answer"])]) for row in shown]
+    lines = [Line([asked(row["prompt"]), text(before.get(row["id"])), text(row["answer"])]) for row in shown]
     return PageTable("examples", "examples", columns, lines)
 
 
@@ -88,6 +104,18 @@ def score_table(run: Artefacts) -> PageTable:
             lines.append(Line([Cell(protocol.replace("_", " ")), Cell(words), *cells], strong=stage == "final"))
     columns = [Column("protocol"), Column("model"), *(Column(SCORES_IN_WORDS[kind], "number") for kind in kinds)]
     return PageTable("score-table", "scores", columns, lines, "In per cent; higher is better everywhere.")
+
+
+def forms_table(run: Artefacts) -> PageTable:
+    """How the edits hold in each form in which the base can be asked, in per cent; no rows where none was asked."""
+    columns = [Column("asked"), *(Column(title, "number") for title in FIGURES_IN_WORDS.values())]
+    lines = []
+    for form, found in (run.metrics["final"].get("forms") or {}).items():
+        if found["rel"] is not None:
+            cells = [Cell(f"{100 * found[name]:.1f}", found[name]) for name in FIGURES_IN_WORDS]
+            lines.append(Line([Cell(FORMS_IN_WORDS.get(form, form)), *cells]))
+    note = "In per cent of the edits that were asked; garbled: a shard said what neither it nor the base should say."
+    return PageTable("forms-table", "edits in other forms", columns, lines, note)
 
 
 # -- what failed -------------------------------------------------------------------------------------------------------
@@ -162,7 +190,7 @@ def failed_table(run: Artefacts) -> PageTable:
     for id in list(why)[:ROWS_SHOWN]:
         row, entry = rows.get(id, {}), run.entries.get(id)
         prompt, target = (entry.edit.prompt, entry.edit.target) if entry else (row["prompt"], row["expected"])
-        said = [text(prompt), text(target), text(row.get("answer")), text(row.get("base_answer"))]
+        said = [asked(prompt), text(target), text(row.get("answer")), text(row.get("base_answer"))]
         attempts = Cell(str(entry.attempts) if entry else "-")
         lines.append(Line([text(id), *said, text(why[id], 4 * TEXT_SHOWN), attempts]))
     return PageTable("failed-table", "edits that failed", columns, lines, cut(len(lines), len(why)))
@@ -177,7 +205,7 @@ def others_table(run: Artefacts) -> PageTable:
     lines = []
     for row in wrong[:ROWS_SHOWN]:
         right = row["expected"] if row["kind"] == "rephrase" else row["base_answer"]
-        said = [text(row["prompt"]), text(right), text(row["answer"])]
+        said = [asked(row["prompt"]), text(right), text(row["answer"])]
         why = text(why_wrong(row, run.entries.get(row["id"])))
         lines.append(Line([text(names.get(row["kind"], row["kind"])), text(row["id"]), *said, why]))
     note = cut(len(lines), len(wrong), "generations.jsonl")
@@ -246,7 +274,7 @@ def _edit_row(run: Artefacts, id: str, row: Row | None, why: Mapping[str, str]) 
     reason = why.get(id) or (entry.reason if entry else "") or ""
     said = [shortened(row["answer"]), shortened(row["base_answer"])] if row else [None, None]
     status = str(entry.status) if entry else None
-    place = [shortened(prompt), shortened(target), *said, now, memory, status]
+    place = [shortened(dialogue.shown(prompt)), shortened(target), *said, now, memory, status]
     return [id, *place, entry.attempts if entry else None, shortened(reason, 2 * TEXT_SHOWN)]
 
 
@@ -290,6 +318,11 @@ def shortened(value: Any, most: int = TEXT_SHOWN) -> str:
 def text(value: Any, most: int = TEXT_SHOWN) -> Cell:
     """A text as a cell; a dash for nothing."""
     return Cell("-" if value is None or value == "" else shortened(value, most))
+
+
+def asked(prompt: str) -> Cell:
+    """A prompt as a cell; messages turn by turn."""
+    return text(dialogue.shown(prompt))
 
 
 def cut(shown: int, total: int, rest: str = "edits.parquet and generations.jsonl") -> str:

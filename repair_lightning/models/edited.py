@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from repair_lightning.distributed.team import ALONE, Team
-from repair_lightning.errors import RepairError
+from repair_lightning.errors import RepairError, counted
 from repair_lightning.memory.query import Check, Choice, Query
 from repair_lightning.memory.routers import Router
 from repair_lightning.memory.side_memory import Selection, SideMemory
@@ -152,6 +152,12 @@ class EditedModel(nn.Module):
         return self.base.config
 
     @property
+    def longest(self) -> int | None:
+        """The longest text that the base reads, in tokens; None where its configuration does not say."""
+        names = ("max_position_embeddings", "n_positions", "n_ctx")
+        return min([number for name in names if (number := getattr(self.config, name, None))], default=None)
+
+    @property
     def generation_config(self) -> Any:
         """The base's generation settings."""
         return self.base.generation_config
@@ -229,12 +235,16 @@ class EditedModel(nn.Module):
             attention_mask: (B, T), by default all ones.
             input_ids: the same as `inputs`.
             options: as the base takes them; it stops where it was taught to end its answers.
+
+        Raises:
+            RepairError: nothing is asked, or a prompt leaves no room for an answer in what the base reads.
         """
         asked = inputs if input_ids is None else input_ids
         ids, mask = self._inputs(asked, attention_mask)
         options.setdefault("eos_token_id", list(self.forms.stops))
         options.setdefault("pad_token_id", self._padding)
         rows = _real(ids, mask)
+        self._refuse_long(rows)
         if self.router.prefaces:
             choice = self.router.route(self.query_rows(rows), self.memory)
             padded, seen = pad_left(self.read(rows, choice.memory), self._padding, self.device)
@@ -252,6 +262,14 @@ class EditedModel(nn.Module):
             sequences = output if isinstance(output, Tensor) else output.sequences
             self._hold(options["past_key_values"], turn, sequences[:, ids.shape[1] :].tolist(), ids.shape[1])
         return output
+
+    def _refuse_long(self, rows: Sequence[Sequence[int]]) -> None:
+        tokens = max(map(len, rows), default=0)
+        if self.longest is not None and tokens >= self.longest:
+            raise RepairError(
+                f"a prompt has {counted(tokens, 'token')}, and the base reads {self.longest:,} with its answer: at "
+                f"most {self.longest - 1:,} may be asked; shorten it"
+            )
 
     @staticmethod
     def _hold(cache: Any, turn: _Turn, said: list[list[int]], width: int) -> None:
