@@ -139,8 +139,18 @@ def test_a_run_leaves_everything_in_its_directory(run):
 
 
 NUMBER = (int, float)
-SCORES = {name: (int, float, type(None)) for name in ("rel", "gen", "loc", "near", "op")}
-PROTOCOLS = {"autoregressive": SCORES, "teacher_forced": SCORES}
+SHARE = (int, float, type(None))
+SCORES = dict.fromkeys(("rel", "gen", "loc", "near", "op"), SHARE)
+PROTOCOLS = {
+    "autoregressive": dict.fromkeys((*SCORES, "contains", "garbled"), SHARE),
+    "teacher_forced": SCORES,
+}
+FORM = dict.fromkeys(("rel", "contains", "fires", "garbled"), SHARE)
+BESIDE = {
+    "forms": dict.fromkeys(("bare", "chat", "system", "second_turn", "wrapped", "long"), FORM),
+    "same_subject": {"asked": int, "fires": (int, float), "changed": (int, float)},
+}
+EXACT = (SCORES, PROTOCOLS["autoregressive"])
 SCHEMA = {
     "editor": str,
     "base": {"name": str, "sha256": str, "parameters": int},
@@ -150,7 +160,7 @@ SCHEMA = {
     "edits_per_minute": NUMBER,
     "pre_edit": PROTOCOLS,
     "before_merge": PROTOCOLS,
-    "final": PROTOCOLS,
+    "final": PROTOCOLS | BESIDE,
     "routing": dict.fromkeys(
         ("edit", "rephrase", "locality", "near"), dict.fromkeys(("base", "right", "wrong"), NUMBER)
     ),
@@ -165,7 +175,7 @@ def follows(value: Any, schema: Any, at: str = "metrics") -> None:
     if isinstance(schema, dict):
         assert isinstance(value, dict), at
         assert set(schema) <= set(value), f"{at}: {set(schema) - set(value)} missing"
-        assert schema is not SCORES or set(schema) == set(value), at
+        assert not any(schema is exact for exact in EXACT) or set(schema) == set(value), at
         for key, part in schema.items():
             follows(value[key], part, f"{at}.{key}")
     else:
@@ -209,7 +219,15 @@ def test_every_prompt_is_there_before_and_after(run, metrics):
         assert [(row["id"], row["kind"], row["prompt"]) for row in of_stage] == questions
         right = [row["correct"] for row in of_stage if row["kind"] == "edit"]
         assert metrics[stage]["autoregressive"]["rel"] == pytest.approx(sum(right) / len(right), abs=1e-6)
-    assert len(rows) == 3 * len(questions)
+    in_forms = [row for row in rows if row["stage"] == "forms"]
+    assert len(rows) == 3 * len(questions) + len(in_forms)
+    asked = {form: [row for row in in_forms if row["form"] == form] for form in ("bare", "wrapped")}
+    for form, found in asked.items():
+        assert {row["id"] for row in found} == {edit.id for edit in world_edits(12)}
+        right = sum(row["rel"] for row in found) / len(found)
+        assert metrics["final"]["forms"][form]["rel"] == pytest.approx(right, abs=1e-6)
+    assert metrics["final"]["forms"]["bare"]["rel"] == metrics["final"]["autoregressive"]["rel"]
+    assert metrics["final"]["forms"]["chat"]["rel"] is None  # this base has no template
 
 
 def test_the_ledger_says_what_became_of_each_edit(run, metrics):
@@ -316,7 +334,7 @@ def test_another_process_scores_the_pack_alike(run, metrics, tmp_path):
     assert "12 edits of world" in ran.out
     said = (tmp_path / "said" / "all.jsonl").read_text().splitlines()
     assert set(said) <= set((run[0] / "generations.jsonl").read_text().splitlines())
-    assert {json.loads(line)["stage"] for line in said} == {"pre_edit", "final"}
+    assert {json.loads(line)["stage"] for line in said} == {"pre_edit", "final", "forms"}
 
 
 def test_other_records_can_be_scored(run, tmp_path):

@@ -101,10 +101,14 @@ def separation(run: Artefacts, bins: int = 40) -> Chart | str:
         The chart, or what is missing.
     """
     found: dict[str, list[float]] = {}
+    limited = False
     for row in run.rows.get("final", ()):
         if row.get("score") is not None and row.get("threshold"):
+            limited = True
             found.setdefault(row["kind"], []).append(row["score"] / row["threshold"])
-    if not found:
+        elif row.get("score", 0.0) is not None and row.get("score", 0.0) < 0:  # no edit is about what it names
+            found.setdefault(row["kind"], []).append(0.0)
+    if not limited:
         return "separation: no routing score with a threshold in generations.jsonl"
     largest = float(np.quantile(np.concatenate([np.asarray(values) for values in found.values()]), 0.995))
     edges = np.linspace(0.0, max(1.2, 1.05 * largest), bins + 1)
@@ -127,9 +131,7 @@ def separation(run: Artefacts, bins: int = 40) -> Chart | str:
     )
     words = f"Routing score over threshold: {shares} lie above their threshold. {_auroc(found)}"
     if run.option("model.routing.router", "key") != "activation":
-        words += (
-            " A prompt must also ask the same as the edit that it is nearest to: not all above the line are answered."
-        )
+        words += " A prompt that names no edited subject counts as 0."
     return Chart(
         name="separation",
         title="Are edited and unrelated prompts apart?",

@@ -60,7 +60,9 @@ class Separation:
 
     def auroc(self, name: str = SCORE, others: Collection[str] = OTHERS) -> float | None:
         """The probability that a prompt which is meant lies higher above its limit than one which is not; 1/2 tells
-        nothing apart. None where one of the two sorts is missing.
+        nothing apart. None where one of the two sorts is missing, or nothing has a limit.
+
+        A prompt that no edit is about, whose score no limit could meet, lies lowest.
 
         Args:
             name: of the measure. Scores count relative to their limits, other values by the distance from theirs.
@@ -69,10 +71,12 @@ class Separation:
         value, limit = self.values[name]
         kinds = [question.kind for question in self.questions]
         meant = torch.tensor([kind in MEANT for kind in kinds], dtype=torch.bool)
-        counts = limit.isfinite() & (meant | torch.tensor([kind in others for kind in kinds], dtype=torch.bool))
-        above = (value / limit if name == SCORE else value - limit)[counts]
+        limited = limit.isfinite()
+        counts = limited | ((name == SCORE) & (limit == torch.inf))
+        counts &= meant | torch.tensor([kind in others for kind in kinds], dtype=torch.bool)
+        above = (value / limit if name == SCORE else value - limit).where(limited, torch.tensor(-torch.inf))[counts]
         meant = meant[counts]
-        if meant.all() or not meant.any():
+        if meant.all() or not meant.any() or not limited.any():
             return None
         ranks = above.unique(return_inverse=True)[1]  # the metric takes values in [0, 1]
         return float(binary_auroc(ranks / max(int(ranks.max()), 1), meant.long()))

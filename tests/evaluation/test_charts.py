@@ -81,9 +81,19 @@ def test_auroc_is_the_share_of_pairs_in_the_right_order(tmp_path):
     assert f"AUROC of edits and rephrases: {share:.3f} against unrelated prompts." in chart.words
 
 
-def test_a_prompt_may_ask_something_else_with_the_key_router_alone(tmp_path):
+def test_a_prompt_that_names_no_subject_counts_as_nothing(tmp_path):
+    """The key router gives it -1 and no threshold; without any threshold there is no picture."""
+    rows = [row("edit", 3.0), row("locality", -1.0, None), row("locality", 1.0)]
+    chart = separation(run_in(tmp_path / "run", rows), bins=15)
+    assert isinstance(chart, Chart)
+    assert chart.part("prompts", "unrelated (2)")["share"][0] == 50
+    assert "1.000 against unrelated prompts" in chart.words
+    assert isinstance(separation(run_in(tmp_path / "run", [row("edit", 0.0, None), rows[1]])), str)
+
+
+def test_a_prompt_may_name_no_subject_with_the_key_router_alone(tmp_path):
     run_in(tmp_path / "run", [row("edit", 3.0)])
-    words = "must also ask"
+    words = "names no edited subject"
     assert words in separation(Artefacts.read(tmp_path / "run")).words  # type: ignore[union-attr]
     (tmp_path / "run" / "config.yaml").write_text("model: {init_args: {routing: {router: activation}}}")
     assert words not in separation(Artefacts.read(tmp_path / "run")).words  # type: ignore[union-attr]

@@ -47,6 +47,15 @@ def test_scores_count_relative_to_their_limits():
     assert Separation(found.questions, found.owners, choice).auroc() == 1.0
 
 
+def test_a_prompt_that_no_edit_is_about_lies_lowest():
+    """Its limit is infinite; where all are, as without any shard, nothing can be said."""
+    found = separation("erll", [0.9, 0.1, -1.0, -1.0])
+    limits = torch.tensor([0.5, 0.5, math.inf, math.inf])
+    choice = Choice(found.choice.memory, found.choice.score, limits, found.choice.nearest)
+    assert Separation(found.questions, found.owners, choice).auroc() == 1.0
+    assert separation("el", [0.0, 0.0], threshold=math.inf).auroc() is None
+
+
 def test_neighbours_alone_and_other_measures():
     """The locality prompt lies above the edit, the neighbour below; a check without a limit does not count."""
     likeness = Check("likeness", torch.tensor([0.9, 0.2, 0.8]), torch.tensor([0.5, 0.5, -math.inf]))
@@ -77,4 +86,4 @@ def test_a_real_router_on_one_prompt_of_each_kind():
     )
     assert found.right()["edit"] == 1.0
     assert found.auroc() > 0.9
-    assert set(found.values) == {"score", "likeness of what is asked"}
+    assert set(found.values) == {"score", "its target's tokens said"}
