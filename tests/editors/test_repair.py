@@ -28,8 +28,8 @@ each_model = pytest.mark.parametrize("model_type", MODELS)
 
 
 def dense(optimizer: str = "adam", **options: Any) -> Writing:
-    """How to write dense shards."""
-    return Writing("dense", optimizer, **options)
+    """How to write dense shards; a random base of so few dimensions says many things by less than the usual margin."""
+    return Writing("dense", optimizer, **({"stop_margin": 2.0} | options))
 
 
 @pytest.fixture
@@ -83,12 +83,23 @@ class TestWriting:
         assert all(torch.equal(value, weights[name]) for name, value in editor.base.model.state_dict().items())
         assert not any(p.requires_grad for p in editor.base.model.parameters())
 
-    def test_other_words_in_another_case_reach_the_edit(self, editor_of, write, edits):
-        """By words alone: the last state of a random base says nothing about what is asked."""
+    def test_other_words_in_another_case_reach_the_edit(self, editor_of, write, answers, edits):
+        """The router knows them; the edited model also asks whether the shard says the target there."""
         editor = editor_of()
         write(editor, edits)
         rephrased = [edit.rephrases[0].upper() for edit in edits]
-        assert [route.memory for route in editor.edited.route(rephrased)] == [0] * len(edits)
+        choice = editor.router.route(editor.edited.query(rephrased), editor.memory)
+        assert choice.memory.tolist() == [0] * len(edits)
+        assert choice.nearest == tuple(edit.id for edit in edits)
+        held = editor.edited.route(rephrased)
+        assert [route.nearest for route in held] == list(choice.nearest)
+        said = answers(editor.base.model, editor.tokenizer, rephrased)
+        with editor.edited.forced(0):
+            by_shard = answers(editor.base.model, editor.tokenizer, rephrased)
+        right = [text == edit.target for text, edit in zip(by_shard, edits, strict=True)]
+        assert [route.memory == 0 for route in held] == right
+        expected = [one if fires else other for one, other, fires in zip(by_shard, said, right, strict=True)]
+        assert answers(editor.edited, editor.tokenizer, rephrased) == expected
 
     @pytest.mark.parametrize("model_type", ARCHITECTURES)
     def test_every_architecture(self, editor_of, write, answers, edits, model_type):
@@ -504,7 +515,9 @@ class TestForgetPruneFuse:
         assert editor.memory.ids == [2]
         routes = [route.memory for route in editor.edited.route(prompts_of(edits))]
         assert set(routes[4:]) == {2}
-        assert router != "key" or set(routes) == {2}
+        choice = editor.router.route(editor.edited.query(prompts_of(edits)), editor.memory)
+        assert router != "key" or choice.memory.tolist() == [2] * len(edits)
+        assert router != "key" or set(routes[:4]) == {BASE}, "what the fused delta does not say is not answered by it"
         assert answers(editor.edited, editor.tokenizer, prompts_of(edits[4:])) == targets_of(edits[4:])
 
     @pytest.mark.parametrize("router", ["hybrid", "activation"])

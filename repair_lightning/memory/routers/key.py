@@ -35,6 +35,9 @@ _CAP = 0.25
 """How far above the space's own limit, towards 1, an edit's limit may be raised."""
 _ABOVE_OTHERS = 0.15
 """How far above its likeness to other relations, towards 1, an edit's limit lies."""
+_ALIKE = 0.999
+"""As alike at most are prompts that say other words. Where a base's states cannot tell questions apart, as what enters
+its first layer cannot, this is the limit: then the same words alone are the same question."""
 _OTHERS = 512
 """Of so many other edits at most the relations are compared with a new one's."""
 _UNNAMED = 0.75
@@ -219,7 +222,8 @@ class KeyRouter(Router):
         new = (self.limits < 0).nonzero()[:, 0]
         if not len(new):
             return
-        least, most = self.space.limit, self.space.limit + _CAP * (1 - self.space.limit)
+        least = min(self.space.limit, _ALIKE)
+        most = least + _CAP * (1 - least)
         limits = torch.full((len(new),), least)
         step = max(len(self.ids) // _OTHERS, 1)
         if len(self.ids) > 8:
@@ -271,7 +275,7 @@ class KeyRouter(Router):
             return [(candidate, 1.0) for candidate in found]
         vectors = self._vectors([candidate.relation for candidate in open_ones])
         own = self.relations[torch.tensor([candidate.edit for candidate in open_ones])]
-        alike = (vectors * own).sum(-1).clamp(-1, 0.999).tolist()
+        alike = (vectors * own).sum(-1).clamp(-1, _ALIKE).tolist()
         said = dict(zip(map(id, open_ones), alike, strict=True))
         return [(candidate, said.get(id(candidate), 1.0)) for candidate in found]
 
