@@ -319,7 +319,7 @@ def setup(run: Artefacts) -> list[tuple[str, str]]:
     }
     found = [("base", f"{m['base']['name']} ({str(m['base'].get('sha256', ''))[:12]})")]
     found += [(word, str(m[word])) for word in ("editor", "seed") if word in m]
-    layers = list(m.get("method", {}).get("deviation", ())) or [str(m["layer"])] * ("layer" in m)
+    layers = list(m.get("method", {}).get("deviation", ())) or [str(m.get("layer"))] * ("layer" in m)
     if layers:
         found.append(("edited layers" if len(layers) > 1 else "edited layer", ", ".join(layers)))
     found += [(word, str(value)) for word, name in options.items() if (value := run.option(name)) is not None]

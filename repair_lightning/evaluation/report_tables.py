@@ -171,7 +171,9 @@ def why_wrong(row: Row, entry: LedgerEntry | None) -> str:
         if owner == BASE:
             return "the base answered, into whose weights the edit is written"
         above = bool(score) and row["score"] > row["threshold"]
-        words = "it does not ask what the nearest edit asks" if above else score
+        nameless = row["score"] is not None and row["score"] < 0 and row["threshold"] is None
+        words = "it names nothing that an edit is about" if nameless else score
+        words = "the nearest edit's shard would not say its target here" if above else words
         return "no shard answered" + (f": {words}" if words else "")
     nearest = f", nearest edit {row['nearest']}" if row.get("nearest") else ""
     if kept:

@@ -137,7 +137,8 @@ ENTRY = LedgerEntry(Edit("e1", "Who?", "She"), 0, 0, shard=3)
     ("row", "words"),
     [
         ({}, "no shard answered: score 0.40, needed 0.70"),
-        ({"score": 0.9}, "no shard answered: it does not ask what the nearest edit asks"),
+        ({"score": 0.9}, "no shard answered: the nearest edit's shard would not say its target here"),
+        ({"score": -1.0, "threshold": None}, "no shard answered: it names nothing that an edit is about"),
         ({"threshold": None}, "no shard answered"),
         ({"memory": 3, "score": 0.9}, "its own shard answered, in other words than the target"),
         ({"memory": 5, "score": 0.9}, "another edit's shard answered: 5 (score 0.90, needed 0.70, nearest edit e9)"),
