@@ -366,13 +366,14 @@ class EditedModel(nn.Module):
             return choice
         targets = self._targets(choice, rows)
         asked = [i for i, row in enumerate(targets) if row is not None]
-        value = torch.ones(len(rows))
+        value, limit = torch.ones(len(rows)), torch.full((len(rows),), -torch.inf)
+        limit[asked] = 1.0
         if asked:
             encoded = [row for row in targets if row is not None]
             said = self.over_targets(encoded, choice.memory[asked], _argmax_rows)
             for i, row, tokens in zip(asked, encoded, said, strict=True):
                 value[i] = sum(a == b for a, b in zip(row.target, tokens, strict=True)) / len(row.target)
-        check = Check("its target's tokens said", value, torch.ones(len(rows)))
+        check = Check("its target's tokens said", value, limit)
         memory = torch.where(value >= 1, choice.memory, torch.full_like(choice.memory, BASE))
         return replace(choice, memory=memory, checks=(*choice.checks, check))
 

@@ -20,6 +20,7 @@ from repair_lightning.data.ledger import EditStatus, LedgerEntry
 from repair_lightning.errors import ConfigError
 from repair_lightning.packs import save_pack
 from repair_lightning.tracking import OfflineFirstWandbLogger
+from repair_lightning.types import BASE
 
 KINDS = ("rel", "gen", "loc", "near", "op")
 
@@ -108,7 +109,7 @@ def test_failed_edits_are_listed_with_what_was_said_instead(ran):
         assert row["prompt"] == edits[row["edit"]].prompt
         assert row["target"] == edits[row["edit"]].target != row["answer"]
         assert row["correctness"] == 0
-        assert row["memory"] >= 0
+        assert row["memory"] == BASE, "what a shard says instead of its target it does not say"
         assert row["score"] > row["threshold"]
 
 

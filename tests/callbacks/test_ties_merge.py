@@ -342,7 +342,7 @@ class TestGuardAsks:
         guard = MergeGuard(editor, 64)
         assert asked == [prompt for prompt, memory in zip(prompts, first, strict=True) if memory != BASE]
         assert guard.score() == pytest.approx(self.plain_score(guard, before, before))
-        editor.memory[0].delta.data.mul_(-3.0)
+        editor.memory[0].delta.data.mul_(-10.0)
         second = self.chosen(editor, 1, monkeypatch)
         asked.clear()
         found = guard.score()
@@ -370,7 +370,7 @@ class TestGuardAsks:
         kept = weight.detach().clone()
         try:
             noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
-            weight.data.add_(12 * weight.std() * noise)
+            weight.data.add_(8 * weight.std() * noise)
             asked.clear()
             found = guard.score()
             assert asked == prompts

@@ -65,8 +65,8 @@ class TestRouting:
 
     def test_equal_contexts_are_asked_once(self, model, rows, memory, monkeypatch):
         asked: list[int] = []
-        query_rows = EditedModel.query_rows
-        monkeypatch.setattr(EditedModel, "query_rows", lambda m, r: asked.append(len(r)) or query_rows(m, r))
+        choose_rows = EditedModel.choose_rows
+        monkeypatch.setattr(EditedModel, "choose_rows", lambda m, r: asked.append(len(r)) or choose_rows(m, r))
         assert route_contexts(model, rows * 3, batch_size=5).tolist() == memory.tolist() * 3
         assert sum(asked) == len({tuple(row) for row in rows})
         assert max(asked) == 5
