@@ -41,7 +41,7 @@ from repair_lightning.models.prefix_cache import PrefixCache
 from repair_lightning.models.sampling import greedy_rows, own_texts
 from repair_lightning.models.tokenizing import Encoded
 from repair_lightning.texts.dialogue import behind
-from repair_lightning.texts.relations import bank
+from repair_lightning.texts.relations import STEM, bank
 from repair_lightning.types import BASE, Edit, EditBatch, EditReport
 
 log = logging.getLogger(__name__)
@@ -303,7 +303,7 @@ class Editor(pl.LightningModule):
 
     def _relation_space(self) -> RelationSpace:
         """The router's space of relations: learnt once per base, layer, precision and form, and kept on the disk."""
-        learning = (str(SHRINKAGE), str(DIMENSIONS))
+        learning = (str(SHRINKAGE), str(DIMENSIONS), str(STEM))
         known = (
             self._identity,
             str(self.edited.forms.chat),

@@ -82,7 +82,7 @@ class Routing:
     pool: Pool = "last"
     act_ratio: float | None = None
     false_fire_rate: float = 0.01
-    relation_false_rate: float = 0.02
+    relation_false_rate: float = 0.01
     two_level_from: int | None = None
     candidates: int | None = None
     weight: float = 0.0

@@ -2,7 +2,9 @@
 
 Shapes: n states of width D, R relations of several wordings each, k dimensions of the space.
 Fisher's discriminant analysis: states are whitened by how wordings of one relation differ, then turned to the
-directions in which relations differ most. Nothing of any edit goes into it.
+directions in which relations differ most. Nothing of any edit goes into it. Beside the states stand the words: the
+weighted share that two wordings have in common. What the two see differs, so their mean is told apart better than
+either.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ class RelationSpace:
     Attributes:
         centre: (D,) what all states share.
         projection: (D, k).
-        limit: cosine in the space; a share of pairs of different relations lies above it.
+        limit: of :func:`alike`; a share of pairs of different relations lies above it.
     """
 
     centre: Tensor
@@ -46,12 +48,31 @@ def no_space() -> RelationSpace:
     return RelationSpace(torch.zeros(0), torch.zeros(0, 0), 1.0)
 
 
-def fit_relations(states: Tensor, relation: Tensor, false_rate: float) -> RelationSpace:
+def alike(cosine: Tensor, in_common: Tensor) -> Tensor:
+    """How much two wordings ask the same, in [-1, 1], from their cosine in the space and their words in common."""
+    return (cosine + in_common) / 2
+
+
+def words_in_common(holds: Tensor, weights: Tensor) -> Tensor:
+    """The weighted share of the words of either text that both have, (n, n) in [0, 1].
+
+    Args:
+        holds: (n, V) whether a text holds a word.
+        weights: (V,) of the words.
+    """
+    holds = holds.float()
+    both = (holds * weights) @ holds.T
+    sizes = both.diagonal()
+    return both / (sizes[:, None] + sizes[None] - both).clamp_min(1e-12)
+
+
+def fit_relations(states: Tensor, relation: Tensor, in_common: Tensor, false_rate: float) -> RelationSpace:
     """The space of a bank of wordings.
 
     Args:
         states: (n, D) of the wordings.
         relation: (n,) which relation each belongs to.
+        in_common: (n, n) their words in common.
         false_rate: share of pairs of different relations that may lie above the limit, in (0, 1). It is measured on
             relations that the space was not learnt from, half of them at a time.
     """
@@ -61,7 +82,8 @@ def fit_relations(states: Tensor, relation: Tensor, false_rate: float) -> Relati
         centre, projection = _discriminants(states[inside], relation[inside])
         apart = RelationSpace(centre, projection, 0.0)(states[~inside])
         other = relation[~inside][:, None] != relation[~inside][None]
-        found.append(torch.quantile((apart @ apart.T)[other][::7].double(), 1 - false_rate))
+        both = alike(apart @ apart.T, in_common[~inside][:, ~inside])
+        found.append(torch.quantile(both[other][::7].double(), 1 - false_rate))
     return RelationSpace(*_discriminants(states, relation), float(sum(found) / 2))
 
 

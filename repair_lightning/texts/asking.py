@@ -562,7 +562,5 @@ def says_the_same(one: str, other: str) -> bool:
 
 def _plain(text: str) -> list[str]:
     text = text[_after_courtesy(text) :]
-    text = next(
-        (text[: found.start()] for found in _THANKS.finditer(text) if is_courtesy(text[found.start() :])), text
-    )
+    text = next((text[: found.start()] for found in _THANKS.finditer(text) if is_courtesy(text[found.start() :])), text)
     return [word for word in spellings(text) if word not in _UNWEIGHED]

@@ -6,8 +6,9 @@ Ours, not the paper's: the activation score finds the right shard for fewer prom
   must not be a part of a longer name. An index from words to edits finds them; no forward pass is needed, and a prompt
   that names no edited subject goes to the base at once.
 - **What it asks.** The sentence with a stand-in for the subject is read by the base, and its last state compared with
-  the edit's in a space in which wordings of one question lie together (`functional.relations`). Prompts that say the
-  same words need no comparison; prompts that deny what the edit does not, or name other numbers, ask something else.
+  the edit's in a space in which wordings of one question lie together (`functional.relations`); the words that both
+  have in common count as much. Prompts that say the same words need no comparison; prompts that deny what the edit does
+  not, or name other numbers, ask something else.
 """
 
 from __future__ import annotations
@@ -22,24 +23,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from repair_lightning.functional.relations import RelationSpace, fit_relations, no_space
+from repair_lightning.functional.relations import RelationSpace, alike, fit_relations, no_space, words_in_common
 from repair_lightning.memory.query import Choice, Query, pad_right
 from repair_lightning.memory.routers.base import Anchor, Read, Router
 from repair_lightning.memory.rows import NUMBERS, Part, Rows, joined
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.texts import asking
-from repair_lightning.texts.relations import STAND_IN, bank
+from repair_lightning.texts.relations import STAND_IN, bank, share_in_common, stems, word_weights
 from repair_lightning.types import BASE
 
-_CAP = 0.25
-"""How far above the space's own limit, towards 1, an edit's limit may be raised."""
 _ABOVE_OTHERS = 0.15
-"""How far above its likeness to other relations, towards 1, an edit's limit lies."""
+"""How far above an irrelevant prompt that names its subject, towards 1, an edit's limit lies."""
 _ALIKE = 0.999
 """As alike at most are prompts that say other words. Where a base's states cannot tell questions apart, as what enters
 its first layer cannot, this is the limit: then the same words alone are the same question."""
-_OTHERS = 512
-"""Of so many other edits at most the relations are compared with a new one's."""
 _UNNAMED = 0.75
 """Share of the words, weighted, that an edit without a subject and a prompt must have in common."""
 _REMEMBERED = 8192
@@ -105,7 +102,7 @@ class KeyRouter(Router):
     vouches: ClassVar[bool] = True
     needs_space: ClassVar[bool] = True
 
-    def __init__(self, relation_false_rate: float = 0.02) -> None:
+    def __init__(self, relation_false_rate: float = 0.01) -> None:
         self.relation_false_rate = relation_false_rate
         self.space = no_space()
         self.ids: list[str] = []
@@ -142,7 +139,13 @@ class KeyRouter(Router):
     def learn_space(self, read: Read) -> RelationSpace:
         """The space in which wordings of one question lie together, from a bank of our own."""
         wordings, relation = bank()
-        return fit_relations(read(wordings), torch.tensor(relation), self.relation_false_rate)
+        known = word_weights()
+        column = {stem: i for i, stem in enumerate(known)}
+        holds = torch.zeros(len(wordings), len(known))
+        for row, wording in enumerate(wordings):
+            holds[row, [column[stem] for stem in stems(wording)]] = 1
+        in_common = words_in_common(holds, torch.tensor(list(known.values())))
+        return fit_relations(read(wordings), torch.tensor(relation), in_common, self.relation_false_rate)
 
     def describe(self, anchors: Sequence[Anchor], prompts: Query, shards: Sequence[int]) -> dict[str, Tensor]:
         """What the edits are about, and the vectors of what they ask."""
@@ -217,23 +220,16 @@ class KeyRouter(Router):
     # -- limits -------------------------------------------------------------------------------------------------------
 
     def calibrate(self, memory: SideMemory, owned: Mapping[int, Query], background: Query) -> None:
-        """The limits of new edits: above what a bank's other relations reach, above the middle of what other edits ask,
-        and above irrelevant prompts that name the subject."""
+        """The limits of new edits: above what other questions of a bank reach, and above irrelevant prompts that name
+        the subject."""
         new = (self.limits < 0).nonzero()[:, 0]
         if not len(new):
             return
-        least = min(self.space.limit, _ALIKE)
-        most = least + _CAP * (1 - least)
-        limits = torch.full((len(new),), least)
-        step = max(len(self.ids) // _OTHERS, 1)
-        if len(self.ids) > 8:
-            middle = (self.relations[new] @ self.relations[::step].T).median(-1).values
-            limits = torch.maximum(limits, (middle + _ABOVE_OTHERS * (1 - middle)).clamp_max(most))
-        self.limits[new] = limits
-        for candidate, alike in self._compared(background.texts, {int(i) for i in new}):
+        self.limits[new] = min(self.space.limit, _ALIKE)
+        for candidate, score in self._compared(background.texts, {int(i) for i in new}):
             if candidate.same:  # it asks for the edit itself
                 continue
-            above = alike + _ABOVE_OTHERS * (1 - alike)
+            above = score + _ABOVE_OTHERS * (1 - score)
             self.limits[candidate.edit] = max(float(self.limits[candidate.edit]), above)
 
     # -- routing ------------------------------------------------------------------------------------------------------
@@ -243,16 +239,16 @@ class KeyRouter(Router):
         if not self.ids:
             return Choice.base(len(query))
         best: dict[int, tuple[tuple[float, ...], _Candidate, float]] = {}
-        for candidate, alike in self._compared(query.texts):
-            fires = alike > self._limit(candidate.edit)
-            rank = (float(fires), float(candidate.same), float(candidate.named), alike, float(candidate.edit))
+        for candidate, score in self._compared(query.texts):
+            fires = score > self._limit(candidate.edit)
+            rank = (float(fires), float(candidate.same), float(candidate.named), score, float(candidate.edit))
             if candidate.row not in best or rank > best[candidate.row][0]:
-                best[candidate.row] = rank, candidate, alike
+                best[candidate.row] = rank, candidate, score
         memories, scores, limits = [BASE] * len(query), [-1.0] * len(query), [float("inf")] * len(query)
         nearest: list[str | None] = [None] * len(query)
-        for row, (order, candidate, alike) in best.items():
+        for row, (order, candidate, score) in best.items():
             memories[row] = int(self.shards[candidate.edit]) if order[0] else BASE
-            scores[row], limits[row] = alike, self._limit(candidate.edit)
+            scores[row], limits[row] = score, self._limit(candidate.edit)
             nearest[row] = self.ids[candidate.edit]
         found = torch.tensor(memories, dtype=torch.long)
         return Choice(found, torch.tensor(scores), torch.tensor(limits), tuple(nearest))
@@ -275,8 +271,9 @@ class KeyRouter(Router):
             return [(candidate, 1.0) for candidate in found]
         vectors = self._vectors([candidate.relation for candidate in open_ones])
         own = self.relations[torch.tensor([candidate.edit for candidate in open_ones])]
-        alike = (vectors * own).sum(-1).clamp(-1, _ALIKE).tolist()
-        said = dict(zip(map(id, open_ones), alike, strict=True))
+        words = [share_in_common(stems(c.relation), stems(self.known[c.edit].relation)) for c in open_ones]
+        scores = alike((vectors * own).sum(-1), torch.tensor(words)).clamp(-1, _ALIKE).tolist()
+        said = dict(zip(map(id, open_ones), scores, strict=True))
         return [(candidate, said.get(id(candidate), 1.0)) for candidate in found]
 
     def _candidates(self, row: int, text: str) -> list[_Candidate]:
