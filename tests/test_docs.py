@@ -125,11 +125,13 @@ def run(command: str, patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("page", "number", "command"), COMMANDS)
-def test_a_command_runs(page, number, command, reader, capsys):
+def test_a_command_runs(page, number, command, here, reader, capsys):
     why = reason_not_to(command)
     if why:
         pytest.skip(why)
     run(command, reader)
+    if command.startswith("repair-lightning ask --pack runs/tour/pack"):
+        (here / "asked.txt").write_text(capsys.readouterr().out)
 
 
 def test_no_table_is_still_to_come():
@@ -151,15 +153,23 @@ def test_what_is_not_run_is_there():
 
 
 def test_the_tour_shows_what_it_says(here, reader, capsys):
-    """The numbers of the tour are those of its 200 edits; what does not depend on their number must be as printed."""
+    """The numbers of the tour are those of its 200 edits; what does not depend on their number must be as printed.
+
+    Its last command takes that edit back: no edit is about the question any more.
+    """
     page = (REPOSITORY / "docs" / "index.md").read_text()
     (shown,) = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
-    assert (here / "runs" / "tour" / "pack").is_dir(), "the commands of the tour come first"
+    assert (here / "asked.txt").is_file(), "the commands of the tour come first"
+    said = (here / "asked.txt").read_text()
+    assert [line.split()[0] for line in said.splitlines()[1:]] == [line.split()[0] for line in shown.splitlines()[1:]]
+    for i in (0, 1, 2, 4):  # the question, the base's answer, the edited model's, and the edit
+        assert said.splitlines()[i] == shown.splitlines()[i]
     reader.setattr(sys, "argv", ["repair-lightning", "ask", "--pack", "runs/tour/pack", shown.splitlines()[0]])
     runpy.run_path(str(REPOSITORY / "repair_lightning" / "__main__.py"), run_name="__main__")
-    said = capsys.readouterr().out
-    assert [line.split()[0] for line in said.splitlines()[1:]] == [line.split()[0] for line in shown.splitlines()[1:]]
-    assert said.splitlines()[1] == shown.splitlines()[1]  # the base's answer
+    undone = capsys.readouterr().out.splitlines()
+    assert undone[1] == said.splitlines()[1]
+    assert undone[2].split()[1:] == undone[1].split()[1:]
+    assert undone[-1] == "  reason   base: no edit is about what it names"
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
