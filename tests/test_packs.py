@@ -112,9 +112,11 @@ class TestRoundTrip:
         assert torch.equal(model.memory[3].open, editor.memory[3].open)
 
     @pytest.mark.parametrize("router", ROUTINGS)
-    def test_without_any_edit(self, editor_of, edits, tmp_path, router):
+    def test_without_any_edit(self, editor_of, edits, tmp_path, router, caplog):
+        """It loads, says that it holds none, and is the base."""
         editor = editor_of(routing=Routing(router=router))
         model, tokenizer = load_edited(save_pack(editor, tmp_path / "pack", {}), precision="float32")
+        assert "pack' holds no written edit (none at all): the base answers every prompt" in caplog.text
         prompts = [edit.prompt for edit in edits]
         assert {route.memory for route in model.route(prompts)} == {BASE}
         assert torch.equal(logits(model, tokenizer, prompts), logits(model.base, tokenizer, prompts))
@@ -134,8 +136,10 @@ class TestRoundTrip:
             assert tensors[f"shard.{shard}.mask"].shape == (256,)
             assert 900 < len(tensors[f"shard.{shard}.values"]) < 1150
         assert {name.split(".")[0] for name in tensors} == {"shard", "router"}
-        base = set(map(tuple, (p.shape for p in editor_of().base.model.parameters() if p.ndim == 2)))
-        assert not base & {tuple(tensor.shape) for tensor in tensors.values()}
+        base = [p for p in editor_of().base.model.parameters() if p.ndim == 2]
+        shards = {tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith("shard.")}
+        assert not shards & {tuple(p.shape) for p in base}
+        assert not [name for name, tensor in tensors.items() for p in base if torch.equal(tensor, p)]
 
     def test_the_configuration_is_plain_json(self, pack, folder_of):
         config = json.loads((pack / CONFIG_FILE).read_text())
