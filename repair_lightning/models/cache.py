@@ -30,7 +30,8 @@ def kept_space(depends_on: Sequence[str], learn: Callable[[], RelationSpace]) ->
     log.info("learning from a bank of questions which of them ask the same, once for this base")
     space = learn()
     part = file.with_name(f".{name}.{os.getpid()}")
-    tensors = {"centre": space.centre, "projection": space.projection, "limit": torch.tensor(space.limit).double()}
+    limit = torch.tensor(space.limit, dtype=torch.float64)  # to the bit: the first run must route as those after it
+    tensors = {"centre": space.centre, "projection": space.projection, "limit": limit}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file({key: value.contiguous() for key, value in tensors.items()}, part)
