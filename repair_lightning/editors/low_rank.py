@@ -34,11 +34,17 @@ REACH = 0.1
 """A step of the normalised gradient, as a share of the length of the states that it moves, at a rate of 1."""
 
 
+LEAD = 2.5
+"""Steps of the normalised gradient end just beyond the margin; so much of it they go for."""
+OFTEN = 3
+"""Most of these steps between looks at the margin: there are few."""
+
+
 class NormalizedGradient(torch.optim.Optimizer):
     """Steps of fixed length along each position's gradient, shorter where it has less to go than the worst position.
 
     Values stay in the span of what the head asks for. Adam moves each coordinate alike; what that adds besides says
-    rare tokens where keys of another form mix the positions (measured: docs/studies/forms.md).
+    rare tokens where keys of another form mix the positions.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
@@ -222,11 +228,12 @@ class LowRankWriter:
         Returns:
             the steps taken, per group whether it is written or beyond help, and per member the losses.
         """
-        editor, margin = self.editor, self.editor.writing.margin
+        editor, margin, every = self.editor, self.editor.writing.margin, self.editor.writing.check_every
         tail = TargetTail(editor.edited.split, rows, editor.tail)
         hook = Selection(len(rows), [(_Training(keys, values), None)])
         rate = editor.value_rate
-        if editor.writing.stepping == "normalized":
+        if editor.stepping == "normalized":
+            margin, every = None if margin is None else LEAD * margin, min(every, OFTEN)
             rate = editor.writing.rate * REACH * float(tail.states.float().norm(dim=-1).mean())
         done = torch.zeros(len(keys.ranks), dtype=torch.bool)
         with editor.bound(values, rate) as optimizer, editor.cut(), editor.edited.forced(hook):
@@ -234,7 +241,7 @@ class LowRankWriter:
                 logits, features = tail(lambda _: keys.pushed(values))
                 losses = rows.per_row(target_cross_entropy(logits[:, None], rows.labels[:, None]))
                 kd, per_sample = editor.distil(logits, features, rows)
-                if margin is not None and step % editor.writing.check_every == 0:
+                if margin is not None and step % every == 0:
                     known = keys.lowest(target_margin(logits.detach()[:, None], rows.labels[:, None]))
                     done = editor.agreed(~(known < margin)).cpu()  # what is not finite is not helped by more steps
                     if 2 * int(done.sum()) >= len(done):

@@ -98,8 +98,9 @@ class Writing:
     Attributes:
         form: `low_rank` gives each edit a shard of its own, the least change that says its target; `dense` trains whole
             copies of the value matrix, each for many edits, as the paper does.
-        optimizer: `adam`, `adamw`, `sgd`, or `normalized` (the gradient of each position's value at a fixed length);
-            None takes `normalized` for `low_rank` and `adam` for `dense`.
+        optimizer: `adam`, `adamw`, `sgd`, or `normalized` (the gradient of each position's value at a fixed length, to
+            two and a half times the margin, looked at every three steps); None takes `normalized` for low-rank shards
+            of a base that is asked in several forms, and `adam` elsewhere.
         lr: its learning rate, in units of `relative`; `auto` finds it by probe edits.
         relative: the rate is relative to the base: at 1, one Adam step may move each coordinate of the layer's output
             by the root mean square of what enters the layer. Off, the rate is absolute, as the published ones are.
@@ -124,8 +125,8 @@ class Writing:
     lr: float | str = 1.0
     relative: bool = True
     steps: int = 150
-    stop_margin: float | str | None = 5.0
-    check_every: int = 3
+    stop_margin: float | str | None = 2.0
+    check_every: int = 10
     capacity: int | None = None
     batch_tokens: int = 1024
     hold: Literal["device", "host"] = "device"
@@ -141,11 +142,6 @@ class Writing:
         return self.capacity or (1 if self.form == "low_rank" else 128)
 
     @property
-    def stepping(self) -> str:
-        """`optimizer`, or the form's own."""
-        return self.optimizer or ("normalized" if self.form == "low_rank" else "adam")
-
-    @property
     def rate(self) -> float:
         """`lr`; while `auto` has not found it, the default."""
         return 1.0 if isinstance(self.lr, str) else self.lr
@@ -153,7 +149,7 @@ class Writing:
     @property
     def margin(self) -> float | None:
         """`stop_margin`; while `auto` has not found it, the default."""
-        return 5.0 if isinstance(self.stop_margin, str) else self.stop_margin
+        return 2.0 if isinstance(self.stop_margin, str) else self.stop_margin
 
 
 @dataclass
@@ -318,7 +314,14 @@ class Repair(Editor):
 
     def build_optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         """The optimiser that `writing` names."""
-        return OPTIMIZERS[self.writing.stepping](parameters, lr=self.writing.rate * self.lr_unit)
+        return OPTIMIZERS[self.stepping](parameters, lr=self.writing.rate * self.lr_unit)
+
+    @property
+    def stepping(self) -> str:
+        """`writing.optimizer`, or what fits: many forms want values that say little besides, one form wants strong
+        ones."""
+        several = self.writing.form == "low_rank" and self.edited.forms.marks is not None
+        return self.writing.optimizer or ("normalized" if several else "adam")
 
     def prepare(self, background: Sequence[str], held_out: Sequence[str]) -> None:
         """Besides the router's, measure the unit of relative margins and let the base write contexts.

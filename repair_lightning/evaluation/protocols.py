@@ -47,7 +47,7 @@ def same_answer(said: str, target: str) -> bool:
     the end; else after normalisation."""
     wanted = shown_answer(target)
     if "\n" in wanted or wanted[:1].isspace():
-        return said.rstrip() == wanted.rstrip()
+        return shown_answer(said) == wanted
     return normalise(said) == normalise(target)
 
 
