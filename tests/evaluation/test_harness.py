@@ -116,8 +116,8 @@ class TestRequests:
 
     def test_the_router_is_shown_contexts_alone(self, lm, written, monkeypatch):
         shown: list[list[int]] = []
-        query_rows = lm.edited.query_rows
-        monkeypatch.setattr(lm.edited, "query_rows", lambda rows: shown.extend(rows) or query_rows(rows))
+        choose_rows = lm.edited.choose_rows
+        monkeypatch.setattr(lm.edited, "choose_rows", lambda rows: shown.extend(rows) or choose_rows(rows))
         edit = written[1].edits[0]
         lm.loglikelihood([request(edit.prompt, f" {other.target}") for other in written[1].edits], disable_tqdm=True)
         lm.loglikelihood([request(f"{edit.prompt}  ", "Latin")], disable_tqdm=True)  # its spaces go to the continuation
