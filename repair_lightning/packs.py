@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FOLDED = "base.value_weight."
 """What the names of the base's W_v begin with where they were written into; the layer's number follows."""
 OWN, ROUTER = "own.", "router."
@@ -213,7 +213,8 @@ def read_pack(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         config = json.loads((place / CONFIG_FILE).read_text(encoding="utf-8"))
         version = config.get("format_version") if isinstance(config, dict) else None
         if version != FORMAT_VERSION:
-            raise RepairError(f"pack '{folder}' has format version {version}; this release reads {FORMAT_VERSION}")
+            words = f"pack '{folder}' has format version {version}; this release reads {FORMAT_VERSION}"
+            raise RepairError(f"{words}: train.py writes the edits of its {LEDGER_FILE} again")
         _check_hashes(folder, place, config)
         return config, load_file(place / WEIGHTS_FILE)
     except (ValueError, RecursionError, SafetensorError, OSError) as error:

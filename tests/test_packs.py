@@ -252,7 +252,7 @@ class TestDamage:
     @pytest.mark.parametrize("version", [0, 2, None, "1"])
     def test_another_version(self, spoilt, version):
         rewrite(spoilt, format_version=version)
-        refused(spoilt, rf"has format version {version}; this release reads 1")
+        refused(spoilt, rf"has format version {version}; this release reads 2")
 
     @pytest.mark.parametrize("content", ["[]", "3", '"text"', "null"])
     def test_json_that_is_no_object(self, spoilt, content):
