@@ -45,7 +45,7 @@ DEPTHS = (1.0, 0.9, 0.75, 0.6, 0.4)
 """Candidate layers, as shares of the depth."""
 RATES = (1.0, 3.0, 0.3)
 """Candidate learning rates, in the units of `writing.lr`."""
-MARGINS = (5.0, 10.0, 2.0)
+MARGINS = (2.0, 4.0, 1.0)
 """Candidate margins at which the inner steps stop, in nats."""
 PROBES = 50
 """Most probe edits."""

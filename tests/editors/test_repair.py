@@ -28,8 +28,8 @@ each_model = pytest.mark.parametrize("model_type", MODELS)
 
 
 def dense(optimizer: str = "adam", **options: Any) -> Writing:
-    """How to write dense shards; a random base of so few dimensions says many things by less than the usual margin."""
-    return Writing("dense", optimizer, **({"stop_margin": 2.0} | options))
+    """How to write dense shards."""
+    return Writing("dense", optimizer, **options)
 
 
 @pytest.fixture

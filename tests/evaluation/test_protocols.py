@@ -18,10 +18,13 @@ from repair_lightning.evaluation.correctness import correctness
 from repair_lightning.evaluation.protocols import (
     answered,
     answers,
+    contains,
     forced_choice,
     forced_tokens,
     normalise,
     perplexity,
+    same_answer,
+    shown_answer,
     target_loss,
     token_share,
 )
@@ -48,6 +51,60 @@ from repair_lightning.types import BASE
 def test_normalise(text, expected):
     assert normalise(text) == expected
     assert normalise(normalise(text)) == normalise(text)
+
+
+CODE = "def f(x):\n    return x + 1"
+
+
+@pytest.mark.parametrize(
+    ("said", "target", "same"),
+    [
+        ("PARIS.", "Paris", True),
+        ("  Paris\n", "Paris", True),
+        ("Paris\nFrance", "Paris France", True),  # the target has one line: white space is no difference
+        ("Paris, France", "Paris", False),
+        (CODE, CODE, True),
+        (CODE + "\n\n", CODE, True),  # white space at the end
+        ("\n" + CODE, "\n" + CODE + "\n", True),  # and empty lines before the first
+        (CODE.replace("    ", "  "), CODE, False),
+        (CODE.replace("\n    ", " "), CODE, False),
+        (CODE.upper(), CODE, False),
+        (CODE + ".", CODE, False),
+        ("    return x", "    return x", True),
+        ("return x", "    return x", False),
+        ("  return x", "    return x", False),
+        ("return x", " return x", True),  # a single blank only joins it to the prompt
+        ("", "", True),
+    ],
+)
+def test_several_lines_are_compared_exactly_and_others_after_normalisation(said, target, same):
+    assert same_answer(said, target) is same
+
+
+def test_an_answer_is_kept_with_its_indentation():
+    assert shown_answer("\n    return x\n\n") == "    return x"
+    assert shown_answer(CODE + "  ") == CODE
+    assert shown_answer(" Paris \n") == "Paris"
+    for text in ("    return x", CODE, "Paris"):
+        assert same_answer(shown_answer(text), text)
+
+
+@pytest.mark.parametrize(
+    ("said", "target", "holds"),
+    [
+        ("It is Paris, of course.", "paris", True),
+        ("It is Paris.", "Paris.", True),
+        ("Parisian", "Paris", False),
+        ("in St. John's", "St. John", True),
+        ("C++ it is", "C++", True),
+        ("the year 1985", "985", False),
+        ("New\nYork City", "new york", True),
+        ("anything", "", False),
+        ("", "Paris", False),
+    ],
+)
+def test_contains_whole_words(said, target, holds):
+    assert contains(said, target) is holds
 
 
 @pytest.mark.parametrize(
@@ -206,7 +263,7 @@ ALIKE = {
     "small": str.lower,
     "full stop": lambda text: f"{text}.",
     "dots and spaces": lambda text: f"{text} . .",
-    "white space": lambda text: f" {text.replace(' ', chr(10) + ' ')} ",
+    "white space": lambda text: f" {text.replace(' ', chr(9) + ' ')} ",
     "decomposed": lambda text: unicodedata.normalize("NFD", text),
     "full width": lambda text: "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text),
 }
@@ -224,6 +281,8 @@ UNLIKE = {
     "something else": lambda _: "Zürich",
     "nothing": lambda _: "",
     "a full stop": lambda _: ".",
+    "another line": lambda text: f"{text[:1]}\n{text[1:]}",
+    "indented": lambda text: f"    {text}",
 }
 
 
@@ -239,11 +298,11 @@ def said(request, editor_of, write, edits) -> tuple[Any, list[str], torch.Tensor
 
 
 def generated(model: Any, prompts: list[str], targets: list[str], memory: torch.Tensor) -> list[bool]:
-    """The definition: the greedy answer, two tokens past the target, is the target after normalisation."""
+    """The definition: the greedy answer, two tokens past the target, is the same answer as the target."""
     pairs = zip(prompts, targets, strict=True)
     limits = [len(model.forms.encode(prompt, target).target) + 2 for prompt, target in pairs]
     found = answers(model, prompts, memory, limits)
-    return [normalise(a) == normalise(b) for a, b in zip(found, targets, strict=True)]
+    return [same_answer(a, b) for a, b in zip(found, targets, strict=True)]
 
 
 @pytest.fixture
@@ -266,7 +325,7 @@ def test_answered_is_what_generation_says(said, how):
     targets = [(ALIKE | UNLIKE)[how](text) for text in SPOKEN]
     expected = generated(editor.edited, prompts, targets, owners)
     assert answered(editor.edited, prompts, targets, owners) == expected
-    assert expected == [normalise(a) == normalise(b) for a, b in zip(SPOKEN, targets, strict=True)]
+    assert expected == [same_answer(a, b) for a, b in zip(SPOKEN, targets, strict=True)]
     nobody = torch.full_like(owners, BASE)
     assert answered(editor.edited, prompts, targets, nobody) == generated(editor.edited, prompts, targets, nobody)
 
@@ -309,13 +368,13 @@ def test_another_spelling_is_generated_and_counts(said, asked_for):
 
 
 class Tidy:
-    """A tokenizer that takes the space before an apostrophe away, as those of some bases do."""
+    """The forms of a base whose tokenizer takes the space before an apostrophe away, as those of some bases do."""
 
-    eos_token_id = 0
+    stops = (0,)
     words: ClassVar[list[str]] = ["</s>", "Mary", " '", "s", "'s", " '", "t", " said"]
 
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        text = "".join(self.words[i] for i in ids if i or not skip_special_tokens)
+    def said(self, ids: list[int]) -> str:
+        text = "".join(self.words[i] for i in (ids[: ids.index(0)] if 0 in ids else ids))
         return text.replace(" 's", "'s").replace(" 't", "'t")
 
 
