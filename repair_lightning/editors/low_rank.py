@@ -234,7 +234,8 @@ class LowRankWriter:
         rate = editor.value_rate
         if editor.stepping == "normalized":
             margin, every = None if margin is None else LEAD * margin, min(every, OFTEN)
-            rate = editor.writing.rate * REACH * float(tail.states.float().norm(dim=-1).mean())
+            sizes = tail.states.float().norm(dim=-1)
+            rate = editor.writing.rate * REACH * float(sizes[sizes.isfinite()].mean())  # one bad edit spoils no other
         done = torch.zeros(len(keys.ranks), dtype=torch.bool)
         with editor.bound(values, rate) as optimizer, editor.cut(), editor.edited.forced(hook):
             for step in range(budget + 1):  # the last round only looks at what the steps made

@@ -110,6 +110,16 @@ class TestWriting:
         left = editor.memory[report.shard].left
         assert float(left.norm(dim=0).amax()) == pytest.approx(lr * REACH * float(states.norm(dim=-1).mean()), rel=1e-4)
 
+    def test_a_state_that_is_not_finite_spoils_no_other_edit(self, editor_of, write, answers, edits):
+        """The length of a step is taken from what is finite."""
+        editor = editor_of(writing=Writing(optimizer="normalized"))
+        editor.edited.captures([editor.encode(edits[2]).ids])[0].hidden.fill_(torch.nan)
+        reports = write(editor, edits[:4])
+        assert [bool(report.error) for report in reports] == [False, False, True, False]
+        good = [edit for i, edit in enumerate(edits[:4]) if i != 2]
+        said = answers(editor.edited, editor.tokenizer, [edit.prompt for edit in good])
+        assert said == [edit.target for edit in good]
+
     def test_it_goes_for_more_than_the_margin(self, editor_of, write, edits):
         """Two and a half times 1.0, looked at every third step; each group on its own."""
         editor = editor_of(writing=Writing(optimizer="normalized", stop_margin=1.0))
