@@ -190,10 +190,12 @@ class EditedModel(nn.Module):
             prompt_mask: (B, T), true on the tokens that the router may see; by default all that attention sees.
             options: as the base takes them.
         """
-        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        given = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if self.router.prefaces:
-            return self._forward_behind_prefaces(input_ids, attention_mask, past_key_values, prompt_mask, options)
-        shown = attention_mask if prompt_mask is None else prompt_mask
+            return self._forward_behind_prefaces(input_ids, given, past_key_values, prompt_mask, options)
+        if past_key_values is None or past_key_values.get_seq_length() == 0:
+            attention_mask = given  # where a cache is filled, no mask stands for all of it and these tokens
+        shown = given if prompt_mask is None else prompt_mask
         turn = self._turn_of(past_key_values, _real(input_ids, shown[:, -input_ids.shape[1] :]))
         with self._during(turn):
             output = self.base(
