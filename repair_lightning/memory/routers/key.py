@@ -153,15 +153,19 @@ class KeyRouter(Router):
         texts = [json.dumps([a.subject, a.asked], ensure_ascii=False).encode("utf-8", "surrogatepass") for a in anchors]
         return {
             "shards": torch.tensor(list(shards), dtype=torch.long),
-            "relations": self._vectors([one.relation for one in known]),
+            "relations": self._vectors([one.relation for one in known], anew=True),
             "texts": pad_right([list(text) for text in texts]),
         }
 
-    def _vectors(self, texts: Sequence[str]) -> Tensor:
-        """(n, k), each text read once."""
+    def _vectors(self, texts: Sequence[str], anew: bool = False) -> Tensor:
+        """(n, k), each text read once.
+
+        What is kept of edits is read `anew`, all texts together: last bits depend on which texts are read at once, and
+        a run that goes on remembers none that were asked before.
+        """
         if not texts or self.read is None:
             return torch.zeros(len(texts), self.space.projection.shape[1])
-        new = [text for text in dict.fromkeys(texts) if text not in self._vectors_of]
+        new = [text for text in dict.fromkeys(texts) if anew or text not in self._vectors_of]
         if new:
             if len(self._vectors_of) + len(new) > _REMEMBERED:
                 self._vectors_of.clear()
@@ -269,7 +273,7 @@ class KeyRouter(Router):
         open_ones = [candidate for candidate in found if not candidate.same]
         if not open_ones:
             return [(candidate, 1.0) for candidate in found]
-        vectors = self._vectors([candidate.relation for candidate in open_ones])
+        vectors = self._vectors([candidate.relation for candidate in open_ones], anew=among is not None)
         own = self.relations[torch.tensor([candidate.edit for candidate in open_ones])]
         words = [share_in_common(stems(c.relation), stems(self.known[c.edit].relation)) for c in open_ones]
         scores = alike((vectors * own).sum(-1), torch.tensor(words)).clamp(-1, _ALIKE).tolist()
