@@ -21,8 +21,8 @@ from repair_lightning.types import BASE, Edit, EditBatch
 
 TITLE = "Generation: routed over plain"
 _PER_DENSE_SHARD = 8
-_ROUTING = ("_new_turn", "_decide")
-"""Methods of the edited model in which prompts are read and routed; both run once per call of `generate`."""
+_ROUTING = ("_new_turn",)
+"""Method of the edited model in which prompts are read and routed; it runs once per call of `generate`."""
 
 
 def run_part(context: Context) -> dict[str, Any]:

@@ -142,7 +142,7 @@ def run_stream(context: Context, path: str, folder: Path, window: int, **editor_
     stream = make_stream(context, path, TimedStream, window=window)
     stream.setup()
     editor.load()
-    stream.check_fit(editor.tokenizer, editor.max_tokens)
+    stream.check_fit(editor.edited.forms, editor.max_tokens)
     monitor, feedback, watch = ErrorSampleMonitor(seed=context.seed), PruneAndRetrigger(), Stopwatch()
     stream.clock = WindowClock(watch)
     watch.wrap(stream, "next_window", "cluster")

@@ -30,6 +30,7 @@ PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 SMALL = ["--data.max_edits", "4", "--data.max_irrelevant", "60", "--overwrite"]
 STAND_INS = {"path/or/hub-name": "world"}
 NOT_HERE = {
+    "make smollm2": "minutes, and a package of 90 MB: `make real` does as much",
     "--model.base DIR": "minutes each, and public data: the commands behind the tables",
     "RECORDS": "minutes each, and public data: the runs behind the pictures",
     "--out runs/world": "minutes: one of the runs behind the pictures",

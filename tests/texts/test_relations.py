@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from repair_lightning.texts import asking
-from repair_lightning.texts.relations import STAND_IN, _lines, bank, questions_about
+from repair_lightning.texts.relations import STAND_IN, _lines, bank
 
 WORDINGS, RELATION = bank()
 
@@ -39,16 +39,3 @@ def test_four_questions_and_three_sentences_to_complete():
     for relation in set(RELATION):
         own = [wording for wording, its in zip(WORDINGS, RELATION, strict=True) if its == relation]
         assert [asking.is_question(wording) for wording in own] == [True] * 4 + [False] * 3
-
-
-def test_questions_about_a_subject_are_each_of_another_relation():
-    found = questions_about("Orsk", 10)
-    assert len(set(found)) == 10
-    assert all(asking.places(text, ("orsk",)) and "{}" not in text for text in found)
-    asked = [text.replace("Orsk", STAND_IN) for text in found]
-    assert len({RELATION[WORDINGS.index(text)] for text in asked}) == 10
-
-
-@pytest.mark.parametrize("number", [1, 5, 10_000])
-def test_no_more_questions_than_there_are_relations(number):
-    assert len(questions_about("Orsk", number)) == min(number, max(RELATION) + 1)
