@@ -181,7 +181,7 @@ def test_it_runs_on_a_tiny_base(path, tmp_path, monkeypatch, folder_of, tiny, to
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["n_edits"] == 2
     # Two steps on a random base may leave nothing that holds, and that is said.
-    assert code == (0 if metrics["edits"]["written"] else 1)
+    assert code == 0 or (code == 1 and metrics["edits"]["written"] == 0)
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     made_small = {"base", "layer", "precision", "steps", "path", "irrelevant", "trainer"}
     assert list(missing(saved, without(content, made_small))) == []

@@ -298,11 +298,11 @@ class TestHistory:
             assert choice.nearest == (None, None)
             router.calibrate(NOWHERE, {}, Query.of_texts(BACKGROUND))
 
-    def test_without_a_base_to_read_only_the_same_words_fire(self):
+    def test_without_a_base_to_read_words_alone_count(self):
         router = KeyRouter()
         router.space = space()
         add(router, MAYOR)
-        assert route(router, "Hi, who is the mayor of Orsk, please?", "Who serves as Orsk's mayor?") == [0, BASE]
+        assert route(router, "Hi, who is the mayor of Orsk, please?", "When did Orsk burn down?") == [0, BASE]
 
 
 class TestLimits:
@@ -325,14 +325,6 @@ class TestLimits:
         before = router.limits.clone()
         add(router, BORN, first=1, held_out=["Who was mayor of Orsk before him?"])
         assert router.limits[0] == before[0]
-
-    def test_many_edits_that_ask_the_same_raise_each_others(self):
-        edits = [
-            (name, f"Who is the mayor of {name}?") for name in ("Ab", "Ob", "Ub", "Ad", "Od", "Ud", "Ag", "Og", "Ug")
-        ]
-        most = space().limit + 0.25 * (1 - space().limit)
-        torch.testing.assert_close(with_edits(*edits).limits, torch.full((9,), most))
-        torch.testing.assert_close(with_edits(*edits[:8]).limits, torch.full((8,), space().limit))
 
     def test_before_calibration_the_spaces_own_holds(self):
         router = new_router()
