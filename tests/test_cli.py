@@ -698,7 +698,7 @@ def test_a_wrong_pack_is_one_line(run, tmp_path, monkeypatch, capsys, folder_of,
     elif damage == "no_json":
         config.write_text(config.read_text()[:-20])
     elif damage == "other_version":
-        config.write_text(config.read_text().replace('"format_version": 1', '"format_version": 99'))
+        config.write_text(config.read_text().replace('"format_version": 2', '"format_version": 99'))
         word = "format version 99"
     elif damage == "other_base":
         base, word = str(folder_of("llama")), "the pack belongs to base 'world'"
