@@ -1,7 +1,7 @@
 """Other questions about edited subjects: how many a shard answers, and how many answers change.
 
 They are made from what other edits ask, with the subject put in, and from questions of this file's own; neither writing
-nor any threshold sees them.
+nor any threshold sees them. Questions that some record gives as rephrases of one another are not other questions.
 """
 
 from __future__ import annotations
@@ -42,10 +42,15 @@ def questions_about_subjects(edits: Sequence[Edit], number: int = NUMBER) -> lis
     dice = random.Random(0)
     named = [edit for edit in edits if edit.subject and asking.places(edit.prompt, asking.spellings(edit.subject))]
     asked_already = {(edit.subject, _plain(edit.prompt, edit.subject)) for edit in named}
+    meaning = _meanings(named)
     found: dict[str, tuple[str, str]] = {}
     each = max(1, min(len(OWN), -(-number // max(len(named), 1))))
     for edit in dice.sample(named, len(named)):
-        others = [other for other in dice.sample(named, min(len(named), 4 * each)) if other.subject != edit.subject]
+        others = [
+            other
+            for other in dice.sample(named, min(len(named), 4 * each))
+            if other.subject != edit.subject and meaning[other.id] != meaning[edit.id]
+        ]
         made = [asking.without(o.prompt, asking.spellings(str(o.subject)), str(edit.subject)) for o in others[:each]]
         made += [text.format(edit.subject) for text in dice.sample(OWN, min(_EACH, each) if others else each)]
         for text in made[: 2 * each]:
@@ -53,6 +58,21 @@ def questions_about_subjects(edits: Sequence[Edit], number: int = NUMBER) -> lis
                 found.setdefault(text, (edit.id, text))
     kept = list(found.values())
     return dice.sample(kept, number) if len(kept) > number else kept
+
+
+def _meanings(edits: Sequence[Edit]) -> dict[str, str]:
+    """Of each edit's id one wording of what it asks, the same for edits whose records' rephrases join their prompts."""
+    joined: dict[str, str] = {}
+
+    def root(text: str) -> str:
+        while joined.setdefault(text, text) != text:
+            text = joined[text]
+        return text
+
+    for edit in edits:
+        for text in edit.rephrases:
+            joined[root(_plain(text, edit.subject))] = root(_plain(edit.prompt, edit.subject))
+    return {edit.id: root(_plain(edit.prompt, edit.subject)) for edit in edits}
 
 
 def _plain(text: str, subject: str | None) -> str:

@@ -19,6 +19,8 @@ SHRINKAGE = 0.1
 """Added to the scatter within relations, as a share of its mean diagonal."""
 DIMENSIONS = 256
 """Most dimensions of the space."""
+DEVIATIONS = 3.3
+"""So many deviations above the median of likenesses, two wordings count as one question."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,13 @@ def fit_relations(states: Tensor, relation: Tensor, in_common: Tensor, false_rat
         in_common: (n, n) their words in common.
         false_rate: share of pairs of different relations that may lie above the limit, in (0, 1). It is measured on
             relations that the space was not learnt from, half of them at a time.
+
+    Wordings whose states are not finite are left out; where too few are left, the space is like nothing.
     """
+    sound = states.isfinite().all(-1)
+    states, relation, in_common = states[sound], relation[sound], in_common[sound][:, sound]
+    if not all((relation % 2 == half).sum() > 1 for half in (0, 1)):
+        return no_space()
     found = []
     for half in (0, 1):
         inside = relation % 2 == half
@@ -85,6 +93,20 @@ def fit_relations(states: Tensor, relation: Tensor, in_common: Tensor, false_rat
         both = alike(apart @ apart.T, in_common[~inside][:, ~inside])
         found.append(torch.quantile(both[other][::7].double(), 1 - false_rate))
     return RelationSpace(*_discriminants(states, relation), float(sum(found) / 2))
+
+
+def usual_limit(likeness: Tensor) -> float:
+    """From which likeness on two wordings count as one question, from pairs of which most ask different things.
+
+    The median and the spread below it are those of pairs that ask different things, whatever share of the others asks
+    the same: an empirical null, fitted to the half that no match reaches.
+
+    Args:
+        likeness: (p,) of the pairs.
+    """
+    median = likeness.double().quantile(0.5)
+    below = likeness[likeness < median].double() - median
+    return float(median + DEVIATIONS * below.square().mean().sqrt()) if len(below) else 1.0
 
 
 def _discriminants(states: Tensor, relation: Tensor) -> tuple[Tensor, Tensor]:

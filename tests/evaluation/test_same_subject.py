@@ -52,6 +52,15 @@ class TestQuestions:
         assert "What instrument did Mara Kelstrom play?" not in found
         assert "Where was Ilse Vandermeer born?" in found
 
+    def test_what_a_record_says_is_the_same_question_is_left_out(self):
+        """Joined over two records, of which only one gives the rephrase."""
+        one = Edit("a", "Where was Mara Kelstrom born?", "Orsk", subject="Mara Kelstrom")
+        other = Edit("b", "The birthplace of Ilse Vandermeer is", "Verin", subject="Ilse Vandermeer")
+        told = replace(other, rephrases=("Where was Ilse Vandermeer born?",))
+        asked = "The birthplace of Mara Kelstrom is"
+        assert asked in {text for _, text in questions_about_subjects([one, other])}
+        assert asked not in {text for _, text in questions_about_subjects([one, told])}
+
     def test_an_edit_alone_is_asked_our_own(self, edits):
         assert {text for _, text in questions_about_subjects(edits[:1])} == {t.format(edits[0].subject) for t in OWN}
 

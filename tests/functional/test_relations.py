@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from repair_lightning.functional.relations import RelationSpace, _discriminants, no_space
+from repair_lightning.functional.relations import RelationSpace, _discriminants, no_space, usual_limit
 from repair_lightning.functional.relations import fit_relations as fit
 
 D, EACH = 24, 7
@@ -126,3 +126,32 @@ class TestApply:
         space = RelationSpace(torch.tensor([1.0, 1.0]), torch.tensor([[2.0, 0.0], [0.0, -1.0]]), 0.5)
         expected = torch.tensor([[4.0, -4.0]]) / 32**0.5
         torch.testing.assert_close(space(torch.tensor([[3.0, 5.0]])), expected)
+
+
+class TestUsualLimit:
+    def test_pairs_that_ask_the_same_do_not_raise_it(self):
+        """A fifth of the pairs are as alike as can be: the limit stays within what the others reach."""
+        other = 0.1 * torch.randn(4000, generator=torch.Generator().manual_seed(0))
+        alone = usual_limit(other)
+        assert alone == pytest.approx(0.33, abs=0.02)
+        mixed = usual_limit(torch.cat([other, torch.full((1000,), 0.9)]))
+        assert alone <= mixed < 0.45
+        assert (other > mixed).float().mean() < 0.001
+
+    def test_where_nothing_is_told_apart_it_is_one(self):
+        assert usual_limit(torch.zeros(100)) == 1.0
+
+
+class TestUnsoundStates:
+    def test_wordings_that_a_base_cannot_read_are_left_out(self):
+        made, relation = states(40)
+        sound = fit_relations(made, relation, 0.02)
+        made = torch.cat([made, torch.full((2, D), float("inf"))])
+        found = fit_relations(made, torch.cat([relation, torch.tensor([40, 41])]), 0.02)
+        assert torch.equal(found.projection, sound.projection)
+        assert found.limit == sound.limit
+
+    def test_without_any_nothing_is_alike(self):
+        made, relation = states(40)
+        found = fit(made * float("nan"), relation, torch.zeros(len(made), len(made)), 0.02)
+        assert (found.limit, len(found.centre)) == (1.0, 0)

@@ -7,6 +7,7 @@ the same words are alike. The space of relations is learnt from the real bank.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from repair_lightning.memory.query import Choice, Query
 from repair_lightning.memory.routers import Anchor, KeyRouter
 from repair_lightning.memory.rows import Part
 from repair_lightning.memory.side_memory import SideMemory
+from repair_lightning.texts.relations import STAND_IN, bank
 from repair_lightning.types import BASE
 
 NOWHERE = SideMemory((1, 1))
@@ -319,6 +321,17 @@ class TestLimits:
         add(router, MAYOR, BORN, held_out=[near])
         assert route(router, near, MAYOR[1], BORN[1]) == [BASE, 0, 1]
         assert router.limits[0] > router.limits[1] == pytest.approx(space().limit)
+
+    @pytest.mark.parametrize(("number", "lower"), [(20, False), (60, True)])
+    def test_many_edits_that_lie_far_apart_lower_a_careful_limit(self, number, lower):
+        """A bank that a base cannot read puts the limit too high; the edits' own questions say so, if they are many."""
+        wordings, relation = bank()
+        first = [relation.index(n) for n in range(number)]
+        router = new_router()
+        router.space = replace(router.space, limit=0.9)
+        add(router, *[(f"Orsk{n}", wordings[place].replace(STAND_IN, f"Orsk{n}")) for n, place in enumerate(first)])
+        assert bool((router.limits < 0.5).all()) is lower
+        assert lower or router.limits.tolist() == pytest.approx([0.9] * number)
 
     def test_only_those_of_new_edits_are_set(self):
         router = with_edits(MAYOR)

@@ -23,13 +23,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from repair_lightning.functional.relations import RelationSpace, alike, fit_relations, no_space, words_in_common
+from repair_lightning.functional.relations import (
+    RelationSpace,
+    alike,
+    fit_relations,
+    no_space,
+    usual_limit,
+    words_in_common,
+)
 from repair_lightning.memory.query import Choice, Query, pad_right
 from repair_lightning.memory.routers.base import Anchor, Read, Router
 from repair_lightning.memory.rows import NUMBERS, Part, Rows, joined
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.texts import asking
-from repair_lightning.texts.relations import STAND_IN, bank, share_in_common, stems, word_weights
+from repair_lightning.texts.relations import STAND_IN, bank, share_in_common, stem_weight, stems
 from repair_lightning.types import BASE
 
 _ABOVE_OTHERS = 0.15
@@ -41,6 +48,8 @@ _UNNAMED = 0.75
 """Share of the words, weighted, that an edit without a subject and a prompt must have in common."""
 _REMEMBERED = 8192
 """Texts whose vectors are kept: what is asked comes again."""
+_SAMPLED, _ENOUGH = 150, 30
+"""Wordings of edits that a limit is taken from: at most, and at least."""
 _FIXED = ("relations",)
 _SPACE = ("centre", "projection")
 
@@ -139,13 +148,9 @@ class KeyRouter(Router):
     def learn_space(self, read: Read) -> RelationSpace:
         """The space in which wordings of one question lie together, from a bank of our own."""
         wordings, relation = bank()
-        known = word_weights()
-        column = {stem: i for i, stem in enumerate(known)}
-        holds = torch.zeros(len(wordings), len(known))
-        for row, wording in enumerate(wordings):
-            holds[row, [column[stem] for stem in stems(wording)]] = 1
-        in_common = words_in_common(holds, torch.tensor(list(known.values())))
-        return fit_relations(read(wordings), torch.tensor(relation), in_common, self.relation_false_rate)
+        return fit_relations(
+            read(wordings), torch.tensor(relation), _words_in_common(wordings), self.relation_false_rate
+        )
 
     def describe(self, anchors: Sequence[Anchor], prompts: Query, shards: Sequence[int]) -> dict[str, Tensor]:
         """What the edits are about, and the vectors of what they ask."""
@@ -224,17 +229,28 @@ class KeyRouter(Router):
     # -- limits -------------------------------------------------------------------------------------------------------
 
     def calibrate(self, memory: SideMemory, owned: Mapping[int, Query], background: Query) -> None:
-        """The limits of new edits: above what other questions of a bank reach, and above irrelevant prompts that name
-        the subject."""
+        """The limits of new edits: above what other questions reach, of a bank or of the edits where those lie further
+        apart, and above irrelevant prompts that name the subject."""
         new = (self.limits < 0).nonzero()[:, 0]
         if not len(new):
             return
-        self.limits[new] = min(self.space.limit, _ALIKE)
+        self.limits[new] = min(self.space.limit, self._usual_limit(), _ALIKE)
         for candidate, score in self._compared(background.texts, {int(i) for i in new}):
             if candidate.same:  # it asks for the edit itself
                 continue
             above = score + _ABOVE_OTHERS * (1 - score)
             self.limits[candidate.edit] = max(float(self.limits[candidate.edit]), above)
+
+    def _usual_limit(self) -> float:
+        """The limit that what the edits ask of their subjects suggests; 1 while they ask too little."""
+        places = torch.linspace(0, len(self.ids) - 1, min(len(self.ids), 2 * _SAMPLED)).long().unique().tolist()
+        first = {self.known[place].relation: place for place in reversed(places)}
+        texts = list(first)[:_SAMPLED]
+        if len(texts) < _ENOUGH or not len(self.space.centre):
+            return 1.0
+        vectors = self.relations[[first[text] for text in texts]]
+        both = alike(vectors @ vectors.T, _words_in_common(texts))
+        return usual_limit(both[torch.ones_like(both, dtype=torch.bool).triu(1)])
 
     # -- routing ------------------------------------------------------------------------------------------------------
 
@@ -396,6 +412,16 @@ def _pairs(words: Sequence[str]) -> list[str]:
 def _exactly(text: str) -> str:
     """A text as one that is the same is found: its words, or of code its signs."""
     return asking.signs(text) if asking.is_code(text) else " ".join(asking.spellings(text))
+
+
+def _words_in_common(texts: Sequence[str]) -> Tensor:
+    """(n, n) the weighted share of word stems that each two have in common."""
+    held = [stems(text) for text in texts]
+    column = {stem: i for i, stem in enumerate(sorted(set().union(*held)))}
+    holds = torch.zeros(len(texts), len(column))
+    for row, own in enumerate(held):
+        holds[row, [column[stem] for stem in own]] = 1
+    return words_in_common(holds, torch.tensor([stem_weight(stem) for stem in column]))
 
 
 def _numbers(text: str) -> frozenset[str]:
