@@ -19,7 +19,7 @@ SHRINKAGE = 0.1
 """Added to the scatter within relations, as a share of its mean diagonal."""
 DIMENSIONS = 256
 """Most dimensions of the space."""
-DEVIATIONS = 3.3
+DEVIATIONS = 4.0
 """So many deviations above the median of likenesses, two wordings count as one question."""
 
 

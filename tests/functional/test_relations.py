@@ -133,9 +133,9 @@ class TestUsualLimit:
         """A fifth of the pairs are as alike as can be: the limit stays within what the others reach."""
         other = 0.1 * torch.randn(4000, generator=torch.Generator().manual_seed(0))
         alone = usual_limit(other)
-        assert alone == pytest.approx(0.33, abs=0.02)
+        assert alone == pytest.approx(0.4, abs=0.02)
         mixed = usual_limit(torch.cat([other, torch.full((1000,), 0.9)]))
-        assert alone <= mixed < 0.45
+        assert alone <= mixed < 0.55
         assert (other > mixed).float().mean() < 0.001
 
     def test_where_nothing_is_told_apart_it_is_one(self):
