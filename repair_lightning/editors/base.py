@@ -159,7 +159,10 @@ class Editor(pl.LightningModule):
         if self.base is not None:
             return
         if not self.base_option:
-            raise ConfigError("no base: give --model.base a folder in Hugging Face format or a hub name")
+            raise ConfigError(
+                "no base: give --model.base a folder in Hugging Face format, a hub name, a .gguf file, 'smollm2' or "
+                "'world'"
+            )
         base = load_base(self.base_option, self.precision_option, self.trust_remote_code)
         asked = None if isinstance(self.layer_option, str) else self.layer_option
         self.build(base, resolve_layer(base.model, asked))

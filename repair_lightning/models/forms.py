@@ -42,6 +42,8 @@ LEAD = (
     "editions are stored in the archive behind the customs house. Visitors may read them on weekdays. "
 )
 """Other text before a question, of our own making."""
+COURTESY = "I have a question. {} Thank you."
+"""Words of courtesy around a question, of our own making."""
 
 
 class Forms:
@@ -351,10 +353,10 @@ class Forms:
         """
         found = [self.encode(prompt, target)]
         question = self.asked(prompt)
-        if self.marks is None:
-            return found
-        found += [self.answered(ids, target) for ids in self._dialogues(question)]
-        found.append(self.bare_encoded(question, target))
+        if self.marks is not None:
+            found += [self.answered(ids, target) for ids in self._dialogues(question)]
+        bare = [question] if self.chat else [question, LEAD + question, COURTESY.format(question)]
+        found += [self.bare_encoded(text, target) for text in bare]
         different: dict[tuple[int, ...], Encoded] = {}
         for row in found:
             different.setdefault(row.prompt, row)
@@ -373,7 +375,7 @@ class Forms:
         if self.marks is None:
             return []
         hello, reply = GREETING
-        dialogue_ = [_user(hello), _base(reply), _user(f"I have a question. {self.asked(prompt)} Thank you.")]
+        dialogue_ = [_user(hello), _base(reply), _user(COURTESY.format(self.asked(prompt)))]
         if self.takes_system:
             dialogue_.insert(0, {"role": "system", "content": SYSTEM})
         return [self.answered(self.in_chat(dialogue_), target)]

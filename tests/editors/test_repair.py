@@ -644,7 +644,8 @@ class TestOptions:
             Repair(writing=Writing(**writing))
 
     def test_without_a_base(self):
-        with pytest.raises(ConfigError, match=r"no base: give --model.base a folder in Hugging Face format"):
+        named = r"a folder in Hugging Face format, a hub name, a \.gguf file, 'smollm2' or 'world'"
+        with pytest.raises(ConfigError, match=rf"no base: give --model\.base {named}"):
             Repair().load()
 
     def test_an_unknown_router(self, folder_of):
