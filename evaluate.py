@@ -5,10 +5,11 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from repair_lightning.cli import guarded, only_errors
-from repair_lightning.evaluation.evaluate import evaluate_pack
-from repair_lightning.evaluation.report import print_report, verdict, write_json
-from repair_lightning.parsing import parse
+from repair_lightning.commands.cli import guarded, only_errors
+from repair_lightning.commands.evaluate import evaluate_pack
+from repair_lightning.commands.parsing import parse
+from repair_lightning.reports.report import print_report, verdict
+from repair_lightning.storage.files import write_json
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from callbacks import (
     Scoreboard,
     StreamProgress,
 )
-from repair_lightning.cli import EditCLI, finish, guarded
+from repair_lightning.commands.cli import EditCLI, finish, guarded
 
 CALLBACKS = {
     "gate": ProbeGate,

@@ -15,12 +15,12 @@ from benchmarks.report import Table, mib, number
 from benchmarks.routing import Invented
 from benchmarks.streams import made_up_names
 from benchmarks.timing import seconds_of
-from repair_lightning.data.journal import Journal
-from repair_lightning.data.ledger import Ledger
-from repair_lightning.data.stream import EditStream
+from repair_lightning.commands.run_dir import DurableCheckpointIO
 from repair_lightning.editors import Repair
-from repair_lightning.run_dir import DurableCheckpointIO
-from repair_lightning.segments import Segments
+from repair_lightning.edits.journal import Journal
+from repair_lightning.edits.ledger import Ledger
+from repair_lightning.edits.segments import Segments
+from repair_lightning.edits.stream import EditStream
 from repair_lightning.types import Edit, EditReport
 
 TITLE = "Checkpoints: seconds and bytes"

@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.context import Context
 from benchmarks.report import Table, number, percent
 from benchmarks.timing import seconds_of
-from repair_lightning.data.clustering import form_batches, neighbour_recall, unit_vectors
+from repair_lightning.edits.clustering import form_batches, neighbour_recall, unit_vectors
 
 TITLE = "Clustering: homogeneous batches"
 DIMENSION = 64

@@ -20,13 +20,13 @@ from benchmarks.report import Table, number, percent
 from benchmarks.streams import clear, prepared
 from callbacks import LossAwareTiesMerge
 from callbacks.ties_merge import MergeGuard, accept, mean_loss
-from repair_lightning.data.records import load_records
 from repair_lightning.editors import Repair
 from repair_lightning.editors.repair import Writing
-from repair_lightning.evaluation.metrics import KIND_OF_PROMPT
-from repair_lightning.evaluation.protocols import AUTOREGRESSIVE, PROTOCOLS, TEACHER_FORCED
-from repair_lightning.evaluation.scoring import Result, Scorer, oracle_choice
+from repair_lightning.edits.records import load_records
 from repair_lightning.functional import Normalize
+from repair_lightning.scoring.metrics import KIND_OF_PROMPT
+from repair_lightning.scoring.protocols import AUTOREGRESSIVE, PROTOCOLS, TEACHER_FORCED
+from repair_lightning.scoring.scorer import Result, Scorer, oracle_choice
 from repair_lightning.types import Edit, EditBatch
 from repair_lightning.world import WORLD, edits_path
 

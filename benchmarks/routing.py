@@ -16,8 +16,8 @@ from benchmarks.context import Context
 from benchmarks.report import Table, number, percent
 from benchmarks.streams import made_up_names
 from benchmarks.timing import interleaved, seconds_of
-from repair_lightning.data.records import load_irrelevant, load_records
 from repair_lightning.editors import Repair
+from repair_lightning.edits.records import load_irrelevant, load_records
 from repair_lightning.functional.relations import RelationSpace
 from repair_lightning.memory.query import Choice, Query
 from repair_lightning.memory.routers import ActivationRouter, Anchor, KeyRouter, Router

@@ -19,10 +19,10 @@ from benchmarks.context import Context
 from benchmarks.machine import rss
 from benchmarks.timing import Stopwatch
 from callbacks import ErrorSampleMonitor, PruneAndRetrigger
-from repair_lightning.data.ledger import Ledger
-from repair_lightning.data.records import load_records
-from repair_lightning.data.stream import EditStream
 from repair_lightning.editors import Repair
+from repair_lightning.edits.ledger import Ledger
+from repair_lightning.edits.records import load_records
+from repair_lightning.edits.stream import EditStream
 from repair_lightning.types import Edit
 from repair_lightning.world import WORLD, edits_path
 

@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 
-from repair_lightning.data.ledger import EditStatus, Ledger
+from repair_lightning.edits.ledger import EditStatus, Ledger
 from repair_lightning.errors import ConfigError
-from repair_lightning.evaluation.correctness import correctness
+from repair_lightning.scoring.correctness import correctness
 
 
 def sample_to_check(ledger: Ledger, window: int, older: int, generator: random.Random) -> list[str]:

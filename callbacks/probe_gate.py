@@ -13,10 +13,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from repair_lightning.data.ledger import EditStatus, Ledger
+from repair_lightning.edits.ledger import EditStatus, Ledger
 from repair_lightning.errors import ConfigError, counted
-from repair_lightning.evaluation.probes import load_probes
-from repair_lightning.evaluation.protocols import answers
+from repair_lightning.scoring.probes import load_probes
+from repair_lightning.scoring.protocols import answers
 from repair_lightning.types import BASE
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from repair_lightning.data.ledger import EditStatus, Ledger
+from repair_lightning.edits.ledger import EditStatus, Ledger
 from repair_lightning.errors import ConfigError, counted
 from repair_lightning.types import BASE, Decision
 

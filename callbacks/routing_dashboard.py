@@ -21,10 +21,10 @@ import torch
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
-from repair_lightning.data.ledger import EditStatus, Ledger, LedgerEntry
+from repair_lightning.edits.ledger import EditStatus, Ledger, LedgerEntry
 from repair_lightning.errors import ConfigError
-from repair_lightning.evaluation.protocols import answers
-from repair_lightning.evaluation.separation import MEANT, OTHERS, SCORE, Separation
+from repair_lightning.scoring.protocols import answers
+from repair_lightning.scoring.separation import MEANT, OTHERS, SCORE, Separation
 from repair_lightning.texts import dialogue
 
 _POOLS = {

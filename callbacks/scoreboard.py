@@ -17,15 +17,16 @@ import torch
 from torch import Tensor
 
 from repair_lightning.errors import counted
-from repair_lightning.evaluation.earlier import EarlierEdits
-from repair_lightning.evaluation.feature_map import feature_map
-from repair_lightning.evaluation.forms import form_scores
-from repair_lightning.evaluation.peak_memory import PeakMemory
-from repair_lightning.evaluation.probes import ProbeScorer, load_probes
-from repair_lightning.evaluation.protocols import AUTOREGRESSIVE, TEACHER_FORCED
-from repair_lightning.evaluation.same_subject import same_subject
-from repair_lightning.evaluation.scoring import Result, Scorer, oracle_choice
-from repair_lightning.evaluation.singles import Singles
+from repair_lightning.packs.pack import bytes_left
+from repair_lightning.scoring.earlier import EarlierEdits
+from repair_lightning.scoring.feature_map import feature_map
+from repair_lightning.scoring.forms import form_scores
+from repair_lightning.scoring.peak_memory import PeakMemory
+from repair_lightning.scoring.probes import ProbeScorer, load_probes
+from repair_lightning.scoring.protocols import AUTOREGRESSIVE, TEACHER_FORCED
+from repair_lightning.scoring.same_subject import same_subject
+from repair_lightning.scoring.scorer import Result, Scorer, oracle_choice
+from repair_lightning.scoring.singles import Singles
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +140,7 @@ class Scoreboard(pl.Callback):
         new = {edit.id for edit in stream.edits[: stream.arrived]} - known
         if stream.complete and new:
             with self._timed():
-                self.singles.take(editor, self.scorer.subset(new), self.perplexity is not None)
+                self.singles.take(editor, self.scorer.subset(new), bytes_left(editor), self.perplexity is not None)
 
     def moment(self, stream: Any, editor: Any, written: int) -> dict[str, Any]:
         """A line of `curves.jsonl`: windows so far, the stream's own edits that a shard holds, seconds of editing

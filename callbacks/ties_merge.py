@@ -16,12 +16,12 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from repair_lightning.data.ledger import EditStatus, Ledger
+from repair_lightning.edits.ledger import EditStatus, Ledger
 from repair_lightning.errors import ConfigError
-from repair_lightning.evaluation.correctness import correctness
-from repair_lightning.evaluation.metrics import overall_performance
-from repair_lightning.evaluation.protocols import answers
 from repair_lightning.functional import Normalize, loss_weights, ties_merge, trim
+from repair_lightning.scoring.correctness import correctness
+from repair_lightning.scoring.metrics import overall_performance
+from repair_lightning.scoring.protocols import answers
 from repair_lightning.types import BASE, Decision
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 from lightning.pytorch.cli import LightningArgumentParser  # noqa: E402
 
-from repair_lightning.cli import EditCLI  # noqa: E402
+from repair_lightning.commands.cli import EditCLI  # noqa: E402
 from repair_lightning.editors import REGISTRY  # noqa: E402
 from train import CALLBACKS  # noqa: E402
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from repair_lightning.packs import PackedModel, load_edited, restore_editor
+    from repair_lightning.packs.pack import PackedModel, load_edited, restore_editor
 
 __version__ = "0.1.0"
 __all__ = ["PackedModel", "__version__", "load_edited", "restore_editor"]
@@ -14,7 +14,7 @@ __all__ = ["PackedModel", "__version__", "load_edited", "restore_editor"]
 def __getattr__(name: str) -> Any:
     """Load heavy parts when they are first asked for."""
     if name in ("PackedModel", "load_edited", "restore_editor"):
-        from repair_lightning import packs
+        from repair_lightning.packs import pack as packs
 
         return getattr(packs, name)
     raise AttributeError(f"module 'repair_lightning' has no attribute '{name}'")

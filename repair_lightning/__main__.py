@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from repair_lightning.cli import guarded
+from repair_lightning.commands.cli import guarded
 from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.types import BASE
 
@@ -31,7 +31,7 @@ def export(parser: ArgumentParser) -> None:
 
 
 def _export(options: Namespace) -> None:
-    from repair_lightning.export import export_pack, report_lines
+    from repair_lightning.packs.export import export_pack, report_lines
 
     given = (options.pack, options.to, options.merged, options.base, options.precision, options.overwrite)
     print("\n".join(report_lines(export_pack(*given, max_edits=options.max_edits), options.to)))
@@ -48,8 +48,8 @@ def undo(parser: ArgumentParser) -> None:
 
 
 def _undo(options: Namespace) -> None:
-    from repair_lightning.evaluation.html_report import try_report
-    from repair_lightning.undo import report_lines, undo
+    from repair_lightning.commands.undo import report_lines, undo
+    from repair_lightning.reports.html_report import try_report
 
     if options.module:
         sys.path.insert(0, os.getcwd())  # a console script looks beside itself alone
@@ -70,7 +70,7 @@ def log(parser: ArgumentParser) -> None:
 
 
 def _log(options: Namespace) -> None:
-    from repair_lightning.data.journal import FILE, Journal
+    from repair_lightning.edits.journal import FILE, Journal
 
     journal = Journal(options.run / FILE, read_only=True)
     for id in [id for given in options.id for id in given] or [None]:
@@ -116,8 +116,8 @@ def _names(text: str) -> list[str]:
 def _harness(options: Namespace) -> None:
     from rich.console import Console
 
-    from repair_lightning.evaluation.harness import comparison_table, harness, who_answered
-    from repair_lightning.evaluation.report import write_json
+    from repair_lightning.commands.harness import comparison_table, harness, who_answered
+    from repair_lightning.storage.files import write_json
 
     names = ("limit", "num_fewshot", "include_path", "batch_size", "apply_chat_template", "system_instruction")
     given = {name: getattr(options, name) for name in names}
@@ -135,7 +135,7 @@ def report(parser: ArgumentParser) -> None:
 
 
 def _report(options: Namespace) -> None:
-    from repair_lightning.evaluation.html_report import write_report
+    from repair_lightning.reports.html_report import write_report
 
     print(write_report(options.run))
 
@@ -148,7 +148,7 @@ def figures(parser: ArgumentParser) -> None:
 
 
 def _figures(options: Namespace) -> None:
-    from repair_lightning.evaluation.figures import draw_figures
+    from repair_lightning.reports.figures import draw_figures
 
     files, missing = draw_figures(options.runs, options.to)
     print("\n".join([*map(str, files), *(f"left out: {words}" for words in missing)]))
@@ -163,7 +163,7 @@ def ask(parser: ArgumentParser) -> None:
 
 
 def _ask(options: Namespace) -> None:
-    from repair_lightning.ask import Pair, given_prompt
+    from repair_lightning.commands.ask import Pair, given_prompt
 
     pair = Pair.open(options.pack, options.base, options.precision, options.max_new_tokens)
     asked = options.question
@@ -209,8 +209,8 @@ def diff(parser: ArgumentParser) -> None:
 
 
 def _diff(options: Namespace) -> None:
-    from repair_lightning.ask import Pair, difference_lines, read_prompts
-    from repair_lightning.evaluation.report import write_rows
+    from repair_lightning.commands.ask import Pair, difference_lines, read_prompts
+    from repair_lightning.storage.files import write_rows
 
     prompts = read_prompts(options.data)
     pair = Pair.open(options.pack, options.base, options.precision, options.max_new_tokens)
@@ -228,7 +228,7 @@ def dashboard(parser: ArgumentParser) -> None:
 
 
 def _dashboard(options: Namespace) -> None:
-    from repair_lightning.dashboard import create
+    from repair_lightning.reports.dashboard import create
 
     print(create(options.entity, options.project))
 

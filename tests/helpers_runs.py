@@ -14,10 +14,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from repair_lightning.data.stream import EditStream
 from repair_lightning.editors import Repair
 from repair_lightning.editors.repair import Routing, Writing
-from repair_lightning.evaluation.correctness import correctness
+from repair_lightning.edits.stream import EditStream
+from repair_lightning.scoring.correctness import correctness
 from repair_lightning.types import Edit
 from repair_lightning.world import edits_path, irrelevant_path
 

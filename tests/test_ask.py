@@ -18,11 +18,11 @@ from helpers_chat import chat_folder
 from helpers_runs import REPOSITORY, written_editor
 
 from repair_lightning.__main__ import parser
-from repair_lightning.ask import Pair, difference_lines, read_prompts
+from repair_lightning.commands.ask import Pair, difference_lines, read_prompts
 from repair_lightning.editors import Repair
 from repair_lightning.errors import ConfigError, RecordError, RepairError
-from repair_lightning.evaluation.protocols import answers
-from repair_lightning.packs import save_pack
+from repair_lightning.packs.pack import save_pack
+from repair_lightning.scoring.protocols import answers
 from repair_lightning.texts import dialogue
 from repair_lightning.types import BASE, Edit
 

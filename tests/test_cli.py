@@ -23,11 +23,11 @@ from helpers_runs import REPOSITORY, hard_edits, world_edits, write_edits
 from helpers_wandb import offline_run, series
 
 from repair_lightning import load_edited
-from repair_lightning.cli import OURS, config_path, nothing_written, resolve_configs
-from repair_lightning.data.ledger import Ledger
+from repair_lightning.commands.cli import OURS, config_path, nothing_written, resolve_configs
+from repair_lightning.commands.parsing import with_nulls, with_paths
 from repair_lightning.editors import REGISTRY
+from repair_lightning.edits.ledger import Ledger
 from repair_lightning.errors import ConfigError
-from repair_lightning.parsing import with_nulls, with_paths
 from repair_lightning.types import BASE, EditReport
 from repair_lightning.world import base_dir
 
@@ -346,7 +346,7 @@ def test_a_run_that_wrote_nothing_says_so(tmp_path, caplog):
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert (metrics["shards"], metrics["closed_loop"]["quarantined"]) == (0, 2)
     model, _ = load_edited(tmp_path / "run" / "pack")
-    (words,) = [record.getMessage() for record in caplog.records if record.name == "repair_lightning.packs"]
+    (words,) = [record.getMessage() for record in caplog.records if record.name == "repair_lightning.packs.pack"]
     assert words.endswith("holds no written edit (2 quarantined): the base answers every prompt")
     assert model.route("Who?")[0].memory == BASE
 

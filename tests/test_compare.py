@@ -24,13 +24,13 @@ from helpers_runs import REPOSITORY
 from safetensors.torch import load_file
 
 import train
-from repair_lightning import compare
-from repair_lightning.cli import EditCLI
-from repair_lightning.compare import Comparison, Variant, main, overlay, plan, read_comparison
+from repair_lightning.commands import compare
+from repair_lightning.commands.cli import EditCLI
+from repair_lightning.commands.compare import Comparison, Variant, main, overlay, plan, read_comparison
 from repair_lightning.editors.repair import Writing
 from repair_lightning.errors import ConfigError
-from repair_lightning.evaluation import comparison
-from repair_lightning.evaluation.comparison import (
+from repair_lightning.reports import comparison
+from repair_lightning.reports.comparison import (
     Result,
     csv_text,
     draw_grid,
@@ -400,7 +400,7 @@ def test_bad_options(bench, options, common, message):
 def process_of(bench: Bench) -> subprocess.Popen[bytes]:
     """The comparison as a process, once two of its runs, which wait for a file named `go`, have begun."""
     bench.write({"done": None, "waits": {"options": {"fake.wait": "go"}}})
-    program = "import sys, pathlib; from repair_lightning import compare; "
+    program = "import sys, pathlib; from repair_lightning.commands import compare; "
     program += "compare.TRAIN = pathlib.Path(sys.argv.pop(1)); compare.command()"
     call = ["--config", str(bench.home / "bench.yaml"), "--out", str(bench.out), "--workers", "2", "--"]
     process = subprocess.Popen([sys.executable, "-c", program, str(compare.TRAIN), *call], cwd=REPOSITORY)

@@ -116,7 +116,7 @@ def test_complete_configs_have_a_seed_and_a_logger_and_overlays_do_not_choose_th
         if complete(path):
             assert content["seed_everything"] == 0
             logger = content["trainer"]["logger"]
-            assert logger["class_path"] == "repair_lightning.tracking.OfflineFirstWandbLogger"
+            assert logger["class_path"] == "repair_lightning.reports.tracking.OfflineFirstWandbLogger"
             assert logger.get("init_args", {}).get("offline") is None  # a key decides
         else:
             assert "base" not in content["model"].get("init_args", {})

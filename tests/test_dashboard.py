@@ -10,9 +10,9 @@ from helpers_runs import fit, hard_edits, world_editor, world_stream, write_edit
 from lightning.pytorch.loggers import CSVLogger
 
 from callbacks import ErrorSampleMonitor, LossAwareTiesMerge, ProbeGate, PruneAndRetrigger, RoutingDashboard, Scoreboard
-from repair_lightning import dashboard
-from repair_lightning.dashboard import LINES, TABLES, create, layout
 from repair_lightning.errors import ConfigError, RepairError
+from repair_lightning.reports import dashboard
+from repair_lightning.reports.dashboard import LINES, TABLES, create, layout
 
 pytest.importorskip("wandb_workspaces", reason="needs the extra: wandb")
 

@@ -23,7 +23,7 @@ import pytest
 import yaml
 from helpers_runs import REPOSITORY, world_edits, write_edits
 
-from repair_lightning.cli import OURS
+from repair_lightning.commands.cli import OURS
 from repair_lightning.editors import REGISTRY
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]

@@ -13,9 +13,9 @@ import torch
 from repair_lightning import load_edited
 from repair_lightning.editors.repair import Writing
 from repair_lightning.errors import ConfigError, RepairError
-from repair_lightning.export import REPORT_FILE, export_pack, live_edits, merge_into_base
 from repair_lightning.models.prefix import pad_left
-from repair_lightning.packs import CONFIG_FILE, WEIGHTS_FILE, load_ledger, save_pack
+from repair_lightning.packs.export import REPORT_FILE, export_pack, live_edits, merge_into_base
+from repair_lightning.packs.pack import CONFIG_FILE, WEIGHTS_FILE, load_ledger, save_pack
 
 PLAIN = """
 import json, sys

@@ -16,9 +16,9 @@ from helpers_runs import REPOSITORY, world_edits, write_edits
 from safetensors.torch import load_file, save_file
 
 from repair_lightning import load_edited
-from repair_lightning.data.journal import Journal
-from repair_lightning.data.ledger import EditStatus
-from repair_lightning.packs import load_ledger
+from repair_lightning.edits.journal import Journal
+from repair_lightning.edits.ledger import EditStatus
+from repair_lightning.packs.pack import load_ledger
 from repair_lightning.types import BASE
 from repair_lightning.world import base_dir
 

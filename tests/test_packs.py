@@ -17,13 +17,13 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 
-from repair_lightning import folders, hub, packs
 from repair_lightning.editors.repair import Routing, Writing
 from repair_lightning.errors import ConfigError, RepairError
-from repair_lightning.folders import whereabouts
 from repair_lightning.models.base import files_hash
 from repair_lightning.models.prefix import pad_left
-from repair_lightning.packs import (
+from repair_lightning.packs import hub
+from repair_lightning.packs import pack as packs
+from repair_lightning.packs.pack import (
     CONFIG_FILE,
     LEDGER_FILE,
     MERGED_FOLDER,
@@ -36,6 +36,8 @@ from repair_lightning.packs import (
     save_pack,
     sealed,
 )
+from repair_lightning.storage import folders
+from repair_lightning.storage.folders import whereabouts
 from repair_lightning.types import BASE
 
 ROUTINGS = {"key": {}, "activation": {"weight": 1.0, "act_ratio": 0.5}, "hybrid": {"act_ratio": 0.2}}
@@ -426,7 +428,7 @@ class TestReplacing:
         """It saves without end and is killed at ten moments."""
         folder, _, old, _ = old_and_new
         program = (
-            "import sys\nfrom repair_lightning.packs import restore_editor, save_pack\n"
+            "import sys\nfrom repair_lightning.packs.pack import restore_editor, save_pack\n"
             "editor = restore_editor(sys.argv[1], precision='float32')\nprint('go', flush=True)\n"
             "while True:\n    save_pack(editor, sys.argv[1], {'turn': 3})\n"
         )

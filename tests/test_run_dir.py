@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from repair_lightning import run_dir
-from repair_lightning.data.journal import Journal, JournalError
-from repair_lightning.data.ledger import Ledger
+from repair_lightning.commands import run_dir
+from repair_lightning.commands.run_dir import CHECKPOINT, DurableCheckpointIO, RunDirectory, plain, write_durably
+from repair_lightning.edits.journal import Journal, JournalError
+from repair_lightning.edits.ledger import Ledger
+from repair_lightning.edits.segments import Segments
 from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.models.base import files_hash
-from repair_lightning.run_dir import CHECKPOINT, DurableCheckpointIO, RunDirectory, plain, write_durably
-from repair_lightning.segments import Segments
 from repair_lightning.types import Edit
 
 SETTINGS = {"model": {"lr": 1.0, "steps": 3}, "data": {"path": Path("edits.jsonl"), "sizes": (1, 2)}, "seed": 0}
@@ -69,7 +69,7 @@ def test_the_same_process_cannot_have_it_twice(path):
 
 def test_another_process_cannot_have_it_and_a_dead_one_does_not_hold_it(path):
     script = (
-        "import sys; from repair_lightning.run_dir import RunDirectory; run = RunDirectory(sys.argv[1])\n"
+        "import sys; from repair_lightning.commands.run_dir import RunDirectory; run = RunDirectory(sys.argv[1])\n"
         "run.open({'seed': 0}); run.begin(); print('held', flush=True); sys.stdin.read()\n"
     )
     call = [sys.executable, "-c", script, str(path)]

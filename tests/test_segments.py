@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repair_lightning import segments
+from repair_lightning.commands.run_dir import CHECKPOINT, ROWS, DurableCheckpointIO, RunDirectory
+from repair_lightning.edits.segments import FAN, Segments, from_runs, planned, runs
 from repair_lightning.errors import RepairError
 from repair_lightning.memory.rows import Rows
-from repair_lightning.run_dir import CHECKPOINT, ROWS, DurableCheckpointIO, RunDirectory
-from repair_lightning.segments import FAN, Segments, from_runs, planned, runs
+from repair_lightning.storage import segments
 
 
 def rows_of(numbers, width: int = 3) -> Rows:

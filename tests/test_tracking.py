@@ -6,8 +6,8 @@ import pytest
 import wandb
 from helpers_wandb import offline_run, series, start_afresh
 
-from repair_lightning import tracking
-from repair_lightning.tracking import OfflineFirstWandbLogger
+from repair_lightning.reports import tracking
+from repair_lightning.reports.tracking import OfflineFirstWandbLogger
 
 
 @pytest.fixture(autouse=True)

@@ -11,14 +11,14 @@ import torch
 from helpers_runs import REPOSITORY, written_editor
 
 from repair_lightning.__main__ import event_line
-from repair_lightning.data.journal import FILE, Journal
-from repair_lightning.data.ledger import EditStatus, Ledger
+from repair_lightning.commands.run_dir import RunDirectory
+from repair_lightning.commands.undo import report_lines, undo
 from repair_lightning.editors import Repair
+from repair_lightning.edits.journal import FILE, Journal
+from repair_lightning.edits.ledger import EditStatus, Ledger
 from repair_lightning.errors import ConfigError, RepairError, UnknownEditError
-from repair_lightning.packs import load_edited, load_ledger, restore_editor, save_pack
-from repair_lightning.run_dir import RunDirectory
+from repair_lightning.packs.pack import load_edited, load_ledger, restore_editor, save_pack
 from repair_lightning.types import BASE, EditReport
-from repair_lightning.undo import report_lines, undo
 
 
 def finished_run(folder: Path, change=lambda editor: None, **writing) -> list[str]:
@@ -167,7 +167,7 @@ def test_refusals_change_nothing(tmp_path):
 
 KILLED = """
 import os, signal, sys
-import repair_lightning.undo as module
+import repair_lightning.commands.undo as module
 real = module.{target}
 def die(*args, **kwargs):
     if {after}: real(*args, **kwargs)

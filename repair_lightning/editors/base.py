@@ -22,10 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repair_lightning.data.ledger import Ledger
-from repair_lightning.distributed.team import ALONE, Team
 from repair_lightning.editors.adapt import AUTO, Adapted
 from repair_lightning.editors.exchange import Pace, Written
+from repair_lightning.edits.ledger import Ledger
 from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.functional.relations import DIMENSIONS, SHRINKAGE, RelationSpace
 from repair_lightning.memory.query import Choice, Query
@@ -42,6 +41,7 @@ from repair_lightning.models.sampling import greedy_rows, own_texts
 from repair_lightning.models.tokenizing import Encoded
 from repair_lightning.texts.dialogue import behind
 from repair_lightning.texts.relations import STEM, bank
+from repair_lightning.training.team import ALONE, Team
 from repair_lightning.types import BASE, Edit, EditBatch, EditReport
 
 log = logging.getLogger(__name__)

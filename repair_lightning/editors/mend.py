@@ -38,11 +38,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from repair_lightning.data.records import load_records
 from repair_lightning.editors.base import KEPT, register
 from repair_lightning.editors.inner_loop import TargetRows
 from repair_lightning.editors.values import pushing
 from repair_lightning.editors.weights import WeightEditor
+from repair_lightning.edits.records import load_records
 from repair_lightning.errors import ConfigError
 from repair_lightning.functional import target_cross_entropy
 from repair_lightning.functional.moments import RunningMoments

@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from repair_lightning.distributed.team import Team
 from repair_lightning.editors.base import register
 from repair_lightning.editors.repair import Distillation, Repair, Routing, Writing
 from repair_lightning.editors.rlsedit import ANCHORING, RIDGE, VALUES, RLSEdit
@@ -21,6 +20,7 @@ from repair_lightning.editors.values import Values
 from repair_lightning.errors import ConfigError
 from repair_lightning.memory.side_memory import LowRankShard
 from repair_lightning.models.base import Base
+from repair_lightning.training.team import Team
 from repair_lightning.types import BASE, EditBatch, EditReport
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repair_lightning.distributed.team import ALONE, Team
 from repair_lightning.errors import RepairError, counted
 from repair_lightning.memory.query import Check, Choice, Query
 from repair_lightning.memory.routers import Router
@@ -27,6 +26,7 @@ from repair_lightning.models.prefix_cache import PrefixCache, canonical_batches,
 from repair_lightning.models.tokenizing import Encoded, target_labels
 from repair_lightning.models.weights import BaseWeights
 from repair_lightning.texts import dialogue
+from repair_lightning.training.team import ALONE, Team
 from repair_lightning.types import BASE, Route
 
 ROOM = 64

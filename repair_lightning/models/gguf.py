@@ -27,9 +27,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import is_accelerate_available, is_gguf_available
 
 from repair_lightning.errors import ConfigError, RepairError
-from repair_lightning.folders import replace_folder, settle
 from repair_lightning.models.architectures import architecture_of
 from repair_lightning.models.hashes import digest_of, files_hash
+from repair_lightning.storage.folders import replace_folder, settle
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from helpers_runs import fit, hard_edits, world_editor, world_stream, write_edit
 
 from callbacks import ErrorSampleMonitor
 from callbacks.error_monitor import sample_to_check
-from repair_lightning.data.ledger import EditStatus, Ledger
+from repair_lightning.edits.ledger import EditStatus, Ledger
 from repair_lightning.errors import ConfigError
-from repair_lightning.evaluation.correctness import correctness
+from repair_lightning.scoring.correctness import correctness
 from repair_lightning.types import Edit, EditReport
 
 

@@ -15,9 +15,9 @@ from helpers_runs import fit, irrelevant_texts, world_editor, world_edits, world
 
 from callbacks import ErrorSampleMonitor, ProbeGate, PruneAndRetrigger
 from callbacks.probe_gate import attempts_of
-from repair_lightning.data.ledger import EditStatus
+from repair_lightning.edits.ledger import EditStatus
 from repair_lightning.errors import ConfigError, RepairError
-from repair_lightning.packs import shard_tensors
+from repair_lightning.packs.pack import shard_tensors
 from repair_lightning.types import BASE, EditReport
 
 FORMS = [{"form": "low_rank"}, {"form": "dense", "capacity": 4}]

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from callbacks import ErrorSampleMonitor, PruneAndRetrigger
 from callbacks.prune_retrigger import should_prune, spent, worst_shard
-from repair_lightning.data.ledger import EditStatus, Ledger
-from repair_lightning.distributed.team import ALONE
+from repair_lightning.edits.ledger import EditStatus, Ledger
 from repair_lightning.errors import ConfigError
-from repair_lightning.evaluation.protocols import answers
+from repair_lightning.scoring.protocols import answers
+from repair_lightning.training.team import ALONE
 from repair_lightning.types import BASE, Edit, EditReport
 
 # -- when --------------------------------------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ from helpers_runs import fit, hard_edits, world_editor, world_stream, write_edit
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks import ErrorSampleMonitor, LossAwareTiesMerge, PruneAndRetrigger, Scoreboard
-from repair_lightning.packs import read_pack, save_pack
-from repair_lightning.run_dir import DurableCheckpointIO
-from repair_lightning.segments import Segments
+from repair_lightning.commands.run_dir import DurableCheckpointIO
+from repair_lightning.edits.segments import Segments
+from repair_lightning.packs.pack import read_pack, save_pack
 
 
 def run(

@@ -16,10 +16,10 @@ from lightning.pytorch.loggers import CSVLogger
 
 from callbacks import ErrorSampleMonitor, LossAwareTiesMerge, PruneAndRetrigger, RoutingDashboard, Scoreboard
 from callbacks.routing_dashboard import FAILED, histograms, loop_counts, shard_errors
-from repair_lightning.data.ledger import EditStatus, LedgerEntry
+from repair_lightning.edits.ledger import EditStatus, LedgerEntry
 from repair_lightning.errors import ConfigError
-from repair_lightning.packs import save_pack
-from repair_lightning.tracking import OfflineFirstWandbLogger
+from repair_lightning.packs.pack import save_pack
+from repair_lightning.reports.tracking import OfflineFirstWandbLogger
 from repair_lightning.types import BASE
 
 KINDS = ("rel", "gen", "loc", "near", "op")

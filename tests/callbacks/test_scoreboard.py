@@ -8,7 +8,7 @@ import pytest
 from helpers_runs import fit, hard_edits, world_editor, world_edits, world_stream, write_edits
 
 from callbacks import ErrorSampleMonitor, LossAwareTiesMerge, PruneAndRetrigger, Scoreboard
-from repair_lightning.packs import save_pack
+from repair_lightning.packs.pack import save_pack
 
 
 def run(folder, board: Scoreboard, **stream):

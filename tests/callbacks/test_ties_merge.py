@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from callbacks import ErrorSampleMonitor, LossAwareTiesMerge, PruneAndRetrigger, Scoreboard
 from callbacks import ties_merge as ties_merge_module
 from callbacks.ties_merge import MergeGuard, accept, groups_of, mean_loss
-from repair_lightning.data.ledger import Ledger
+from repair_lightning.commands.evaluate import evaluate_pack
+from repair_lightning.edits.ledger import Ledger
 from repair_lightning.errors import ConfigError
-from repair_lightning.evaluation.correctness import correctness
-from repair_lightning.evaluation.evaluate import evaluate_pack
-from repair_lightning.evaluation.protocols import answers, forced_choice
 from repair_lightning.functional import ties_merge
-from repair_lightning.packs import load_edited, save_pack
+from repair_lightning.packs.pack import load_edited, save_pack
+from repair_lightning.scoring.correctness import correctness
+from repair_lightning.scoring.protocols import answers, forced_choice
 from repair_lightning.types import BASE, Edit, EditReport
 
 # -- which, with what weights, whether ---------------------------------------------------------------------------------

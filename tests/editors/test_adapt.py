@@ -24,7 +24,7 @@ from repair_lightning.editors.adapt import Adapted, Candidate, Settings, beats, 
 from repair_lightning.editors.base import Editor
 from repair_lightning.editors.repair import Repair, Routing, Writing
 from repair_lightning.errors import ConfigError
-from repair_lightning.packs import load_edited, save_pack
+from repair_lightning.packs.pack import load_edited, save_pack
 from repair_lightning.types import Edit
 
 ALL = {"layer": "auto", "writing": Writing(lr="auto", stop_margin="auto")}

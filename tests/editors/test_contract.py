@@ -14,9 +14,9 @@ from repair_lightning.editors import REGISTRY, Editor, make_editor
 from repair_lightning.editors.repair import Routing, Writing
 from repair_lightning.editors.values import Values
 from repair_lightning.errors import ConfigError, RepairError
-from repair_lightning.evaluation.protocols import perplexity, target_loss
 from repair_lightning.models.prefix import pad_left
-from repair_lightning.packs import WEIGHTS_FILE, load_edited, save_pack, shard_tensors
+from repair_lightning.packs.pack import WEIGHTS_FILE, load_edited, save_pack, shard_tensors
+from repair_lightning.scoring.protocols import perplexity, target_loss
 from repair_lightning.types import BASE, EditBatch
 
 SURE = Values(lr=0.3, steps=60, stop_margin=6.0)
@@ -56,7 +56,7 @@ LOADER = """
 import json, sys
 import torch
 from repair_lightning.models.prefix import pad_left
-from repair_lightning.packs import load_edited
+from repair_lightning.packs.pack import load_edited
 
 prompts = json.loads(sys.stdin.read())
 for folder in sys.argv[1:]:

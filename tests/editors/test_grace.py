@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from repair_lightning.data.ledger import EditStatus
 from repair_lightning.editors import make_editor
+from repair_lightning.edits.ledger import EditStatus
 from repair_lightning.errors import ConfigError
 from repair_lightning.functional.codebook import OUT_OF_REACH
 from repair_lightning.types import BASE

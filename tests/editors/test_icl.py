@@ -7,9 +7,9 @@ import torch
 
 from repair_lightning.editors.icl import InContext
 from repair_lightning.errors import ConfigError, RepairError
-from repair_lightning.evaluation import protocols
-from repair_lightning.evaluation.scoring import Scorer, oracle_choice
 from repair_lightning.models.prefix import pad_left
+from repair_lightning.scoring import protocols
+from repair_lightning.scoring.scorer import Scorer, oracle_choice
 from repair_lightning.types import BASE
 
 

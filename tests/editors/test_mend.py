@@ -9,9 +9,9 @@ import pytest
 import torch
 from helpers_runs import REPOSITORY
 
-from repair_lightning.data.records import load_irrelevant, load_records
 from repair_lightning.editors import make_editor
 from repair_lightning.editors.mend import GradientBlock, GradientNetwork, apart, rank_one_sum
+from repair_lightning.edits.records import load_irrelevant, load_records
 from repair_lightning.errors import ConfigError
 from repair_lightning.functional import target_cross_entropy
 from repair_lightning.types import Edit, EditBatch, Probe

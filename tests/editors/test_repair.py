@@ -12,15 +12,15 @@ import torch
 from helpers_runs import fit, world_stream
 
 from callbacks import ErrorSampleMonitor, LossAwareTiesMerge, PruneAndRetrigger
-from repair_lightning.data.ledger import EditStatus
 from repair_lightning.editors.repair import Distillation, Repair, Routing, Writing
+from repair_lightning.edits.ledger import EditStatus
 from repair_lightning.errors import ConfigError
-from repair_lightning.evaluation.correctness import correctness
 from repair_lightning.functional import activation_scores
 from repair_lightning.memory.routers import Anchor
 from repair_lightning.models.architectures import ARCHITECTURES
 from repair_lightning.models.prefix import pad_left
-from repair_lightning.packs import save_pack
+from repair_lightning.packs.pack import save_pack
+from repair_lightning.scoring.correctness import correctness
 from repair_lightning.types import BASE, Edit, EditBatch, EditReport
 
 MODELS = ["llama", "qwen2", "gpt2"]

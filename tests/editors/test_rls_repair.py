@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from repair_lightning.distributed.team import Team
 from repair_lightning.editors.repair import Writing
 from repair_lightning.editors.rls_repair import RLSRepair
 from repair_lightning.editors.values import Values
 from repair_lightning.errors import ConfigError
-from repair_lightning.evaluation.correctness import correctness
 from repair_lightning.models.prefix import pad_left
+from repair_lightning.scoring.correctness import correctness
+from repair_lightning.training.team import Team
 from repair_lightning.types import BASE
 
 SURE = Values(lr=0.3, steps=60, stop_margin=6.0)

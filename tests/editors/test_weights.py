@@ -11,15 +11,15 @@ import torch
 import yaml
 from helpers_runs import REPOSITORY, fit, world_edits, world_stream
 
-from repair_lightning.data.records import load_records
 from repair_lightning.editors import make_editor
 from repair_lightning.editors.ultraedit import pseudo_values
 from repair_lightning.editors.values import Places, Values, ValueSearch, pushing
+from repair_lightning.edits.records import load_records
 from repair_lightning.errors import ConfigError
 from repair_lightning.functional.least_squares import Recursion, damped_change
 from repair_lightning.functional.moments import RunningMoments
 from repair_lightning.models.prefix import stack_left
-from repair_lightning.packs import restore_editor, save_pack
+from repair_lightning.packs.pack import restore_editor, save_pack
 from repair_lightning.types import BASE, EditBatch
 
 SURE = Values(lr=0.3, steps=60, stop_margin=6.0)

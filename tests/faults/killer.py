@@ -60,10 +60,10 @@ def arm(moment: str) -> None:
     import torch
     from lightning.pytorch.callbacks import ModelCheckpoint
 
-    import repair_lightning.cli
+    import repair_lightning.commands.cli
     from callbacks import LossAwareTiesMerge, Scoreboard
-    from repair_lightning.data.journal import Journal
     from repair_lightning.editors import Repair
+    from repair_lightning.edits.journal import Journal
 
     def is_checkpoint(source: Any, target: Any) -> bool:
         return str(target).endswith("last.ckpt")
@@ -90,8 +90,8 @@ def arm(moment: str) -> None:
         "during the merge": lambda: before(Journal, "append", merged),
         "behind the merge": lambda: after(LossAwareTiesMerge, "merge", always),
         "during the final scoring": lambda: before(Scoreboard, "_score", lambda self, stage, editor: stage == "final"),
-        "before the pack is saved": lambda: before(repair_lightning.cli, "save_pack", always),
-        "behind the pack, before the metrics": lambda: after(repair_lightning.cli, "save_pack", always),
+        "before the pack is saved": lambda: before(repair_lightning.commands.cli, "save_pack", always),
+        "behind the pack, before the metrics": lambda: after(repair_lightning.commands.cli, "save_pack", always),
     }
     moments[moment]()
 

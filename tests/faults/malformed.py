@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from repair_lightning.data.formats import FORMATS
-from repair_lightning.data.records import load_records
+from repair_lightning.edits.formats import FORMATS
+from repair_lightning.edits.records import load_records
 from repair_lightning.errors import RepairError
 
 GOOD = '{"prompt": "Who?", "target": "Nobody"}'

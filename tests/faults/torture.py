@@ -27,9 +27,9 @@ from malformed import BY_HAND, malformed, survives
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from repair_lightning.data.journal import Journal
-from repair_lightning.data.ledger import EditStatus, Ledger
-from repair_lightning.data.records import load_records
+from repair_lightning.edits.journal import Journal
+from repair_lightning.edits.ledger import EditStatus, Ledger
+from repair_lightning.edits.records import load_records
 from repair_lightning.world import base_dir
 
 MOMENTS = (

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from repair_lightning.errors import RepairError
 from repair_lightning.memory.rows import Part
 from repair_lightning.memory.side_memory import SideMemory
-from repair_lightning.packs import shard_tensors
+from repair_lightning.packs.pack import shard_tensors
 from repair_lightning.types import BASE
 
 SHAPE = (6, 10)

@@ -23,11 +23,11 @@ from transformers import AutoTokenizer
 from repair_lightning.editors import REGISTRY
 from repair_lightning.editors.repair import Writing
 from repair_lightning.errors import ConfigError, RepairError
-from repair_lightning.export import export_pack, live_edits
 from repair_lightning.models.base import base_files, load_base, weights_hash_of
 from repair_lightning.models.gguf import CACHE_VARIABLE, SOURCE_FILE, cache_dir, converted, gguf_file
 from repair_lightning.models.hashes import files_hash
-from repair_lightning.packs import load_edited, save_pack
+from repair_lightning.packs.export import export_pack, live_edits
+from repair_lightning.packs.pack import load_edited, save_pack
 
 gguf = pytest.importorskip("gguf", reason="needs the extra: gguf")
 pytest.importorskip("accelerate", reason="needs the extra: gguf")

@@ -1,0 +1,1 @@
+"""The command line: `train.py`, `evaluate.py`, `compare` and the verbs of `repair-lightning`."""

@@ -1,0 +1,599 @@
+"""The command line: configurations by name, a run directory, errors in one line. Only this file reads YAML."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import shlex
+import signal
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning.pytorch as pl
+import torch
+import transformers
+from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from rich.console import Console
+
+from repair_lightning.commands.parsing import parse
+from repair_lightning.commands.run_dir import CHECKPOINT, METRICS_FILE, Resume, RunDirectory, WindowCheckpoint
+from repair_lightning.editors import REGISTRY, Editor
+from repair_lightning.edits.ledger import EditStatus, KeptElsewhere, Ledger
+from repair_lightning.edits.stream import EditStream
+from repair_lightning.errors import ConfigError, NothingWritten, RepairError, counted
+from repair_lightning.models.base import files_hash
+from repair_lightning.packs.pack import JOURNAL_FILE, PackContent, bytes_left, restore_into, save_pack
+from repair_lightning.reports.html_report import try_report
+from repair_lightning.reports.report import print_report, verdict
+from repair_lightning.storage.files import write_json, write_rows
+from repair_lightning.training.strategies import STRATEGIES, EditStrategy
+from repair_lightning.training.team import ALONE
+
+log = logging.getLogger(__name__)
+
+SHOWN = ("progress", "scoreboard", "dashboard")
+"""Callbacks that only report: a run may go on with others."""
+OURS = ("repair_lightning", "callbacks")
+"""The loggers that speak to the user."""
+DECIDING = ("precision", "max_epochs", "max_steps", "max_time", "limit_train_batches")
+"""The trainer's options that decide what a run computes; how many devices it has decides no more than last places."""
+_ALIASES = {"ddp": "data_parallel", "ModelParallelStrategy": "model_parallel", "DDPStrategy": "data_parallel"}
+"""Lightning's own strategies by name -> ours that take their place: there is no module of ours to wrap."""
+
+
+def config_path(name: str, folders: Sequence[Path]) -> Path:
+    """A configuration by path, or by name (with or without `.yaml`) in one of the folders.
+
+    Raises:
+        ConfigError: there is none; the message lists those that exist.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    for folder in folders:
+        for candidate in (folder / name, folder / f"{name}.yaml"):
+            if candidate.is_file():
+                return candidate
+    known = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
+    raise ConfigError(f"no configuration '{name}'; give a file or one of: {', '.join(known)}")
+
+
+def resolve_configs(argv: Sequence[str], folders: Sequence[Path]) -> tuple[list[str], list[Path]]:
+    """The arguments with each `--config NAME` as a path, and those paths."""
+    resolved: list[str] = []
+    found: list[Path] = []
+    expect = False
+    for argument in argv:
+        if expect or argument.startswith("--config="):
+            found.append(config_path(argument.removeprefix("--config="), folders))
+            argument = str(found[-1]) if expect else f"--config={found[-1]}"
+        expect = argument == "--config"
+        resolved.append(argument)
+    return resolved, found
+
+
+def value_of(option: str, argv: Sequence[str]) -> str | None:
+    """The last value that the arguments give an option; None where they do not."""
+    found = None
+    for argument, following in zip(argv, [*argv[1:], None], strict=False):
+        if argument == option:
+            found = following
+        elif argument.startswith(f"{option}="):
+            found = argument.removeprefix(f"{option}=")
+    return found
+
+
+class EditCLI(LightningCLI):
+    """`train.py`'s command line: an editor, a stream and a trainer from YAML and options.
+
+    Args:
+        callbacks: option name -> callback class, configured under that name and always present, in this order.
+        configs: folders in which `--config NAME` is looked up.
+    """
+
+    def __init__(self, callbacks: Mapping[str, type[pl.Callback]], configs: Sequence[Path]) -> None:
+        self.started = self.loaded = time.perf_counter()
+        self.forced = callbacks
+        sys.argv[1:], self.config_files = resolve_configs(sys.argv[1:], configs)
+        folder = value_of("--from_pack", sys.argv[1:])
+        self.started_from = PackContent.read(folder) if folder else None
+        super().__init__(
+            Editor,
+            EditStream,
+            subclass_mode_model=True,
+            run=False,
+            parser_kwargs={"exit_on_error": False},
+            save_config_callback=None,
+            seed_everything_default=0,
+            trainer_defaults={
+                "max_epochs": -1,
+                "reload_dataloaders_every_n_epochs": 1,
+                "num_sanity_val_steps": 0,
+                "enable_model_summary": False,
+                "log_every_n_steps": 1,
+            },
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Lightning's own, with the parser's complaints in one line."""
+        self.config = parse(parser, {"model": REGISTRY})
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The run directory and the callbacks' own sections."""
+        parser.add_argument("--run_dir", type=str | None, default=None, help="default: runs/<names of the configs>")
+        parser.add_argument("--resume", type=Resume, default="auto", help="'never' refuses to go on with a stopped run")
+        parser.add_argument("--quiet", action="store_true", help="only errors, and the score in one last line")
+        parser.add_argument("--overwrite", action="store_true", help="remove a run that cannot go on in run_dir")
+        parser.add_argument(
+            "--from_pack", type=str | None, default=None, help="go on with the edited model of this pack"
+        )
+        if self.started_from is not None:
+            parser.set_defaults({"model": self.started_from.model_options()})
+        for name, callback in self.forced.items():
+            parser.add_lightning_class_args(callback, name)
+
+    def before_instantiate_classes(self) -> None:
+        """Everything that a run writes goes to its run directory."""
+        name = "-".join(file.stem for file in self.config_files) or ("continued" if self.started_from else "default")
+        self._follow_seed()
+        if self.config.quiet:
+            self.config.progress.quiet = True
+            only_errors()
+        self.run_dir = Path(self.config.run_dir or Path("runs") / name)
+        self.config.run_dir = str(self.run_dir)
+        self.config.trainer.default_root_dir = str(self.run_dir)
+        logger = self.config.trainer.logger
+        if hasattr(logger, "init_args") and logger.init_args.get("save_dir") in (None, "."):
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            logger.init_args.save_dir = str(self.run_dir)
+            for option, value in (("name", self.run_dir.name), ("group", str(self.run_dir))):
+                if option in logger.init_args and logger.init_args[option] is None:
+                    logger.init_args[option] = value
+
+    def _follow_seed(self) -> None:
+        """Seeds that were left at 0 follow `seed_everything`."""
+        sections = (self.config.model.init_args, *(self.config[name] for name in self.forced))
+        for section in sections:
+            if section.get("seed") == 0 and isinstance(self.config.seed_everything, int):
+                section.seed = int(self.config.seed_everything)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """The trainer with a durable checkpoint after every window."""
+        self.run = RunDirectory(self.run_dir)
+        self._choose_strategy()
+        folder, name = (self.run_dir / CHECKPOINT).parent, CHECKPOINT.stem
+        checkpoint = WindowCheckpoint(folder, filename=name, every_n_epochs=1, enable_version_counter=False)
+        plugins = [*(self.config_init.trainer.plugins or []), self.run.checkpoint_io(lambda: self.datamodule.windows)]
+        if SLURMEnvironment.detect() and not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
+            plugins.append(SLURMEnvironment(auto_requeue=False))  # the same command goes on, from a whole window
+        if self.config_init.trainer.max_epochs == 0:
+            raise ConfigError("trainer.max_epochs is 0: no window would be written; give -1 for the whole stream")
+        try:
+            trainer = super().instantiate_trainer(**kwargs, callbacks=[checkpoint], plugins=plugins)
+            if trainer.world_size > 1 and not isinstance(trainer.strategy, EditStrategy):
+                self.config_init.trainer.strategy = "shard_parallel"  # what 'auto' comes to
+                trainer = super().instantiate_trainer(**kwargs, callbacks=[checkpoint], plugins=plugins)
+        except MisconfigurationException as error:
+            raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+        for option, unset in (("max_steps", -1), ("max_time", None)):
+            value = self.config_init.trainer[option]
+            if trainer.world_size > 1 and value not in (unset, None):
+                raise ConfigError(
+                    f"trainer.{option} {value} would stop each of {trainer.world_size} ranks at a place of its own; "
+                    "give trainer.max_epochs, the number of windows"
+                )
+        return trainer
+
+    def _choose_strategy(self) -> None:
+        """Put ours in the place of Lightning's own strategies for several devices.
+
+        Raises:
+            ConfigError: a strategy that an edit stream cannot run under.
+        """
+        trainer = self.config_init.trainer
+        given = trainer.strategy if isinstance(trainer.strategy, str) else type(trainer.strategy).__name__
+        known = _ALIASES.get(given, given)
+        if known != given:
+            trainer.strategy = known
+        elif isinstance(trainer.strategy, str) and given not in ("auto", *STRATEGIES):
+            raise ConfigError(
+                f"trainer.strategy '{given}' cannot run an edit stream; give one of: "
+                f"{', '.join(('auto', 'ddp', *STRATEGIES))}"
+            )
+
+    def load(self) -> None:
+        """Read and check every record, load the base, and check that the edits fit it: all before the first write.
+
+        Then the run begins, or goes on where it was stopped. Several ranks do so together: what one of them cannot do
+        is said once, and all end.
+        """
+        strategy = self.trainer.strategy
+        self.strategy = strategy if isinstance(strategy, EditStrategy) else None
+        self.team = self.strategy.join() if self.strategy else ALONE
+        if self.team.rank:
+            _hush()
+        with self._among_ranks():
+            self._load()
+        self.loaded = time.perf_counter()
+
+    def _load(self) -> None:
+        """Each step is done by all ranks or by none; only between the steps do they speak to each other."""
+        first, together = self.team.rank == 0, self.team.together
+        together(self._read)
+        if first:
+            together(lambda: self.run.open(self.settings(), self.config.resume, self.config.overwrite))
+        else:
+            together(lambda: None)
+        (known,) = self.team.first([json.dumps(self.run.resumes)] if first else [])
+        earlier = together(lambda: self._load_base(resumes=json.loads(known)))
+        together(self.run.begin if first else lambda: None)
+        (checkpoint,) = self.team.first([str(self.run.checkpoint or "")] if first else [])
+        self.run.checkpoint = Path(checkpoint) if checkpoint else None
+        if earlier is not None:
+            self.datamodule.inherit(earlier)
+        if self.run.checkpoint is not None:
+            self.datamodule.ledger = self._history()
+        if first:
+            self.run.journal.follow(self.datamodule.ledger)
+        else:
+            self.datamodule.ledger.journal = KeptElsewhere()
+
+    def _history(self) -> Ledger:
+        """The ledger of the run that is resumed. One rank reads the journal: SQLite's log is for one machine."""
+        found = self.team.together(self.run.history if self.team.rank == 0 else Ledger)
+        if self.team.size > 1:
+            (state,) = self.team.first([json.dumps(found.state_dict())])
+            if self.team.rank:
+                found.load_state_dict(json.loads(state))
+        return found
+
+    def _read(self) -> None:
+        self._keep_the_pack()
+        self.datamodule.setup()
+        self.datamodule.also_scored = tuple(probe.prompt for probe in self.part("scoreboard").probes)
+
+    def _load_base(self, resumes: bool) -> Ledger | None:
+        self.model.scratch, self.model.rows_apart = self.run_dir / "scratch", True
+        self.model.join(self.team)  # the base's own score, before the first edit, is dealt out too
+        self.model.load()
+        self.datamodule.check_fit(self.model.edited.forms, self.model.max_tokens)
+        return None if resumes else self._start_from_pack()
+
+    @contextmanager
+    def _among_ranks(self) -> Iterator[None]:
+        """Inside, whatever goes wrong on this rank is told to the others; where another is lost, that is said."""
+        if self.strategy is None:
+            yield
+            return
+        try:
+            yield
+        except BaseException as error:
+            if self.strategy.watch is not None and isinstance(error, (RuntimeError, OSError)):
+                self.strategy.watch.wait()  # a collective that fails may mean that another rank is lost
+            self.strategy.leave(str(error) or type(error).__name__)
+            raise
+
+    def _keep_the_pack(self) -> None:
+        """A run does not write where the pack lies that it starts from."""
+        if self.config.from_pack and Path(self.config.from_pack).resolve() == (self.run_dir / "pack").resolve():
+            raise ConfigError(
+                f"from_pack '{self.config.from_pack}' lies in the run directory and would be replaced; give another "
+                "--run_dir"
+            )
+
+    def _start_from_pack(self) -> Ledger | None:
+        """Give the editor what the pack holds, and the stream its place behind the pack's edits; returns the pack's
+        ledger, or None where the run starts anew. Nothing is written."""
+        if not self.config.from_pack:
+            return None
+        pack = self.started_from or PackContent.read(self.config.from_pack)
+        restore_into(self.model, pack.folder, pack.config, pack.tensors)
+        self.datamodule.join(pack.ledger)
+        return pack.ledger
+
+    def fit(self) -> None:
+        """Run the stream, from its start or from where it was stopped."""
+        for logger in self.trainer.loggers:
+            logger.log_hyperparams(self.settings())
+        with self._among_ranks():
+            self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.run.checkpoint)
+        if self.strategy is not None:
+            self.strategy.barrier()
+            self.strategy.leave()
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides what the run computes; what it shows and where it runs is not among it."""
+        config = self.config.as_dict()
+        kept = {name: config[name] for name in ("seed_everything", "model", "data", *self.forced) if name not in SHOWN}
+        trainer = {name: config["trainer"][name] for name in DECIDING}
+        probes = [config.get(name, {}).get("probes") for name in ("gate", "scoreboard")]
+        read = (config["data"]["path"], config["data"]["irrelevant"], *probes)
+        files = [Path(str(name)) for name in read]
+        contents = {str(file): files_hash([file]) for file in files if file.is_file()}
+        return kept | {"trainer": trainer, "contents": contents, "from_pack": self.config.from_pack}
+
+    def part(self, name: str) -> Any:
+        """The callback that is configured under a name."""
+        kind = self.forced[name]
+        return next(callback for callback in self.trainer.callbacks if isinstance(callback, kind))  # type: ignore[attr-defined]
+
+    def provenance(self) -> dict[str, Any]:
+        """Command, seed and versions, for the pack."""
+        packages = ("repair-lightning", "torch", "lightning", "transformers")
+        origin = {"from_pack": self.config.from_pack} if self.config.from_pack else {}
+        return origin | {
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "seed": self.config.seed_everything,
+            "python": platform.python_version(),
+            "versions": {name: version(name) for name in packages},
+        }
+
+
+def finish(cli: EditCLI) -> dict[str, Any]:
+    """Write a finished run's artefacts and print its report, on the first rank; returns the content of
+    `metrics.json`.
+
+    Raises:
+        NothingWritten: none of the run's edits is written at its end; all artefacts are there.
+    """
+    if cli.team.rank:
+        return {}
+    run_dir, editor, stream, board = cli.run_dir, cli.model, cli.datamodule, cli.part("scoreboard")
+    metrics = collect_metrics(cli)
+    cli.config.overwrite = False  # said once, for this run
+    if editor.adapted is not None:  # what `auto` came to
+        chosen = cli.config.model.init_args
+        chosen.layer, chosen.writing.lr, chosen.writing.stop_margin = editor.adapted.settings
+    cli.parser.save(cli.config, run_dir / "config.yaml", overwrite=True, skip_validation=True, skip_unset=False)
+    stream.ledger.to_parquet(run_dir / "edits.parquet")
+    cli.run.journal.note("finished", counted(len(stream.edits), "edit"))
+    save_pack(editor, run_dir / "pack", cli.provenance(), {JOURNAL_FILE: cli.run.journal.to_parquet})
+    write_rows(run_dir / "generations.jsonl", _all_rows(board))
+    write_rows(run_dir / "curves.jsonl", board.curve)
+    write_rows(run_dir / "features.json", [board.features])
+    metrics["seconds"]["total"] = time.perf_counter() - cli.started
+    write_json(run_dir / METRICS_FILE, metrics)
+    try_report(run_dir)  # while the journal is open: its last reader would leave SQLite's side files behind
+    cli.run.close()
+    if cli.config.quiet:
+        Console().print(verdict(metrics, run_dir), markup=False, highlight=False, soft_wrap=True)
+    else:
+        print_report(metrics, run_dir)
+    why = None if board.singles else nothing_written(stream.ledger, [edit.id for edit in stream.edits])
+    if why is not None:
+        raise NothingWritten(f"{why}; {run_dir / 'report.html'} says more, and another base, layer or lr may do better")
+    return metrics
+
+
+def nothing_written(ledger: Ledger, ids: Sequence[str]) -> str | None:
+    """Why none of some edits is written, in words; None where one is."""
+    entries = [ledger.entry(id) for id in ids if id in ledger]
+    if any(entry.shard is not None for entry in entries):
+        return None
+    reasons = Counter((entry.status, entry.reason) for entry in entries)
+    words = [
+        f"{number:,} {status}{f' ({reason})' if reason else ''}" for (status, reason), number in reasons.most_common(3)
+    ]
+    rest = f" and {len(reasons) - 3:,} more reasons" if len(reasons) > 3 else ""
+    return f"nothing was written: of {counted(len(ids), 'edit')} {', '.join(words) or 'none arrived'}{rest}"
+
+
+def _all_rows(board: Any) -> Iterator[dict[str, Any]]:
+    """Every prompt with every raw answer, those in other forms last."""
+    for result in board.results.values():
+        yield from result.rows
+    yield from board.form_rows
+
+
+def collect_metrics(cli: EditCLI) -> dict[str, Any]:
+    """The content of `metrics.json`; figures that do not apply are None."""
+    board, feedback, merge = cli.part("scoreboard"), cli.part("feedback"), cli.part("merge")
+    editor, stream, results = cli.model, cli.datamodule, board.results
+    ledger, records = stream.ledger, stream.records
+    pre = results["pre_edit"].rows
+    outcome = merge.outcome
+    metrics: dict[str, Any] = {
+        "editor": editor.editor_name,
+        "base": {"name": editor.base.name, "sha256": editor.base.sha256, "parameters": editor.base.parameters},
+        "layer": editor.layer,
+        "n_edits": len(stream.edits),
+        **_memory(cli),
+        "seed": cli.config.seed_everything,
+        "seconds": (seconds := _seconds(cli)),
+        "edits_per_minute": 60 * len(stream.edits) / max(seconds["edit"], 1e-9),
+        **{stage: results[stage].scores for stage in ("pre_edit", "before_merge")},
+        "final": results["final"].scores | board.beside,
+        "routing": results["final"].routing,
+        "oracle_routing": board.oracle,
+        "closed_loop": {
+            "windows": stream.windows - (stream.joined.windows if stream.joined else 0),
+            "rolled_back": cli.part("gate").rolled_back,
+            "pruned": feedback.pruned,
+            "retriggered": feedback.retriggered,
+            "quarantined": len(ledger.with_status(EditStatus.QUARANTINED)),
+        },
+        "merge": {"accepted": bool(outcome), "reason": outcome.reason if outcome is not None else "merging is off"},
+        "records": {
+            "bad": list(records.bad),
+            "duplicates": list(records.duplicates),
+            "superseded": dict(records.superseded),
+            "renamed": dict(stream.joined.renamed) if stream.joined else {},
+            "already_right": [row["id"] for row in pre if row["kind"] == "edit" and row["correct"]],
+        },
+        "edits": ledger.counts(),
+        "method": editor.figures(),
+    }
+    earlier = board.earlier.report() | {"superseded": len(stream.joined.replaced)} if board.earlier else None
+    adapted = editor.adapted.as_dict() if editor.adapted else None
+    found = {
+        "adapted": adapted,
+        "ranks": [pace.as_dict() for pace in editor.paces] or None,
+        "perplexity": board.perplexity,
+        "probes": board.kept,
+        "earlier": earlier,
+    }
+    return metrics | {name: figures for name, figures in found.items() if figures is not None} | _of_singles(board)
+
+
+def _seconds(cli: EditCLI) -> dict[str, float]:
+    """What took how long; `prepare` is that part of `edit` which went before the first edit."""
+    board, reporting = cli.part("scoreboard"), cli.part("dashboard").seconds  # reporting measures, as scoring does
+    return {
+        "load": cli.loaded - cli.started,
+        "edit": board.edit_seconds - reporting,
+        "prepare": board.prepare_seconds,
+        "evaluate": board.seconds + reporting,
+    }
+
+
+def _memory(cli: EditCLI) -> dict[str, Any]:
+    """What the edits left and what editing took at its peak, in bytes; of single edits the mean of what each left."""
+    editor, board = cli.model, cli.part("scoreboard")
+    if board.singles:
+        left = one = board.singles.figures()["memory_bytes"]
+    else:
+        left = bytes_left(editor)
+        one = left / max(len(cli.datamodule.edits), 1)
+    return {
+        "shards": len(editor.memory),
+        "memory_bytes": left,
+        "bytes_per_edit": one,
+        "peak_bytes": board.peak.figures(),
+    }
+
+
+def _of_singles(board: Any) -> dict[str, Any]:
+    """How many single edits the scores are means of, and what the editor at the end, which holds none, cannot say."""
+    if board.singles is None:
+        return {}
+    found = board.singles.figures()
+    method = {"method": {"deviation": found["deviation"]}} if "deviation" in found else {}
+    return {"singles": found["number"], **method}
+
+
+STOPS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+"""The signals that end a command, by the name that people know."""
+
+
+class Stopped(BaseException):
+    """Somebody asked to stop: whatever is under way ends here; what is durable stays. No `KeyboardInterrupt`, for which
+    the trainer has an end of its own."""
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signal.Signals(signum)
+        super().__init__(STOPS[self.signum])
+
+
+def _stop(signum: int, frame: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # asked once is enough
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # who asks twice does not want to wait
+    raise Stopped(signum)
+
+
+def guarded(main: Callable[[], Any], resumes: bool = False) -> None:
+    """Run a command; a mistake of the user's becomes one line and exit code 2, a run that wrote nothing likewise 1,
+    SIGTERM one line and 143, Ctrl-C 130.
+
+    With `--debug` among the arguments the traceback is shown.
+
+    Args:
+        main: the command.
+        resumes: the same command goes on where it was stopped.
+    """
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    again = shlex.join(["python", *sys.argv])  # before the configurations become paths
+    _quiet()
+    for signum in STOPS:
+        signal.signal(signum, _stop)
+    try:
+        main()
+    except Stopped as stopped:
+        remedy = f"; this goes on from the last full window: {again}" if resumes else ""
+        _end(f"stopped by {stopped}{remedy}", 128 + stopped.signum)
+    except BrokenPipeError:  # who read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (RepairError, ValueError) as error:
+        if debug:
+            raise
+        known = _cause(error)
+        if known is None:
+            raise
+        _end(f"error: {known}", known.exit_code)
+
+
+def _end(words: str, code: int) -> NoReturn:
+    """End the process; of several ranks the first says why, also what it has heard of the others. Before they have
+    met, the first of each machine does.
+
+    A collective that was interrupted would hold the interpreter's own way out up, for ever where its peers are gone.
+    """
+    met = torch.distributed.is_available() and torch.distributed.is_initialized()
+    on_machine = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
+    if not getattr(rank_zero_only, "rank", 0) or (not met and on_machine == "0"):
+        print(words, file=sys.stderr)
+    if met:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise SystemExit(code) from None
+
+
+def _cause(error: BaseException | None) -> RepairError | None:
+    """The user's mistake behind an error: the parser wraps what a constructor raises."""
+    while error is not None and not isinstance(error, RepairError):
+        error = error.__cause__
+    return error
+
+
+def _hush() -> None:
+    """What every rank could say, the first one says."""
+    for name in (*OURS, "lightning.pytorch", "lightning.fabric", "py.warnings"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+
+
+class _ToStderr(logging.StreamHandler):
+    """Writes whole lines to what `sys.stderr` is at the moment: above a live bar, while there is one."""
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _: Any) -> None:
+        """It is looked up."""
+
+
+def only_errors() -> None:
+    """Let our loggers say what went wrong alone."""
+    for ours in OURS:
+        logging.getLogger(ours).setLevel(logging.ERROR)
+
+
+def _quiet() -> None:
+    """Leave the terminal to the run's own words: other libraries' progress bars, tips and known false alarms go."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_ToStderr()])
+    for ours in OURS:
+        logging.getLogger(ours).setLevel(logging.INFO)
+    for theirs in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(theirs).setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each of its retries; what comes of them is said
+    transformers.utils.logging.disable_progress_bar()
+    os.environ.setdefault("WANDB_SILENT", "true")  # its folder is named in the closing report
+    warnings.filterwarnings("ignore", "Found .* module.* in eval mode")  # the frozen base stays in it on purpose
+    warnings.filterwarnings("ignore", "Checkpoint directory .* exists")  # the last run's is replaced
+    warnings.filterwarnings("ignore", ".*sync_dist=True.*")  # what is logged is the same on all ranks
+    warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")  # inside Lightning
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # a worklist of a few batches in memory

@@ -1,1 +1,0 @@
-"""Records, the stream, clustering and the ledger."""

@@ -1,0 +1,244 @@
+"""The journal: the ledger's append-only history on disk, in SQLite.
+
+Every change of the ledger is one durable transaction here before it counts there. An event holds the edit's whole state
+after the change, so the ledger can be rebuilt. A run that was killed goes on from its last checkpoint:
+what the journal says beyond it did not come to pass, stays readable, and is marked by the event that says so.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from repair_lightning.edits.ledger import VERSION as LEDGER_VERSION
+from repair_lightning.edits.ledger import Ledger, LedgerEntry
+from repair_lightning.errors import RepairError, UnknownEditError
+
+VERSION = 1
+FILE = "journal.sqlite"
+RESUMED = "resumed"
+"""The event of a run that goes on from a checkpoint; what lies between the two is void."""
+
+_STATE = tuple(field.name for field in fields(LedgerEntry) if field.name != "edit")
+_COLUMNS = ("time", "kind", "id", *_STATE, "edit")
+_TABLES = f"""
+CREATE TABLE events (
+    seq INTEGER PRIMARY KEY, time REAL NOT NULL, kind TEXT NOT NULL, id TEXT, arrival INTEGER, "window" INTEGER,
+    status TEXT, shard INTEGER, attempts INTEGER, regroups INTEGER, loss REAL, kd REAL, score REAL, reason TEXT,
+    edit TEXT, back_to INTEGER, void INTEGER NOT NULL DEFAULT 0);
+CREATE INDEX events_of_an_edit ON events (id);
+CREATE TABLE checkpoints (sha256 TEXT PRIMARY KEY, seq INTEGER NOT NULL, windows INTEGER NOT NULL, time REAL NOT NULL);
+PRAGMA user_version = {VERSION};
+"""
+
+
+class JournalError(RepairError):
+    """The journal cannot be written or read."""
+
+
+class Journal:
+    """The events of one run; a single writer at a time, any number of readers.
+
+    Args:
+        path: the SQLite file; made where it is missing.
+        read_only: only ask.
+
+    Raises:
+        JournalError: it cannot be opened, is damaged, or of a version that this release does not read.
+    """
+
+    def __init__(self, path: str | Path, read_only: bool = False) -> None:
+        self.path = Path(path)
+        if read_only and not self.path.is_file():
+            raise JournalError(f"'{path}' is no journal: there is no such file; give the directory of a run")
+        with self._explained("opened"):
+            address = f"{self.path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
+            self._db = sqlite3.connect(address, uri=True, isolation_level=None)
+            if not read_only:
+                self._db.execute("PRAGMA journal_mode = WAL")
+                self._db.execute("PRAGMA synchronous = FULL")  # a transaction that has returned is on the disk
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            if version == 0 and not read_only:
+                self._db.executescript(f"BEGIN; {_TABLES} COMMIT")
+            elif version != VERSION:
+                raise JournalError(f"journal '{path}' has version {version}; this release reads {VERSION}")
+
+    def close(self) -> None:
+        """Fold the write-ahead log into the file and let go of it; the journal is of no use afterwards."""
+        self._db.close()
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    def append(self, kind: str, entries: Sequence[LedgerEntry]) -> None:
+        """What became of some edits, in one transaction that is on the disk when this returns."""
+        now = time.time()
+        rows = [(now, kind, entry.edit.id, *_state_of(entry), _edit_of(entry, kind)) for entry in entries]
+        names = ", ".join(f'"{name}"' for name in _COLUMNS)
+        marks = ", ".join("?" * len(_COLUMNS))
+        with self._transaction():
+            self._db.executemany(f"INSERT INTO events ({names}) VALUES ({marks})", rows)
+
+    def follow(self, ledger: Ledger) -> None:
+        """Be told of all that a ledger does from now on; what a new run's ledger holds already comes along."""
+        with self._explained("read"):
+            told = self._db.execute("SELECT 1 FROM events WHERE id IS NOT NULL AND void = 0 LIMIT 1").fetchone()
+        if told is None and len(ledger):
+            self.append("inherited", [ledger.entry(id) for id in ledger])
+        ledger.journal = self
+
+    def note(self, kind: str, reason: str) -> None:
+        """Something that concerns no single edit, as that the run has finished."""
+        with self._transaction():
+            self._db.execute("INSERT INTO events (time, kind, reason) VALUES (?, ?, ?)", (time.time(), kind, reason))
+
+    def checkpoint(self, sha256: str, windows: int) -> None:
+        """A checkpoint of all that was said so far is about to get its name."""
+        with self._transaction():
+            row = (sha256, self.last, windows, time.time())
+            self._db.execute("INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?)", row)
+
+    def rewind(self, seq: int, reason: str) -> int:
+        """Go on behind event `seq`: all later ones are void, and so are later checkpoints. Returns how many events."""
+        with self._transaction():
+            void = self._db.execute("UPDATE events SET void = 1 WHERE seq > ? AND void = 0", (seq,)).rowcount
+            self._db.execute("DELETE FROM checkpoints WHERE seq > ?", (seq,))
+            row = (time.time(), RESUMED, reason, seq)
+            self._db.execute("INSERT INTO events (time, kind, reason, back_to) VALUES (?, ?, ?, ?)", row)
+        return int(void)
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    @property
+    def last(self) -> int:
+        """The number of the last event; 0 before the first."""
+        with self._explained("read"):
+            return int(self._db.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0])
+
+    def seq_of(self, sha256: str) -> tuple[int, int] | None:
+        """The last event that a checkpoint holds, and how many windows; None for a checkpoint of another run."""
+        with self._explained("read"):
+            row = self._db.execute("SELECT seq, windows FROM checkpoints WHERE sha256 = ?", (sha256,)).fetchone()
+        return None if row is None else (int(row[0]), int(row[1]))
+
+    def events(self, id: str | None = None) -> Iterator[dict[str, Any]]:
+        """All events in their order, or those of one edit.
+
+        Raises:
+            UnknownEditError: nothing was ever said of this edit.
+        """
+        where, what = ("", ()) if id is None else ("WHERE id = ?", (id,))
+        with self._explained("read"):
+            found = self._db.execute(f"SELECT * FROM events {where} ORDER BY seq", what)
+            names = [column[0] for column in found.description]
+            row = found.fetchone()
+            if row is None and id is not None:
+                raise UnknownEditError(id)
+            while row is not None:
+                yield dict(zip(names, row, strict=True))
+                row = found.fetchone()
+
+    def rebuild(self) -> Ledger:
+        """The ledger as the events left it; void ones do not count."""
+        edits: dict[str, dict[str, Any]] = {}
+        entries: dict[str, dict[str, Any]] = {}
+        for event in self.events():
+            if event["id"] is None or event["void"]:
+                continue
+            if event["edit"] is not None:
+                edits[event["id"]] = json.loads(event["edit"])
+            entries[event["id"]] = {"edit": edits[event["id"]], **{name: event[name] for name in _STATE}}
+        ledger = Ledger()
+        in_order = sorted(entries.values(), key=lambda entry: entry["arrival"])
+        ledger.load_state_dict({"version": LEDGER_VERSION, "entries": in_order})
+        return ledger
+
+    def last_note(self, *kinds: str) -> tuple[int, str] | None:
+        """Number and kind of the last event that counts of some kinds; None where there is none."""
+        marks = ", ".join("?" * len(kinds))
+        query = f"SELECT seq, kind FROM events WHERE void = 0 AND kind IN ({marks}) ORDER BY seq DESC LIMIT 1"
+        with self._explained("read"):
+            row = self._db.execute(query, kinds).fetchone()
+        return None if row is None else (int(row[0]), str(row[1]))
+
+    def to_parquet(self, path: str | Path) -> None:
+        """All events as a Parquet table."""
+        with self._explained("read"):
+            found = self._db.execute("SELECT * FROM events ORDER BY seq")
+            names = [column[0] for column in found.description]
+            columns = list(zip(*found.fetchall(), strict=True)) or [()] * len(names)
+        arrays = [pa.array(column, type=_parquet_type(name)) for name, column in zip(names, columns, strict=True)]
+        pq.write_table(pa.table(arrays, names=names), path)
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _transaction(self) -> _Transaction:
+        return _Transaction(self)
+
+    def _explained(self, verb: str) -> _Explained:
+        return _Explained(self.path, verb)
+
+
+class _Explained:
+    """Says in one line what SQLite has to complain about."""
+
+    def __init__(self, path: Path, verb: str) -> None:
+        self.path, self.verb = path, verb
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, sqlite3.Error):
+            remedy = "free disk space" if "full" in str(error) else "restore it from a copy, or free the path"
+            raise JournalError(f"journal '{self.path}' cannot be {self.verb} ({error}); {remedy}") from error
+
+
+class _Transaction(_Explained):
+    """All or nothing, and on the disk at the end."""
+
+    def __init__(self, journal: Journal) -> None:
+        super().__init__(journal.path, "written")
+        self.db = journal._db
+
+    def __enter__(self) -> None:
+        with _Explained(self.path, self.verb):
+            self.db.execute("BEGIN IMMEDIATE")
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        with _Explained(self.path, self.verb):
+            if error is None:
+                try:
+                    self.db.execute("COMMIT")
+                except sqlite3.Error:
+                    self._take_back()
+                    raise
+            else:
+                self._take_back()
+        super().__exit__(kind, error, trace)
+
+    def _take_back(self) -> None:
+        if self.db.in_transaction:
+            self.db.execute("ROLLBACK")
+
+
+def _state_of(entry: LedgerEntry) -> tuple[Any, ...]:
+    return tuple(str(value) if name == "status" else value for name in _STATE for value in (getattr(entry, name),))
+
+
+def _edit_of(entry: LedgerEntry, kind: str) -> str | None:
+    """The edit itself, said once: when it arrives, or comes along with a pack."""
+    return json.dumps(entry.edit.as_dict(), ensure_ascii=False) if kind in ("arrived", "inherited") else None
+
+
+def _parquet_type(name: str) -> pa.DataType:
+    if name in ("time", "loss", "kd", "score"):
+        return pa.float64()
+    return pa.string() if name in ("kind", "id", "status", "reason", "edit") else pa.int64()

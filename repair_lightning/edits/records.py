@@ -1,0 +1,477 @@
+"""Reading edit records: every record is checked, and named by file, number and field, before anything is written.
+
+Files are parsed here, by the plain parsers of their format, so that a bad line is found under its own number; only
+records that passed become a `datasets.Dataset` with declared features, never one whose column types were guessed.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import random
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, Features, Value, load_dataset
+
+from repair_lightning.edits import formats
+from repair_lightning.errors import ConfigError, FieldError, RecordError, RepairError, counted
+from repair_lightning.texts import dialogue
+from repair_lightning.types import Edit
+
+if TYPE_CHECKING:
+    from repair_lightning.models.forms import Forms
+
+logger = logging.getLogger(__name__)
+
+FILE_SUFFIXES = (
+    ".json",
+    ".jsonl",
+    ".ndjson",
+    ".csv",
+    ".tsv",
+    ".parquet",
+    ".txt",
+    ".gz",
+    ".zip",
+    ".arrow",
+    ".yaml",
+    ".pt",
+)
+IRRELEVANT_FIELDS = ("question", "locality_prompt", "loc", "prompt")
+NAMED_AT_MOST = 10
+"""How many ids or pairs of ids a warning names before it counts the rest."""
+
+_CODE = re.compile(r"[\n\r(){}\[\]=<>_;`\\]")
+_FINAL = "?.？。｡؟"
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class RecordSet:
+    """The edits of one source and what was not taken over from it.
+
+    Attributes:
+        edits: The edits to write, in the source's order.
+        bad: One message per record that was skipped.
+        superseded: Id of an edit that a later one with the same question and another target replaced -> id of that
+            later one, which is always in `edits`.
+        duplicates: Ids of records that were dropped because question and target repeat an earlier record's.
+        superseded_edits: The replaced edits themselves, for the ledger.
+        alike: Ids (earlier, later) of records that ask the same question in prompts that differ, see
+            :func:`same_question_key`; the later one is a duplicate or supersedes the earlier.
+    """
+
+    edits: tuple[Edit, ...]
+    bad: tuple[str, ...] = ()
+    superseded: Mapping[str, str] = field(default_factory=dict)
+    duplicates: tuple[str, ...] = ()
+    superseded_edits: tuple[Edit, ...] = ()
+    alike: tuple[tuple[str, str], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.edits)
+
+    def dataset(self) -> Dataset:
+        """The edits as a Hugging Face data set in the project's `jsonl` fields."""
+        return to_dataset(edit.as_dict() for edit in self.edits)
+
+
+def same_question_key(prompt: str) -> str:
+    """What two prompts have in common if and only if they ask the same question.
+
+    Case, the number and kind of blanks, and final question marks and full stops do not tell two questions apart. In
+    code they may, so a prompt with a line break or one of the signs ``(){}[]=<>_;`\\`` is its own key. Every other
+    sign counts: `C`, `C++` and `C#` are three. Of messages, the last turn is compared so, and those before it exactly.
+    """
+    messages = dialogue.parse(prompt)
+    if messages is not None:
+        return dialogue.with_question(prompt, same_question_key(messages[-1]["content"]))
+    if _CODE.search(prompt):
+        return prompt
+    return " ".join(prompt.casefold().split()).rstrip(f"{_FINAL} ") or prompt
+
+
+def to_dataset(records: Iterable[Mapping[str, Any]]) -> Dataset:
+    """Checked `jsonl` records as a `datasets.Dataset` in memory, with declared (never guessed) column types."""
+    text, probes = Value("string"), [{"prompt": Value("string"), "answer": Value("string")}]
+    features = Features(id=text, subject=text, prompt=text, target=text, rephrases=[text], locality=probes, near=probes)
+    return Dataset.from_list([dict(record) for record in records], features=features)
+
+
+def load_records(
+    path_or_hub_name: str | Path,
+    format: str = "jsonl",
+    max_edits: int | None = None,
+    on_bad_record: Literal["stop", "skip"] = "stop",
+    split: str = "train",
+    sample_seed: int | None = None,
+) -> RecordSet:
+    """Reads, checks and converts the edits of a local file or of a hub data set.
+
+    Every record of the source is checked, also those past `max_edits`.
+
+    Args:
+        path_or_hub_name: A file (`.jsonl`, `.json` with a list or with one object per line, `.csv`, `.tsv`,
+            `.parquet`) or a hub name (`org/name`) where no such file exists.
+        format: A name of :data:`formats.FORMATS`.
+        max_edits: Stop after so many edits, not counting duplicates; None for all.
+        on_bad_record: `stop` raises for the first bad record, `skip` leaves bad records out and lists them in `bad`.
+        split: The hub data set's split.
+        sample_seed: Draw the `max_edits` edits at random with this seed, from what the whole source comes to, and keep
+            the source's order; what repeats a drawn edit, or was superseded by it, comes along. None takes the first.
+
+    Raises:
+        RecordError: for a file or record that is bad (in mode `skip`: where nothing good is left).
+        ConfigError: for an unknown format or setting.
+        RepairError: where the source cannot be read at all.
+    """
+    chosen = formats.get_format(format)
+    _check_settings(max_edits, on_bad_record)
+    source, rows = str(path_or_hub_name), read_rows(path_or_hub_name, split)
+    if not rows:
+        raise RecordError(source, None, None, "holds no records", f"give at least one record in format '{format}'")
+    good, bad, repeated = _check_rows(source, rows, chosen)
+    if bad and (on_bad_record == "stop" or not good):
+        first = RecordError.at(source, *bad[0], more=len(bad) - 1)
+        if on_bad_record == "stop":
+            raise first
+        raise RecordError(source, None, None, f"skipping bad records leaves none: {first}", "mend at least one")
+    messages = tuple(str(RecordError.at(source, number, error)) for number, error in bad)
+    if sample_seed is not None and max_edits is not None:
+        good, repeated = _draw(good, repeated, max_edits, sample_seed)
+        max_edits = None  # all that is said of the drawn prompts counts, also after the last of them has come up
+    found = _settle(good, max_edits)
+    prompts = {edit.id: edit.prompt for edit in good}
+    alike = ((edit.id, edit.id) for edit in repeated if edit.prompt != prompts[edit.id])
+    duplicates = (*(edit.id for edit in repeated), *found.duplicates)
+    result = replace(found, bad=messages, duplicates=duplicates, alike=(*alike, *found.alike))
+    _log_summary(source, result)
+    return result
+
+
+def load_irrelevant(path: str | Path, prefix: str = "") -> tuple[str, ...]:
+    """Reads prompts that no edit should touch, for calibrating and training the router.
+
+    Args:
+        path: A file of records with one of the fields `question`, `locality_prompt`, `loc`, `prompt` (the first that
+            the record has counts), or a hub name.
+        prefix: Put before each prompt as it stands, such as `nq question: `; of messages, before the last turn.
+
+    Returns:
+        The prompts in the file's order.
+
+    Raises:
+        RecordError: for the first bad record, saying how many more there are.
+        RepairError: where the file cannot be read at all.
+    """
+    source, rows = str(path), read_rows(path)
+    if not rows:
+        raise RecordError(source, None, None, "holds no records", 'give records such as {"question": "..."}')
+    prompts, bad = _attempt(rows, _irrelevant_prompt)
+    if bad:
+        raise RecordError.at(source, *bad[0], more=len(bad) - 1)
+    return tuple(dialogue.with_question(prompt, prefix + dialogue.question_of(prompt)) for _, prompt in prompts)
+
+
+def check_lengths(edits: Sequence[Edit], forms: Forms, max_tokens: int) -> dict[str, str]:
+    """Finds edits with a text that is too long for the model: prompt or rephrase with target and EOS, or a probe.
+
+    A dialogue that the base cannot be asked is found too.
+
+    Args:
+        edits: The edits to check.
+        forms: how the base is asked.
+        max_tokens: Most tokens a sequence may have, in tokens.
+
+    Returns:
+        Id of each offending edit -> a message that names its first over-long field; in the order of `edits`.
+    """
+    messages: dict[str, str] = {}
+    for edit in edits:
+        for name, prompt, target in _model_texts(edit):
+            problem = _unfit(forms, prompt, target, max_tokens)
+            if problem is not None:
+                messages.setdefault(edit.id, f"edit '{edit.id}', field '{name}': {problem}")
+    return messages
+
+
+def _unfit(forms: Forms, prompt: str, target: str, max_tokens: int) -> str | None:
+    try:
+        length = len(forms.encode(prompt, target).ids)
+    except ConfigError as error:
+        return str(error)
+    remedy = "shorten it or raise the limit, if the model reads that much"
+    return f"is {length} tokens long, at most {max_tokens} fit; {remedy}" if length > max_tokens else None
+
+
+def read_rows(path_or_hub_name: str | Path, split: str = "train") -> list[Any]:
+    """The raw records of a file or hub data set; a record that cannot be parsed stands there as its `FieldError`.
+
+    Raises:
+        RecordError: where the file as a whole is no JSON, CSV or Parquet.
+        RepairError: where there is no such file, or it cannot be read.
+    """
+    path = Path(path_or_hub_name).expanduser()
+    if not path.exists() and _is_hub_name(str(path_or_hub_name)):
+        return _read_hub(str(path_or_hub_name), split)
+    if not path.is_file():
+        problem = "is a folder, not a file" if path.is_dir() else "no such file"
+        raise RepairError(
+            f"{path_or_hub_name}: {problem}; give a .jsonl, .json, .csv or .parquet file, or a hub name org/name"
+        )
+    readers = {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet}
+    try:
+        return readers.get(path.suffix.lower(), _read_json)(path, str(path_or_hub_name))
+    except OSError as error:
+        raise RepairError(f"{path_or_hub_name}: cannot be read ({error.strerror or error}); check the file") from error
+
+
+def _check_settings(max_edits: int | None, on_bad_record: str) -> None:
+    if max_edits is not None and max_edits < 1:
+        raise ConfigError(f"max_edits must be 1 or more, or null for all, got {max_edits}")
+    if on_bad_record not in ("stop", "skip"):
+        raise ConfigError(f"on_bad_record must be 'stop' or 'skip', got '{on_bad_record}'")
+
+
+def _is_hub_name(name: str) -> bool:
+    """True for `org/name` unless it looks like a file: a file's suffix, or a folder `org` that exists here."""
+    looks_like_file = name.lower().endswith(FILE_SUFFIXES) or Path(name).parent.exists()
+    return bool(_HUB_NAME.fullmatch(name)) and not looks_like_file
+
+
+def _read_hub(name: str, split: str) -> list[Any]:
+    try:
+        return list(load_dataset(name, split=split))
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RepairError(
+            f"{name}: no such file here, and the hub data set (split '{split}') could not be loaded: {reason}; "
+            "check name, split and network"
+        ) from error
+
+
+def _read_text(path: Path, source: str) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        remedy = "save it as UTF-8 text"
+        raise RecordError(source, None, None, f"is not UTF-8 text (byte {error.start})", remedy) from None
+
+
+def _read_json(path: Path, source: str) -> list[Any]:
+    """A JSON list, or one JSON value per line; which of them it is, the content says."""
+    text = _read_text(path, source)
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if text.lstrip().startswith("[") and path.suffix.lower() == ".json":
+            problem, remedy = f"is not valid JSON ({_json_reason(error)})", "correct the file at that line"
+            raise RecordError(source, None, None, problem, remedy) from None
+        lines = enumerate(text.split("\n"), start=1)  # not splitlines: U+2028 may stand inside a JSON string
+        return [_parse_line(number, line) for number, line in lines if line.strip()]
+    return whole if isinstance(whole, list) else [whole]
+
+
+def _parse_line(number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = _json_reason(error, number)
+        return FieldError(None, f"is not valid JSON ({reason})", "correct or remove that line")
+
+
+def _json_reason(error: Exception, line: int | None = None) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"line {line or error.lineno}, column {error.colno}: {error.msg}"
+    reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+    return f"line {line}: {reason}" if line else reason
+
+
+def _read_csv(path: Path, source: str) -> list[Any]:
+    """CSV or TSV with a header line; every cell is a text, an empty one counts as missing."""
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    lines = csv.reader(io.StringIO(_read_text(path, source), newline=""), delimiter=delimiter, strict=True)
+    try:
+        header, *cells = [line for line in lines if line] or [[]]
+    except csv.Error as error:
+        problem = f"is not valid CSV (line {lines.line_num}: {error})"
+        raise RecordError(source, None, None, problem, "correct the file at that line") from None
+    return [_csv_row(header, row) for row in cells]
+
+
+def _csv_row(header: list[str], row: list[str]) -> Any:
+    if len(row) > len(header):
+        return FieldError(
+            None, f"has {len(row)} cells, the header has {len(header)}", "put cells with commas in quotes"
+        )
+    return {name: cell or None for name, cell in zip_longest(header, row)}
+
+
+def _read_parquet(path: Path, source: str) -> list[Any]:
+    try:
+        return pq.read_table(path).to_pylist()
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # the file's, not its content's
+            raise
+        problem = f"is not a readable Parquet file ({str(error).splitlines()[0]})"
+        raise RecordError(source, None, None, problem, "write it again") from None
+
+
+def _attempt(rows: list[Any], convert: Callable[[int, Any], Any]) -> tuple[list[Any], list[tuple[int, FieldError]]]:
+    """`convert(number, row)` for each row, numbered from 1: the numbered results, and the numbered errors."""
+    good, bad = [], []
+    for number, row in enumerate(rows, start=1):
+        try:
+            if isinstance(row, FieldError):
+                raise row
+            good.append((number, convert(number, row)))
+        except FieldError as error:
+            bad.append((number, error))
+    return good, bad
+
+
+def _irrelevant_prompt(_: int, row: Any) -> str:
+    if not isinstance(row, Mapping):
+        raise FieldError(None, f"is {formats.kind_of(row)}, not an object", 'write {"question": "..."}')
+    name = next((name for name in IRRELEVANT_FIELDS if row.get(name) is not None), "question")
+    remedy = "give a prompt that no edit should touch, as 'question' or 'prompt'"
+    messages = dialogue.given(row.get(name), name)
+    if messages is not None:
+        return formats.as_text(dialogue.dump(messages), name)
+    prompt = formats.required_text(row, name, remedy)
+    return prompt if name == "prompt" else prompt.strip()  # the other names are those of published sets
+
+
+class _Checker:
+    """Converts the rows of one source in order, and remembers which ids and questions it has met."""
+
+    def __init__(self, chosen: formats.Format) -> None:
+        self.format = chosen
+        self.first_with_id: dict[str, tuple[int, Edit]] = {}
+        self.latest_target: dict[str, str] = {}
+
+    def __call__(self, number: int, row: Any) -> tuple[Edit, bool]:
+        """The edit, and whether it repeats the record that has its id already. Raises `FieldError`."""
+        record = formats.convert(row, self.format.name)
+        edit = Edit.from_dict({**record, "id": record["id"] or f"{self.format.name}-{number}"})
+        key = same_question_key(edit.prompt)
+        first, known = self.first_with_id.setdefault(edit.id, (number, edit))
+        if known is edit:
+            self.latest_target[key] = edit.target
+            return edit, False
+        if same_question_key(known.prompt) == key and known.target == edit.target == self.latest_target[key]:
+            return edit, True
+        raise FieldError("id", f"'{edit.id}' already belongs to record {first}", "give each record its own id")
+
+
+def _check_rows(
+    source: str, rows: list[Any], chosen: formats.Format
+) -> tuple[list[Edit], list[tuple[int, FieldError]], list[Edit]]:
+    """The good edits, the numbered errors, and the records that repeat an earlier one, id included."""
+    _warn_of_better_format(source, rows[0], chosen)
+    checked, bad = _attempt(rows, _Checker(chosen))
+    good = [edit for _, (edit, repeats) in checked if not repeats]
+    return good, bad, [edit for _, (edit, repeats) in checked if repeats]
+
+
+def _warn_of_better_format(source: str, row: Any, chosen: formats.Format) -> None:
+    guess = formats.guess_format(row) if isinstance(row, Mapping) and chosen.fits(row) else None
+    if guess and guess != chosen.name:
+        logger.warning("%s: read as format '%s', though its fields look more like '%s'", source, chosen.name, guess)
+
+
+def _warn_of_alike(source: str, alike: Sequence[tuple[str, str]]) -> None:
+    if alike:
+        logger.warning(
+            "%s: %s with the same question but for case, blanks or the final mark: %s; the later of two is dropped "
+            "where its target is the same, and supersedes the earlier where it is another",
+            source,
+            counted(len(alike), "pair"),
+            named([f"'{earlier}' and '{later}'" for earlier, later in alike]),
+        )
+
+
+def _warn_of_absent_subjects(source: str, edits: Sequence[Edit]) -> None:
+    absent = [f"'{edit.id}'" for edit in edits if edit.subject and not _holds(edit.prompt, edit.subject)]
+    if absent:
+        logger.warning(
+            "%s: %s a subject that does not stand in the prompt: %s; such an edit is found by its whole prompt alone; "
+            "write the subject as the prompt does, or leave it out",
+            source,
+            f"{counted(len(absent), 'edit')} {'has' if len(absent) == 1 else 'have'}",
+            named(absent),
+        )
+
+
+def _holds(prompt: str, subject: str) -> bool:
+    return subject.casefold() in dialogue.shown(prompt).casefold()
+
+
+def named(names: Sequence[str]) -> str:
+    """The first of many names, for a message, and how many there are beyond them."""
+    more = len(names) - NAMED_AT_MOST
+    return ", ".join(names[:NAMED_AT_MOST]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def _settle(edits: Sequence[Edit], max_edits: int | None) -> RecordSet:
+    """Drops duplicates and lets later edits supersede earlier ones, over the first records that yield `max_edits`."""
+    live: dict[str, int] = {}
+    replaced: dict[int, str] = {}
+    duplicates: list[str] = []
+    alike: list[tuple[str, str]] = []
+    for i, edit in enumerate(edits):
+        if len(live) == max_edits:
+            break
+        key = same_question_key(edit.prompt)
+        earlier = live.get(key)
+        if earlier is not None and edits[earlier].prompt != edit.prompt:
+            alike.append((edits[earlier].id, edit.id))
+        if earlier is not None and edits[earlier].target == edit.target:
+            duplicates.append(edit.id)
+            continue
+        if earlier is not None:
+            replaced[earlier] = key
+        live[key] = i
+    dataset = to_dataset(edit.as_dict() for edit in edits).select(sorted(live.values()))
+    kept = tuple(Edit.from_dict(record) for record in dataset.to_list())
+    superseded = {edits[old].id: edits[live[key]].id for old, key in replaced.items()}
+    older = tuple(edits[old] for old in sorted(replaced))
+    return RecordSet(kept, (), superseded, tuple(duplicates), older, tuple(alike))
+
+
+def _draw(good: Sequence[Edit], repeated: Sequence[Edit], number: int, seed: int) -> tuple[list[Edit], list[Edit]]:
+    """The records and repeats of `number` questions, drawn at random; a larger draw holds the smaller ones.
+
+    Questions are drawn, not records: what a question's last record supersedes and repeats stays with it, whole.
+    """
+    questions = list(dict.fromkeys(same_question_key(edit.prompt) for edit in good))
+    random.Random(seed).shuffle(questions)
+    drawn = set(questions[:number])
+    kept, again = ([edit for edit in edits if same_question_key(edit.prompt) in drawn] for edits in (good, repeated))
+    return kept, again
+
+
+def _log_summary(source: str, found: RecordSet) -> None:
+    _warn_of_alike(source, found.alike)
+    _warn_of_absent_subjects(source, found.edits)
+    parts = [counted(len(found.edits), "edit"), f"{counted(len(found.bad), 'bad record')} skipped"]
+    parts += [f"{counted(len(found.duplicates), 'duplicate')} dropped", f"{len(found.superseded)} superseded"]
+    logger.info("%s: %s", source, ", ".join(parts))
+
+
+def _model_texts(edit: Edit) -> Iterable[tuple[str, str, str]]:
+    yield "prompt and target", edit.prompt, edit.target
+    for i, rephrase in enumerate(edit.rephrases):
+        yield f"rephrases[{i}] and target", rephrase, edit.target
+    for name in ("locality", "near"):
+        for i, probe in enumerate(getattr(edit, name)):
+            yield f"{name}[{i}]", probe.prompt, probe.answer or ""

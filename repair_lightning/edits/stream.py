@@ -1,0 +1,380 @@
+"""The stream of edits as a LightningDataModule: an epoch is a window, its batches are homogeneous clusters.
+
+Each window's worklist is sized and holds the arrivals, the residual pool and what the closed loop requeued; nothing
+of the future is looked at. Everything waits in the ledger, so nothing is lost between windows.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import lightning.pytorch as pl
+import numpy as np
+from torch.utils.data import DataLoader
+
+from repair_lightning.edits.clustering import form_batches
+from repair_lightning.edits.joining import Joined, apply, join, log_joined
+from repair_lightning.edits.ledger import EditStatus, Ledger, LedgerEntry
+from repair_lightning.edits.records import RecordSet, check_lengths, load_irrelevant, load_records
+from repair_lightning.errors import ConfigError, RepairError, counted
+from repair_lightning.models.tokenizing import Encoded
+from repair_lightning.training.team import Team
+from repair_lightning.types import Edit, EditBatch
+from repair_lightning.world import WORLD, edits_path, irrelevant_path
+
+if TYPE_CHECKING:
+    from repair_lightning.models.forms import Forms
+
+log = logging.getLogger(__name__)
+
+
+class WindowEditor(Protocol):
+    """What the stream asks of an editor to form and deal out a window's batches."""
+
+    team: Team
+
+    @property
+    def shares(self) -> bool:
+        """Whether the ranks write different batches of a window."""
+        ...
+
+    def base_texts(self, number: int) -> Sequence[str]:
+        """Texts that the base wrote by itself."""
+        ...
+
+    def batch_limit(self, edits: Sequence[Edit]) -> int:
+        """Most edits of a batch."""
+        ...
+
+    def encode(self, edit: Edit) -> Encoded:
+        """Its prompt and target as token ids."""
+        ...
+
+    def features(self, edits: Sequence[Edit]) -> np.ndarray:
+        """Unit features (n, D) for clustering."""
+        ...
+
+    def forget(self, ids: Iterable[str]) -> None:
+        """Stop answering for edits."""
+        ...
+
+
+class EditStream(pl.LightningDataModule):
+    """Edits in the order in which they arrive, `window` of them at a time.
+
+    Args:
+        path: a local file, a hub data set, or `world` for the embedded one.
+        format: of the records, see `repair_lightning.edits.formats`.
+        max_edits: take the first so many good records.
+        on_bad_record: `stop` writes nothing when a record is bad, `skip` writes the good ones and lists the bad ones.
+        window: edits that arrive and are handled together; 1 is the paper's strict stream.
+        batch_size: most edits of a batch.
+        clustering: form batches by the similarity of the base's features; else in the order of arrival.
+        max_regroups: an edit that left this many batches is written alone.
+        irrelevant: file of unrelated questions, `world` for the embedded ones; None lets the base write its own.
+        irrelevant_prefix: put before each of them.
+        max_irrelevant: take so many of them; half train the router, half calibrate it.
+        split: of a hub data set.
+        sample_seed: draw `max_edits` of the good records at random with this seed; they arrive in the file's order, so
+            that a correction stays later than what it corrects, and a larger draw holds every smaller one of its seed.
+            None takes the first.
+        singles: every edit by itself: a window holds one, and when all has been done for it and it is scored, the
+            editor goes back to the model that it began with. Scores are then means over single edits (N = 1).
+    """
+
+    def __init__(
+        self,
+        path: str = WORLD,
+        format: str = "jsonl",
+        max_edits: int | None = None,
+        on_bad_record: Literal["stop", "skip"] = "stop",
+        window: int = 128,
+        batch_size: int = 128,
+        clustering: bool = True,
+        max_regroups: int = 2,
+        irrelevant: str | None = None,
+        irrelevant_prefix: str = "",
+        max_irrelevant: int = 1000,
+        split: str = "train",
+        sample_seed: int | None = None,
+        singles: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in (("window", window), ("batch_size", batch_size), ("max_irrelevant", max_irrelevant)):
+            if value < 1:
+                raise ConfigError(f"data.{name} must be at least 1, got {value}")
+        self.path, self.format, self.split = path, format, split
+        self.max_edits, self.sample_seed, self.on_bad_record = max_edits, sample_seed, on_bad_record
+        self.window, self.batch_size = 1 if singles else window, batch_size
+        self.singles = singles
+        self.clustering, self.max_regroups = clustering, max_regroups
+        self.irrelevant, self.irrelevant_prefix, self.max_irrelevant = irrelevant, irrelevant_prefix, max_irrelevant
+        self.also_scored: tuple[str, ...] = ()
+        """Further prompts that score the model: like the edits' own they may serve for nothing else."""
+        self.ledger = Ledger()
+        self.records: RecordSet | None = None
+        self.joined: Joined | None = None
+        """How the records follow an earlier model's edits, where there is one."""
+        self._own_records: RecordSet | None = None
+        self.arrived = 0
+        self.windows = 0
+        self._open: list[EditBatch] = []  # handed out; still the same as long as nothing of it was written
+        self._open_entries: dict[str, LedgerEntry] = {}
+
+    # -- loading ------------------------------------------------------------------------------------------------------
+
+    @property
+    def file(self) -> str:
+        """Where the records lie."""
+        return str(edits_path()) if self.path == WORLD else self.path
+
+    def setup(self, stage: str = "fit") -> None:
+        """Read and check every record before the first write; does nothing the second time."""
+        if self.records is not None:
+            return
+        chosen = (self.max_edits, self.on_bad_record, self.split, self.sample_seed)
+        self.records = load_records(self.file, self.format, *chosen)
+        if not self.records.edits:
+            raise ConfigError(f"'{self.file}' holds no edit that can be written; see the messages above")
+
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """All edits of the stream in their order; superseded ones and duplicates are not among them."""
+        self.setup()
+        assert self.records is not None
+        return self.records.edits
+
+    def check_fit(self, forms: Forms, max_tokens: int) -> None:
+        """Refuse edits that are too long for the base, or leave them out where bad records are skipped."""
+        too_long = check_lengths(self.edits, forms, max_tokens)
+        if not too_long:
+            return
+        if self.on_bad_record == "stop" or len(too_long) == len(self.edits):
+            raise RepairError(
+                f"{self.path}: {next(iter(too_long.values()))} ({counted(len(too_long), 'such edit')} in all)"
+            )
+        assert self.records is not None
+        found = self.records
+        kept = tuple(edit for edit in found.edits if edit.id not in too_long)
+        orphans = {old: new for old, new in found.superseded.items() if new in too_long}
+        lost = [f"edit '{old}': its successor '{new}' is too long; give one that fits" for old, new in orphans.items()]
+        self.records = replace(
+            found,
+            edits=kept,
+            bad=(*found.bad, *too_long.values(), *lost),
+            superseded={old: new for old, new in found.superseded.items() if old not in orphans},
+            superseded_edits=tuple(edit for edit in found.superseded_edits if edit.id not in orphans),
+        )
+
+    def join(self, earlier: Ledger) -> None:
+        """Go on behind the edits of a pack: drop what it says already, and supersede what it says otherwise.
+
+        Raises:
+            ConfigError: there is nothing that the pack does not say.
+        """
+        if self.singles:
+            raise ConfigError("data.singles begins with the plain base for every edit; leave --from_pack out")
+        self.setup()
+        assert self.records is not None
+        joined = join(self.records, earlier)
+        if len(joined.known) == len(self.records.edits):
+            raise ConfigError(
+                f"'{self.path}' holds no edit that the pack lacks: all {len(joined.known)} are its own already; give "
+                "new records"
+            )
+        log_joined(joined)
+        self._follow(joined)
+
+    def inherit(self, earlier: Ledger) -> None:
+        """Start with the ledger of the pack that was joined."""
+        assert self.joined is not None
+        self.ledger.inherit(earlier)
+        self.windows = self.joined.windows
+
+    def _follow(self, joined: Joined) -> None:
+        self.setup()
+        assert self.records is not None
+        self._own_records = self._own_records or self.records
+        self.joined, self.records = joined, apply(self._own_records, joined)
+
+    @property
+    def inherited(self) -> list[str]:
+        """The ids of the edits that came with a pack."""
+        return list(self.ledger)[: self.joined.inherited] if self.joined else []
+
+    def written(self) -> list[str]:
+        """The ids of the stream's own edits that a shard holds."""
+        before = set(self.inherited)
+        return [id for id in self.ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED) if id not in before]
+
+    def unrelated(self, texts: Sequence[str]) -> list[str]:
+        """Those texts, once each, that no edit's record asks and `also_scored` does not hold."""
+        known = (*self.edits, *map(self.ledger.edit, self.inherited))
+        asked = {_folded(text) for edit in known for text in _prompts_of(edit)}
+        asked |= {_folded(text) for text in self.also_scored}
+        return [text for text in dict.fromkeys(texts) if _folded(text) not in asked]
+
+    def irrelevant_halves(self, editor: WindowEditor) -> tuple[list[str], list[str]]:
+        """Irrelevant prompts for losses and centring, and others, held out, for thresholds."""
+        if self.irrelevant is None:
+            found: Sequence[str] = editor.base_texts(self.max_irrelevant)
+        else:
+            path = irrelevant_path() if self.irrelevant == WORLD else self.irrelevant
+            found = load_irrelevant(path, self.irrelevant_prefix)
+        texts = self.unrelated(found)
+        if len(texts) < len(found):
+            left_out = counted(len(found) - len(texts), "irrelevant prompt")
+            log.info("left out: %s that another repeats or scoring asks", left_out)
+        texts = texts[: self.max_irrelevant]
+        if len(texts) < 2:
+            raise ConfigError(f"data.irrelevant: at least 2 unrelated prompts are needed, got {len(texts)}")
+        return list(texts[::2]), list(texts[1::2])
+
+    # -- the worklist -------------------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> DataLoader:
+        """The next window's batches. Lightning asks for it at the start of every epoch, and twice when it resumes.
+
+        Where ranks share the work, each gets its own, and as many as the others: empty ones fill up.
+        """
+        if not self._open or any(self.ledger.entry(id) is not entry for id, entry in self._open_entries.items()):
+            self._open = self.next_window()
+            self._open_entries = {id: self.ledger.entry(id) for batch in self._open for id in batch.ids}
+        return DataLoader(self._dealt(self._open), batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
+
+    def _dealt(self, batches: list[EditBatch]) -> list[EditBatch]:
+        """This rank's batches: the longest go round first."""
+        editor = self._editor
+        if not editor.shares:
+            return batches
+        costs = [float(sum(len(editor.encode(edit).target) for edit in batch.edits)) for batch in batches]
+        mine = [batches[i] for i in editor.team.mine(len(batches), costs)]
+        return mine + [EditBatch(())] * (-(-len(batches) // editor.team.size) - len(mine))
+
+    def verdict(self) -> list[Any]:
+        """What became of the window's edits and of the stream, in plain types: the same on every rank."""
+        entries = [self.ledger.entry(id) for batch in self._open for id in batch.ids]
+        known = [[entry.edit.id, str(entry.status), entry.shard, entry.attempts, entry.score] for entry in entries]
+        return [self.ledger.counts(), self.arrived, self.windows, known]
+
+    def next_window(self) -> list[EditBatch]:
+        """Let the next edits arrive and form batches of all that waits to be written."""
+        number = 0 if self.singles and self.waiting() else self.window
+        coming = self.edits[self.arrived : self.arrived + number]
+        self._arrive(coming)
+        self.arrived += len(coming)
+        self.windows += 1
+        waiting = self.waiting()
+        alone = [id for id in waiting if self.ledger.entry(id).regroups >= self.max_regroups]
+        batches = [EditBatch((self.ledger.edit(id),)) for id in alone]
+        together = [self.ledger.entry(id) for id in waiting if id not in set(alone)]
+        for attempts in sorted({entry.attempts for entry in together}, reverse=True):
+            # What failed together is not written together again: the editor grants it less company.
+            batches[:0] = self._batches([entry.edit for entry in together if entry.attempts == attempts])
+        return batches
+
+    def _arrive(self, coming: Sequence[Edit]) -> None:
+        """Enter arrivals in the ledger, each behind the edits that it supersedes."""
+        assert self.records is not None
+        replaced = {edit.id: edit for edit in self.records.superseded_edits}
+        expected: dict[str, list[str]] = {edit.id: [] for edit in coming}
+        for id, newer in self.records.superseded.items():
+            if newer in expected:
+                expected[newer].append(id)
+        arriving = [[*(replaced[id] for id in expected[edit.id] if id in replaced), edit] for edit in coming]
+        self.ledger.arrive([edit for group in arriving for edit in group], self.windows)
+        for newer, older in expected.items():
+            for id in older:
+                self.ledger.supersede(id, newer)
+            written = [id for id in older if id not in replaced]  # into an earlier model
+            if written:
+                self._editor.forget(written)
+
+    def waiting(self) -> list[str]:
+        """Ids of the edits that no shard holds yet."""
+        return self.ledger.with_status(EditStatus.PENDING, EditStatus.RESIDUAL, EditStatus.REQUEUED)
+
+    def _batches(self, edits: Sequence[Edit]) -> list[EditBatch]:
+        share = -(-len(edits) // self._editor.team.size) if self._editor.shares else len(edits)
+        size = max(1, min(self.batch_size, self._editor.batch_limit(edits), share))
+        if not self.clustering or len(edits) <= 1 or size == 1:
+            groups = [list(range(at, min(at + size, len(edits)))) for at in range(0, len(edits), size)]
+        else:
+            features = self._editor.features(edits)
+            finite = np.isfinite(features).all(-1)  # where it is not, the base makes nothing of the edit: it goes alone
+            groups = [[int(i)] for i in np.flatnonzero(~finite)]
+            like = np.flatnonzero(finite).tolist()
+            found = form_batches(features[finite], size) if like else []
+            groups += [[like[i] for i in group] for group in found]
+        return [EditBatch(tuple(edits[i] for i in group)) for group in groups]
+
+    @property
+    def _editor(self) -> WindowEditor:
+        return self.trainer.lightning_module  # type: ignore[union-attr,return-value]
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether nothing is left to arrive or to be written."""
+        return self.arrived >= len(self.edits) and not self.waiting()
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing that has arrived waits, and nothing else will join it: at the end, or of a single edit."""
+        return self.exhausted or (self.singles and not self.waiting())
+
+    def transfer_batch_to_device(self, batch: EditBatch, device: Any, dataloader_idx: int) -> EditBatch:
+        """Batches are plain text and stay where they are."""
+        return batch
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the stream and the ledger, in plain types; of a ledger whose journal holds it already only how
+        many edits are in which state."""
+        joined = self.joined.as_dict() if self.joined else None
+        return {
+            "ledger": {"counts": self.ledger.counts()} if self.ledger.journal else self.ledger.state_dict(),
+            "arrived": self.arrived,
+            "windows": self.windows,
+            "joined": joined,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`.
+
+        Raises:
+            RepairError: the ledger, rebuilt from its journal, is not the one that was saved.
+        """
+        if state_dict.get("joined"):
+            self._follow(Joined(**state_dict["joined"]))
+        saved = state_dict["ledger"]
+        if "counts" not in saved:
+            self.ledger.load_state_dict(saved)
+        elif saved["counts"] != self.ledger.counts():
+            known, told = _said(saved["counts"]), _said(self.ledger.counts())
+            raise RepairError(
+                f"the journal is damaged: it tells of edits {told}, the checkpoint of {known}; restore it from a copy, "
+                "or --overwrite starts the run anew"
+            )
+        self.arrived, self.windows = state_dict["arrived"], state_dict["windows"]
+        self._open, self._open_entries = [], {}
+
+
+def _prompts_of(edit: Edit) -> list[str]:
+    """Everything that an edit's record asks: none of it may serve as an irrelevant prompt."""
+    return [edit.prompt, *edit.rephrases, *(probe.prompt for probe in (*edit.locality, *edit.near))]
+
+
+def _said(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {status}" for status, count in counts.items() if count) or "none"
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _as_it_is(batch: EditBatch) -> EditBatch:
+    return batch

@@ -1,1 +1,0 @@
-"""Scores: protocols, metrics, the report."""

@@ -1,0 +1,1 @@
+"""Packs: an edited model on the disk, on the hub, and exported for other tools."""

@@ -1,0 +1,242 @@
+"""Leaving a pack behind: a plain Hugging Face checkpoint with all edits in W_v, or a folder that needs no other base.
+
+One matrix cannot ask which edit is meant, so the plain checkpoint answers worse than the routed model; how much worse
+is measured on both and written beside it.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repair_lightning.edits.ledger import EditStatus, Ledger
+from repair_lightning.errors import ConfigError, RepairError, counted
+from repair_lightning.functional import fused_delta
+from repair_lightning.models.base import base_files, weights_hash_of
+from repair_lightning.models.prefix_cache import PrefixCache
+from repair_lightning.packs.pack import (
+    BASE_FOLDER,
+    CONFIG_FILE,
+    PackedModel,
+    base_in,
+    check_base,
+    fold_into,
+    load_ledger,
+    open_pack,
+    read_pack,
+)
+from repair_lightning.scoring.metrics import overall_performance
+from repair_lightning.scoring.protocols import AUTOREGRESSIVE, answers, normalise
+from repair_lightning.scoring.scorer import Scorer, oracle_choice
+from repair_lightning.storage.files import write_json
+from repair_lightning.storage.folders import replace_folder, whereabouts
+from repair_lightning.types import BASE, Edit, Probe
+
+log = logging.getLogger(__name__)
+
+REPORT_FILE = "export.json"
+KEEP = (0.3, 1.0, 3.0, 10.0, 30.0)
+"""Weights of what must stay that a merge tries; see `functional.fused_delta`."""
+
+
+def export_pack(
+    pack: str | Path,
+    to: str | Path,
+    merged: bool = False,
+    base: str | None = None,
+    precision: str = "auto",
+    overwrite: bool = False,
+    max_edits: int | None = None,
+) -> dict[str, Any]:
+    """Export an edited model; returns the content of `export.json`.
+
+    Args:
+        pack: the pack's folder.
+        to: the new folder.
+        merged: write a plain checkpoint with all edits fused into W_v; else the pack together with its base, which
+            `load_edited` reads wherever the folder is moved.
+        base: the base, where the pack's own name for it does not lead there.
+        precision: of the base.
+        overwrite: replace an earlier export.
+        max_edits: most live edits that are asked when a merge is measured; None asks all.
+
+    Raises:
+        RepairError: the pack is damaged, the folder is taken or cannot be written, or there is nothing to merge.
+    """
+    if max_edits is not None and max_edits < 1:
+        raise ConfigError(f"max_edits must be at least 1, got {max_edits}; leave it out to ask all")
+    _check_target(Path(to), overwrite)
+    config, tensors = read_pack(pack)
+    if not merged:
+        return _export_whole(Path(pack), Path(to), config, base)
+    model = open_pack(pack, config, tensors, base, precision)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return _export_merged(model, tensors, Path(to), max_edits)
+
+
+def _check_target(to: Path, overwrite: bool) -> None:
+    if not to.exists() or (to.is_dir() and not any(to.iterdir())):
+        return
+    if not (to / REPORT_FILE).is_file():
+        raise ConfigError(f"'{to}' is not empty and no export; give --to a new folder")
+    if not overwrite:
+        raise ConfigError(f"'{to}' is not empty; give --to a new folder, or --overwrite to replace that export")
+
+
+# -- with the base -----------------------------------------------------------------------------------------------------
+
+
+def _export_whole(pack: Path, to: Path, config: Mapping[str, Any], base: str | None) -> dict[str, Any]:
+    """Nothing is loaded: the files are copied as they are, and what came over is checked."""
+    files = base_files(base or base_in(pack) or config["base"]["name"])
+    check_base(config, str(files[0].parent), weights_hash_of(files[0].parent))
+    report = {"kind": "with its base", "base": config["base"], "live_edits": len(live_edits(load_ledger(pack)))}
+
+    def fill(part: Path) -> None:
+        (part / BASE_FOLDER).mkdir()
+        for name in (CONFIG_FILE, *config["files"]):
+            shutil.copyfile(whereabouts(pack) / name, part / name)
+        for file in files:
+            shutil.copyfile(file, part / BASE_FOLDER / file.name)
+        write_json(part / REPORT_FILE, report)
+        read_pack(part)
+        check_base(config, str(part / BASE_FOLDER), weights_hash_of(part / BASE_FOLDER))
+
+    replace_folder(to, fill, what="export")
+    return report
+
+
+# -- merged ------------------------------------------------------------------------------------------------------------
+
+
+def live_edits(ledger: Ledger) -> list[Edit]:
+    """The edits that a model holds, in order of arrival."""
+    held = ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED)
+    return [ledger.edit(id) for id in held if ledger.owner_of(id) is not None]
+
+
+def _export_merged(model: PackedModel, tensors: dict[str, Tensor], to: Path, max_edits: int | None) -> dict[str, Any]:
+    edits, irrelevant = live_edits(model.ledger), model.card["irrelevant"]
+    if not edits:
+        raise RepairError("the pack holds no live edit: there is nothing to merge; export without --merged")
+    model.prefixes = PrefixCache(model.split)
+    scorer, kept = _scorer(model, edits[:max_edits], irrelevant["held_out"][1::2])
+    owners = torch.tensor([_owner(model, question.edit) for question in scorer.questions])
+    nobody = torch.full((len(owners),), BASE)
+    log.info("measuring the routed model: %d prompts", len(scorer.questions))
+    scorer.score("before", oracle_choice(scorer.questions, nobody), nobody)  # the base, before anything changes it
+    changed = fold_into(model, tensors)
+    routed = scorer.score("routed", scorer.choose(), owners, changed).scores[AUTOREGRESSIVE]
+    keep = merge_into_base(model, edits, irrelevant["background"], irrelevant["held_out"][::2])
+    log.info("measuring the merged model")
+    after = scorer.score("merged", oracle_choice(scorer.questions, nobody), nobody, True).scores[AUTOREGRESSIVE]
+    report = {
+        "kind": "merged",
+        "base": model.card["base"],
+        "live_edits": len(edits),
+        "asked": {"edits": len(edits[:max_edits]), "unrelated": kept},
+        "keep": keep,
+        "routed": routed,
+        "merged": after,
+    }
+
+    def fill(part: Path) -> None:
+        model.base.save_pretrained(part)
+        model.tokenizer.save_pretrained(part)
+        write_json(part / REPORT_FILE, report)
+
+    replace_folder(to, fill, what="export")
+    return report
+
+
+def _scorer(model: PackedModel, edits: Sequence[Edit], unrelated: Sequence[str]) -> tuple[Scorer, int]:
+    """Asks the edits' prompts with all that belongs to them, and how many unrelated prompts; where the edits bring
+    none, irrelevant ones that the merge does not look at stand in."""
+    asked = list(edits)
+    if not any(edit.locality for edit in asked):
+        asked[0] = replace(asked[0], locality=tuple(Probe(prompt) for prompt in unrelated))
+    return Scorer(model, asked), sum(len(edit.locality) for edit in asked)
+
+
+def _owner(model: PackedModel, id: str) -> int:
+    owner = model.ledger.owner_of(id)
+    return BASE if owner is None else owner
+
+
+@torch.no_grad()
+def merge_into_base(
+    model: PackedModel, edits: Sequence[Edit], background: Sequence[str], guard: Sequence[str]
+) -> float:
+    """Fuse all shards into the base's W_v, so that the base alone says the edits as far as one matrix can.
+
+    Args:
+        model: what its shards add for the edits is fused; the shards stay.
+        edits: live edits; only their prompts and targets are read.
+        background: unrelated prompts that should keep their answers.
+        guard: other unrelated prompts, by which the weight of what must stay is chosen.
+
+    Returns:
+        that weight.
+    """
+    keys, values = _said(model, edits)
+    rows = [row for row in map(model.forms.ids, background) if row]
+    kept = torch.cat([capture.activations.float() for capture in model.captures(rows)]) if rows else keys[:0]
+    before = model.weights.state()
+    sample, guard = edits[:: max(1, len(edits) // 64)][:64], list(guard)[:64]
+    expected = _ask(model, guard)
+    found: list[tuple[float, float]] = []
+    for keep in KEEP:
+        model.weights.add(model.layer, fused_delta(keys, values, kept, keep))
+        right = _ask(model, [edit.prompt for edit in sample])
+        rel = sum(a == normalise(edit.target) for a, edit in zip(right, sample, strict=True)) / len(sample)
+        loc = sum(a == b for a, b in zip(_ask(model, guard), expected, strict=True)) / len(guard) if guard else 1.0
+        log.info("merge with keep %s: %.2f of a sample of the edits right, %.2f of the unrelated kept", keep, rel, loc)
+        found.append((overall_performance(rel, rel, loc) or 0.0, keep))
+        model.weights.load(before)
+    best = max(found)[1]
+    model.weights.add(model.layer, fused_delta(keys, values, kept, best))
+    return best
+
+
+def _said(model: PackedModel, edits: Sequence[Edit]) -> tuple[Tensor, Tensor]:
+    """A(x) (N, F) where the edits' target tokens are read, and what their shards add there (N, D)."""
+    rows = [model.forms.encode(edit.prompt, edit.target) for edit in edits]
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    captures = model.captures([row.ids for row in rows])
+    for edit, row, capture in zip(edits, rows, captures, strict=True):
+        key = capture.activations[len(row.prompt) - 1 : len(row.ids) - 1].float()
+        owner = _owner(model, edit.id)
+        keys.append(key)
+        nothing = key.new_zeros(len(key), model.memory.shape[0])  # an earlier merge wrote it into W_v
+        values.append(nothing if owner == BASE else model.memory[owner].product(key))
+    return torch.cat(keys), torch.cat(values)
+
+
+def _ask(model: PackedModel, prompts: Sequence[str]) -> list[str]:
+    nobody = torch.full((len(prompts),), BASE)
+    return [normalise(text) for text in answers(model, prompts, nobody, max_new_tokens=16)]
+
+
+def report_lines(report: dict[str, Any], to: Path) -> list[str]:
+    """What an export says to a person."""
+    edits = counted(report["live_edits"], "edit")
+    if report["kind"] != "merged":
+        return [f"{to}: the base with {edits}; repair_lightning.load_edited('{to}') needs no more"]
+    asked, unrelated = report["asked"], counted(report["asked"]["unrelated"], "unrelated prompt")
+    lines = [
+        f"{to}: a plain Hugging Face checkpoint with {edits} in one matrix",
+        f"free generation, {counted(asked['edits'], 'edit')}, {unrelated}, in per cent:",
+        "          " + "".join(f"{name.capitalize():>8}" for name in ("rel", "gen", "loc", "near")),
+    ]
+    for kind in ("routed", "merged"):
+        shares = [report[kind][name] for name in ("rel", "gen", "loc", "near")]
+        lines.append(f"  {kind:<8}" + "".join("       -" if x is None else f"{100 * x:8.1f}" for x in shares))
+    return lines

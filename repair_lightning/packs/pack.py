@@ -1,0 +1,535 @@
+"""The pack: an edited model's side memory as `repair_config.json`, `side_memory.safetensors` and the ledger.
+
+Loading one reads JSON, safetensors and Parquet only and never runs code. Of a masked shard only the open coordinates
+are stored. A pack is replaced whole: until the new one is on the disk and was read back, the old one is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from repair_lightning.edits.ledger import Ledger
+from repair_lightning.errors import ConfigError, RepairError
+from repair_lightning.memory.routers import make_router
+from repair_lightning.memory.side_memory import SideMemory, shard_from
+from repair_lightning.models.architectures import architecture_of, value_shape
+from repair_lightning.models.base import Base, files_hash, load_base
+from repair_lightning.models.edited import EditedModel
+from repair_lightning.packs.hub import download, upload
+from repair_lightning.storage.folders import replace_folder, whereabouts
+
+if TYPE_CHECKING:
+    from repair_lightning.editors.base import Editor
+
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 2
+FOLDED = "base.value_weight."
+"""What the names of the base's W_v begin with where they were written into; the layer's number follows."""
+OWN, ROUTER = "own.", "router."
+"""What the names of the tensors begin with that the method itself remembers."""
+LOW_RANK = "low_rank."
+"""What the names of the low-rank shards' tensors begin with."""
+CONFIG_FILE, WEIGHTS_FILE, LEDGER_FILE, MERGED_FOLDER = (
+    "repair_config.json",
+    "side_memory.safetensors",
+    "ledger.parquet",
+    "merged",
+)
+JOURNAL_FILE = "journal.parquet"
+BASE_FOLDER = "base"
+"""Where a self-contained pack holds its base; see `repair_lightning.packs.export`."""
+OURS = (CONFIG_FILE, WEIGHTS_FILE, LEDGER_FILE, JOURNAL_FILE, MERGED_FOLDER)
+"""What saving a pack replaces; other files in its folder are kept."""
+SEAL = "config_sha256"
+
+Put = Callable[[Path], object]
+"""Writes a file or a folder at the path that it is given."""
+
+
+# -- saving ------------------------------------------------------------------------------------------------------------
+
+
+def save_pack(
+    editor: Editor, folder: str | Path, provenance: Mapping[str, Any], also: Mapping[str, Put] | None = None
+) -> Path:
+    """Write an editor's memory, router and ledger, in place of what the folder holds; returns the folder.
+
+    Where something wrote into the base's own W_v, that matrix goes along; after a merge into it the whole base beside
+    it as a plain Hugging Face checkpoint that needs neither pack nor router.
+
+    Args:
+        editor: with its base loaded.
+        folder: where. A process that is killed on the way leaves the old pack or the new one.
+        provenance: how the pack came about, in plain types.
+        also: further files of the pack by name, and who writes them.
+
+    Raises:
+        RepairError: it cannot be written, or what is read back is not what was written.
+    """
+    base = editor.base
+    assert base is not None
+    config = {
+        "editor": editor.editor_name,  # type: ignore[attr-defined]
+        "options": editor.options(),
+        "base": {"name": base.name, "sha256": base.sha256},
+        "layer": editor.layer,
+        "irrelevant": {"background": list(editor.background_prompts), "held_out": list(editor.held_out_prompts)},
+        "provenance": dict(provenance),
+    }
+    also = dict(also or {})
+    if editor.base_changed and not editor.writes_base:
+        also[MERGED_FOLDER] = lambda path: (base.model.save_pretrained(path), base.tokenizer.save_pretrained(path))
+    return _write(folder, config, editor.edited, editor.own_state(), editor.ledger, also)
+
+
+def _write(
+    folder: str | Path,
+    config: Mapping[str, Any],
+    edited: EditedModel,
+    own: Mapping[str, Any],
+    ledger: Ledger,
+    also: Mapping[str, Put],
+) -> Path:
+    """Write a pack: what `config` says of its origin, and the memory, the router and the weights as they are."""
+    state, memory = edited.router.state_dict(), edited.memory
+    tensors = written_tensors(edited, own)
+    content = {
+        "format_version": FORMAT_VERSION,
+        **config,
+        "shape": list(memory.shape),
+        "mask_ratio": memory.mask_ratio,
+        "next_shard": memory.next_id,
+        "shards": {str(shard): memory[shard].generation for shard in memory.ids},
+        "router": {"name": edited.router.name, "options": edited.router.options(), "state": _plain(state)},
+        "own": _plain(own),
+    }
+
+    def fill(part: Path) -> None:
+        _save_tensors(tensors, part / WEIGHTS_FILE)
+        ledger.to_parquet(part / LEDGER_FILE)
+        for name, put in also.items():
+            put(part / name)
+        files = {file.name: files_hash([file]) for file in sorted(part.iterdir()) if file.is_file()}
+        config = sealed({**content, "files": files})
+        (part / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        _verify(part, tensors, ledger)
+
+    return replace_folder(folder, fill, OURS, "pack")
+
+
+def _save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    try:
+        save_file(tensors, file)
+    except SafetensorError as error:  # it reports a full disk too
+        raise OSError(str(error)) from error
+    file.chmod(0o644)  # safetensors writes for the owner alone
+
+
+def _verify(folder: Path, tensors: Mapping[str, Tensor], ledger: Ledger) -> None:
+    """Read back what was written."""
+    _, found = read_pack(folder)
+    same = found.keys() == tensors.keys() and all(_same_bits(found[key], tensors[key]) for key in tensors)
+    if not same or load_ledger(folder) != ledger:
+        raise RepairError(f"pack '{folder}': what is read back is not what was written; check the disk")
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    flat = [tensor.reshape(-1).view(torch.uint8) for tensor in (a, b)]
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(*flat)
+
+
+def sealed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with the hash of all else that it says."""
+    rest = {key: value for key, value in config.items() if key != SEAL}
+    return rest | {SEAL: hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
+
+
+def written_tensors(edited: EditedModel, own: Mapping[str, Any]) -> dict[str, Tensor]:
+    """All that editing has left: the shards, what the router knows, each W_v that was written into, and what the method
+    remembers."""
+    router = edited.router.state_dict()
+    weights = {f"{ROUTER}{key}": value for key, value in router.items() if isinstance(value, Tensor)}
+    weights |= {f"{FOLDED}{layer}": value for layer, value in edited.weights.state().items()}
+    weights |= {f"{OWN}{key}": value for key, value in own.items() if isinstance(value, Tensor)}
+    return shard_tensors(edited.memory) | {key: value.cpu().contiguous() for key, value in weights.items()}
+
+
+def bytes_left(editor: Editor) -> int:
+    """What editing has left, in bytes of a pack's tensors, without what a router learns before the first edit."""
+    empty = editor.build_router()
+    assert editor.base is not None
+    empty.space = getattr(editor.router, "space", None)  # type: ignore[attr-defined]
+    empty.fit(editor.background)
+    before = sum(value.nbytes for value in empty.state_dict().values() if isinstance(value, Tensor))
+    return sum(tensor.nbytes for tensor in written_tensors(editor.edited, editor.own_state()).values()) - before
+
+
+def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in state.items() if not isinstance(value, Tensor)}
+
+
+def _part(tensors: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
+    """The tensors whose names begin so, by the rest of their names."""
+    return {key[len(start) :]: value for key, value in tensors.items() if key.startswith(start)}
+
+
+def shard_tensors(memory: SideMemory) -> dict[str, Tensor]:
+    """The dense shards' deltas, a masked one as its bit-packed mask and the values that the mask opens; the low-rank
+    shards' factors."""
+    states = ((shard, memory[shard].state_dict()) for shard in memory.ids)
+    found = {f"shard.{shard}.{key}": value for shard, state in states for key, value in state.items()}
+    found |= {f"{LOW_RANK}{key}": value for key, value in memory.low_rank_tensors().items()}
+    return {key: value.cpu().contiguous() for key, value in found.items()}
+
+
+# -- loading -----------------------------------------------------------------------------------------------------------
+
+
+def read_pack(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A pack's configuration and tensors; every file of it is checked against its hash first.
+
+    Raises:
+        RepairError: no pack there, damaged, or of a version that this release does not read.
+    """
+    place = whereabouts(folder)
+    if not (place / CONFIG_FILE).is_file():
+        raise RepairError(f"'{folder}' is no pack: it has no {CONFIG_FILE}; give the folder that train.py wrote")
+    try:
+        config = json.loads((place / CONFIG_FILE).read_text(encoding="utf-8"))
+        version = config.get("format_version") if isinstance(config, dict) else None
+        if version != FORMAT_VERSION:
+            words = f"pack '{folder}' has format version {version}; this release reads {FORMAT_VERSION}"
+            raise RepairError(f"{words}: train.py writes the edits of its {LEDGER_FILE} again")
+        _check_hashes(folder, place, config)
+        return config, load_file(place / WEIGHTS_FILE)
+    except (ValueError, RecursionError, SafetensorError, OSError) as error:
+        raise _damaged(folder, str(error)) from error
+
+
+def _check_hashes(folder: str | Path, place: Path, config: Mapping[str, Any]) -> None:
+    if sealed(config) != config:
+        raise _damaged(folder, f"{CONFIG_FILE} is not as it was written")
+    files = config.get("files")
+    if not isinstance(files, dict) or not {WEIGHTS_FILE, LEDGER_FILE} <= files.keys():
+        raise _damaged(folder, f"{CONFIG_FILE} does not list its files")
+    for name, sha256 in files.items():
+        if Path(name).name != name:
+            raise _damaged(folder, f"{CONFIG_FILE} names a file elsewhere, {name!r}")
+        if files_hash([place / name]) != sha256:
+            raise _damaged(folder, f"{name} is not the file that {CONFIG_FILE} was written for")
+
+
+def _damaged(folder: str | Path, problem: str) -> RepairError:
+    return RepairError(f"pack '{folder}' is damaged: {problem.splitlines()[0]}; restore it from a copy")
+
+
+class PackedModel(EditedModel):
+    """The edited model of a pack: it can be saved and shared like any Hugging Face model.
+
+    Attributes:
+        card: the pack's configuration.
+        ledger: what became of each edit.
+        own: what the method remembers, for whoever goes on editing.
+        more: the content of the pack's further files by name.
+    """
+
+    card: dict[str, Any]
+    ledger: Ledger
+    own: Mapping[str, Any]
+    more: Mapping[str, bytes]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        base: str | None = None,
+        precision: str = "auto",
+        trust_remote_code: bool = False,
+        **hub: Any,
+    ) -> PackedModel:
+        """The model of a pack in a folder or on the Hugging Face hub; its `tokenizer` is with it.
+
+        Args:
+            name_or_path: the folder, or a hub name `org/name`; of a hub repository only JSON, safetensors and Parquet
+                files are downloaded.
+            base: the base's folder or hub name; None takes the one in the pack's folder, else the name that it
+                remembers.
+            precision: of the base.
+            trust_remote_code: let the base's repository run its own code.
+            hub: `revision`, `token`, `cache_dir`, `local_files_only`, as `huggingface_hub.snapshot_download` takes
+                them.
+
+        Raises:
+            RepairError: no such pack, or it is damaged or belongs to another base.
+        """
+        folder = download(str(name_or_path), **hub)
+        config, tensors = read_pack(folder)
+        model = open_pack(folder, config, tensors, base, precision, trust_remote_code)
+        fold_into(model, tensors)
+        if not any(model.ledger.owner_of(id) is not None for id in model.ledger):
+            log.warning("pack '%s' holds no written edit (%s): the base answers every prompt", folder, _counts(model))
+        return model
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **hub: Any) -> Path:
+        """Write the pack; returns the folder. The base is not in it.
+
+        Args:
+            save_directory: where.
+            push_to_hub: also upload it, see :meth:`push_to_hub`.
+            hub: for the upload; `repo_id` is the folder's name unless given.
+
+        Raises:
+            RepairError: it cannot be written or uploaded.
+        """
+        origin = {key: self.card[key] for key in ("editor", "options", "base", "layer", "irrelevant", "provenance")}
+        also = {name: partial(Path.write_bytes, data=content) for name, content in self.more.items()}
+        folder = _write(save_directory, origin, self, self.own, self.ledger, also)
+        if push_to_hub:
+            upload(folder, **{"repo_id": folder.name} | hub)
+        return folder
+
+    def push_to_hub(self, repo_id: str, **hub: Any) -> str:
+        """Upload the pack to the Hugging Face hub; returns the address.
+
+        Args:
+            repo_id: `org/name`; made where it is missing.
+            hub: `private`, `token`, `revision`, `commit_message`.
+
+        Raises:
+            RepairError: it cannot be uploaded.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            return upload(self.save_pretrained(Path(folder) / "pack"), repo_id=repo_id, **hub)
+
+
+def _counts(model: PackedModel) -> str:
+    return ", ".join(f"{n:,} {status}" for status, n in model.ledger.counts().items() if n) or "none at all"
+
+
+def load_edited(
+    folder: str | Path, base: str | None = None, precision: str = "auto", trust_remote_code: bool = False
+) -> tuple[PackedModel, Any]:
+    """An edited model and its tokenizer from a pack and the base that it was made with.
+
+    Args:
+        folder: the pack, or the name of one on the Hugging Face hub.
+        base: the base's folder or hub name; None takes the one in the pack's folder, else the name that the pack
+            remembers.
+        precision: of the base.
+        trust_remote_code: let the base's repository run its own code.
+
+    Raises:
+        RepairError: the pack is damaged or belongs to another base.
+    """
+    model = PackedModel.from_pretrained(folder, base, precision, trust_remote_code)
+    return model, model.tokenizer
+
+
+def open_pack(
+    folder: str | Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    base: str | None = None,
+    precision: str = "auto",
+    trust_remote_code: bool = False,
+) -> PackedModel:
+    """The model of a pack that was read, before :func:`fold_into`: its base still has its own weights."""
+    ledger = load_ledger(folder)
+    with _fits(folder):
+        loaded = _base_of(config, base or base_in(folder), precision, trust_remote_code)
+        model = _edited_from(config, tensors, loaded)
+        further = [name for name in config["files"] if name not in (WEIGHTS_FILE, LEDGER_FILE)]
+        more = {name: (whereabouts(folder) / name).read_bytes() for name in further}
+        model.own = _own_state(config, tensors)
+    model.card, model.ledger, model.more = dict(config), ledger, more
+    model.target_of = lambda id: ledger.edit(id).target if id in ledger else None
+    return model.eval()
+
+
+@contextmanager
+def _fits(folder: str | Path) -> Iterator[None]:
+    """What goes wrong inside is the fault of the pack's configuration."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise _damaged(folder, f"{CONFIG_FILE} does not fit ({type(error).__name__}: {error})") from error
+
+
+def base_in(folder: str | Path) -> str | None:
+    """The base that a self-contained pack holds."""
+    inside = whereabouts(folder) / BASE_FOLDER
+    return str(inside) if (inside / "config.json").is_file() else None
+
+
+def fold_into(model: PackedModel, tensors: Mapping[str, Tensor]) -> bool:
+    """Write each W_v that the pack holds into the base; returns whether it holds any."""
+    model.weights.load(changed_weights(tensors))
+    return bool(model.weights)
+
+
+def changed_weights(tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """Each W_v that a pack holds, by layer."""
+    return {int(layer): value for layer, value in _part(tensors, FOLDED).items()}
+
+
+@dataclass(frozen=True)
+class PackContent:
+    """A pack that was read: its configuration, its tensors and its ledger."""
+
+    folder: str
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    ledger: Ledger
+
+    @classmethod
+    def read(cls, folder: str) -> PackContent:
+        """Raises `RepairError` where there is no pack or it is damaged."""
+        config, tensors = read_pack(folder)
+        return cls(folder, config, tensors, load_ledger(folder))
+
+    def model_options(self) -> dict[str, Any]:
+        """The editor as the command line configures one."""
+        from repair_lightning.editors import editor_class
+
+        with _fits(self.folder):
+            name = editor_class(self.config["editor"]).__name__
+            chosen = {"base": base_in(self.folder) or self.config["base"]["name"], "layer": self.config["layer"]}
+            return {"class_path": f"repair_lightning.editors.{name}", "init_args": self.config["options"] | chosen}
+
+
+# -- an editor ---------------------------------------------------------------------------------------------------------
+
+
+def restore_editor(
+    folder: str | Path, base: str | None = None, precision: str | None = None, trust_remote_code: bool | None = None
+) -> Editor:
+    """The editor that wrote a pack, as it was then: it can write, forget, calibrate, merge and be saved again.
+
+    Args:
+        folder: the pack.
+        base: the base's folder or hub name; None takes the one in the pack's folder, else the name that it remembers.
+        precision: of the base; None takes the one that the pack was written with.
+        trust_remote_code: let the base's repository run its own code; None does as when the pack was written.
+
+    Raises:
+        RepairError: the pack is damaged, belongs to another base, or its editor is not known.
+    """
+    from repair_lightning.editors import make_editor
+
+    config, tensors = read_pack(folder)
+    with _fits(folder):
+        given = {"precision": precision, "trust_remote_code": trust_remote_code}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        chosen |= {"base": base or base_in(folder) or config["base"]["name"], "layer": config["layer"]}
+        editor = make_editor(config["editor"], config["options"] | chosen)
+    editor.load()
+    editor.ledger = load_ledger(folder)
+    with _fits(folder):
+        irrelevant = config["irrelevant"]
+        if irrelevant["background"]:
+            editor.prepare(irrelevant["background"], irrelevant["held_out"])
+    restore_into(editor, folder, config, tensors)
+    editor.change_base()
+    return editor
+
+
+def restore_into(editor: Editor, folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Give a loaded editor what a pack holds; each W_v that was written into waits for `Editor.change_base`.
+
+    Raises:
+        RepairError: the pack belongs to another base, layer, editor or router, or is damaged.
+    """
+    assert editor.base is not None
+    check_base(config, editor.base.name, editor.base.sha256)
+    asked = {"editor": editor.editor_name, "layer": editor.layer, "router": editor.router.name}  # type: ignore[attr-defined]
+    with _fits(folder):
+        made = {"editor": config["editor"], "layer": config["layer"], "router": config["router"]["name"]}
+        for name, value in made.items():
+            if asked[name] != value:
+                raise ConfigError(
+                    f"pack '{folder}' was made with {name} {value}, got {asked[name]}; leave that option out"
+                )
+        memory = memory_from(config, tensors).requires_grad_(True).to(editor.memory.device)
+        if memory.shape != editor.memory.shape:
+            raise ValueError(f"its shards are {memory.shape}, the value matrix is {editor.memory.shape}")
+        editor.memory.restore((dict(memory.shards.items()), memory.next_id))
+        editor.router.load_state_dict(_router_state(config, tensors))
+        editor.load_own_state(_own_state(config, tensors))
+        editor.changed_weights = changed_weights(tensors)
+
+
+def _router_state(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return config["router"]["state"] | _part(tensors, ROUTER)
+
+
+def _own_state(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return config["own"] | _part(tensors, OWN)
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+
+
+def _edited_from(config: Mapping[str, Any], tensors: Mapping[str, Tensor], loaded: Base) -> PackedModel:
+    memory = memory_from(config, tensors)
+    found = value_shape(architecture_of(loaded.model).value_module(loaded.model, config["layer"]))
+    if found != memory.shape:
+        raise ValueError(f"its shards are {memory.shape}, the value matrix of layer {config['layer']} is {found}")
+    router = make_router(config["router"]["name"], **config["router"]["options"])
+    router.load_state_dict(_router_state(config, tensors))
+    forms = loaded.forms(config["options"].get("template", "auto"))
+    return PackedModel(loaded.model, loaded.tokenizer, memory.to(loaded.model.device), router, config["layer"], forms)
+
+
+def _base_of(config: Mapping[str, Any], base: str | None, precision: str, trust: bool) -> Base:
+    loaded = load_base(base or config["base"]["name"], precision, trust)
+    check_base(config, loaded.name, loaded.sha256)
+    return loaded
+
+
+def check_base(config: Mapping[str, Any], name: str, sha256: str) -> None:
+    """Raise `RepairError` where a base is not the one that a pack was made with."""
+    wanted = config["base"]["sha256"]
+    if sha256 != wanted:
+        raise RepairError(
+            f"the pack belongs to base '{config['base']['name']}' ({wanted[:12]}), but '{name}' is "
+            f"{sha256[:12]}; give the base that it was made with"
+        )
+
+
+def memory_from(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SideMemory:
+    """The bank of shards that a pack holds."""
+    shape = (int(config["shape"][0]), int(config["shape"][1]))
+    memory = SideMemory(shape, config["mask_ratio"])
+    memory.next_id = int(config["next_shard"])
+    low_rank = _part(tensors, LOW_RANK)
+    if low_rank:
+        memory.load_low_rank(low_rank)
+    for name, generation in config["shards"].items():
+        if name in memory.shards:
+            continue
+        state = _part(tensors, f"shard.{name}.")
+        if not any(kind <= state.keys() for kind in ({"delta"}, {"mask", "values"}, {"value"})):
+            raise RepairError(f"the pack lacks shard {name}; restore it from a copy")
+        memory.shards[name] = shard_from(shape, state, generation).requires_grad_(False)
+    memory.shards = nn.ModuleDict({name: memory.shards[name] for name in sorted(memory.shards, key=int)})
+    return memory
+
+
+def load_ledger(folder: str | Path) -> Ledger:
+    """The ledger that travels with a pack."""
+    return Ledger.from_parquet(whereabouts(folder) / LEDGER_FILE)

@@ -1,0 +1,1 @@
+"""Tables and pictures of a run, of a comparison and for W&B."""

@@ -1,0 +1,389 @@
+"""The pictures of a run as data: each chart is one long table with a word on how it is drawn.
+
+Two renderers draw them: `plotly_charts` for the report of a run, `figures` for papers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torchmetrics.functional.classification import binary_auroc
+
+from repair_lightning.errors import counted
+from repair_lightning.reports.artefacts import Artefacts, Row
+from repair_lightning.reports.report import only_in_base
+from repair_lightning.scoring.metrics import KIND_OF_PROMPT
+from repair_lightning.scoring.protocols import AUTOREGRESSIVE
+from repair_lightning.types import BASE
+
+Kind = Literal["lines", "histograms", "bars", "stacked", "heat", "points"]
+
+KINDS_IN_WORDS = {"edit": "edits", "rephrase": "rephrases", "locality": "unrelated", "near": "neighbours"}
+SCORES_IN_WORDS = {"rel": "Rel", "gen": "Gen", "loc": "Loc", "near": "Near", "op": "OP"}
+MOST_POINTS = 400
+"""Points of a line that follows a stream: more windows than that are thinned out evenly."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One picture.
+
+    Attributes:
+        name: of its files.
+        title: what it shows.
+        words: what it says, for a reader who does not see it.
+        kind: how it is drawn: `lines` y over x, `histograms` bars y at numbers x, `bars` lengths x of the categories y,
+            `stacked` likewise with the groups end to end, `heat` a value per pair of categories, `points` places.
+        columns: the table, column by column; what is unknown is None.
+        x, y: columns of the axes.
+        labels: column -> the words on its axis.
+        group: column whose values get a colour each; `value` of a heat map, and of points where it holds numbers.
+        panel: column whose values get a small picture each.
+        spread: column with the standard deviation of what is drawn.
+        log: the axes that are logarithmic, of `xy`.
+        mark: x of a vertical line, or (x, y) of the heat map's framed cell.
+        limits: of the axis that shows a share in per cent, or None.
+    """
+
+    name: str
+    title: str
+    words: str
+    kind: Kind
+    columns: Mapping[str, Sequence[Any]]
+    x: str
+    y: str
+    labels: Mapping[str, str] = field(default_factory=dict)
+    group: str | None = None
+    panel: str | None = None
+    spread: str | None = None
+    log: Literal["", "x", "xy"] = ""
+    mark: float | tuple[Any, Any] | None = None
+    limits: tuple[float, float] | None = None
+
+    def label(self, column: str) -> str:
+        """The words on an axis."""
+        return self.labels.get(column, column)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The table, row by row."""
+        return [dict(zip(self.columns, values, strict=True)) for values in zip(*self.columns.values(), strict=True)]
+
+    def values(self, column: str | None) -> list[Any]:
+        """The different values of a column in their order; one None where there is no such column."""
+        return list(dict.fromkeys(self.columns[column])) if column else [None]
+
+    def part(self, column: str | None, value: Any) -> dict[str, list[Any]]:
+        """The columns of the rows with a value in a column; of all rows where there is no such column."""
+        rows = [row for row in self.rows() if column is None or row[column] == value]
+        return _table(rows, list(self.columns))
+
+
+def percent(value: float | None) -> str:
+    """A share in [0, 1] as a reader wants it."""
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def _table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, list[Any]]:
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+# -- of one run --------------------------------------------------------------------------------------------------------
+
+
+def separation(run: Artefacts, bins: int = 40) -> Chart | str:
+    """The routing score of every prompt over its threshold, by kind of prompt (paper, Fig. 4).
+
+    Returns:
+        The chart, or what is missing.
+    """
+    found: dict[str, list[float]] = {}
+    limited = False
+    for row in run.rows.get("final", ()):
+        if row.get("score") is not None and row.get("threshold"):
+            limited = True
+            found.setdefault(row["kind"], []).append(row["score"] / row["threshold"])
+        elif row.get("score", 0.0) is not None and row.get("score", 0.0) < 0:  # no edit is about what it names
+            found.setdefault(row["kind"], []).append(0.0)
+    if not limited:
+        return "separation: no routing score with a threshold in generations.jsonl"
+    largest = float(np.quantile(np.concatenate([np.asarray(values) for values in found.values()]), 0.995))
+    edges = np.linspace(0.0, max(1.2, 1.05 * largest), bins + 1)
+    centres = (edges[:-1] + edges[1:]) / 2
+    rows = []
+    for kind in KIND_OF_PROMPT:
+        ratios = np.clip(found.get(kind, []), edges[0], edges[-1])
+        counts = np.histogram(ratios, edges)[0] if len(ratios) else np.zeros(0)
+        rows += [
+            {
+                "prompts": f"{KINDS_IN_WORDS[kind]} ({len(ratios):,})",
+                "ratio": round(float(centre), 4),
+                "share": round(100 * float(count) / len(ratios), 3),
+            }
+            for centre, count in zip(centres, counts, strict=False)
+        ]
+    above = {kind: float(np.mean(np.asarray(values) > 1)) for kind, values in found.items()}
+    shares = ", ".join(
+        f"{percent(above[kind])} of the {KINDS_IN_WORDS[kind]}" for kind in KIND_OF_PROMPT if kind in above
+    )
+    words = f"Routing score over threshold: {shares} lie above their threshold. {_auroc(found)}"
+    if run.option("model.routing.router", "key") != "activation":
+        words += " A prompt that names no edited subject counts as 0."
+    return Chart(
+        name="separation",
+        title="Are edited and unrelated prompts apart?",
+        words=words.strip(),
+        kind="histograms",
+        columns=_table(rows, ("prompts", "ratio", "share")),
+        x="ratio",
+        y="share",
+        panel="prompts",
+        labels={"ratio": "routing score over threshold", "share": "% of prompts"},
+        mark=1.0,
+    )
+
+
+def _auroc(ratios: Mapping[str, Sequence[float]]) -> str:
+    """How well the score tells what an edit is about from what it is not, as a sentence."""
+    about = [value for kind in ("edit", "rephrase") for value in ratios.get(kind, ())]
+    words = []
+    for kind in ("locality", "near"):
+        others = ratios.get(kind, ())
+        if about and others:
+            labels = torch.tensor([1] * len(about) + [0] * len(others))
+            scores = torch.tensor([*about, *others], dtype=torch.float64)
+            value = binary_auroc(scores / (1 + scores), labels)  # in [0, 1), as the metric wants it; the order is kept
+            words.append(f"{float(value):.3f} against {KINDS_IN_WORDS[kind]} prompts")
+    return f"AUROC of edits and rephrases: {', '.join(words)}." if words else ""
+
+
+def answered_by(run: Artefacts) -> Chart | str:
+    """Which memory answered each kind of prompt."""
+    routing = {} if only_in_base(run.metrics) else run.metrics.get("routing") or {}
+    names = {"right": "the edit's own shard", "wrong": "another shard", "base": "the base"}
+    rows = [
+        {"prompts": KINDS_IN_WORDS.get(kind, kind), "memory": words, "share": round(100 * shares[name], 3)}
+        for kind, shares in routing.items()
+        if shares
+        for name, words in names.items()
+    ]
+    if not rows:
+        return "answered_by: no routing figures in metrics.json, or no shard that could answer"
+    parts = [
+        f"{KINDS_IN_WORDS.get(kind, kind)}: own shard {percent(shares['right'])}, "
+        f"other shard {percent(shares['wrong'])}, base {percent(shares['base'])}"
+        for kind, shares in routing.items()
+        if shares
+    ]
+    return Chart(
+        name="answered_by",
+        title="Who answered?",
+        words=f"{'; '.join(parts)}. Edits and rephrases should go to their own shard, all others to the base.",
+        kind="stacked",
+        columns=_table(rows, ("prompts", "memory", "share")),
+        x="share",
+        y="prompts",
+        group="memory",
+        labels={"share": "% of prompts", "prompts": ""},
+        limits=(0, 100),
+    )
+
+
+def live(run: Artefacts) -> Chart | str:
+    """The live scores along the stream, free generation."""
+    rows = [
+        {"edits": line["edits"], "score": SCORES_IN_WORDS[kind], "value": round(100 * value, 3)}
+        for line in thinned([line for line in run.curve if line.get("live")])
+        for kind, value in line["live"][AUTOREGRESSIVE].items()
+        if value is not None and kind in SCORES_IN_WORDS
+    ]
+    if not rows:
+        return "live: no live scores in curves.jsonl (scoreboard.live is 0, or an older run)"
+    last = {row["score"]: row["value"] for row in rows}
+    asked = max(line.get("live_edits", 0) for line in run.curve)
+    ends = ", ".join(f"{name} {value:.1f}" for name, value in last.items())
+    return Chart(
+        name="live",
+        title="Scores while editing",
+        words=f"Free generation after each window, on samples of at most {asked} written edits; at the end {ends}.",
+        kind="lines",
+        columns=_table(rows, ("edits", "score", "value")),
+        x="edits",
+        y="value",
+        group="score",
+        labels={"edits": "edits written", "value": "per cent"},
+        limits=(0, 100),
+    )
+
+
+_LINES = ("Rel at the end", "Gen at the end", "Rel right after writing")
+
+
+def retention(run: Artefacts, bins: int = 12) -> Chart | str:
+    """The final model's score by the age of the edits, beside the score right after writing.
+
+    An edit's age is the number of edits that arrived after it.
+    """
+    final = [row for row in run.rows.get("final", ()) if row["kind"] in ("edit", "rephrase")]
+    asked = {row["id"] for row in final}
+    order = [id for id in run.entries if id in asked] or list(dict.fromkeys(row["id"] for row in final))
+    if len(order) < 2:
+        return "retention: fewer than two scored edits in generations.jsonl"
+    names = {"edit": _LINES[0], "rephrase": _LINES[1]}
+    scores = [(names[row["kind"]], row["id"], float(row["correct"])) for row in final]
+    scores += [(_LINES[2], id, score) for id, score in first_scores(run.events).items()]
+    bins, place = min(bins, len(order)), {id: i for i, id in enumerate(order)}
+    groups: dict[tuple[str, int], list[tuple[int, float]]] = {}
+    for name, id, score in scores:
+        if id in place:
+            found = groups.setdefault((name, place[id] * bins // len(order)), [])
+            found.append((len(order) - 1 - place[id], score))
+    rows: list[Row] = [
+        {"age": float(np.mean(ages)), "score": name, "value": round(100 * float(np.mean(values)), 3), "n": len(values)}
+        for (name, _), found in sorted(groups.items(), key=lambda item: (_LINES.index(item[0][0]), item[0][1]))
+        for ages, values in [zip(*found, strict=True)]
+    ]
+    rel = [f"{row['value']:.1f} %" for row in rows if row["score"] == names["edit"]]
+    return Chart(
+        name="retention",
+        title="Are old edits kept?",
+        words=(
+            f"Final score by the number of edits that came later, in {bins} groups: Rel is {rel[-1]} for the newest "
+            f"edits and {rel[0]} for the oldest. A line that falls to the right would mean that edits are forgotten."
+        ),
+        kind="lines",
+        columns=_table(rows, ("age", "score", "value", "n")),
+        x="age",
+        y="value",
+        group="score",
+        labels={"age": "edits that came later", "value": "per cent"},
+        limits=(0, 100),
+    )
+
+
+def first_scores(events: Sequence[Row]) -> dict[str, float]:
+    """Id -> how an edit scored when it was first asked after its last write."""
+    found: dict[str, float] = {}
+    for event in events:
+        if event["kind"] == "written":
+            found.pop(event["id"], None)
+        elif event["kind"] == "evaluated" and event["score"] is not None and event["shard"] is not None:
+            found.setdefault(event["id"], float(event["score"]))
+    return found
+
+
+def feature_points(run: Artefacts) -> Chart | str:
+    """The edits' features in the frozen base, along two principal components, coloured by the shard that owns them."""
+    places: Mapping[str, Sequence[float]] = run.features.get("edits") or {}
+    if len(places) < 2:
+        return "features: no features.json with two edits (an older run)"
+    owners = {id: entry.shard for id, entry in run.entries.items()}
+    shards = {owner for id in places if (owner := owners.get(id)) is not None and owner != BASE}
+    many = len(shards) > MOST_COLOURS
+    rows: list[Row] = [
+        {"id": id, "x": x, "y": y, "shard": owners.get(id) if many else _shard(owners.get(id))}
+        for id, (x, y) in places.items()
+    ]
+    first, second = (run.features.get("explained") or [0.0, 0.0])[:2]
+    coloured = "Each shard has its colour."
+    if many:
+        coloured = (
+            "The colour is the shard's number: shards are opened as batches are written, so like colours were written "
+            "together."
+        )
+    holders = f"{counted(len(shards), 'shard')} own{'s' * (len(shards) == 1)} them. {coloured}"
+    inside = sum(owners.get(id) == BASE for id in places)
+    parts = [holders] * bool(shards) + [f"{inside:,} of them are written into the base itself."] * bool(inside)
+    owned_by = " ".join(parts) or "none of them is held any more."
+    return Chart(
+        name="features",
+        title="Where the edits lie",
+        words=(
+            f"{len(rows):,} edits of {run.metrics['n_edits']:,}, each the frozen base's state at its prompt's last "
+            f"token, along the two directions of largest variance ({percent(first)} and {percent(second)} of it); "
+            + owned_by
+        ),
+        kind="points",
+        columns=_table(rows, ("id", "x", "y", "shard")),
+        x="x",
+        y="y",
+        group="shard",
+        labels={"x": "first component", "y": "second component", "shard": "shard"},
+    )
+
+
+MOST_COLOURS = 8
+"""Shards that a map can tell apart by colour; more are shown as a scale."""
+
+
+def _shard(shard: int | None) -> str:
+    return "none" if shard is None else "base" if shard < 0 else f"shard {shard}"
+
+
+def thinned(rows: Sequence[Row], most: int = MOST_POINTS) -> list[Row]:
+    """At most so many rows, at even distances, the last among them."""
+    step = -(-len(rows) // most) if rows else 1
+    return list(rows[::-1][::step][::-1])
+
+
+# -- of several runs ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of editing for a number of edits, without loading and scoring; `label` says of what."""
+
+    label: str
+    edits: int
+    seconds: float
+
+
+def costs_of(run: Artefacts, label: str) -> list[Cost]:
+    """A run's cost along its stream, or at its end alone where it has no curve."""
+    found = [Cost(label, line["edits"], line["seconds"]) for line in thinned(run.curve) if line.get("edits")]
+    if found:
+        return found
+    return [Cost(label, run.metrics["n_edits"], run.metrics["seconds"]["edit"])]
+
+
+def cost(costs: Sequence[Cost], log: bool = True) -> Chart | str:
+    """Time of editing against the number of edits, both logarithmic as in the paper (Fig. 7), or not."""
+    costs = [one for one in costs if one.edits > 0 and one.seconds > 0]
+    if not costs:
+        return "cost: no run with edits and seconds"
+    sizes = {label: len({one.edits for one in costs if one.label == label}) for label in {one.label for one in costs}}
+    if max(sizes.values()) > 1:  # a point alone says nothing about growth
+        costs = [one for one in costs if sizes[one.label] > 1]
+    costs = sorted(costs, key=lambda one: (one.label, one.edits))
+    rows: list[Row] = [{"of": one.label, "edits": one.edits, "seconds": round(one.seconds, 3)} for one in costs]
+    last = {row["of"]: row for row in rows}
+    ends = "; ".join(
+        f"{name}: {row['edits']:,} edits in {row['seconds']:.1f} s, {60 * row['edits'] / row['seconds']:,.0f} a minute"
+        for name, row in last.items()
+    )
+    return Chart(
+        name="cost",
+        title="What editing costs",
+        words=f"Seconds of editing, without loading and scoring, for the first so many edits. {ends}.",
+        kind="lines",
+        columns=_table(rows, ("of", "edits", "seconds")),
+        x="edits",
+        y="seconds",
+        group="of",
+        labels={"edits": "edits", "seconds": "seconds of editing"},
+        log="xy" if log else "",
+    )
+
+
+RUN_CHARTS: Mapping[str, Callable[[Artefacts], Chart | str]] = {
+    "separation": separation,
+    "answered_by": answered_by,
+    "live": live,
+    "retention": retention,
+    "cost": lambda run: cost(costs_of(run, run.name), log=False),
+    "features": feature_points,
+}
+"""The charts of a single run, in the order of the report; each gives a chart, or one line on what is missing."""

@@ -1,0 +1,165 @@
+"""What a run leaves behind: `metrics.json`, `generations.jsonl`, the table that a person reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from repair_lightning.errors import counted
+from repair_lightning.scoring.metrics import KINDS
+from repair_lightning.scoring.protocols import AUTOREGRESSIVE, PROTOCOLS
+
+STAGES = {"pre_edit": "before", "before_merge": "before merge", "final": "after", "oracle_routing": "oracle routing"}
+_COLUMNS = (*KINDS, "op")
+_TITLES = {name: "OP" if name == "op" else name.capitalize() for name in _COLUMNS}
+
+
+def only_in_base(metrics: Mapping[str, Any]) -> bool:
+    """Whether all edits lie in the base's own weights: then there is no memory to choose."""
+    return metrics.get("shards") == 0 and "deviation" in metrics.get("method", {})
+
+
+def stages(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """The stages that have scores, in words; perfect routing only where there is anything to route."""
+    routed = not only_in_base(metrics)
+    return {
+        stage: words for stage, words in STAGES.items() if metrics.get(stage) and (routed or "routing" not in stage)
+    }
+
+
+def score_table(metrics: Mapping[str, Any], title: str) -> Table:
+    """The score table: a row per stage and protocol, in per cent."""
+    table = Table(title=escape(title), title_justify="left", header_style="bold")
+    table.add_column("protocol")
+    table.add_column("model")
+    for column in _COLUMNS:
+        table.add_column(_TITLES[column], justify="right")
+    for protocol in PROTOCOLS:
+        for stage, words in stages(metrics).items():
+            scores = metrics[stage][protocol]
+            table.add_row(protocol.replace("_", " "), words, *(_percent(scores[column]) for column in _COLUMNS))
+        table.add_section()
+    return table
+
+
+def routing_table(routing: Mapping[str, Mapping[str, float] | None]) -> Table:
+    """Which memory answered each kind of prompt, in per cent."""
+    table = Table(title="Who answered", title_justify="left", header_style="bold")
+    for column in ("prompt", "base", "right shard", "wrong shard"):
+        table.add_column(column, justify="left" if column == "prompt" else "right")
+    for kind, shares in routing.items():
+        if shares:
+            table.add_row(kind, *(_percent(shares[name]) for name in ("base", "right", "wrong")))
+    return table
+
+
+def form_table(forms: Mapping[str, Mapping[str, float | None]]) -> Table:
+    """How edits hold in each form, in per cent; forms that the base does not have are left out."""
+    table = Table(title="Edits in other forms", title_justify="left", header_style="bold")
+    for column in ("form", "exact", "contains", "fires", "garbled"):
+        table.add_column(column, justify="left" if column == "form" else "right")
+    for form, found in forms.items():
+        if found["rel"] is not None:
+            shares = (_percent(found[name]) for name in ("rel", "contains", "fires", "garbled"))
+            table.add_row(form.replace("_", " "), *shares)
+    return table
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def print_report(metrics: Mapping[str, Any], run_dir: Path | None, console: Console | None = None) -> None:
+    """The closing words of a run: scores, routing, what became of the edits, and where everything is."""
+    console = console or Console()
+    base = metrics["base"]["name"]
+    console.print()
+    by = f", {metrics['editor']}" if "editor" in metrics else ""
+    console.print(score_table(metrics, f"{counted(metrics['n_edits'], 'edit')} of {base}{by}"))
+    if not only_in_base(metrics):
+        console.print(routing_table(metrics["routing"]))
+    if metrics["final"].get("forms"):
+        console.print(form_table(metrics["final"]["forms"]))
+    said = [*_side_words(metrics), *(_run_words(metrics) if run_dir is not None else ())]
+    for line in said:
+        console.print(escape(line), soft_wrap=not console.is_terminal)  # whoever reads a pipe wants whole lines
+    if run_dir is None:
+        return
+    console.print(f"Everything is in [bold]{escape(str(run_dir))}[/bold]:", highlight=False, soft_wrap=True)
+    for name, words in FILES.items():
+        if (run_dir / name).exists():
+            console.print(f"  {name:<18} {words}", highlight=False, soft_wrap=True)
+
+
+def _side_words(metrics: Mapping[str, Any]) -> Iterator[str]:
+    """What was measured beside the scores."""
+    about = metrics["final"].get("same_subject")
+    if about:
+        yield (
+            f"{counted(about['asked'], 'other question')} about edited subjects: a shard answers "
+            f"{_percent(about['fires'])} %, {_percent(about['changed'])} % of the answers changed."
+        )
+    if "perplexity" in metrics:
+        yield "Perplexity of the targets: " + ", ".join(f"{k} {v:.2f}" for k, v in metrics["perplexity"].items())
+    if "probes" in metrics:
+        kept = metrics["probes"]
+        yield (
+            f"{counted(kept['number'], 'probe')} that no edit touches: {_percent(kept['pre'])} % right before, "
+            f"{_percent(kept['final'])} % after; {_percent(kept['same'])} % of the answers are unchanged."
+        )
+    if "earlier" in metrics:
+        yield _earlier_words(metrics["earlier"])
+
+
+def _run_words(metrics: Mapping[str, Any]) -> Iterator[str]:
+    """What the closed loop and the merge did, and how long it took."""
+    loop, merge, seconds = metrics["closed_loop"], metrics["merge"], metrics["seconds"]
+    yield (
+        f"Closed loop: {counted(loop['windows'], 'window')}, {loop['rolled_back']} rolled back, "
+        f"{counted(loop['pruned'], 'shard')} pruned, {counted(loop['retriggered'], 'edit')} written anew, "
+        f"{loop['quarantined']} quarantined. "
+        f"Merge: {'accepted' if merge['accepted'] else 'not applied'} ({merge['reason']})."
+    )
+    yield (
+        f"{metrics['edits_per_minute']:.0f} edits a minute: {seconds['edit']:.1f} s editing, "
+        f"{seconds['evaluate']:.1f} s scoring, {seconds['total']:.1f} s in all."
+    )
+
+
+def verdict(metrics: Mapping[str, Any], place: str | Path) -> str:
+    """A finished run, or a scored pack, in one line: the final score in free generation, what became of the edits."""
+    final = metrics["final"][AUTOREGRESSIVE]
+    scores = "  ".join(f"{_TITLES[name]} {_percent(final[name])}" for name in _COLUMNS)
+    given_up = f"; {metrics['closed_loop']['quarantined']} quarantined" if "closed_loop" in metrics else ""
+    return f"{counted(metrics['n_edits'], 'edit')} of {metrics['base']['name']}: {scores}{given_up}; {place}"
+
+
+def _earlier_words(earlier: Mapping[str, Any]) -> str:
+    before, after = earlier["before"], earlier["after"]
+    shares = ", ".join(f"{kind.capitalize()} {_percent(before[kind])} -> {_percent(after[kind])}" for kind in before)
+    lost = earlier["lost"]
+    words = f"; no longer answered right: {', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}" if lost else ""
+    return (
+        f"Of the pack that the run started from: {counted(earlier['n_edits'], 'edit')} live ({shares}{words}) and "
+        f"{earlier['superseded']} superseded."
+    )
+
+
+FILES = {
+    "report.html": "everything below for a reader, with pictures: open it in a browser",
+    "metrics.json": "all figures",
+    "generations.jsonl": "every prompt with every answer, before and after",
+    "curves.jsonl": "how things stood after each window",
+    "features.json": "where the edits' features lie, in two dimensions",
+    "edits.parquet": "the ledger: what became of each edit",
+    "journal.sqlite": "every event of every edit: `repair-lightning log --run ...`",
+    "pack": "the edited model: repair_lightning.load_edited('.../pack')",
+    "checkpoints": "the state of the stream",
+    "config.yaml": "the complete configuration",
+    "wandb": "the dashboard's data; `wandb sync` sends it where you want it",
+}

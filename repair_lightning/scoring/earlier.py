@@ -1,0 +1,72 @@
+"""The edits of the pack that a run started from: whether they are still answered as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from repair_lightning.edits.ledger import EditStatus
+from repair_lightning.scoring import protocols
+from repair_lightning.scoring.correctness import correctness
+
+if TYPE_CHECKING:
+    from repair_lightning.editors.base import Editor
+
+Answered = dict[str, dict[str, list[bool]]]
+"""Per edit: whether its prompt (`rel`) and its rephrases (`gen`) are answered with its target."""
+
+_GONE = (EditStatus.SUPERSEDED, EditStatus.UNDONE, EditStatus.QUARANTINED)
+
+
+@dataclass
+class EarlierEdits:
+    """How a pack's edits are answered before the run and after it, free generation through the router.
+
+    Attributes:
+        before: when the run started.
+        after: at its end, without those that new records replaced.
+    """
+
+    before: Answered
+    after: Answered = field(default_factory=dict)
+
+    @classmethod
+    def ask(cls, editor: Editor, ids: Sequence[str]) -> EarlierEdits:
+        """Ask the live ones among some edits before the run."""
+        return cls(_answered(editor, [id for id in ids if editor.ledger.entry(id).status not in _GONE]))
+
+    def ask_again(self, editor: Editor) -> None:
+        """Ask them after the run."""
+        gone = set(editor.ledger.with_status(EditStatus.SUPERSEDED))
+        self.after = _answered(editor, [id for id in self.before if id not in gone])
+
+    def report(self) -> dict[str, Any]:
+        """The figures of `metrics.json`: of the edits that are still live, Rel and Gen in [0, 1] before and after, and
+        the ids of those whose prompt was answered right and no longer is."""
+        before = {id: self.before[id] for id in self.after}
+        lost = [id for id, found in self.after.items() if before[id]["rel"] == [True] and found["rel"] == [False]]
+        return {
+            "n_edits": len(self.after),
+            "before": _shares(before),
+            "after": _shares(self.after),
+            "lost": lost,
+        }
+
+
+def _answered(editor: Editor, ids: Sequence[str]) -> Answered:
+    edits = [editor.ledger.edit(id) for id in ids]
+    rel = correctness(editor, edits)
+    asked = [(edit.id, prompt, edit.target) for edit in edits for prompt in edit.rephrases]
+    found: Answered = {id: {"rel": [score == 1], "gen": []} for id, score in rel.items()}
+    if asked:
+        owners, prompts, targets = (list(column) for column in zip(*asked, strict=True))
+        chosen = editor.choose(prompts).memory
+        for id, right in zip(owners, protocols.answered(editor.edited, prompts, targets, chosen), strict=True):
+            found[id]["gen"].append(right)
+    return found
+
+
+def _shares(answered: Answered) -> dict[str, float | None]:
+    rows = {kind: [right for found in answered.values() for right in found[kind]] for kind in ("rel", "gen")}
+    return {kind: sum(row) / len(row) if row else None for kind, row in rows.items()}

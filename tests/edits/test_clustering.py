@@ -1,0 +1,243 @@
+"""FormBatches against a slow, obvious reference, and the approximate path against the exact one."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from repair_lightning.edits import clustering
+from repair_lightning.edits.clustering import form_batches, neighbour_recall, unit_vectors
+from repair_lightning.errors import ConfigError, RepairError
+
+
+def reference(features: np.ndarray, batch_size: int) -> list[list[int]]:
+    """The rule as loops over points: means and cosines of all pairs, rounded, ties to the lower index."""
+
+    def unit(row):
+        length = math.sqrt(math.fsum(float(v) ** 2 for v in row))
+        return [float(v) / length if length else 0.0 for v in row]
+
+    units = [unit(row) for row in features]
+    cosine = [[math.fsum(a * b for a, b in zip(x, y, strict=True)) for y in units] for x in units]
+    left, batches = list(range(len(units))), []
+    while left:
+        mean = {i: round(math.fsum(cosine[i][j] for j in left) / len(left), clustering.DECIMALS) for i in left}
+        seed = min(left, key=lambda i: (-mean[i], i))
+        others = [i for i in left if i != seed]
+        others.sort(key=lambda i: (-round(cosine[seed][i], clustering.DECIMALS), i))
+        batches.append([seed, *others[: batch_size - 1]])
+        left = [i for i in left if i not in batches[-1]]
+    return batches
+
+
+def mixture(n: int, dim: int, groups: int, seed: int = 0, noise: float = 0.5) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(groups, dim))
+    return (centres[rng.integers(0, groups, n)] + noise * rng.normal(size=(n, dim)) + 1).astype(np.float32)
+
+
+def flat(batches: list[list[int]]) -> list[int]:
+    return sorted(itertools.chain.from_iterable(batches))
+
+
+def cohesion(features: np.ndarray, batches: list[list[int]]) -> float:
+    """Mean cosine of the members to their teacher."""
+    units = unit_vectors(features)
+    return float(np.mean([units[i] @ units[batch[0]] for batch in batches for i in batch[1:]]))
+
+
+# -- exact -----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    features=hnp.arrays(
+        np.float32,
+        st.tuples(st.integers(0, 14), st.integers(1, 4)),
+        elements=st.integers(-3, 3).map(float),
+    ),
+    batch_size=st.integers(1, 6),
+)
+def test_exact_on_small_grids_full_of_ties_duplicates_and_zeros(features, batch_size):
+    assert form_batches(features, batch_size) == reference(features, batch_size)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), n=st.integers(30, 70), dim=st.integers(2, 40), batch_size=st.integers(1, 9))
+def test_exact_on_dense_points_where_faiss_needs_its_certificate(seed, n, dim, batch_size):
+    """More points than the first search asks for, so candidates come from FAISS, not from the full scan."""
+    rng = np.random.default_rng(seed)
+    features = rng.normal(size=(n, dim)).astype(np.float32) + rng.choice([0.0, 3.0, 100.0]).astype(np.float32)
+    assert form_batches(features, batch_size) == reference(features, batch_size)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_exact_where_float32_cannot_tell_the_points_apart(seed):
+    """200 points within 3e-4 rad: cosines differ by less than float32's 6e-8, but by more than the tie's 1e-9."""
+    across = np.random.default_rng(seed).uniform(-3e-4, 3e-4, size=200)
+    features = np.stack([np.ones(200), across], axis=1).astype(np.float32)
+    assert form_batches(features, 5) == reference(features, 5)
+
+
+@pytest.mark.parametrize("copies", [2, 50])
+def test_duplicates_beyond_the_first_search_keep_their_order(copies):
+    """With 50 copies the boundary of every FAISS search runs through a tie, so the search must widen."""
+    features = np.repeat(np.random.default_rng(1).normal(size=(3, 8)), copies, axis=0).astype(np.float32)
+    assert form_batches(features, 4) == reference(features, 4)
+
+
+def test_the_certificate_is_used_at_all(monkeypatch):
+    """On separable points FAISS settles almost every search: full scans stay at the end, where few points remain."""
+    scanned = []
+    original = clustering._Pool.ranked
+    monkeypatch.setattr(clustering._Pool, "ranked", lambda s, q, ids: scanned.append(len(ids)) or original(s, q, ids))
+    features = mixture(600, 16, 30)
+    assert flat(form_batches(features, 8)) == list(range(600))
+    assert max(scanned) < 100
+
+
+def test_a_seed_and_its_neighbours_by_hand():
+    """Points at 0, 10, 20, 90 and 100 degrees, in falling order.
+
+    Mean cosines: 0: 0.550, 10: 0.629, 20: 0.688, 90: 0.500, 100: 0.397, so 20 leads. Its nearest are 10 (cos 10) and
+    0 (cos 20), before 90 (cos 70). Of the last two each has the mean (1 + cos 10) / 2: a tie, so the lower index leads.
+    """
+    angles = np.deg2rad([100, 90, 20, 10, 0])
+    features = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    assert form_batches(features, 3) == [[2, 3, 4], [0, 1]]
+
+
+def test_only_directions_count():
+    features = mixture(60, 5, 6)
+    scale = (2.0 ** np.random.default_rng(0).integers(-60, 60, size=(60, 1))).astype(np.float32)
+    assert form_batches(features * scale, 7) == form_batches(features, 7)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (0, 0)])
+def test_no_points_no_batches(shape):
+    assert form_batches(np.zeros(shape, dtype=np.float32), 3) == []
+
+
+def test_fewer_points_than_a_batch_and_batches_of_one():
+    features = mixture(5, 3, 2)
+    (batch,) = form_batches(features, 8)
+    assert sorted(batch) == [0, 1, 2, 3, 4]
+    singles = form_batches(features, 1)
+    assert sorted(singles) == [[i] for i in range(5)]
+    assert singles == reference(features, 1)
+
+
+def test_zero_vectors_come_last_in_order():
+    features = np.array([[0, 0], [1, 0], [0, 0], [1, 0.1]], dtype=np.float32)
+    assert form_batches(features, 2) == [[1, 3], [0, 2]]
+    assert form_batches(np.zeros((5, 3), dtype=np.float32), 2) == [[0, 1], [2, 3], [4]]
+
+
+def test_the_input_is_left_alone():
+    features = mixture(20, 4, 2)
+    before = features.copy()
+    form_batches(features, 4)
+    assert np.array_equal(features, before)
+
+
+@pytest.mark.parametrize(
+    ("features", "options", "error", "message"),
+    [
+        (np.zeros((3, 2)), {"batch_size": 0}, ConfigError, "batch_size must be 1 or more, got 0"),
+        (np.zeros((3, 2)), {"batch_size": 2, "exact_limit": 0}, ConfigError, "exact_limit must be 1 or more, got 0"),
+        (np.zeros(3), {"batch_size": 2}, RepairError, r"must have shape \(points, dimensions\), got \(3,\)"),
+        (np.zeros((3, 0)), {"batch_size": 2}, RepairError, r"must have shape .* got \(3, 0\)"),
+        (np.array([[1.0], [np.nan], [np.inf]]), {"batch_size": 2}, RepairError, r"2 of 3 points .* \(points 1, 2\)"),
+        (np.full((9, 1), np.nan), {"batch_size": 2}, RepairError, r"9 of 9 points .* \(points 0, 1, 2, 3, 4, \.\.\.\)"),
+    ],
+)
+def test_bad_input(features, options, error, message):
+    with pytest.raises(error, match=message):
+        form_batches(features.astype(np.float32), **options)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_unit_vectors_of_any_length(size):
+    units = unit_vectors(np.array([[3 * size, 4 * size], [0, 0]], dtype=np.float32))
+    assert units.dtype == np.float32
+    np.testing.assert_allclose(units, [[0.6, 0.8], [0, 0]], rtol=1e-6)
+
+
+# -- approximate -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 10])
+def test_above_the_limit_every_point_is_still_in_one_batch(batch_size, caplog):
+    features = mixture(2000, 16, 40)
+    with caplog.at_level(logging.INFO):
+        batches = form_batches(features, batch_size, exact_limit=300)
+    assert flat(batches) == list(range(2000))
+    assert {len(batch) for batch in batches} == {batch_size}
+    assert ("recall@9 is " in caplog.text) == (batch_size > 1)
+    assert form_batches(features, batch_size, exact_limit=300) == batches
+
+
+def test_the_approximation_costs_little_cohesion():
+    features = mixture(2000, 16, 40)
+    exact, approximate = (cohesion(features, form_batches(features, 10, limit)) for limit in (2000, 300))
+    by_order = cohesion(features, np.arange(2000).reshape(-1, 10).tolist())
+    assert by_order < 0.8 * exact
+    assert approximate > 0.98 * exact
+
+
+def test_neighbours_are_found_when_the_nearest_cells_are_empty(monkeypatch):
+    """One probed cell of many, batches larger than a cell: the search widens instead of giving short batches."""
+    monkeypatch.setattr(clustering, "_PROBED_CELLS", 1)
+    batches = form_batches(mixture(1000, 8, 20), 100, exact_limit=100)
+    assert [len(batch) for batch in batches] == [100] * 10
+    assert flat(batches) == list(range(1000))
+
+
+def test_above_the_limit_duplicates_and_zeros_are_kept():
+    features = np.concatenate([np.zeros((50, 4)), np.ones((300, 4)), mixture(50, 4, 5)]).astype(np.float32)
+    assert flat(form_batches(features, 7, exact_limit=60)) == list(range(400))
+
+
+def test_recall_is_measured(monkeypatch):
+    """Without structure one cell of 252 finds few of the nearest, 32 find more, all find every one."""
+    features = np.random.default_rng(0).normal(size=(4000, 32)).astype(np.float32)
+    recalls = []
+    for cells in (1, 32, 10_000):
+        monkeypatch.setattr(clustering, "_PROBED_CELLS", cells)
+        recalls.append(neighbour_recall(features, 10))
+    assert 0 < recalls[0] < 0.5 < recalls[1] < recalls[2] == 1.0
+
+
+def test_recall_matches_a_count_by_hand(monkeypatch):
+    monkeypatch.setattr(clustering, "_PROBED_CELLS", 1)
+    units = unit_vectors(np.random.default_rng(1).normal(size=(500, 8)))
+    index, hits = clustering._ivf_index(units), 0
+    for i in range(500):
+        true = [j for j in np.argsort(-(units @ units[i]), kind="stable")[:11] if j != i]
+        hits += len(set(true) & set(index.search(units[i : i + 1], 11)[1][0].tolist()))
+    assert 0.2 < hits / 5000 < 0.9
+    assert neighbour_recall(units, 10, sample=500) == pytest.approx(hits / 5000, abs=1e-3)
+
+
+def test_recall_where_there_is_nothing_to_find():
+    assert neighbour_recall(np.ones((1, 3), dtype=np.float32), 5) == 1.0
+    assert neighbour_recall(np.ones((40, 3), dtype=np.float32), 100) == 1.0
+
+
+@pytest.mark.slow
+def test_ten_thousand_points_of_a_model_width_stay_exactly_grouped():
+    """The size up to which the design promises an exact result; every batch holds its teacher's true nearest."""
+    features = mixture(10_000, 256, 500)
+    units = unit_vectors(features).astype(np.float64)
+    left = np.ones(10_000, dtype=bool)
+    for batch in form_batches(features, 100)[:20]:
+        left[batch] = False
+        worst = min(units[i] @ units[batch[0]] for i in batch[1:])
+        assert (units[left] @ units[batch[0]]).max() <= worst + 1e-8

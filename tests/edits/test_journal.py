@@ -1,0 +1,386 @@
+"""The journal: on the disk before it counts, complete, and readable whatever happened to the writer."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from repair_lightning.edits.journal import RESUMED, VERSION, Journal, JournalError
+from repair_lightning.edits.ledger import EditStatus, Ledger
+from repair_lightning.errors import RepairError, UnknownEditError
+from repair_lightning.types import Edit, EditReport, Probe
+
+
+def edit(name: str) -> Edit:
+    return Edit(name, f"Who is {name}?", "nobody", "Zoë", (f"{name}?",), (Probe("a", "b"),), (Probe("c"),))
+
+
+def report(name: str, shard: int = 0, **more) -> EditReport:
+    return EditReport(name, shard, **({"loss": 0.25, "kd": 0.5, "steps": 3} | more))
+
+
+@pytest.fixture
+def journal(tmp_path):
+    found = Journal(tmp_path / "journal.sqlite")
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def ledger(journal) -> Ledger:
+    found = Ledger()
+    found.journal = journal
+    return found
+
+
+def reader(journal: Journal) -> Journal:
+    return Journal(journal.path, read_only=True)
+
+
+# -- what is said ------------------------------------------------------------------------------------------------------
+
+
+class Refuses:
+    """A journal on a broken disk."""
+
+    def append(self, kind, entries):
+        raise JournalError("no room")
+
+
+COMMANDS = {
+    "arrived": lambda ledger: ledger.arrive([edit("d")], 1),
+    "written": lambda ledger: ledger.written([report("a", 1)]),
+    "evaluated": lambda ledger: ledger.evaluated({"b": 0.5}, 0.85),
+    "requeued": lambda ledger: ledger.requeue(["b"], "again"),
+    "quarantined": lambda ledger: ledger.quarantine(["b"], "hopeless"),
+    "superseded": lambda ledger: ledger.supersede("a", "b"),
+    "undone": lambda ledger: ledger.undo(["c"], "a mistake"),
+    "merged": lambda ledger: ledger.reassign(["b"], 9),
+    "adapted": lambda ledger: ledger.reassign(["b"], 9, "adapted"),
+}
+
+
+def fill(ledger: Ledger) -> None:
+    """a pending, b and c written."""
+    ledger.arrive([edit("a"), edit("b"), edit("c")], 0)
+    ledger.written([report("b", 4), report("c", 5)])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_the_journal_cannot_take_does_not_happen(ledger, command):
+    fill(ledger)
+    before = ledger.state_dict()
+    owners = [ledger.owned_by(shard) for shard in range(10)]
+    ledger.journal = Refuses()
+    with pytest.raises(JournalError, match="no room"):
+        COMMANDS[command](ledger)
+    assert ledger.state_dict() == before
+    assert [ledger.owned_by(shard) for shard in range(10)] == owners
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_is_an_event_with_the_state_behind_it(ledger, journal, command):
+    fill(ledger)
+    before, state = journal.last, {id: ledger.entry(id) for id in ledger}
+    COMMANDS[command](ledger)
+    with_seq = [event for event in journal.events() if event["seq"] > before]
+    changed = [id for id in ledger if ledger.entry(id) != state.get(id)]
+    assert [(event["kind"], event["id"]) for event in with_seq] == [(command, id) for id in changed]
+    (event,) = with_seq
+    entry = ledger.entry(event["id"]).as_dict()
+    entry.pop("edit")
+    assert {name: event[name] for name in entry} == entry
+    assert (event["edit"] is not None) is (command == "arrived")
+    assert (event["void"], event["back_to"]) == (0, None)
+
+
+def test_a_refused_command_says_nothing(ledger, journal):
+    fill(ledger)
+    last = journal.last
+    for wrong in (
+        lambda: ledger.written([report("b"), report("zz")]),
+        lambda: ledger.arrive([edit("e"), edit("a")], 1),
+        lambda: ledger.evaluated({"b": 2.0}, 0.5),
+        lambda: ledger.requeue(["b", "a"], "again"),
+    ):
+        with pytest.raises(RepairError):
+            wrong()
+    ledger.requeue([], "nobody")  # and neither does one that changes nothing
+    assert journal.last == last
+    assert journal.rebuild() == ledger
+
+
+def test_the_events_of_one_edit(ledger, journal):
+    fill(ledger)
+    ledger.evaluated({"b": 0.2}, 0.85)
+    journal.note("finished", "3 edits")
+    assert [event["kind"] for event in journal.events("b")] == ["arrived", "written", "evaluated"]
+    assert [event["status"] for event in journal.events("b")] == ["pending", "written", "failed"]
+    with pytest.raises(UnknownEditError, match="knows no edit with the id 'z'"):
+        list(journal.events("z"))
+
+
+def test_notes_do_not_disturb(ledger, journal):
+    journal.note("started", "before anything")
+    fill(ledger)
+    journal.note("finished", "3 edits")
+    assert journal.rebuild() == ledger
+    assert [event["reason"] for event in journal.events() if event["kind"] == "finished"] == ["3 edits"]
+
+
+# -- rebuilding --------------------------------------------------------------------------------------------------------
+
+NAMES = [f"e{i}" for i in range(5)]
+FEW = st.lists(st.sampled_from(NAMES), max_size=3, unique=True)
+NUMBERS = st.floats(allow_nan=True, allow_infinity=True)
+STEPS = st.one_of(
+    st.tuples(st.just("arrive"), FEW, st.integers(0, 9)),
+    st.tuples(st.just("written"), FEW, st.integers(-1, 3), NUMBERS, st.booleans(), st.none() | st.text(max_size=3)),
+    st.tuples(st.just("evaluated"), st.dictionaries(st.sampled_from(NAMES), st.floats(0, 1), max_size=3)),
+    st.tuples(st.sampled_from(["requeue", "quarantine", "undo"]), FEW, st.text(max_size=5)),
+    st.tuples(st.just("supersede"), st.sampled_from(NAMES), st.sampled_from(NAMES)),
+    st.tuples(st.just("reassign"), FEW, st.integers(-1, 3)),
+    st.tuples(st.just("note")),
+    st.tuples(st.just("checkpoint")),
+    st.tuples(st.just("rewind"), st.integers(0, 4)),
+)
+
+
+class Run:
+    """A ledger and its journal under commands, with checkpoints to go back to."""
+
+    def __init__(self, journal: Journal) -> None:
+        self.journal, self.ledger = journal, Ledger()
+        self.ledger.journal = journal
+        self.kept = [(0, self.ledger.state_dict())]
+
+    def step(self, name: str, *given) -> None:
+        getattr(self, f"_{name}", self._move(name))(*given)
+
+    def _move(self, name):
+        return lambda *given: getattr(self.ledger, name)(*given)
+
+    def _arrive(self, names, window):
+        self.ledger.arrive(map(edit, names), window)
+
+    def _written(self, names, shard, loss, residual, error):
+        self.ledger.written([report(id, shard, loss=loss, residual=residual, error=error) for id in names])
+
+    def _evaluated(self, scores):
+        self.ledger.evaluated(scores, 0.5)
+
+    def _note(self):
+        self.journal.note("note", "nothing")
+
+    def _checkpoint(self):
+        sha = f"{len(self.kept)}-{self.journal.last}"
+        self.journal.checkpoint(sha, len(self.kept))
+        assert self.journal.seq_of(sha) == (self.journal.last, len(self.kept))
+        self.kept.append((self.journal.last, self.ledger.state_dict()))
+
+    def _rewind(self, back):
+        del self.kept[max(1, len(self.kept) - back) :]
+        seq, state = self.kept[-1]
+        later = [event for event in self.journal.events() if event["seq"] > seq and not event["void"]]
+        assert self.journal.rewind(seq, "killed") == len(later)
+        self.ledger.load_state_dict(state)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(steps=st.lists(STEPS, max_size=25))
+def test_the_events_make_the_ledger_whatever_was_done(tmp_path_factory, steps):
+    path = tmp_path_factory.mktemp("any") / "journal.sqlite"
+    run = Run(Journal(path))
+    run.journal._db.execute("PRAGMA synchronous = OFF")  # hundreds of transactions; the disk is not what is asked here
+    for step in steps:
+        try:
+            run.step(*step)
+        except RepairError:
+            continue
+        finally:
+            assert run.journal.rebuild() == run.ledger
+    run.journal.close()
+    again = Journal(path, read_only=True)
+    assert again.rebuild() == run.ledger
+    assert list(again.rebuild()) == list(run.ledger)
+    again.close()
+
+
+def test_a_rewind_keeps_what_it_takes_back_readable(ledger, journal):
+    fill(ledger)
+    journal.checkpoint("good", 1)
+    kept = ledger.state_dict()
+    ledger.quarantine(["b"], "hopeless")
+    journal.checkpoint("later", 2)
+    assert journal.rewind(journal.seq_of("good")[0], "resumed behind window 1") == 1
+    ledger.load_state_dict(kept)
+    assert journal.rebuild() == ledger
+    *_, taken_back, resumed = journal.events()
+    assert (taken_back["kind"], taken_back["void"]) == ("quarantined", 1)
+    assert (resumed["kind"], resumed["void"], resumed["back_to"]) == (RESUMED, 0, journal.seq_of("good")[0])
+    assert journal.seq_of("later") is None  # a state that did not come to pass: nothing goes on from it
+
+
+# -- the disk ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_transaction_that_returned_is_on_the_disk(journal):
+    """FULL (2) syncs the write-ahead log at every commit; NORMAL (1) would not."""
+    assert journal._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert journal._db.execute("PRAGMA synchronous").fetchone() == (2,)
+
+
+def test_what_was_said_survives_a_kill(tmp_path):
+    path = tmp_path / "journal.sqlite"
+    script = (
+        "import os, signal, sys\n"
+        "from repair_lightning.edits.journal import Journal\n"
+        "from repair_lightning.edits.ledger import Ledger\n"
+        "from repair_lightning.types import Edit\n"
+        "ledger = Ledger(); ledger.journal = journal = Journal(sys.argv[1])\n"
+        "ledger.arrive([Edit('a', 'b', 'c')], 0)\n"
+        "journal._db.execute('BEGIN'); journal._db.execute(\"UPDATE events SET kind = 'half'\")\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+    found = Journal(path)
+    assert [event["kind"] for event in found.events()] == ["arrived"]
+    found.close()
+
+
+def test_one_may_read_while_another_writes(ledger, journal):
+    fill(ledger)
+    other = reader(journal)
+    assert other.rebuild() == ledger
+    ledger.quarantine(["a"], "hopeless")
+    assert other.rebuild() == ledger
+    with pytest.raises(JournalError, match=r"cannot be written \(attempt to write a readonly database\)"):
+        other.note("finished", "")
+    other.close()
+
+
+def test_nothing_is_made_where_one_only_asks(tmp_path):
+    with pytest.raises(JournalError, match="is no journal: there is no such file; give the directory of a run"):
+        Journal(tmp_path / "journal.sqlite", read_only=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def broken(path, how: str) -> None:
+    """What may lie where a journal is looked for."""
+    if how == "garbage":
+        path.write_bytes(b"no database at all" * 100)
+    elif how == "truncated":
+        Journal(path).close()
+        path.write_bytes(path.read_bytes()[:5000])
+    elif how == "folder":
+        path.mkdir()
+    else:
+        Journal(path).close()
+        with sqlite3.connect(path) as db:
+            db.execute(f"PRAGMA user_version = {VERSION + 1}")
+        db.close()
+
+
+@pytest.mark.parametrize("read_only", [True, False])
+@pytest.mark.parametrize("how", ["garbage", "truncated", "folder", "version"])
+def test_what_is_no_journal_is_refused_in_one_line(tmp_path, how, read_only):
+    path = tmp_path / "journal.sqlite"
+    broken(path, how)
+    with pytest.raises(JournalError) as caught:
+        list(Journal(path, read_only).events())
+    message = str(caught.value)
+    assert str(path) in message
+    assert len(message.splitlines()) == 1
+    if how == "version":
+        assert f"has version {VERSION + 1}; this release reads {VERSION}" in message
+
+
+def test_an_empty_file_is_no_journal_for_a_reader(tmp_path):
+    (tmp_path / "journal.sqlite").touch()
+    with pytest.raises(JournalError, match="has version 0"):
+        Journal(tmp_path / "journal.sqlite", read_only=True)
+
+
+@pytest.mark.parametrize("command", ["append", "checkpoint", "rewind", "note"])
+def test_a_full_disk_takes_the_transaction_back(ledger, journal, command):
+    """SQLite's own limit on pages answers as a full disk does: `database or disk is full`."""
+    fill(ledger)
+    state, events = ledger.state_dict(), list(journal.events())
+    pages = journal._db.execute("PRAGMA page_count").fetchone()[0]
+    journal._db.execute(f"PRAGMA max_page_count = {pages}")
+    many = [Edit(f"m{i}", "x" * 500, "y") for i in range(200)]
+    calls = {
+        "append": lambda: ledger.arrive(many, 1),
+        "checkpoint": lambda: [journal.checkpoint(f"{i}" * 64, i) for i in range(1000)],
+        "rewind": lambda: journal.rewind(3, "x" * 100_000),
+        "note": lambda: journal.note("note", "x" * 100_000),
+    }
+    with pytest.raises(JournalError, match=r"cannot be written \(database or disk is full\); free disk space"):
+        calls[command]()
+    assert ledger.state_dict() == state
+    assert list(journal.events()) == events
+    other = reader(journal)
+    assert other.rebuild() == ledger
+    other.close()
+    journal._db.execute("PRAGMA max_page_count = 1000000")
+    ledger.arrive(many, 1)  # with room it goes on
+    assert journal.rebuild() == ledger
+
+
+class Full:
+    """A connection whose commit finds no room."""
+
+    def __init__(self, db) -> None:
+        self.db = db
+
+    def __getattr__(self, name):
+        return getattr(self.db, name)
+
+    def execute(self, statement, *given):
+        if statement == "COMMIT":
+            raise sqlite3.OperationalError("disk I/O error")
+        return self.db.execute(statement, *given)
+
+
+def test_a_failing_commit_is_taken_back(ledger, journal):
+    fill(ledger)
+    real, journal._db = journal._db, Full(journal._db)
+    with pytest.raises(JournalError, match=r"cannot be written \(disk I/O error\)"):
+        ledger.arrive([edit("d")], 1)
+    journal._db = real
+    assert not real.in_transaction
+    assert journal.rebuild() == ledger
+    ledger.arrive([edit("d")], 1)
+    assert journal.rebuild() == ledger
+
+
+# -- as a table --------------------------------------------------------------------------------------------------------
+
+
+def test_as_parquet(ledger, journal, tmp_path):
+    fill(ledger)
+    ledger.evaluated({"b": 0.2, "c": 1.0}, 0.85)
+    journal.rewind(3, "killed")
+    journal.note("finished", "")
+    journal.to_parquet(tmp_path / "journal.parquet")
+    assert pq.read_table(tmp_path / "journal.parquet").to_pylist() == list(journal.events())
+
+
+def test_an_empty_journal_as_parquet(journal, tmp_path):
+    journal.to_parquet(tmp_path / "journal.parquet")
+    table = pq.read_table(tmp_path / "journal.parquet")
+    assert (table.num_rows, table.column_names[:3]) == (0, ["seq", "time", "kind"])
+    assert journal.rebuild() == Ledger()
+    assert journal.last == 0
+
+
+def test_statuses_are_words_in_the_table(ledger, journal):
+    fill(ledger)
+    assert {event["status"] for event in journal.events()} <= {status.value for status in EditStatus}

@@ -1,0 +1,49 @@
+"""A run in which some edits fail, and a copy to spoil."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from helpers_runs import REPOSITORY, hard_edits, write_edits
+
+HOSTILE = " <script>document.title = 'taken'</script>"
+"""What a data file may hold, and a report must show as text."""
+
+
+@pytest.fixture(scope="session")
+def hard_run(tmp_path_factory) -> Path:
+    """A finished run of twelve edits, every second of which can never be answered right, some with markup in their ids
+    and prompts. Tests must leave it as it is."""
+    folder = tmp_path_factory.mktemp("hard")
+    edits = [
+        replace(edit, id=f"<b>{edit.id}</b>", prompt=edit.prompt + HOSTILE) if i < 3 else edit
+        for i, edit in enumerate(hard_edits(12))
+    ]
+    options = [
+        "--data.path",
+        write_edits(folder / "edits.jsonl", edits),
+        "--data.window",
+        "6",
+        "--merge.enabled",
+        "false",
+    ]
+    options += ["--data.max_irrelevant", "60", "--model.writing.steps", "40", "--feedback.max_attempts", "2"]
+    call = [sys.executable, str(REPOSITORY / "train.py"), "--config", "quickstart", *options]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    call += ["--trainer.logger", "false", "--run_dir", "runs/hard"]
+    done = subprocess.run(call, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "runs" / "hard"
+
+
+@pytest.fixture
+def copied_run(hard_run, tmp_path) -> Path:
+    """A copy of it that a test may change, without the checkpoints."""
+    ignored = shutil.ignore_patterns("checkpoints", "scratch")
+    return Path(shutil.copytree(hard_run, tmp_path / "hard", ignore=ignored))

@@ -1,0 +1,73 @@
+"""An edited model with two shards, and plain transformers models that say what it must say."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers_runs import written_editor
+from tokenizers import AddedToken
+from transformers import AutoModelForCausalLM
+
+from repair_lightning.editors.repair import Repair
+from repair_lightning.types import BASE
+from repair_lightning.world import base_dir
+
+
+@pytest.fixture(scope="session")
+def written() -> tuple[Any, Any]:
+    """Eight world edits in shards 0 and 1: (editor, stream). Tests must leave both as they are."""
+    editor, stream = written_editor(steps=60)
+    assert stream.ledger.sizes() == {0: 4, 1: 4}
+    return editor, stream
+
+
+@pytest.fixture(scope="session")
+def plain(written) -> Callable[[int], Any]:
+    """The reference: the base, or the base with one shard added to W_v, loaded anew and without any of our code."""
+    editor, _ = written
+    models: dict[int, Any] = {}
+
+    def model(memory: int) -> Any:
+        if memory not in models:
+            found = AutoModelForCausalLM.from_pretrained(str(base_dir()), dtype=torch.float32, local_files_only=True)
+            if memory != BASE:
+                weight = found.model.layers[editor.layer].mlp.down_proj.weight
+                weight.data += editor.memory[memory].delta.detach()
+            models[memory] = found.eval()
+        return models[memory]
+
+    return model
+
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def chat_folder(tiny, tokenizer, tmp_path_factory) -> Path:
+    """The folder of a tiny base with a chat template; larger random weights would let no edit hold in other forms."""
+    own = copy.deepcopy(tokenizer)
+    own.add_tokens([AddedToken(text, special=True, normalized=False) for text in ("<|im_start|>", "<|im_end|>")])
+    own.chat_template = CHATML
+    folder = tmp_path_factory.mktemp("bases") / "chat"
+    options = {"vocabulary": len(own), "max_position_embeddings": 2048, "initializer_range": 0.05}
+    tiny("llama", **options).save_pretrained(folder)
+    own.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chat_editor(chat_folder, irrelevant, write, edits) -> Repair:
+    """Four edits in low-rank shards of a base with a chat template. Tests must leave it as it is."""
+    editor = Repair(str(chat_folder), precision="float32")
+    editor.load()
+    editor.prepare(irrelevant[:8], irrelevant[8:])
+    assert all(report.error is None for report in write(editor, edits[:4]))
+    return editor

@@ -1,0 +1,237 @@
+"""lm-evaluation-harness on tiny tasks that lie in a folder; nothing is downloaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers_runs import REPOSITORY
+
+from repair_lightning.commands.harness import comparison_table, harness, run_tasks, task_manager, who_answered
+from repair_lightning.errors import ConfigError, RepairError
+from repair_lightning.packs.pack import save_pack
+from repair_lightning.scoring.continuations import log_likelihoods
+from repair_lightning.types import BASE
+
+HERE = importlib.util.find_spec("lm_eval") is not None
+needs_lm_eval = pytest.mark.skipif(not HERE, reason='needs lm-eval: pip install "repair-lightning[lm-eval]"')
+
+CHOICE = """task: tiny_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{prompt}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: 0
+metric_list: [{{metric: acc}}]
+"""
+SAID = """task: tiny_said
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{prompt}}}}"
+doc_to_target: "{{{{choices[0]}}}}"
+generation_kwargs: {{until: ["\\n", "."], max_gen_toks: 12, do_sample: {sample}}}
+filter_list: [{{name: none, filter: [{{function: remove_whitespace}}, {{function: take_first}}]}}]
+metric_list: [{{metric: exact_match}}]
+"""
+ROLLING = """task: tiny_rolling
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{prompt}}}}"
+metric_list: [{{metric: word_perplexity}}]
+"""
+
+
+def request(*args: Any) -> Any:
+    return SimpleNamespace(args=args)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _offline(tmp_path_factory) -> Any:
+    """Data sets are built in a folder of the test's own, and nobody asks the network."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        patch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+        yield
+
+
+@pytest.fixture(scope="module")
+def tasks(written, tmp_path_factory) -> Path:
+    """Edits and unrelated questions, each with the right answer and two others, as tasks of three kinds."""
+    folder, edits = tmp_path_factory.mktemp("tasks"), written[1].edits
+    docs = []
+    for i, edit in enumerate(edits):
+        probe, others = edit.locality[0], [edits[(i + j) % len(edits)].target for j in (2, 5)]
+        docs += [{"prompt": edit.prompt, "choices": [edit.target, *others]}]
+        docs += [{"prompt": probe.prompt, "choices": [probe.answer, *others]}]
+    data = folder / "docs.jsonl"
+    data.write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    for name, text in (("choice", CHOICE), ("said", SAID), ("rolling", ROLLING)):
+        (folder / f"{name}.yaml").write_text(text.format(data=data, sample="false"))
+    sampled = SAID.format(data=data, sample="true").replace("tiny_said", "tiny_sampled")
+    (folder / "sampled.yaml").write_text(sampled)
+    (folder / "gone.yaml").write_text(CHOICE.format(data=folder / "gone.jsonl").replace("tiny_choice", "tiny_gone"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pack(written, tmp_path_factory) -> Path:
+    return save_pack(written[0], tmp_path_factory.mktemp("packs") / "pack", {})
+
+
+@needs_lm_eval
+class TestRequests:
+    @pytest.fixture
+    def lm(self, written) -> Any:
+        from repair_lightning.scoring.lm_eval_model import EditedLM
+
+        return EditedLM(written[0].edited, batch_size=5)
+
+    def test_the_continuation_does_not_choose(self, lm, written):
+        """Unrelated contexts keep the base whatever follows, an edit's its shard; the numbers are of that choice."""
+        edits = written[1].edits
+        asked = [(c, f" {t.target}") for e in edits for c in (e.prompt, e.locality[0].prompt) for t in edits]
+        asked += [(e.locality[0].prompt, f" {e.prompt} {e.target}") for e in edits]  # an edit word by word, behind it
+        asked += [("", f"{e.prompt} {e.target}") for e in edits]
+        seen = lm.loglikelihood([request(*pair) for pair in asked], disable_tqdm=True)
+        assert (lm.requests, lm.by_shards) == (len(asked), 64)
+        owner = {edit.prompt: written[1].ledger.owner_of(edit.id) for edit in edits}
+        memory = torch.tensor([owner.get(context, BASE) for context, _ in asked])
+        pairs = [lm._encode_pair(*pair) if pair[0] else ([1], lm.tok_encode(pair[1], False)) for pair in asked]
+        expected = log_likelihoods(lm.edited, *zip(*pairs, strict=True), memory, batch_size=5)
+        assert seen == expected
+
+    def test_the_router_is_shown_contexts_alone(self, lm, written, monkeypatch):
+        shown: list[list[int]] = []
+        choose_rows = lm.edited.choose_rows
+        monkeypatch.setattr(lm.edited, "choose_rows", lambda rows: shown.extend(rows) or choose_rows(rows))
+        edit = written[1].edits[0]
+        lm.loglikelihood([request(edit.prompt, f" {other.target}") for other in written[1].edits], disable_tqdm=True)
+        lm.loglikelihood([request(f"{edit.prompt}  ", "Latin")], disable_tqdm=True)  # its spaces go to the continuation
+        lm.loglikelihood_rolling([request(f"{edit.prompt} {edit.target}")])
+        assert shown == [tuple(lm.tok_encode(edit.prompt))] * 2
+
+    def test_the_plain_base(self, lm, written):
+        from repair_lightning.scoring.lm_eval_model import EditedLM
+
+        base = EditedLM(written[0].edited, routed=False)
+        asked = [request(edit.prompt, f" {edit.target}") for edit in written[1].edits]
+        assert all(a > b for a, b in zip(lm.loglikelihood(asked), base.loglikelihood(asked), strict=True))
+        assert (base.requests, base.by_shards, lm.by_shards) == (8, 0, 8)
+
+    def test_rolling_is_the_bases(self, lm, written, plain):
+        """Two windows of a text that is longer than the base reads, each token once."""
+        text = " ".join(edit.prompt for edit in written[1].edits) * 4
+        ids = lm.tok_encode(text, False)
+        first, rest = ids[: lm.max_length], ids[lm.max_length :]
+        assert 0 < len(rest) < lm.max_length
+        model, total = plain(BASE), 0.0
+        for seen, scored in (([1, *first[:-1]], first), (ids[-lm.max_length - 1 : -1], rest)):
+            logs = model(torch.tensor([seen])).logits[0, -len(scored) :].detach().log_softmax(-1)
+            total += float(logs.gather(-1, torch.tensor(scored)[:, None]).sum())
+        short = "Which river?"
+        found = lm.loglikelihood_rolling([request(text), request(""), request(short)])
+        assert found[:2] == [pytest.approx(total, abs=1e-2), 0.0]
+        assert found[2] == pytest.approx(lm.loglikelihood([request("", short)])[0][0], abs=1e-4)
+        assert lm.by_shards == 0
+
+    def test_generation_of_several_kinds(self, lm, written):
+        edits = written[1].edits
+        options = [{"until": "\n", "max_gen_toks": 12}, {"until": ["\n"], "max_gen_toks": 1}, {}]
+        asked = [request(edit.prompt, options[i % 3]) for i, edit in enumerate(edits)]
+        said = lm.generate_until([*asked, request("", options[0])])
+        assert [text.strip() for text in said[0:8:3]] == [edit.target for edit in edits[0::3]]
+        assert all(edit.target.startswith(text.strip()) for edit, text in zip(edits, said[:8], strict=True))
+        assert lm.by_shards == 8
+
+    def test_sampling_is_refused(self, lm):
+        with pytest.raises(ConfigError, match="do_sample: false"):
+            lm.generate_until([request("Who?", {"do_sample": True, "temperature": 0.7})])
+
+
+NAMES = ("tiny_choice", "tiny_said", "tiny_rolling")
+
+
+@pytest.fixture(scope="module")
+def found(pack, tasks) -> dict[str, Any]:
+    return harness(pack, NAMES, batch_size=5, include_path=str(tasks))
+
+
+@needs_lm_eval
+class TestTasks:
+    def test_the_edits_are_learnt_and_the_rest_stays(self, found):
+        """Half of the documents are edits: right after, wrong before."""
+        before, after = found["base"]["scores"], found["edited"]["scores"]
+        assert set(before) == set(after) == set(NAMES)
+        assert after["tiny_said"]["exact_match,none"] == pytest.approx(
+            before["tiny_said"]["exact_match,none"] + 0.5, abs=1e-9
+        )
+        assert after["tiny_choice"]["acc,none"] > before["tiny_choice"]["acc,none"]
+        assert after["tiny_choice"]["acc,none"] >= 0.9
+        assert after["tiny_rolling"] == before["tiny_rolling"]
+
+    def test_who_answered(self, found):
+        assert found["base"]["by_shards"] == 0
+        assert found["edited"]["requests"] == 16 * 3 + 16 + 16
+        assert who_answered(found).startswith("32 of 80 requests")  # 8 edits, three choices and one answer each
+
+    def test_the_table(self, found):
+        table = comparison_table(found)
+        cells = [list(column.cells) for column in table.columns]
+        assert ["tiny_choice", "acc"] in [list(row[:2]) for row in zip(*cells, strict=True)]
+        assert "+0.5000" in cells[4]
+
+    def test_a_limit_and_data_that_is_not_there(self, written, tasks):
+        edited, manager = written[0].edited, task_manager(["tiny_said", "tiny_gone"], str(tasks))
+        assert run_tasks(edited, ["tiny_said"], manager, limit=3)["requests"] == 3
+        with pytest.raises(RepairError, match=r"tiny_gone: .*gone\.jsonl"):
+            run_tasks(edited, ["tiny_gone"], manager)
+
+    def test_unknown_tasks(self, tasks):
+        with pytest.raises(ConfigError, match=r"no task 'tiny_chioce'; did you mean 'tiny_choice'"):
+            task_manager(["tiny_chioce"], str(tasks))
+        with pytest.raises(ConfigError, match="'gone' is no folder"):
+            task_manager(["tiny_choice"], "gone")
+
+    def test_the_command(self, pack, tasks, tmp_path):
+        """A fresh process; the figures are on the screen and in the file."""
+        out = tmp_path / "figures.json"
+        options = ["--pack", pack, "--tasks", "tiny_choice,tiny_said", "--include_path", tasks, "--out", out]
+        call = [sys.executable, "-m", "repair_lightning", "harness", *map(str, options), "--limit", "4"]
+        done = subprocess.run(call, cwd=REPOSITORY, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        figures = json.loads(out.read_text())
+        assert figures["edited"]["requests"] == 4 * 3 + 4
+        assert "tiny_choice" in done.stdout
+        assert "8 of 16 requests were answered by a shard" in done.stdout
+
+
+class TestWithout:
+    """A process in which `lm_eval` cannot be found."""
+
+    HIDE = "import sys; sys.modules['lm_eval'] = None\n"
+
+    def test_one_line_with_the_remedy(self, pack):
+        words = ["repair-lightning", "harness", "--pack", str(pack), "--tasks", "arc_easy"]
+        code = f"{self.HIDE}sys.argv = {words!r}\nfrom repair_lightning.__main__ import main; main()"
+        done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert done.stderr.strip().endswith('pip install "repair-lightning[lm-eval]"')
+        assert len(done.stderr.strip().splitlines()) == 1
+
+    def test_nothing_else_asks_for_it(self):
+        sources = (REPOSITORY / "repair_lightning").rglob("*.py")
+        assert [p.name for p in sources if "\nfrom lm_eval" in p.read_text()] == ["lm_eval_model.py"]

@@ -1,0 +1,137 @@
+"""Single edits: each meets the base as it was, is scored, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from helpers_runs import fit, hard_edits, world_editor, world_edits, world_stream, write_edits
+
+from callbacks import ErrorSampleMonitor, PruneAndRetrigger, Scoreboard
+from repair_lightning.editors import REGISTRY
+from repair_lightning.editors.values import Values
+from repair_lightning.edits.ledger import EditStatus
+from repair_lightning.errors import ConfigError
+from repair_lightning.scoring.peak_memory import CLEAR, PeakMemory
+from repair_lightning.scoring.singles import Singles
+
+
+@pytest.fixture(scope="module")
+def singled(tmp_path_factory):
+    """Two edits by themselves, the second of which can never be written."""
+    folder = tmp_path_factory.mktemp("singles")
+    path = write_edits(folder / "edits.jsonl", hard_edits(2))
+    editor, stream, board = world_editor(), world_stream(path, singles=True), Scoreboard(max_new_tokens=12)
+    seen: list[tuple[str, ...]] = []
+    write = editor.write
+
+    def watched(batch):
+        assert len(editor.memory) == 0 or editor.ledger.entry(batch.ids[0]).attempts
+        seen.append(batch.ids)
+        return write(batch)
+
+    editor.write = watched
+    fit(editor, stream, [ErrorSampleMonitor(), PruneAndRetrigger(max_attempts=2), board], folder)
+    return editor, stream, board, seen
+
+
+def test_each_is_written_alone_and_given_all_its_attempts(singled):
+    editor, stream, _, seen = singled
+    first, second = (edit.id for edit in stream.edits)
+    assert seen == [(first,), (second,), (second,)]
+    assert len(editor.memory) == 0
+    assert stream.ledger.entry(first).status == EditStatus.UNDONE
+    assert stream.ledger.entry(second).status == EditStatus.QUARANTINED
+
+
+def test_the_score_is_the_mean_over_single_edits(singled):
+    _, stream, board, _ = singled
+    final = board.results["final"]
+    assert final.scores["autoregressive"]["rel"] == 0.5
+    assert {row["id"] for row in final.rows} == {edit.id for edit in stream.edits}
+    assert board.results["before_merge"].scores == final.scores
+    assert final.routing["edit"] == {"base": 0.5, "right": 0.5, "wrong": 0.0}
+    assert board.oracle["autoregressive"]["rel"] == 0.5
+    figures = board.singles.figures()
+    assert figures["number"] == 2
+    assert max(board.singles.memory_bytes) > 0
+
+
+def test_what_was_scored_travels_with_checkpoints(singled):
+    _, _, board, _ = singled
+    other = Scoreboard()
+    other.load_state_dict(board.state_dict())
+    assert other.singles == board.singles
+    assert other.singles.result("final", board.scorer).scores == board.results["final"].scores
+
+
+def test_a_run_that_is_resumed_scores_the_rest_on_a_fresh_base(tmp_path):
+    """One edit, a checkpoint, the other two: as if nothing had happened between them."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    path = write_edits(tmp_path / "edits.jsonl", world_edits(3))
+
+    def run(epochs: int, ckpt: str | None = None) -> Scoreboard:
+        board = Scoreboard(max_new_tokens=12)
+        saver = ModelCheckpoint(tmp_path, filename="last", every_n_epochs=1, enable_version_counter=False)
+        options = {"max_epochs": epochs, "enable_checkpointing": True}
+        fit(world_editor(), world_stream(path, singles=True), [board, saver], tmp_path, ckpt, **options)
+        return board
+
+    run(1)
+    resumed, whole = run(-1, str(tmp_path / "last.ckpt")), run(-1)
+    assert len({row["id"] for row in resumed.singles.rows}) == 3
+    assert resumed.results["final"].scores == whole.results["final"].scores
+    assert resumed.singles.memory_bytes == whole.singles.memory_bytes
+
+
+def test_means_over_layers_and_perplexities():
+    found = Singles(
+        memory_bytes=[2, 4], deviations=[{"1": 0.5}, {"1": 0.25, "2": 1.0}], target_losses=[(0.0, 1), (4.0, 3)]
+    ).figures()
+    assert found == {"number": 2, "memory_bytes": 3, "deviation": {"1": 0.375, "2": 0.5}, "perplexity": math.exp(1.0)}
+
+
+def test_a_pack_is_no_fresh_base():
+    with pytest.raises(ConfigError, match=r"data.singles begins with the plain base"):
+        world_stream(singles=True, max_edits=2).join(None)
+
+
+@pytest.mark.skipif(not CLEAR.exists(), reason="the peak of a stretch is what Linux tells")
+def test_the_peak_is_that_of_its_stretches_alone():
+    peak = PeakMemory()
+    peak.begin()
+    one = b"1" * (64 << 20)  # so large a block is the system's own, not what the process has left over
+    peak.end()
+    first = peak.host
+    assert first is not None
+    assert first >= len(one)
+    del one
+    beside = b"2" * (256 << 20)  # between stretches
+    del beside
+    peak.begin()
+    peak.end()
+    assert peak.host < first + (128 << 20)
+
+
+@pytest.mark.parametrize("name", ["ultraedit", "rome"])
+def test_nothing_of_one_edit_is_left_for_the_next_in_the_base(name, tmp_path):
+    """In the base's own weights and in what the method remembers: each edit goes as far as it does alone."""
+
+    def run(edits) -> Singles:
+        path = write_edits(tmp_path / "edits.jsonl", edits)
+        editor = REGISTRY[name]("world", precision="float32", **SMALL[name])
+        editor.load()
+        board = Scoreboard(max_new_tokens=4)
+        fit(editor, world_stream(path, singles=True), [board], tmp_path)
+        assert not editor.base_changed
+        return board.singles
+
+    edits = world_edits(3)
+    together, alone = run(edits), [run([edit]) for edit in edits]
+    assert together.deviations == [one.deviations[0] for one in alone]
+    assert together.rows == [row for one in alone for row in one.rows]
+    assert len({str(one) for one in together.deviations}) == 3
+
+
+SMALL: dict = {"ultraedit": {"lr": 0.01, "layers": 1}, "rome": {"values": Values(steps=2, contexts=0)}}

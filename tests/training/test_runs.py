@@ -1,0 +1,308 @@
+"""Whole runs on one, two and three real processes: the same edits, nothing lost, whoever dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from lives import command, events, fingerprint, finish, plain_edits, start
+from safetensors.torch import load_file
+
+from repair_lightning.edits.journal import Journal
+from repair_lightning.edits.ledger import EditStatus, Ledger
+from repair_lightning.world import edits_path
+
+pytestmark = [pytest.mark.ddp, pytest.mark.slow]
+
+NUMBER, WINDOW = 27, 6
+"""Four whole windows and one of three edits, which three ranks share unevenly after a cluster of odd size."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    found = tmp_path_factory.mktemp("ranks")
+    plain_edits(found / "plain.jsonl", NUMBER)
+    lines = edits_path().read_text().splitlines()[:NUMBER]
+    (found / "scored.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    return found
+
+
+def arguments(folder: Path, name: str, ranks: int, *options: str, edits: str = "plain") -> list[str]:
+    given = command(folder / f"{edits}.jsonl", folder / name, window=WINDOW)
+    return [*given, "--trainer.devices", str(ranks), *options]
+
+
+def run(folder: Path, name: str, ranks: int, *options: str, edits: str = "plain") -> Path:
+    code, output = finish(arguments(folder, name, ranks, *options, edits=edits))
+    assert code == 0, output
+    return whole(folder / name)
+
+
+def whole(run: Path) -> Path:
+    """Every edit of a finished run is held by a shard, and the journal, written by one rank, says the same."""
+    ledger = Ledger.from_parquet(run / "edits.parquet")
+    assert len(ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED)) == NUMBER, ledger.counts()
+    journal = Journal(run / "journal.sqlite", read_only=True)
+    assert journal.rebuild() == ledger
+    journal.close()
+    return run
+
+
+def metrics(run: Path) -> dict:
+    return json.loads((run / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def two(folder) -> Path:
+    """Two ranks, undisturbed."""
+    return run(folder, "two", 2, edits="plain")
+
+
+def test_the_same_edits_on_one_two_and_three_ranks(folder):
+    """What they answer is the same within 0.02; all ranks have written; one of them has told of it. A window is three
+    batches, the last one two: two ranks have unlike numbers of them."""
+    scores = {}
+    for ranks in (1, 2, 3):
+        options = ("--data.batch_size", "2", "--trainer.logger", "lightning.pytorch.loggers.WandbLogger")
+        found = metrics(run(folder, f"on-{ranks}", ranks, *options, edits="scored"))
+        scores[ranks] = found["final"]
+        paces = found.get("ranks", [])
+        assert sum(pace["edits"] for pace in paces) == (NUMBER if ranks > 1 else 0)
+        assert all(pace["edits"] for pace in paces)
+        assert len(paces) == (ranks if ranks > 1 else 0)
+        rows = (folder / f"on-{ranks}" / "generations.jsonl").read_text().splitlines()
+        told = ("stage", "id", "kind", "prompt", "form")
+        assert len(rows) == len({tuple(json.loads(row).get(key) for key in told) for row in rows})
+    for protocol in ("autoregressive", "teacher_forced"):
+        assert scores[1][protocol]["op"] > 0.9
+        for ranks in (2, 3):
+            assert scores[ranks][protocol]["op"] == pytest.approx(scores[1][protocol]["op"], abs=0.02)
+
+
+def test_a_killed_rank_is_named_and_the_run_goes_on_with_any_number(folder, two):
+    """Rank 1 is killed from outside; the same command ends as the undisturbed run, bit by bit; three ranks, which were
+    not there before, lose nothing either."""
+    process = start(arguments(folder, "killed", 2))
+    while events(folder / "killed") < 3 * WINDOW:
+        time.sleep(0.05)
+        assert process.poll() is None, process.communicate()[0]
+    child = next(pid for pid in children_of(process.pid) if "train.py" in Path(f"/proc/{pid}/cmdline").read_text())
+    os.kill(child, signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert "error: rank 1 is lost" in output
+    assert "Traceback" not in output
+    shutil.copytree(folder / "killed", folder / "killed-3")
+    run(folder, "killed", 2)
+    assert fingerprint(folder / "killed") == fingerprint(two)
+    run(folder, "killed-3", 3)
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize(
+    "moment", ["before the third checkpoint's rename", "during the merge", "rank 1: in the third window"]
+)
+def test_killed_at_a_moment(folder, two, moment):
+    """The first rank while it saves or merges, started by `devices`; the second while it writes, by torchrun."""
+    name = moment.replace(" ", "-").replace("'", "").replace(":", "")
+    ranks = 2 if moment.startswith("rank") else 0
+    code, output = finish(arguments(folder, name, 2), kill_at=moment, ranks=ranks)
+    assert code == (1 if ranks else -signal.SIGKILL), output
+    known = "rank      : 1 (local_rank: 1)" if ranks else "rank 0 is lost"
+    assert known in output
+    run(folder, name, 2)
+    assert fingerprint(folder / name) == fingerprint(two)
+
+
+def impatient(folder: Path, name: str) -> tuple[subprocess.Popen[str], int]:
+    """Two ranks behind their second window that wait four seconds for each other: the first, and the other's id."""
+    strategy = ["--trainer.strategy", "repair_lightning.training.strategies.ShardParallelStrategy"]
+    process = start(arguments(folder, name, 2, *strategy, "--trainer.strategy.lost_after", "4"))
+    while events(folder / name) < 2 * WINDOW:
+        time.sleep(0.05)
+        assert process.poll() is None, process.communicate()[0]
+    of_run = (pid for pid in children_of(process.pid) if "train.py" in Path(f"/proc/{pid}/cmdline").read_text())
+    return process, next(of_run)
+
+
+def test_a_rank_that_stands_still_is_named(folder):
+    """It is not dead, but gives no sign of life: the others do not wait for ever."""
+    process, child = impatient(folder, "still")
+    os.kill(child, signal.SIGSTOP)
+    process.wait(timeout=60)
+    os.kill(child, signal.SIGKILL)
+    output, _ = process.communicate()
+    assert process.returncode == 75
+    assert "error: rank 1 is lost: no sign of life for 4 s" in output
+
+
+def test_the_first_rank_stands_still(folder):
+    """The others' signs of life lie with it: they notice that it does not answer."""
+    process, child = impatient(folder, "still-first")
+    process.send_signal(signal.SIGSTOP)
+    late = time.monotonic() + 60
+    while Path(f"/proc/{child}/cmdline").read_text():  # empty once it has ended
+        assert time.monotonic() < late
+        time.sleep(0.1)
+    process.kill()
+    output, _ = process.communicate()
+    assert "error: the first rank's store has not answered for 4 s: rank 0 is lost" in output
+
+
+def test_of_three_ranks_one_says_who_is_lost(folder):
+    process = start(arguments(folder, "killed-of-3", 3))
+    while events(folder / "killed-of-3") < 2 * WINDOW:
+        time.sleep(0.05)
+        assert process.poll() is None, process.communicate()[0]
+    children = [pid for pid in children_of(process.pid) if "train.py" in Path(f"/proc/{pid}/cmdline").read_text()]
+    os.kill(children[-1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert output.count("is lost") == output.count("error: rank 2 is lost: its process ended with code -9") == 1
+
+
+@pytest.mark.parametrize("editor", ["repair", "ultraedit"])
+def test_a_window_without_a_batch_for_every_rank(folder, editor):
+    """A rank without a batch, and a method without an optimiser, save with the others."""
+    name = f"one-by-one-{editor}"
+    options = ("--data.window", "1", "--data.max_edits", "5")
+    options += () if editor == "repair" else ("--config", editor)
+    code, output = finish([*arguments(folder, name, 2), *options])
+    assert code == 0, output
+    journal = sqlite3.connect(folder / name / "journal.sqlite")
+    assert journal.execute("select count(*) from checkpoints").fetchone() == (4,)
+    journal.close()
+
+
+@pytest.mark.parametrize(("option", "value"), [("max_steps", "3"), ("max_time", "00:01:00:00")])
+def test_what_would_stop_ranks_at_different_places_is_refused(folder, option, value):
+    code, output = finish(arguments(folder, option, 2, f"--trainer.{option}", value))
+    assert code == 2
+    assert f"error: trainer.{option} " in output
+    assert "give trainer.max_epochs" in output
+
+
+@pytest.mark.parametrize("ranks", [0, 2], ids=["devices", "torchrun"])
+def test_a_mistake_is_said_once(folder, ranks):
+    code, output = finish(arguments(folder, "mistake", 2, "--data.path", "nowhere.jsonl"), ranks=ranks)
+    assert code == (1 if ranks else 2)
+    assert output.count("error: nowhere.jsonl: no such file") == 1
+    assert not (folder / "mistake" / "journal.sqlite").exists()
+
+
+def test_what_a_rank_alone_meets_is_said_by_the_first(folder):
+    """A directory that another run holds: the first rank alone looks, and both end."""
+    blocker = start(arguments(folder, "held", 1))
+    while events(folder / "held") < 1:
+        time.sleep(0.05)
+        assert blocker.poll() is None
+    blocker.send_signal(signal.SIGSTOP)
+    code, output = finish(arguments(folder, "held", 2))
+    blocker.kill()
+    blocker.communicate()
+    assert code == 2
+    assert output.count("is in use by another run") == 1
+
+
+def test_sigterm_ends_all_ranks_and_is_said_once(folder, two):
+    process = start(arguments(folder, "term", 2))
+    while events(folder / "term") < 2 * WINDOW:
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert output.count("stopped by SIGTERM") == 1
+    assert "Traceback" not in output
+    run(folder, "term", 2)
+    assert fingerprint(folder / "term") == fingerprint(two)
+
+
+DENSE = ("--model.writing.form", "dense", "--merge.enabled", "false")
+
+
+def test_as_slurm_starts_it(folder, two, monkeypatch):
+    """Each process is told by the environment who it is; Lightning's own requeueing leaves the signals alone."""
+    job = {"NTASKS": 2, "NTASKS_PER_NODE": 2, "NNODES": 1, "NODEID": 0, "JOB_ID": 17, "JOB_NAME": "edit"}
+    for name, value in {**job, "JOB_NODELIST": "127.0.0.1", "NODELIST": "127.0.0.1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    processes = []
+    for rank in range(2):
+        monkeypatch.setenv("SLURM_PROCID", str(rank))
+        monkeypatch.setenv("SLURM_LOCALID", str(rank))
+        processes.append(start(arguments(folder, "slurm", 2)))
+    while events(folder / "slurm") < WINDOW:
+        time.sleep(0.05)
+        assert processes[0].poll() is None, processes[0].communicate()[0]
+    handled = Path(f"/proc/{processes[0].pid}/status").read_text().split("SigCgt:")[1].split()[0]
+    assert not int(handled, 16) >> (signal.SIGUSR1 - 1) & 1
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert fingerprint(whole(folder / "slurm")) == fingerprint(two)
+
+
+def test_the_rows_of_a_batch_on_two_ranks_are_one_batch(folder):
+    """Data-parallel: the ranks' gradients add up to the gradient, of distillation and routing loss as well.
+
+    Few steps: Adam divides by what may be rounding, so the way of a coordinate without gradient is not determined.
+    """
+    losses = ("--model.distillation.weight", "1", "--model.distillation.temperature", "2", "--feedback.enabled")
+    losses += ("false", "--model.routing.weight", "1", "--model.writing.steps", "5")
+    one = run(folder, "rows-1", 1, *DENSE, *losses)
+    both = run(folder, "rows-2", 2, *DENSE, *losses, "--trainer.strategy", "ddp")
+    deltas = [load_file(found / "pack/side_memory.safetensors") for found in (one, both)]
+    names = [name for name in deltas[0] if name.startswith("shard.")]
+    assert names
+    for name in names:
+        assert (deltas[0][name] - deltas[1][name]).norm() < 1e-3 * deltas[0][name].norm()
+
+
+def test_dense_shards_of_two_ranks(folder):
+    """Each rank writes shards of its own; both hold all of them at the end."""
+    found = metrics(run(folder, "dense-2", 2, *DENSE))
+    assert found["shards"] == 2
+    assert found["edits"]["written"] == NUMBER
+
+
+def test_a_base_laid_out_over_two_ranks(folder):
+    """FSDP2: each rank holds half of every layer but the edited one, and what comes of it is what one process makes."""
+    one = run(folder, "whole-base", 1, "--model.layer", "1")
+    both = run(folder, "half-base", 2, "--model.layer", "1", "--trainer.strategy", "model_parallel")
+    assert fingerprint(one) == fingerprint(both)
+
+
+def test_a_strategy_that_cannot_run_a_stream_is_refused(folder):
+    code, output = finish(arguments(folder, "deepspeed", 2, "--trainer.strategy", "ddp_spawn"))
+    assert code == 2
+    assert "error: trainer.strategy 'ddp_spawn' cannot run an edit stream; give one of: auto, ddp, shard_par" in output
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and iproute2")
+def test_two_hosts(folder, two):
+    """Two network namespaces that know each other by a virtual cable alone, one rank on each, started by torchrun."""
+    script = Path(__file__).with_name("hosts.sh")
+    options = arguments(folder, "hosts", 1)
+    given = [
+        word
+        for i, word in enumerate(options)
+        if not {"--run_dir", "--trainer.devices"} & set(options[max(i - 1, 0) : i + 1])
+    ]
+    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "HTTPS_PROXY": "", "HTTP_PROXY": ""}
+    done = subprocess.run(
+        ["bash", str(script), str(folder / "hosts"), *given], env=environment, capture_output=True, text=True
+    )
+    if "Operation not permitted" in done.stderr:
+        pytest.skip("needs the right to make network namespaces")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert fingerprint(whole(folder / "hosts")) == fingerprint(two)

@@ -1,0 +1,152 @@
+"""What ranks say to each other, between real processes; and that a team of one changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from ranks import on_ranks
+
+from repair_lightning.errors import ConfigError
+from repair_lightning.training.team import ALONE, LeftOutError, RankError, Team
+
+pytestmark = pytest.mark.ddp
+
+TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool, torch.uint8)
+
+
+def speak(team: Team) -> dict:
+    """Everything that a team can say, once."""
+    rank = team.rank
+    found: dict = {}
+    found["types"] = [
+        team.gather(torch.arange(rank * 2).to(kind), torch.full((1, rank, 3), 1).to(kind)) for kind in TYPES
+    ]
+    mine = team.mine(7, costs=[1, 5, 5, 2, 9, 1, 1])
+    found["mine"] = mine
+    found["rows"] = team.rows(mine, torch.tensor(mine)[:, None] * torch.ones(1, 2), torch.tensor(mine))
+    found["texts"] = team.texts(mine, [f"é{i}" * i for i in mine])
+    found["numbers"] = team.numbers(mine, [[i, 0.1 * i] * i for i in mine])
+    one = team.mine(1)  # ranks without anything to do
+    found["one"] = team.rows(one, torch.ones(len(one), 2 if one else 5)), team.texts(one, ["only"] * len(one))
+    found["none"] = team.texts([], []), team.rows([], torch.zeros(0, 3))[0].shape
+    found["first"] = team.first([f"rank {rank}", "x"])
+    found["total"] = team.total(torch.tensor([float(rank), 1.0]))
+    found["agree"] = (team.anyone(rank == 1), team.everyone(rank == 1), team.everyone(True), team.anyone(False))
+    found["shape"] = [part[0].shape for part in team.gather(torch.tensor(rank))]
+    return found
+
+
+def disagree(team: Team) -> list[str]:
+    """What each rank hears when one of them differs, and when one of them fails."""
+    said = []
+
+    def fails() -> str:
+        if team.rank == 1:
+            raise ConfigError("no such file on this host")
+        return "done"
+
+    team.same("the ledger", "equal")
+    for task in (lambda: team.same("the ledger", str(team.rank == 1)), lambda: team.together(fails)):
+        try:
+            task()
+        except RankError as error:
+            said.append(f"{type(error).__name__}: {error}")
+    said.append(team.together(lambda: f"ok {team.rank}"))
+    return said
+
+
+@pytest.fixture(scope="module")
+def spoken() -> list[dict]:
+    return on_ranks(3, speak)
+
+
+def test_tensors_of_every_type_and_shape_arrive_as_they_were(spoken):
+    for found in spoken:
+        for kind, parts in zip(TYPES, found["types"], strict=True):
+            for rank, (line, block) in enumerate(parts):
+                assert line.dtype == block.dtype == kind
+                assert torch.equal(line, torch.arange(rank * 2).to(kind))
+                assert block.shape == (1, rank, 3)
+                assert bool((block == 1).all())
+
+
+def test_each_piece_of_work_is_done_once_and_known_to_all(spoken):
+    assert sorted(i for found in spoken for i in found["mine"]) == list(range(7))
+    assert max(len(found["mine"]) for found in spoken) == 3
+    for found in spoken:
+        wide, plain = found["rows"]
+        assert torch.equal(plain, torch.arange(7))
+        assert torch.equal(wide, torch.arange(7.0)[:, None].expand(7, 2))
+        assert found["texts"] == [f"é{i}" * i for i in range(7)]
+        assert found["numbers"] == [[i, 0.1 * i] * i for i in range(7)]
+        assert all(isinstance(found["numbers"][3][at], kind) for at, kind in ((0, int), (1, float)))
+
+
+def test_ranks_without_work_hear_of_the_others(spoken):
+    for found in spoken:
+        (rows,), texts = found["one"]
+        assert torch.equal(rows, torch.ones(1, 2))
+        assert texts == ["only"]
+        assert found["none"] == ([], (0, 3))
+        assert found["shape"] == [(), (), ()]
+
+
+def test_what_all_agree_on(spoken):
+    for found in spoken:
+        assert found["first"] == ["rank 0", "x"]
+        assert found["total"].tolist() == [3.0, 3.0]
+        assert found["agree"] == (True, False, True, False)
+
+
+def test_a_rank_that_differs_or_fails_is_named_and_all_end():
+    first, second = on_ranks(2, disagree)
+    assert first[0].startswith("RankError: rank 1 differs from rank 0 in the ledger")
+    assert second[0] == first[0]
+    assert first[1] == "RankError: rank 1: no such file on this host"
+    assert second[1].startswith("LeftOutError")
+    assert (first[2], second[2]) == ("ok 0", "ok 1")
+    assert issubclass(LeftOutError, RankError)
+
+
+@given(number=st.integers(0, 50), size=st.integers(1, 6), data=st.data())
+def test_every_piece_has_one_owner_and_nobody_has_two_more_than_another(number, size, data):
+    costs = data.draw(st.none() | st.lists(st.floats(0, 9), min_size=number, max_size=number))
+    shares = [Team(rank, size).mine(number, costs) for rank in range(size)]
+    assert sorted(i for share in shares for i in share) == list(range(number))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_a_prompt_is_always_the_same_ranks():
+    prompts = [f"Who wrote book {i}?" for i in range(300)]
+    for size in (2, 3, 8):
+        shares = [Team(rank, size).mine_of(prompts) for rank in range(size)]
+        assert sorted(i for share in shares for i in share) == list(range(300))
+        assert max(map(len, shares)) < 1.5 * 300 / size
+        again = Team(1, size).mine_of(prompts[::-1])
+        assert {prompts[::-1][i] for i in again} == {prompts[i] for i in shares[1]}
+    assert Team(1, 2, deals=False).mine_of(prompts) == list(range(300))
+
+
+def test_one_alone_passes_everything_through():
+    tensor = torch.ones(2, 3)
+    assert ALONE.rows([0, 1], tensor)[0] is tensor
+    assert ALONE.total(tensor) is tensor
+    assert ALONE.mine(3) == [0, 1, 2]
+    assert ALONE.first(["a"]) == ALONE.texts([0], ["a"]) == ["a"]
+    ALONE.same("anything", "at all")
+    with pytest.raises(ConfigError, match="mine"):
+        ALONE.together(lambda: (_ for _ in ()).throw(ConfigError("mine")))
+
+
+def test_in_step_all_do_everything():
+    team = Team(1, 4, deals=False)
+    assert team.parts == 1
+    assert team.mine(5) == [0, 1, 2, 3, 4]
+    assert team.texts([0], ["a"]) == ["a"]
+
+
+def test_a_tensor_with_too_many_dimensions_is_refused():
+    with pytest.raises(ValueError, match="4 dimensions, got 5"):
+        Team(0, 2).gather(torch.zeros(1, 1, 1, 1, 1))
