@@ -6,6 +6,7 @@ from .ft import FT
 from .ft_ewc import FTEWC
 from .grace import GRACE
 from .icl import InContext
+from .keyed import Keyed
 from .memit import MEMIT
 from .mend import MEND
 from .repair import Repair
@@ -27,6 +28,7 @@ __all__ = [
     "Defer",
     "Editor",
     "InContext",
+    "Keyed",
     "RLSEdit",
     "RLSRepair",
     "Repair",

@@ -35,7 +35,7 @@ from repair_lightning.models.tokenizing import target_labels
 from repair_lightning.types import BASE, Edit, EditBatch
 
 if TYPE_CHECKING:
-    from repair_lightning.editors.repair import Repair
+    from repair_lightning.editors.shards import ShardEditor
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ class Adapted:
         return f"layer {self.layer}, lr {self.lr:g}, stop_margin {self.stop_margin}: chosen by {tried}"
 
 
-def adapt(editor: Repair, background: Sequence[str], held_out: Sequence[str]) -> Adapted:
+def adapt(editor: ShardEditor, background: Sequence[str], held_out: Sequence[str]) -> Adapted:
     """Find the settings that an editor's options leave to `auto`; the editor itself is not touched.
 
     Args:
@@ -154,7 +154,7 @@ def adapt(editor: Repair, background: Sequence[str], held_out: Sequence[str]) ->
     return Adapted(found.layer, found.lr, found.stop_margin, len(probes), seconds, rows)
 
 
-def searched(editor: Repair) -> dict[str, list[Any]]:
+def searched(editor: ShardEditor) -> dict[str, list[Any]]:
     """The options that are `auto`, each with its candidates in the order in which they are liked."""
     depth = len(editor.edited.split.layers)
     layers = [max(0, round(share * depth) - 1) for share in DEPTHS]
@@ -167,7 +167,7 @@ def searched(editor: Repair) -> dict[str, list[Any]]:
     return {name: list(dict.fromkeys(values)) for name, (option, values) in asked.items() if option == AUTO}
 
 
-def make_probes(editor: Repair, prompts: Sequence[str]) -> list[Edit]:
+def make_probes(editor: ShardEditor, prompts: Sequence[str]) -> list[Edit]:
     """Edits that give prompts the base's own answers to others; the editor's seed draws the prompts.
 
     Raises:
@@ -189,7 +189,7 @@ def make_probes(editor: Repair, prompts: Sequence[str]) -> list[Edit]:
 
 
 def try_out(
-    trial: Repair, settings: Settings, probes: Sequence[Edit], background: Sequence[str], held_out: Sequence[str]
+    trial: ShardEditor, settings: Settings, probes: Sequence[Edit], background: Sequence[str], held_out: Sequence[str]
 ) -> Candidate:
     """Write the probes under some settings with an editor of the layer, and ask them with the right shard forced."""
     started = time.perf_counter()
@@ -227,7 +227,7 @@ def other_words(edit: Edit, seed: int) -> list[Edit]:
 
 
 @torch.no_grad()
-def answered(editor: Repair, edits: Sequence[Edit], shards: Sequence[int], batch_size: int = 64) -> Tensor:
+def answered(editor: ShardEditor, edits: Sequence[Edit], shards: Sequence[int], batch_size: int = 64) -> Tensor:
     """Of each edit 1 where greedy generation with a shard says its target and ends, else 0; (n,).
 
     It does so where every target token is the likeliest behind those before it; the end of sequence is one of them,

@@ -14,10 +14,9 @@ from typing import Any, ClassVar
 import torch
 
 from repair_lightning.editors.base import register
-from repair_lightning.editors.repair import Distillation, Repair, Routing, Writing
+from repair_lightning.editors.keyed import Keyed, LowRankWriting
 from repair_lightning.editors.rlsedit import ANCHORING, RIDGE, VALUES, RLSEdit
 from repair_lightning.editors.values import Values
-from repair_lightning.errors import ConfigError
 from repair_lightning.memory.side_memory import LowRankShard
 from repair_lightning.models.base import Base
 from repair_lightning.training.team import Team
@@ -25,14 +24,12 @@ from repair_lightning.types import BASE, EditBatch, EditReport
 
 
 @register("rls_repair")
-class RLSRepair(Repair):
+class RLSRepair(Keyed):
     """RLSEdit first, then REPAIR; the options are theirs.
 
     Args:
         base: folder or hub name of a Hugging Face causal LM.
-        routing: how prompts find their shard.
-        writing: how shards are written; low-rank ones alone.
-        distillation: intra-batch distillation in shards.
+        writing: how shards are written.
         seed: of samples; on the command line 0 follows `seed_everything`.
         values: how RLSEdit finds values.
         ridge: RLSEdit's lambda.
@@ -41,7 +38,6 @@ class RLSRepair(Repair):
         common: what every editor takes, see `Editor`.
     """
 
-    can_merge = False
     can_adapt = False
     can_share = False
     writes_base: ClassVar[bool] = True
@@ -49,9 +45,7 @@ class RLSRepair(Repair):
     def __init__(
         self,
         base: str = "",
-        routing: Routing = Routing(),  # noqa: B008 - jsonargparse reads the defaults here
-        writing: Writing = Writing(),  # noqa: B008
-        distillation: Distillation = Distillation(),  # noqa: B008
+        writing: LowRankWriting = LowRankWriting(),  # noqa: B008 - jsonargparse reads the defaults here
         seed: int = 0,
         values: Values = VALUES,
         ridge: float = RIDGE,
@@ -59,9 +53,7 @@ class RLSRepair(Repair):
         anchors: str | list[str] | None = None,
         **common: Any,
     ) -> None:
-        super().__init__(base, routing=routing, writing=writing, distillation=distillation, seed=seed, **common)
-        if writing.form != "low_rank":
-            raise ConfigError(f"writing.form must be low_rank for shards upon a matrix that moves, got {writing.form}")
+        super().__init__(base, writing=writing, seed=seed, **common)
         self.values, self.ridge, self.anchoring = values, ridge, anchoring
         first = RLSEdit(base, values=values, ridge=ridge, anchoring=anchoring, anchors=anchors, **common)
         self._first = [first]  # in a list: its model is this one's, not a part of its own
@@ -98,12 +90,12 @@ class RLSRepair(Repair):
 
     def write(self, batch: EditBatch) -> list[EditReport]:
         """What is new goes into the matrix, what has failed before into shards."""
-        new = [edit for edit in batch.edits if not self._attempts([edit])]
+        new = [edit for edit in batch.edits if not self.attempts([edit])]
         reports: list[EditReport] = []
         if new:
             with self._holding_shards():
                 reports += self.first.write(EditBatch(tuple(new)))
-        again = [edit for edit in batch.edits if self._attempts([edit])]
+        again = [edit for edit in batch.edits if self.attempts([edit])]
         if again:
             reports += super().write(EditBatch(tuple(again)))
         of = {report.id: report for report in reports}

@@ -39,7 +39,6 @@ Mode = Literal["retrieve", "merge"]
 ROUTING = Routing(router="activation", pool="mean", act_ratio=0.88, weight=1.0, margins=(0.25, 1.0, 0.5))
 """How memories are found, by default."""
 WRITING = Writing(
-    form="dense",
     optimizer="sgd",
     relative=False,
     lr=1.0,
@@ -71,7 +70,7 @@ class WISE(Repair):
     Args:
         base: folder or hub name of a Hugging Face causal LM.
         routing: how prompts find their memory.
-        writing: how a batch is written; always `dense`.
+        writing: how a batch is written.
         distillation: REPAIR's, off.
         seed: of masks and samples; on the command line 0 follows `seed_everything`.
         mode: `retrieve` or `merge`.
@@ -102,8 +101,6 @@ class WISE(Repair):
 
     def _check(self) -> None:
         super()._check()
-        if self.writing.form != "dense":
-            raise ConfigError(f"writing.form must be dense for side memories with masks, got {self.writing.form}")
         for name in ("lr", "stop_margin"):
             if getattr(self.writing, name) == AUTO:
                 raise ConfigError(f"writing.{name} must be a number, got '{AUTO}': repair can find it, wise cannot")
@@ -118,7 +115,7 @@ class WISE(Repair):
         """The memory that is being filled; another one is opened when it has no room."""
         load = self.ledger.sizes()
         latest = [shard for shard in self.memory.ids if shard not in self.merged][-1:]
-        room = [s for s in latest if load.get(s, 0) + len(batch.edits) <= self.writing.capacity_of_a_shard]
+        room = [s for s in latest if load.get(s, 0) + len(batch.edits) <= self.writing.capacity]
         if room:
             return room[0]
         shard = self.memory.open_shard()
@@ -132,7 +129,7 @@ class WISE(Repair):
             self.merge([*(shard for shard in self.merged if shard in self.memory.ids), *full])
         super().finish_window()
 
-    def written_together(self, edits: Sequence[Edit], dense: bool) -> int:
+    def written_together(self, edits: Sequence[Edit]) -> int:
         """One: a memory that is rebuilt after an undo is filled as it was, edit by edit in their order."""
         return 1
 
@@ -140,7 +137,7 @@ class WISE(Repair):
         """The memories that take no more edits, without merged ones: all but the last, and that one if it is full."""
         load = self.ledger.sizes()
         open_ones = [shard for shard in self.memory.ids if shard not in self.merged and load.get(shard, 0)]
-        return [s for s in open_ones if s != open_ones[-1] or load[s] >= self.writing.capacity_of_a_shard]
+        return [s for s in open_ones if s != open_ones[-1] or load[s] >= self.writing.capacity]
 
     def merge(self, shards: Sequence[int]) -> int:
         """Fuse side memories into one, which owns their edits; returns its id."""

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 FOLDED = "base.value_weight."
 """What the names of the base's W_v begin with where they were written into; the layer's number follows."""
 OWN, ROUTER = "own.", "router."

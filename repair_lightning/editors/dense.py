@@ -1,0 +1,131 @@
+"""The inner loop over one dense shard: the edit loss, intra-batch distillation (Eq. 4) and the routing loss (Eq. 6, 7).
+
+Shapes: M target tokens, n batch members, D = d_model, F = d_ffn, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from repair_lightning.editors.inner_loop import OpenCoordinates, TargetRows, TargetTail
+from repair_lightning.functional import (
+    activation_scores,
+    kd_loss,
+    routing_margin_loss,
+    soft_kd_loss,
+    target_cross_entropy,
+    target_margin,
+)
+from repair_lightning.memory.side_memory import Shard
+
+if TYPE_CHECKING:
+    from repair_lightning.editors.repair import Repair
+
+CHECK_EVERY = 10
+"""Steps between looks at the margin."""
+
+
+class DenseWriter:
+    """Trains a batch into a dense shard.
+
+    Args:
+        editor: whose options, base and optimiser are used.
+    """
+
+    def __init__(self, editor: Repair) -> None:
+        self.editor, self.team = editor, editor.team
+        self.distillation, self.routing = editor.distillation, editor.routing
+
+    def train(self, shard: int, module: Shard, rows: TargetRows, budget: int) -> tuple[int, list[float], list[float]]:
+        """The inner loop; returns the steps taken and each member's last edit loss and distillation loss."""
+        mine, part = self._own_rows(rows)  # of all rows, where they are not dealt out, mine is None
+        tail = TargetTail(self.editor.edited.split, part, self.editor.tail)
+        trained = OpenCoordinates(module)
+        irrelevant = self._irrelevant(budget)
+        rate = self.editor.writing.rate * self.editor.lr_unit
+        with (
+            self.editor.bound(trained.parameter, rate) as optimizer,
+            self.editor.cut(),
+            self.editor.edited.forced(shard),
+        ):
+            for step in range(budget + 1):  # the last round only looks at what the steps made
+                logits, features = tail(module.product)
+                losses = part.per_row(target_cross_entropy(logits[:, None], part.labels[:, None]))
+                kd, per_sample = self._distil(logits, features, part, mine)
+                if step == budget or self._written(step, logits, part.labels):
+                    break
+                total = losses.mean() if mine is None else losses.sum() / len(rows)
+                total = total + self.distillation.weight * kd
+                if self.routing.weight:
+                    share = 1 if mine is None else self.team.size
+                    total = total + self._routing_loss(module, rows, irrelevant[step]) / share
+                self.editor.backpropagate(total)
+                self.editor.share_gradient(module.delta, summed=mine is not None)
+                trained.step(optimizer)
+        lost = self._among_all(mine, part.per_member(losses.detach()))
+        apart = per_sample.detach() if self.distillation.weight else torch.zeros(rows.members)
+        return step, lost.tolist(), apart.tolist()
+
+    def _own_rows(self, rows: TargetRows) -> tuple[list[int] | None, TargetRows]:
+        """The members whose rows this rank trains on, and those rows; None and all where there are fewer than ranks."""
+        if not self.editor.splits_rows or rows.members < self.team.size:
+            return None, rows
+        mine = self.team.mine(rows.members)
+        rehearsed = [rows.members + i for i in self.team.mine(rows.owners - rows.members)]
+        return mine, rows.part([*mine, *rehearsed])
+
+    def _distil(
+        self, logits: Tensor, features: Tensor, rows: TargetRows, mine: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The distillation loss of a batch and each member's own (n,), from logits (M, V) and features (M, D).
+
+        Where the batch's rows are dealt out, `mine` are this rank's members: the others' take part as constants, and
+        the sum of all ranks' gradients is the gradient of the whole.
+        """
+        at = rows.firsts[: rows.members]
+        if not self.distillation.weight:
+            return features.new_zeros(()), features.new_zeros(len(at), dtype=torch.float32)
+        features = self._among_all(mine, features[at])
+        loss, per_sample = kd_loss(features, self.distillation.cosine, self.distillation.variance)
+        if self.distillation.temperature and len(features) > 1:
+            loss = loss + soft_kd_loss(self._among_all(mine, logits[at]), self.distillation.temperature)
+        return loss, per_sample
+
+    def _among_all(self, mine: Sequence[int] | None, own: Tensor) -> Tensor:
+        """The members' rows on all ranks, where they are dealt out; the gradient reaches this rank's `own` alone."""
+        if mine is None:
+            return own
+        (everyone,) = self.team.rows(mine, own.detach())
+        return everyone.index_copy(0, torch.tensor(mine, device=own.device), own)
+
+    def _irrelevant(self, steps: int) -> Tensor:
+        """Indices (steps, `routing.sample`) of the irrelevant prompts that each step's routing loss sees."""
+        if not self.routing.weight:
+            return torch.zeros(0, dtype=torch.long)
+        generator = torch.Generator().manual_seed(self.editor.seed * 1_000_003)
+        size = len(self.editor.background)
+        draws = [torch.randperm(size, generator=generator)[: self.routing.sample] for _ in range(steps)]
+        return torch.stack(draws).to(self.editor.device)
+
+    def _routing_loss(self, module: Shard, rows: TargetRows, sample: Tensor) -> Tensor:
+        known, unit = self.editor.background, self.editor.unit if self.routing.relative else 1.0
+        edit = self._score(rows.prompts.activations, rows.prompts.mask, module)
+        irrelevant = self._score(known.activations[sample], known.mask[sample], module)
+        # The scores, not the margins, are scaled: the loss stays near one.
+        return self.routing.weight * routing_margin_loss(edit / unit, irrelevant / unit, self.editor.margins)
+
+    def _score(self, activations: Tensor, mask: Tensor, module: Shard) -> Tensor:
+        return activation_scores(activations.float(), [module.delta], mask, self.routing.pool, check=False)[:, 0]
+
+    def _written(self, step: int, logits: Tensor, labels: Tensor) -> bool:
+        """Whether every target token, on every rank that trains the same shard, leads its best rival by the margin;
+        looked at every few steps."""
+        margin = self.editor.writing.margin
+        if margin is None or step % CHECK_EVERY:
+            return False
+        own = (target_margin(logits.detach()[:, None], labels[:, None]) >= margin).all()
+        return bool(self.editor.agreed(own))

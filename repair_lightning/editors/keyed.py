@@ -1,0 +1,151 @@
+"""Keyed: each edit in a low-rank shard of its own, found by the words and the meaning of what is asked.
+
+Ours, not the paper's: REPAIR's parts (dense shards of many edits, distillation, routing loss, merge) are not in it. What
+it owes to others: a memory of one entry per edit, consulted by key, is GRACE's (arXiv 2211.11031); shards of a value
+matrix beside a frozen base are WISE's (arXiv 2405.14768); the least change of the matrix that maps given keys to given
+values is ROME's (arXiv 2202.05262).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from repair_lightning.editors.base import register
+from repair_lightning.editors.inner_loop import TargetRows
+from repair_lightning.editors.low_rank import LowRankWriter, Outcome, held_outside
+from repair_lightning.editors.shards import ShardEditor, Steps
+from repair_lightning.errors import ConfigError
+from repair_lightning.memory.routers import Router, make_router
+from repair_lightning.memory.side_memory import SideMemory
+from repair_lightning.models.forms import Template
+from repair_lightning.types import BASE, Edit, EditBatch, EditReport
+
+
+@dataclass
+class LowRankWriting(Steps):
+    """How an edit is written; besides the inner steps:
+
+    Attributes:
+        hold: where shards are kept, on the base's `device` or on the `host`, in the CPU's memory: many edits of a large
+            base are more than a GPU holds.
+    """
+
+    hold: Literal["device", "host"] = "device"
+
+
+@register("keyed")
+class Keyed(ShardEditor):
+    """One low-rank shard per edit, behind the key router.
+
+    Args:
+        base: folder or hub name of a Hugging Face causal LM.
+        layer: the edited layer; None for the default of `resolve_layer`, `auto` to find it by probe edits.
+        precision: of the base.
+        trust_remote_code: let the base's repository run its own code.
+        cache_mib: memory for the prefix cache, in MiB; 0 goes without and runs the whole base again and again.
+        cache_disk_mib: scratch space on disk for what the prefix cache cannot hold in memory, in MiB.
+        relation_false_rate: share of other questions about a subject, from a bank of our own, that may pass for the one
+            that was edited.
+        writing: how an edit is written.
+        template: how the base is asked a text: `chat` through its chat template, `none` bare, `auto` through the
+            template where it has one.
+        seed: of samples; on the command line 0 follows `seed_everything`.
+    """
+
+    def __init__(
+        self,
+        base: str = "",
+        layer: int | str | None = None,
+        precision: str = "auto",
+        trust_remote_code: bool = False,
+        cache_mib: int = 2048,
+        cache_disk_mib: int = 8192,
+        relation_false_rate: float = 0.01,
+        writing: LowRankWriting = LowRankWriting(),  # noqa: B008 - jsonargparse reads the defaults here
+        seed: int = 0,
+        template: Template = "auto",
+    ) -> None:
+        super().__init__(base, layer, precision, trust_remote_code, cache_mib, cache_disk_mib, template, seed)
+        if not 0 < relation_false_rate < 1:
+            raise ConfigError(f"relation_false_rate must be in (0, 1), got {relation_false_rate}")
+        writing.check()
+        self.relation_false_rate = relation_false_rate
+        self.writing: LowRankWriting = writing
+
+    def build_memory(self, shape: tuple[int, int]) -> SideMemory:
+        """An empty bank."""
+        return SideMemory(shape, host=self.writing.hold == "host")
+
+    def build_router(self) -> Router:
+        """The key router."""
+        return make_router("key", relation_false_rate=self.relation_false_rate)
+
+    @property
+    def stepping(self) -> str:
+        """`writing.optimizer`, or what fits: a base with a chat template wants values that say little besides."""
+        several = self.edited.forms.marks is not None
+        return self.writing.optimizer or ("normalized" if several else "adam")
+
+    def write(self, batch: EditBatch) -> list[EditReport]:
+        """Train the edits side by side; each gets a new shard, unless what came of it is not finite."""
+        edits = batch.edits
+        rows = self._rows(edits)
+        budget = self.writing.steps * (1 + self.attempts(edits))
+        outcomes = self._asked_back(edits, LowRankWriter(self).train(rows, budget), budget)
+        reports = [self._report(id, outcome) for id, outcome in zip(batch.ids, outcomes, strict=True)]
+        stays = [i for i, report in enumerate(reports) if report.error is None]
+        self.enter(
+            [edits[i] for i in stays],
+            [reports[i].shard for i in stays],
+            rows.prompts.rows(torch.tensor(stays, dtype=torch.long)),
+        )
+        return reports
+
+    def _report(self, id: str, outcome: Outcome) -> EditReport:
+        if not (math.isfinite(outcome.loss) and math.isfinite(float(outcome.left.norm()))):
+            reason = f"the loss or the shard was not finite after {outcome.steps} steps: rolled back"
+            return EditReport(id, BASE, outcome.loss, 0.0, outcome.steps, error=reason)
+        return EditReport(id, self.memory.add(outcome.left, outcome.right), outcome.loss, 0.0, outcome.steps)
+
+    def rewrite(self, batch: EditBatch, shard: int) -> list[EditReport]:
+        """Write edits again, each into a new shard."""
+        return self.write(batch)
+
+    def written_together(self, edits: Sequence[Edit]) -> int:
+        """As many as in a batch."""
+        return self.batch_limit(edits)
+
+    def _rows(self, edits: Sequence[Edit], checked: bool = False) -> TargetRows:
+        """Rows of the edits in the forms that they are written in; `checked`: also in those they are asked back in."""
+        forms = self.edited.forms
+        more = [(i, row) for i, edit in enumerate(edits) for row in forms.variants(edit.prompt, edit.target)[1:]]
+        if checked:
+            more += [(i, row) for i, edit in enumerate(edits) for row in forms.checks(edit.prompt, edit.target)]
+        return self.rows(edits, more)
+
+    def _asked_back(self, edits: Sequence[Edit], outcomes: list[Outcome], budget: int) -> list[Outcome]:
+        """The outcomes where each edit is asked in forms that it was not written in; those that do not hold there are
+        written again with these forms among the others."""
+        forms = self.edited.forms
+        asked = [(i, row) for i, edit in enumerate(edits) for row in forms.checks(edit.prompt, edit.target)]
+        if not asked:
+            return outcomes
+        captures = self.edited.captures([row.ids for _, row in asked])
+        rows = TargetRows([row for _, row in asked], captures, [i for i, _ in asked], len(edits))
+        fails = [i for i, holds in enumerate(held_outside(self, outcomes, rows)) if not holds]
+        if not fails:
+            return outcomes
+        again = LowRankWriter(self).train(self._rows([edits[i] for i in fails], checked=True), budget)
+        renewed = dict(zip(fails, again, strict=True))
+        return [renewed.get(i, outcome) for i, outcome in enumerate(outcomes)]
+
+    def finish_window(self) -> None:
+        """Besides, an edit that was written again has left its old shard, which goes."""
+        owned = self.ledger.sizes()
+        self.memory.drop([shard for shard in self.memory.ids if shard not in owned])
+        super().finish_window()

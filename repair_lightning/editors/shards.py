@@ -1,0 +1,307 @@
+"""What the editors that train shards of a side memory share: the inner steps, registration with the router, undo."""
+
+from __future__ import annotations
+
+import json
+import logging
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from repair_lightning.editors.adapt import AUTO, Adapted, adapt
+from repair_lightning.editors.base import Editor, make_editor
+from repair_lightning.editors.inner_loop import Tail, TargetRows
+from repair_lightning.editors.normalized import NormalizedGradient
+from repair_lightning.errors import ConfigError, RepairError
+from repair_lightning.memory.query import Query
+from repair_lightning.memory.routers import Anchor
+from repair_lightning.models.forms import Template
+from repair_lightning.models.tokenizing import Encoded
+from repair_lightning.types import Edit, EditBatch
+
+log = logging.getLogger(__name__)
+
+OPTIMIZERS = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+    "normalized": NormalizedGradient,
+}
+Optimizer = Literal["adam", "adamw", "sgd", "normalized"]
+
+
+@dataclass
+class Steps:
+    """The inner steps of a write.
+
+    Attributes:
+        optimizer: `adam`, `adamw`, `sgd`, or `normalized` (each position's gradient at a fixed length); None takes what
+            the editor works best with.
+        lr: its learning rate, relative to the base: at 1, one Adam step may move each coordinate of the layer's output
+            by the root mean square of what enters the layer. `auto` finds it by probe edits.
+        steps: most steps per batch (n_iter); as many again for each earlier attempt of its hardest edit.
+        stop_margin: stop once every target token leads its best rival by this many nats; None takes all steps, `auto`
+            finds it by probe edits.
+        batch_tokens: most target tokens of a batch: long targets make smaller batches.
+    """
+
+    optimizer: Optimizer | None = None
+    lr: float | str = 1.0
+    steps: int = 150
+    stop_margin: float | str | None = 2.0
+    batch_tokens: int = 1024
+
+    @property
+    def rate(self) -> float:
+        """`lr`; while `auto` has not found it, the default."""
+        return 1.0 if isinstance(self.lr, str) else self.lr
+
+    @property
+    def margin(self) -> float | None:
+        """`stop_margin`; while `auto` has not found it, the default."""
+        return 2.0 if isinstance(self.stop_margin, str) else self.stop_margin
+
+    def check(self) -> None:
+        """Refuse what cannot be."""
+        for name in ("lr", "stop_margin"):
+            value = getattr(self, name)
+            if isinstance(value, str) and value != AUTO:
+                raise ConfigError(f"writing.{name} must be a number or 'auto', got '{value}'")
+        if self.steps < 1:
+            raise ConfigError(f"writing.steps must be at least 1, got {self.steps}")
+        if not self.rate > 0:
+            raise ConfigError(f"writing.lr must be positive, got {self.lr}")
+
+
+class ShardEditor(Editor):
+    """An editor whose edits live in shards of the side memory, found by a router.
+
+    Args:
+        writing: the inner steps.
+        seed: of masks and samples.
+        common: what every editor takes, see `Editor`.
+    """
+
+    can_prune = True
+    can_adapt = True
+    can_undo = True
+    can_share = True
+
+    writing: Steps
+
+    def __init__(
+        self,
+        base: str = "",
+        layer: int | str | None = None,
+        precision: str = "auto",
+        trust_remote_code: bool = False,
+        cache_mib: int = 2048,
+        cache_disk_mib: int = 8192,
+        template: Template = "auto",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(base, layer, precision, trust_remote_code, cache_mib, cache_disk_mib, template)
+        self.seed = seed
+        self.lr_unit = self.value_rate = 1.0
+        self.tail: Tail = "model"
+
+    # -- settings -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def trial(self, layer: int) -> Iterator[ShardEditor]:
+        """Another editor of the same base, with a ledger, a memory and a router of its own; afterwards it is gone."""
+        assert self.base is not None
+        other: Any = make_editor(self.editor_name, self.options() | {"base": "", "layer": layer})  # type: ignore[attr-defined]
+        other.writing = replace(self.writing, lr=self.writing.rate, stop_margin=self.writing.margin)
+        other.build(self.base, layer)
+        try:
+            yield other
+        finally:
+            other.edited.release()
+
+    def adopt(self, found: Adapted) -> None:
+        """Besides the layer, take over the learning rate and the margin."""
+        super().adopt(found)
+        self.writing = replace(self.writing, lr=found.lr, stop_margin=found.stop_margin)
+
+    @property
+    def stepping(self) -> str:
+        """The optimiser's name."""
+        return self.writing.optimizer or "adam"
+
+    def build_optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimiser that `writing` names."""
+        return OPTIMIZERS[self.stepping](parameters, lr=self.writing.rate * self.lr_unit)
+
+    def prepare(self, background: Sequence[str], held_out: Sequence[str]) -> None:
+        """Besides the router's part, find what is left to `auto`, and measure the base."""
+        if AUTO in (self.layer_option, self.writing.lr, self.writing.stop_margin):
+            self.adopt(self._adapted(background, held_out))
+            log.info("%s", self.adapted)
+        super().prepare(background, held_out)
+        self.tail = "model"
+        if self.cache_mib:
+            self.tail = "positions" if self.edited.split.adds_up() else "rows"
+        prompts = self.background.at_last()
+        size = prompts.hidden.float().square().mean(-1).sqrt()
+        reach = prompts.activations.float().abs().sum(-1)
+        self.lr_unit = float((size / reach.clamp_min(1e-12)).mean())
+        self.value_rate = self.writing.rate * float(size.mean())
+
+    def _adapted(self, background: Sequence[str], held_out: Sequence[str]) -> Adapted:
+        """What the first rank finds for the options that are `auto`."""
+        if not self.team.deals:
+            raise ConfigError("'auto' needs the whole base on one rank; give layer, writing.lr and writing.stop_margin")
+        found = [json.dumps(adapt(self, background, held_out).as_dict())] if self.team.rank == 0 else []
+        return Adapted.from_dict(json.loads(self.team.first(found)[0]))
+
+    # -- inner steps --------------------------------------------------------------------------------------------------
+
+    def rows(
+        self, edits: Sequence[Edit], more: Sequence[tuple[int, Encoded]], rehearsed: Sequence[Edit] = ()
+    ) -> TargetRows:
+        """The training rows of a batch: the edits' own, then `more` as (member, row), then rehearsed edits."""
+        plain = [self.encode(edit) for edit in edits]
+        encoded = [*plain, *(row for _, row in more), *map(self.encode, rehearsed)]
+        owners = [*range(len(edits)), *(i for i, _ in more), *range(len(edits), len(edits) + len(rehearsed))]
+        captures = self.edited.captures([row.ids for row in encoded])
+        texts = [self.edited.forms.asked(edit.prompt) for edit in edits]
+        prompts = self.edited.query_of(texts, [row.prompt for row in plain], captures[: len(plain)])
+        return TargetRows(encoded, captures, owners, len(edits), prompts)
+
+    @property
+    def in_step(self) -> bool:
+        """Whether the ranks train the same shard at the same time."""
+        return self.team.size > 1 and not self.team.deals
+
+    def agreed(self, yes: Tensor) -> Tensor:
+        """What every rank says that trains the same shard; elementwise."""
+        return self.team.total((~yes).float()) == 0 if self.in_step else yes
+
+    def share_gradient(self, parameter: torch.nn.Parameter, summed: bool = False) -> None:
+        """The sum of the ranks' gradients where each has seen some rows; their mean where each has seen all."""
+        if not self.in_step:
+            return
+        assert parameter.grad is not None
+        total = self.team.total(parameter.grad)
+        parameter.grad = total if summed else total / self.team.size
+
+    def cut(self) -> AbstractContextManager[None]:
+        """What the steps need not run is out of the way."""
+        return nullcontext() if self.tail == "model" else self.edited.split.skipping(whole=self.tail == "positions")
+
+    def backpropagate(self, loss: Tensor) -> None:
+        """Backward, through the trainer where there is one."""
+        if self._trainer is None:
+            loss.backward()
+        else:
+            self.manual_backward(loss)
+
+    @contextmanager
+    def bound(self, parameter: torch.nn.Parameter, rate: float) -> Iterator[Any]:
+        """The trainer's optimiser, bound to a parameter with a fresh state; a plain one where there is no trainer."""
+        if self._trainer is None:
+            with torch.enable_grad():
+                plain = self.build_optimizer([parameter])
+                plain.param_groups[0]["lr"] = rate
+                yield plain
+            return
+        optimizer: Any = self.optimizers()
+        raw = optimizer.optimizer
+        placeholder = raw.param_groups[0]["params"]
+        raw.param_groups[0]["params"] = [parameter]
+        raw.param_groups[0]["lr"] = rate  # its unit was measured after the optimiser was made
+        raw.state.clear()
+        try:
+            with torch.enable_grad():
+                yield optimizer
+        finally:
+            raw.param_groups[0]["params"] = placeholder
+            raw.state.clear()
+
+    def attempts(self, edits: Sequence[Edit]) -> int:
+        """How often the hardest of some edits was written before."""
+        return max((self.ledger.entry(edit.id).attempts for edit in edits if edit.id in self.ledger), default=0)
+
+    def batch_limit(self, edits: Sequence[Edit]) -> int:
+        """How many such edits are written together: fewer where targets are long."""
+        tokens = [len(self.encode(edit).target) for edit in edits]
+        return max(1, int(self.writing.batch_tokens / max(sum(tokens) / max(len(tokens), 1), 1)))
+
+    # -- routing ------------------------------------------------------------------------------------------------------
+
+    def enter(self, edits: Sequence[Edit], shards: Sequence[int], prompts: Query) -> None:
+        """Tell the router which shard answers which edit."""
+        if not edits:
+            return
+        anchors = [Anchor(edit.subject or "", self.edited.forms.asked(edit.prompt)) for edit in edits]
+        described = self.router.describe(anchors, prompts, shards)
+        take = self.router.insert if self.written is None else self.written.describe
+        take([edit.id for edit in edits], described)
+
+    def finish_window(self) -> None:
+        """Calibrate the router on what the shards own and on held-out irrelevant prompts."""
+        owned = {}
+        if self.router.needs_owned:
+            for shard in self.memory.ids:
+                edits = [self.ledger.edit(id) for id in self.ledger.owned_by(shard)]
+                if edits:
+                    owned[shard] = self._shared_query_of(edits)
+        self.router.calibrate(self.memory, owned, self.held_out)
+
+    def _shared_query_of(self, edits: Sequence[Edit]) -> Query:
+        return self.edited.shared_query(len(edits), lambda index: self.query_of([edits[i] for i in index]))
+
+    # -- commands of the closed loop ----------------------------------------------------------------------------------
+
+    def forget(self, ids: Iterable[str]) -> None:
+        """The router drops the edits; their prompts are the base's again where routing is by key."""
+        self.router.forget(list(ids))
+
+    def prune(self, shard: int) -> None:
+        """Empty a shard; none of its edits is routed to it."""
+        self.forget(self.ledger.owned_by(shard))
+        self.memory.prune(shard)
+
+    def undo(self, ids: Sequence[str]) -> list[str]:
+        """Take edits back; a shard that others share is rebuilt for those."""
+        shards = dict.fromkeys(shard for id in ids if (shard := self.ledger.owner_of(id)) is not None)
+        self.ledger.undo(ids, "taken back on request")
+        self.forget(ids)
+        again: list[str] = []
+        for shard in shards:
+            rest = self.ledger.owned_by(shard)
+            self.prune(shard)
+            self.ledger.requeue(rest, f"shard {shard} is rebuilt without {', '.join(ids[:3])}")
+            self._rebuild(shard, [self.ledger.edit(id) for id in rest])
+            again += rest
+        self.finish_window()
+        return again
+
+    def _rebuild(self, shard: int, edits: Sequence[Edit]) -> None:
+        """Write the edits of an emptied shard again, all of them or none."""
+        size = self.written_together(edits)
+        groups = [tuple(edits[at : at + size]) for at in range(0, len(edits), size)]
+        while groups:
+            batch = EditBatch(groups.pop(0))
+            reports = self.rewrite(batch, shard)
+            self.ledger.written(reports)
+            left = {report.id: report.error for report in reports if report.residual or report.error}
+            if left and len(batch.edits) == 1:
+                raise RepairError(
+                    f"edit {batch.ids[0]!r} cannot be written again ({left[batch.ids[0]]}): nothing is undone"
+                )
+            groups += [(edit,) for edit in batch.edits if edit.id in left]
+
+    @abstractmethod
+    def written_together(self, edits: Sequence[Edit]) -> int:
+        """How many edits of a shard that is rebuilt are written at once."""
+
+    @abstractmethod
+    def rewrite(self, batch: EditBatch, shard: int) -> list[Any]:
+        """Write edits of an emptied shard again; one report per edit."""
