@@ -9,93 +9,94 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
+from datetime import timedelta
 from typing import Any
 
-import lightning.pytorch as pl
-from lightning.fabric.utilities.distributed import _distributed_is_initialized
+import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch import nn
 
 from repair_lightning.errors import ConfigError
+from repair_lightning.training.ranks import explained, follow_agent, not_met, plain_signals, start_ranks
 from repair_lightning.training.team import ALONE, Team
-from repair_lightning.training.watch import Meeting, Watch
-
-
-class EarlyLauncher(_SubprocessScriptLauncher):
-    """Starts the other ranks when it is told to, before the trainer fits: they load while this one does."""
-
-    def start(self) -> None:
-        """Start this host's other ranks, unless something else does."""
-        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
-        if not self.cluster_environment.creates_processes_externally and not self.procs:
-            self._call_children_scripts()
-
-    def launch(self, function: Any, *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
-        """Call the function, with all ranks there."""
-        self.start()
-        return function(*args, **kwargs)
-
-    def end(self) -> None:
-        """End the ranks that this one has started."""
-        for child in self.procs:
-            if child.poll() is None:
-                child.terminate()
-        for child in self.procs:
-            try:
-                child.wait(timeout=1)  # in a collective it does not hear
-            except subprocess.TimeoutExpired:
-                child.kill()
 
 
 class EditStrategy(DDPStrategy):
-    """What the strategies have in common: a process group, a watch over the ranks, and the module as it is.
+    """What the strategies have in common: a process group, and the module as it is.
 
     Args:
-        lost_after: seconds without a sign of life before a rank counts as lost and the run is ended.
+        lost_after: seconds that a rank waits for the others before one counts as lost and the run is ended. One that
+            ends is noticed at once; this is for one that stands still, and longer than the first may work alone.
         meet_within: seconds that the ranks have to meet at the start.
-        options: of Lightning's DDPStrategy, as `timeout` and `process_group_backend`.
+        process_group_backend: by default `nccl` on GPUs and `gloo` elsewhere.
     """
 
     deals = True
     rows_of_batches = False
     shards_base = False
 
-    def __init__(self, lost_after: float = 60.0, meet_within: float = 600.0, **options: Any) -> None:
+    def __init__(
+        self, lost_after: float = 1800.0, meet_within: float = 600.0, process_group_backend: str | None = None
+    ) -> None:
         for name, seconds in (("lost_after", lost_after), ("meet_within", meet_within)):
             if seconds <= 0:
                 raise ConfigError(f"strategy {name} must be above 0 seconds, got {seconds}")
-        super().__init__(**options)
+        super().__init__(process_group_backend=process_group_backend)
         self.lost_after, self.meet_within = lost_after, meet_within
         self.team = ALONE
-        self.watch: Watch | None = None
         self._sigterm: Any = None
 
     def join(self) -> Team:
-        """Start the other ranks where nothing else has, and meet them; does nothing the second time."""
+        """Meet the other ranks; does nothing the second time.
+
+        Where nobody has started this machine's ranks, this process starts them, and ends when they have.
+
+        Raises:
+            LostError: not all ranks have come.
+            SystemExit: this process has started the ranks, and they have ended.
+        """
         if self.team.size > 1 or self.world_size == 1:
             return self.team
-        assert isinstance(self._launcher, EarlyLauncher)
+        there = self.cluster_environment
+        assert there is not None
+        there.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        address = there.main_address, there.main_port
+        if not there.creates_processes_externally:
+            given = self.num_processes, self.num_nodes, there.node_rank(), "{}:{}".format(*address), self.meet_within
+            raise SystemExit(start_ranks(*given))
+        follow_agent()
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = map(str, address)
         self._sigterm = signal.getsignal(signal.SIGTERM)
-        self._launcher.start()
-        started = self._launcher.procs
-        with Meeting(self.global_rank, self.world_size, started, self.meet_within, self.local_rank == 0):
-            self.accelerator.setup_device(self.root_device)  # type: ignore[union-attr]
+        self.accelerator.setup_device(self.root_device)  # type: ignore[union-attr]
+        with plain_signals():
             self.setup_distributed()
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self.watch = Watch(self.global_rank, self.world_size, address, self.lost_after, started)
-        self.watch.start()
         self.team = Team(self.global_rank, self.world_size, self.root_device, self.deals, self.rows_of_batches)
         return self.team
 
-    def leave(self, reason: str = "") -> None:
-        """No longer be waited for; with a reason where something went wrong, and then the started ranks end too."""
-        if self.watch is not None:
-            self.watch.stop(reason)
-            self.watch = None
-        if reason and isinstance(self._launcher, EarlyLauncher):
-            self._launcher.end()
+    def setup_distributed(self) -> None:
+        """Lightning's, once, with one patience for meeting and another one afterwards."""
+        if dist.is_initialized():
+            return
+        self.set_world_ranks()
+        on_gpu = self.root_device.type == "cuda"
+        patience = timedelta(seconds=self.meet_within)
+        try:
+            store, rank, size = next(dist.rendezvous("env://", self.global_rank, self.world_size, timeout=patience))
+            dist.init_process_group(
+                self.process_group_backend or ("nccl" if on_gpu else "gloo"),
+                timeout=timedelta(seconds=self.lost_after),
+                store=store,
+                rank=rank,
+                world_size=size,
+                device_id=self.root_device if on_gpu else None,
+            )
+        except RuntimeError as error:
+            raise not_met(self.world_size, self.meet_within) from error
+        super().setup_distributed()
+
+    def explained(self, error: Exception) -> Exception:
+        """What to raise for an error on this rank, see :func:`explained`."""
+        return explained(error, self.global_rank) if self.team.size > 1 else error
 
     def setup_environment(self) -> None:
         """Lightning's, and meet the other ranks where that has not happened yet."""
@@ -109,11 +110,6 @@ class EditStrategy(DDPStrategy):
         if self._sigterm is not None:
             signal.signal(signal.SIGTERM, self._sigterm)
 
-    def setup_distributed(self) -> None:
-        """Lightning's, once."""
-        if not _distributed_is_initialized():
-            super().setup_distributed()
-
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Lightning's sampler passes everything on: each rank's loader holds that rank's own batches already."""
@@ -121,10 +117,6 @@ class EditStrategy(DDPStrategy):
 
     def configure_ddp(self) -> None:
         """Nothing is wrapped: the shards' gradients are the editor's own business."""
-
-    def _configure_launcher(self) -> None:
-        assert self.cluster_environment is not None
-        self._launcher = EarlyLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 
 
 class ShardParallelStrategy(EditStrategy):
