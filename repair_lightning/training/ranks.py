@@ -58,7 +58,7 @@ def start_ranks(number: int, nodes: int, node: int, address: str, patience: floa
         max_restarts=0,
     )
     os.environ[AGENT] = str(os.getpid())
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it would say is said below
+    logging.disable(logging.CRITICAL)  # what the agent would say is said below
     try:
         with plain_signals():
             elastic_launch(config, sys.executable)(*_command())
@@ -97,19 +97,18 @@ def plain_signals() -> Iterator[None]:
 
 def is_started_by_us() -> bool:
     """Whether this process is a rank that :func:`start_ranks` has started: that process says why all have ended."""
-    return AGENT in os.environ
+    return os.environ.get(AGENT) == str(os.getppid())
 
 
 def follow_agent() -> None:
     """End this process where the one that has started it ends: killed outright, it cannot take its ranks along."""
-    agent = int(os.environ.get(AGENT, "0"))
 
     def run() -> None:
-        while os.getppid() == agent:
+        while is_started_by_us():
             time.sleep(1)
         os._exit(LostError.exit_code)
 
-    if agent:
+    if AGENT in os.environ:
         threading.Thread(target=run, daemon=True, name="follow-agent").start()
 
 

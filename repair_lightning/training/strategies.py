@@ -7,7 +7,6 @@ they share. `model_parallel` lays the base's weights out over the ranks (FSDP2),
 
 from __future__ import annotations
 
-import os
 import signal
 from datetime import timedelta
 from typing import Any
@@ -27,13 +26,12 @@ class EditStrategy(DDPStrategy):
     Args:
         lost_after: seconds that a rank waits for the others before one counts as lost and the run is ended. One that
             ends is noticed at once; this is for one that stands still, and longer than the first may work alone.
-        meet_within: seconds that the ranks have to meet at the start.
+        meet_within: seconds to wait for the other machines, where this process is to start its machine's ranks.
         process_group_backend: by default `nccl` on GPUs and `gloo` elsewhere.
     """
 
     deals = True
     rows_of_batches = False
-    shards_base = False
 
     def __init__(
         self, lost_after: float = 1800.0, meet_within: float = 600.0, process_group_backend: str | None = None
@@ -41,7 +39,7 @@ class EditStrategy(DDPStrategy):
         for name, seconds in (("lost_after", lost_after), ("meet_within", meet_within)):
             if seconds <= 0:
                 raise ConfigError(f"strategy {name} must be above 0 seconds, got {seconds}")
-        super().__init__(process_group_backend=process_group_backend)
+        super().__init__(timeout=timedelta(seconds=lost_after), process_group_backend=process_group_backend)
         self.lost_after, self.meet_within = lost_after, meet_within
         self.team = ALONE
         self._sigterm: Any = None
@@ -59,40 +57,26 @@ class EditStrategy(DDPStrategy):
             return self.team
         there = self.cluster_environment
         assert there is not None
-        there.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
-        address = there.main_address, there.main_port
         if not there.creates_processes_externally:
-            given = self.num_processes, self.num_nodes, there.node_rank(), "{}:{}".format(*address), self.meet_within
-            raise SystemExit(start_ranks(*given))
+            address = f"{there.main_address}:{there.main_port}"
+            raise SystemExit(
+                start_ranks(self.num_processes, self.num_nodes, there.node_rank(), address, self.meet_within)
+            )
         follow_agent()
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = map(str, address)
         self._sigterm = signal.getsignal(signal.SIGTERM)
         self.accelerator.setup_device(self.root_device)  # type: ignore[union-attr]
-        with plain_signals():
-            self.setup_distributed()
+        try:
+            with plain_signals():
+                self.setup_distributed()
+        except RuntimeError as error:
+            raise not_met(self.world_size, self.lost_after) from error
         self.team = Team(self.global_rank, self.world_size, self.root_device, self.deals, self.rows_of_batches)
         return self.team
 
     def setup_distributed(self) -> None:
-        """Lightning's, once, with one patience for meeting and another one afterwards."""
-        if dist.is_initialized():
-            return
-        self.set_world_ranks()
-        on_gpu = self.root_device.type == "cuda"
-        patience = timedelta(seconds=self.meet_within)
-        try:
-            store, rank, size = next(dist.rendezvous("env://", self.global_rank, self.world_size, timeout=patience))
-            dist.init_process_group(
-                self.process_group_backend or ("nccl" if on_gpu else "gloo"),
-                timeout=timedelta(seconds=self.lost_after),
-                store=store,
-                rank=rank,
-                world_size=size,
-                device_id=self.root_device if on_gpu else None,
-            )
-        except RuntimeError as error:
-            raise not_met(self.world_size, self.meet_within) from error
-        super().setup_distributed()
+        """Lightning's, once."""
+        if not dist.is_initialized():
+            super().setup_distributed()
 
     def explained(self, error: Exception) -> Exception:
         """What to raise for an error on this rank, see :func:`explained`."""
@@ -141,7 +125,6 @@ class ShardedBaseStrategy(EditStrategy):
     """
 
     deals = False
-    shards_base = True
 
     def model_to_device(self) -> None:
         """Lay out the base's layers before anything is moved as a whole."""
