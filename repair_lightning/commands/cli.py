@@ -37,7 +37,7 @@ from repair_lightning.packs.pack import JOURNAL_FILE, PackContent, bytes_left, r
 from repair_lightning.reports.html_report import try_report
 from repair_lightning.reports.report import print_report, verdict
 from repair_lightning.storage.files import write_json, write_rows
-from repair_lightning.training.ranks import is_started_by_us
+from repair_lightning.training.ranks import explained, is_started_by_us
 from repair_lightning.training.strategies import STRATEGIES, EditStrategy
 from repair_lightning.training.team import ALONE, LeftOutError
 
@@ -219,8 +219,7 @@ class EditCLI(LightningCLI):
         is said once, and all end.
         """
         strategy = self.trainer.strategy
-        self.strategy = strategy if isinstance(strategy, EditStrategy) else None
-        self.team = self.strategy.join() if self.strategy else ALONE
+        self.team = strategy.join() if isinstance(strategy, EditStrategy) else ALONE
         if self.team.rank:
             _hush()
         with self._among_ranks():
@@ -272,13 +271,10 @@ class EditCLI(LightningCLI):
     @contextmanager
     def _among_ranks(self) -> Iterator[None]:
         """Inside, an error that comes of another rank's end says so."""
-        if self.strategy is None:
-            yield
-            return
         try:
             yield
         except Exception as error:
-            known = self.strategy.explained(error)
+            known = explained(error, self.team.rank) if self.team.size > 1 else error
             if known is error:
                 raise
             raise known from error

@@ -68,7 +68,7 @@ def start_ranks(number: int, nodes: int, node: int, address: str, patience: floa
         signal.raise_signal(stopped.sigval)
         raise
     except RuntimeError as error:
-        raise not_met(number * nodes, patience) from error
+        raise not_met(number * nodes, patience, error) from error
     return 0
 
 
@@ -112,21 +112,24 @@ def follow_agent() -> None:
         threading.Thread(target=run, daemon=True, name="follow-agent").start()
 
 
-def not_met(size: int, patience: float) -> LostError:
-    """What to say where ranks have not come."""
-    return LostError(
-        f"not all of {size} ranks have come within {patience:.0f} s; start as many as devices x num_nodes says"
-    )
+def not_met(size: int, patience: float, error: RuntimeError) -> LostError:
+    """What to say where the ranks have not met."""
+    words = f"not all of {size} ranks have come within {patience:.0f} s; start as many as devices x num_nodes says"
+    return LostError(f"{words} (torch: {_words_of(error)})")
+
+
+def _words_of(error: Exception) -> str:
+    """What torch says, without the place in its sources."""
+    return str(error).splitlines()[0].rpartition("] ")[2]
 
 
 def explained(error: Exception, rank: int) -> Exception:
     """What a rank raises for an error, after a time in which another one, which may know more, is heard first."""
-    lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    lost = isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error))
     if lost or rank:
         time.sleep(GRACE + min(rank, 20) / 2)
     if lost:
-        words = str(error).splitlines()[0].rpartition("] ")[2]
-        return LostError(f"rank {rank} does not hear the others any more ({words}): one is lost; {REMEDY}")
+        return LostError(f"rank {rank} does not hear the others any more ({_words_of(error)}): one is lost; {REMEDY}")
     if rank and isinstance(error, RepairError) and not isinstance(error, RankError):
         return RankError(f"rank {rank}: {error}")
     return error

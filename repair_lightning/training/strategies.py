@@ -13,10 +13,11 @@ from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
-from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from repair_lightning.errors import ConfigError
-from repair_lightning.training.ranks import explained, follow_agent, not_met, plain_signals, start_ranks
+from repair_lightning.training.ranks import follow_agent, not_met, plain_signals, start_ranks
 from repair_lightning.training.team import ALONE, Team
 
 
@@ -69,7 +70,7 @@ class EditStrategy(DDPStrategy):
             with plain_signals():
                 self.setup_distributed()
         except RuntimeError as error:
-            raise not_met(self.world_size, self.lost_after) from error
+            raise not_met(self.world_size, self.lost_after, error) from error
         self.team = Team(self.global_rank, self.world_size, self.root_device, self.deals, self.rows_of_batches)
         return self.team
 
@@ -77,10 +78,6 @@ class EditStrategy(DDPStrategy):
         """Lightning's, once."""
         if not dist.is_initialized():
             super().setup_distributed()
-
-    def explained(self, error: Exception) -> Exception:
-        """What to raise for an error on this rank, see :func:`explained`."""
-        return explained(error, self.global_rank) if self.team.size > 1 else error
 
     def setup_environment(self) -> None:
         """Lightning's, and meet the other ranks where that has not happened yet."""
@@ -135,19 +132,11 @@ class ShardedBaseStrategy(EditStrategy):
                 "into them; give another strategy"
             )
         if self.world_size > 1:
-            shard_layers(editor.edited.split.layers, editor.layer, self.root_device.type, self.world_size)
+            mesh = init_device_mesh(self.root_device.type, (self.world_size,))
+            for i, layer in enumerate(editor.edited.split.layers):
+                if i != editor.layer:
+                    fully_shard(layer, mesh=mesh)
         super().model_to_device()
-
-
-def shard_layers(layers: nn.ModuleList, edited: int, device_type: str, size: int) -> None:
-    """Lay the parameters of each layer but the edited one out over all ranks."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh(device_type, (size,))
-    for i, layer in enumerate(layers):
-        if i != edited:
-            fully_shard(layer, mesh=mesh)
 
 
 STRATEGIES: dict[str, type[EditStrategy]] = {
