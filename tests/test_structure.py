@@ -14,9 +14,10 @@ SOURCES = sorted([*LIBRARY.rglob("*.py"), *(REPOSITORY / "callbacks").glob("*.py
 
 ORDER = (
     ("types", "errors", "functional", "world"),
-    ("storage", "texts", "training"),
+    ("storage", "texts"),
     ("memory",),
     ("models",),
+    ("training",),
     ("edits",),
     ("editors",),
     ("scoring",),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
@@ -38,8 +37,9 @@ from repair_lightning.packs.pack import JOURNAL_FILE, PackContent, bytes_left, r
 from repair_lightning.reports.html_report import try_report
 from repair_lightning.reports.report import print_report, verdict
 from repair_lightning.storage.files import write_json, write_rows
+from repair_lightning.training.ranks import explained, is_started_by_us
 from repair_lightning.training.strategies import STRATEGIES, EditStrategy
-from repair_lightning.training.team import ALONE
+from repair_lightning.training.team import ALONE, LeftOutError
 
 log = logging.getLogger(__name__)
 
@@ -219,8 +219,7 @@ class EditCLI(LightningCLI):
         is said once, and all end.
         """
         strategy = self.trainer.strategy
-        self.strategy = strategy if isinstance(strategy, EditStrategy) else None
-        self.team = self.strategy.join() if self.strategy else ALONE
+        self.team = strategy.join() if isinstance(strategy, EditStrategy) else ALONE
         if self.team.rank:
             _hush()
         with self._among_ranks():
@@ -235,11 +234,10 @@ class EditCLI(LightningCLI):
             together(lambda: self.run.open(self.settings(), self.config.resume, self.config.overwrite))
         else:
             together(lambda: None)
-        (known,) = self.team.first([json.dumps(self.run.resumes)] if first else [])
-        earlier = together(lambda: self._load_base(resumes=json.loads(known)))
+        resumes = self.team.first(self.run.resumes if first else False)
+        earlier = together(lambda: self._load_base(resumes))
         together(self.run.begin if first else lambda: None)
-        (checkpoint,) = self.team.first([str(self.run.checkpoint or "")] if first else [])
-        self.run.checkpoint = Path(checkpoint) if checkpoint else None
+        self.run.checkpoint = self.team.first(self.run.checkpoint if first else None)
         if earlier is not None:
             self.datamodule.inherit(earlier)
         if self.run.checkpoint is not None:
@@ -253,9 +251,9 @@ class EditCLI(LightningCLI):
         """The ledger of the run that is resumed. One rank reads the journal: SQLite's log is for one machine."""
         found = self.team.together(self.run.history if self.team.rank == 0 else Ledger)
         if self.team.size > 1:
-            (state,) = self.team.first([json.dumps(found.state_dict())])
+            state = self.team.first(found.state_dict())
             if self.team.rank:
-                found.load_state_dict(json.loads(state))
+                found.load_state_dict(state)
         return found
 
     def _read(self) -> None:
@@ -272,17 +270,14 @@ class EditCLI(LightningCLI):
 
     @contextmanager
     def _among_ranks(self) -> Iterator[None]:
-        """Inside, whatever goes wrong on this rank is told to the others; where another is lost, that is said."""
-        if self.strategy is None:
-            yield
-            return
+        """Inside, an error that comes of another rank's end says so."""
         try:
             yield
-        except BaseException as error:
-            if self.strategy.watch is not None and isinstance(error, (RuntimeError, OSError)):
-                self.strategy.watch.wait()  # a collective that fails may mean that another rank is lost
-            self.strategy.leave(str(error) or type(error).__name__)
-            raise
+        except Exception as error:
+            known = explained(error, self.team.rank) if self.team.size > 1 else error
+            if known is error:
+                raise
+            raise known from error
 
     def _keep_the_pack(self) -> None:
         """A run does not write where the pack lies that it starts from."""
@@ -308,9 +303,9 @@ class EditCLI(LightningCLI):
             logger.log_hyperparams(self.settings())
         with self._among_ranks():
             self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.run.checkpoint)
-        if self.strategy is not None:
-            self.strategy.barrier()
-            self.strategy.leave()
+        if self.team.size > 1:
+            self.trainer.strategy.barrier()
+            torch.distributed.destroy_process_group()  # the first rank goes on alone
 
     def settings(self) -> dict[str, Any]:
         """All that decides what the run computes; what it shows and where it runs is not among it."""
@@ -521,7 +516,8 @@ def guarded(main: Callable[[], Any], resumes: bool = False) -> None:
         main()
     except Stopped as stopped:
         remedy = f"; this goes on from the last full window: {again}" if resumes else ""
-        _end(f"stopped by {stopped}{remedy}", 128 + stopped.signum)
+        said_elsewhere = is_started_by_us() or bool(getattr(rank_zero_only, "rank", 0))
+        _end("" if said_elsewhere else f"stopped by {stopped}{remedy}", 128 + stopped.signum)
     except BrokenPipeError:  # who read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (RepairError, ValueError) as error:
@@ -530,18 +526,17 @@ def guarded(main: Callable[[], Any], resumes: bool = False) -> None:
         known = _cause(error)
         if known is None:
             raise
-        _end(f"error: {known}", known.exit_code)
+        _end("" if isinstance(known, LeftOutError) else f"error: {known}", known.exit_code)
 
 
 def _end(words: str, code: int) -> NoReturn:
-    """End the process; of several ranks the first says why, also what it has heard of the others. Before they have
-    met, the first of each machine does.
+    """End the process, with some words. Before the ranks have met, the first of each machine says them.
 
     A collective that was interrupted would hold the interpreter's own way out up, for ever where its peers are gone.
     """
     met = torch.distributed.is_available() and torch.distributed.is_initialized()
     on_machine = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
-    if not getattr(rank_zero_only, "rank", 0) or (not met and on_machine == "0"):
+    if words and (met or on_machine == "0"):
         print(words, file=sys.stderr)
     if met:
         sys.stdout.flush()

@@ -34,13 +34,13 @@ from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.models.architectures import architecture_of, resolve_layer, value_shape
 from repair_lightning.models.base import Base, load_base
 from repair_lightning.models.cache import kept_space
-from repair_lightning.models.edited import EditedModel
 from repair_lightning.models.forms import Template
 from repair_lightning.models.prefix_cache import PrefixCache
 from repair_lightning.models.sampling import greedy_rows, own_texts
 from repair_lightning.models.tokenizing import Encoded
 from repair_lightning.texts.dialogue import behind
 from repair_lightning.texts.relations import STEM, bank
+from repair_lightning.training.sharing import SharedModel
 from repair_lightning.training.team import ALONE, Team
 from repair_lightning.types import BASE, Edit, EditBatch, EditReport
 
@@ -175,7 +175,7 @@ class Editor(pl.LightningModule):
         memory.rows_apart = self.rows_apart
         if self.base is None:
             forms = base.forms(self.template)
-            self.edited = EditedModel(base.model, base.tokenizer, memory, self.build_router(), layer, forms)
+            self.edited = SharedModel(base.model, base.tokenizer, memory, self.build_router(), layer, forms)
             self.edited.target_of = self._target_of
             self._encode = lru_cache(1 << 16)(forms.encode)
         else:

@@ -65,24 +65,14 @@ class Written:
         self._exchange_reports(editor)
         self._exchange_shards(editor)
         self._exchange_entries(editor)
-        own = torch.tensor([len(self.reports), self._seconds, editor.memory.next_id], dtype=torch.float64)
-        found = [row.tolist() for (row,) in editor.team.gather(own)]
-        editor.memory.next_id = int(max(next_id for *_, next_id in found))
-        return [Pace(int(edits), seconds) for edits, seconds, _ in found]
+        found = editor.team.gather_objects((len(self.reports), self._seconds, editor.memory.next_id))
+        editor.memory.next_id = max(next_id for *_, next_id in found)
+        return [Pace(edits, seconds) for edits, seconds, _ in found]
 
     def _exchange_reports(self, editor: Editor) -> None:
-        numbers = [[r.shard, r.steps, int(r.residual), int(r.error is not None)] for r in self.reports]
-        losses = [[r.loss, r.kd] for r in self.reports]
-        whole = torch.tensor(numbers, dtype=torch.long).reshape(-1, 4)
-        found = editor.team.gather(whole, torch.tensor(losses, dtype=torch.float64).reshape(-1, 2))
-        texts = editor.team.all_texts([text for r in self.reports for text in (r.id, r.error or "")])
-        for rank, ((plain, floats), said) in enumerate(zip(found, texts, strict=True)):
+        for rank, reports in enumerate(editor.team.gather_objects(self.reports)):
             if rank != editor.team.rank:
-                rows = zip(said[::2], plain.tolist(), floats.tolist(), said[1::2], strict=True)
-                editor.ledger.written(
-                    EditReport(id, shard, loss, kd, steps, bool(residual), error if failed else None)
-                    for id, (shard, steps, residual, failed), (loss, kd), error in rows
-                )
+                editor.ledger.written(reports)
 
     def _exchange_shards(self, editor: Editor) -> None:
         memory, team = editor.memory, editor.team
@@ -103,8 +93,7 @@ class Written:
     def _exchange_dense(self, editor: Editor, dense: Sequence[int]) -> None:
         """One shard of each rank at a time: a dense one is as large as the value matrix."""
         memory, team = editor.memory, editor.team
-        most = int(max(int(count) for (count,) in team.gather(torch.tensor(len(dense)))))
-        for i in range(most):
+        for i in range(max(team.gather_objects(len(dense)))):
             shard = memory[dense[i]] if i < len(dense) else None
             head = torch.tensor([] if shard is None else [dense[i], shard.generation], dtype=torch.long)
             delta = torch.zeros(0, memory.shape[1], device=memory.device) if shard is None else shard.delta
@@ -116,10 +105,9 @@ class Written:
     def _exchange_entries(self, editor: Editor) -> None:
         nothing = editor.router.describe([], editor.background.rows(slice(0, 0)), [])
         names = list(nothing)
-        rounds = int(max(int(count) for (count,) in editor.team.gather(torch.tensor(len(self._described)))))
-        for i in range(rounds):
+        for i in range(max(editor.team.gather_objects(len(self._described)))):
             ids, described = self._described[i] if i < len(self._described) else ([], nothing)
-            named = editor.team.all_texts(ids)
+            named = editor.team.gather_objects(ids)
             if not names:
                 continue
             for owners, part in zip(named, editor.team.gather(*(described[name] for name in names)), strict=True):

@@ -272,7 +272,7 @@ class MEND(WeightEditor):
             figures = self.training_figures
         with torch.no_grad():  # all ranks go on with the first one's
             for tensor in self._trained[0].state_dict().values():
-                tensor.copy_(self.team.total(tensor if self.team.rank == 0 else torch.zeros_like(tensor)))
+                tensor.copy_(self.team.of_first(tensor))
         self.training_figures = figures
 
     def _cache_file(self, edits: Sequence[Edit]) -> Path | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -157,8 +156,8 @@ class ShardEditor(Editor):
         """What the first rank finds for the options that are `auto`."""
         if not self.team.deals:
             raise ConfigError("'auto' needs the whole base on one rank; give layer, writing.lr and writing.stop_margin")
-        found = [json.dumps(adapt(self, background, held_out).as_dict())] if self.team.rank == 0 else []
-        return Adapted.from_dict(json.loads(self.team.first(found)[0]))
+        found = adapt(self, background, held_out).as_dict() if self.team.rank == 0 else {}
+        return Adapted.from_dict(self.team.first(found))
 
     # -- inner steps --------------------------------------------------------------------------------------------------
 

@@ -26,7 +26,6 @@ from repair_lightning.models.prefix_cache import PrefixCache, canonical_batches,
 from repair_lightning.models.tokenizing import Encoded, target_labels
 from repair_lightning.models.weights import BaseWeights
 from repair_lightning.texts import dialogue
-from repair_lightning.training.team import ALONE, Team
 from repair_lightning.types import BASE, Route
 
 ROOM = 64
@@ -106,7 +105,6 @@ class EditedModel(nn.Module):
     Attributes:
         weights: the base's own value matrices, for what is written into them.
         prefixes: where the states of prompts that come again are kept; None runs the base anew each time.
-        team: the ranks among which many prompts are dealt out; all of them must ask alike.
         target_of: from an edit's id what it is to say; None where that is not known.
     """
 
@@ -120,7 +118,6 @@ class EditedModel(nn.Module):
         self.weights = BaseWeights(base)
         self.router = router
         self.prefixes: PrefixCache | None = None
-        self.team: Team = ALONE
         self.target_of: Callable[[str], str | None] = lambda _: None
         self._turn: _Turn | None = None  # what the hooks obey, inside a call alone
         self._hooks: list[Any] = []
@@ -340,14 +337,12 @@ class EditedModel(nn.Module):
 
     @torch.no_grad()
     def choose(self, prompts: Sequence[str], batch_size: int = 64) -> Choice:
-        """Who answers prompts; dealt out among the ranks."""
-        mine = self.team.mine_of(prompts)
-        asked = [prompts[i] for i in mine]
+        """Who answers prompts."""
         parts = []
-        for start in range(0, len(asked), batch_size):
-            part = asked[start : start + batch_size]
+        for start in range(0, len(prompts), batch_size):
+            part = prompts[start : start + batch_size]
             parts.append(self._choose([self.forms.asked(p) for p in part], [self.forms.ids(p) for p in part]))
-        return self.shared_choice(mine, Choice.join(parts) if parts else Choice.base(0))
+        return Choice.join(parts) if parts else Choice.base(0)
 
     @torch.no_grad()
     def choose_rows(self, rows: Sequence[Sequence[int]]) -> Choice:
@@ -407,38 +402,6 @@ class EditedModel(nn.Module):
             for i, value in zip(index, read(logits[:, :-1].float(), labels), strict=True):
                 found[i] = value
         return found
-
-    def shared_choice(self, mine: Sequence[int], part: Choice) -> Choice:
-        """The choices of all ranks, from this one's `part` for the prompts with the indices `mine`."""
-        if self.team.parts == 1:
-            return part
-        memory, score, threshold = self.team.rows(mine, part.memory, part.score, part.threshold)
-        named = self.team.texts(mine, ["" if name is None else f"={name}" for name in part.nearest])
-        nearest = tuple(name[1:] if name else None for name in named)
-        return Choice(memory, score, threshold, nearest, self._shared_checks(mine, part))
-
-    def _shared_checks(self, mine: Sequence[int], part: Choice) -> tuple[Check, ...]:
-        names = max(self.team.all_texts([check.name for check in part.checks] if mine else []), key=len)
-        values = [tensor for check in part.checks for tensor in (check.value, check.limit)]
-        whole = self.team.rows(mine, *(values if mine else [part.score] * 2 * len(names)))
-        return tuple(
-            Check(name, *pair) for name, pair in zip(names, zip(whole[::2], whole[1::2], strict=True), strict=True)
-        )
-
-    def shared_query(self, number: int, ask: Callable[[list[int]], Query]) -> Query:
-        """The states of `number` prompts, each computed by one rank.
-
-        Args:
-            number: of prompts.
-            ask: gives the states of those with the given indices.
-        """
-        mine = self.team.mine(number)
-        if self.team.parts == 1 or self.router.reads_all_tokens:  # whole prompts are too much to send around
-            return ask(list(range(number)))
-        some = ask(mine or [0])  # one at the least: its shape is needed
-        part = some if mine else some.rows(slice(0, 0))
-        texts = tuple(self.team.texts(mine, part.texts))
-        return Query(texts, *self.team.rows(mine, part.mask, part.hidden, part.activations))
 
     def query(self, prompts: Sequence[str]) -> Query:
         """Prompts as routers see them."""

@@ -20,6 +20,7 @@ from repair_lightning.memory.query import Choice
 from repair_lightning.models.edited import EditedModel
 from repair_lightning.models.forms import Forms
 from repair_lightning.models.prefix import pad_left
+from repair_lightning.training.sharing import team_of
 
 AUTOREGRESSIVE, TEACHER_FORCED = "autoregressive", "teacher_forced"
 PROTOCOLS = (AUTOREGRESSIVE, TEACHER_FORCED)
@@ -91,9 +92,10 @@ def answers(
     """
     rows = [model.forms.ids(prompt) for prompt in prompts]
     limits = [max_new_tokens] * len(rows) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-    mine = model.team.mine_of(prompts)
+    team = team_of(model)
+    mine = team.mine_of(prompts)
     own = [rows[i] for i in mine], memory[mine], [limits[i] for i in mine]
-    return model.team.texts(mine, answer_rows(model, *own, batch_size))
+    return team.items(mine, answer_rows(model, *own, batch_size))
 
 
 @torch.no_grad()
@@ -133,11 +135,12 @@ def _over_targets(
     The layers below the edited one run once per row where the model has a prefix cache.
     """
     rows = [model.forms.encode(prompt, target) for prompt, target in zip(prompts, targets, strict=True)]
-    mine = model.team.mine_of(prompts)
+    team = team_of(model)
+    mine = team.mine_of(prompts)
     own = [rows[i] for i in mine]
     read_as = model.read([row.prompt for row in own], memory[mine])
     own = [replace(row, prompt=tuple(prompt)) for row, prompt in zip(own, read_as, strict=True)]
-    return model.team.numbers(mine, model.over_targets(own, memory[mine], read, batch_size))
+    return team.items(mine, model.over_targets(own, memory[mine], read, batch_size))
 
 
 def _argmax_rows(logits: Tensor, labels: Tensor) -> list[list[int]]:

@@ -7,95 +7,77 @@ they share. `model_parallel` lays the base's weights out over the ranks (FSDP2),
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
+from datetime import timedelta
 from typing import Any
 
-import lightning.pytorch as pl
-from lightning.fabric.utilities.distributed import _distributed_is_initialized
+import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
-from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from repair_lightning.errors import ConfigError
+from repair_lightning.training.ranks import follow_agent, not_met, plain_signals, start_ranks
 from repair_lightning.training.team import ALONE, Team
-from repair_lightning.training.watch import Meeting, Watch
-
-
-class EarlyLauncher(_SubprocessScriptLauncher):
-    """Starts the other ranks when it is told to, before the trainer fits: they load while this one does."""
-
-    def start(self) -> None:
-        """Start this host's other ranks, unless something else does."""
-        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
-        if not self.cluster_environment.creates_processes_externally and not self.procs:
-            self._call_children_scripts()
-
-    def launch(self, function: Any, *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
-        """Call the function, with all ranks there."""
-        self.start()
-        return function(*args, **kwargs)
-
-    def end(self) -> None:
-        """End the ranks that this one has started."""
-        for child in self.procs:
-            if child.poll() is None:
-                child.terminate()
-        for child in self.procs:
-            try:
-                child.wait(timeout=1)  # in a collective it does not hear
-            except subprocess.TimeoutExpired:
-                child.kill()
 
 
 class EditStrategy(DDPStrategy):
-    """What the strategies have in common: a process group, a watch over the ranks, and the module as it is.
+    """What the strategies have in common: a process group, and the module as it is.
 
     Args:
-        lost_after: seconds without a sign of life before a rank counts as lost and the run is ended.
-        meet_within: seconds that the ranks have to meet at the start.
-        options: of Lightning's DDPStrategy, as `timeout` and `process_group_backend`.
+        lost_after: seconds that a rank waits for the others before one counts as lost and the run is ended. One that
+            ends is noticed at once; this is for one that stands still, and longer than the first may work alone.
+        meet_within: seconds to wait for the other machines, where this process is to start its machine's ranks.
+        process_group_backend: by default `nccl` on GPUs and `gloo` elsewhere.
     """
 
     deals = True
     rows_of_batches = False
-    shards_base = False
 
-    def __init__(self, lost_after: float = 60.0, meet_within: float = 600.0, **options: Any) -> None:
+    def __init__(
+        self, lost_after: float = 1800.0, meet_within: float = 600.0, process_group_backend: str | None = None
+    ) -> None:
         for name, seconds in (("lost_after", lost_after), ("meet_within", meet_within)):
             if seconds <= 0:
                 raise ConfigError(f"strategy {name} must be above 0 seconds, got {seconds}")
-        super().__init__(**options)
+        super().__init__(timeout=timedelta(seconds=lost_after), process_group_backend=process_group_backend)
         self.lost_after, self.meet_within = lost_after, meet_within
         self.team = ALONE
-        self.watch: Watch | None = None
         self._sigterm: Any = None
 
     def join(self) -> Team:
-        """Start the other ranks where nothing else has, and meet them; does nothing the second time."""
+        """Meet the other ranks; does nothing the second time.
+
+        Where nobody has started this machine's ranks, this process starts them, and ends when they have.
+
+        Raises:
+            LostError: not all ranks have come.
+            SystemExit: this process has started the ranks, and they have ended.
+        """
         if self.team.size > 1 or self.world_size == 1:
             return self.team
-        assert isinstance(self._launcher, EarlyLauncher)
+        there = self.cluster_environment
+        assert there is not None
+        if not there.creates_processes_externally:
+            address = f"{there.main_address}:{there.main_port}"
+            raise SystemExit(
+                start_ranks(self.num_processes, self.num_nodes, there.node_rank(), address, self.meet_within)
+            )
+        follow_agent()
         self._sigterm = signal.getsignal(signal.SIGTERM)
-        self._launcher.start()
-        started = self._launcher.procs
-        with Meeting(self.global_rank, self.world_size, started, self.meet_within, self.local_rank == 0):
-            self.accelerator.setup_device(self.root_device)  # type: ignore[union-attr]
-            self.setup_distributed()
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self.watch = Watch(self.global_rank, self.world_size, address, self.lost_after, started)
-        self.watch.start()
+        self.accelerator.setup_device(self.root_device)  # type: ignore[union-attr]
+        try:
+            with plain_signals():
+                self.setup_distributed()
+        except RuntimeError as error:
+            raise not_met(self.world_size, self.lost_after, error) from error
         self.team = Team(self.global_rank, self.world_size, self.root_device, self.deals, self.rows_of_batches)
         return self.team
 
-    def leave(self, reason: str = "") -> None:
-        """No longer be waited for; with a reason where something went wrong, and then the started ranks end too."""
-        if self.watch is not None:
-            self.watch.stop(reason)
-            self.watch = None
-        if reason and isinstance(self._launcher, EarlyLauncher):
-            self._launcher.end()
+    def setup_distributed(self) -> None:
+        """Lightning's, once."""
+        if not dist.is_initialized():
+            super().setup_distributed()
 
     def setup_environment(self) -> None:
         """Lightning's, and meet the other ranks where that has not happened yet."""
@@ -109,11 +91,6 @@ class EditStrategy(DDPStrategy):
         if self._sigterm is not None:
             signal.signal(signal.SIGTERM, self._sigterm)
 
-    def setup_distributed(self) -> None:
-        """Lightning's, once."""
-        if not _distributed_is_initialized():
-            super().setup_distributed()
-
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Lightning's sampler passes everything on: each rank's loader holds that rank's own batches already."""
@@ -121,10 +98,6 @@ class EditStrategy(DDPStrategy):
 
     def configure_ddp(self) -> None:
         """Nothing is wrapped: the shards' gradients are the editor's own business."""
-
-    def _configure_launcher(self) -> None:
-        assert self.cluster_environment is not None
-        self._launcher = EarlyLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 
 
 class ShardParallelStrategy(EditStrategy):
@@ -149,7 +122,6 @@ class ShardedBaseStrategy(EditStrategy):
     """
 
     deals = False
-    shards_base = True
 
     def model_to_device(self) -> None:
         """Lay out the base's layers before anything is moved as a whole."""
@@ -160,19 +132,11 @@ class ShardedBaseStrategy(EditStrategy):
                 "into them; give another strategy"
             )
         if self.world_size > 1:
-            shard_layers(editor.edited.split.layers, editor.layer, self.root_device.type, self.world_size)
+            mesh = init_device_mesh(self.root_device.type, (self.world_size,))
+            for i, layer in enumerate(editor.edited.split.layers):
+                if i != editor.layer:
+                    fully_shard(layer, mesh=mesh)
         super().model_to_device()
-
-
-def shard_layers(layers: nn.ModuleList, edited: int, device_type: str, size: int) -> None:
-    """Lay the parameters of each layer but the edited one out over all ranks."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh(device_type, (size,))
-    for i, layer in enumerate(layers):
-        if i != edited:
-            fully_shard(layer, mesh=mesh)
 
 
 STRATEGIES: dict[str, type[EditStrategy]] = {

@@ -1,17 +1,17 @@
 """The ranks of a run as seen by one of them: who does what, and everybody's results for all.
 
 Every rank holds the same ledger, bank of shards and router, and takes every decision by itself from them. Only costly
-work is dealt out: each rank does its part and :meth:`Team.rows` gives all parts to all, in one order, so that the
-copies stay equal. :meth:`Team.same` checks that they are. A team of one passes everything through untouched.
+work is dealt out: each rank does its part and :meth:`Team.rows` and :meth:`Team.items` give all parts to all, in one
+order, so that the copies stay equal. :meth:`Team.same` checks that they are. A team of one passes everything through
+untouched.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import TypeVar
+from typing import Any, NoReturn, TypeVar
 from zlib import crc32
 
 import torch
@@ -19,9 +19,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from repair_lightning.errors import RepairError
-
-_DIMENSIONS = 4
-"""Most dimensions of a tensor that is sent."""
 
 _CPU = torch.device("cpu")
 
@@ -34,6 +31,12 @@ class RankError(RepairError):
 
 class LeftOutError(RankError):
     """Another rank has reported what went wrong; this one only has to leave."""
+
+
+class LostError(RankError):
+    """Another rank does not answer."""
+
+    exit_code = 75
 
 
 @dataclass(frozen=True)
@@ -64,14 +67,14 @@ class Team:
 
     def mine(self, number: int, costs: Sequence[float] | None = None) -> list[int]:
         """This rank's share of `number` pieces of work, as indices; the costliest pieces go round first."""
-        return self.share(number, self.rank if self.parts > 1 else 0, costs)
-
-    def share(self, number: int, rank: int, costs: Sequence[float] | None = None) -> list[int]:
-        """The share of a rank, see :meth:`mine`."""
-        if self.parts == 1:
-            return list(range(number))
         order = list(range(number)) if costs is None else sorted(range(number), key=lambda i: (-costs[i], i))
-        return sorted(order[rank :: self.parts])
+        return sorted(order[self.rank :: self.parts] if self.parts > 1 else order)
+
+    def mine_of(self, prompts: Sequence[str]) -> list[int]:
+        """This rank's share of some prompts, as indices: a prompt is always the same rank's, which may know its states
+        from an earlier time."""
+        numbers = [crc32(prompt.encode("utf-8", "surrogatepass")) for prompt in prompts]
+        return [i for i, number in enumerate(numbers) if self.parts == 1 or number % self.parts == self.rank]
 
     def rows(self, index: Sequence[int], *tensors: Tensor) -> list[Tensor]:
         """Every rank's rows in the order of their indices.
@@ -94,40 +97,14 @@ class Team:
             found.append(torch.cat(full)[order.to(own.device)])
         return found
 
-    def texts(self, index: Sequence[int], texts: Sequence[str]) -> list[str]:
-        """As :meth:`rows`, for texts."""
+    def items(self, index: Sequence[int], items: Sequence[T]) -> list[T]:
+        """As :meth:`rows`, for texts, names and numbers, one per index."""
         if self.parts == 1:
-            return list(texts)
-        parts = self.gather(torch.tensor(list(index), dtype=torch.long), *_packed(texts))
-        found: dict[int, str] = {}
-        for numbers, lengths, data in parts:
-            found |= dict(zip(numbers.tolist(), _unpacked(lengths, data), strict=True))
+            return list(items)
+        found: dict[int, T] = {}
+        for part in self.gather_objects(dict(zip(index, items, strict=True))):
+            found |= part
         return [found[i] for i in range(len(found))]
-
-    def numbers(self, index: Sequence[int], rows: Sequence[Sequence[float]]) -> list[Sequence[float]]:
-        """As :meth:`rows`, for rows of any length of whole or of floating-point numbers (exact up to 2^53)."""
-        if self.parts == 1:
-            return list(rows)
-        lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
-        whole = torch.tensor([isinstance(number, int) for row in rows for number in row], dtype=torch.bool)
-        flat = torch.tensor([float(number) for row in rows for number in row], dtype=torch.float64)
-        found: dict[int, list[float]] = {}
-        for numbers, sizes, values, integer in self.gather(torch.tensor(list(index)).long(), lengths, flat, whole):
-            plain = [int(v) if i else v for v, i in zip(values.tolist(), integer.tolist(), strict=True)]
-            parts = iter(plain)
-            found |= {i: list(islice(parts, size)) for i, size in zip(numbers.tolist(), sizes.tolist(), strict=True)}
-        return [found[i] for i in range(len(found))]
-
-    def mine_of(self, prompts: Sequence[str]) -> list[int]:
-        """This rank's share of some prompts, as indices: a prompt is always the same rank's, which may know its states
-        from an earlier time."""
-        if self.parts == 1:
-            return list(range(len(prompts)))
-        return [
-            i
-            for i, prompt in enumerate(prompts)
-            if crc32(prompt.encode("utf-8", "surrogatepass")) % self.parts == self.rank
-        ]
 
     # -- sending ------------------------------------------------------------------------------------------------------
 
@@ -135,36 +112,40 @@ class Team:
         """Every rank's tensors, rank by rank; shapes may differ, dtypes and the number of tensors may not."""
         if self.size == 1:
             return [tensors]
-        head = torch.tensor([_shape(tensor) for tensor in tensors], dtype=torch.long)
-        heads = [found.cpu() for found in self._all_gather(head)]
-        data = torch.cat([_bytes(tensor).to(self.device) for tensor in tensors])
-        sizes = [sum(_nbytes(row, t) for row, t in zip(found.tolist(), tensors, strict=True)) for found in heads]
-        padded = torch.zeros(max(max(sizes), 1), dtype=torch.uint8, device=self.device)
-        padded[: len(data)] = data
-        everyone = self._all_gather(padded)
-        return [tuple(_cut(whole, found.tolist(), tensors)) for whole, found in zip(everyone, heads, strict=True)]
+        shapes = self.gather_objects([tensor.shape for tensor in tensors])
+        found = [self._gather_one(tensor, [row[i] for row in shapes]) for i, tensor in enumerate(tensors)]
+        return list(zip(*found, strict=True))
 
-    def _all_gather(self, tensor: Tensor) -> list[Tensor]:
-        tensor = tensor.to(self.device).contiguous()
-        found = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(found, tensor)
+    def _gather_one(self, tensor: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+        """As bytes, padded to the longest: not every backend sends every type, nor tensors of different lengths."""
+        sizes = [shape.numel() * tensor.element_size() for shape in shapes]
+        padded = torch.zeros(max(sizes), dtype=torch.uint8, device=self.device)
+        padded[: tensor.nbytes] = tensor.detach().to(self.device).contiguous().reshape(-1).view(torch.uint8)
+        found = [torch.empty_like(padded) for _ in shapes]
+        if len(padded):
+            dist.all_gather(found, padded)
+        parts = [whole[:size].view(tensor.dtype) for whole, size in zip(found, sizes, strict=True)]
+        return [part.reshape(shape).to(tensor.device) for part, shape in zip(parts, shapes, strict=True)]
+
+    def gather_objects(self, item: T) -> list[T]:
+        """What each rank gives, rank by rank: texts, numbers and lists of them, pickled; for tensors see `gather`."""
+        if self.size == 1:
+            return [item]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, item)
         return found
 
-    def all_texts(self, texts: Sequence[str]) -> list[list[str]]:
-        """Every rank's texts, rank by rank."""
-        return [_unpacked(lengths, data) for lengths, data in self.gather(*_packed(texts))]
-
-    def first(self, texts: Sequence[str]) -> list[str]:
-        """The texts of rank 0."""
-        return list(texts) if self.size == 1 else self.all_texts(texts if self.rank == 0 else [])[0]
+    def first(self, item: T) -> T:
+        """What rank 0 gives; what the others do is not looked at."""
+        return self.gather_objects(item)[0]
 
     def of_first(self, tensor: Tensor) -> Tensor:
         """The tensor of rank 0, where all ranks have one of the same shape and type."""
         if self.size == 1:
             return tensor
-        data = _bytes(tensor).to(self.device, copy=True)
-        dist.broadcast(data, 0)
-        return data.view(tensor.dtype).reshape(tensor.shape).to(tensor.device)
+        found = tensor.detach().to(self.device, copy=True).contiguous()
+        dist.broadcast(found, 0)
+        return found.to(tensor.device)
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum of every rank's tensor, the same bits for all."""
@@ -176,27 +157,17 @@ class Team:
 
     # -- agreeing -----------------------------------------------------------------------------------------------------
 
-    def anyone(self, yes: bool) -> bool:
-        """Whether any rank says yes."""
-        return bool(self.total(torch.tensor(float(yes))) > 0)
-
-    def everyone(self, yes: bool) -> bool:
-        """Whether every rank says yes."""
-        return not self.anyone(not yes)
-
     def same(self, what: str, content: str) -> None:
         """Check that all ranks hold the same.
 
         Raises:
-            RankError: they do not; the message names the ranks that differ from the first.
+            RankError: on rank 0, they do not; the message names the ranks that differ from the first.
+            LeftOutError: on the others.
         """
-        if self.size == 1:
-            return
-        digest = hashlib.sha256(content.encode()).hexdigest()
-        found = [texts[0] for texts in self.all_texts([digest])]
+        found = self.gather_objects(hashlib.sha256(content.encode()).hexdigest())
         others = [str(rank) for rank, other in enumerate(found) if other != found[0]]
         if others:
-            raise RankError(
+            self._refuse(
                 f"rank {', '.join(others)} differs from rank 0 in {what}: the run is stopped before anything else is "
                 "written; the same command goes on from the last checkpoint"
             )
@@ -214,64 +185,18 @@ class Team:
             result.append(task())
         except RepairError as found:
             error = found
-        said = [texts[0] for texts in self.all_texts([str(error) if error else ""])] if self.size > 1 else []
+        said = self.gather_objects(str(error) if error else "")
         failing = [rank for rank, text in enumerate(said) if text]
         if error is not None and (self.size == 1 or self.rank == 0):
             raise error
         if failing:
-            words = f"rank {failing[0]}: {said[failing[0]]}"
-            raise RankError(words) if self.rank == 0 else LeftOutError(words)
+            self._refuse(f"rank {failing[0]}: {said[failing[0]]}")
         return result[0]
+
+    def _refuse(self, words: str) -> NoReturn:
+        """All ranks end here, and one of them says why."""
+        raise RankError(words) if self.rank == 0 else LeftOutError(words)
 
 
 ALONE = Team()
 """One process that does everything."""
-
-
-def _packed(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
-    data = torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8) if any(encoded) else _NO_BYTES
-    return torch.tensor([len(row) for row in encoded], dtype=torch.long), data
-
-
-def _unpacked(lengths: Tensor, data: Tensor) -> list[str]:
-    whole, found, at = data.cpu().numpy().tobytes(), [], 0
-    for length in lengths.tolist():
-        found.append(whole[at : at + length].decode("utf-8", "surrogatepass"))
-        at += length
-    return found
-
-
-_NO_BYTES = torch.zeros(0, dtype=torch.uint8)
-
-
-def _shape(tensor: Tensor) -> list[int]:
-    if tensor.dim() > _DIMENSIONS:
-        raise ValueError(f"a tensor that is sent may have {_DIMENSIONS} dimensions, got {tensor.dim()}")
-    return [tensor.dim(), *tensor.shape, *[0] * (_DIMENSIONS - tensor.dim())]
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().contiguous().reshape(-1)
-    return flat.view(torch.uint8) if len(flat) else _NO_BYTES.to(flat.device)
-
-
-def _count(row: Sequence[int]) -> int:
-    number = 1
-    for size in row[1 : 1 + row[0]]:
-        number *= size
-    return number
-
-
-def _nbytes(row: Sequence[int], like: Tensor) -> int:
-    return _count(row) * like.element_size()
-
-
-def _cut(whole: Tensor, shapes: Sequence[Sequence[int]], like: Sequence[Tensor]) -> Iterator[Tensor]:
-    at = 0
-    for row, tensor in zip(shapes, like, strict=True):
-        end = at + _nbytes(row, tensor)
-        part = whole[at:end].clone()  # a view may lie at an address that its type does not allow
-        values = part.view(tensor.dtype) if len(part) else part.to(tensor.dtype)
-        yield values.reshape(row[1 : 1 + row[0]]).to(tensor.device)
-        at = end

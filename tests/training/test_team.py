@@ -26,14 +26,12 @@ def speak(team: Team) -> dict:
     mine = team.mine(7, costs=[1, 5, 5, 2, 9, 1, 1])
     found["mine"] = mine
     found["rows"] = team.rows(mine, torch.tensor(mine)[:, None] * torch.ones(1, 2), torch.tensor(mine))
-    found["texts"] = team.texts(mine, [f"é{i}" * i for i in mine])
-    found["numbers"] = team.numbers(mine, [[i, 0.1 * i] * i for i in mine])
+    found["items"] = team.items(mine, [(f"é\udc80{i}" * i, [i, 0.1 * i] * i) for i in mine])
     one = team.mine(1)  # ranks without anything to do
-    found["one"] = team.rows(one, torch.ones(len(one), 2 if one else 5)), team.texts(one, ["only"] * len(one))
-    found["none"] = team.texts([], []), team.rows([], torch.zeros(0, 3))[0].shape
-    found["first"] = team.first([f"rank {rank}", "x"])
+    found["one"] = team.rows(one, torch.ones(len(one), 2 if one else 5)), team.items(one, ["only"] * len(one))
+    found["none"] = team.items([], []), team.rows([], torch.zeros(0, 3))[0].shape
+    found["first"] = team.first(f"rank {rank}"), team.of_first(torch.full((2,), rank).bfloat16()).tolist()
     found["total"] = team.total(torch.tensor([float(rank), 1.0]))
-    found["agree"] = (team.anyone(rank == 1), team.everyone(rank == 1), team.everyone(True), team.anyone(False))
     found["shape"] = [part[0].shape for part in team.gather(torch.tensor(rank))]
     return found
 
@@ -79,9 +77,7 @@ def test_each_piece_of_work_is_done_once_and_known_to_all(spoken):
         wide, plain = found["rows"]
         assert torch.equal(plain, torch.arange(7))
         assert torch.equal(wide, torch.arange(7.0)[:, None].expand(7, 2))
-        assert found["texts"] == [f"é{i}" * i for i in range(7)]
-        assert found["numbers"] == [[i, 0.1 * i] * i for i in range(7)]
-        assert all(isinstance(found["numbers"][3][at], kind) for at, kind in ((0, int), (1, float)))
+        assert found["items"] == [(f"é\udc80{i}" * i, [i, 0.1 * i] * i) for i in range(7)]
 
 
 def test_ranks_without_work_hear_of_the_others(spoken):
@@ -95,15 +91,14 @@ def test_ranks_without_work_hear_of_the_others(spoken):
 
 def test_what_all_agree_on(spoken):
     for found in spoken:
-        assert found["first"] == ["rank 0", "x"]
+        assert found["first"] == ("rank 0", [0.0, 0.0])
         assert found["total"].tolist() == [3.0, 3.0]
-        assert found["agree"] == (True, False, True, False)
 
 
 def test_a_rank_that_differs_or_fails_is_named_and_all_end():
     first, second = on_ranks(2, disagree)
     assert first[0].startswith("RankError: rank 1 differs from rank 0 in the ledger")
-    assert second[0] == first[0]
+    assert second[0].startswith("LeftOutError")
     assert first[1] == "RankError: rank 1: no such file on this host"
     assert second[1].startswith("LeftOutError")
     assert (first[2], second[2]) == ("ok 0", "ok 1")
@@ -134,7 +129,7 @@ def test_one_alone_passes_everything_through():
     assert ALONE.rows([0, 1], tensor)[0] is tensor
     assert ALONE.total(tensor) is tensor
     assert ALONE.mine(3) == [0, 1, 2]
-    assert ALONE.first(["a"]) == ALONE.texts([0], ["a"]) == ["a"]
+    assert ALONE.first(["a"]) == ALONE.items([0], ["a"]) == ["a"]
     ALONE.same("anything", "at all")
     with pytest.raises(ConfigError, match="mine"):
         ALONE.together(lambda: (_ for _ in ()).throw(ConfigError("mine")))
@@ -144,9 +139,4 @@ def test_in_step_all_do_everything():
     team = Team(1, 4, deals=False)
     assert team.parts == 1
     assert team.mine(5) == [0, 1, 2, 3, 4]
-    assert team.texts([0], ["a"]) == ["a"]
-
-
-def test_a_tensor_with_too_many_dimensions_is_refused():
-    with pytest.raises(ValueError, match="4 dimensions, got 5"):
-        Team(0, 2).gather(torch.zeros(1, 1, 1, 1, 1))
+    assert team.items([0], ["a"]) == ["a"]
