@@ -5,14 +5,15 @@ Scores are shares, as the paper has them; several seeds give `mean ± standard d
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 
-from repair_lightning.reports.comparison import Column, Result, by_variant, markdown_row, tex
+import pandas as pd
+
+from repair_lightning.reports.comparison import Column, Result, by_variant, cell, costs, remarks, standing, values_of
+from repair_lightning.reports.tables import Table, latex, markdown
 from repair_lightning.scoring.protocols import PROTOCOLS
 from repair_lightning.storage.files import replace_text
 
@@ -38,137 +39,84 @@ COSTS_IN_WORDS = (
 
 
 @dataclass(frozen=True)
-class Entry:
-    """What a row says of one number of edits.
-
-    Attributes:
-        cells: a text per column.
-        instead: a text in the place of them all.
-        values: per column, what each seed has.
-    """
-
-    cells: tuple[str, ...]
-    instead: str = ""
-    values: tuple[tuple[float, ...], ...] = ()
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        """A text per column; what stands in their place is in the first."""
-        return (self.instead, *("" for _ in self.cells[1:])) if self.instead else self.cells
-
-
-@dataclass(frozen=True)
-class GroupedTable:
-    """A table whose columns come again for each number of edits."""
+class Part:
+    """One of the tables: its columns, and where the base as it was has the same figures."""
 
     name: str
     title: str
-    sizes: Sequence[int]
-    columns: Sequence[str]
-    rows: Sequence[tuple[str, Sequence[Entry]]]
+    columns: Mapping[str, Column]
+    before: Mapping[str, Column]
     note: str = ""
 
-    @property
-    def header(self) -> tuple[str, ...]:
-        """One line that stands for both of the paper's."""
-        return ("editor", *(f"{column}, N = {size}" for size in self.sizes for column in self.columns))
-
-
-def editor_tables(results: Sequence[Result]) -> list[GroupedTable]:
-    """Rel, Gen, Loc and OP in both protocols; perplexity and Loc where targets' perplexity was asked; costs."""
-    results = [_with_costs(result) for result in results]
-    tables = []
-    for protocol in PROTOCOLS:
-        columns = {name: Column(("final", protocol, key), scale=1.0, digits=2) for name, key in KEYS.items()}
-        before = {name: Column(("pre_edit", protocol, key), scale=1.0, digits=2) for name, key in KEYS.items()}
-        tables.append(_table(protocol, f"Scores, {protocol.replace('_', ' ')}", results, columns, before))
-    if any(result.figure(("perplexity",)) for result in results):
-        loc = Column(("final", PROTOCOLS[0], "loc"), scale=1.0, digits=2)
-        columns = {"PPL": Column(("perplexity", "final"), scale=1.0, digits=2), "Loc": loc}
-        before = {"PPL": Column(("perplexity", "pre"), scale=1.0, digits=2), "Loc": Column(("", ""))}
-        tables.append(
-            _table("perplexity", "Perplexity of the targets (lower is better) and Loc", results, columns, before)
-        )
-    columns = {
-        name: column
-        for name, column in COSTS.items()
-        if name != "GPU MiB" or any(column.of(result) is not None for result in results)
-    }
-    return [*tables, _table("costs", "What editing costs", results, columns, None, COSTS_IN_WORDS)]
-
-
-def _with_costs(result: Result) -> Result:
-    """The result with figures per edit beside the others."""
-    if result.metrics is None:
-        return result
-    return replace(result, metrics={**costs(result.metrics), **result.metrics})
-
-
-def costs(metrics: Mapping[str, object]) -> dict[str, float]:
-    """Seconds of editing per edit and the mean deviation of the base's own weights, where a run has them."""
-    found: dict[str, float] = {}
-    seconds, edits, method = (metrics.get(name) for name in ("seconds", "n_edits", "method"))
-    if isinstance(seconds, Mapping) and "edit" in seconds and isinstance(edits, int) and edits:
-        whole = seconds.get("prepare", 0.0) if metrics.get("singles") else 0.0  # each single edit would need it
-        found["seconds_per_edit"] = whole + (seconds["edit"] - whole) / edits
-    deviation = method.get("deviation") if isinstance(method, Mapping) else None
-    if deviation:
-        found["deviation"] = mean(deviation.values())
-    return found
-
-
-def _table(
-    name: str,
-    title: str,
-    results: Sequence[Result],
-    columns: Mapping[str, Column],
-    before: Mapping[str, Column] | None,
-    note: str = "",
-) -> GroupedTable:
-    sizes = sorted({result.size for result in results})
-    rows: list[tuple[str, Sequence[Entry]]] = []
-    if before is not None:
+    def rows(self, results: Sequence[Result]) -> dict[str, tuple[Mapping[str, Column], list[Result]]]:
+        """Editor -> the columns and the runs of its row; the base first, where a run has measured it."""
+        found = {variant: (self.columns, runs) for variant, runs in by_variant(results).items()}
         first = {(run.size, run.seed): run for run in reversed(results) if run.status == "finished"}
-        found = [_entry([run for run in first.values() if run.size == size], before) for size in sizes]
-        rows.append((BEFORE, found))
-    for variant, runs in by_variant(results).items():
-        rows.append((variant, [_entry([run for run in runs if run.size == size], columns) for size in sizes]))
-    return GroupedTable(name, title, sizes, tuple(columns), rows, note)
+        known = any(values_of(results, column) for column in self.before.values())
+        return {BEFORE: (self.before, list(first.values())), **found} if known else found
 
 
-def _entry(runs: Sequence[Result], columns: Mapping[str, Column]) -> Entry:
-    """What some runs that differ in their seed alone came to."""
-    finished = [run for run in runs if run.status == "finished"]
-    values = tuple(
-        tuple(value for run in finished if (value := column.of(run)) is not None) for column in columns.values()
-    )
-    cells = tuple(_cell(each, column, len(runs)) for each, column in zip(values, columns.values(), strict=True))
-    if finished or not runs:
-        return Entry(cells, values=values)
-    first = min(runs, key=lambda run: ("not run", "stopped", "failed", "missing").index(run.status))
-    instead = {"missing": "-", "failed": "failed"}.get(first.status, f"{first.status}: {first.error}")
-    return Entry(cells, instead, values)
+def parts(results: Sequence[Result]) -> list[Part]:
+    """Rel, Gen, Loc and OP in both protocols; perplexity and Loc where targets' perplexity was asked; costs."""
+    found = []
+    for protocol in PROTOCOLS:
+        columns, before = (
+            {name: Column((stage, protocol, key), scale=1.0, digits=2) for name, key in KEYS.items()}
+            for stage in ("final", "pre_edit")
+        )
+        found.append(Part(protocol, f"Scores, {protocol.replace('_', ' ')}", columns, before))
+    if any(result.figure(("perplexity",)) for result in results):
+        pre, final = (Column(("perplexity", stage), scale=1.0, digits=2) for stage in ("pre", "final"))
+        both = {"PPL": final, "Loc": found[0].columns["Loc"]}
+        title = "Perplexity of the targets (lower is better) and Loc"
+        found.append(Part("perplexity", title, both, {"PPL": pre, "Loc": Column(("", ""))}))
+    spent = {name: column for name, column in COSTS.items() if name != "GPU MiB" or values_of(results, column)}
+    return [*found, Part("costs", "What editing costs", spent, {}, COSTS_IN_WORDS)]
 
 
-def _cell(values: Sequence[float], column: Column, seeds: int) -> str:
-    if not values:
-        return "-"
-    text = f"{mean(values):.{column.digits}f}"
-    text += f" ± {stdev(values):.{column.digits}f}" if len(values) > 1 else ""
-    return text + (f" ({len(values)} of {seeds} seeds)" if len(values) < seeds else "")
+def with_costs(results: Sequence[Result]) -> list[Result]:
+    """The results with figures per edit beside the others."""
+    return [replace(run, metrics={**costs(run.metrics), **run.metrics}) if run.metrics else run for run in results]
 
 
-# -- files -------------------------------------------------------------------------------------------------------------
+def editor_tables(results: Sequence[Result]) -> list[Table]:
+    """The tables, with a group of columns for each number of edits."""
+    results = with_costs(results)
+    sizes = sorted({result.size for result in results})
+    tables = []
+    for part in parts(results):
+        heads = [("", "editor"), *((f"N = {size}", name) for size in sizes for name in part.columns)]
+        lines = [
+            [name, *(cell([run for run in runs if run.size == n], one) for n in sizes for one in columns.values())]
+            for name, (columns, runs) in part.rows(results).items()
+        ]
+        frame = pd.DataFrame(lines, columns=pd.MultiIndex.from_tuples(heads))
+        tables.append(Table(part.title, frame, part.note, f"table-{part.name}"))
+    return tables
+
+
+def scores_csv(results: Sequence[Result]) -> str:
+    """A line per editor, number of edits, table and column: mean, standard deviation and number of seeds, unrounded."""
+    results = with_costs(results)
+    lines = []
+    for part in parts(results):
+        for editor, (columns, runs) in part.rows(results).items():
+            for size in sorted({result.size for result in results}):
+                same = [run for run in runs if run.size == size]
+                for name, column in columns.items():
+                    found = values_of(same, column)
+                    centre = f"{mean(found):.8g}" if found else ""
+                    spread = f"{stdev(found):.8g}" if len(found) > 1 else ""
+                    lines.append([part.name, editor, size, name, centre, spread, len(found), standing(same)])
+    heads = ["table", "editor", "N", "column", "mean", "sd", "seeds", "status"]
+    return pd.DataFrame(lines, columns=heads).to_csv(index=False)
 
 
 def write_editor_tables(folder: Path, results: Sequence[Result]) -> list[Path]:
-    """Write `scores.md`, `scores.csv` and `scores.tex`; returns them.
-
-    `scores.tex` compiles as it is, and serves a paper by `\\input` where the package `standalone` is loaded.
-    """
+    """Write `scores.md`, `scores.csv` and `scores.tex`; returns them."""
     tables = editor_tables(results)
-    words = [*lead(results), *notes(results)]
-    texts = {"md": grouped_markdown(tables, words), "csv": grouped_csv(results), "tex": grouped_latex(tables, words)}
+    texts = {"md": markdown(tables, lead(results), remarks(results)), "csv": scores_csv(results)}
+    texts["tex"] = latex(tables, document=True)
     for suffix, text in texts.items():
         replace_text(folder / f"{NAME}.{suffix}", text)
     return [folder / f"{NAME}.{suffix}" for suffix in texts]
@@ -189,70 +137,4 @@ def lead(results: Sequence[Result]) -> list[str]:
             f"N = 1 is the mean over {singles:,} single edits: each was written into the base as it was, scored, and "
             "taken back."
         )
-    few = {run.size: run.edits for run in results if run.metrics and not run.figure(("singles",))}
-    words += [
-        f"N = {size:,} stands for {held:,} edits: the data hold no more." for size, held in few.items() if held < size
-    ]
     return words
-
-
-def notes(results: Sequence[Result]) -> list[str]:
-    """What the comparison says of its variants."""
-    return [f"{name}: {note}." for name, note in {run.variant: run.note for run in results if run.note}.items()]
-
-
-def grouped_markdown(tables: Sequence[GroupedTable], words: Sequence[str] = ()) -> str:
-    """The tables as Markdown behind some words; it has no groups of columns: a header names both."""
-    lines: list[str] = [line for sentence in words for line in (sentence, "")]
-    for table in tables:
-        lines += [f"## {table.title}", "", markdown_row(table.header)]
-        lines.append(markdown_row(["---", *["---:"] * (len(table.header) - 1)]))
-        for name, entries in table.rows:
-            lines.append(markdown_row([name, *(text for entry in entries for text in entry.texts)]))
-        lines += ["", *([table.note, ""] if table.note else [])]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def grouped_latex(tables: Sequence[GroupedTable], words: Sequence[str] = ()) -> str:
-    """A document of its own for LaTeX: some words and the tables, each in the form of the paper's."""
-    lines = [
-        r"\documentclass[varwidth=\maxdimen, border=6pt]{standalone}",
-        r"\usepackage{booktabs}",
-        r"\begin{document}",
-    ]
-    said = [rf"{tex(sentence)}\par" for sentence in words]
-    return "\n".join([*lines, *said, r"\bigskip", *map(_grouped_tabular, tables), r"\end{document}", ""])
-
-
-def _grouped_tabular(table: GroupedTable) -> str:
-    wide, groups = len(table.columns), range(len(table.sizes))
-    heads = " & ".join(rf"\multicolumn{{{wide}}}{{c}}{{$N = {size}$}}" for size in table.sizes)
-    rules = "".join(rf"\cmidrule(lr){{{2 + i * wide}-{1 + (i + 1) * wide}}}" for i in groups)
-    names = " & ".join(tex(column) for _ in groups for column in table.columns)
-    lines = [rf"\textbf{{{tex(table.title)}}}\par\smallskip", rf"\begin{{tabular}}{{l{'r' * (wide * len(groups))}}}"]
-    lines += [r"\toprule", rf"& {heads} \\", rules, rf"Editor & {names} \\", r"\midrule"]
-    for name, entries in table.rows:
-        lines.append(" & ".join([tex(name), *(_tex_entry(entry) for entry in entries)]) + r" \\")
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}\par\bigskip"])
-
-
-def _tex_entry(entry: Entry) -> str:
-    if entry.instead:
-        return rf"\multicolumn{{{len(entry.cells)}}}{{c}}{{{tex(entry.instead)}}}"
-    return " & ".join(map(tex, entry.cells))
-
-
-def grouped_csv(results: Sequence[Result]) -> str:
-    """A line per editor, number of edits, table and column: mean, standard deviation and number of seeds, unrounded."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["table", "editor", "N", "column", "mean", "sd", "seeds", "status"])
-    for table in editor_tables(results):
-        for name, entries in table.rows:
-            for size, entry in zip(table.sizes, entries, strict=True):
-                status = entry.instead or ("finished" if any(entry.values) else "missing")
-                for column, values in zip(table.columns, entry.values, strict=True):
-                    centre = f"{mean(values):.8g}" if values else ""
-                    spread = f"{stdev(values):.8g}" if len(values) > 1 else ""
-                    writer.writerow([table.name, name, size, column, centre, spread, len(values), status])
-    return text.getvalue()
