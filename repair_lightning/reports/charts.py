@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torchmetrics.functional.classification import binary_auroc
 
 from repair_lightning.errors import counted
 from repair_lightning.reports import drawing
 from repair_lightning.reports.artefacts import Artefacts, Row
-from repair_lightning.reports.drawing import Chart
+from repair_lightning.reports.drawing import Chart, records
 from repair_lightning.reports.report import only_in_base, percent
 from repair_lightning.scoring.metrics import KIND_OF_PROMPT
 from repair_lightning.scoring.protocols import AUTOREGRESSIVE
@@ -30,29 +29,23 @@ MOST_COLOURS = 8
 def separation(run: Artefacts, bins: int = 40) -> Chart | str:
     """The routing score of every prompt over its threshold, by kind of prompt (paper, Fig. 4)."""
     found: dict[str, list[float]] = {}
-    limited = False
-    for row in run.rows.get("final", ()):
-        if row.get("score") is not None and row.get("threshold"):
-            limited = True
-            found.setdefault(row["kind"], []).append(row["score"] / row["threshold"])
-        elif row.get("score", 0.0) is not None and row.get("score", 0.0) < 0:  # no edit is about what it names
-            found.setdefault(row["kind"], []).append(0.0)
-    if not limited:
+    final = [row for row in run.rows.get("final", ()) if row.get("score") is not None]
+    if not any(row["threshold"] for row in final):
         return "separation: no routing score with a threshold in generations.jsonl"
-    largest = float(np.quantile(np.concatenate([np.asarray(values) for values in found.values()]), 0.995))
+    for row in final:
+        if row["threshold"] or row["score"] < 0:  # below zero: no edit is about what it names
+            found.setdefault(row["kind"], []).append(max(row["score"], 0.0) / (row["threshold"] or 1.0))
+    largest = float(np.quantile(np.concatenate([*map(np.asarray, found.values())]), 0.995))
     edges = np.linspace(0.0, max(1.2, 1.05 * largest), bins + 1)
-    kinds = [kind for kind in KIND_OF_PROMPT if kind in found]
-    rows = []
-    for kind in kinds:
-        name = f"{KINDS_IN_WORDS[kind]} ({len(found[kind]):,})"
-        counts, _ = np.histogram(np.clip(found[kind], edges[0], edges[-1]), edges)
-        for centre, count in zip((edges[:-1] + edges[1:]) / 2, counts, strict=True):
-            share = round(100 * float(count) / len(found[kind]), 3)
-            rows.append({"prompts": name, "ratio": round(float(centre), 4), "share": share})
-    above = ", ".join(
-        f"{percent(float(np.mean(np.asarray(found[kind]) > 1)))} of the {KINDS_IN_WORDS[kind]}" for kind in kinds
-    )
-    words = f"Routing score over threshold: {above} lie above their threshold. {_auroc(found)}"
+    rows, above = [], []
+    for kind in (kind for kind in KIND_OF_PROMPT if kind in found):
+        ratios, name = np.asarray(found[kind]), KINDS_IN_WORDS[kind]
+        above.append(f"{percent(float(np.mean(ratios > 1)))} of the {name}")
+        shares = 100 * np.histogram(ratios.clip(edges[0], edges[-1]), edges)[0] / len(ratios)
+        for centre, share in zip((edges[:-1] + edges[1:]) / 2, shares, strict=True):
+            place = {"ratio": round(float(centre), 4), "share": round(float(share), 3)}
+            rows.append({"prompts": f"{name} ({len(ratios):,})", **place})
+    words = f"Routing score over threshold: {', '.join(above)} lie above their threshold. {_auroc(found)}"
     if run.option("model.routing.router", "key") != "activation":
         words += " A prompt that names no edited subject counts as 0."
     titles = ("routing score over threshold", "% of prompts")
@@ -132,16 +125,13 @@ def retention(run: Artefacts, bins: int = 12) -> Chart | str:
     scores = [(names[row["kind"]], row["id"], float(row["correct"])) for row in final]
     scores += [(_LINES[2], id, score) for id, score in first_scores(run.events).items()]
     bins, place = min(bins, len(order)), {id: i for i, id in enumerate(order)}
-    groups: dict[tuple[str, int], list[tuple[int, float]]] = {}
-    for name, id, score in scores:
-        if id in place:
-            found = groups.setdefault((name, place[id] * bins // len(order)), [])
-            found.append((len(order) - 1 - place[id], score))
-    rows: list[Row] = [
-        {"age": float(np.mean(ages)), "score": name, "value": round(100 * float(np.mean(values)), 3), "n": len(values)}
-        for (name, _), found in sorted(groups.items(), key=lambda item: (_LINES.index(item[0][0]), item[0][1]))
-        for ages, values in [zip(*found, strict=True)]
-    ]
+    frame = pd.DataFrame(scores, columns=["score", "id", "value"])
+    frame = frame[frame["id"].isin(order)].assign(place=lambda known: known["id"].map(place))
+    frame["group"], frame["age"] = frame["place"] * bins // len(order), len(order) - 1 - frame["place"]
+    groups = frame.sort_values("group", kind="stable").groupby(["score", "group"])
+    means = groups.agg(age=("age", "mean"), value=("value", "mean"), n=("value", "size")).reset_index()
+    means["value"] = (100 * means["value"]).round(3)
+    rows = sorted(records(means[["age", "score", "value", "n"]]), key=lambda row: _LINES.index(row["score"]))
     rel = [f"{row['value']:.1f} %" for row in rows if row["score"] == names["edit"]]
     words = (
         f"Final score by the number of edits that came later, in {bins} groups: Rel is {rel[-1]} for the newest "
@@ -198,37 +188,26 @@ def thinned(rows: Sequence[Row], most: int = MOST_POINTS) -> list[Row]:
     return list(rows[::-1][::step][::-1])
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Seconds of editing for a number of edits, without loading and scoring; `label` says of what."""
-
-    label: str
-    edits: int
-    seconds: float
-
-
-def costs_of(run: Artefacts, label: str) -> list[Cost]:
-    """A run's cost along its stream, or at its end alone where it has no curve."""
-    found = [Cost(label, line["edits"], line["seconds"]) for line in thinned(run.curve) if line.get("edits")]
-    return found or [Cost(label, run.metrics["n_edits"], run.metrics["seconds"]["edit"])]
+def costs_of(runs: Sequence[Artefacts]) -> pd.DataFrame:
+    """Seconds of editing without loading and scoring, along a run's stream or at its end: `of`, `edits`, `seconds`."""
+    rows = []
+    for run in runs:
+        end = {"edits": run.metrics["n_edits"], "seconds": run.metrics["seconds"]["edit"]}
+        rows += [(run.name, one["edits"], one["seconds"]) for one in thinned(run.curve) or [end]]
+    return pd.DataFrame(rows, columns=["of", "edits", "seconds"])
 
 
-def cost(costs: Sequence[Cost], log: bool = True) -> Chart | str:
+def cost(spent: pd.DataFrame, log: bool = True) -> Chart | str:
     """Time of editing against the number of edits, both logarithmic as in the paper (Fig. 7), or not."""
-    costs = [one for one in costs if one.edits > 0 and one.seconds > 0]
-    if not costs:
+    spent = spent[(spent["edits"] > 0) & (spent["seconds"] > 0)]
+    if spent.empty:
         return "cost: no run with edits and seconds"
-    sizes = {label: len({one.edits for one in costs if one.label == label}) for label in {one.label for one in costs}}
-    if max(sizes.values()) > 1:  # a point alone says nothing about growth
-        costs = [one for one in costs if sizes[one.label] > 1]
-    costs = sorted(costs, key=lambda one: (one.label, one.edits))
-    rows: list[dict[str, Any]] = [
-        {"of": one.label, "edits": one.edits, "seconds": round(one.seconds, 3)} for one in costs
-    ]
-    last = {row["of"]: row for row in rows}
+    sizes = spent.groupby("of")["edits"].transform("nunique")
+    spent = spent[sizes > min(1, sizes.max() - 1)]  # beside lines, a point alone says nothing about growth
+    rows = records(spent.sort_values(["of", "edits"], kind="stable").round(3))
     ends = "; ".join(
         f"{name}: {row['edits']:,} edits in {row['seconds']:.1f} s, {60 * row['edits'] / row['seconds']:,.0f} a minute"
-        for name, row in last.items()
+        for name, row in {row["of"]: row for row in rows}.items()
     )
     words = f"Seconds of editing, without loading and scoring, for the first so many edits. {ends}."
     titles = ("edits", "seconds of editing")
@@ -241,7 +220,7 @@ RUN_CHARTS: Mapping[str, Callable[[Artefacts], Chart | str]] = {
     "answered_by": answered_by,
     "live": live,
     "retention": retention,
-    "cost": lambda run: cost(costs_of(run, run.name), log=False),
+    "cost": lambda run: cost(costs_of([run]), log=False),
     "features": feature_points,
 }
 """The charts of a single run, in the order of the report."""

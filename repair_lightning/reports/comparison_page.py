@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from repair_lightning.reports.comparison import Result, remarks
-from repair_lightning.reports.comparison_charts import COSTS, op_against, scale, scored_results
+from repair_lightning.reports.comparison_charts import COSTS, finished, op_against, scale
 from repair_lightning.reports.editor_tables import editor_tables, lead
 from repair_lightning.reports.html_report import GLOSSARY, Page, Section, pictures, write_page
 from repair_lightning.reports.tables import Table
@@ -28,7 +28,7 @@ def write_comparison_page(folder: Path, results: Sequence[Result]) -> Path:
         lead=lead(results),
         sections=[
             Section("scores", "Scores and costs", tables=editor_tables(results), facts=facts, words=remarks(results)),
-            pictures([scale(scored_results(results)), *(op_against(spent, results) for spent in COSTS)]),
+            pictures([scale(finished(results)), *(op_against(spent, results) for spent in COSTS)]),
             Section("how", "What was run", tables=[runs_table(results)]),
         ],
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,11 @@ class Chart:
 
     def svg(self, titled: bool = False) -> str:
         """The picture as SVG; always the same for the same data."""
-        return vl_convert.vegalite_to_svg(self._spec(titled))
+        svg = vl_convert.vegalite_to_svg(self._spec(titled))
+        ids = list(
+            dict.fromkeys(re.findall(r'id="((?:gradient_|clip)\d+)"', svg))
+        )  # counted on from picture to picture
+        return re.sub(r'(?<=id=")\w+|(?<=url\(#)\w+', lambda m: f"i{ids.index(m[0])}" if m[0] in ids else m[0], svg)
 
     def write(self, folder: Path, suffixes: Sequence[str] = ("png", "svg", "csv")) -> list[Path]:
         """Write `NAME.png`, `NAME.svg` and the data as `NAME.csv`, or some of them; returns the files."""
@@ -66,6 +71,11 @@ class Chart:
     def _spec(self, titled: bool) -> dict[str, Any]:
         title = {"title": _printable(self.title)} if titled else {}
         return self.picture.to_dict() | {"config": CONFIG} | title
+
+
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """A frame's rows; what is not a number is None."""
+    return frame.astype(object).where(frame.notna(), None).to_dict("records")
 
 
 def values(rows: Sequence[Row], column: str) -> list[Any]:
@@ -107,7 +117,11 @@ def histograms(rows: Sequence[Row], x: str, y: str, panel: str, titles: Sequence
         color=_colour(panel, legend=None),
     )
     rule = base.mark_rule(color=MARK, strokeDash=[4, 3], strokeWidth=1.5).encode(x=alt.datum(mark))
-    return alt.layer(bars, rule, data=_data(rows)).facet(facet=_panels(rows, panel), columns=1).resolve_scale(y="independent")
+    return (
+        alt.layer(bars, rule, data=_data(rows))
+        .facet(facet=_panels(rows, panel), columns=1)
+        .resolve_scale(y="independent")
+    )
 
 
 def bars(rows: Sequence[Row], x: str, y: str, panel: str, spread: str, title: str) -> Any:
@@ -166,9 +180,7 @@ def heat(
     return alt.layer(cells, words, *([around] if framed else []))
 
 
-def points(
-    rows: Sequence[Row], x: str, y: str, group: str, titles: Sequence[str], panel: str | None = None
-) -> Any:
+def points(rows: Sequence[Row], x: str, y: str, group: str, titles: Sequence[str], panel: str | None = None) -> Any:
     """Places: a colour for each name in `group`, or a scale where it holds numbers; a small picture for each panel,
     then with shares in per cent over a logarithmic axis."""
     if any(isinstance(row[group], str) for row in rows):

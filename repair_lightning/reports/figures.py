@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pandas as pd
+
 from repair_lightning.errors import ConfigError
 from repair_lightning.reports.artefacts import Artefacts
 from repair_lightning.reports.charts import RUN_CHARTS, cost, costs_of
@@ -15,9 +17,9 @@ from repair_lightning.reports.comparison_charts import (
     COSTS,
     components,
     costs_of_results,
+    finished,
     op_against,
     scale,
-    scored_results,
     scored_runs,
     sensitivity,
 )
@@ -101,9 +103,8 @@ def charts_of(runs: Sequence[Artefacts], comparisons: Sequence[Comparison]) -> I
             yield sensitivity(one.grid, one.results, f"sensitivity-{_plain(one.name)}")
     if len(plain) == len(comparisons):
         yield "sensitivity: needs a comparison over a grid, as configs/compare/shards_mask.yaml"
-    yield scale([*scored_runs(runs), *(found for one in plain for found in scored_results(one.results))])
-    found = [spent for run in runs for spent in costs_of(run, run.name)]
-    yield cost([*found, *(spent for one in plain for spent in costs_of_results(one.results, f"{one.name}: "))])
+    yield scale(pd.concat([scored_runs(runs), *(finished(one.results) for one in plain)]))
+    yield cost(pd.concat([costs_of(runs), *(costs_of_results(one.results, f"{one.name}: ") for one in plain)]))
 
 
 def _named(chart: Chart | str, of: str) -> Chart | str:
