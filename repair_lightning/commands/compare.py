@@ -32,7 +32,6 @@ from repair_lightning.commands.cli import config_path, guarded, resolve_configs
 from repair_lightning.errors import ConfigError
 from repair_lightning.reports.comparison import Grid, Result, write_tables
 from repair_lightning.reports.comparison_page import write_comparison_page
-from repair_lightning.reports.editor_tables import write_editor_tables
 from repair_lightning.reports.figures import draw_costs, draw_grid
 
 REPOSITORY = Path(__file__).parents[1]
@@ -596,7 +595,6 @@ def _tables(
     said += f", {counts['stopped']} stopped" if counts["stopped"] else ""
     say(console, f"{said}; tables: {out}/table.md .tex .csv .json")
     if comparison.grid is None:
-        write_editor_tables(out, begun)
         page = write_comparison_page(out, begun)
         drawn = draw_costs(out, begun)
         words = ", ".join(file.name for file in drawn) or "no run has an OP to draw"

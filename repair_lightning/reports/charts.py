@@ -30,11 +30,11 @@ def separation(run: Artefacts, bins: int = 40) -> Chart | str:
     """The routing score of every prompt over its threshold, by kind of prompt (paper, Fig. 4)."""
     found: dict[str, list[float]] = {}
     final = [row for row in run.rows.get("final", ()) if row.get("score") is not None]
-    if not any(row["threshold"] for row in final):
+    if not any(row.get("threshold") for row in final):
         return "separation: no routing score with a threshold in generations.jsonl"
     for row in final:
-        if row["threshold"] or row["score"] < 0:  # below zero: no edit is about what it names
-            found.setdefault(row["kind"], []).append(max(row["score"], 0.0) / (row["threshold"] or 1.0))
+        if row.get("threshold") or row["score"] < 0:  # below zero: no edit is about what it names
+            found.setdefault(row["kind"], []).append(max(row["score"], 0.0) / (row.get("threshold") or 1.0))
     largest = float(np.quantile(np.concatenate([*map(np.asarray, found.values())]), 0.995))
     edges = np.linspace(0.0, max(1.2, 1.05 * largest), bins + 1)
     rows, above = [], []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
@@ -132,6 +132,25 @@ FIGURES: dict[str, Place] = {
 """The figures of a run in the CSV file; scores are shares."""
 
 
+BEFORE = "(no edit)"
+"""The row of the base as it was."""
+KEYS = {"Rel": "rel", "Gen": "gen", "Loc": "loc", "OP": "op"}
+COSTS = {
+    "s/edit": Column(("seconds_per_edit",), scale=1.0, digits=2),
+    "kB/edit": Column(("bytes_per_edit",), scale=1e-3, digits=1),
+    "peak MiB": Column(("peak_bytes", "host"), scale=2.0**-20, digits=0),
+    "GPU MiB": Column(("peak_bytes", "device"), scale=2.0**-20, digits=0),
+    "dev": Column(("deviation",), scale=1.0, digits=4),
+}
+COSTS_IN_WORDS = (
+    "s/edit: seconds of editing, the closed loop and what is trained before the first edit included (at N = 1 all of "
+    "that), without loading and scoring. kB/edit: what the edits left, as a pack stores it beside their texts. peak "
+    "MiB, GPU MiB: the most memory that editing took above what was taken before, of the process and of the GPU. dev: "
+    "the Frobenius norm of the change of the base's own W_v over its own, mean over the layers written into; a dash "
+    "where the base was not touched."
+)
+
+
 def standing(results: Sequence[Result]) -> str:
     """How some runs that differ in their seed alone went, in one word: the best that one of them came to."""
     order = ("finished", "failed", "not run", "stopped", "missing")
@@ -180,25 +199,92 @@ def short(option: str) -> str:
     return option.rsplit(".", 1)[-1]
 
 
-# -- files -------------------------------------------------------------------------------------------------------------
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the tables: its columns, and where the base as it was has the same figures."""
+
+    name: str
+    title: str
+    columns: Mapping[str, Column]
+    before: Mapping[str, Column] = field(default_factory=dict)
+    note: str = ""
+
+    def rows(self, results: Sequence[Result]) -> dict[str, tuple[Mapping[str, Column], list[Result]]]:
+        """Variant -> the columns and the runs of its row; the base first, where a run has measured it."""
+        found = {variant: (self.columns, runs) for variant, runs in by_variant(results).items()}
+        first = {(run.size, run.seed): run for run in reversed(results) if run.status == "finished"}
+        known = any(values_of(results, column) for column in self.before.values())
+        return {BEFORE: (self.before, list(first.values())), **found} if known else found
+
+    def table(self, results: Sequence[Result]) -> Table:
+        """The cells, with a group of columns for each number of edits."""
+        sizes = sorted({result.size for result in results})
+        heads = [("", "variant"), *((f"N = {size}", name) for size in sizes for name in self.columns)]
+        lines = [
+            [name, *(cell([run for run in runs if run.size == n], one) for n in sizes for one in columns.values())]
+            for name, (columns, runs) in self.rows(results).items()
+        ]
+        frame = pd.DataFrame(lines, columns=pd.MultiIndex.from_tuples(heads))
+        return Table(self.title, frame, self.note, f"table-{self.name}")
 
 
 def tables_of(results: Sequence[Result]) -> list[Table]:
     """OP of variants against sizes for each protocol, and all columns for the largest size of which a run finished."""
-    sizes = sorted({result.size for result in results})
+    sizes = [result.size for result in results]
     largest = max((result.size for result in results if result.status == "finished"), default=max(sizes, default=0))
-    variants, tables = by_variant(results), []
+    tables = [
+        Part(protocol, f"OP, {protocol.replace('_', ' ')}, per cent", {"": Column(("final", protocol, "op"))})
+        for protocol in PROTOCOLS
+    ]
+    shown = [result for result in results if result.size == largest]
+    return [*(part.table(results) for part in tables), Part("all", "All figures", COLUMNS).table(shown)]
+
+
+def editor_parts(results: Sequence[Result]) -> list[Part]:
+    """The paper's Tables 3, 4, 7 and 8 with scores as shares: Rel, Gen, Loc and OP in both protocols; perplexity and
+    Loc where targets' perplexity was asked; costs."""
+    found = []
     for protocol in PROTOCOLS:
-        column = Column(("final", protocol, "op"))
-        rows = [
-            [name, *(cell([run for run in runs if run.size == size], column) for size in sizes)]
-            for name, runs in variants.items()
-        ]
-        frame = pd.DataFrame(rows, columns=["variant", *(f"N = {size}" for size in sizes)])
-        tables.append(Table(f"OP, {protocol.replace('_', ' ')}, per cent", frame))
-    shown = {name: [run for run in runs if run.size == largest] for name, runs in variants.items()}
-    rows = [[name, *(cell(runs, column) for column in COLUMNS.values())] for name, runs in shown.items() if runs]
-    return [*tables, Table(f"All figures, N = {largest}", pd.DataFrame(rows, columns=["variant", *COLUMNS]))]
+        columns, before = (
+            {name: Column((stage, protocol, key), scale=1.0, digits=2) for name, key in KEYS.items()}
+            for stage in ("final", "pre_edit")
+        )
+        found.append(Part(protocol, f"Scores, {protocol.replace('_', ' ')}", columns, before))
+    if any(result.figure(("perplexity",)) for result in results):
+        pre, final = (Column(("perplexity", stage), scale=1.0, digits=2) for stage in ("pre", "final"))
+        both = {"PPL": final, "Loc": found[0].columns["Loc"]}
+        title = "Perplexity of the targets (lower is better) and Loc"
+        found.append(Part("perplexity", title, both, {"PPL": pre, "Loc": Column(("", ""))}))
+    spent = {name: column for name, column in COSTS.items() if name != "GPU MiB" or values_of(results, column)}
+    return [*found, Part("costs", "What editing costs", spent, note=COSTS_IN_WORDS)]
+
+
+def with_costs(results: Sequence[Result]) -> list[Result]:
+    """The results with figures per edit beside the others."""
+    return [replace(run, metrics={**costs(run.metrics), **run.metrics}) if run.metrics else run for run in results]
+
+
+def editor_tables(results: Sequence[Result]) -> list[Table]:
+    """Those tables."""
+    results = with_costs(results)
+    return [part.table(results) for part in editor_parts(results)]
+
+
+def lead(results: Sequence[Result]) -> list[str]:
+    """What the numbers are of."""
+    bases = dict.fromkeys(Path(str(run.figure(("base", "name")))).name for run in results if run.metrics)
+    seeds = ", ".join(str(seed) for seed in sorted({result.seed for result in results}))
+    over = f"mean ± standard deviation over the seeds {seeds}" if "," in seeds else f"seed {seeds}"
+    words = [
+        f"{len(by_variant(results))} variants of {', '.join(bases) or 'a base'}, {over}; scores are of the final model."
+    ]
+    singles = max((int(run.figure(("singles",)) or 0) for run in results), default=0)
+    if singles:
+        words.append(f"N = 1 is the mean over {singles:,} single edits, each written into the base as it was.")
+    return words
 
 
 def remarks(results: Sequence[Result]) -> list[str]:
@@ -213,6 +299,9 @@ def remarks(results: Sequence[Result]) -> list[str]:
     return found + [f"The data hold no {size} edits, but {held}." for size, held in few.items() if held != size]
 
 
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
 def csv_text(results: Sequence[Result]) -> str:
     """One line per run."""
     lines = [
@@ -223,17 +312,36 @@ def csv_text(results: Sequence[Result]) -> str:
     return pd.DataFrame(lines, columns=columns, dtype=object).to_csv(index=False)
 
 
+def scores_csv(results: Sequence[Result]) -> str:
+    """A line per editor, number of edits, table and column: mean, standard deviation and number of seeds, unrounded."""
+    results = with_costs(results)
+    lines = []
+    for part in editor_parts(results):
+        for editor, (columns, runs) in part.rows(results).items():
+            for size, name in product(sorted({result.size for result in results}), columns):
+                same = [run for run in runs if run.size == size]
+                found = values_of(same, columns[name])
+                centre = f"{mean(found):.8g}" if found else ""
+                spread = f"{stdev(found):.8g}" if len(found) > 1 else ""
+                lines.append([part.name, editor, size, name, centre, spread, len(found), standing(same)])
+    heads = ["table", "editor", "N", "column", "mean", "sd", "seeds", "status"]
+    return pd.DataFrame(lines, columns=heads).to_csv(index=False)
+
+
 def write_tables(folder: Path, results: Sequence[Result], grid: Grid | None = None) -> None:
-    """Write `table.json` (everything), `table.csv` (a line per run), `table.md` and `table.tex`."""
+    """Write `table.json` (everything), `table.csv` (a line per run), `table.md` and `table.tex`; without a grid also
+    the paper's tables, `scores.md`, `scores.csv` and `scores.tex`."""
     of_grid = {"grid": asdict(grid)} if grid else {}
     write_json(folder / TABLE, {"runs": [asdict(result) for result in results], **of_grid})
-    seeds = ", ".join(str(seed) for seed in sorted({result.seed for result in results}))
-    over = f"Mean ± standard deviation over the seeds {seeds}" if "," in seeds else f"Seed {seeds}"
-    lead = f"{over}; every run's command and figures are in `table.json`. Scores are per cent, of the final model."
-    tables = tables_of(results)
-    replace_text(folder / "table.csv", csv_text(results))
-    replace_text(folder / "table.md", markdown(tables, [lead], remarks(results)))
-    replace_text(folder / "table.tex", latex(tables))
+    tables, words = tables_of(results), [*lead(results), "Every run's command and figures are in `table.json`."]
+    texts = {"table.csv": csv_text(results), "table.tex": latex(tables)}
+    texts["table.md"] = markdown(tables, words, remarks(results))
+    if grid is None:
+        tables = editor_tables(results)
+        texts |= {"scores.csv": scores_csv(results), "scores.tex": latex(tables, document=True)}
+        texts["scores.md"] = markdown(tables, lead(results), remarks(results))
+    for name, text in texts.items():
+        replace_text(folder / name, text)
 
 
 def read_tables(folder: Path) -> tuple[list[Result], Grid | None]:

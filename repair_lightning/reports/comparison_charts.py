@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -15,14 +16,6 @@ from repair_lightning.reports.drawing import Chart, records
 PANELS = ("Rel", "Gen", "Loc", "OP")
 TOLD = 3
 """Most lines whose every point the words name."""
-OPTIONS_IN_WORDS = {
-    "model.writing.capacity": "edits per shard",
-    "model.writing.mask_ratio": "mask ratio",
-    "model.writing.steps": "inner steps",
-    "model.writing.lr": "learning rate",
-    "model.writing.stop_margin": "stop margin, nats",
-    "monitor.tau_correct": "error threshold",
-}
 COSTS = {
     "seconds": "seconds per edit",
     "kept": "kB per edit that are kept",
@@ -33,7 +26,7 @@ COSTS = {
 
 def finished(results: Sequence[Result]) -> pd.DataFrame:
     """A row per finished run: `variant`, `size`, `seed`, `base`, `edits`, scores in per cent, what it cost."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for run in (run for run in results if run.status == "finished"):
         base = str(run.figure(("base", "name")) or "base").rstrip("/").split("/")[-1]
         peak = run.figure(("peak_bytes", "device")) or run.figure(("peak_bytes", "host"))
@@ -101,8 +94,7 @@ def sensitivity(grid: Grid, results: Sequence[Result], name: str) -> Chart | str
     said = [f"{line['OP']:.1f} at {y} {line[y]} and {x} {line[x]}" for line in (best, worst)]
     default = (grid.default[column], grid.default[row]) if len(grid.default) == 2 else None
     words = f"Best {said[0]}; worst {said[1]}." + " The frame marks the default." * bool(default)
-    titles = [OPTIONS_IN_WORDS.get(option, short(option)) for option in (column, row)]
-    picture = drawing.heat(rows, x, y, "OP", "shown", titles, default)
+    picture = drawing.heat(rows, x, y, "OP", "shown", default)
     return Chart(name, f"OP over {size:,} edits", words, rows, picture)
 
 

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from repair_lightning.reports.comparison import Result, remarks
+from repair_lightning.reports.comparison import Result, editor_tables, lead, remarks
 from repair_lightning.reports.comparison_charts import COSTS, finished, op_against, scale
-from repair_lightning.reports.editor_tables import editor_tables, lead
 from repair_lightning.reports.html_report import GLOSSARY, Page, Section, pictures, write_page
 from repair_lightning.reports.tables import Table
 

@@ -52,9 +52,7 @@ class Chart:
     def svg(self, titled: bool = False) -> str:
         """The picture as SVG; always the same for the same data."""
         svg = vl_convert.vegalite_to_svg(self._spec(titled))
-        ids = list(
-            dict.fromkeys(re.findall(r'id="((?:gradient_|clip)\d+)"', svg))
-        )  # counted on from picture to picture
+        ids = list(dict.fromkeys(re.findall(r'id="((?:gradient_|clip)\d+)"', svg)))  # Vega counts on from the last one
         return re.sub(r'(?<=id=")\w+|(?<=url\(#)\w+', lambda m: f"i{ids.index(m[0])}" if m[0] in ids else m[0], svg)
 
     def write(self, folder: Path, suffixes: Sequence[str] = ("png", "svg", "csv")) -> list[Path]:
@@ -117,11 +115,8 @@ def histograms(rows: Sequence[Row], x: str, y: str, panel: str, titles: Sequence
         color=_colour(panel, legend=None),
     )
     rule = base.mark_rule(color=MARK, strokeDash=[4, 3], strokeWidth=1.5).encode(x=alt.datum(mark))
-    return (
-        alt.layer(bars, rule, data=_data(rows))
-        .facet(facet=_panels(rows, panel), columns=1)
-        .resolve_scale(y="independent")
-    )
+    drawn = alt.layer(bars, rule, data=_data(rows)).facet(facet=_panels(rows, panel), columns=1)
+    return drawn.resolve_scale(y="independent")
 
 
 def bars(rows: Sequence[Row], x: str, y: str, panel: str, spread: str, title: str) -> Any:
@@ -156,16 +151,14 @@ def stacked(rows: Sequence[Row], x: str, y: str, group: str, title: str) -> Any:
     )
 
 
-def heat(
-    rows: Sequence[Row], x: str, y: str, value: str, text: str, titles: Sequence[str], frame: tuple[Any, Any] | None
-) -> Any:
+def heat(rows: Sequence[Row], x: str, y: str, value: str, text: str, frame: tuple[Any, Any] | None) -> Any:
     """A colour and a text for each pair of x and y; `frame` is the pair that is framed."""
     known = [row[value] for row in rows if row[value] is not None]
     top = max(known, default=100.0)
     low = min([*known, top - 20])  # small differences look small
     base = alt.Chart(_data(rows), width=alt.Step(70), height=alt.Step(45)).encode(
-        x=alt.X(field=x, type="ordinal", sort=values(rows, x), title=titles[0], axis=alt.Axis(labelAngle=0)),
-        y=alt.Y(field=y, type="ordinal", sort=values(rows, y)[::-1], title=titles[1]),
+        x=alt.X(field=x, type="ordinal", sort=values(rows, x), title=x.replace("_", " "), axis=alt.Axis(labelAngle=0)),
+        y=alt.Y(field=y, type="ordinal", sort=values(rows, y)[::-1], title=y.replace("_", " ")),
     )
     scale = alt.Scale(scheme="viridis", domain=[low, top])
     legend = alt.Legend(orient="right", title="per cent")

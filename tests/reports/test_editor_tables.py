@@ -7,11 +7,10 @@ import re
 
 import pytest
 
-from repair_lightning.reports.comparison import COLUMNS, Result, cell, costs
+from repair_lightning.reports.comparison import BEFORE, COLUMNS, Result, cell, costs, editor_tables, write_tables
 from repair_lightning.reports.comparison_charts import op_against
 from repair_lightning.reports.comparison_page import write_comparison_page
 from repair_lightning.reports.drawing import Chart
-from repair_lightning.reports.editor_tables import BEFORE, editor_tables, write_editor_tables
 
 
 def finished(variant: str, size: int, seed: int = 0, rel: float = 0.9, **more) -> Result:
@@ -39,7 +38,7 @@ def results() -> list[Result]:
 
 
 def test_scores_are_grouped_by_the_number_of_edits_and_costs_are_per_edit(results):
-    scores, forced, spent = (table.frame.set_index(("", "editor")) for table in editor_tables(results))
+    scores, forced, spent = (table.frame.set_index(("", "variant")) for table in editor_tables(results))
     assert list(scores.columns) == [(f"N = {n}", name) for n in (1, 30) for name in ("Rel", "Gen", "Loc", "OP")]
     assert list(scores.index) == [BEFORE, "ours", "rome_1", "slow"]
     assert scores.loc["ours", "N = 1"].tolist() == ["0.90", "0.90", "1.00", "0.90"]
@@ -57,7 +56,7 @@ def test_perplexity_has_a_table_where_it_was_asked():
 
 
 def test_the_files(results, tmp_path):
-    assert [file.name for file in write_editor_tables(tmp_path, results)] == ["scores.md", "scores.csv", "scores.tex"]
+    write_tables(tmp_path, results)
     text = (tmp_path / "scores.md").read_text()
     assert re.search(r"\| ours +\|( +0\.90 \|){2} +1\.00 \| +0\.90 \|( +0\.85 ± 0\.07 \|){2}", text)
     assert "Not run: `rome_1`, 30 edits: it takes hours & days." in text
