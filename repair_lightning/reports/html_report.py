@@ -19,16 +19,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from repair_lightning.edits.ledger import EditStatus
-from repair_lightning.errors import counted
 from repair_lightning.reports.artefacts import Artefacts
 from repair_lightning.reports.charts import RUN_CHARTS
 from repair_lightning.reports.drawing import Chart
 from repair_lightning.reports.report import form_frame, loop_words, percent, score_frame, side_words
 from repair_lightning.reports.report_tables import (
-    edit_rows,
     edits_table,
     event_table,
-    examples,
     failed_table,
     others_table,
     problems,
@@ -54,14 +51,6 @@ GLOSSARY = (
     ("before merge", "after the last edit, before side memories were fused, if they were"),
     ("oracle routing", "what the same memories score if every prompt is sent to the right one"),
 )
-FORMS_IN_WORDS = {
-    "bare": "as bare text",
-    "chat": "in the chat template",
-    "system": "after a system message",
-    "second turn": "in a second turn",
-    "wrapped": "inside courtesy",
-    "long": "after other text",
-}
 FORMS_NOTE = (
     "In per cent of the edits that were asked. Exact: the answer is the target; contains: it holds the target; fires: "
     "a shard answers; garbled: a shard said what neither it nor the base should say."
@@ -162,42 +151,38 @@ def pictures(drawn: Sequence[Chart | str]) -> Section:
 
 def page_of(run: Artefacts) -> Page:
     """The report of a run."""
-    forms = form_frame(run.metrics["final"].get("forms")).replace({"form": FORMS_IN_WORDS})
+    m = run.metrics
     scores = [
-        examples(run),
-        Table("Scores", score_frame(run.metrics), "In per cent; higher is better everywhere.", "score-table"),
-        Table("Edits in other forms", forms, FORMS_NOTE, "forms-table"),
+        Table("", score_frame(m), "In per cent; higher is better everywhere.", "score-table"),
+        Table("Edits in other forms", form_frame(m["final"].get("forms")), FORMS_NOTE, "forms-table"),
     ]
-    others = replace(others_table(run), note=" ".join([OTHERS_WORDS, others_table(run).note]).strip())
+    others = others_table(run)
+    others = replace(others, note=f"{OTHERS_WORDS} {others.note}".strip())
+    known = Counter(str(entry.status) for entry in run.entries.values())
+    counts = ", ".join(f"{number:,} {status}" for status, number in known.items())
     texts = [("The command", run.provenance.get("command", "")), ("The complete configuration", run.config_text)]
     sections = [
-        Section("scores", "Scores", [*side_words(run.metrics), *deviation_words(run)], scores, facts=GLOSSARY),
-        Section("failed", "What failed, and why", failed_words(run), [failed_table(run), others, skipped_table(run)]),
+        Section("scores", "Scores", list(side_words(m)), scores, facts=GLOSSARY),
+        Section("failed", "What failed, and why", [failed_words(run)], [failed_table(run), others, skipped_table(run)]),
         pictures([make(run) for make in RUN_CHARTS.values()]),
-        Section("edits", "All edits", edits_words(run), [edits_table(run)], searched=True),
-        Section("loop", "What happened", [loop_words(run.metrics)], [event_table(run)]),
+        Section("edits", "All edits", [f"Failed ones come first. {counts}"], [edits_table(run)], searched=True),
+        Section("loop", "What happened", [loop_words(m)], [event_table(run)]),
         Section("how", "Configuration", facts=setup(run), texts=[one for one in texts if one[1]]),
     ]
+    ended = [event["time"] for event in run.events]
+    when = f", {datetime.fromtimestamp(max(ended), timezone.utc):%Y-%m-%d %H:%M} UTC" if ended else ""
     return Page(
-        title=f"{run.metrics['n_edits']:,} corrections of {run.base}",
-        subtitle=subtitle(run),
+        title=f"{m['n_edits']:,} corrections of {run.base}",
+        subtitle=f"Run {run.name}{when}",
         lead=lead(run),
         sections=sections,
         notices=notices(run),
-        tiles=tiles(run),
+        tiles=[(percent(run.score(kind)), words) for kind, words in TILES.items() if run.score(kind) is not None],
         made=f"Made by REPAIR-Lightning; `repair-lightning report --run {run.path}` makes it again.",
     )
 
 
 # -- what was asked and what came of it --------------------------------------------------------------------------------
-
-
-def subtitle(run: Artefacts) -> str:
-    """The run's name, when it ended, how long it took."""
-    seconds = run.metrics.get("seconds", {}).get("total")
-    ended = [event["time"] for event in run.events]
-    when = f", {datetime.fromtimestamp(max(ended), timezone.utc):%Y-%m-%d %H:%M} UTC" if ended else ""
-    return f"Run {run.name}{when}" + (f", {seconds:,.1f} s in all" if seconds else "")
 
 
 def lead(run: Artefacts) -> list[str]:
@@ -232,66 +217,23 @@ def notices(run: Artefacts) -> list[str]:
     """What a reader must know beforehand."""
     undone = [entry.status for entry in run.entries.values()].count(EditStatus.UNDONE)
     bad = len(run.metrics.get("records", {}).get("bad", ()))
-    found = [
-        f"{undone} of the edits were taken back after the run. The scores and the answers are those at the end of the "
-        "run, before that."
-    ] * bool(undone)
-    return found + [f"{bad} records of the data were bad and were not written; they are listed below."] * bool(bad)
+    words = f"{undone} of the edits were taken back after the run; scores and answers are those before that."
+    return [words] * bool(undone) + [f"{bad} records of the data were bad and were not written; see below."] * bool(bad)
 
 
-def tiles(run: Artefacts) -> list[tuple[str, str]]:
-    """The headline figures."""
-    found = [(percent(run.score(kind)), words) for kind, words in TILES.items() if run.score(kind) is not None]
-    found.append((f"{len(problems(run)):,}", "edits failed"))
-    speed = run.metrics.get("edits_per_minute")
-    return found + ([(f"{speed:,.0f}", "edits a minute")] if speed else [])
-
-
-def deviation_words(run: Artefacts) -> list[str]:
-    """How far the base's own weights were moved, where they were."""
-    moved = run.metrics.get("method", {}).get("deviation") or {}
-    each = ", ".join(f"{share:.3f} in layer {layer}" for layer, share in moved.items())
-    return [f"The base's own value matrices were moved, as a share of their norm, by {each}."] if each else []
-
-
-def failed_words(run: Artefacts) -> list[str]:
+def failed_words(run: Artefacts) -> str:
     """How many edits failed."""
     failed, quarantined = len(problems(run)), run.metrics.get("closed_loop", {}).get("quarantined", 0)
-    if not failed:
-        return ["No edit failed: each corrected prompt gets its new answer, and none was given up (quarantined)."]
-    given_up = f"; {quarantined:,} of them were quarantined: given up after repeated attempts, so the base answers them"
-    return [f"{failed:,} of {run.metrics['n_edits']:,} edits failed{given_up if quarantined else ''}."]
-
-
-def edits_words(run: Artefacts) -> list[str]:
-    """How many edits there are, and what became of them."""
-    known = Counter(str(entry.status) for entry in run.entries.values()) or run.metrics.get("edits", {})
-    counts = ", ".join(f"{number:,} {status}" for status, number in known.items() if number)
-    total = len({**run.entries, **edit_rows(run)})
-    return [f"{counted(total, 'edit')}" + (f": {counts}." if counts else ".") + " Failed ones come first."]
+    words = f"{failed:,} of {run.metrics['n_edits']:,} edits failed"
+    return words + (f"; {quarantined:,} of them were quarantined, so the base answers them." if quarantined else ".")
 
 
 def setup(run: Artefacts) -> list[tuple[str, str]]:
     """What was run, where and with what."""
     m = run.metrics
-    options = {
-        "router": "model.routing.router",
-        "form of a shard": "model.writing.form",
-        "edits per window": "data.window",
-        "records": "data.path",
-        "their format": "data.format",
-        "unrelated prompts": "data.irrelevant",
-    }
-    layers = list(m.get("method", {}).get("deviation", ())) or [str(m.get("layer", ""))]
-    kept = m.get("memory_bytes")
-    found: dict[str, Any] = {
-        "base": f"{m['base']['name']} ({str(m['base'].get('sha256', ''))[:12]})",
-        "editor": m.get("editor"),
-        "seed": m.get("seed"),
-        "edited layers": ", ".join(layers),
-        **{word: run.option(name) for word, name in options.items()},
-        "kept of the edits": f"{kept / 2**20:.2f} MiB in {counted(m.get('shards', 0), 'shard')}" if kept else None,
-        "seconds": ", ".join(f"{name} {value:,.1f}" for name, value in m.get("seconds", {}).items() if value),
-        "versions": ", ".join(f"{name} {version}" for name, version in run.provenance.get("versions", {}).items()),
-    }
-    return [(word, str(value)) for word, value in found.items() if value not in (None, "")]
+    found = {name: m.get(name) for name in ("editor", "seed", "layer", "shards", "memory_bytes", "edits_per_minute")}
+    found["base"] = f"{m['base']['name']} ({str(m['base'].get('sha256', ''))[:12]})"
+    parts = {"seconds": m.get("seconds", {}), "versions": run.provenance.get("versions", {})}
+    parts["change of the base's own weights, by layer"] = m.get("method", {}).get("deviation") or {}
+    found |= {name: ", ".join(f"{part} {shown(one)}" for part, one in each.items()) for name, each in parts.items()}
+    return [(word.replace("_", " "), shown(value)) for word, value in found.items() if value not in (None, "")]

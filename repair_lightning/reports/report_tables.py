@@ -19,14 +19,6 @@ EDITS_SHOWN, ROWS_SHOWN, TEXT_SHOWN = 2000, 200, 240
 """Most edits in the searchable table, rows of another table, characters of a text."""
 
 GONE = (EditStatus.SUPERSEDED, EditStatus.UNDONE)
-FAILED = (
-    EditStatus.FAILED,
-    EditStatus.QUARANTINED,
-    EditStatus.PENDING,
-    EditStatus.RESIDUAL,
-    EditStatus.REQUEUED,
-)
-"""What an edit of a finished run should not be."""
 
 
 def table(
@@ -66,7 +58,7 @@ def problems(run: Artefacts) -> dict[str, str]:
         row = rows.get(id)
         if entry.status in GONE:
             continue
-        if entry.status in FAILED:
+        if entry.status != EditStatus.WRITTEN:
             found[id] = why_failed(entry)
             if row is not None and not row["correct"] and entry.shard is not None:
                 found[id] += f"; {why_wrong(row, entry)}"
@@ -111,17 +103,6 @@ def why_wrong(row: Row, entry: LedgerEntry | None) -> str:
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def examples(run: Artefacts, number: int = 3) -> Table:
-    """A few edits, before and after."""
-    gone = {id for id, entry in run.entries.items() if entry.status in GONE}
-    shown = [
-        [dialogue.shown(row["prompt"]), row["base_answer"], row["answer"]]
-        for id, row in edit_rows(run).items()
-        if id not in gone and row["correct"] and row["answer"] != row["base_answer"]
-    ]
-    return table("examples", "For example", ("asked", "answer before", "answer now"), shown[:number], 0, "")
-
-
 def others_table(run: Artefacts) -> Table:
     """Rephrases, unrelated prompts and neighbours that are answered wrong, with the reason."""
     wrong = [row for row in run.rows.get("final", ()) if row["kind"] != "edit" and not row["correct"]]
@@ -155,20 +136,20 @@ def skipped_table(run: Artefacts) -> Table:
 def failed_table(run: Artefacts) -> Table:
     """The edits that failed, with the reason."""
     why = problems(run)
-    return _edits("failed-table", "", run, list(why), why, ROWS_SHOWN)
+    return _edits("failed-table", run, list(why), why, ROWS_SHOWN)
 
 
 def edits_table(run: Artefacts) -> Table:
     """All edits: failed ones first, then in order of arrival."""
     why = problems(run)
-    return _edits("all-edits", "", run, list(dict.fromkeys([*why, *run.entries, *edit_rows(run)])), why, EDITS_SHOWN)
+    return _edits("all-edits", run, list(dict.fromkeys([*why, *run.entries, *edit_rows(run)])), why, EDITS_SHOWN)
 
 
-def _edits(id: str, title: str, run: Artefacts, ids: Sequence[str], why: Mapping[str, str], most: int) -> Table:
+def _edits(id: str, run: Artefacts, ids: Sequence[str], why: Mapping[str, str], most: int) -> Table:
     columns = ("edit", "asked", "should say", "says", "before", "now", "answered by", "status", "writes", "why")
     answered = edit_rows(run)
     rows = (_edit(run, one, answered.get(one, {}), why.get(one)) for one in ids)
-    return table(id, title, columns, rows, len(ids), "edits.parquet and generations.jsonl", most)
+    return table(id, "", columns, rows, len(ids), "edits.parquet and generations.jsonl", most)
 
 
 def _edit(run: Artefacts, id: str, row: Mapping[str, Any], why: str | None) -> list[Any]:
