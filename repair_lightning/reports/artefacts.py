@@ -74,8 +74,7 @@ class Artefacts:
     @cached_property
     def features(self) -> Mapping[str, Any]:
         """The content of `features.json`."""
-        file = self.path / "features.json"
-        return _json(file) if file.is_file() else {}
+        return _json(self.path / "features.json", {})
 
     @cached_property
     def entries(self) -> dict[str, LedgerEntry]:
@@ -106,8 +105,7 @@ class Artefacts:
     @cached_property
     def provenance(self) -> Mapping[str, Any]:
         """The command, the seed and the versions, from the pack."""
-        file = self.path / "pack" / "repair_config.json"
-        return _json(file).get("provenance", {}) if file.is_file() else {}
+        return _json(self.path / "pack" / "repair_config.json", {}).get("provenance", {})
 
     def option(self, name: str, default: Any = None) -> Any:
         """A dotted option of the configuration; `model.` leads to the editor's own."""
@@ -120,7 +118,9 @@ class Artefacts:
         return default if at is None else at
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _json(file: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
+    if default is not None and not file.is_file():
+        return default
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

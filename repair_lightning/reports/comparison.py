@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
@@ -29,16 +29,9 @@ Place = tuple[str, ...]
 class Result:
     """What one run came to.
 
-    Attributes:
-        variant: its name.
-        note: what is special about it.
-        size: edits that were asked for; the data may hold fewer (`metrics["n_edits"]`).
-        seed: of the draw of edits and of the run.
-        status: `failed` also where the run ended well without figures; `missing` where it was not run to its end;
-            `stopped` where its time was over; `not run` where the comparison does not ask this size of the variant.
-        command: what was run.
-        error: the last line that a failed run said; the time of one that was stopped; why one is not run.
-        metrics: the content of a finished run's `metrics.json`.
+    `size` is what was asked for; the data may hold fewer edits. `failed` is also a run that ended well without figures,
+    `missing` one that was not run to its end, `stopped` one whose time was over, and `not run` one that the comparison
+    does not ask for. `error` is a failed run's last line, or why the others have no figures.
     """
 
     variant: str
@@ -51,8 +44,8 @@ class Result:
     metrics: Mapping[str, Any] | None = None
 
     def figure(self, path: Place) -> float | None:
-        """A figure of the run; None where it has none."""
-        found: Any = self.metrics
+        """A figure of the run, or one per edit; None where it has none."""
+        found: Any = {**costs(self.metrics), **self.metrics} if self.metrics else None
         for name in path:
             found = found.get(name) if isinstance(found, Mapping) else None
         return found
@@ -79,13 +72,8 @@ class Column:
 
 @dataclass(frozen=True)
 class Grid:
-    """Variants that differ in two options alone.
-
-    Attributes:
-        options: dotted option -> its values; the first is the heat map's rows, the second its columns.
-        default: the values that the heat map marks.
-        fixed: dotted option -> value, in every cell.
-    """
+    """Variants that differ in two dotted options alone: the heat map's rows and columns. `default` are the values that
+    it frames, `fixed` the options of every cell."""
 
     options: Mapping[str, Sequence[Any]]
     default: Mapping[str, Any] = field(default_factory=dict)
@@ -134,7 +122,6 @@ FIGURES: dict[str, Place] = {
 
 BEFORE = "(no edit)"
 """The row of the base as it was."""
-KEYS = {"Rel": "rel", "Gen": "gen", "Loc": "loc", "OP": "op"}
 COSTS = {
     "s/edit": Column(("seconds_per_edit",), scale=1.0, digits=2),
     "kB/edit": Column(("bytes_per_edit",), scale=1e-3, digits=1),
@@ -249,7 +236,7 @@ def editor_parts(results: Sequence[Result]) -> list[Part]:
     found = []
     for protocol in PROTOCOLS:
         columns, before = (
-            {name: Column((stage, protocol, key), scale=1.0, digits=2) for name, key in KEYS.items()}
+            {name: Column((stage, protocol, name.lower()), scale=1.0, digits=2) for name in ("Rel", "Gen", "Loc", "OP")}
             for stage in ("final", "pre_edit")
         )
         found.append(Part(protocol, f"Scores, {protocol.replace('_', ' ')}", columns, before))
@@ -262,14 +249,8 @@ def editor_parts(results: Sequence[Result]) -> list[Part]:
     return [*found, Part("costs", "What editing costs", spent, note=COSTS_IN_WORDS)]
 
 
-def with_costs(results: Sequence[Result]) -> list[Result]:
-    """The results with figures per edit beside the others."""
-    return [replace(run, metrics={**costs(run.metrics), **run.metrics}) if run.metrics else run for run in results]
-
-
 def editor_tables(results: Sequence[Result]) -> list[Table]:
     """Those tables."""
-    results = with_costs(results)
     return [part.table(results) for part in editor_parts(results)]
 
 
@@ -314,7 +295,6 @@ def csv_text(results: Sequence[Result]) -> str:
 
 def scores_csv(results: Sequence[Result]) -> str:
     """A line per editor, number of edits, table and column: mean, standard deviation and number of seeds, unrounded."""
-    results = with_costs(results)
     lines = []
     for part in editor_parts(results):
         for editor, (columns, runs) in part.rows(results).items():

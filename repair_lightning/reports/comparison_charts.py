@@ -10,7 +10,7 @@ import pandas as pd
 from repair_lightning.reports import drawing
 from repair_lightning.reports.artefacts import Artefacts
 from repair_lightning.reports.charts import costs_of
-from repair_lightning.reports.comparison import COLUMNS, Grid, Result, cell, costs, short
+from repair_lightning.reports.comparison import COLUMNS, Grid, Result, cell, short
 from repair_lightning.reports.drawing import Chart, records
 
 PANELS = ("Rel", "Gen", "Loc", "OP")
@@ -37,7 +37,7 @@ def finished(results: Sequence[Result]) -> pd.DataFrame:
                 **{name: COLUMNS[name].of(run) for name in PANELS},
                 "spent": run.figure(("seconds", "edit")),
                 "written": run.figure(("n_edits",)),
-                "seconds": costs(run.metrics or {}).get("seconds_per_edit"),
+                "seconds": run.figure(("seconds_per_edit",)),
                 "kept": kept and kept * 1e-3,
                 "peak": peak and peak * 2.0**-20,
             }

@@ -121,10 +121,7 @@ def histograms(rows: Sequence[Row], x: str, y: str, panel: str, titles: Sequence
 
 def bars(rows: Sequence[Row], x: str, y: str, panel: str, spread: str, title: str) -> Any:
     """Lying bars of shares in per cent, the categories y shared by a small picture for each panel."""
-    base = alt.Chart(width=120, height=alt.Step(20)).encode(
-        x=alt.X(field=x, type="quantitative", title=title, scale=alt.Scale(domain=[0, 100])),
-        y=alt.Y(field=y, type="nominal", sort=None, title=None),
-    )
+    base = alt.Chart(width=120, height=alt.Step(20)).encode(x=_share(x, title), y=_names(y))
     bar = base.mark_bar().encode(color=_colour(panel, legend=None))
     error = base.mark_errorbar().encode(xError=alt.XError(field=spread))
     number = base.mark_text(align="left", dx=4, fontSize=9).encode(
@@ -139,16 +136,8 @@ def stacked(rows: Sequence[Row], x: str, y: str, group: str, title: str) -> Any:
     """Lying bars of shares in per cent, the groups end to end."""
     order = values(rows, group)
     placed = [{**row, "place": order.index(row[group])} for row in rows]
-    return (
-        alt.Chart(_data(placed), width=380, height=alt.Step(30))
-        .mark_bar()
-        .encode(
-            x=alt.X(field=x, type="quantitative", title=title, scale=alt.Scale(domain=[0, 100])),
-            y=alt.Y(field=y, type="nominal", sort=None, title=None),
-            color=_colour(group),
-            order=alt.Order(field="place", type="quantitative"),
-        )
-    )
+    bar = alt.Chart(_data(placed), width=380, height=alt.Step(30)).mark_bar()
+    return bar.encode(x=_share(x, title), y=_names(y), color=_colour(group), order=alt.Order("place:Q"))
 
 
 def heat(rows: Sequence[Row], x: str, y: str, value: str, text: str, frame: tuple[Any, Any] | None) -> Any:
@@ -176,29 +165,28 @@ def heat(rows: Sequence[Row], x: str, y: str, value: str, text: str, frame: tupl
 def points(rows: Sequence[Row], x: str, y: str, group: str, titles: Sequence[str], panel: str | None = None) -> Any:
     """Places: a colour for each name in `group`, or a scale where it holds numbers; a small picture for each panel,
     then with shares in per cent over a logarithmic axis."""
-    if any(isinstance(row[group], str) for row in rows):
-        look = {
-            "color": _colour(group),
-            "shape": alt.Shape(field=group, type="nominal", sort=None, scale=alt.Scale(range=_shapes(rows, group))),
-        }
+    if any(isinstance(row[group], str) for row in rows):  # colours come again with another mark
+        shapes = [SHAPES[i // len(COLOURS) % len(SHAPES)] for i in range(len(values(rows, group)))]
+        shape = alt.Shape(field=group, type="nominal", sort=None, scale=alt.Scale(range=shapes))
+        look: dict[str, Any] = {"color": _colour(group), "shape": shape}
     else:
         legend = alt.Legend(orient="right", title=group)
-        scale = alt.Scale(scheme="viridis")
-        look = {"color": alt.Color(field=group, type="quantitative", scale=scale, legend=legend)}
-    drawn = alt.Chart(width=280 if panel else 380, height=180 if panel else 280).mark_point(filled=True, size=40)
-    drawn = drawn.encode(
+        look = {"color": alt.Color(f"{group}:Q", scale=alt.Scale(scheme="viridis"), legend=legend)}
+    drawn = alt.Chart(_data(rows), width=280 if panel else 380, height=180 if panel else 280).encode(
         x=_scale(alt.X, x, titles[0], log=bool(panel), zero=False),
         y=_scale(alt.Y, y, titles[1], share=bool(panel), zero=False),
         **look,
     )
-    if panel is None:
-        return drawn.properties(data=_data(rows))
-    return drawn.properties(data=_data(rows)).facet(facet=_panels(rows, panel), columns=2)
+    drawn = drawn.mark_point(filled=True, size=40)
+    return drawn.facet(facet=_panels(rows, panel), columns=2) if panel else drawn
 
 
-def _shapes(rows: Sequence[Row], group: str) -> list[str]:
-    """A mark for each group: colours come again with another one."""
-    return [SHAPES[i // len(COLOURS) % len(SHAPES)] for i in range(len(values(rows, group)))]
+def _share(column: str, title: str) -> alt.X:
+    return alt.X(field=column, type="quantitative", title=title, scale=alt.Scale(domain=[0, 100]))
+
+
+def _names(column: str) -> alt.Y:
+    return alt.Y(field=column, type="nominal", sort=None, title=None)
 
 
 def _panels(rows: Sequence[Row], panel: str) -> alt.Facet:
@@ -211,9 +199,8 @@ def _colour(group: str, legend: Any = alt.Undefined) -> alt.Color:
 
 def _scale(kind: Any, column: str, title: str, log: bool = False, share: bool = False, zero: bool = True) -> Any:
     """A numeric axis; shares in per cent have room for marks that lie on their limits."""
-    scale = alt.Scale(zero=zero)
-    if log or share:
-        scale = alt.Scale(type="log") if log else alt.Scale(domain=[-3, 103], nice=False)
+    limits: dict[str, Any] = {"domain": [-3, 103], "nice": False} if share else {"zero": zero}
+    scale = alt.Scale(type="log") if log else alt.Scale(**limits)
     return kind(field=column, type="quantitative", title=title, scale=scale, axis=alt.Axis(format=",~f"))
 
 

@@ -16,6 +16,7 @@ from repair_lightning.scoring.metrics import KINDS
 from repair_lightning.scoring.protocols import AUTOREGRESSIVE, PROTOCOLS
 
 STAGES = {"pre_edit": "before", "before_merge": "before merge", "final": "after", "oracle_routing": "oracle routing"}
+SECONDS = {"edit": "editing", "evaluate": "scoring", "total": "in all"}
 _TITLES = {name: "OP" if name == "op" else name.capitalize() for name in (*KINDS, "op")}
 
 
@@ -90,7 +91,10 @@ def print_report(metrics: Mapping[str, Any], run_dir: Path | None, console: Cons
         console.print(console_table(routing_frame(metrics["routing"]), "Who answered"))
     if metrics["final"].get("forms"):
         console.print(console_table(form_frame(metrics["final"]["forms"]), "Edits in other forms"))
-    said = [*side_words(metrics), *([loop_words(metrics), _speed_words(metrics)] if run_dir is not None else ())]
+    said = list(side_words(metrics))
+    if run_dir is not None:
+        took = ", ".join(f"{metrics['seconds'][key]:.1f} s {word}" for key, word in SECONDS.items())
+        said += [loop_words(metrics), f"{metrics['edits_per_minute']:.0f} edits a minute: {took}."]
     for line in said:
         console.print(escape(line), soft_wrap=not console.is_terminal)  # whoever reads a pipe wants whole lines
     if run_dir is None:
@@ -118,7 +122,12 @@ def side_words(metrics: Mapping[str, Any]) -> Iterator[str]:
             f"{percent(kept['final'])} after; {percent(kept['same'])} of the answers are unchanged."
         )
     if metrics.get("earlier"):
-        yield _earlier_words(metrics["earlier"])
+        earlier = metrics["earlier"]
+        before, after, lost = earlier["before"], earlier["after"], earlier["lost"]
+        words = ", ".join(f"{kind.capitalize()} {_percent(before[kind])} -> {_percent(after[kind])}" for kind in before)
+        words += f"; no longer answered right: {', '.join(lost[:5])}{', ...' * (len(lost) > 5)}" * bool(lost)
+        live = f"{counted(earlier['n_edits'], 'edit')} live ({words})"
+        yield f"Of the pack that the run started from: {live} and {earlier['superseded']} superseded."
 
 
 def loop_words(metrics: Mapping[str, Any]) -> str:
@@ -134,31 +143,12 @@ def loop_words(metrics: Mapping[str, Any]) -> str:
     )
 
 
-def _speed_words(metrics: Mapping[str, Any]) -> str:
-    seconds = metrics["seconds"]
-    return (
-        f"{metrics['edits_per_minute']:.0f} edits a minute: {seconds['edit']:.1f} s editing, "
-        f"{seconds['evaluate']:.1f} s scoring, {seconds['total']:.1f} s in all."
-    )
-
-
 def verdict(metrics: Mapping[str, Any], place: str | Path) -> str:
     """A finished run, or a scored pack, in one line: the final score in free generation, what became of the edits."""
     final = metrics["final"][AUTOREGRESSIVE]
     scores = "  ".join(f"{_TITLES[name]} {_percent(final[name])}" for name in _TITLES)
     given_up = f"; {metrics['closed_loop']['quarantined']} quarantined" if "closed_loop" in metrics else ""
     return f"{counted(metrics['n_edits'], 'edit')} of {metrics['base']['name']}: {scores}{given_up}; {place}"
-
-
-def _earlier_words(earlier: Mapping[str, Any]) -> str:
-    before, after = earlier["before"], earlier["after"]
-    shares = ", ".join(f"{kind.capitalize()} {_percent(before[kind])} -> {_percent(after[kind])}" for kind in before)
-    lost = earlier["lost"]
-    words = f"; no longer answered right: {', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}" if lost else ""
-    return (
-        f"Of the pack that the run started from: {counted(earlier['n_edits'], 'edit')} live ({shares}{words}) and "
-        f"{earlier['superseded']} superseded."
-    )
 
 
 FILES = {
