@@ -141,7 +141,7 @@ def _report(options: Namespace) -> None:
 
 
 def figures(parser: ArgumentParser) -> None:
-    """Draw the paper's figures from runs and comparisons: PNG, SVG, and the data as CSV (an extra: figures)."""
+    """Draw the paper's figures from runs and comparisons: PNG, SVG, and the data as CSV."""
     parser.add_argument("--runs", required=True, type=Path, nargs="+", help="run directories, or folders of runs")
     parser.add_argument("--to", required=True, type=Path, help="the folder for the files")
     parser.set_defaults(run_command=_figures)

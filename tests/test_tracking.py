@@ -18,16 +18,6 @@ def _bare(monkeypatch):
     start_afresh()
 
 
-def test_without_a_key_it_stays_on_the_disk(tmp_path):
-    logger = OfflineFirstWandbLogger(save_dir=str(tmp_path), name="n")
-    logger.log_metrics({"a": 1.5}, step=3)
-    assert logger.experiment.settings._offline
-    logger.experiment.finish()
-    found = offline_run(tmp_path)
-    assert series(found, "a") == [1.5]
-    assert series(found, "trainer/global_step") == [3]
-
-
 @pytest.mark.parametrize(
     ("environment", "given", "offline"),
     [
@@ -47,10 +37,9 @@ def test_a_key_or_the_user_decides(monkeypatch, environment, given, offline):
 @pytest.mark.parametrize("error", [wandb.errors.CommError, wandb.errors.UsageError])
 def test_a_server_that_does_not_answer_leaves_it_on_the_disk(monkeypatch, tmp_path, caplog, error):
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    real, asked = wandb.init, []
+    real = wandb.init
 
     def init(**options):
-        asked.append(options)
         if options.get("mode") != "offline":
             raise error("no route\nand more")
         return real(**options)
@@ -58,13 +47,11 @@ def test_a_server_that_does_not_answer_leaves_it_on_the_disk(monkeypatch, tmp_pa
     monkeypatch.setattr(wandb, "init", init)
     monkeypatch.setattr(tracking, "unreachable", lambda: None)
     logger = OfflineFirstWandbLogger(save_dir=str(tmp_path))
-    logger.log_metrics({"a": 2.0})
+    logger.log_metrics({"a": 2.0}, step=3)
     logger.experiment.finish()
-    assert len(asked) == 2
-    assert asked[0]["settings"]["init_timeout"] <= 30
-    assert asked[0]["settings"]["finish_timeout"] > 0
-    assert "anonymous" not in asked[0]
-    assert series(offline_run(tmp_path), "a") == [2.0]
+    found = offline_run(tmp_path)
+    assert series(found, "a") == [2.0]
+    assert series(found, "trainer/global_step") == [3]
     assert "wandb: no server (no route); the run is kept on the disk" in caplog.text
 
 

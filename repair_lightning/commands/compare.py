@@ -22,7 +22,6 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,10 +30,9 @@ from rich.console import Console
 
 from repair_lightning.commands.cli import config_path, guarded, resolve_configs
 from repair_lightning.errors import ConfigError
-from repair_lightning.reports.comparison import Grid, Result, draw_grid, write_tables
+from repair_lightning.reports.comparison import Grid, Result, write_tables
 from repair_lightning.reports.comparison_page import write_comparison_page
-from repair_lightning.reports.editor_tables import write_editor_tables
-from repair_lightning.reports.figures import draw_costs
+from repair_lightning.reports.figures import draw_costs, draw_grid
 
 REPOSITORY = Path(__file__).parents[2]
 TRAIN = REPOSITORY / "train.py"
@@ -597,16 +595,16 @@ def _tables(
     said += f", {counts['stopped']} stopped" if counts["stopped"] else ""
     say(console, f"{said}; tables: {out}/table.md .tex .csv .json")
     if comparison.grid is None:
-        write_editor_tables(out, begun)
         page = write_comparison_page(out, begun)
         drawn = draw_costs(out, begun)
-        nothing = "no run has an OP to draw" if find_spec("matplotlib") else "pip install matplotlib for the figures"
-        words = ", ".join(file.name for file in drawn) or nothing
+        words = ", ".join(file.name for file in drawn) or "no run has an OP to draw"
         say(console, f"report: {page}; the paper's tables: {out}/scores.md .tex .csv; {words}")
     else:
         files = draw_grid(out, comparison.grid, begun)
-        words = f"heat map: {', '.join(map(str, files))}" if files else "no heat map: pip install matplotlib for it"
-        say(console, words)
+        say(
+            console,
+            f"heat map: {', '.join(map(str, files))}" if files else "no heat map: no cell of the grid has an OP",
+        )
     return sum((one.variant, one.size, one.seed) in asked for one in failed)
 
 

@@ -22,12 +22,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Artefacts:
-    """A finished run, file by file; each is read when it is first asked for.
-
-    Attributes:
-        path: the run's directory.
-        metrics: the content of `metrics.json`.
-    """
+    """A finished run: its directory and its `metrics.json`; each other file is read when it is first asked for."""
 
     path: Path
     metrics: Mapping[str, Any]
@@ -79,8 +74,7 @@ class Artefacts:
     @cached_property
     def features(self) -> Mapping[str, Any]:
         """The content of `features.json`."""
-        file = self.path / "features.json"
-        return _json(file) if file.is_file() else {}
+        return _json(self.path / "features.json", {})
 
     @cached_property
     def entries(self) -> dict[str, LedgerEntry]:
@@ -109,29 +103,24 @@ class Artefacts:
         return file.read_text(encoding="utf-8") if file.is_file() else ""
 
     @cached_property
-    def config(self) -> Mapping[str, Any]:
-        """The same, parsed."""
-        try:
-            found = yaml.safe_load(self.config_text)
-        except yaml.YAMLError as error:
-            raise RepairError(f"'{self.path / 'config.yaml'}' is damaged ({error}); restore it from a copy") from error
-        return found if isinstance(found, dict) else {}
-
-    @cached_property
     def provenance(self) -> Mapping[str, Any]:
         """The command, the seed and the versions, from the pack."""
-        file = self.path / "pack" / "repair_config.json"
-        return _json(file).get("provenance", {}) if file.is_file() else {}
+        return _json(self.path / "pack" / "repair_config.json", {}).get("provenance", {})
 
     def option(self, name: str, default: Any = None) -> Any:
         """A dotted option of the configuration; `model.` leads to the editor's own."""
-        at: Any = self.config
+        try:
+            at: Any = yaml.safe_load(self.config_text)
+        except yaml.YAMLError as error:
+            raise RepairError(f"'{self.path / 'config.yaml'}' is damaged ({error}); restore it from a copy") from error
         for part in name.split("."):
             at = at.get("init_args", at).get(part) if isinstance(at, dict) else None
         return default if at is None else at
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _json(file: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
+    if default is not None and not file.is_file():
+        return default
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

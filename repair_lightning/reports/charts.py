@@ -1,149 +1,56 @@
-"""The pictures of a run as data: each chart is one long table with a word on how it is drawn.
-
-Two renderers draw them: `plotly_charts` for the report of a run, `figures` for papers.
-"""
+"""The pictures of a run: each is a chart, or one line on what is missing for it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from torchmetrics.functional.classification import binary_auroc
 
 from repair_lightning.errors import counted
+from repair_lightning.reports import drawing
 from repair_lightning.reports.artefacts import Artefacts, Row
-from repair_lightning.reports.report import only_in_base
+from repair_lightning.reports.drawing import Chart, records
+from repair_lightning.reports.report import only_in_base, percent
 from repair_lightning.scoring.metrics import KIND_OF_PROMPT
 from repair_lightning.scoring.protocols import AUTOREGRESSIVE
 from repair_lightning.types import BASE
-
-Kind = Literal["lines", "histograms", "bars", "stacked", "heat", "points"]
 
 KINDS_IN_WORDS = {"edit": "edits", "rephrase": "rephrases", "locality": "unrelated", "near": "neighbours"}
 SCORES_IN_WORDS = {"rel": "Rel", "gen": "Gen", "loc": "Loc", "near": "Near", "op": "OP"}
 MOST_POINTS = 400
 """Points of a line that follows a stream: more windows than that are thinned out evenly."""
-
-
-@dataclass(frozen=True)
-class Chart:
-    """One picture.
-
-    Attributes:
-        name: of its files.
-        title: what it shows.
-        words: what it says, for a reader who does not see it.
-        kind: how it is drawn: `lines` y over x, `histograms` bars y at numbers x, `bars` lengths x of the categories y,
-            `stacked` likewise with the groups end to end, `heat` a value per pair of categories, `points` places.
-        columns: the table, column by column; what is unknown is None.
-        x, y: columns of the axes.
-        labels: column -> the words on its axis.
-        group: column whose values get a colour each; `value` of a heat map, and of points where it holds numbers.
-        panel: column whose values get a small picture each.
-        spread: column with the standard deviation of what is drawn.
-        log: the axes that are logarithmic, of `xy`.
-        mark: x of a vertical line, or (x, y) of the heat map's framed cell.
-        limits: of the axis that shows a share in per cent, or None.
-    """
-
-    name: str
-    title: str
-    words: str
-    kind: Kind
-    columns: Mapping[str, Sequence[Any]]
-    x: str
-    y: str
-    labels: Mapping[str, str] = field(default_factory=dict)
-    group: str | None = None
-    panel: str | None = None
-    spread: str | None = None
-    log: Literal["", "x", "xy"] = ""
-    mark: float | tuple[Any, Any] | None = None
-    limits: tuple[float, float] | None = None
-
-    def label(self, column: str) -> str:
-        """The words on an axis."""
-        return self.labels.get(column, column)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """The table, row by row."""
-        return [dict(zip(self.columns, values, strict=True)) for values in zip(*self.columns.values(), strict=True)]
-
-    def values(self, column: str | None) -> list[Any]:
-        """The different values of a column in their order; one None where there is no such column."""
-        return list(dict.fromkeys(self.columns[column])) if column else [None]
-
-    def part(self, column: str | None, value: Any) -> dict[str, list[Any]]:
-        """The columns of the rows with a value in a column; of all rows where there is no such column."""
-        rows = [row for row in self.rows() if column is None or row[column] == value]
-        return _table(rows, list(self.columns))
-
-
-def percent(value: float | None) -> str:
-    """A share in [0, 1] as a reader wants it."""
-    return "-" if value is None else f"{100 * value:.1f} %"
-
-
-def _table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, list[Any]]:
-    return {name: [row.get(name) for row in rows] for name in names}
-
-
-# -- of one run --------------------------------------------------------------------------------------------------------
+MOST_COLOURS = 8
+"""Shards that a map can tell apart by colour; more are shown as a scale."""
 
 
 def separation(run: Artefacts, bins: int = 40) -> Chart | str:
-    """The routing score of every prompt over its threshold, by kind of prompt (paper, Fig. 4).
-
-    Returns:
-        The chart, or what is missing.
-    """
+    """The routing score of every prompt over its threshold, by kind of prompt (paper, Fig. 4)."""
     found: dict[str, list[float]] = {}
-    limited = False
-    for row in run.rows.get("final", ()):
-        if row.get("score") is not None and row.get("threshold"):
-            limited = True
-            found.setdefault(row["kind"], []).append(row["score"] / row["threshold"])
-        elif row.get("score", 0.0) is not None and row.get("score", 0.0) < 0:  # no edit is about what it names
-            found.setdefault(row["kind"], []).append(0.0)
-    if not limited:
+    final = [row for row in run.rows.get("final", ()) if row.get("score") is not None]
+    if not any(row.get("threshold") for row in final):
         return "separation: no routing score with a threshold in generations.jsonl"
-    largest = float(np.quantile(np.concatenate([np.asarray(values) for values in found.values()]), 0.995))
+    for row in final:
+        if row.get("threshold") or row["score"] < 0:  # below zero: no edit is about what it names
+            found.setdefault(row["kind"], []).append(max(row["score"], 0.0) / (row.get("threshold") or 1.0))
+    largest = float(np.quantile(np.concatenate([*map(np.asarray, found.values())]), 0.995))
     edges = np.linspace(0.0, max(1.2, 1.05 * largest), bins + 1)
-    centres = (edges[:-1] + edges[1:]) / 2
-    rows = []
-    for kind in KIND_OF_PROMPT:
-        ratios = np.clip(found.get(kind, []), edges[0], edges[-1])
-        counts = np.histogram(ratios, edges)[0] if len(ratios) else np.zeros(0)
-        rows += [
-            {
-                "prompts": f"{KINDS_IN_WORDS[kind]} ({len(ratios):,})",
-                "ratio": round(float(centre), 4),
-                "share": round(100 * float(count) / len(ratios), 3),
-            }
-            for centre, count in zip(centres, counts, strict=False)
-        ]
-    above = {kind: float(np.mean(np.asarray(values) > 1)) for kind, values in found.items()}
-    shares = ", ".join(
-        f"{percent(above[kind])} of the {KINDS_IN_WORDS[kind]}" for kind in KIND_OF_PROMPT if kind in above
-    )
-    words = f"Routing score over threshold: {shares} lie above their threshold. {_auroc(found)}"
+    rows, above = [], []
+    for kind in (kind for kind in KIND_OF_PROMPT if kind in found):
+        ratios, name = np.asarray(found[kind]), KINDS_IN_WORDS[kind]
+        above.append(f"{percent(float(np.mean(ratios > 1)))} of the {name}")
+        shares = 100 * np.histogram(ratios.clip(edges[0], edges[-1]), edges)[0] / len(ratios)
+        for centre, share in zip((edges[:-1] + edges[1:]) / 2, shares, strict=True):
+            place = {"ratio": round(float(centre), 4), "share": round(float(share), 3)}
+            rows.append({"prompts": f"{name} ({len(ratios):,})", **place})
+    words = f"Routing score over threshold: {', '.join(above)} lie above their threshold. {_auroc(found)}"
     if run.option("model.routing.router", "key") != "activation":
         words += " A prompt that names no edited subject counts as 0."
-    return Chart(
-        name="separation",
-        title="Are edited and unrelated prompts apart?",
-        words=words.strip(),
-        kind="histograms",
-        columns=_table(rows, ("prompts", "ratio", "share")),
-        x="ratio",
-        y="share",
-        panel="prompts",
-        labels={"ratio": "routing score over threshold", "share": "% of prompts"},
-        mark=1.0,
-    )
+    titles = ("routing score over threshold", "% of prompts")
+    picture = drawing.histograms(rows, "ratio", "share", "prompts", titles, mark=1.0)
+    return Chart("separation", "Are edited and unrelated prompts apart?", words.strip(), rows, picture)
 
 
 def _auroc(ratios: Mapping[str, Sequence[float]]) -> str:
@@ -173,23 +80,14 @@ def answered_by(run: Artefacts) -> Chart | str:
     if not rows:
         return "answered_by: no routing figures in metrics.json, or no shard that could answer"
     parts = [
-        f"{KINDS_IN_WORDS.get(kind, kind)}: own shard {percent(shares['right'])}, "
-        f"other shard {percent(shares['wrong'])}, base {percent(shares['base'])}"
+        f"{KINDS_IN_WORDS.get(kind, kind)}: "
+        + ", ".join(f"{words} {percent(shares[name])}" for name, words in names.items())
         for kind, shares in routing.items()
         if shares
     ]
-    return Chart(
-        name="answered_by",
-        title="Who answered?",
-        words=f"{'; '.join(parts)}. Edits and rephrases should go to their own shard, all others to the base.",
-        kind="stacked",
-        columns=_table(rows, ("prompts", "memory", "share")),
-        x="share",
-        y="prompts",
-        group="memory",
-        labels={"share": "% of prompts", "prompts": ""},
-        limits=(0, 100),
-    )
+    words = f"{'; '.join(parts)}. Edits and rephrases should go to their own shard, all others to the base."
+    picture = drawing.stacked(rows, "share", "prompts", "memory", "% of prompts")
+    return Chart("answered_by", "Who answered?", words, rows, picture)
 
 
 def live(run: Artefacts) -> Chart | str:
@@ -205,18 +103,9 @@ def live(run: Artefacts) -> Chart | str:
     last = {row["score"]: row["value"] for row in rows}
     asked = max(line.get("live_edits", 0) for line in run.curve)
     ends = ", ".join(f"{name} {value:.1f}" for name, value in last.items())
-    return Chart(
-        name="live",
-        title="Scores while editing",
-        words=f"Free generation after each window, on samples of at most {asked} written edits; at the end {ends}.",
-        kind="lines",
-        columns=_table(rows, ("edits", "score", "value")),
-        x="edits",
-        y="value",
-        group="score",
-        labels={"edits": "edits written", "value": "per cent"},
-        limits=(0, 100),
-    )
+    words = f"Free generation after each window, on samples of at most {asked} written edits; at the end {ends}."
+    picture = drawing.lines(rows, "edits", "value", "score", ("edits written", "per cent"))
+    return Chart("live", "Scores while editing", words, rows, picture)
 
 
 _LINES = ("Rel at the end", "Gen at the end", "Rel right after writing")
@@ -236,32 +125,20 @@ def retention(run: Artefacts, bins: int = 12) -> Chart | str:
     scores = [(names[row["kind"]], row["id"], float(row["correct"])) for row in final]
     scores += [(_LINES[2], id, score) for id, score in first_scores(run.events).items()]
     bins, place = min(bins, len(order)), {id: i for i, id in enumerate(order)}
-    groups: dict[tuple[str, int], list[tuple[int, float]]] = {}
-    for name, id, score in scores:
-        if id in place:
-            found = groups.setdefault((name, place[id] * bins // len(order)), [])
-            found.append((len(order) - 1 - place[id], score))
-    rows: list[Row] = [
-        {"age": float(np.mean(ages)), "score": name, "value": round(100 * float(np.mean(values)), 3), "n": len(values)}
-        for (name, _), found in sorted(groups.items(), key=lambda item: (_LINES.index(item[0][0]), item[0][1]))
-        for ages, values in [zip(*found, strict=True)]
-    ]
+    frame = pd.DataFrame(scores, columns=["score", "id", "value"])
+    frame = frame[frame["id"].isin(order)].assign(place=lambda known: known["id"].map(place))
+    frame["group"], frame["age"] = frame["place"] * bins // len(order), len(order) - 1 - frame["place"]
+    groups = frame.sort_values("group", kind="stable").groupby(["score", "group"])
+    means = groups.agg(age=("age", "mean"), value=("value", "mean"), n=("value", "size")).reset_index()
+    means["value"] = (100 * means["value"]).round(3)
+    rows = sorted(records(means[["age", "score", "value", "n"]]), key=lambda row: _LINES.index(row["score"]))
     rel = [f"{row['value']:.1f} %" for row in rows if row["score"] == names["edit"]]
-    return Chart(
-        name="retention",
-        title="Are old edits kept?",
-        words=(
-            f"Final score by the number of edits that came later, in {bins} groups: Rel is {rel[-1]} for the newest "
-            f"edits and {rel[0]} for the oldest. A line that falls to the right would mean that edits are forgotten."
-        ),
-        kind="lines",
-        columns=_table(rows, ("age", "score", "value", "n")),
-        x="age",
-        y="value",
-        group="score",
-        labels={"age": "edits that came later", "value": "per cent"},
-        limits=(0, 100),
+    words = (
+        f"Final score by the number of edits that came later, in {bins} groups: Rel is {rel[-1]} for the newest "
+        f"edits and {rel[0]} for the oldest. A line that falls to the right would mean that edits are forgotten."
     )
+    picture = drawing.lines(rows, "age", "value", "score", ("edits that came later", "per cent"))
+    return Chart("retention", "Are old edits kept?", words, rows, picture)
 
 
 def first_scores(events: Sequence[Row]) -> dict[str, float]:
@@ -288,35 +165,17 @@ def feature_points(run: Artefacts) -> Chart | str:
         for id, (x, y) in places.items()
     ]
     first, second = (run.features.get("explained") or [0.0, 0.0])[:2]
-    coloured = "Each shard has its colour."
-    if many:
-        coloured = (
-            "The colour is the shard's number: shards are opened as batches are written, so like colours were written "
-            "together."
-        )
-    holders = f"{counted(len(shards), 'shard')} own{'s' * (len(shards) == 1)} them. {coloured}"
     inside = sum(owners.get(id) == BASE for id in places)
-    parts = [holders] * bool(shards) + [f"{inside:,} of them are written into the base itself."] * bool(inside)
-    owned_by = " ".join(parts) or "none of them is held any more."
-    return Chart(
-        name="features",
-        title="Where the edits lie",
-        words=(
-            f"{len(rows):,} edits of {run.metrics['n_edits']:,}, each the frozen base's state at its prompt's last "
-            f"token, along the two directions of largest variance ({percent(first)} and {percent(second)} of it); "
-            + owned_by
-        ),
-        kind="points",
-        columns=_table(rows, ("id", "x", "y", "shard")),
-        x="x",
-        y="y",
-        group="shard",
-        labels={"x": "first component", "y": "second component", "shard": "shard"},
+    colour = "The colour is the shard's number, in the order of writing." if many else "Each shard has its colour."
+    owned = [f"{counted(len(shards), 'shard')} own{'s' * (len(shards) == 1)} them. {colour}"] * bool(shards)
+    owned += [f"{inside:,} of them are written into the base itself."] * bool(inside)
+    words = (
+        f"{len(rows):,} edits of {run.metrics['n_edits']:,}, each the frozen base's state at its prompt's last token, "
+        f"along the two directions of largest variance ({percent(first)} and {percent(second)} of it); "
+        + (" ".join(owned) or "none of them is held any more.")
     )
-
-
-MOST_COLOURS = 8
-"""Shards that a map can tell apart by colour; more are shown as a scale."""
+    picture = drawing.points(rows, "x", "y", "shard", ("first component", "second component"))
+    return Chart("features", "Where the edits lie", words, rows, picture)
 
 
 def _shard(shard: int | None) -> str:
@@ -329,53 +188,31 @@ def thinned(rows: Sequence[Row], most: int = MOST_POINTS) -> list[Row]:
     return list(rows[::-1][::step][::-1])
 
 
-# -- of several runs ---------------------------------------------------------------------------------------------------
+def costs_of(runs: Sequence[Artefacts]) -> pd.DataFrame:
+    """Seconds of editing without loading and scoring, along a run's stream or at its end: `of`, `edits`, `seconds`."""
+    rows = []
+    for run in runs:
+        end = {"edits": run.metrics["n_edits"], "seconds": run.metrics["seconds"]["edit"]}
+        rows += [(run.name, one["edits"], one["seconds"]) for one in thinned(run.curve) or [end]]
+    return pd.DataFrame(rows, columns=["of", "edits", "seconds"])
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Seconds of editing for a number of edits, without loading and scoring; `label` says of what."""
-
-    label: str
-    edits: int
-    seconds: float
-
-
-def costs_of(run: Artefacts, label: str) -> list[Cost]:
-    """A run's cost along its stream, or at its end alone where it has no curve."""
-    found = [Cost(label, line["edits"], line["seconds"]) for line in thinned(run.curve) if line.get("edits")]
-    if found:
-        return found
-    return [Cost(label, run.metrics["n_edits"], run.metrics["seconds"]["edit"])]
-
-
-def cost(costs: Sequence[Cost], log: bool = True) -> Chart | str:
+def cost(spent: pd.DataFrame, log: bool = True) -> Chart | str:
     """Time of editing against the number of edits, both logarithmic as in the paper (Fig. 7), or not."""
-    costs = [one for one in costs if one.edits > 0 and one.seconds > 0]
-    if not costs:
+    spent = spent[(spent["edits"] > 0) & (spent["seconds"] > 0)]
+    if spent.empty:
         return "cost: no run with edits and seconds"
-    sizes = {label: len({one.edits for one in costs if one.label == label}) for label in {one.label for one in costs}}
-    if max(sizes.values()) > 1:  # a point alone says nothing about growth
-        costs = [one for one in costs if sizes[one.label] > 1]
-    costs = sorted(costs, key=lambda one: (one.label, one.edits))
-    rows: list[Row] = [{"of": one.label, "edits": one.edits, "seconds": round(one.seconds, 3)} for one in costs]
-    last = {row["of"]: row for row in rows}
+    sizes = spent.groupby("of")["edits"].transform("nunique")
+    spent = spent[sizes > min(1, sizes.max() - 1)]  # beside lines, a point alone says nothing about growth
+    rows = records(spent.sort_values(["of", "edits"], kind="stable").round(3))
     ends = "; ".join(
         f"{name}: {row['edits']:,} edits in {row['seconds']:.1f} s, {60 * row['edits'] / row['seconds']:,.0f} a minute"
-        for name, row in last.items()
+        for name, row in {row["of"]: row for row in rows}.items()
     )
-    return Chart(
-        name="cost",
-        title="What editing costs",
-        words=f"Seconds of editing, without loading and scoring, for the first so many edits. {ends}.",
-        kind="lines",
-        columns=_table(rows, ("of", "edits", "seconds")),
-        x="edits",
-        y="seconds",
-        group="of",
-        labels={"edits": "edits", "seconds": "seconds of editing"},
-        log="xy" if log else "",
-    )
+    words = f"Seconds of editing, without loading and scoring, for the first so many edits. {ends}."
+    titles = ("edits", "seconds of editing")
+    picture = drawing.lines(rows, "edits", "seconds", "of", titles, log="xy" if log else "", share=False)
+    return Chart("cost", "What editing costs", words, rows, picture)
 
 
 RUN_CHARTS: Mapping[str, Callable[[Artefacts], Chart | str]] = {
@@ -383,7 +220,7 @@ RUN_CHARTS: Mapping[str, Callable[[Artefacts], Chart | str]] = {
     "answered_by": answered_by,
     "live": live,
     "retention": retention,
-    "cost": lambda run: cost(costs_of(run, run.name), log=False),
+    "cost": lambda run: cost(costs_of([run]), log=False),
     "features": feature_points,
 }
-"""The charts of a single run, in the order of the report; each gives a chart, or one line on what is missing."""
+"""The charts of a single run, in the order of the report."""

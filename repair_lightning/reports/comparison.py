@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import importlib.util
-import io
 import json
-import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
@@ -15,10 +10,13 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal
 
+import pandas as pd
+
 from repair_lightning.errors import RepairError
+from repair_lightning.reports.tables import Table, latex, markdown
 from repair_lightning.scoring.metrics import KINDS
 from repair_lightning.scoring.protocols import AUTOREGRESSIVE, PROTOCOLS, TEACHER_FORCED
-from repair_lightning.storage.files import write_json
+from repair_lightning.storage.files import replace_text, write_json
 
 TABLE = "table.json"
 """The file with everything that a comparison measured."""
@@ -31,16 +29,9 @@ Place = tuple[str, ...]
 class Result:
     """What one run came to.
 
-    Attributes:
-        variant: its name.
-        note: what is special about it.
-        size: edits that were asked for; the data may hold fewer (`metrics["n_edits"]`).
-        seed: of the draw of edits and of the run.
-        status: `failed` also where the run ended well without figures; `missing` where it was not run to its end;
-            `stopped` where its time was over; `not run` where the comparison does not ask this size of the variant.
-        command: what was run.
-        error: the last line that a failed run said; the time of one that was stopped; why one is not run.
-        metrics: the content of a finished run's `metrics.json`.
+    `size` is what was asked for; the data may hold fewer edits. `failed` is also a run that ended well without figures,
+    `missing` one that was not run to its end, `stopped` one whose time was over, and `not run` one that the comparison
+    does not ask for. `error` is a failed run's last line, or why the others have no figures.
     """
 
     variant: str
@@ -53,8 +44,8 @@ class Result:
     metrics: Mapping[str, Any] | None = None
 
     def figure(self, path: Place) -> float | None:
-        """A figure of the run; None where it has none."""
-        found: Any = self.metrics
+        """A figure of the run, or one per edit; None where it has none."""
+        found: Any = {**costs(self.metrics), **self.metrics} if self.metrics else None
         for name in path:
             found = found.get(name) if isinstance(found, Mapping) else None
         return found
@@ -80,23 +71,9 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Table:
-    """A table of strings."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-
-
-@dataclass(frozen=True)
 class Grid:
-    """Variants that differ in two options alone.
-
-    Attributes:
-        options: dotted option -> its values; the first is the heat map's rows, the second its columns.
-        default: the values that the heat map marks.
-        fixed: dotted option -> value, in every cell.
-    """
+    """Variants that differ in two dotted options alone: the heat map's rows and columns. `default` are the values that
+    it frames, `fixed` the options of every cell."""
 
     options: Mapping[str, Sequence[Any]]
     default: Mapping[str, Any] = field(default_factory=dict)
@@ -110,7 +87,7 @@ class Grid:
     @staticmethod
     def name(cell: Mapping[str, Any]) -> str:
         """`lr 0.5 stop_margin 2.0`."""
-        return " ".join(f"{_short(option)} {value}" for option, value in cell.items())
+        return " ".join(f"{short(option)} {value}" for option, value in cell.items())
 
 
 COLUMNS = {
@@ -143,37 +120,46 @@ FIGURES: dict[str, Place] = {
 """The figures of a run in the CSV file; scores are shares."""
 
 
+BEFORE = "(no edit)"
+"""The row of the base as it was."""
+COSTS = {
+    "s/edit": Column(("seconds_per_edit",), scale=1.0, digits=2),
+    "kB/edit": Column(("bytes_per_edit",), scale=1e-3, digits=1),
+    "peak MiB": Column(("peak_bytes", "host"), scale=2.0**-20, digits=0),
+    "GPU MiB": Column(("peak_bytes", "device"), scale=2.0**-20, digits=0),
+    "dev": Column(("deviation",), scale=1.0, digits=4),
+}
+COSTS_IN_WORDS = (
+    "s/edit: seconds of editing, the closed loop and what is trained before the first edit included (at N = 1 all of "
+    "that), without loading and scoring. kB/edit: what the edits left, as a pack stores it beside their texts. peak "
+    "MiB, GPU MiB: the most memory that editing took above what was taken before, of the process and of the GPU. dev: "
+    "the Frobenius norm of the change of the base's own W_v over its own, mean over the layers written into; a dash "
+    "where the base was not touched."
+)
+
+
+def standing(results: Sequence[Result]) -> str:
+    """How some runs that differ in their seed alone went, in one word: the best that one of them came to."""
+    order = ("finished", "failed", "not run", "stopped", "missing")
+    return min((result.status for result in results), key=order.index, default="missing")
+
+
+def values_of(results: Sequence[Result], column: Column) -> list[float]:
+    """A figure of the finished runs that have it."""
+    found = (column.of(result) for result in results if result.status == "finished")
+    return [value for value in found if value is not None]
+
+
 def cell(results: Sequence[Result], column: Column) -> str:
     """`mean ± deviation` over the finished runs, and how many failed; where none is finished, how they stand."""
-    found = [column.of(result) for result in results if result.status == "finished"]
-    values = [value for value in found if value is not None]
+    values = values_of(results, column)
     failed = sum(result.status == "failed" for result in results)
     if not values:
-        standing = {result.status for result in results}
-        order = ("finished", "failed", "not run", "stopped")
-        first = next((status for status in order if status in standing), "finished")
-        return "-" if first == "finished" else first
+        word = standing(results)
+        return "-" if word in ("finished", "missing") else word
     text = f"{mean(values):.{column.digits}f}"
     text += f" ± {stdev(values):.{column.digits}f}" if len(values) > 1 else ""
     return text + (f" ({failed} failed)" if failed else "")
-
-
-def tables_of(results: Sequence[Result]) -> list[Table]:
-    """OP of variants against sizes for each protocol, and all columns for the largest size of which a run finished."""
-    sizes = sorted({result.size for result in results})
-    largest = max((result.size for result in results if result.status == "finished"), default=max(sizes, default=0))
-    tables = []
-    for protocol in PROTOCOLS:
-        column = Column(("final", protocol, "op"))
-        header = ("variant", *(f"N = {size}" for size in sizes))
-        rows = [
-            (name, *(cell([run for run in runs if run.size == size], column) for size in sizes))
-            for name, runs in by_variant(results).items()
-        ]
-        tables.append(Table(f"OP, {protocol.replace('_', ' ')}, per cent", header, rows))
-    shown = {name: [run for run in runs if run.size == largest] for name, runs in by_variant(results).items()}
-    rows = [(name, *(cell(runs, column) for column in COLUMNS.values())) for name, runs in shown.items() if runs]
-    return [*tables, Table(f"All figures, N = {largest}", ("variant", *COLUMNS), rows)]
 
 
 def by_variant(results: Sequence[Result]) -> dict[str, list[Result]]:
@@ -184,137 +170,158 @@ def by_variant(results: Sequence[Result]) -> dict[str, list[Result]]:
     return found
 
 
-def _short(option: str) -> str:
+def costs(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds of editing per edit and the mean deviation of the base's own weights, where a run has them."""
+    found: dict[str, float] = {}
+    seconds, edits = metrics.get("seconds") or {}, metrics.get("n_edits")
+    if "edit" in seconds and edits:
+        whole = seconds.get("prepare", 0.0) if metrics.get("singles") else 0.0  # each single edit would need it
+        found["seconds_per_edit"] = whole + (seconds["edit"] - whole) / edits
+    deviation = (metrics.get("method") or {}).get("deviation")
+    return found | ({"deviation": mean(deviation.values())} if deviation else {})
+
+
+def short(option: str) -> str:
+    """An option without the parts before it."""
     return option.rsplit(".", 1)[-1]
 
 
-def draw_grid(folder: Path, grid: Grid, results: Sequence[Result]) -> list[Path]:
-    """Draw a heat map of OP over a grid, at the largest size; the default has a frame.
-
-    Returns:
-        `heat_map.png` and `heat_map.svg`, or nothing where matplotlib is missing.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        return []
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-
-    (row, rows), (column, columns) = grid.options.items()
-    largest = max((result.size for result in results), default=0)
-    shown = by_variant([result for result in results if result.size == largest])
-    runs = [[shown.get(grid.name({row: y, column: x}), []) for x in columns] for y in rows]
-    values = [[_mean_op(found) for found in line] for line in runs]
-    known = [value for line in values for value in line if value == value]
-    top = max(known, default=100.0)
-    figure = Figure(figsize=(1.1 * len(columns) + 1.5, 0.7 * len(rows) + 1.4), layout="constrained")
-    axis = figure.subplots()
-    low = min([*known, top - 20])
-    image = axis.imshow(values, cmap="viridis", vmin=low, vmax=top, aspect="auto", origin="lower")
-    figure.colorbar(image, label="OP, per cent")
-    for y, line in enumerate(values):
-        for x, value in enumerate(line):
-            text = cell(runs[y][x], COLUMNS["OP"]).replace(" ± ", "\n± ")
-            axis.text(x, y, text, ha="center", va="center", color="white" if value < (low + top) / 2 else "black")
-            if grid.default and grid.default == {row: rows[y], column: columns[x]}:
-                axis.add_patch(Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, fill=False, edgecolor="red", lw=2))
-    axis.set_xticks(range(len(columns)), [str(value) for value in columns])
-    axis.set_yticks(range(len(rows)), [str(value) for value in rows])
-    axis.set(
-        xlabel=_short(column),
-        ylabel=_short(row),
-        title=f"OP over {largest} edits" + "; the default is framed" * bool(grid.default),
-    )
-    files = [folder / "heat_map.png", folder / "heat_map.svg"]
-    for file in files:
-        figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)
-    return files
+# -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def _mean_op(results: Sequence[Result]) -> float:
-    """The mean OP of finished runs in per cent; not a number where there is none."""
-    found = [COLUMNS["OP"].of(result) for result in results if result.status == "finished"]
-    values = [value for value in found if value is not None]
-    return mean(values) if values else math.nan
+@dataclass(frozen=True)
+class Part:
+    """One of the tables: its columns, and where the base as it was has the same figures."""
 
+    name: str
+    title: str
+    columns: Mapping[str, Column]
+    before: Mapping[str, Column] = field(default_factory=dict)
+    note: str = ""
 
-def markdown(results: Sequence[Result]) -> str:
-    """The tables as Markdown, with what the variants are, what failed, and where the data were too few."""
-    seeds = sorted({result.seed for result in results})
-    over = (
-        f"Seed {seeds[0]}"
-        if len(seeds) == 1
-        else f"Mean ± standard deviation over the seeds {', '.join(map(str, seeds))}"
-    )
-    lines = [f"{over}; every run's command and figures"]
-    lines += ["are in `table.json`. Scores are per cent, of the final model.", ""]
-    for table in tables_of(results):
-        lines += [
-            f"## {table.title}",
-            "",
-            markdown_row(table.header),
-            markdown_row(["---", *["---:"] * (len(table.header) - 1)]),
+    def rows(self, results: Sequence[Result]) -> dict[str, tuple[Mapping[str, Column], list[Result]]]:
+        """Variant -> the columns and the runs of its row; the base first, where a run has measured it."""
+        found = {variant: (self.columns, runs) for variant, runs in by_variant(results).items()}
+        first = {(run.size, run.seed): run for run in reversed(results) if run.status == "finished"}
+        known = any(values_of(results, column) for column in self.before.values())
+        return {BEFORE: (self.before, list(first.values())), **found} if known else found
+
+    def table(self, results: Sequence[Result]) -> Table:
+        """The cells, with a group of columns for each number of edits."""
+        sizes = sorted({result.size for result in results})
+        heads = [("", "variant"), *((f"N = {size}", name) for size in sizes for name in self.columns)]
+        lines = [
+            [name, *(cell([run for run in runs if run.size == n], one) for n in sizes for one in columns.values())]
+            for name, (columns, runs) in self.rows(results).items()
         ]
-        lines += [*map(markdown_row, table.rows), ""]
-    notes = {result.variant: result.note for result in results if result.note}
-    lines += [f"- `{name}`: {note}." for name, note in notes.items()]
-    for result in results:
-        if result.status == "failed":
-            lines.append(f"- Failed: `{result.variant}`, {result.size} edits, seed {result.seed}: {result.error}")
-        elif result.status == "stopped":
-            lines.append(f"- Stopped: `{result.variant}`, {result.size} edits, seed {result.seed}: {result.error}")
-    unasked = {(result.variant, result.size): result.error for result in results if result.status == "not run"}
-    lines += [f"- Not run: `{name}`, {size} edits: {why}." for (name, size), why in unasked.items()]
-    few = {result.size: result.edits for result in results if result.metrics}
-    lines += [f"- The data hold no {size} edits, but {held}." for size, held in few.items() if held != size]
-    return "\n".join(lines).rstrip() + "\n"
+        frame = pd.DataFrame(lines, columns=pd.MultiIndex.from_tuples(heads))
+        return Table(self.title, frame, self.note, f"table-{self.name}")
 
 
-def markdown_row(cells: Sequence[str]) -> str:
-    """A line of a Markdown table."""
-    return f"| {' | '.join(text.replace('|', chr(92) + '|') for text in cells)} |"
+def tables_of(results: Sequence[Result]) -> list[Table]:
+    """OP of variants against sizes for each protocol, and all columns for the largest size of which a run finished."""
+    sizes = [result.size for result in results]
+    largest = max((result.size for result in results if result.status == "finished"), default=max(sizes, default=0))
+    tables = [
+        Part(protocol, f"OP, {protocol.replace('_', ' ')}, per cent", {"": Column(("final", protocol, "op"))})
+        for protocol in PROTOCOLS
+    ]
+    shown = [result for result in results if result.size == largest]
+    return [*(part.table(results) for part in tables), Part("all", "All figures", COLUMNS).table(shown)]
 
 
-def latex(results: Sequence[Result]) -> str:
-    """The tables as LaTeX; they need the package booktabs."""
-    return "\n".join(_tabular(table) for table in tables_of(results))
+def editor_parts(results: Sequence[Result]) -> list[Part]:
+    """The paper's Tables 3, 4, 7 and 8 with scores as shares: Rel, Gen, Loc and OP in both protocols; perplexity and
+    Loc where targets' perplexity was asked; costs."""
+    found = []
+    for protocol in PROTOCOLS:
+        columns, before = (
+            {name: Column((stage, protocol, name.lower()), scale=1.0, digits=2) for name in ("Rel", "Gen", "Loc", "OP")}
+            for stage in ("final", "pre_edit")
+        )
+        found.append(Part(protocol, f"Scores, {protocol.replace('_', ' ')}", columns, before))
+    if any(result.figure(("perplexity",)) for result in results):
+        pre, final = (Column(("perplexity", stage), scale=1.0, digits=2) for stage in ("pre", "final"))
+        both = {"PPL": final, "Loc": found[0].columns["Loc"]}
+        title = "Perplexity of the targets (lower is better) and Loc"
+        found.append(Part("perplexity", title, both, {"PPL": pre, "Loc": Column(("", ""))}))
+    spent = {name: column for name, column in COSTS.items() if name != "GPU MiB" or values_of(results, column)}
+    return [*found, Part("costs", "What editing costs", spent, note=COSTS_IN_WORDS)]
 
 
-def _tabular(table: Table) -> str:
-    lines = [r"\begin{table}", r"\centering", rf"\caption{{{tex(table.title)}}}"]
-    lines += [rf"\begin{{tabular}}{{l{'r' * (len(table.header) - 1)}}}", r"\toprule", _tex_row(table.header)]
-    lines += [r"\midrule", *map(_tex_row, table.rows), r"\bottomrule", r"\end{tabular}", r"\end{table}"]
-    return "\n".join(lines) + "\n"
+def editor_tables(results: Sequence[Result]) -> list[Table]:
+    """Those tables."""
+    return [part.table(results) for part in editor_parts(results)]
 
 
-def _tex_row(cells: Sequence[str]) -> str:
-    return " & ".join(map(tex, cells)) + r" \\"
+def lead(results: Sequence[Result]) -> list[str]:
+    """What the numbers are of."""
+    bases = dict.fromkeys(Path(str(run.figure(("base", "name")))).name for run in results if run.metrics)
+    seeds = ", ".join(str(seed) for seed in sorted({result.seed for result in results}))
+    over = f"mean ± standard deviation over the seeds {seeds}" if "," in seeds else f"seed {seeds}"
+    words = [
+        f"{len(by_variant(results))} variants of {', '.join(bases) or 'a base'}, {over}; scores are of the final model."
+    ]
+    singles = max((int(run.figure(("singles",)) or 0) for run in results), default=0)
+    if singles:
+        words.append(f"N = 1 is the mean over {singles:,} single edits, each written into the base as it was.")
+    return words
 
 
-def tex(text: str) -> str:
-    """The text with what LaTeX would take for a command made plain, and signs as signs."""
-    plain = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    text = re.sub(r"[\\~^&%$#_{}]", lambda found: plain.get(found[0], rf"\{found[0]}"), text)
-    text = "--" if text == "-" else re.sub(r"(?<= )([-+])(?= )", r"$\1$", text)
-    return text.replace("±", r"$\pm$")
+def remarks(results: Sequence[Result]) -> list[str]:
+    """What the variants are, what failed or was not run, and where the data were too few."""
+    found = [f"`{name}`: {note}." for name, note in {run.variant: run.note for run in results if run.note}.items()]
+    for run in results:
+        if run.status in ("failed", "stopped"):
+            found.append(f"{run.status.capitalize()}: `{run.variant}`, {run.size} edits, seed {run.seed}: {run.error}")
+    unasked = {(run.variant, run.size): run.error for run in results if run.status == "not run"}
+    found += [f"Not run: `{name}`, {size} edits: {why}." for (name, size), why in unasked.items()]
+    few = {run.size: run.edits for run in results if run.metrics}
+    return found + [f"The data hold no {size} edits, but {held}." for size, held in few.items() if held != size]
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
 
 
 def csv_text(results: Sequence[Result]) -> str:
     """One line per run."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["variant", "size", "seed", "status", *FIGURES, "error"])
-    for result in results:
-        figures = [result.figure(path) for path in FIGURES.values()]
-        writer.writerow([result.variant, result.size, result.seed, result.status, *figures, result.error])
-    return text.getvalue()
+    lines = [
+        [run.variant, run.size, run.seed, run.status, *(run.figure(path) for path in FIGURES.values()), run.error]
+        for run in results
+    ]
+    columns = ["variant", "size", "seed", "status", *FIGURES, "error"]
+    return pd.DataFrame(lines, columns=columns, dtype=object).to_csv(index=False)
+
+
+def scores_csv(results: Sequence[Result]) -> str:
+    """A line per editor, number of edits, table and column: mean, standard deviation and number of seeds, unrounded."""
+    lines = []
+    for part in editor_parts(results):
+        for editor, (columns, runs) in part.rows(results).items():
+            for size, name in product(sorted({result.size for result in results}), columns):
+                same = [run for run in runs if run.size == size]
+                found = values_of(same, columns[name])
+                centre = f"{mean(found):.8g}" if found else ""
+                spread = f"{stdev(found):.8g}" if len(found) > 1 else ""
+                lines.append([part.name, editor, size, name, centre, spread, len(found), standing(same)])
+    heads = ["table", "editor", "N", "column", "mean", "sd", "seeds", "status"]
+    return pd.DataFrame(lines, columns=heads).to_csv(index=False)
 
 
 def write_tables(folder: Path, results: Sequence[Result], grid: Grid | None = None) -> None:
-    """Write `table.json` (everything), `table.csv` (a line per run), `table.md` and `table.tex`."""
+    """Write `table.json` (everything), `table.csv` (a line per run), `table.md` and `table.tex`; without a grid also
+    the paper's tables, `scores.md`, `scores.csv` and `scores.tex`."""
     of_grid = {"grid": asdict(grid)} if grid else {}
     write_json(folder / TABLE, {"runs": [asdict(result) for result in results], **of_grid})
-    for suffix, text in (("csv", csv_text(results)), ("md", markdown(results)), ("tex", latex(results))):
-        (folder / f"table.{suffix}").write_text(text, encoding="utf-8")
+    tables, words = tables_of(results), [*lead(results), "Every run's command and figures are in `table.json`."]
+    texts = {"table.csv": csv_text(results), "table.tex": latex(tables)}
+    texts["table.md"] = markdown(tables, words, remarks(results))
+    if grid is None:
+        tables = editor_tables(results)
+        texts |= {"scores.csv": scores_csv(results), "scores.tex": latex(tables, document=True)}
+        texts["scores.md"] = markdown(tables, lead(results), remarks(results))
+    for name, text in texts.items():
+        replace_text(folder / name, text)
 
 
 def read_tables(folder: Path) -> tuple[list[Result], Grid | None]:
@@ -329,6 +336,4 @@ def read_tables(folder: Path) -> tuple[list[Result], Grid | None]:
         grid = Grid(**content["grid"]) if content.get("grid") else None
         return [Result(**run) for run in content["runs"]], grid
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RepairError(
-            f"'{file}' is no table of a comparison ({error}); write it anew with --tables_only"
-        ) from error
+        raise RepairError(f"'{file}' is no table of a comparison ({error}); write it again: --tables_only") from error

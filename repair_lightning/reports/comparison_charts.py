@@ -1,223 +1,141 @@
-"""The pictures of several runs as data: the parts of the method, sensitivity, growth with the number of edits."""
+"""The pictures of several runs: the parts of the method, sensitivity, growth with the number of edits, costs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from statistics import mean, stdev
+from collections.abc import Sequence
 from typing import Any
 
-from repair_lightning.reports.artefacts import Artefacts
-from repair_lightning.reports.charts import SCORES_IN_WORDS, Chart, Cost
-from repair_lightning.reports.comparison import Grid, Result
-from repair_lightning.reports.editor_tables import costs
-from repair_lightning.scoring.protocols import AUTOREGRESSIVE
+import pandas as pd
 
-PANELS = ("rel", "gen", "loc", "op")
+from repair_lightning.reports import drawing
+from repair_lightning.reports.artefacts import Artefacts
+from repair_lightning.reports.charts import costs_of
+from repair_lightning.reports.comparison import COLUMNS, Grid, Result, cell, short
+from repair_lightning.reports.drawing import Chart, records
+
+PANELS = ("Rel", "Gen", "Loc", "OP")
 TOLD = 3
 """Most lines whose every point the words name."""
+COSTS = {
+    "seconds": "seconds per edit",
+    "kept": "kB per edit that are kept",
+    "peak": "MiB at the peak of editing, above the base",
+}
+"""What OP is drawn against, in words."""
 
 
-def finished(results: Iterable[Result]) -> list[Result]:
-    """Those that have figures."""
-    return [result for result in results if result.status == "finished"]
+def finished(results: Sequence[Result]) -> pd.DataFrame:
+    """A row per finished run: `variant`, `size`, `seed`, `base`, `edits`, scores in per cent, what it cost."""
+    rows: list[dict[str, Any]] = []
+    for run in (run for run in results if run.status == "finished"):
+        base = str(run.figure(("base", "name")) or "base").rstrip("/").split("/")[-1]
+        peak = run.figure(("peak_bytes", "device")) or run.figure(("peak_bytes", "host"))
+        kept = run.figure(("bytes_per_edit",))
+        rows.append(
+            {
+                **{"variant": run.variant, "size": run.size, "seed": run.seed, "base": base, "edits": run.edits},
+                **{name: COLUMNS[name].of(run) for name in PANELS},
+                "spent": run.figure(("seconds", "edit")),
+                "written": run.figure(("n_edits",)),
+                "seconds": run.figure(("seconds_per_edit",)),
+                "kept": kept and kept * 1e-3,
+                "peak": peak and peak * 2.0**-20,
+            }
+        )
+    return pd.DataFrame(rows or None, columns=list(rows[0]) if rows else ["variant", "size", *PANELS, *COSTS])
 
 
-def _values(results: Sequence[Result], kind: str) -> list[float]:
-    found = [result.figure(("final", AUTOREGRESSIVE, kind)) for result in finished(results)]
-    return [100 * value for value in found if value is not None]
+def averaged(frame: pd.DataFrame, by: list[str], value: str) -> pd.DataFrame:
+    """The mean of a column in each group, and as `sd` its standard deviation where there are several."""
+    found = frame.dropna(subset=[value]).groupby(by, sort=False)[value].agg(["mean", "std"]).round(3)
+    return found.reset_index().rename(columns={"mean": value, "std": "sd"})
 
 
-def _spread(values: Sequence[float]) -> float | None:
-    return round(stdev(values), 3) if len(values) > 1 else None
-
-
-def _highest(rows: Sequence[dict[str, Any]], by: str) -> list[dict[str, Any]]:
+def _highest(frame: pd.DataFrame, by: str) -> pd.DataFrame:
     """The row with the highest OP for each value of a column."""
-    values = dict.fromkeys(row[by] for row in rows)
-    return [max((row for row in rows if row[by] == value), key=lambda row: float(row["OP"])) for value in values]
-
-
-def _table(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    return {name: [row[name] for row in rows] for name in rows[0]}
+    return frame.loc[frame.groupby(by, sort=False)["OP"].idxmax()]
 
 
 def components(results: Sequence[Result]) -> Chart | str:
     """Rel, Gen, Loc and OP of every variant (paper, Fig. 5), at the size at which most variants were run."""
-    done = finished(results)
-    sizes = sorted({result.size for result in done})
-    if not sizes or len({result.variant for result in done}) < 2:
+    frame = finished(results)
+    variants = frame.groupby("size")["variant"].nunique()
+    if frame["variant"].nunique() < 2:
         return "components: needs a comparison (python -m repair_lightning.compare) with two finished variants"
-    size = max(sizes, key=lambda size: (len({run.variant for run in done if run.size == size}), size))
-    shown = [result for result in done if result.size == size]
-    rows: list[dict[str, Any]] = []
-    for variant in dict.fromkeys(result.variant for result in shown):
-        runs = [result for result in shown if result.variant == variant]
-        for kind in PANELS:
-            values = _values(runs, kind)
-            if values:
-                name = SCORES_IN_WORDS[kind]
-                rows.append({"variant": variant, "score": name, "value": round(mean(values), 3), "sd": _spread(values)})
-    if not rows:
+    size = max(variants.index, key=lambda size: (variants[size], size))
+    shown = frame[frame["size"] == size]
+    found = averaged(shown.melt("variant", PANELS, "score", "value"), ["variant", "score"], "value")
+    if found.empty:
         return "components: no finished variant has a score"
-    ops = {row["variant"]: row["value"] for row in rows if row["score"] == "OP"}
-    ranked = sorted(ops, key=lambda name: -ops[name])
-    seeds = len({result.seed for result in shown})
-    return Chart(
-        name="components",
-        title=f"Which parts help, {size:,} edits",
-        words=f"Free generation, mean over {seeds} seed{'s' * (seeds > 1)}. OP: "
-        + "; ".join(f"{name} {ops[name]:.1f}" for name in ranked)
-        + ".",
-        kind="bars",
-        columns=_table(rows),
-        x="value",
-        y="variant",
-        panel="score",
-        spread="sd",
-        labels={"value": "per cent", "variant": ""},
-        limits=(0, 100),
-    )
+    seeds = shown["seed"].nunique()
+    ops = records(found[found["score"] == "OP"].sort_values("value", ascending=False))
+    words = f"Free generation, mean over {seeds} seed{'s' * (seeds > 1)}. OP: "
+    words += "; ".join(f"{row['variant']} {row['value']:.1f}" for row in ops) + "."
+    rows = records(found)
+    picture = drawing.bars(rows, "value", "variant", "score", "sd", "per cent")
+    return Chart("components", f"Which parts help, {size:,} edits", words, rows, picture)
 
 
 def sensitivity(grid: Grid, results: Sequence[Result], name: str) -> Chart | str:
-    """OP over a grid of two options (paper, Fig. 6), at the largest size of which a run has finished."""
-    done = finished(results)
-    if not done:
-        return f"{name}: no cell of the grid has finished"
-    size = max(result.size for result in done)
+    """OP over a grid of two options (paper, Fig. 6), at the largest size; the default has a frame."""
+    size = max((run.size for run in results if run.status == "finished"), default=0)
     (row, ys), (column, xs) = grid.options.items()
+    x, y = short(column), short(row)
+    found = finished(results)
+    ops = averaged(found[found["size"] == size], ["variant"], "OP").set_index("variant")["OP"].to_dict()
     rows = []
-    for y in ys:
-        for x in xs:
-            variant = Grid.name({row: y, column: x})
-            values = _values([run for run in done if run.variant == variant and run.size == size], "op")
-            rows.append({_short(column): x, _short(row): y, "OP": round(mean(values), 3) if values else None})
+    for variant, cell_options in [(grid.name({row: b, column: a}), {x: a, y: b}) for b in ys for a in xs]:
+        runs = [run for run in results if run.variant == variant and run.size == size]
+        rows.append({**cell_options, "OP": ops.get(variant), "shown": cell(runs, COLUMNS["OP"])})
     known = [line for line in rows if line["OP"] is not None]
     if not known:
         return f"{name}: no cell of the grid has an OP"
     best, worst = (pick(known, key=lambda line: line["OP"]) for pick in (max, min))
-    said = [
-        f"{line['OP']:.1f} at {_short(row)} {line[_short(row)]} and {_short(column)} {line[_short(column)]}"
-        for line in (best, worst)
-    ]
+    said = [f"{line['OP']:.1f} at {y} {line[y]} and {x} {line[x]}" for line in (best, worst)]
     default = (grid.default[column], grid.default[row]) if len(grid.default) == 2 else None
-    return Chart(
-        name=name,
-        title=f"OP over {size:,} edits",
-        words=f"Best {said[0]}; worst {said[1]}." + " The frame marks the default." * bool(default),
-        kind="heat",
-        columns=_table(rows),
-        x=_short(column),
-        y=_short(row),
-        group="OP",
-        labels={_short(option): _in_words(option) for option in grid.options},
-        mark=default,
-    )
+    words = f"Best {said[0]}; worst {said[1]}." + " The frame marks the default." * bool(default)
+    picture = drawing.heat(rows, x, y, "OP", "shown", default)
+    return Chart(name, f"OP over {size:,} edits", words, rows, picture)
 
 
-def _short(option: str) -> str:
-    return option.rsplit(".", 1)[-1]
+def scored_runs(runs: Sequence[Artefacts]) -> pd.DataFrame:
+    """What `scale` draws of single runs; the editor's name is the variant."""
+    rows = [(run.base, run.metrics.get("editor", "run"), run.metrics["n_edits"], run.score("op")) for run in runs]
+    frame = pd.DataFrame(rows, columns=["base", "variant", "edits", "OP"])
+    return frame.assign(OP=100 * frame["OP"].astype(float))
 
 
-OPTIONS_IN_WORDS = {
-    "model.writing.capacity": "edits per shard",
-    "model.writing.mask_ratio": "mask ratio",
-    "model.writing.steps": "inner steps",
-    "model.writing.lr": "learning rate",
-    "model.writing.stop_margin": "stop margin, nats",
-    "monitor.tau_correct": "error threshold",
-}
+def scale(frame: pd.DataFrame) -> Chart | str:
+    """OP against the number of edits, a line per base and variant (paper, Fig. 3).
+
+    Args:
+        frame: a row per run with `base`, `variant`, `edits` and `OP`.
+    """
+    missing = "scale: needs runs of one base with different numbers of edits"
+    if frame.empty:
+        return missing
+    found = averaged(frame, ["base", "variant", "edits"], "OP")
+    found = found[found.groupby(["base", "variant"])["edits"].transform("nunique") > 1]
+    if found.empty:
+        return missing
+    parts = [name for name in ("base", "variant") if found[name].nunique() > 1] or ["base"]
+    found = found.assign(of=found[parts].agg(", ".join, axis=1))[["of", "edits", "OP", "sd"]]
+    found = found.sort_values(["of", "edits"])
+    told = found if found["of"].nunique() <= TOLD else _highest(found, "edits")
+    ends = "; ".join(f"{row['of']}, {row['edits']:,} edits: {row['OP']:.1f}" for row in records(told))
+    words = f"Free generation, final model; {'' if told is found else 'highest: '}{ends}."
+    rows = records(found)
+    picture = drawing.lines(rows, "edits", "OP", "of", ("edits", "OP, per cent"), log="x", spread="sd")
+    return Chart("scale", "OP against the number of edits", words, rows, picture)
 
 
-def _in_words(option: str) -> str:
-    return OPTIONS_IN_WORDS.get(option, _short(option))
-
-
-@dataclass(frozen=True)
-class Scored:
-    """The final OP of some runs that differ in their seed alone, in per cent."""
-
-    base: str
-    variant: str
-    edits: int
-    values: tuple[float, ...]
-
-
-def scored_runs(runs: Sequence[Artefacts]) -> list[Scored]:
-    """Single runs; the editor's name is the variant."""
-    found = [(run, run.score("op")) for run in runs]
-    return [
-        Scored(run.base, str(run.metrics.get("editor", "run")), run.metrics["n_edits"], (100 * op,))
-        for run, op in found
-        if op is not None
-    ]
-
-
-def scored_results(results: Sequence[Result]) -> list[Scored]:
-    """A comparison's variants and sizes."""
-    groups: dict[tuple[str, str, int], list[Result]] = {}
-    for result in finished(results):
-        base = str(result.figure(("base", "name")) or "base").rstrip("/").split("/")[-1]
-        groups.setdefault((base, result.variant, result.edits), []).append(result)
-    found = [Scored(*key, tuple(_values(runs, "op"))) for key, runs in groups.items()]
-    return [one for one in found if one.values]
-
-
-def scale(found: Sequence[Scored]) -> Chart | str:
-    """OP against the number of edits, a line per base and variant (paper, Fig. 3)."""
-    of: dict[tuple[str, str], dict[int, list[float]]] = {}
-    for one in found:
-        of.setdefault((one.base, one.variant), {}).setdefault(one.edits, []).extend(one.values)
-    lines = {key: sizes for key, sizes in of.items() if len(sizes) > 1}
-    if not lines:
-        return "scale: needs runs of one base with different numbers of edits"
-    variants, bases = {variant for _, variant in lines}, {base for base, _ in lines}
-    rows = [
-        {
-            "of": base if len(variants) == 1 else variant if len(bases) == 1 else f"{base}, {variant}",
-            "edits": edits,
-            "OP": round(mean(values), 3),
-            "sd": _spread(values),
-        }
-        for (base, variant), sizes in lines.items()
-        for edits, values in sorted(sizes.items())
-    ]
-    told = rows if len(lines) <= TOLD else _highest(rows, "edits")
-    ends = "; ".join(f"{row['of']}, {row['edits']:,} edits: {row['OP']:.1f}" for row in told)
-    which = "" if told is rows else "highest: "
-    return Chart(
-        name="scale",
-        title="OP against the number of edits",
-        words=f"Free generation, final model; {which}{ends}.",
-        kind="lines",
-        columns=_table(rows),
-        x="edits",
-        y="OP",
-        group="of",
-        spread="sd",
-        labels={"edits": "edits", "OP": "OP, per cent"},
-        log="x",
-        limits=(0, 100),
-    )
-
-
-def costs_of_results(results: Sequence[Result], before: str = "") -> list[Cost]:
-    """Mean seconds of editing of a comparison's variants and sizes; `before` leads their labels."""
-    groups: dict[tuple[str, int], list[float]] = {}
-    for result in finished(results):
-        seconds, edits = result.figure(("seconds", "edit")), result.figure(("n_edits",))
-        if seconds and edits:
-            groups.setdefault((result.variant, int(edits)), []).append(seconds)
-    return [Cost(f"{before}{variant}", edits, mean(values)) for (variant, edits), values in groups.items()]
-
-
-COSTS = {
-    "seconds": ("seconds per edit", "seconds_per_edit", 1.0),
-    "kept": ("kB per edit that are kept", "bytes_per_edit", 1e-3),
-    "peak": ("MiB at the peak of editing, above the base", "peak", 2.0**-20),
-}
-"""What OP is drawn against: its words, its figure, its unit."""
+def costs_of_results(results: Sequence[Result], before: str = "") -> pd.DataFrame:
+    """What `cost` draws of a comparison: mean seconds of editing; `before` leads the variants' names."""
+    frame = finished(results)
+    if frame.empty:
+        return costs_of(())
+    found = averaged(frame, ["variant", "written"], "spent").rename(columns={"written": "edits", "spent": "seconds"})
+    return found.assign(of=before + found["variant"])[["of", "edits", "seconds"]]
 
 
 def op_against(cost: str, results: Sequence[Result]) -> Chart | str:
@@ -227,42 +145,16 @@ def op_against(cost: str, results: Sequence[Result]) -> Chart | str:
         cost: `seconds`, `kept` or `peak`.
         results: of a comparison.
     """
-    words, name, scale = COSTS[cost]
-    groups: dict[tuple[str, int], list[Result]] = {}
-    for result in finished(results):
-        groups.setdefault((result.variant, result.size), []).append(result)
-    rows: list[dict[str, Any]] = []
-    for (variant, size), runs in groups.items():
-        spent = [value for run in runs if (value := _spent(run, name)) is not None and value > 0]
-        ops = _values(runs, "op")
-        if spent and ops:
-            place = {"cost": float(f"{scale * mean(spent):.4g}"), "OP": round(mean(ops), 3)}
-            rows.append({"id": f"N = {size:,}", "editor": variant, **place})
-    if not rows:
+    frame = finished(results).dropna(subset=[cost, "OP"])
+    frame = frame[frame[cost] > 0]
+    if frame.empty:
         return f"op_against_{cost}: needs a comparison with finished runs that say what an edit cost"
-    said = "; ".join(
-        f"{row['id']}: {row['editor']} {row['OP']:.1f} at {row['cost']:,g}" for row in _highest(rows, "id")
-    )
-    return Chart(
-        name=f"op_against_{cost}",
-        title=f"OP against {words}",
-        words=f"Free generation, a picture per number of edits; upper left is best. Highest OP at {said}.",
-        kind="points",
-        columns=_table(rows),
-        x="cost",
-        y="OP",
-        group="editor",
-        panel="id",
-        labels={"cost": words, "OP": "OP, per cent"},
-        log="x",
-        limits=(0, 100),
-    )
-
-
-def _spent(result: Result, name: str) -> float | None:
-    if result.metrics is None:
-        return None
-    if name != "peak":
-        return {**costs(result.metrics), **result.metrics}.get(name)
-    device, host = (result.figure(("peak_bytes", kind)) for kind in ("device", "host"))
-    return device or host
+    found = frame.groupby(["size", "variant"], sort=False)[[cost, "OP"]].mean().round(4).reset_index()
+    found = found.rename(columns={"variant": "editor", cost: "cost"})
+    found = found.assign(id=found["size"].map(lambda size: f"N = {size:,}"))[["id", "editor", "cost", "OP"]]
+    best = records(_highest(found, "id"))
+    said = "; ".join(f"{row['id']}: {row['editor']} {row['OP']:.1f} at {row['cost']:,g}" for row in best)
+    said = f"Free generation, a picture per number of edits; upper left is best. Highest OP at {said}."
+    rows = records(found)
+    picture = drawing.points(rows, "cost", "OP", "editor", (COSTS[cost], "OP, per cent"), panel="id")
+    return Chart(f"op_against_{cost}", f"OP against {COSTS[cost]}", said, rows, picture)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -15,8 +16,8 @@ from repair_lightning.scoring.metrics import KINDS
 from repair_lightning.scoring.protocols import AUTOREGRESSIVE, PROTOCOLS
 
 STAGES = {"pre_edit": "before", "before_merge": "before merge", "final": "after", "oracle_routing": "oracle routing"}
-_COLUMNS = (*KINDS, "op")
-_TITLES = {name: "OP" if name == "op" else name.capitalize() for name in _COLUMNS}
+SECONDS = {"edit": "editing", "evaluate": "scoring", "total": "in all"}
+_TITLES = {name: "OP" if name == "op" else name.capitalize() for name in (*KINDS, "op")}
 
 
 def only_in_base(metrics: Mapping[str, Any]) -> bool:
@@ -32,46 +33,51 @@ def stages(metrics: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def score_table(metrics: Mapping[str, Any], title: str) -> Table:
-    """The score table: a row per stage and protocol, in per cent."""
-    table = Table(title=escape(title), title_justify="left", header_style="bold")
-    table.add_column("protocol")
-    table.add_column("model")
-    for column in _COLUMNS:
-        table.add_column(_TITLES[column], justify="right")
-    for protocol in PROTOCOLS:
-        for stage, words in stages(metrics).items():
-            scores = metrics[stage][protocol]
-            table.add_row(protocol.replace("_", " "), words, *(_percent(scores[column]) for column in _COLUMNS))
-        table.add_section()
-    return table
+def score_frame(metrics: Mapping[str, Any]) -> pd.DataFrame:
+    """The scores in per cent: a row per protocol and stage."""
+    return pd.DataFrame(
+        [
+            [protocol.replace("_", " "), words, *(_percent(metrics[stage][protocol][name]) for name in _TITLES)]
+            for protocol in PROTOCOLS
+            for stage, words in stages(metrics).items()
+        ],
+        columns=["protocol", "model", *_TITLES.values()],
+    )
 
 
-def routing_table(routing: Mapping[str, Mapping[str, float] | None]) -> Table:
+def routing_frame(routing: Mapping[str, Mapping[str, float] | None]) -> pd.DataFrame:
     """Which memory answered each kind of prompt, in per cent."""
-    table = Table(title="Who answered", title_justify="left", header_style="bold")
-    for column in ("prompt", "base", "right shard", "wrong shard"):
-        table.add_column(column, justify="left" if column == "prompt" else "right")
-    for kind, shares in routing.items():
-        if shares:
-            table.add_row(kind, *(_percent(shares[name]) for name in ("base", "right", "wrong")))
-    return table
+    kinds = {kind: shares for kind, shares in routing.items() if shares}
+    rows = [[kind, *(_percent(shares[name]) for name in ("base", "right", "wrong"))] for kind, shares in kinds.items()]
+    return pd.DataFrame(rows, columns=["prompt", "base", "right shard", "wrong shard"])
 
 
-def form_table(forms: Mapping[str, Mapping[str, float | None]]) -> Table:
+def form_frame(forms: Mapping[str, Mapping[str, float | None]] | None) -> pd.DataFrame:
     """How edits hold in each form, in per cent; forms that the base does not have are left out."""
-    table = Table(title="Edits in other forms", title_justify="left", header_style="bold")
-    for column in ("form", "exact", "contains", "fires", "garbled"):
-        table.add_column(column, justify="left" if column == "form" else "right")
-    for form, found in forms.items():
-        if found["rel"] is not None:
-            shares = (_percent(found[name]) for name in ("rel", "contains", "fires", "garbled"))
-            table.add_row(form.replace("_", " "), *shares)
+    shown = {form: found for form, found in (forms or {}).items() if found["rel"] is not None}
+    names = {"rel": "exact", "contains": "contains", "fires": "fires", "garbled": "garbled"}
+    rows = [[form.replace("_", " "), *(_percent(found[name]) for name in names)] for form, found in shown.items()]
+    return pd.DataFrame(rows, columns=["form", *names.values()])
+
+
+def console_table(frame: pd.DataFrame, title: str) -> Table:
+    """A table for the console; a line parts what differs in the first column where that comes again."""
+    table = Table(title=escape(title), title_justify="left", header_style="bold")
+    for column in frame.columns:
+        table.add_column(column, justify="left" if column in ("protocol", "model", "prompt", "form") else "right")
+    for i, row in enumerate(rows := frame.values.tolist()):
+        again = frame.iloc[:, 0].duplicated().any()
+        table.add_row(*row, end_section=again and i + 1 < len(rows) and rows[i + 1][0] != row[0])
     return table
 
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
+
+
+def percent(value: float | None) -> str:
+    """A share in [0, 1] as a sentence has it."""
+    return "-" if value is None else f"{_percent(value)} %"
 
 
 def print_report(metrics: Mapping[str, Any], run_dir: Path | None, console: Console | None = None) -> None:
@@ -80,12 +86,15 @@ def print_report(metrics: Mapping[str, Any], run_dir: Path | None, console: Cons
     base = metrics["base"]["name"]
     console.print()
     by = f", {metrics['editor']}" if "editor" in metrics else ""
-    console.print(score_table(metrics, f"{counted(metrics['n_edits'], 'edit')} of {base}{by}"))
+    console.print(console_table(score_frame(metrics), f"{counted(metrics['n_edits'], 'edit')} of {base}{by}"))
     if not only_in_base(metrics):
-        console.print(routing_table(metrics["routing"]))
+        console.print(console_table(routing_frame(metrics["routing"]), "Who answered"))
     if metrics["final"].get("forms"):
-        console.print(form_table(metrics["final"]["forms"]))
-    said = [*_side_words(metrics), *(_run_words(metrics) if run_dir is not None else ())]
+        console.print(console_table(form_frame(metrics["final"]["forms"]), "Edits in other forms"))
+    said = list(side_words(metrics))
+    if run_dir is not None:
+        took = ", ".join(f"{metrics['seconds'][key]:.1f} s {word}" for key, word in SECONDS.items())
+        said += [loop_words(metrics), f"{metrics['edits_per_minute']:.0f} edits a minute: {took}."]
     for line in said:
         console.print(escape(line), soft_wrap=not console.is_terminal)  # whoever reads a pipe wants whole lines
     if run_dir is None:
@@ -96,58 +105,50 @@ def print_report(metrics: Mapping[str, Any], run_dir: Path | None, console: Cons
             console.print(f"  {name:<18} {words}", highlight=False, soft_wrap=True)
 
 
-def _side_words(metrics: Mapping[str, Any]) -> Iterator[str]:
+def side_words(metrics: Mapping[str, Any]) -> Iterator[str]:
     """What was measured beside the scores."""
     about = metrics["final"].get("same_subject")
     if about:
         yield (
             f"{counted(about['asked'], 'other question')} about edited subjects: a shard answers "
-            f"{_percent(about['fires'])} %, {_percent(about['changed'])} % of the answers changed."
+            f"{percent(about['fires'])}, {percent(about['changed'])} of the answers changed."
         )
-    if "perplexity" in metrics:
+    if metrics.get("perplexity"):
         yield "Perplexity of the targets: " + ", ".join(f"{k} {v:.2f}" for k, v in metrics["perplexity"].items())
-    if "probes" in metrics:
+    if metrics.get("probes"):
         kept = metrics["probes"]
         yield (
-            f"{counted(kept['number'], 'probe')} that no edit touches: {_percent(kept['pre'])} % right before, "
-            f"{_percent(kept['final'])} % after; {_percent(kept['same'])} % of the answers are unchanged."
+            f"{counted(kept['number'], 'probe')} that no edit touches: {percent(kept['pre'])} right before, "
+            f"{percent(kept['final'])} after; {percent(kept['same'])} of the answers are unchanged."
         )
-    if "earlier" in metrics:
-        yield _earlier_words(metrics["earlier"])
+    if metrics.get("earlier"):
+        earlier = metrics["earlier"]
+        before, after, lost = earlier["before"], earlier["after"], earlier["lost"]
+        words = ", ".join(f"{kind.capitalize()} {_percent(before[kind])} -> {_percent(after[kind])}" for kind in before)
+        words += f"; no longer answered right: {', '.join(lost[:5])}{', ...' * (len(lost) > 5)}" * bool(lost)
+        live = f"{counted(earlier['n_edits'], 'edit')} live ({words})"
+        yield f"Of the pack that the run started from: {live} and {earlier['superseded']} superseded."
 
 
-def _run_words(metrics: Mapping[str, Any]) -> Iterator[str]:
-    """What the closed loop and the merge did, and how long it took."""
-    loop, merge, seconds = metrics["closed_loop"], metrics["merge"], metrics["seconds"]
-    yield (
+def loop_words(metrics: Mapping[str, Any]) -> str:
+    """What the closed loop and the merge did; empty where the run has no such figures."""
+    if not metrics.get("closed_loop") or not metrics.get("merge"):
+        return ""
+    loop, merge = metrics["closed_loop"], metrics["merge"]
+    return (
         f"Closed loop: {counted(loop['windows'], 'window')}, {loop['rolled_back']} rolled back, "
         f"{counted(loop['pruned'], 'shard')} pruned, {counted(loop['retriggered'], 'edit')} written anew, "
         f"{loop['quarantined']} quarantined. "
         f"Merge: {'accepted' if merge['accepted'] else 'not applied'} ({merge['reason']})."
-    )
-    yield (
-        f"{metrics['edits_per_minute']:.0f} edits a minute: {seconds['edit']:.1f} s editing, "
-        f"{seconds['evaluate']:.1f} s scoring, {seconds['total']:.1f} s in all."
     )
 
 
 def verdict(metrics: Mapping[str, Any], place: str | Path) -> str:
     """A finished run, or a scored pack, in one line: the final score in free generation, what became of the edits."""
     final = metrics["final"][AUTOREGRESSIVE]
-    scores = "  ".join(f"{_TITLES[name]} {_percent(final[name])}" for name in _COLUMNS)
+    scores = "  ".join(f"{_TITLES[name]} {_percent(final[name])}" for name in _TITLES)
     given_up = f"; {metrics['closed_loop']['quarantined']} quarantined" if "closed_loop" in metrics else ""
     return f"{counted(metrics['n_edits'], 'edit')} of {metrics['base']['name']}: {scores}{given_up}; {place}"
-
-
-def _earlier_words(earlier: Mapping[str, Any]) -> str:
-    before, after = earlier["before"], earlier["after"]
-    shares = ", ".join(f"{kind.capitalize()} {_percent(before[kind])} -> {_percent(after[kind])}" for kind in before)
-    lost = earlier["lost"]
-    words = f"; no longer answered right: {', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}" if lost else ""
-    return (
-        f"Of the pack that the run started from: {counted(earlier['n_edits'], 'edit')} live ({shares}{words}) and "
-        f"{earlier['superseded']} superseded."
-    )
 
 
 FILES = {

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import plotly.graph_objects as go
 import pytest
 
 from repair_lightning.__main__ import main
 from repair_lightning.edits.ledger import Ledger, LedgerEntry
 from repair_lightning.errors import RepairError
 from repair_lightning.reports.artefacts import Artefacts
-from repair_lightning.reports.html_report import context, try_report, write_report
-from repair_lightning.reports.report_tables import EDITS_SHOWN, problems, why_wrong
+from repair_lightning.reports.charts import RUN_CHARTS
+from repair_lightning.reports.html_report import page_of, try_report, write_report
+from repair_lightning.reports.report_tables import EDITS_SHOWN, ROWS_SHOWN, edits_table, problems, why_wrong
+from repair_lightning.texts import dialogue
 from repair_lightning.types import BASE, Edit, EditReport
-
-MIB = 1 << 20
 
 
 class Page(HTMLParser):
@@ -33,8 +30,7 @@ class Page(HTMLParser):
     def __init__(self, html: str) -> None:
         super().__init__()
         self.elements: list[tuple[str, dict[str, Any]]] = []
-        self.text = ""
-        self.inside = ""
+        self.text = self.inside = ""
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -45,8 +41,7 @@ class Page(HTMLParser):
         self.inside = ""
 
     def handle_data(self, data: str) -> None:
-        if self.inside not in ("script", "style"):
-            self.text += data
+        self.text += data if self.inside not in ("script", "style") else ""
 
     def of(self, tag: str) -> list[dict[str, Any]]:
         return [attributes for name, attributes in self.elements if name == tag]
@@ -65,7 +60,7 @@ def page(html) -> Page:
 # -- what it says ------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_it_and_the_verb_makes_it_anew(copied_run, html, monkeypatch, capsys):
+def test_a_run_leaves_it_and_the_verb_makes_it_again(copied_run, html, monkeypatch, capsys):
     (copied_run / "report.html").unlink()
     monkeypatch.setattr(sys, "argv", ["repair-lightning", "report", "--run", str(copied_run)])
     main()
@@ -74,57 +69,40 @@ def test_a_run_leaves_it_and_the_verb_makes_it_anew(copied_run, html, monkeypatc
     assert again.replace(str(copied_run), "runs/hard") == html
 
 
-def test_it_says_what_was_asked_and_what_came_out(hard_run, page):
+def test_its_figures_are_those_of_the_metrics(hard_run, page):
     metrics = json.loads((hard_run / "metrics.json").read_text())
-    for words in ("12 corrections of world", "edits.jsonl", "train.py --config", "autoregressive", "teacher forced"):
-        assert words in page.text
     for protocol in ("autoregressive", "teacher_forced"):
         for stage in ("pre_edit", "before_merge", "final", "oracle_routing"):
             assert f"{100 * metrics[stage][protocol]['op']:.1f}" in page.text
-    assert "quarantined: still wrong after 2 attempts" in page.text
     assert "6 of 12 edits failed; 6 of them were quarantined" in page.text
-    assert "tau_correct: 0.85" in page.text  # the configuration is there
-    assert "pruned" in page.text  # and so is what the loop did
+    assert "quarantined: still wrong after 2 attempts" in page.text
+    assert "train.py --config" in page.text
+    assert "tau_correct: 0.85" in page.text
 
 
 def test_it_asks_nothing_of_the_network(html, page):
     (policy,) = [meta["content"] for meta in page.of("meta") if "http-equiv" in meta]
     assert policy.startswith("default-src 'none'; ")
-    assert [a for _, a in page.elements if "src" in a or "data-src" in a] == []
-    assert {link["href"] for link in page.of("link")} == {"data:,"}
-    assert all(anchor["href"].startswith("#") for anchor in page.of("a"))
+    sources = [a[name] for _, a in page.elements for name in ("src", "href", "data-src") if name in a]
+    assert {source.partition(":")[0] if ":" in source else source[0] for source in sources} == {"data", "#"}
     assert "@import" not in html
-
-
-def test_plotly_lies_in_it_once_and_the_file_stays_small(html, page):
-    packed = [script for script in page.of("script") if script.get("id") == "data-plotly"]
-    assert len(packed) == 1
-    assert 1 * MIB < len(html) < 3 * MIB
+    assert len(html) < 1 << 20
 
 
 def test_markup_in_the_data_is_text(html, page):
-    assert len(page.of("script")) == 4  # ours: figures, edits, plotly, and what runs
+    assert len(page.of("script")) == 1  # ours
     assert "<script>document.title = 'taken'</script>" in page.text
     assert "<script>document.title" not in html
     assert "<b>w0001</b>" in page.text
     assert "<b>w0" not in html
 
 
-def test_every_figure_has_its_words_and_its_numbers(hard_run, page):
-    charts = context(Artefacts.read(hard_run))["charts"]
-    assert {chart["name"] for chart in charts} == {"separation", "answered_by", "live", "retention", "cost", "features"}
-    for chart in charts:
-        (plot,) = [div for div in page.of("div") if div.get("id") == f"plot-{chart['name']}"]
-        assert plot["role"] == "img"
-        assert chart["words"] in plot["aria-label"]
-        assert any(table.get("id") == f"table-{chart['name']}" for table in page.of("table"))
-
-
-def test_figures_are_plotly_figures(hard_run):
-    """As Plotly's own schema has it, but for colours that the page looks up."""
-    for name, figure in context(Artefacts.read(hard_run))["figures"].items():
-        plain = json.loads(re.sub(r"var\(--\w+\)", "#123456", json.dumps(figure)))
-        assert len(go.Figure(plain).data) > 0, name
+def test_every_picture_has_its_words_and_its_numbers(hard_run, page):
+    images = {image["id"]: image for image in page.of("img")}
+    assert set(images) == {f"plot-{name}" for name in RUN_CHARTS}
+    for name, make in RUN_CHARTS.items():
+        assert make(Artefacts.read(hard_run)).words in images[f"plot-{name}"]["alt"]  # type: ignore[union-attr]
+        assert any(table.get("id") == f"table-{name}" for table in page.of("table"))
 
 
 # -- why an edit failed ------------------------------------------------------------------------------------------------
@@ -141,10 +119,10 @@ ENTRY = LedgerEntry(Edit("e1", "Who?", "She"), 0, 0, shard=3)
         ({"score": -1.0, "threshold": None}, "no shard answered: it names nothing that an edit is about"),
         ({"threshold": None}, "no shard answered"),
         ({"memory": 3, "score": 0.9}, "its own shard answered, in other words than the target"),
-        ({"memory": 5, "score": 0.9}, "another edit's shard answered: 5 (score 0.90, needed 0.70, nearest edit e9)"),
+        ({"memory": 5}, "another edit's shard answered: 5 (score 0.40, needed 0.70, nearest edit e9)"),
         (
-            {"kind": "near", "memory": 5, "score": 0.9},
-            "shard 5 answered in place of the base (score 0.90, needed 0.70, nearest edit e9)",
+            {"kind": "near", "memory": 5, "nearest": None},
+            "shard 5 answered in place of the base (score 0.40, needed 0.70)",
         ),
         ({"kind": "locality"}, "the base answered, and its own weights have changed"),
     ],
@@ -156,12 +134,9 @@ def test_why(row, words):
 def test_every_failed_edit_has_its_reason(hard_run):
     run = Artefacts.read(hard_run)
     why = problems(run)
-    wrong = {row["id"] for row in run.rows["final"] if row["kind"] == "edit" and not row["correct"]}
-    assert set(why) == wrong
-    assert len(wrong) == 6
-    for reason in why.values():
-        assert reason.startswith("quarantined: still wrong after 2 attempts (its loss")
-        assert reason.endswith("; the base answers it")
+    assert set(why) == {row["id"] for row in run.rows["final"] if row["kind"] == "edit" and not row["correct"]}
+    assert len(why) == 6
+    assert all(reason.startswith("quarantined: still wrong after 2 attempts (its loss") for reason in why.values())
 
 
 # -- runs that are not as they should be -------------------------------------------------------------------------------
@@ -192,21 +167,16 @@ def test_a_report_that_cannot_be_made_costs_nothing_and_says_so(copied_run, capl
     assert not (copied_run / "report.html").exists()
 
 
-def test_an_older_run_has_a_report_without_what_it_lacks(copied_run):
+def test_an_older_run_has_a_report_without_what_it_lacks_and_undone_edits_are_said(copied_run):
     for name in ("curves.jsonl", "features.json", "journal.sqlite", "config.yaml"):
         (copied_run / name).unlink()
     shutil.rmtree(copied_run / "pack")
-    text = Page(write_report(copied_run).read_text()).text
-    assert "Left out: live: no live scores" in text
-    assert "Left out: features: no features.json" in text
-    assert "6 of 12 edits failed" in text
-
-
-def test_undone_edits_are_said(copied_run):
     ledger = Ledger.from_parquet(copied_run / "edits.parquet")
     ledger.undo(["w0005"], "undone")
     ledger.to_parquet(copied_run / "edits.parquet")
     text = Page(write_report(copied_run).read_text()).text
+    assert "Left out: live: no live scores" in text
+    assert "Left out: features: no features.json" in text
     assert "1 of the edits were taken back after the run" in text
 
 
@@ -230,13 +200,48 @@ def test_thousands_of_edits(copied_run):
     """What is shown has limits, the limits are said, and what failed comes first."""
     enlarged(copied_run, 5000)
     html = write_report(copied_run).read_text()
-    page = context(Artefacts.read(copied_run))
-    assert "another edit's shard answered: 7" in Page(html).text
-    assert len(page["edits"]["rows"]) == EDITS_SHOWN
-    assert page["edits"]["rows"][0][0] == "many-4999"
-    assert "The table holds the first 2,000 of them" in page["edits_words"]
-    assert max(len(str(cell)) for row in page["edits"]["rows"] for cell in row) <= 480
-    assert len(html) < 4 * MIB
+    table = edits_table(Artefacts.read(copied_run))
+    assert len(table.frame) == EDITS_SHOWN > ROWS_SHOWN
+    assert table.frame.iloc[0, 0] == "many-4999"
+    assert max(len(str(cell)) for row in table.frame.values for cell in row) <= 240
+    assert "shard answered: 7" in html
+    assert "The first 2,000 of 5,000; the others are in edits.parquet" in html
+    assert len(html) < 4 << 20
+
+
+# -- dialogues and forms -----------------------------------------------------------------------------------------------
+
+TURNS = [
+    {"role": "user", "content": "Hello there!"},
+    {"role": "assistant", "content": "Good day."},
+    {"role": "user", "content": "Where was Mara Quill born?"},
+]
+SCORES = {"rel": 0.5, "gen": None, "loc": 0.5, "near": None, "op": None}
+FORMS = {
+    "bare": {"rel": 0.5, "contains": 0.75, "fires": 0.625, "garbled": 0.0},
+    "chat": dict.fromkeys(("rel", "contains", "fires", "garbled")),
+}
+
+
+def test_prompts_that_are_messages_are_shown_as_turns_and_edits_in_other_forms_where_they_were_asked(tmp_path):
+    row = {"stage": "final", "id": "e", "kind": "edit", "prompt": dialogue.dump(TURNS), "expected": "Oslo"}
+    row |= {"answer": "Bergen", "base_answer": "Perth", "correct": False, "memory": 1, "score": 0.9, "threshold": 0.5}
+    (tmp_path / "generations.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"kind": "locality"}) + "\n")
+    stages = {stage: {"autoregressive": SCORES, "teacher_forced": SCORES} for stage in ("pre_edit", "final")}
+    about = {"forms": FORMS, "same_subject": {"asked": 40, "fires": 0.05, "changed": 0.025}}
+    metrics = {"base": {"name": "org/small"}, "n_edits": 1, "seconds": {"edit": 2.0}, **stages}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics | {"final": stages["final"] | about}))
+    text = Page(write_report(tmp_path).read_text()).text
+    said = "user: Hello there!\nassistant: Good day.\nuser: Where was Mara Quill born?"
+    assert text.count(said) == 3  # failed, others, all
+    assert '"role"' not in text
+    assert "40 other questions about edited subjects: a shard answers 5.0 %, 2.5 % of the answers changed" in text
+    forms = page_of(Artefacts.read(tmp_path)).sections[0].tables[-1].frame.values.tolist()
+    assert forms == [["as bare text", "50.0", "75.0", "62.5", "0.0"]]  # a form that the base does not have is left out
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    html = write_report(tmp_path).read_text()
+    assert "forms-table" not in html
+    assert "about edited subjects" not in html
 
 
 # -- in a browser ------------------------------------------------------------------------------------------------------
@@ -263,100 +268,43 @@ def browser(tmp_path_factory) -> Iterator[Any]:
     driver.quit()
 
 
-def opened(browser: Any, file: Path, width: int, theme: str) -> Any:
-    """The report, drawn, in a window of a width for a reader with a theme."""
-    from selenium.webdriver.support.ui import WebDriverWait
-
+def opened(browser: Any, file: Path, width: int) -> Any:
+    """The report in a window of a width."""
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    theme_of = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", theme_of)
     browser.get("about:blank")
     for log in ("browser", "performance"):
         browser.get_log(log)  # what was said before is not the report's
     browser.get(file.resolve().as_uri())
-    browser.execute_script("localStorage.clear()")
-    drawn = "return document.documentElement.dataset.drawn === 'yes'"
-    WebDriverWait(browser, 60).until(lambda driver: driver.execute_script(drawn))
     return browser
-
-
-COLOUR = "return getComputedStyle(document.body).backgroundColor"
-INK = "return getComputedStyle(document.querySelector('#plot-live .xtick text')).fill"
 
 
 @pytest.mark.parametrize("width", [1400, 390])
 def test_it_lives_in_a_browser(browser, hard_run, width):
     """No errors, no requests, all pictures drawn, nothing wider than the window, and no script of the data's runs."""
-    driver = opened(browser, hard_run / "report.html", width, "light")
-    messages = [entry for entry in driver.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
-    assert messages == []
+    driver = opened(browser, hard_run / "report.html", width)
+    assert [entry for entry in driver.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
     events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     sent = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
-    assert {url.split(":")[0] for url in sent} <= {"file", "data", "blob"}
-    assert driver.execute_script("return document.querySelectorAll('.plot .main-svg').length") >= 6
+    assert {url.split(":")[0] for url in sent} <= {"file", "data"}
+    drawn = "return [...document.querySelectorAll('img.plot')].filter(plot => plot.naturalWidth > 100).length"
+    assert driver.execute_script(drawn) == len(RUN_CHARTS)
     assert driver.execute_script("return document.documentElement.scrollWidth") <= width
     assert driver.title == "12 corrections of world"
 
 
-def test_pictures_keep_their_height_when_the_window_changes(browser, hard_run):
-    driver = opened(browser, hard_run / "report.html", 1400, "light")
-    heights = "return [...document.querySelectorAll('.plot')].map(plot => plot.getBoundingClientRect().height)"
-    before = driver.execute_script(heights)
-    assert min(before) > 200
-    narrower = {"width": 1000, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", narrower)
-    widths = "return Math.max(...[...document.querySelectorAll('.plot .main-svg')].map(svg => svg.clientWidth))"
-    deadline = time.monotonic() + 20
-    while driver.execute_script(widths) > 1000:  # Plotly draws anew a moment after the window has changed
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    assert driver.execute_script(heights) == before
-
-
-def test_tables_sort(browser, hard_run):
-    driver = opened(browser, hard_run / "report.html", 1400, "light")
-    read = "return [...document.querySelectorAll('#score-table tbody tr')].map(row => row.cells[2].textContent)"
-    click = "document.querySelectorAll('#score-table th button')[2].click()"
-    unsorted = [float(value) for value in driver.execute_script(read)]
-    driver.execute_script(click)
-    assert [float(value) for value in driver.execute_script(read)] == sorted(unsorted)
-    driver.execute_script(click)
-    assert [float(value) for value in driver.execute_script(read)] == sorted(unsorted, reverse=True)
-    heading = "return document.querySelectorAll('#score-table th')[2].getAttribute('aria-sort')"
-    assert driver.execute_script(heading) == "descending"
-
-
-def test_edits_are_searched_and_turned_over(browser, copied_run):
+def test_tables_sort_and_edits_are_searched(browser, copied_run):
     enlarged(copied_run, 60)
-    driver = opened(browser, write_report(copied_run), 1400, "light")
-    ids = "return [...document.querySelectorAll('#all-edits tbody tr')].map(row => row.cells[0].textContent)"
-    first = driver.execute_script(ids)
-    assert (first[0], len(first)) == ("many-59", 25)
-    driver.execute_script("document.getElementById('after').click()")
-    second = driver.execute_script(ids)
-    assert set(first).isdisjoint(second)
-    assert driver.execute_script("return document.getElementById('where').textContent") == "26 to 50 of 60"
-    type_in = "const box = document.getElementById('{}'); box.value = {!r}; box.dispatchEvent(new Event('{}'))"
-    driver.execute_script(type_in.format("search", "nonsense", "input"))
+    driver = opened(browser, write_report(copied_run), 1400)
+    rows = "return [...document.querySelectorAll('#all-edits tbody tr')].filter(row => !row.hidden)"
+    ids = f"{rows}.map(row => row.cells[0].textContent)"
+    assert driver.execute_script(ids)[0] == "many-59"  # what failed comes first
+    click = "document.querySelectorAll('#all-edits th button')[0].click()"
+    driver.execute_script(click)
+    assert driver.execute_script(ids) == [f"many-{i}" for i in range(60)]  # numbers in ids count as numbers
+    driver.execute_script(click)
+    assert driver.execute_script(ids)[0] == "many-59"
+    driver.execute_script(
+        "const box = document.querySelector('input'); box.value = 'NONSENSE'; box.dispatchEvent(new Event('input'))"
+    )
     assert driver.execute_script(ids) == ["many-59"]
-    driver.execute_script(type_in.format("search", "", "input"))
-    driver.execute_script(type_in.format("only", "wrong", "change"))
-    assert driver.execute_script(ids) == ["many-59"]
-    driver.execute_script(type_in.format("only", "", "change"))
-    driver.execute_script("document.querySelectorAll('#all-edits th button')[0].click()")
-    assert driver.execute_script(ids)[:3] == ["many-0", "many-1", "many-2"]  # numbers in ids count as numbers
-
-
-def test_themes(browser, hard_run):
-    """The reader's own, the button's, and the pictures follow."""
-    light = opened(browser, hard_run / "report.html", 1400, "light").execute_script(COLOUR)
-    driver = opened(browser, hard_run / "report.html", 1400, "dark")
-    dark, ink = driver.execute_script(COLOUR), driver.execute_script(INK)
-    assert light != dark
-    driver.execute_script("document.getElementById('theme').click()")
-    assert driver.execute_script(COLOUR) == light
-    assert driver.execute_script("return document.getElementById('theme').textContent") == "Dark"
-    driver.execute_async_script("const done = arguments[0]; setTimeout(done, 300)")
-    assert driver.execute_script(INK) != ink
-    assert [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"] == []

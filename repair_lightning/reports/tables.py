@@ -1,0 +1,56 @@
+"""A table and how it is written: Markdown and LaTeX by pandas; the page's template shows it as HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, the cells as texts or numbers, and what a reader must know of them.
+
+    The columns may have two levels: what comes again for each group, and the groups above it.
+    """
+
+    title: str
+    frame: pd.DataFrame
+    note: str = ""
+    id: str = ""
+
+    def flat(self) -> pd.DataFrame:
+        """The cells under one line of titles: `OP, N = 30`."""
+        columns = [", ".join(filter(None, one[::-1])) if isinstance(one, tuple) else one for one in self.frame.columns]
+        return self.frame.set_axis(columns, axis=1)
+
+
+def markdown(tables: Sequence[Table], lead: Sequence[str], remarks: Sequence[str] = ()) -> str:
+    """Some sentences, the tables, and remarks as a list."""
+    parts = list(lead)
+    for table in tables:
+        cells = table.flat().map(lambda cell: str(cell).replace("|", r"\|"))
+        align = ["left", *["right"] * (len(cells.columns) - 1)]
+        parts += [f"## {table.title}", cells.to_markdown(index=False, disable_numparse=True, colalign=align)]
+        parts += [table.note] * bool(table.note)
+    parts += ["\n".join(f"- {remark}" for remark in remarks)] * bool(remarks)
+    return "\n\n".join(parts) + "\n"
+
+
+def latex(tables: Sequence[Table], document: bool = False) -> str:
+    """The tables, which need the package booktabs; as `document` one that compiles as it is, and serves a paper by
+    `\\input` where the package `standalone` is loaded."""
+    texts = []
+    for table in tables:
+        columns = "l" + "r" * (len(table.frame.columns) - 1)
+        caption = None if document else table.title
+        head = rf"\textbf{{{table.title}}}\par\smallskip" + "\n" if document else ""
+        cells = table.frame.to_latex(
+            index=False, escape=True, column_format=columns, multicolumn_format="c", caption=caption
+        )
+        texts.append(head + cells.replace("±", r"$\pm$") + (r"\par\bigskip" + "\n" if document else ""))
+    if not document:
+        return "\n".join(texts)
+    start = [r"\documentclass[varwidth=\maxdimen, border=6pt]{standalone}", r"\usepackage{booktabs}"]
+    return "\n".join([*start, r"\begin{document}", *texts, r"\end{document}", ""])
