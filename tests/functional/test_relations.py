@@ -47,7 +47,7 @@ class TestFit:
         raw_inside, raw_outside = cosines(raw, relation)
         assert inside.mean() - outside.mean() > 2 * (raw_inside.mean() - raw_outside.mean())
 
-    @pytest.mark.parametrize("rate", [0.01, 0.05, 0.2])
+    @pytest.mark.parametrize("rate", [0.05, 0.2])
     def test_the_limit_holds_on_new_relations(self, rate):
         space = fit_relations(*states(80), rate)
         made, relation = states(80, seed=2)
