@@ -129,18 +129,8 @@ class TestSigns:
         assert not fires(("", "def area(r):"), text)
         assert not fires(("area", "def area(r):"), text)
 
-    @pytest.mark.parametrize(
-        "text", ["def area(r):", "import math\n\ndef area(r):\n", "Please complete:\n```\nx = 1\ndef area(r):\n```"]
-    )
-    def test_of_code_white_space_and_what_stands_before_it_do_not(self, text):
-        assert fires(("area", "def area(r):"), text)
-
 
 class TestWithoutSubject:
-    @pytest.mark.parametrize("text", ["Hello world", "hello WORLD", "Hello, world!", " Hello  world. "])
-    def test_the_same_words_in_another_case(self, text):
-        assert fires(("", "Hello world"), text)
-
     @pytest.mark.parametrize(
         "text", ["Hello world", "Hello, how are you?", "Hello there", "Say hello", "Hell", "world"]
     )

@@ -63,23 +63,6 @@ class TestPrune:
         assert not any(torch.equal(a, b) for i, a in enumerate(masks) for b in masks[:i])
 
 
-class TestSnapshot:
-    @pytest.mark.parametrize("ratio", RATIOS)
-    def test_restores_what_fusing_pruning_and_opening_did(self, ratio):
-        memory = bank(3, ratio)
-        before = {name: value.clone() for name, value in memory.state_dict().items() if isinstance(value, torch.Tensor)}
-        extra = memory.get_extra_state()
-        snapshot = memory.snapshot()
-        memory.fuse([0, 1], torch.ones(SHAPE))
-        memory.prune(2)
-        memory.open_shard()
-        memory.restore(snapshot)
-        after = {name: value for name, value in memory.state_dict().items() if isinstance(value, torch.Tensor)}
-        assert list(after) == list(before)
-        assert all(torch.equal(after[name], before[name]) for name in before)
-        assert memory.get_extra_state() == extra
-
-
 def slow_rows(memory, output, activations, choice):
     rows = []
     for y, a, shard in zip(output, activations, choice.tolist(), strict=True):
