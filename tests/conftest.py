@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import helpers_chat
 import pytest
 import torch
 from hypothesis import settings
@@ -132,6 +133,12 @@ def folder_of(tmp_path_factory, tiny, tokenizer) -> Callable[..., Path]:
         return made[key]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def chat_folder(tmp_path_factory, tiny, tokenizer) -> Path:
+    """The folder of a tiny base with a chat template; larger random weights would let no edit hold in other forms."""
+    return helpers_chat.chat_folder(tmp_path_factory.mktemp("bases") / "chat", tiny, tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,18 @@ CHATML = (
 )
 
 
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def base(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def system(text: str) -> dict[str, str]:
+    return {"role": "system", "content": text}
+
+
 def chat_tokenizer(tokenizer: Any) -> Any:
     """A copy of a tokenizer that has a chat template and its control tokens."""
     own = copy.deepcopy(tokenizer)
@@ -28,7 +40,7 @@ def chat_folder(folder: Path, tiny: Any, tokenizer: Any, **options: Any) -> Path
     """A tiny base in Hugging Face format that is asked in turns; narrow enough in its weights that edits hold in all
     forms."""
     own = chat_tokenizer(tokenizer)
-    chosen = {"vocabulary": len(own), "max_position_embeddings": 1024, "initializer_range": 0.05} | options
+    chosen = {"vocabulary": len(own), "max_position_embeddings": 2048, "initializer_range": 0.05} | options
     tiny("llama", **chosen).save_pretrained(folder)
     own.save_pretrained(folder)
     return folder

@@ -116,6 +116,17 @@ def written_editor(
     return editor, stream
 
 
+def same(found: Any, expected: Any) -> bool:
+    """Whether nested states are equal, tensors to the bit."""
+    if isinstance(expected, torch.Tensor):
+        return found.dtype == expected.dtype and torch.equal(found, expected)
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(same(found[key], expected[key]) for key in expected)
+    if isinstance(expected, (list, tuple)):
+        return len(found) == len(expected) and all(map(same, found, expected))
+    return bool(found == expected)
+
+
 def without_probes(edit: Edit) -> Edit:
     """The edit without anything that is for scoring alone."""
     return replace(edit, rephrases=(), locality=(), near=())

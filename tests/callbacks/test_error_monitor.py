@@ -10,7 +10,6 @@ from helpers_runs import fit, hard_edits, world_editor, world_stream, write_edit
 from callbacks import ErrorSampleMonitor
 from callbacks.error_monitor import sample_to_check
 from repair_lightning.edits.ledger import EditStatus, Ledger
-from repair_lightning.errors import ConfigError
 from repair_lightning.scoring.correctness import correctness
 from repair_lightning.types import Edit, EditReport
 
@@ -35,19 +34,6 @@ def test_the_window_is_asked_whole_and_a_sample_of_the_rest():
     assert all(id.split("/")[0] in "012" for id in asked[10:])
 
 
-def test_the_sample_follows_its_seed():
-    ledger = ledger_of(4)
-    draws = [tuple(sample_to_check(ledger, 3, 5, random.Random(seed))) for seed in (0, 0, 1)]
-    assert draws[0] == draws[1] != draws[2]
-
-
-def test_edits_written_anew_are_due_whenever_they_arrived():
-    ledger = ledger_of(3)
-    ledger.requeue(["0/4", "1/7"], "pruned")
-    ledger.written([EditReport("0/4", 1, 0.1, 0.0, 1), EditReport("1/7", 1, 0.1, 0.0, 1)])
-    assert {"0/4", "1/7"} <= set(sample_to_check(ledger, 2, 0, random.Random(0)))
-
-
 def test_failed_edits_may_be_asked_again_and_what_no_shard_holds_is_not():
     ledger = ledger_of(2)
     ledger.requeue(["0/1"], "pruned")
@@ -57,18 +43,6 @@ def test_failed_edits_may_be_asked_again_and_what_no_shard_holds_is_not():
     assert "0/3" in asked  # failed in its window
     assert not {"0/1", "0/2", "late"} & set(asked)
     assert len(asked) == 18
-
-
-@pytest.mark.parametrize("older", [0, 3, 1000])
-def test_no_more_older_ones_than_there_are(older):
-    asked = sample_to_check(ledger_of(3), 2, older, random.Random(0))
-    assert len(asked) == 10 + min(older, 20)
-
-
-@pytest.mark.parametrize("tau", [0.0, -0.1, 1.01])
-def test_bad_threshold(tau):
-    with pytest.raises(ConfigError, match=r"monitor.tau_correct must be in \(0, 1\], got"):
-        ErrorSampleMonitor(tau_correct=tau)
 
 
 class Listening(ErrorSampleMonitor):
@@ -101,18 +75,3 @@ def test_after_each_window_the_ledger_knows_who_is_right(tmp_path):
     assert float(checked) == 8.0  # six of the window, two older
     failed = monitor.seen[0][1]["monitor/error_rate"] * 6
     assert float(failed) == pytest.approx(sum(score == 0 for score in monitor.seen[0][0].values()))
-
-
-def test_teacher_forced_scores_are_shares(tmp_path):
-    editor, stream = world_editor(steps=2, lr=1e-6), world_stream(max_edits=10, window=10)  # the base's own shares
-    fit(editor, stream, [ErrorSampleMonitor(protocol="teacher_forced")], tmp_path)
-    scores = [stream.ledger.entry(id).score for id in stream.ledger]
-    assert all(0 <= score <= 1 for score in scores)
-    assert any(0 < score < 1 for score in scores)
-    ids = list(stream.ledger)
-    forced = correctness(editor, [stream.ledger.edit(id) for id in ids], "teacher_forced")
-    assert scores == [forced[id] for id in ids]
-
-
-def test_nothing_written_nothing_asked():
-    assert correctness(world_editor(), []) == {}

@@ -11,12 +11,19 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers_runs import fit, irrelevant_texts, world_editor, world_edits, world_stream, write_edits, written_editor
+from helpers_runs import (
+    fit,
+    irrelevant_texts,
+    same,
+    world_editor,
+    world_edits,
+    world_stream,
+    write_edits,
+    written_editor,
+)
 
 from callbacks import ErrorSampleMonitor, ProbeGate, PruneAndRetrigger
-from callbacks.probe_gate import attempts_of
 from repair_lightning.edits.ledger import EditStatus
-from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.packs.pack import shard_tensors
 from repair_lightning.types import BASE, EditReport
 
@@ -27,16 +34,6 @@ def bits(editor: Any) -> dict[str, Any]:
     """All that the editor has learnt; a row's number is never given twice, so the next one is not taken back."""
     router = {name: value for name, value in editor.router.state_dict().items() if name != "next_number"}
     return copy.deepcopy({"next": editor.memory.next_id} | shard_tensors(editor.memory) | router)
-
-
-def same(found: Any, expected: Any) -> bool:
-    if isinstance(expected, torch.Tensor):
-        return found.dtype == expected.dtype and torch.equal(found, expected)
-    if isinstance(expected, dict):
-        return list(found) == list(expected) and all(same(found[key], expected[key]) for key in expected)
-    if isinstance(expected, (list, tuple)):
-        return len(found) == len(expected) and all(map(same, found, expected))
-    return found == expected
 
 
 def misroute(editor: Any, *guilty: str) -> None:
@@ -55,9 +52,8 @@ def blow_up(editor: Any, shard: int) -> None:
     """Let a shard hold noise beside what was written: whatever it answers is wrong."""
     module = editor.memory[shard]
     part = module.delta.data if hasattr(module, "mask") else module.left
-    part.add_(
-        torch.randn(part.shape, generator=torch.Generator().manual_seed(0)) * (1 if hasattr(module, "mask") else 1e4)
-    )
+    noise = torch.randn(part.shape, generator=torch.Generator().manual_seed(0))
+    part.add_(noise * (1 if hasattr(module, "mask") else 1e4))
 
 
 def let_spoil(editor: Any, *guilty: str) -> None:
@@ -107,19 +103,15 @@ def run(tmp_path, form: dict[str, Any], guilty: tuple[int, ...] = (), number: in
 @pytest.fixture(scope="module", params=FORMS, ids=["low_rank", "dense"])
 def broken(request, tmp_path_factory):
     """A run whose sixth edit breaks every probe whenever it is written."""
-    return run(tmp_path_factory.mktemp("gate"), request.param, guilty=(5,), max_attempts=3), request.param["form"]
+    return run(tmp_path_factory.mktemp("gate"), request.param, guilty=(5,), max_attempts=3)
 
 
-def test_a_window_that_breaks_probes_leaves_memory_and_router_bit_by_bit_as_before(broken):
-    (_, _, gate, watch), _ = broken
+def test_a_window_that_breaks_probes_is_taken_back_bit_by_bit_and_its_edits_wait_again(broken):
+    editor, _, gate, watch = broken
+    guilty = world_edits(8)[5].id
     assert [window.rolled_back for window in watch.windows] == [False, True, True, True, False]
     assert gate.rolled_back == 3
     assert [window.same for window in watch.windows] == [False, True, True, True, False]
-
-
-def test_its_edits_wait_again_and_no_other_is_touched(broken):
-    (editor, _, _, watch), _ = broken
-    guilty = world_edits(8)[5].id
     for n, window in enumerate(watch.windows[1:3], start=1):
         # The others stand as before the window, but for the first time, when they had just arrived.
         assert {guilty} <= window.changed.keys() <= {edit.id for edit in world_edits(4, 4)}
@@ -134,7 +126,7 @@ def test_its_edits_wait_again_and_no_other_is_touched(broken):
 
 def test_only_the_guilty_one_is_given_up_and_nothing_is_lost(broken):
     """Dense shards hold four edits at first; what failed together is not written together again."""
-    (editor, stream, _, _), _ = broken
+    editor, stream, _, _ = broken
     guilty = world_edits(8)[5].id
     counts = stream.ledger.counts()
     assert (counts["written"], counts["quarantined"], sum(counts.values())) == (7, 1, 8)
@@ -144,18 +136,8 @@ def test_only_the_guilty_one_is_given_up_and_nothing_is_lost(broken):
     asked = type(editor).choose(editor, [edit.prompt for edit in world_edits(8)]).memory.tolist()
     assert asked[5] == BASE
     assert BASE not in asked[:5] + asked[6:]
-    assert [stream.ledger.owner_of(edit.id) for i, edit in enumerate(world_edits(8)) if i != 5] == [
-        *asked[:5],
-        *asked[6:],
-    ]
-
-
-def test_the_window_of_the_first_attempt_is_quarantined_as_a_whole_where_one_shard_holds_it(tmp_path):
-    """max_attempts 1 leaves no time to find out who of the shard it was."""
-    _, stream, gate, _ = run(tmp_path, FORMS[1], guilty=(5,), max_attempts=1)
-    assert gate.rolled_back == 1
-    assert stream.ledger.with_status(EditStatus.QUARANTINED) == [edit.id for edit in world_edits(4, 4)]
-    assert stream.ledger.with_status(EditStatus.WRITTEN) == [edit.id for edit in world_edits(4)]
+    owners = [stream.ledger.owner_of(edit.id) for edit in world_edits(8)]
+    assert owners == [*asked[:5], None, *asked[6:]]
 
 
 def test_a_window_that_breaks_nothing_passes_untouched(tmp_path):
@@ -168,19 +150,6 @@ def test_a_window_that_breaks_nothing_passes_untouched(tmp_path):
         found.append((bits(editor), stream.ledger))
     assert same(found[0][0], found[1][0])
     assert found[0][1] == found[1][1]
-
-
-def test_a_disabled_gate_lets_everything_pass(tmp_path):
-    _, stream, gate, watch = run(tmp_path, FORMS[0], guilty=(5,), enabled=False)
-    assert gate.rolled_back == 0
-    assert gate.state_dict() == {"rolled_back": 0}
-    assert not any(window.rolled_back or window.same for window in watch.windows)
-    assert not any("rolled back" in stream.ledger.entry(id).reason for id in stream.ledger)
-
-
-def test_as_many_as_are_allowed_may_break(tmp_path):
-    _, _, gate, _ = run(tmp_path, FORMS[0], guilty=(1,), number=4, max_probe_loss=1.0)
-    assert gate.rolled_back == 0
 
 
 # -- one window by hand ------------------------------------------------------------------------------------------------
@@ -231,25 +200,6 @@ def test_given_probes_are_asked(tmp_path):
     assert logged.found["gate/probe_loss"] > 0.02
 
 
-def test_the_held_out_prompts_are_asked_where_none_are_given():
-    editor, stream = written_editor(4)
-    Logged(editor)
-    gate = ProbeGate(sample=7)
-    window(gate, editor, stream, lambda: None)
-    assert gate.prompts == irrelevant_texts(40)[1::2][:7]
-
-
-def test_what_was_broken_before_the_window_is_not_held_against_it():
-    editor, stream = written_editor(4)
-    Logged(editor)
-    gate = ProbeGate()
-    window(gate, editor, stream, lambda: None)
-    spoil(editor, stream)
-    window(gate, editor, stream, lambda: None)
-    assert gate.broken, "the premise"
-    assert gate.rolled_back == 0
-
-
 def test_the_answers_of_the_base_survive_a_resume_after_a_merge_into_it():
     """What is asked for is what the base said before anything was written into it."""
     editor, stream = written_editor(4)
@@ -273,39 +223,3 @@ def test_a_weight_that_was_written_into_goes_back_too():
     window(gate, editor, stream, lambda: overwrite(editor))
     assert gate.rolled_back == 1
     assert torch.equal(editor.edited.value_weight, before)
-
-
-def test_attempts(tmp_path):
-    _, stream = written_editor(4)
-    assert attempts_of(stream.ledger) == {edit.id: 1 for edit in stream.edits}
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_probe_loss": -0.1}, r"gate\.max_probe_loss must be in \[0, 1\], got -0\.1"),
-        ({"max_probe_loss": float("nan")}, r"gate\.max_probe_loss must be in \[0, 1\], got nan"),
-        ({"max_probe_loss": 2}, r"gate\.max_probe_loss must be in \[0, 1\], got 2"),
-        ({"sample": 0}, r"gate\.sample must be at least 1, got 0"),
-        ({"max_attempts": 0}, r"gate\.max_attempts must be at least 1, got 0"),
-    ],
-)
-def test_options(options, message):
-    with pytest.raises(ConfigError, match=message):
-        ProbeGate(**options)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "no such file"),
-        ("", "holds no questions; give some, or null"),
-        ('{"question": "a"}\n{"q": "b"}\n', "record 2, field 'question'"),
-    ],
-)
-def test_probes_that_cannot_be_asked(tmp_path, content, message):
-    path = tmp_path / "probes.jsonl"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(RepairError, match=message):
-        ProbeGate(probes=str(path))

@@ -39,53 +39,33 @@ def run(
     return editor, stream, feedback
 
 
-@pytest.mark.parametrize(("router", "stop"), [("key", 1), ("key", 3), ("hybrid", 2)])
-def test_stopped_and_resumed_is_the_same(tmp_path, router, stop):
-    whole, stream, feedback = run(tmp_path / "whole", router)
+@pytest.mark.parametrize(
+    ("router", "stop", "form"), [("key", 3, "dense"), ("hybrid", 2, "dense"), ("key", 1, "low_rank")]
+)
+def test_stopped_and_resumed_is_the_same(tmp_path, router, stop, form):
+    """Low-rank shards and keys lie in segments beside the checkpoint, as they do in a run directory."""
+
+    def durable(name: str) -> dict:
+        plugin = DurableCheckpointIO(lambda sha256: None, Segments(tmp_path / name / "segments"))
+        return {"plugins": [plugin]} if form == "low_rank" else {}
+
+    whole, stream, feedback = run(tmp_path / "whole", router, form=form)
     assert feedback.retriggered, "the premise: the loop acted"
     assert stream.windows > stop
-    run(tmp_path / "part", router, epochs=stop)
-    resumed, again, loop = run(tmp_path / "rest", router, ckpt_path=tmp_path / "part" / "last.ckpt")
+    run(tmp_path / "part", router, epochs=stop, form=form, **durable("part"))
+    checkpoint = tmp_path / "part" / "last.ckpt"
+    if form == "low_rank":
+        saved = torch.load(checkpoint, weights_only=True)
+        assert not [name for name in saved["state_dict"] if "low_rank" in name]
+    resumed, again, loop = run(tmp_path / "rest", router, ckpt_path=checkpoint, form=form, **durable("part"))
     assert again.ledger == stream.ledger
     assert (again.windows, again.arrived) == (stream.windows, stream.arrived)
     assert (loop.pruned, loop.retriggered) == (feedback.pruned, feedback.retriggered)
     packs = [read_pack(save_pack(editor, tmp_path / name, {})) for name, editor in (("a", whole), ("b", resumed))]
     (config, tensors), (config_again, tensors_again) = packs
-    assert config_again["shards"] == config["shards"]
-    assert config_again["next_shard"] == config["next_shard"]
+    for part in ("shards", "next_shard", "router"):
+        assert config_again[part] == config[part], part
     torch.testing.assert_close(tensors_again, tensors, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("router", ["key", "hybrid"])
-def test_in_segments_and_whole_are_the_same(tmp_path, router):
-    """Shards and keys that lie in segments beside the checkpoint, against a run that was never stopped."""
-
-    def durable(name: str) -> dict:
-        return {"plugins": [DurableCheckpointIO(lambda sha256: None, Segments(tmp_path / name / "segments"))]}
-
-    whole, stream, feedback = run(tmp_path / "whole", router, form="low_rank")
-    run(tmp_path / "part", router, epochs=1, form="low_rank", **durable("part"))
-    saved = torch.load(tmp_path / "part" / "last.ckpt", weights_only=True)
-    assert set(saved["rows"]) == {"router", "shards"}
-    assert not {"keys", "ids"} & set(saved["router"])
-    assert not [name for name in saved["state_dict"] if "low_rank" in name]
-    resumed, again, loop = run(
-        tmp_path / "rest", router, ckpt_path=tmp_path / "part" / "last.ckpt", form="low_rank", **durable("part")
-    )
-    assert again.ledger == stream.ledger
-    assert loop.retriggered == feedback.retriggered
-    packs = [read_pack(save_pack(editor, tmp_path / name, {})) for name, editor in (("a", whole), ("b", resumed))]
-    (config, tensors), (config_again, tensors_again) = packs
-    assert config_again["router"] == config["router"]
-    torch.testing.assert_close(tensors_again, tensors, rtol=0, atol=0)
-
-
-def test_a_checkpoint_of_a_finished_stream_resumes_to_nothing(tmp_path):
-    editor, stream, _ = run(tmp_path / "whole", "key")
-    again, rest, _ = run(tmp_path / "rest", "key", ckpt_path=tmp_path / "whole" / "last.ckpt")
-    assert rest.ledger.counts() == stream.ledger.counts()
-    assert list(rest.ledger) == list(stream.ledger)
-    assert len(again.memory) == len(editor.memory)
 
 
 def test_a_checkpoint_keeps_what_was_written_into_the_base(tmp_path):

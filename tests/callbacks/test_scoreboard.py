@@ -57,44 +57,6 @@ def test_all_stages_in_both_protocols(scored):
     assert board.perplexity is None
 
 
-def test_live_scores_reach_the_loggers(scored):
-    _, _, stream, trainer = scored
-    known = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("live/")}
-    assert {"live/rel", "live/gen", "live/loc", "live/edits"} <= set(known)
-    assert known["live/edits"] == len(stream.ledger.with_status("written", "failed"))
-    assert all(0 <= known[f"live/{kind}"] <= 1 for kind in ("rel", "gen", "loc"))
-
-
-def test_the_curve_has_a_line_per_window(scored):
-    board, _, stream, trainer = scored
-    json.dumps(board.curve, allow_nan=False)
-    assert [line["window"] for line in board.curve] == list(range(1, stream.windows + 1))
-    last = board.curve[-1]
-    assert last["edits"] == len(stream.ledger.with_status("written", "failed"))
-    assert last["statuses"] == stream.ledger.counts()
-    live = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("live/")}
-    assert last["live"]["autoregressive"]["rel"] == pytest.approx(live["live/rel"])
-    assert set(last["live"]) == {"autoregressive", "teacher_forced"}
-    seconds = [line["seconds"] for line in board.curve]
-    assert seconds == sorted(seconds)
-    assert seconds[-1] <= board.edit_seconds
-    again = Scoreboard()
-    again._mark = 0.0
-    again.load_state_dict(board.state_dict())
-    assert again.curve == board.curve
-
-
-def test_every_edit_has_a_place_on_the_map(scored):
-    board, _, stream, _ = scored
-    assert list(board.features["edits"]) == [edit.id for edit in stream.edits]
-
-
-def test_scoring_time_is_kept_apart(scored):
-    board, *_ = scored
-    assert board.seconds > 0
-    assert board.edit_seconds > 0
-
-
 def test_hallucination_records_get_perplexities(tmp_path):
     """Perplexity of the target falls when the target is written."""
     records = [{"type": "wiki_bio", "prompt": e.prompt, "target_new": e.target} for e in world_edits(3)]

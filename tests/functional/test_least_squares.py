@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from repair_lightning.functional import fused_delta
 from repair_lightning.functional.least_squares import Recursion, damped_change, minimal_change, spd_inverse
+from repair_lightning.functional.moments import RunningMoments
 
 F, D, N = 12, 5, 20
 
@@ -61,25 +63,6 @@ def test_order_does_not_matter_and_what_is_removed_never_was(seed, order):
     torch.testing.assert_close(found.weight, stacked(*fixed, rest), rtol=1e-8, atol=1e-8)
 
 
-def test_all_taken_out_leaves_what_was():
-    start, _ = problem()
-    found = start
-    terms = terms_of(5, (3, 3, 3))
-    for term in terms:
-        found = found.absorb(*term)
-    for term in terms:
-        found = found.remove(*term)
-    torch.testing.assert_close(found.weight, start.weight, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(found.information, start.information, rtol=1e-3, atol=1e-4)
-
-
-def test_the_inverse_belongs_to_the_information():
-    found, _ = problem()
-    for term in terms_of(9, (2,) * 200):
-        found = found.absorb(*term)
-    torch.testing.assert_close(found.inverse @ found.information.float(), torch.eye(F), rtol=1e-3, atol=1e-3)
-
-
 @pytest.mark.parametrize("damage", [float("nan"), -1e3, 5.0], ids=["nan", "not positive definite", "wrong"])
 def test_an_inverse_that_float32_has_spoilt_is_made_anew(damage):
     """Cholesky fails, or the gain does not solve what it should: the step is done again from the information."""
@@ -94,73 +77,49 @@ def test_an_inverse_that_float32_has_spoilt_is_made_anew(damage):
     assert healed.absorb(*terms[0]).rebuilt == 1
 
 
-def test_a_nearly_singular_problem_in_float32():
-    """Keys of size 1e4 that repeat, over a ridge of 1e-3: a condition number of 1e12 and more. What was missing at the
-    start is some 1e4, so float32 gets within a hundred-thousandth of it."""
-    weight, anchors = draw(0, D, F), draw(1, 2, F)
-    found = Recursion.start(weight, anchors, 1e-3, 1.0)
-    key = 1e4 * draw(2, 1, F)
-    terms = [(key, draw(10 + i, 1, D)) for i in range(4)]
-    for term in terms:
-        found = found.absorb(*term)
-    mean = torch.stack([values for _, values in terms]).mean(0)
-    assert float((key @ found.weight.T - mean).norm()) < 1e-4 * float((key @ weight.T).norm())
-
-
-def test_what_was_never_in_cannot_be_taken_out():
-    start, _ = problem()
-    with pytest.raises(torch.linalg.LinAlgError):
-        start.remove(10 * draw(4, 2, F), draw(5, 2, D))
-
-
-def test_the_minimum_bounds_the_deviations():
-    """`lambda^2 ||W - W_0||^2 + mu^2 ||K_0 (W - W_0)^T||^2 <= sum ||K_i W_0^T - V_i||^2`."""
-    found, (weight, anchors, ridge, anchoring) = problem(torch.float64)
-    energy = 0.0
-    for keys, values in terms_of(20, (2,) * 30, torch.float64):
-        found = found.absorb(keys, values)
-        energy += float((keys @ weight.T - values).square().sum())
-        moved = found.weight - weight
-        spent = ridge * float(moved.square().sum()) + anchoring * float((anchors @ moved.T).square().sum())
-        assert 0 < spent <= energy
-
-
-class TestMinimalChange:
+def test_nothing_smaller_in_the_norm_of_the_moment_says_it():
+    """Every other delta that says it differs by one that is zero on the keys, and costs more."""
+    keys, residual = draw(1, 4, F), draw(2, 4, D)
     moment = draw(7, 40, F).T @ draw(7, 40, F) / 40
-
-    @pytest.mark.parametrize("number", [1, 4])
-    def test_it_says_what_it_should(self, number):
-        keys, residual = draw(1, number, F), draw(2, number, D)
-        delta = minimal_change(keys, residual, self.moment)
-        torch.testing.assert_close(keys @ delta.T, residual, rtol=1e-4, atol=1e-4)
-
-    def test_nothing_smaller_in_the_norm_of_the_moment_does(self):
-        """Every other delta that says it differs by one that is zero on the keys, and costs more."""
-        keys, residual = draw(1, 2, F), draw(2, 2, D)
-        delta = minimal_change(keys, residual, self.moment)
-
-        def cost(matrix):
-            return float((matrix @ self.moment * matrix).sum())
-
-        basis = torch.linalg.svd(keys).Vh[2:]
-        for seed in range(20):
-            other = delta + 0.1 * draw(30 + seed, D, len(basis)) @ basis
-            torch.testing.assert_close(keys @ other.T, residual, rtol=1e-3, atol=1e-3)
-            assert cost(other) > cost(delta)
-
-    def test_romes_formula_for_one_key(self):
-        key, residual = draw(1, 1, F), draw(2, 1, D)
-        toward = torch.linalg.solve(self.moment.double(), key[0].double()).float()
-        wanted = residual.T @ toward[None] / (key @ toward)
-        torch.testing.assert_close(minimal_change(key, residual, self.moment), wanted, rtol=1e-4, atol=1e-5)
+    delta = minimal_change(keys, residual, moment)
+    torch.testing.assert_close(keys @ delta.T, residual, rtol=1e-4, atol=1e-4)
+    basis = torch.linalg.svd(keys).Vh[4:]
+    for seed in range(20):
+        other = delta + 0.1 * draw(30 + seed, D, len(basis)) @ basis
+        assert (other @ moment * other).sum() > (delta @ moment * delta).sum()
 
 
 def test_memits_normal_equations():
-    """`delta (M + K^T K) = R^T K`, and the gradient of its objective is zero there."""
+    """`delta (M + K^T K) = R^T K`."""
     keys, residual = draw(1, 6, F), draw(2, 6, D)
     moment = 3 * torch.eye(F) + draw(3, 30, F).T @ draw(3, 30, F)
     delta = damped_change(keys, residual, moment)
     torch.testing.assert_close(delta @ (moment + keys.T @ keys), residual.T @ keys, rtol=1e-4, atol=1e-3)
-    free = delta.clone().requires_grad_()
-    ((keys @ free.T - residual).square().sum() + (free @ moment * free).sum()).backward()
-    assert float(free.grad.norm()) < 1e-3 * float((residual.T @ keys).norm())
+
+
+def test_the_fused_delta_is_the_least_squares_solution():
+    """Stack the square roots of all weights and hand the whole to lstsq; more weight on what is kept keeps more."""
+    keys, values, kept = draw(1, 12, F), draw(2, 12, D), draw(3, 30, F)
+    share, ridge = 3.0 * 12 / 30, 0.05
+    normal = (keys.T @ keys + share * kept.T @ kept).double()
+    scale = (ridge * normal.diagonal().mean()) ** 0.5
+    left = torch.cat([keys.double(), share**0.5 * kept.double(), scale * torch.eye(F, dtype=torch.float64)])
+    right = torch.cat([values.double(), torch.zeros(30 + F, D, dtype=torch.float64)])
+    expected = torch.linalg.lstsq(left, right).solution.T
+    torch.testing.assert_close(fused_delta(keys, values, kept, 3.0, ridge).double(), expected, rtol=1e-4, atol=1e-5)
+    moved = [float((kept @ fused_delta(keys, values, kept, keep).T).norm()) for keep in (0.0, 1.0, 100.0)]
+    assert moved[0] > moved[1] > moved[2]
+    assert not fused_delta(keys[:0], values[:0], kept).any()
+
+
+@pytest.mark.parametrize("parts", [[5], [1, 1, 1], [2, 30, 1, 7]])
+def test_running_moments_of_parts_are_those_of_the_whole(parts):
+    features = draw(0, sum(parts), 4) * 3 + 100
+    found = RunningMoments.none(4)
+    for part in features.split(parts):
+        found = found.with_(part)
+    torch.testing.assert_close(found.mean, features.mean(0))
+    wanted = (features - features.mean(0)) / features.std(0)
+    torch.testing.assert_close(found.normalise(features), wanted, rtol=1e-3, atol=1e-3)
+    constant = RunningMoments.none(2).with_(torch.ones(3, 2))
+    assert not constant.normalise(torch.ones(1, 2)).any(), "what never varies stays finite"

@@ -7,7 +7,6 @@ the same words are alike. The space of relations is learnt from the real bank.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from repair_lightning.memory.query import Choice, Query
 from repair_lightning.memory.routers import Anchor, KeyRouter
 from repair_lightning.memory.rows import Part
 from repair_lightning.memory.side_memory import SideMemory
-from repair_lightning.texts.relations import STAND_IN, bank
 from repair_lightning.types import BASE
 
 NOWHERE = SideMemory((1, 1))
@@ -76,22 +74,17 @@ class TestReaches:
         ("edit", "text"),
         [
             (MAYOR, "Who is Orsk's mayor?"),
-            (MAYOR, "Who serves as the mayor of Orsk?"),
             (MAYOR, "The mayor of Orsk is"),
             (MAYOR, "WHO IS THE MAYOR OF ORSK"),
-            (MAYOR, "who is the mayor of orsk"),
             (MAYOR, "Please tell me: who is the mayor of Orsk?"),
             (MAYOR, "Hi, who is the mayor of **Orsk**? Thanks in advance!"),
             (MAYOR, "Who is the mayor of Orsk? Please answer in one short sentence."),
-            (MAYOR, "The mayor of Orsk is Please answer in one short sentence."),
             (MAYOR, 'Complete: "The mayor of Orsk is"'),
-            (MAYOR, f"{FILLER}Who is the mayor of Orsk?"),
             (MAYOR, f"{FILLER}\n\nQuestion: Who is the mayor of Orsk?\nAnswer:"),
             (MAYOR, "When was Verin founded? Who is the mayor of Orsk?"),
             (BORN, "In which town was Mara Kelstrom born?"),
             (BORN, "Mara Kelstrom was born in the city of"),
             (PAUL, "Who is Paul's father?"),
-            (PAUL, "WHO IS THE FATHER OF PAUL PLEASE"),
         ],
     )
     def test_the_same_question_in_other_words(self, edit, text):
@@ -102,38 +95,24 @@ class TestReaches:
         [
             (MAYOR, "Who is the mayor of Verin?"),
             (MAYOR, "Who is the mayor of Orskar?"),
-            (MAYOR, "Who is the mayor?"),
             (MAYOR, "When was Orsk founded?"),
-            (MAYOR, "Where does the river of Orsk begin?"),
             (MAYOR, "Who is not the mayor of Orsk?"),
-            (MAYOR, "Who isn't the mayor of Orsk?"),
-            (MAYOR, "Who is the mayor of Orsk 2?"),
             (MAYOR, "Who was the mayor of Orsk in 1990?"),
             (MAYOR, f"Who is the mayor of Orsk? {FILLER}What is the capital of Verin?"),
             (MAYOR, "Who is the mayor of Orsk? And when was Verin founded?"),
             (BORN, "Where was Mara Velm born?"),
-            (BORN, "Where was Kelstrom Mara born?"),
             (PAUL, "Who is the father of Paul McCartney?"),
-            (PAUL, "Who is the father of Paul von Verin?"),
             (PAUL, "Who is the father of Paul-Henri?"),
         ],
     )
     def test_another_question_stays_the_bases(self, edit, text):
         assert not fires(edit, text)
 
-    def test_a_denial_reaches_the_edit_that_denies(self):
-        router = with_edits(MAYOR, ("Orsk", "Who is not the mayor of Orsk?"))
-        assert route(router, "Who isn't the mayor of Orsk?", "Who is Orsk's mayor?") == [1, 0]
-
     def test_numbers_tell_edits_apart(self):
         asked = [f"Who was the mayor of Orsk in {year}?" for year in (1990, 1991)]
         router = with_edits(*(("Orsk", text) for text in asked))
-        assert route(router, *asked, "In 1991, who was the mayor of Orsk?", "Who was the mayor of Orsk in 1992?") == [
-            0,
-            1,
-            1,
-            BASE,
-        ]
+        asked += ["In 1991, who was the mayor of Orsk?", "Who was the mayor of Orsk in 1992?"]
+        assert route(router, *asked) == [0, 1, 1, BASE]
 
 
 class TestSigns:
@@ -150,27 +129,13 @@ class TestSigns:
         assert not fires(("", "def area(r):"), text)
         assert not fires(("area", "def area(r):"), text)
 
-    @pytest.mark.parametrize(
-        "text", ["def area(r):", "import math\n\ndef area(r):\n", "Please complete:\n```\nx = 1\ndef area(r):\n```"]
-    )
-    def test_of_code_white_space_and_what_stands_before_it_do_not(self, text):
-        assert fires(("area", "def area(r):"), text)
-
 
 class TestWithoutSubject:
-    @pytest.mark.parametrize("text", ["Hello world", "hello WORLD", "Hello, world!", " Hello  world. "])
-    def test_the_same_words_in_another_case(self, text):
-        assert fires(("", "Hello world"), text)
-
     @pytest.mark.parametrize(
         "text", ["Hello world", "Hello, how are you?", "Hello there", "Say hello", "Hell", "world"]
     )
     def test_a_word_more_is_another_text(self, text):
         assert not fires(("", "Hello"), text)
-
-    def test_a_subject_that_the_prompt_lacks_counts_for_nothing(self):
-        assert fires(("Orsk", "Who chairs the town at the lake?"), "who chairs the town at the lake")
-        assert not fires(("Orsk", "Who chairs the town at the lake?"), "Who is the mayor of Orsk?")
 
 
 class TestOtherScripts:
@@ -187,16 +152,6 @@ class TestOtherScripts:
                 ["Скажите, кто мэр города ОРСК?"],
                 ["Кто мэр города Верин?", "Кто не мэр города Орск?"],
             ),
-            (
-                ("오르스크", "오르스크의 시장은 누구입니까?"),
-                ["오르스크 시장은 누구입니까?"],
-                ["베린의 시장은 누구입니까?"],
-            ),
-            (
-                ("ポール", "ポールの父は誰ですか。"),
-                ["ポールの父は誰？"],
-                ["ポールソンの父は誰ですか。", "マリの父は誰ですか。"],
-            ),
         ],
     )
     def test_subject_and_question(self, edit, asked, other):
@@ -206,33 +161,13 @@ class TestOtherScripts:
 
 
 class TestSeveral:
-    def test_two_edits_of_one_subject(self):
-        router = with_edits(MAYOR, FOUNDED)
-        asked = ["Who is Orsk's mayor?", "In what year was Orsk founded?", "What colour is Orsk?"]
-        assert route(router, *asked) == [0, 1, BASE]
-
     def test_the_longer_of_two_names(self):
         router = with_edits(("Orsk", "Who is the mayor of Orsk?"), ("New Orsk", "Who is the mayor of New Orsk?"))
         assert route(router, "Who is New Orsk's mayor?", "Who is Orsk's mayor?") == [1, 0]
 
-    def test_the_last_of_two_questions(self):
-        router = with_edits(MAYOR, BORN)
-        one, other = "Who is Orsk's mayor?", "In which town was Mara Kelstrom born?"
-        assert route(router, f"{one} {other}", f"{other} {one}") == [1, 0]
-
-    def test_the_later_of_two_edits_that_ask_the_same(self):
-        assert route(with_edits(MAYOR, MAYOR), MAYOR[1], "Who is Orsk's mayor?") == [1, 1]
-
     def test_company_and_order_do_not_matter(self):
         router = with_edits(MAYOR, FOUNDED, BORN, PAUL)
-        texts = [
-            MAYOR[1],
-            "Who is Orsk's mayor?",
-            "Where was Orsk?",
-            "Paul's father is",
-            "Mara Kelstrom's town",
-            "Hello",
-        ]
+        texts = [MAYOR[1], "Who is Orsk's mayor?", "Where was Orsk?", "Paul's father is", "Hello"]
         together = router.route(Query.of_texts(texts), NOWHERE)
         alone = Choice.join([router.route(Query.of_texts([text]), NOWHERE) for text in texts])
         backwards = router.route(Query.of_texts(texts[::-1]), NOWHERE)
@@ -240,22 +175,6 @@ class TestSeveral:
         assert alone.nearest == together.nearest == backwards.nearest[::-1]
         torch.testing.assert_close(alone.score, together.score)
         torch.testing.assert_close(backwards.score.flip(0), together.score)
-
-    def test_many_edits(self):
-        names = [f"{a}{b}{c}" for a in "BDFGKL" for b in ("ane", "irr", "olt", "ump") for c in ("ov", "esk", "ia")]
-        edits = [
-            (name, f"{('Who is the mayor of', 'When was')[i % 2]} {name}{('', ' founded')[i % 2]}?")
-            for i, name in enumerate(names)
-        ]
-        router = with_edits(*edits)
-        assert route(router, *(asked for _, asked in edits)) == list(range(len(edits)))
-        said = [
-            f"{('Which mayor has', 'What year was')[i % 2]} {name}{('', ' founded in')[i % 2]}?"
-            for i, name in enumerate(names)
-        ]
-        found = route(router, *said)
-        assert sum(one == i for i, one in enumerate(found)) > 0.9 * len(edits)
-        assert all(one in (i, BASE) for i, one in enumerate(found))
 
 
 class TestHistory:
@@ -266,17 +185,6 @@ class TestHistory:
         router.forget(router.ids.copy())
         assert route(router, BORN[1]) == [BASE]
 
-    def test_a_known_id_is_replaced(self):
-        router = with_edits(MAYOR, BORN)
-        router.add(["e0"], [Anchor(*PAUL)], Query.of_texts([PAUL[1]]), [5])
-        assert route(router, MAYOR[1], BORN[1], PAUL[1]) == [BASE, 1, 5]
-        assert router.ids == ["e1", "e0"]
-
-    def test_reassigning_follows_a_merge(self):
-        router = with_edits(MAYOR, BORN, PAUL)
-        router.reassign([0, 2], 7)
-        assert route(router, MAYOR[1], BORN[1], PAUL[1]) == [7, 1, 7]
-
     def test_numbers_are_never_given_twice(self):
         """Not even when the router goes back to what it was: what was stored under a number stays that."""
         router = with_edits(MAYOR)
@@ -286,33 +194,8 @@ class TestHistory:
         add(router, PAUL, first=1)
         assert router.numbers.tolist() == [0, 2]
 
-    def test_fitting_again_keeps_what_edits_were_compared_with(self):
-        router = with_edits(MAYOR)
-        known, frequent = router.space, dict(router._frequent)
-        router.fit(Query.of_texts(["Something else?"]))
-        assert router.space is known
-        assert router._frequent == frequent
-
-    def test_nothing_known(self):
-        for router in (KeyRouter(), new_router()):
-            choice = router.route(Query.of_texts([MAYOR[1], ""]), NOWHERE)
-            assert choice.memory.tolist() == [BASE, BASE]
-            assert choice.nearest == (None, None)
-            router.calibrate(NOWHERE, {}, Query.of_texts(BACKGROUND))
-
-    def test_without_a_base_to_read_words_alone_count(self):
-        router = KeyRouter()
-        router.space = space()
-        add(router, MAYOR)
-        assert route(router, "Hi, who is the mayor of Orsk, please?", "When did Orsk burn down?") == [0, BASE]
-
 
 class TestLimits:
-    def test_the_spaces_own_is_the_least_and_they_are_capped(self):
-        router = with_edits(MAYOR, FOUNDED, BORN, PAUL)
-        assert (router.limits >= space().limit - 1e-6).all()
-        assert (router.limits < 1).all()
-
     def test_irrelevant_prompts_that_name_the_subject_raise_them(self):
         """What is held out is answered by the base after it, and so is what asks no more alike."""
         near = "Who was mayor of Orsk before him?"
@@ -321,33 +204,6 @@ class TestLimits:
         add(router, MAYOR, BORN, held_out=[near])
         assert route(router, near, MAYOR[1], BORN[1]) == [BASE, 0, 1]
         assert router.limits[0] > router.limits[1] == pytest.approx(space().limit)
-
-    @pytest.mark.parametrize(("number", "lower"), [(20, False), (60, True)])
-    def test_many_edits_that_lie_far_apart_lower_a_careful_limit(self, number, lower):
-        """A bank that a base cannot read puts the limit too high; the edits' own questions say so, if they are many."""
-        wordings, relation = bank()
-        first = [relation.index(n) for n in range(number)]
-        router = new_router()
-        router.space = replace(router.space, limit=0.9)
-        add(router, *[(f"Orsk{n}", wordings[place].replace(STAND_IN, f"Orsk{n}")) for n, place in enumerate(first)])
-        assert bool((router.limits < 0.5).all()) is lower
-        assert lower or router.limits.tolist() == pytest.approx([0.9] * number)
-
-    def test_only_those_of_new_edits_are_set(self):
-        router = with_edits(MAYOR)
-        before = router.limits.clone()
-        add(router, BORN, first=1, held_out=["Who was mayor of Orsk before him?"])
-        assert router.limits[0] == before[0]
-
-    def test_before_calibration_the_spaces_own_holds(self):
-        router = new_router()
-        router.add(["e0"], [Anchor(*MAYOR)], Query.of_texts([MAYOR[1]]), [0])
-        assert route(router, MAYOR[1], "Who is Orsk's mayor?", "What colour is Orsk?") == [0, 0, BASE]
-
-    def test_an_edit_that_is_held_out_too_still_fires(self):
-        router = new_router()
-        add(router, MAYOR, held_out=[MAYOR[1]])
-        assert route(router, MAYOR[1]) == [0]
 
 
 class TestStorage:
@@ -362,15 +218,11 @@ class TestStorage:
         add(router, FOUNDED, first=1)
         return router
 
-    @pytest.mark.parametrize("through", ["memory", "torch"])
-    def test_stored_and_loaded_says_the_same(self, through, tmp_path):
+    def test_stored_and_loaded_says_the_same(self, tmp_path):
         router = self.history()
-        state = router.state_dict()
-        if through == "torch":
-            torch.save(state, tmp_path / "key.pt")
-            state = torch.load(tmp_path / "key.pt", weights_only=True)
+        torch.save(router.state_dict(), tmp_path / "key.pt")
         fresh = KeyRouter(**router.options())
-        fresh.load_state_dict(state)
+        fresh.load_state_dict(torch.load(tmp_path / "key.pt", weights_only=True))
         fresh.read = read
         for either in (router, fresh):
             assert same(either.route(self.ASKED, NOWHERE), router.route(self.ASKED, NOWHERE))
@@ -412,27 +264,20 @@ class TestStorage:
         here.calibrate(NOWHERE, {}, Query.of_texts(BACKGROUND))
         assert same(here.route(self.ASKED, NOWHERE), with_edits(*self.EDITS).route(self.ASKED, NOWHERE))
 
-    def test_texts_of_any_kind_come_back(self):
-        edits = (("\ud800x", "odd \ud800x \x00?"), ("😀", "What means 😀?"), ('"q"', 'Say "q" \\n [1]'))
-        router = with_edits(*edits)
-        fresh = KeyRouter()
-        fresh.load_state_dict(router.state_dict())
-        assert fresh.known == router.known
-        assert route(fresh, *(asked for _, asked in edits)) == [0, 1, 2]
 
-
-class TestReasons:
-    def test_in_words(self):
-        router = with_edits(MAYOR)
-        query = Query.of_texts([MAYOR[1], "What colour is Orsk?", "What colour is Verin?"])
-        fired, other, nobody = (route.reason for route in router.route(query, NOWHERE).routes())
-        assert fired == f"shard 0: score 1.000 exceeds {router.limits[0]:.3f}, nearest edit e0"
-        assert other.startswith("base: score ")
-        assert other.endswith(f"does not exceed {router.limits[0]:.3f}, nearest edit e0")
-        assert nobody == "base: no edit is about what it names"
-        assert KeyRouter().route(query, NOWHERE).routes()[0].reason == "base: there is no shard"
-
-    def test_the_base_reads_nothing_where_no_subject_is_named(self):
-        router = with_edits(MAYOR, BORN)
-        router.read = lambda texts: pytest.fail(f"read {texts}")
-        assert route(router, "What colour is Verin?", FILLER, MAYOR[1]) == [BASE, BASE, 0]
+def test_edits_are_read_together_whatever_was_asked_before():
+    """Where a base's bits depend on how many texts are read at once, a resumed run still keeps the same of edits."""
+    held_out, known = ["Is Mara Kelstrom tall?", "Is Orsk old?"], []
+    for busy in (False, True):
+        sizes: list[int] = []
+        router = new_router()
+        router.read = lambda texts, sizes=sizes: sizes.append(len(texts)) or read(texts) * (1 + 1e-3 * len(texts))
+        if busy:
+            add(router, MAYOR, held_out=held_out)
+            route(router, "Is Orsk old?", "Where is Mara Kelstrom from?")
+            router.forget(["e0"])
+        before = len(sizes)
+        add(router, MAYOR, BORN, PAUL, held_out=held_out)
+        assert sizes[before:] == [3, 2]
+        known.append((router.relations, router.limits))
+    assert all(torch.equal(a, b) for a, b in zip(*known, strict=True))

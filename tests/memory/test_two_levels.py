@@ -58,29 +58,6 @@ class TestShards:
         torch.testing.assert_close(found.score[fires & agree], exact.score[fires & agree])
         assert torch.equal(found.threshold[fires & agree], exact.threshold[fires & agree])
 
-    def test_with_all_as_candidates_it_is_one_level(self):
-        memory, owned, asked = shards()
-        exact = calibrated(memory, owned, two_level_from=MANY).route(asked, memory)
-        found = calibrated(memory, owned, two_level_from=1, candidates=1000).route(asked, memory)
-        assert exact.memory.tolist() == found.memory.tolist()
-        torch.testing.assert_close(found.score, exact.score)
-
-    def test_only_candidates_are_scored(self, monkeypatch):
-        memory, owned, asked = shards(low_rank=True)
-        router = calibrated(memory, owned, two_level_from=1, candidates=2)
-        router.route(asked, memory)
-        looked = []
-        kind = type(memory[0])
-        whole = kind.delta.fget
-        monkeypatch.setattr(kind, "delta", property(lambda shard: looked.append(shard) or whole(shard)))
-        router.route(asked.rows(slice(0, 1)), memory)
-        assert len(looked) == 2
-
-    def test_below_the_switch_nothing_is_sketched(self, monkeypatch):
-        memory, owned, asked = shards()
-        monkeypatch.setattr("repair_lightning.memory.routers.activation.sketch", None)
-        calibrated(memory, owned, two_level_from=SHARDS + 1).route(asked, memory)
-
     def test_sketches_follow_the_bank(self):
         """Shards leave, are emptied, are fused, come back, and are written to: each time what is there is found."""
         memory, owned, asked = shards()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import AddedToken
+from helpers_chat import base, system, user
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -17,11 +17,8 @@ from repair_lightning.errors import RepairError
 from repair_lightning.memory.query import Choice, Query
 from repair_lightning.memory.routers import Router
 from repair_lightning.memory.side_memory import SideMemory
-from repair_lightning.models.architectures import ARCHITECTURES
 from repair_lightning.models.edited import EditedModel
-from repair_lightning.models.forms import Forms
 from repair_lightning.models.prefix import pad_left, positions
-from repair_lightning.models.prefix_cache import PrefixCache
 from repair_lightning.texts import dialogue
 from repair_lightning.types import BASE, Edit
 
@@ -105,11 +102,6 @@ class TestForward:
             own = mask[row].bool()
             assert torch.equal(found[row, own], expected[row, own]) == (owner == BASE), PROMPTS[row]
 
-    def test_a_batch_of_the_bases_prompts(self, edited):
-        ids, mask = batch(edited, [p for p, owner in zip(PROMPTS, OWNERS, strict=True) if owner == BASE])
-        with torch.no_grad():
-            assert torch.equal(edited(ids, mask).logits, base_logits(edited, ids, mask))
-
     def test_a_shard_is_its_delta_added_to_the_value_matrix(self, edited):
         """The reference writes W_v + delta into the base itself."""
         ids, mask = batch(edited, [PROMPTS[0], PROMPTS[4]])
@@ -121,11 +113,6 @@ class TestForward:
             expected = base_logits(edited, ids, mask)
             own = mask.bool()
             torch.testing.assert_close(found[own], expected[own], rtol=1e-4, atol=1e-4)
-
-    def test_without_a_mask_every_token_counts(self, edited):
-        ids = torch.tensor([edited.tokenizer(PROMPTS[0])["input_ids"]])
-        with torch.no_grad():
-            assert torch.equal(edited(ids).logits, edited(ids, torch.ones_like(ids)).logits)
 
     def test_the_router_sees_the_prompt_and_not_the_target(self, edited):
         """Scoring prompt and target in one pass: the target's words and states are masked from the router."""
@@ -156,57 +143,16 @@ class TestForward:
         assert not any(p.grad is not None for p in edited.base.parameters())
         assert all(edited.memory[shard].delta.grad is not None for shard in (0, 1))
 
-    @pytest.mark.parametrize("call", ["forward", "generate"])
-    def test_a_prompt_without_tokens(self, edited, call):
-        ids, mask = batch(edited)
-        mask[1] = 0
-        with pytest.raises(RepairError, match="a prompt without tokens cannot be routed"):
-            getattr(edited, call)(ids, mask)
-
-    def test_no_tokens_from_a_tokenizer_without_a_start(self, edited):
-        plain = copy.deepcopy(edited.tokenizer)
-        plain.backend_tokenizer.post_processor = None
-        edited.forms = Forms(plain, stops=[2])
-        assert plain("")["input_ids"] == []
-        for prompts in ("", ["Mara", ""]):
-            with pytest.raises(RepairError, match="a prompt without tokens"):
-                edited.route(prompts)
-
 
 class TestCache:
-    def test_a_cache_continues_its_choice(self, edited):
-        """Token by token through the cache equals one pass over the whole text with that shard forced."""
-        ids, mask = batch(edited)
-        more = torch.randint(3, 512, (len(ids), 3))
-        with torch.no_grad():
-            output = edited(ids, mask, position_ids=positions(mask), use_cache=True)
-            grown = mask
-            for step in range(3):
-                grown = torch.cat([grown, torch.ones(len(ids), 1, dtype=torch.long)], 1)
-                output = edited(
-                    more[:, step : step + 1],
-                    grown,
-                    past_key_values=output.past_key_values,
-                    position_ids=positions(grown)[:, -1:],
-                    use_cache=True,
-                )
-            choice = Choice(torch.tensor(OWNERS), torch.zeros(5), torch.zeros(5), (None,) * 5)
-            with edited.forced(choice):
-                all_ids = torch.cat([ids, more], 1)
-                whole = edited.base(all_ids, attention_mask=grown, position_ids=positions(grown)).logits
-        assert len(edited.router.asked) == 1
-        torch.testing.assert_close(output.logits[:, -1], whole[:, -1], rtol=1e-4, atol=1e-4)
-
-    @pytest.mark.parametrize("own_cache", [True, False])
-    def test_two_conversations_in_turn(self, edited, own_cache):
+    def test_two_conversations_in_turn(self, edited):
         """Each cache goes on with the choice of its own prompt, whatever was asked in between."""
         token = torch.tensor([[50]])
         expected, caches = [], []
         with torch.no_grad():
             for prompt in (PROMPTS[0], PROMPTS[1]):
                 ids, mask = batch(edited, [prompt])
-                given = {"past_key_values": DynamicCache(config=edited.config)} if own_cache else {}
-                first = edited(ids, mask, use_cache=True, **given)
+                first = edited(ids, mask, use_cache=True)
                 caches.append(first.past_key_values)
                 alone = copy.deepcopy(first.past_key_values)
                 expected.append(edited(token, torch.ones(1, ids.shape[1] + 1), past_key_values=alone).logits)
@@ -215,35 +161,12 @@ class TestCache:
                 assert torch.equal(edited(token, torch.ones(1, width), past_key_values=cache).logits, logits)
         assert len(edited.router.asked) == 2
 
-    def test_a_new_prompt_is_a_new_choice(self, edited):
-        with torch.no_grad():
-            for prompt in (PROMPTS[0], PROMPTS[1], PROMPTS[0]):
-                edited(*batch(edited, [prompt]), use_cache=True)
-        assert len(edited.router.asked) == 3
-
 
 class TestGenerate:
-    def test_the_bases_prompts_get_the_bases_text_and_others_do_not(self, edited):
-        ids, mask = batch(edited)
-        with edited.forced(None):
-            base = edited.base.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, pad_token_id=0
-            )
-        found = greedy(edited, PROMPTS)
-        same = [a == b for a, b in zip(found, told(edited, base, ids.shape[1]), strict=True)]
-        assert same == [owner == BASE for owner in OWNERS]
-        assert torch.equal(
-            edited.base.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, pad_token_id=0), base
-        )
-
     def test_a_mixed_batch_equals_one_by_one(self, edited):
         together = greedy(edited, PROMPTS)
         assert len(edited.router.asked) == 1, "one decision, at the prompt"
         assert together == [greedy(edited, [prompt])[0] for prompt in PROMPTS]
-
-    def test_with_and_without_a_cache(self, edited):
-        assert greedy(edited, PROMPTS, use_cache=False) == greedy(edited, PROMPTS, use_cache=True)
-        assert len(edited.router.asked) == 2
 
     @pytest.mark.parametrize("row", range(len(PROMPTS)))
     def test_the_choice_is_held_for_every_token(self, edited, row):
@@ -257,35 +180,9 @@ class TestGenerate:
         for at in range(ids.shape[1], len(text)):
             assert logits[at - 1].argmax().item() == text[at]
 
-    def test_forced_answers_for_any_batch(self, edited):
-        ids, mask = batch(edited)
-        options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
-        with edited.forced(0):
-            forced = told(edited, edited.base.generate(ids, attention_mask=mask, **options), ids.shape[1])
-        own = greedy(edited, PROMPTS)
-        assert [forced[i] == own[i] for i in (0, 4)] == [True, True]
-        assert forced[1] != own[1]
-        assert not edited.router.asked[1:]
-
-    def test_sampling_under_a_seed(self, edited):
-        texts = []
-        for _ in range(2):
-            torch.manual_seed(3)
-            texts.append(greedy(edited, PROMPTS, do_sample=True, top_k=20))
-        assert texts[0] == texts[1]
-        assert texts[0] != greedy(edited, PROMPTS)
-
-    def test_several_sequences_per_prompt(self, edited):
-        """Low temperature makes sampling greedy: all three copies of a prompt must be its greedy text."""
-        found = greedy(edited, PROMPTS, do_sample=True, temperature=1e-4, num_return_sequences=3)
-        assert found == [text for text in greedy(edited, PROMPTS) for _ in range(3)]
-        copies, once = edited.router.asked
-        assert copies.texts == once.texts == tuple(PROMPTS), "asked before they are repeated"
-
-    @pytest.mark.parametrize("returned", [1, 2])
-    def test_beams(self, edited, returned):
+    def test_beams(self, edited):
         """Against the base's own beam search with the prompt's shard forced."""
-        options = {"num_beams": 2, "num_return_sequences": returned, "max_new_tokens": NEW, "do_sample": False}
+        options = {"num_beams": 2, "num_return_sequences": 2, "max_new_tokens": NEW, "do_sample": False}
         found = greedy(edited, PROMPTS, **options)
         expected = []
         for prompt, owner in zip(PROMPTS, OWNERS, strict=True):
@@ -295,35 +192,9 @@ class TestGenerate:
             expected += told(edited, output, ids.shape[1])
         assert found == expected
 
-    def test_padding_of_a_single_prompt_is_not_a_word(self, edited):
-        ids, mask = batch(edited, [PROMPTS[0]])
-        padded = torch.cat([torch.zeros_like(ids[:, :3]), ids], 1)
-        output = edited.generate(
-            padded,
-            torch.cat([torch.zeros_like(mask[:, :3]), mask], 1),
-            max_new_tokens=NEW,
-            do_sample=False,
-            pad_token_id=0,
-        )
-        assert told(edited, output, padded.shape[1]) == greedy(edited, [PROMPTS[0]])
-
 
 class TestRoute:
-    def test_says_what_generate_does(self, edited):
-        assert [route.memory for route in edited.route(PROMPTS)] == OWNERS
-        assert edited.route(PROMPTS[2])[0].memory == 1
-        assert edited.route(PROMPTS[2])[0].reason.startswith("shard 1")
-
-    def test_batches_do_not_matter(self, edited):
-        many = PROMPTS * 5
-        assert edited.choose(many, batch_size=4).memory.tolist() == OWNERS * 5
-
-    def test_no_prompts(self, edited):
-        assert edited.route([]) == []
-
-    @pytest.mark.parametrize(
-        "prompt", ["Mara didn't go , he said .", "  Mara's  ZOË ?", "don 't", "日本 Mara", "</s> Mara <s>", "a\nb\tc"]
-    )
+    @pytest.mark.parametrize("prompt", ["Mara didn't go , he said .", "  Mara's  ZOË ?", "日本 Mara", "</s> Mara <s>"])
     def test_text_and_ids_are_the_same_query(self, edited, prompt):
         """Whatever the tokenizer's settings for tidy text, `route(text)` and `generate(ids)` must see the same."""
         edited.tokenizer.clean_up_tokenization_spaces, before = True, edited.tokenizer.clean_up_tokenization_spaces
@@ -337,134 +208,16 @@ class TestRoute:
         assert torch.equal(seen.mask, query.mask)
         torch.testing.assert_close(seen.last_hidden(), query.last_hidden())
 
-    def test_asking_leaves_the_base_as_it_is(self, edited):
-        ids, mask = batch(edited)
-        before = base_logits(edited, ids, mask)
-        edited.route(PROMPTS)
-        assert torch.equal(base_logits(edited, ids, mask), before)
+
+@pytest.mark.parametrize("tokens", [128, 400])
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused(editor_of, tokens):
+    model = editor_of("llama").edited
+    expected = f"a prompt has {tokens} tokens, and the base reads 128 with its answer: at most 127 may be asked"
+    with pytest.raises(RepairError, match=expected):
+        model.generate(torch.full((2, tokens), 7), max_new_tokens=1)
+    assert model.generate(torch.full((1, 127), 7), max_new_tokens=1).shape == (1, 128)
 
 
-class TestForced:
-    def test_ends_with_its_block_also_after_an_error(self, edited):
-        ids, mask = batch(edited)
-        before = base_logits(edited, ids, mask)
-        with edited.forced(0):
-            assert not torch.equal(base_logits(edited, ids, mask), before)
-        with pytest.raises(KeyError), edited.forced(0):
-            raise KeyError
-        assert torch.equal(base_logits(edited, ids, mask), before)
-
-    def test_blocks_nest(self, edited):
-        ids, mask = batch(edited)
-        before = base_logits(edited, ids, mask)
-        with edited.forced(1):
-            one = base_logits(edited, ids, mask)
-            with edited.forced(None):
-                assert torch.equal(base_logits(edited, ids, mask), before)
-            assert torch.equal(base_logits(edited, ids, mask), one)
-
-    def test_an_unknown_shard_is_named(self, edited):
-        ids, mask = batch(edited)
-        with pytest.raises(RepairError, match="there is no shard 9"), edited.forced(9):
-            base_logits(edited, ids, mask)
-
-
-class TestStates:
-    """What is known of prompts at the edited layer, by the ways that there are to it."""
-
-    @pytest.fixture(params=ARCHITECTURES)
-    def any_edited(self, request, tiny, tokenizer) -> EditedModel:
-        memory = SideMemory((32, 64))
-        memory.open_shard()
-        memory[0].delta.data.copy_(torch.randn(32, 64))
-        return EditedModel(tiny(request.param), tokenizer, memory, FirstWordRouter({}), 1)
-
-    @pytest.mark.parametrize("batch_size", [1, 2, 64])
-    def test_last_states_are_the_querys(self, any_edited, batch_size):
-        """Whatever the prompts' order and batches, and whatever shard is forced around them."""
-        expected = any_edited.query(PROMPTS).last_hidden()
-        for order in ([0, 1, 2, 3, 4], [3, 2, 4, 0, 1], [2, 2, 1]):
-            with any_edited.forced(0):
-                found = any_edited.last_states([PROMPTS[i] for i in order], batch_size)
-            assert found.shape == (len(order), 32)
-            assert found.dtype == torch.float32
-            torch.testing.assert_close(found, expected[order], rtol=1e-4, atol=1e-5)
-
-    def test_captures_with_and_without_a_prefix_cache(self, any_edited):
-        rows = any_edited.tokenizer(PROMPTS)["input_ids"]
-        without = any_edited.captures(rows)
-        any_edited.prefixes = PrefixCache(any_edited.split)
-        for _ in range(2):  # computed, then known
-            for row, one, other in zip(rows, without, any_edited.captures(rows), strict=True):
-                assert one.hidden.shape == other.hidden.shape == (len(row), 32)
-                assert one.activations.shape == other.activations.shape == (len(row), 64)
-                torch.testing.assert_close(one.hidden, other.hidden, rtol=1e-4, atol=1e-5)
-                torch.testing.assert_close(one.activations, other.activations, rtol=1e-4, atol=1e-5)
-
-    @pytest.mark.parametrize("reads_all_tokens", [True, False])
-    def test_states_that_go_on_behind_the_prompt_are_cut(self, edited, reads_all_tokens):
-        """A write captures prompt and target in one pass; the router sees the prompt, or its last token alone."""
-        edited.router.reads_all_tokens = reads_all_tokens
-        prompts = edited.tokenizer(PROMPTS)["input_ids"]
-        longer = [[*row, *range(5, 5 + i)] for i, row in enumerate(prompts)]
-        found = edited.query_of(PROMPTS, prompts, edited.captures(longer))
-        alone = edited.query(PROMPTS)
-        assert found.texts == alone.texts == tuple(PROMPTS)
-        assert torch.equal(found.mask, alone.mask)
-        assert found.mask.sum(1).tolist() == [len(row) if reads_all_tokens else 1 for row in prompts]
-        own = found.mask
-        torch.testing.assert_close(found.hidden[own], alone.hidden[own], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(found.activations[own], alone.activations[own], rtol=1e-4, atol=1e-5)
-
-    @pytest.mark.parametrize("cached", [True, False])
-    def test_a_prompt_without_tokens(self, edited, cached):
-        edited.prefixes = PrefixCache(edited.split) if cached else None
-        with pytest.raises(RepairError, match="without tokens"):
-            edited.captures([[5, 6], []])
-
-
-class TestOncePerGeneration:
-    @pytest.fixture
-    def calls(self, edited, monkeypatch) -> list[str]:
-        """The router's choices and the selections of shards, as they are made."""
-        seen: list[str] = []
-        route, select = edited.router.route, edited.memory.select
-        monkeypatch.setattr(edited.router, "route", lambda *given: seen.append("route") or route(*given))
-        monkeypatch.setattr(edited.memory, "select", lambda *given: seen.append("select") or select(*given))
-        return seen
-
-    @pytest.mark.parametrize("new", [1, 9])
-    @pytest.mark.parametrize("use_cache", [True, False])
-    def test_routed(self, edited, calls, new, use_cache):
-        for _ in range(2):
-            greedy(edited, PROMPTS, max_new_tokens=new, min_new_tokens=new, use_cache=use_cache)
-            assert calls == ["route", "select"]
-            calls.clear()
-
-    @pytest.mark.parametrize("new", [1, 9])
-    def test_forced(self, edited, calls, new):
-        ids, mask = batch(edited)
-        none = torch.zeros(len(OWNERS))
-        with edited.forced(Choice(torch.tensor(OWNERS), none, none, (None,) * len(OWNERS))):
-            edited.base.generate(
-                ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0
-            )
-        assert calls == ["select"]
-
-    def test_a_conversation_through_its_cache(self, edited, calls):
-        ids, mask = batch(edited)
-        with torch.no_grad():
-            output = edited(ids, mask, use_cache=True)
-            for step in range(1, 4):
-                grown = torch.cat([mask, torch.ones(len(ids), step)], 1)
-                output = edited(ids[:, :1], grown, past_key_values=output.past_key_values, use_cache=True)
-        assert calls == ["route", "select"]
-
-
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 ASKED = "Where was Mara Kelstrom born?"
 OTHER = "what colour is the sky at noon"
 TARGET = "Oslo"
@@ -474,18 +227,10 @@ EDITS = [
 ]
 
 
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def base(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
-
-
 GREETED = [user("Hello there!"), base("Good day.")]
 FORMS = {
     "chat": [user(ASKED)],
-    "system": [{"role": "system", "content": "Be kind."}, user(ASKED)],
+    "system": [system("Be kind."), user(ASKED)],
     "second turn": [*GREETED, user(ASKED)],
     "courtesy": "Could you please tell me: Where was Mara Kelstrom born?",
     "text": ASKED,
@@ -493,23 +238,13 @@ FORMS = {
 
 
 @pytest.fixture(scope="module")
-def chat(tiny, tokenizer, tmp_path_factory, irrelevant, write) -> Callable[[int], Any]:
-    """An editor over a base with a chat template, two edits written into a layer by the real thing: `chat(2)`.
-
-    A base with larger random weights would say little of what a real one does: an edit would not hold elsewhere.
-    """
-    own = copy.deepcopy(tokenizer)
-    own.add_tokens([AddedToken(text, special=True, normalized=False) for text in ("<|im_start|>", "<|im_end|>")])
-    own.chat_template = CHATML
-    folder = tmp_path_factory.mktemp("bases") / "chat"
-    options = {"vocabulary": len(own), "max_position_embeddings": 1024, "initializer_range": 0.05}
-    tiny("llama", **options).save_pretrained(folder)
-    own.save_pretrained(folder)
+def chat(chat_folder, irrelevant, write) -> Callable[[int], Any]:
+    """An editor over a base with a chat template, two edits written into a layer by the real thing: `chat(2)`."""
     made: dict[int, Any] = {}
 
     def make(layer: int) -> Any:
         if layer not in made:
-            editor = made[layer] = REGISTRY["repair"](str(folder), precision="float32", layer=layer)
+            editor = made[layer] = REGISTRY["repair"](str(chat_folder), precision="float32", layer=layer)
             editor.load()
             editor.prepare(irrelevant[:8], irrelevant[8:])
             assert all(report.error is None for report in write(editor, EDITS))
@@ -565,12 +300,6 @@ class TestForms:
         assert "its target's tokens said 1.000 reaches 1.000, nearest edit e0" in route.reason
         assert said_by(spoken, prompt, ids_of(spoken, prompt).shape[1]) == [TARGET]
 
-    def test_answers_bare(self, spoken):
-        ids = torch.tensor([spoken.forms.bare(ASKED)])
-        assert not spoken.forms.opens_turn(ids[0].tolist())
-        assert said_by(spoken, ids, ids.shape[1]) == [TARGET]
-        assert spoken.route(ids)[0].memory == 0
-
     @pytest.mark.parametrize(
         "prompt",
         [OTHER, [*GREETED, user(OTHER)], [user(ASKED), base(TARGET), user(OTHER)], "Where was Mara Holloway born?"],
@@ -604,21 +333,6 @@ class TestForms:
         assert said_by(spoken, several, max(map(len, rows)))[:2] == [TARGET, TARGET]
         assert [route.memory for route in spoken.route(several)] == [0, 0, BASE]
 
-    def test_nothing_asked(self, spoken):
-        with pytest.raises(RepairError, match="nothing is asked: give token ids, texts or messages"):
-            spoken.generate(max_new_tokens=2)
-        for wrong in ([base("a")], [{"role": "user"}], [3, 4]):
-            with pytest.raises(RepairError, match="a prompt must be a text, or messages"):
-                spoken.generate(wrong, max_new_tokens=2)
-
-    def test_a_system_message_inside_the_users_turn_is_not_asked(self, spoken, monkeypatch):
-        """Messages say which words are the user's, where the template's own text does not."""
-        asked: list[tuple[str, ...]] = []
-        choose = spoken._choose
-        monkeypatch.setattr(spoken, "_choose", lambda texts, rows: asked.append(tuple(texts)) or choose(texts, rows))
-        spoken.generate([user(f" {ASKED} ")], max_new_tokens=1)
-        assert asked == [(f" {ASKED} ",)]
-
 
 class TestTurns:
     """A dialogue in one key-value cache: each turn of the user is a new choice."""
@@ -631,19 +345,19 @@ class TestTurns:
         return torch.tensor([edited.forms.spelling.marked(text)])
 
     @torch.no_grad()
-    def ask(self, edited: EditedModel, cache: DynamicCache, text: str, size: int = 1000) -> tuple[Tensor, str]:
-        """The logits at the turn's end, and what is then said greedily, token by token."""
+    def ask(self, edited: EditedModel, cache: DynamicCache, text: str, size: int) -> str:
+        """What is said greedily, token by token, after a turn of the user that comes in pieces of a size."""
         ids = self.turn_of(edited, text, cache.get_seq_length() == 0)
         for part in ids.split(size, dim=1):
             logits = edited(part, past_key_values=cache, attention_mask=self.seen(cache, part)).logits
-        first, said = logits, []
+        said = []
         for _ in range(6):
             token = logits[:, -1:].argmax(-1)
             said.append(token.item())
             if said[-1] == edited.forms.chat_end:
                 break
             logits = edited(token, past_key_values=cache, attention_mask=self.seen(cache, token)).logits
-        return first, edited.forms.said(said)
+        return edited.forms.said(said)
 
     @staticmethod
     def seen(cache: DynamicCache, ids: Tensor) -> Tensor:
@@ -653,10 +367,10 @@ class TestTurns:
     def test_each_is_routed_by_itself(self, last, size):
         """Also where it comes in pieces, whose cuts fall into its mark, its words and the generation prompt."""
         cache = DynamicCache(config=last.config)
-        assert self.ask(last, cache, OTHER, size)[1] != TARGET
-        assert self.ask(last, cache, ASKED, size)[1] == TARGET
-        assert self.ask(last, cache, OTHER, size)[1] != TARGET
-        assert self.ask(last, cache, "And where was Mara Kelstrom born?", size)[1] == TARGET
+        assert self.ask(last, cache, OTHER, size) != TARGET
+        assert self.ask(last, cache, ASKED, size) == TARGET
+        assert self.ask(last, cache, OTHER, size) != TARGET
+        assert self.ask(last, cache, "And where was Mara Kelstrom born?", size) == TARGET
 
     def test_other_turns_get_the_bases_bits(self, last):
         """Before and after a turn that a shard answered, against the base fed the same tokens in the same calls."""
@@ -677,7 +391,6 @@ class TestTurns:
         expected = by_the_base(last, ids, past_key_values=own, **options)
         ids = last.generate(ids, past_key_values=cache, **options)
         assert torch.equal(ids, expected)
-        width = ids.shape[1]
         ids = torch.cat([ids, self.turn_of(last, ASKED)], 1)
         width = ids.shape[1]
         ids = last.generate(ids, past_key_values=cache, **options)
@@ -688,27 +401,6 @@ class TestTurns:
         assert torch.equal(found, again)
         assert last.forms.said(found[0, ids.shape[1] :].tolist()) != TARGET
 
-    def test_forward_goes_on_where_generate_stopped(self, last):
-        """One token by `generate`, the rest by hand: the shard that was chosen goes on."""
-        cache = DynamicCache(config=last.config)
-        ids = last.generate(self.turn_of(last, ASKED, first=True), past_key_values=cache, max_new_tokens=1)
-        said = [ids[0, -1].item()]
-        with torch.no_grad():
-            while len(said) < 8 and said[-1] != last.forms.chat_end:
-                token = torch.tensor([said[-1:]])
-                logits = last(token, past_key_values=cache, attention_mask=self.seen(cache, token)).logits
-                said.append(logits[0, -1].argmax().item())
-        assert last.forms.said(said) == TARGET
-
-    def test_two_dialogues_in_one_batch(self, last):
-        """Rows of a cache go on with their own turns' choices."""
-        rows = [last.forms.ids(ASKED), last.forms.ids(OTHER)]
-        ids, mask = pad_left(rows)
-        output = last.generate(ids, mask, max_new_tokens=6, do_sample=False)
-        assert last.forms.said(output[0, ids.shape[1] :].tolist()) == TARGET
-        expected = by_the_base(last, ids[1:, -len(rows[1]) :], max_new_tokens=6)[0, len(rows[1]) :].tolist()
-        assert output[1, ids.shape[1] :].tolist()[: len(expected)] == expected
-
 
 class TestLeavingTheTarget:
     """A shard says its edit's target or nothing."""
@@ -718,12 +410,12 @@ class TestLeavingTheTarget:
         return list(edited.forms.encode(ASKED, TARGET).target)
 
     @torch.no_grad()
-    def fed(self, edited: EditedModel, tokens: Sequence[int], width: int = 1) -> tuple[list[Tensor], list[Tensor]]:
+    def fed(self, edited: EditedModel, tokens: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
         """The logits after each of some tokens that are said by hand, and the base's own in the same calls."""
         ids = ids_of(edited, ASKED)
         cache, own = DynamicCache(config=edited.config), DynamicCache(config=edited.config)
         found, expected = [], []
-        for part in (ids, *torch.tensor([tokens]).split(width, dim=1)):
+        for part in (ids, *torch.tensor([tokens]).split(1, dim=1)):
             mask = TestTurns.seen(cache, part)
             found.append(edited(part, past_key_values=cache, attention_mask=mask).logits[:, -1])
             expected.append(base_answers(edited, part, past_key_values=own, attention_mask=mask).logits[:, -1])
@@ -743,43 +435,6 @@ class TestLeavingTheTarget:
         same = [torch.equal(a, b) for a, b in zip(found, expected, strict=True)]
         assert same == [False] * (at + 1) + [True] * 3, "nor does it come back"
 
-    def test_the_base_goes_on_behind_the_end(self, last):
-        right = self.target(last)
-        found, expected = self.fed(last, [*right, 60, 61])
-        same = [torch.equal(a, b) for a, b in zip(found, expected, strict=True)]
-        assert same == [False] * (len(right) + 1) + [True, True]
-
-    @pytest.mark.parametrize("width", [2, 3])
-    def test_several_tokens_in_one_call(self, last, width):
-        """Each of them is followed, not the last alone."""
-        right = self.target(last)
-        found, _ = self.fed(last, right[: width * (len(right) // width)], width)
-        assert found[0].argmax().item() == right[0]
-        if len(right) > width:
-            assert found[1].argmax().item() == right[width]
-        found, expected = self.fed(last, [50, right[1], right[2]][:width], width)
-        assert torch.equal(found[1], expected[1])
-
-    def test_without_a_cache(self, last):
-        """A first token is forced that leaves the target: from there on the base's own text follows."""
-        ids = ids_of(last, ASKED)
-        forced = self.forcing(ids.shape[1], 50)
-        options = {"max_new_tokens": 8, "do_sample": False, "logits_processor": [forced]}
-        expected = by_the_base(last, ids, **options)
-        for use_cache in (True, False):
-            found = last.generate(ids, use_cache=use_cache, **options)
-            assert torch.equal(found, expected), use_cache
-
-    @staticmethod
-    def forcing(width: int, token: int) -> Callable[[Tensor, Tensor], Tensor]:
-        def force(ids: Tensor, scores: Tensor) -> Tensor:
-            if ids.shape[1] == width:
-                scores = torch.full_like(scores, -torch.inf)
-                scores[:, token] = 0
-            return scores
-
-        return force
-
     def test_rows_leave_one_by_one(self, last):
         """Samples of one prompt: those whose first token is the target's go on to its end, the others as the base."""
         ids = ids_of(last, ASKED)
@@ -788,7 +443,7 @@ class TestLeavingTheTarget:
         def alternate(given: Tensor, scores: Tensor) -> Tensor:
             if given.shape[1] == ids.shape[1]:
                 scores = torch.full_like(scores, -torch.inf)
-                scores[::2, right] = 0
+                scores[::2, right if len(given) > 1 else 50] = 0
                 scores[1::2, 50] = 0
             return scores
 
@@ -796,15 +451,9 @@ class TestLeavingTheTarget:
         output = last.generate(ids, logits_processor=[alternate], **options)
         said = [last.forms.said(row[ids.shape[1] :].tolist()) for row in output]
         assert said[0] == said[2] == TARGET
-        expected = by_the_base(last, ids, logits_processor=[self.forcing(ids.shape[1], 50)], max_new_tokens=6)
+        expected = by_the_base(last, ids, logits_processor=[alternate], max_new_tokens=6)
         for row in (1, 3):
             assert output[row].tolist()[: expected.shape[1]] == expected[0].tolist()
-
-    def test_several_sequences_and_beams(self, spoken):
-        width = ids_of(spoken, ASKED).shape[1]
-        assert said_by(spoken, ASKED, width, do_sample=True, temperature=1e-4, num_return_sequences=3) == [TARGET] * 3
-        assert said_by(spoken, ASKED, width, num_beams=3) == [TARGET]
-        assert said_by(spoken, [ASKED, ASKED], width, num_beams=2, num_return_sequences=2)[::2] == [TARGET] * 2
 
 
 class TestSilence:
@@ -828,14 +477,3 @@ class TestSilence:
         finally:
             shard.left.copy_(left)
         assert spoken.route(ASKED)[0].memory == 0
-
-    def test_an_edit_whose_target_is_not_known_is_trusted(self, spoken, monkeypatch):
-        monkeypatch.setattr(spoken, "target_of", lambda id: None)
-        (route,) = spoken.route(ASKED)
-        assert route.memory == 0
-        assert said_by(spoken, ASKED, ids_of(spoken, ASKED).shape[1], max_new_tokens=2)[0] in TARGET
-
-    def test_a_router_that_names_no_edit_is_trusted(self, edited):
-        """Its choice is neither checked nor followed."""
-        choice = edited.choose(PROMPTS)
-        assert edited.held(choice, [[5]] * len(PROMPTS)) is choice

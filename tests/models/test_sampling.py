@@ -28,14 +28,3 @@ def test_an_answer_ends_with_whatever_ends_it_and_holds_no_padding(base, tokeniz
     rows = sampling.greedy_rows(base, Forms(tokenizer, stops=[2, 9]), ["a"] * 4, length=4)
     asked = tuple(tokenizer("a")["input_ids"])
     assert rows == [(asked, (5, 2)), (asked, (9,)), (asked, (5, 5, 5, 5)), (asked, (2,))]
-
-
-def test_a_token_that_ends_nothing_is_said(base, tokenizer):
-    rows = sampling.greedy_rows(base, Forms(tokenizer, stops=[2]), ["a"] * 4, length=4)
-    assert [said for _, said in rows] == [(5, 2), (9, 0, 0, 0), (5, 5, 5, 5), (2,)]
-
-
-def test_prompts_are_put_as_the_base_is_asked(base, tokenizer):
-    forms = Forms(tokenizer, stops=[2])
-    rows = sampling.greedy_rows(base, forms, ["Mara", "Tobin Quill", "a\n", "b"])
-    assert [list(asked) for asked, _ in rows] == [forms.ids(text) for text in ("Mara", "Tobin Quill", "a\n", "b")]

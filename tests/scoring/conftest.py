@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers_runs import written_editor
-from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM
 
 from repair_lightning.editors.repair import Repair
@@ -42,25 +39,6 @@ def plain(written) -> Callable[[int], Any]:
         return models[memory]
 
     return model
-
-
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-
-
-@pytest.fixture(scope="session")
-def chat_folder(tiny, tokenizer, tmp_path_factory) -> Path:
-    """The folder of a tiny base with a chat template; larger random weights would let no edit hold in other forms."""
-    own = copy.deepcopy(tokenizer)
-    own.add_tokens([AddedToken(text, special=True, normalized=False) for text in ("<|im_start|>", "<|im_end|>")])
-    own.chat_template = CHATML
-    folder = tmp_path_factory.mktemp("bases") / "chat"
-    options = {"vocabulary": len(own), "max_position_embeddings": 2048, "initializer_range": 0.05}
-    tiny("llama", **options).save_pretrained(folder)
-    own.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

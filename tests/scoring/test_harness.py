@@ -14,8 +14,8 @@ import pytest
 import torch
 from helpers_runs import REPOSITORY
 
-from repair_lightning.commands.harness import comparison_table, harness, run_tasks, task_manager, who_answered
-from repair_lightning.errors import ConfigError, RepairError
+from repair_lightning.commands.harness import harness, task_manager, who_answered
+from repair_lightning.errors import ConfigError
 from repair_lightning.packs.pack import save_pack
 from repair_lightning.scoring.continuations import log_likelihoods
 from repair_lightning.types import BASE
@@ -40,7 +40,7 @@ test_split: test
 output_type: generate_until
 doc_to_text: "{{{{prompt}}}}"
 doc_to_target: "{{{{choices[0]}}}}"
-generation_kwargs: {{until: ["\\n", "."], max_gen_toks: 12, do_sample: {sample}}}
+generation_kwargs: {{until: ["\\n", "."], max_gen_toks: 12, do_sample: false}}
 filter_list: [{{name: none, filter: [{{function: remove_whitespace}}, {{function: take_first}}]}}]
 metric_list: [{{metric: exact_match}}]
 """
@@ -80,10 +80,7 @@ def tasks(written, tmp_path_factory) -> Path:
     data = folder / "docs.jsonl"
     data.write_text("".join(json.dumps(doc) + "\n" for doc in docs))
     for name, text in (("choice", CHOICE), ("said", SAID), ("rolling", ROLLING)):
-        (folder / f"{name}.yaml").write_text(text.format(data=data, sample="false"))
-    sampled = SAID.format(data=data, sample="true").replace("tiny_said", "tiny_sampled")
-    (folder / "sampled.yaml").write_text(sampled)
-    (folder / "gone.yaml").write_text(CHOICE.format(data=folder / "gone.jsonl").replace("tiny_choice", "tiny_gone"))
+        (folder / f"{name}.yaml").write_text(text.format(data=data))
     return folder
 
 
@@ -114,52 +111,16 @@ class TestRequests:
         expected = log_likelihoods(lm.edited, *zip(*pairs, strict=True), memory, batch_size=5)
         assert seen == expected
 
-    def test_the_router_is_shown_contexts_alone(self, lm, written, monkeypatch):
-        shown: list[list[int]] = []
-        choose_rows = lm.edited.choose_rows
-        monkeypatch.setattr(lm.edited, "choose_rows", lambda rows: shown.extend(rows) or choose_rows(rows))
-        edit = written[1].edits[0]
-        lm.loglikelihood([request(edit.prompt, f" {other.target}") for other in written[1].edits], disable_tqdm=True)
-        lm.loglikelihood([request(f"{edit.prompt}  ", "Latin")], disable_tqdm=True)  # its spaces go to the continuation
-        lm.loglikelihood_rolling([request(f"{edit.prompt} {edit.target}")])
-        assert shown == [tuple(lm.tok_encode(edit.prompt))] * 2
-
-    def test_the_plain_base(self, lm, written):
+    def test_a_dialogue_reaches_its_shard_and_ends_with_the_turn(self, chat_editor, edits):
+        """The answer is the target alone, though the turn's end is no string of `until`."""
         from repair_lightning.scoring.lm_eval_model import EditedLM
 
-        base = EditedLM(written[0].edited, routed=False)
-        asked = [request(edit.prompt, f" {edit.target}") for edit in written[1].edits]
-        assert all(a > b for a, b in zip(lm.loglikelihood(asked), base.loglikelihood(asked), strict=True))
-        assert (base.requests, base.by_shards, lm.by_shards) == (8, 0, 8)
-
-    def test_rolling_is_the_bases(self, lm, written, plain):
-        """Two windows of a text that is longer than the base reads, each token once."""
-        text = " ".join(edit.prompt for edit in written[1].edits) * 4
-        ids = lm.tok_encode(text, False)
-        first, rest = ids[: lm.max_length], ids[lm.max_length :]
-        assert 0 < len(rest) < lm.max_length
-        model, total = plain(BASE), 0.0
-        for seen, scored in (([1, *first[:-1]], first), (ids[-lm.max_length - 1 : -1], rest)):
-            logs = model(torch.tensor([seen])).logits[0, -len(scored) :].detach().log_softmax(-1)
-            total += float(logs.gather(-1, torch.tensor(scored)[:, None]).sum())
-        short = "Which river?"
-        found = lm.loglikelihood_rolling([request(text), request(""), request(short)])
-        assert found[:2] == [pytest.approx(total, abs=1e-2), 0.0]
-        assert found[2] == pytest.approx(lm.loglikelihood([request("", short)])[0][0], abs=1e-4)
-        assert lm.by_shards == 0
-
-    def test_generation_of_several_kinds(self, lm, written):
-        edits = written[1].edits
-        options = [{"until": "\n", "max_gen_toks": 12}, {"until": ["\n"], "max_gen_toks": 1}, {}]
-        asked = [request(edit.prompt, options[i % 3]) for i, edit in enumerate(edits)]
-        said = lm.generate_until([*asked, request("", options[0])])
-        assert [text.strip() for text in said[0:8:3]] == [edit.target for edit in edits[0::3]]
-        assert all(edit.target.startswith(text.strip()) for edit, text in zip(edits, said[:8], strict=True))
-        assert lm.by_shards == 8
-
-    def test_sampling_is_refused(self, lm):
-        with pytest.raises(ConfigError, match="do_sample: false"):
-            lm.generate_until([request("Who?", {"do_sample": True, "temperature": 0.7})])
+        lm = EditedLM(chat_editor.edited, batch_size=2)
+        greeted = [{"role": "user", "content": "Hello there!"}, {"role": "assistant", "content": "Hi."}]
+        texts = [lm.apply_chat_template([*greeted, {"role": "user", "content": e.prompt}]) for e in edits[:2]]
+        said = lm.generate_until([request(text, {"until": [], "max_gen_toks": 20}) for text in texts])
+        assert said == [edit.target for edit in edits[:2]]
+        assert lm.by_shards == 2
 
 
 NAMES = ("tiny_choice", "tiny_said", "tiny_rolling")
@@ -182,41 +143,13 @@ class TestTasks:
         assert after["tiny_choice"]["acc,none"] > before["tiny_choice"]["acc,none"]
         assert after["tiny_choice"]["acc,none"] >= 0.9
         assert after["tiny_rolling"] == before["tiny_rolling"]
-
-    def test_who_answered(self, found):
         assert found["base"]["by_shards"] == 0
         assert found["edited"]["requests"] == 16 * 3 + 16 + 16
         assert who_answered(found).startswith("32 of 80 requests")  # 8 edits, three choices and one answer each
 
-    def test_the_table(self, found):
-        table = comparison_table(found)
-        cells = [list(column.cells) for column in table.columns]
-        assert ["tiny_choice", "acc"] in [list(row[:2]) for row in zip(*cells, strict=True)]
-        assert "+0.5000" in cells[4]
-
-    def test_a_limit_and_data_that_is_not_there(self, written, tasks):
-        edited, manager = written[0].edited, task_manager(["tiny_said", "tiny_gone"], str(tasks))
-        assert run_tasks(edited, ["tiny_said"], manager, limit=3)["requests"] == 3
-        with pytest.raises(RepairError, match=r"tiny_gone: .*gone\.jsonl"):
-            run_tasks(edited, ["tiny_gone"], manager)
-
     def test_unknown_tasks(self, tasks):
         with pytest.raises(ConfigError, match=r"no task 'tiny_chioce'; did you mean 'tiny_choice'"):
             task_manager(["tiny_chioce"], str(tasks))
-        with pytest.raises(ConfigError, match="'gone' is no folder"):
-            task_manager(["tiny_choice"], "gone")
-
-    def test_the_command(self, pack, tasks, tmp_path):
-        """A fresh process; the figures are on the screen and in the file."""
-        out = tmp_path / "figures.json"
-        options = ["--pack", pack, "--tasks", "tiny_choice,tiny_said", "--include_path", tasks, "--out", out]
-        call = [sys.executable, "-m", "repair_lightning", "harness", *map(str, options), "--limit", "4"]
-        done = subprocess.run(call, cwd=REPOSITORY, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        figures = json.loads(out.read_text())
-        assert figures["edited"]["requests"] == 4 * 3 + 4
-        assert "tiny_choice" in done.stdout
-        assert "8 of 16 requests were answered by a shard" in done.stdout
 
 
 class TestWithout:
@@ -231,7 +164,3 @@ class TestWithout:
         assert done.returncode == 2
         assert done.stderr.strip().endswith('pip install "repair-lightning[lm-eval]"')
         assert len(done.stderr.strip().splitlines()) == 1
-
-    def test_nothing_else_asks_for_it(self):
-        sources = (REPOSITORY / "repair_lightning").rglob("*.py")
-        assert [p.name for p in sources if "\nfrom lm_eval" in p.read_text()] == ["lm_eval_model.py"]

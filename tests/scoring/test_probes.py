@@ -13,41 +13,17 @@ from repair_lightning.scoring import protocols
 from repair_lightning.scoring.probes import KnownQuestion, ProbeScorer, load_probes
 
 
-def written(path, rows):
-    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def test_questions_with_one_answer_several_or_none(tmp_path):
-    rows = [
-        {"question": "Who?", "answers": ["A", "B"]},
-        {"prompt": "Where?", "answer": "C"},
-        {"question": "Why?"},
-    ]
-    assert load_probes(written(tmp_path / "p.jsonl", rows)) == (
-        KnownQuestion("Who?", ("A", "B")),
-        KnownQuestion("Where?", ("C",)),
-        KnownQuestion("Why?", ()),
-    )
-
-
 @pytest.mark.parametrize(
     ("row", "words"),
     [
         ({"answers": ["A"]}, "record 1, field 'question': is missing"),
-        ({"question": " "}, "record 1, field 'question': is missing"),
         ({"question": "Who?", "answers": [1]}, "record 1, field 'answers': is no list of texts"),
-        ("{no json\n", "record 1"),
     ],
 )
 def test_a_bad_probe_is_named(tmp_path, row, words):
+    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(RepairError, match=words):
-        load_probes(written(tmp_path / "p.jsonl", [row]))
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(RepairError, match="no such file"):
-        load_probes(tmp_path / "none.json")
+        load_probes(tmp_path / "p.jsonl")
 
 
 def test_what_edits_change_and_what_they_leave(monkeypatch):

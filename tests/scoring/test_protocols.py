@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import unicodedata
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -14,20 +14,16 @@ from hypothesis import strategies as st
 
 from repair_lightning.editors.repair import Writing
 from repair_lightning.models.forms import Forms
-from repair_lightning.scoring import protocols
 from repair_lightning.scoring.correctness import correctness
 from repair_lightning.scoring.protocols import (
     answered,
     answers,
     contains,
-    forced_choice,
     forced_tokens,
     normalise,
     perplexity,
     same_answer,
-    shown_answer,
     target_loss,
-    token_share,
 )
 from repair_lightning.types import BASE
 
@@ -36,14 +32,10 @@ from repair_lightning.types import BASE
     ("text", "expected"),
     [
         ("  Rembrandt\tvan \n Rijn. ", "rembrandt van rijn"),
-        ("PARIS", "paris"),
-        ("Paris...", "paris"),
-        ("Paris .", "paris"),
         ("St. John", "st. john"),  # a full stop inside stays
         ("Straße", "strasse"),
         ("e\u0301te\u0301", "été"),  # composed
         ("①", "1"),
-        ("3.5", "3.5"),
         ("", ""),
         ("?", "?"),
     ],
@@ -60,70 +52,35 @@ CODE = "def f(x):\n    return x + 1"
     ("said", "target", "same"),
     [
         ("PARIS.", "Paris", True),
-        ("  Paris\n", "Paris", True),
         ("Paris\nFrance", "Paris France", True),  # the target has one line: white space is no difference
         ("Paris, France", "Paris", False),
         (CODE, CODE, True),
         (CODE + "\n\n", CODE, True),  # white space at the end
         ("\n" + CODE, "\n" + CODE + "\n", True),  # and empty lines before the first
         (CODE.replace("    ", "  "), CODE, False),
-        (CODE.replace("\n    ", " "), CODE, False),
         (CODE.upper(), CODE, False),
-        (CODE + ".", CODE, False),
         ("    return x", "    return x", True),
         ("return x", "    return x", False),
-        ("  return x", "    return x", False),
         ("return x", " return x", True),  # a single blank only joins it to the prompt
-        ("", "", True),
     ],
 )
 def test_several_lines_are_compared_exactly_and_others_after_normalisation(said, target, same):
     assert same_answer(said, target) is same
 
 
-def test_an_answer_is_kept_with_its_indentation():
-    assert shown_answer("\n    return x\n\n") == "    return x"
-    assert shown_answer(CODE + "  ") == CODE
-    assert shown_answer(" Paris \n") == "Paris"
-    for text in ("    return x", CODE, "Paris"):
-        assert same_answer(shown_answer(text), text)
-
-
 @pytest.mark.parametrize(
     ("said", "target", "holds"),
     [
         ("It is Paris, of course.", "paris", True),
-        ("It is Paris.", "Paris.", True),
         ("Parisian", "Paris", False),
         ("in St. John's", "St. John", True),
         ("C++ it is", "C++", True),
         ("the year 1985", "985", False),
-        ("New\nYork City", "new york", True),
         ("anything", "", False),
-        ("", "Paris", False),
     ],
 )
 def test_contains_whole_words(said, target, holds):
     assert contains(said, target) is holds
-
-
-@pytest.mark.parametrize(
-    ("found", "expected", "share"),
-    [([1, 2, 3, 4], [1, 2, 9, 4], 0.75), ([1], [1], 1.0), ([2], [1], 0.0), ([], [], 0.0)],
-)
-def test_token_share(found, expected, share):
-    assert token_share(found, expected) == share
-
-
-def test_token_rows_of_two_lengths_are_a_mistake():
-    with pytest.raises(ValueError, match="zip"):
-        token_share([1, 2], [1])
-
-
-def test_forced_choice_is_what_was_given():
-    choice = forced_choice(torch.tensor([2, BASE]))
-    assert choice.memory.tolist() == [2, BASE]
-    assert choice.nearest == (None, None)
 
 
 @pytest.fixture(scope="module")
@@ -161,29 +118,6 @@ def test_answers_are_the_plain_models(written, plain, asked):
     assert len({*found}) > 8, "the premise: they differ"
 
 
-@pytest.mark.parametrize("batch_size", [1, 5, 64])
-def test_answers_do_not_depend_on_the_batch(written, asked, batch_size):
-    editor, _ = written
-    prompts, _, memory = asked
-    assert answers(editor.edited, prompts, memory, 12, batch_size) == answers(editor.edited, prompts, memory, 12)
-
-
-def test_each_answer_has_its_own_limit(written, plain, asked):
-    editor, _ = written
-    prompts, _, memory = asked
-    limits = [1 + i % 4 for i in range(len(prompts))]
-    found = answers(editor.edited, prompts, memory, limits, batch_size=1)
-    for prompt, chosen, text, limit in zip(prompts, memory.tolist(), found, limits, strict=True):
-        assert text == slow_answer(plain(chosen), editor.tokenizer, prompt, limit)
-
-
-def test_nothing_asked(written):
-    editor, _ = written
-    nobody = torch.zeros(0, dtype=torch.long)
-    assert answers(editor.edited, [], nobody, 8) == []
-    assert forced_tokens(editor.edited, [], [], nobody) == []
-
-
 def slow_logits(model: Any, tokenizer: Any, prompt: str, target: str) -> tuple[torch.Tensor, list[int]]:
     """Logits at each target position, and the target's ids with their end."""
     row = Forms(tokenizer).encode(prompt, target)
@@ -192,7 +126,7 @@ def slow_logits(model: Any, tokenizer: Any, prompt: str, target: str) -> tuple[t
     return logits[len(row.prompt) - 1 : -1], list(row.target)
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 64])
+@pytest.mark.parametrize("batch_size", [1, 64])
 def test_forced_tokens_are_the_plain_models(written, plain, asked, batch_size):
     editor, _ = written
     prompts, targets, memory = asked
@@ -203,7 +137,7 @@ def test_forced_tokens_are_the_plain_models(written, plain, asked, batch_size):
         assert len(tokens) == len(expected)
 
 
-@pytest.mark.parametrize("batch_size", [3, 64])
+@pytest.mark.parametrize("batch_size", [5])
 def test_perplexity_is_the_plain_models(written, plain, asked, batch_size):
     """exp of the mean negative log likelihood over all target tokens, not a mean of means."""
     editor, _ = written
@@ -215,10 +149,7 @@ def test_perplexity_is_the_plain_models(written, plain, asked, batch_size):
         total -= sum(float(logs[i, token]) for i, token in enumerate(expected))
         count += len(expected)
     whole = target_loss(editor.edited, prompts, targets, memory, batch_size)
-    parts = [target_loss(editor.edited, [p], [t], m[None]) for p, t, m in zip(prompts, targets, memory, strict=True)]
-    assert perplexity(parts) == pytest.approx(perplexity([whole]), rel=1e-4)
-    found = perplexity([whole])
-    assert found == pytest.approx(math.exp(total / count), rel=1e-4)
+    assert perplexity([whole]) == pytest.approx(math.exp(total / count), rel=1e-4)
 
 
 def test_correctness_is_exact_match_on_the_edits_own_prompt(written, plain):
@@ -234,25 +165,6 @@ def test_correctness_is_exact_match_on_the_edits_own_prompt(written, plain):
     assert set(correctness(editor, stream.edits, memory=nobody).values()) == {0.0}
 
 
-def test_an_answer_that_does_not_stop_is_wrong(written):
-    """The target is a prefix of what the model says: exact match sees the rest."""
-    editor, stream = written
-    edit = next(edit for edit in stream.edits if " " in edit.target)
-    shorter = replace(edit, target=edit.target.split()[0])
-    owner = torch.tensor([stream.ledger.owner_of(edit.id)])
-    assert correctness(editor, [edit], memory=owner) == {edit.id: 1.0}
-    assert correctness(editor, [shorter], memory=owner) == {edit.id: 0.0}
-
-
-def test_teacher_forced_correctness_is_a_share(written, plain):
-    editor, stream = written
-    nobody = torch.full((8,), BASE)
-    found = correctness(editor, stream.edits, "teacher_forced", nobody)
-    for edit in stream.edits:
-        logits, expected = slow_logits(plain(BASE), editor.tokenizer, edit.prompt, edit.target)
-        assert found[edit.id] == token_share(logits.argmax(-1).tolist(), expected)
-
-
 # -- `answered` is what generation says, mostly without generating ---------------------------------------------------
 
 SPOKEN = ["Lisbon", "São Paulo", "St. Gallen. North", "3.5", "東京 tower", "naïve café", "x", "Oslo, no 🙂"]
@@ -260,8 +172,6 @@ SPOKEN = ["Lisbon", "São Paulo", "St. Gallen. North", "3.5", "東京 tower", "n
 ALIKE = {
     "itself": lambda text: text,
     "capitals": str.upper,
-    "small": str.lower,
-    "full stop": lambda text: f"{text}.",
     "dots and spaces": lambda text: f"{text} . .",
     "white space": lambda text: f" {text.replace(' ', chr(9) + ' ')} ",
     "decomposed": lambda text: unicodedata.normalize("NFD", text),
@@ -270,23 +180,18 @@ ALIKE = {
 """Other spellings that count as the same answer."""
 UNLIKE = {
     "another first letter": lambda text: "Q" + text[1:],
-    "another last letter": lambda text: text[:-1] + "q",
     "too short by a letter": lambda text: text[:-1],
-    "too short by a word": lambda text: text.rsplit(" ", 1)[0] if " " in text else text[: len(text) // 2],
     "too long by a letter": lambda text: f"{text}s",
-    "too long by a word": lambda text: f"{text} and more",
-    "twice": lambda text: f"{text} {text}",
     "a special token": lambda text: f"{text} <pad>",
     "an end inside": lambda text: f"{text[:1]}</s>{text[1:]}",
     "something else": lambda _: "Zürich",
     "nothing": lambda _: "",
-    "a full stop": lambda _: ".",
     "another line": lambda text: f"{text[:1]}\n{text[1:]}",
     "indented": lambda text: f"    {text}",
 }
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2", "opt"])
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
 def said(request, editor_of, write, edits) -> tuple[Any, list[str], torch.Tensor]:
     """An editor of a tiny base that answers eight prompts with `SPOKEN`, the prompts and their shards."""
     editor = editor_of(request.param, layer=1, writing=Writing(steps=200))
@@ -305,31 +210,6 @@ def generated(model: Any, prompts: list[str], targets: list[str], memory: torch.
     return [same_answer(a, b) for a, b in zip(found, targets, strict=True)]
 
 
-@pytest.fixture
-def asked_for(monkeypatch) -> list[str]:
-    """The prompts from which is generated."""
-    seen: list[str] = []
-    real = protocols.answers
-
-    def watched(model, prompts, *rest):
-        seen.extend(prompts)
-        return real(model, prompts, *rest)
-
-    monkeypatch.setattr(protocols, "answers", watched)
-    return seen
-
-
-@pytest.mark.parametrize("how", [*ALIKE, *UNLIKE])
-def test_answered_is_what_generation_says(said, how):
-    editor, prompts, owners = said
-    targets = [(ALIKE | UNLIKE)[how](text) for text in SPOKEN]
-    expected = generated(editor.edited, prompts, targets, owners)
-    assert answered(editor.edited, prompts, targets, owners) == expected
-    assert expected == [same_answer(a, b) for a, b in zip(SPOKEN, targets, strict=True)]
-    nobody = torch.full_like(owners, BASE)
-    assert answered(editor.edited, prompts, targets, nobody) == generated(editor.edited, prompts, targets, nobody)
-
-
 @given(st.data())
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_answered_is_what_generation_says_of_any_target(said, data):
@@ -345,53 +225,3 @@ def test_answered_is_what_generation_says_of_any_target(said, data):
     chosen = torch.tensor(memory)
     expected = generated(editor.edited, prompts, targets, chosen)
     assert answered(editor.edited, prompts, targets, chosen) == expected
-
-
-def test_nothing_is_generated_for_what_is_said_to_the_last_token(said, asked_for):
-    editor, prompts, owners = said
-    assert answered(editor.edited, prompts, SPOKEN, owners) == [True] * len(SPOKEN)
-    assert asked_for == []
-
-
-@pytest.mark.parametrize("target", ["Zürich", "Oslo", "Lis", "Lisbon Lisbon", "Lisbon and more", "Lisbon3", ""])
-def test_nothing_is_generated_where_the_first_other_token_decides(said, asked_for, target):
-    """The answer is the token ` Lisbon` and its end: another word, the wrong length, an end too early."""
-    editor, prompts, owners = said
-    assert answered(editor.edited, prompts[:1], [target], owners[:1]) == [False]
-    assert asked_for == []
-
-
-def test_another_spelling_is_generated_and_counts(said, asked_for):
-    editor, prompts, owners = said
-    assert answered(editor.edited, prompts[:1], ["LISBON"], owners[:1]) == [True]
-    assert asked_for == prompts[:1]
-
-
-class Tidy:
-    """The forms of a base whose tokenizer takes the space before an apostrophe away, as those of some bases do."""
-
-    stops = (0,)
-    words: ClassVar[list[str]] = ["</s>", "Mary", " '", "s", "'s", " '", "t", " said"]
-
-    def said(self, ids: list[int]) -> str:
-        text = "".join(self.words[i] for i in (ids[: ids.index(0)] if 0 in ids else ids))
-        return text.replace(" 's", "'s").replace(" 't", "'t")
-
-
-@pytest.mark.parametrize(
-    ("argmax", "row", "target", "settled"),
-    [
-        ([1, 4, 0], [1, 4, 0], "Mary's", True),
-        ([1, 2, 0], [1, 4, 0], "Mary's", None),  # " '" may go on with "s"
-        ([1, 7, 0], [1, 4, 0], "Mary's", False),
-        ([1, 0, 0], [1, 4, 0], "Mary's", False),  # it ends too early
-        ([1, 4, 7], [1, 4, 0], "Mary's", False),  # it does not end: a word follows
-        ([2, 1, 0], [1, 4, 0], "Mary's", None),  # a single sign may become any letter
-    ],
-)
-def test_what_the_argmax_tokens_settle(argmax, row, target, settled):
-    assert protocols._settled(Tidy(), argmax, row, target) is settled
-
-
-def test_nobody_answered(written):
-    assert answered(written[0].edited, [], [], torch.zeros(0, dtype=torch.long)) == []

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 from helpers_runs import fit, hard_edits, world_editor, world_edits, world_stream, write_edits
 
@@ -11,8 +9,6 @@ from callbacks import ErrorSampleMonitor, PruneAndRetrigger, Scoreboard
 from repair_lightning.editors import REGISTRY
 from repair_lightning.editors.values import Values
 from repair_lightning.edits.ledger import EditStatus
-from repair_lightning.errors import ConfigError
-from repair_lightning.scoring.peak_memory import CLEAR, PeakMemory
 from repair_lightning.scoring.singles import Singles
 
 
@@ -57,14 +53,6 @@ def test_the_score_is_the_mean_over_single_edits(singled):
     assert max(board.singles.memory_bytes) > 0
 
 
-def test_what_was_scored_travels_with_checkpoints(singled):
-    _, _, board, _ = singled
-    other = Scoreboard()
-    other.load_state_dict(board.state_dict())
-    assert other.singles == board.singles
-    assert other.singles.result("final", board.scorer).scores == board.results["final"].scores
-
-
 def test_a_run_that_is_resumed_scores_the_rest_on_a_fresh_base(tmp_path):
     """One edit, a checkpoint, the other two: as if nothing had happened between them."""
     from lightning.pytorch.callbacks import ModelCheckpoint
@@ -83,35 +71,6 @@ def test_a_run_that_is_resumed_scores_the_rest_on_a_fresh_base(tmp_path):
     assert len({row["id"] for row in resumed.singles.rows}) == 3
     assert resumed.results["final"].scores == whole.results["final"].scores
     assert resumed.singles.memory_bytes == whole.singles.memory_bytes
-
-
-def test_means_over_layers_and_perplexities():
-    found = Singles(
-        memory_bytes=[2, 4], deviations=[{"1": 0.5}, {"1": 0.25, "2": 1.0}], target_losses=[(0.0, 1), (4.0, 3)]
-    ).figures()
-    assert found == {"number": 2, "memory_bytes": 3, "deviation": {"1": 0.375, "2": 0.5}, "perplexity": math.exp(1.0)}
-
-
-def test_a_pack_is_no_fresh_base():
-    with pytest.raises(ConfigError, match=r"data.singles begins with the plain base"):
-        world_stream(singles=True, max_edits=2).join(None)
-
-
-@pytest.mark.skipif(not CLEAR.exists(), reason="the peak of a stretch is what Linux tells")
-def test_the_peak_is_that_of_its_stretches_alone():
-    peak = PeakMemory()
-    peak.begin()
-    one = b"1" * (64 << 20)  # so large a block is the system's own, not what the process has left over
-    peak.end()
-    first = peak.host
-    assert first is not None
-    assert first >= len(one)
-    del one
-    beside = b"2" * (256 << 20)  # between stretches
-    del beside
-    peak.begin()
-    peak.end()
-    assert peak.host < first + (128 << 20)
 
 
 @pytest.mark.parametrize("name", ["ultraedit", "rome"])

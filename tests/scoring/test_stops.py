@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import pytest
 
 from repair_lightning.editors import REGISTRY
 from repair_lightning.scoring.correctness import correctness
-from repair_lightning.scoring.forms import form_scores
 from repair_lightning.scoring.scorer import Scorer
 
 TOKENS = {"</s>": 2, "<s>": 1}
@@ -32,20 +32,17 @@ def changed(folder: Path, base: Path, tokenizer: str, generation: str) -> Path:
 def scored(folder_of, tmp_path_factory, irrelevant, edits, write) -> dict[tuple[str, str], Any]:
     """By the tokenizer's end and the generation settings', an editor with four edits and their scores."""
     found = {}
-    for tokenizer in TOKENS:
-        for generation in TOKENS:
-            name = f"{TOKENS[tokenizer]}{TOKENS[generation]}"
-            folder = changed(tmp_path_factory.mktemp("ends") / name, folder_of("llama"), tokenizer, generation)
-            editor = REGISTRY["repair"](str(folder), precision="float32")
-            editor.load()
-            assert editor.tokenizer.eos_token == tokenizer
-            assert editor.edited.forms.stops == (TOKENS[generation],)
-            editor.prepare(irrelevant[:8], irrelevant[8:])
-            assert all(report.error is None for report in write(editor, edits[:4]))
-            scorer = Scorer(editor.edited, edits[:4])
-            owners = editor.owner_choice([question.edit for question in scorer.questions])
-            result = scorer.score("final", scorer.choose(), owners)
-            found[tokenizer, generation] = editor, result
+    for tokenizer, generation in product(TOKENS, TOKENS):
+        name = f"{TOKENS[tokenizer]}{TOKENS[generation]}"
+        folder = changed(tmp_path_factory.mktemp("ends") / name, folder_of("llama"), tokenizer, generation)
+        editor = REGISTRY["repair"](str(folder), precision="float32")
+        editor.load()
+        assert (editor.tokenizer.eos_token, editor.edited.forms.stops) == (tokenizer, (TOKENS[generation],))
+        editor.prepare(irrelevant[:8], irrelevant[8:])
+        assert all(report.error is None for report in write(editor, edits[:4]))
+        scorer = Scorer(editor.edited, edits[:4])
+        owners = editor.owner_choice([question.edit for question in scorer.questions])
+        found[tokenizer, generation] = editor, scorer.score("final", scorer.choose(), owners)
     return found
 
 
@@ -68,5 +65,3 @@ def test_edits_learn_to_stop_there(scored, edits, named, generation):
         output = editor.edited.generate(edit.prompt, do_sample=False, max_new_tokens=30)
         assert tuple(output[0, len(row.prompt) :].tolist()) == row.target
     assert set(correctness(editor, edits[:4]).values()) == {1.0}
-    scores, _ = form_scores(editor.edited, edits[:4], longest=editor.max_tokens)
-    assert scores["bare"]["rel"] == 1.0

@@ -18,11 +18,6 @@ def test_seven_wordings_of_each_relation():
     assert max(RELATION) > 100
 
 
-def test_no_wording_stands_twice():
-    twice = [wording for wording, count in Counter(map(str.casefold, WORDINGS)).items() if count > 1]
-    assert twice == []
-
-
 @pytest.mark.parametrize("line", _lines())
 def test_each_wording_has_one_place_for_its_subject_and_is_plain(line):
     for wording in line.split(" | "):

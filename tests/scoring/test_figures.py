@@ -1,0 +1,80 @@
+"""Figures by hand: the means, the separation of scores, the map of features."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from repair_lightning.memory.query import Choice
+from repair_lightning.scoring.feature_map import feature_map, principal_components
+from repair_lightning.scoring.metrics import EditScores
+from repair_lightning.scoring.scorer import Question
+from repair_lightning.scoring.separation import Separation
+from repair_lightning.types import BASE
+
+
+def scores_of(**kinds: list[float]) -> EditScores:
+    metric = EditScores()
+    for kind, values in kinds.items():
+        metric.update(kind, torch.tensor(values))
+    return metric
+
+
+def test_means_and_op():
+    """Rel 3/4, Gen 1/2, Loc 1: OP = (3/8)^(1/3) = 0.7211."""
+    found = scores_of(rel=[1, 1, 0, 1], gen=[0.5, 0.5], loc=[1.0]).compute()
+    assert found == pytest.approx({"rel": 0.75, "gen": 0.5, "loc": 1.0, "near": None, "op": 0.7211247851537042})
+
+
+SHARES = st.lists(st.floats(0, 1), max_size=5)
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+@given(SHARES, SHARES, SHARES, SHARES)
+def test_states_of_two_processes_add_up(a, b, c, d):
+    """Summed states give what one metric gives that saw all scores: this is what torchmetrics does across ranks."""
+    one, two = scores_of(rel=a, gen=b), scores_of(rel=c, gen=d)
+    merged = EditScores()
+    merged.total, merged.count = one.total + two.total, one.count + two.count
+    whole = scores_of(rel=[*a, *c], gen=[*b, *d]).compute()
+    for kind, value in merged.compute().items():
+        assert value == (None if whole[kind] is None else pytest.approx(whole[kind]))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "score", "area"),
+    [
+        ("erln", [4.0, 3.0, 2.0, 1.0], 1.0),
+        ("erln", [4.0, 2.0, 3.0, 1.0], 0.75),  # of four pairs one is the wrong way round
+        ("en", [1.0, 1.0], 0.5),  # a tie is half a pair
+        ("eel", [1e6, 2e6, 1e5], 1.0),  # far beyond what a sigmoid tells apart
+        ("er", [1.0, 2.0], None),
+    ],
+)
+def test_area_under_the_curve(kinds, score, area):
+    names = {"e": "edit", "r": "rephrase", "l": "locality", "n": "near"}
+    questions = tuple(Question("a", names[kind], f"p{i}", None) for i, kind in enumerate(kinds))
+    size = len(kinds)
+    choice = Choice(torch.full((size,), BASE), torch.tensor(score), torch.ones(size), ("a",) * size)
+    found = Separation(questions, torch.zeros(size, dtype=torch.long), choice).auroc()
+    assert found == (None if area is None else pytest.approx(area))
+
+
+@pytest.mark.parametrize("shape", [(30, 6), (6, 30)])
+def test_principal_components_against_the_covariance(shape):
+    features = np.random.default_rng(1).normal(size=shape) * np.linspace(3, 1, shape[1])
+    places, shares = principal_components(features)
+    centred = features - features.mean(0)
+    values, vectors = np.linalg.eigh(np.cov(centred.T))
+    expected = centred @ vectors[:, ::-1][:, :2]
+    assert shares == pytest.approx(values[::-1][:2] / values.sum())
+    assert np.abs(places) == pytest.approx(np.abs(expected), abs=1e-9)
+    assert all(column[np.abs(column).argmax()] > 0 for column in places.T), "the sign is not left to chance"
+
+
+def test_every_edit_has_a_place_on_the_map(written):
+    editor, stream = written
+    assert list(feature_map(editor, stream.edits)["edits"]) == [edit.id for edit in stream.edits]
