@@ -24,6 +24,7 @@ EDITED = 120
 
 
 def write(path: str, edits: Iterable[Edit]) -> None:
+    """Write records as JSON lines, in the format `jsonl`."""
     Path(path).write_text("".join(json.dumps(edit.as_dict()) + "\n" for edit in edits))
 
 
@@ -41,6 +42,7 @@ def said_alone(base_dir: str, edits: list[Edit]) -> tuple[float, float]:
 
 
 def main(path: str, record_format: str, base_dir: str) -> None:
+    """Write both files and print the share."""
     edits = load_records(path, record_format).edits
     edited = {edit.subject for edit in edits[:EDITED]}
     others = [edit for edit in edits[EDITED:] if edit.subject not in edited]
