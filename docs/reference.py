@@ -19,7 +19,6 @@ from train import CALLBACKS  # noqa: E402
 
 MARK = "<!-- options -->"
 _ELSEWHERE = ("trainer", "config", "help", "print_config")
-_OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./([^)]+)\)")
 
 
 class _Parsed(Exception):
@@ -85,7 +84,8 @@ def _words(text: str | None) -> str:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """The hook: the reference takes the place of its mark, and what lies outside the site is named, not linked."""
     found = markdown.replace(MARK, reference()) if MARK in markdown else markdown
-    return _OUTSIDE.sub(r"\1 (`\2`)", found)
+    up = "../" * (page.file.src_uri.count("/") + 1)
+    return re.sub(rf"\[([^\]]+)\]\({re.escape(up)}([^)]+)\)", r"\1 (`\2`)", found)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The documents are true: every command in them runs, the site builds, the reference misses no option.
 
 Commands of one document run in its order, in one folder and in this process; training is cut to a few edits. What
-cannot run here says why: `# not tested: REASON` behind the command, or a line of `NOT_HERE`.
+cannot run here says why: `# not tested: REASON` after the command, or a line of `NOT_HERE`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from helpers_runs import REPOSITORY, world_edits, write_edits
 from repair_lightning.commands.cli import OURS
 from repair_lightning.editors import REGISTRY
 
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+DOCS = REPOSITORY / "docs"
+PAGES = [REPOSITORY / "README.md", *sorted(DOCS.rglob("*.md"))]
 SMALL = ["--data.max_edits", "4", "--data.max_irrelevant", "60", "--overwrite"]
 STAND_INS = {"path/or/hub-name": "world"}
 NOT_HERE = {
@@ -35,6 +36,7 @@ NOT_HERE = {
     "RECORDS": "minutes each, and public data: the runs behind the pictures",
     "--out runs/world": "minutes: one of the runs behind the pictures",
     "figures --to docs/figures": "needs those runs",
+    "python -m benchmarks": "minutes each, and public data: tests/test_benchmarks.py runs every part small",
 }
 """Part of a command -> why it cannot run here."""
 _FENCE = re.compile(r"^```(bash|console|python)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -209,8 +211,8 @@ def site(tmp_path_factory) -> Path:
 
 @needs_mkdocs
 def test_the_site_builds_and_fetches_nothing(site):
-    pages = sorted(path.name for path in site.glob("*.html"))
-    assert {"index.html", "configuration.html", "adding-an-editor.html", "method.html"} <= set(pages)
+    pages = sorted(path.relative_to(site).as_posix() for path in site.rglob("*.html"))
+    assert {"index.html", "configuration.html", "adding-an-editor.html", "studies/comparison.html"} <= set(pages)
     for page in pages:
         fetched = re.findall(r"<(?:script|img|link)[^>]*(?:src|href)=\"?(https?://[^\"> ]+)", (site / page).read_text())
         assert fetched == [], page
@@ -222,8 +224,8 @@ def test_every_page_is_in_the_menu():
         pass
 
     config = yaml.load((REPOSITORY / "mkdocs.yml").read_text(), Loader)
-    listed = re.findall(r"[\w-]+\.md", json.dumps(config["nav"]))
-    assert sorted(listed) == sorted(path.name for path in (REPOSITORY / "docs").glob("*.md"))
+    listed = re.findall(r"[\w/-]+\.md", json.dumps(config["nav"]))
+    assert sorted(listed) == sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 
 
 LIGHTNINGS = ("trainer", "optimizer", "lr_scheduler")
