@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import json
-import os
-import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,19 +22,9 @@ from safetensors.torch import load_file
 import train
 from repair_lightning.commands import compare
 from repair_lightning.commands.cli import EditCLI
-from repair_lightning.commands.compare import Comparison, Variant, main, overlay, plan, read_comparison
+from repair_lightning.commands.compare import main, overlay, plan, read_comparison
 from repair_lightning.editors.repair import Writing
 from repair_lightning.errors import ConfigError
-from repair_lightning.reports import comparison
-from repair_lightning.reports.comparison import (
-    Result,
-    csv_text,
-    draw_grid,
-    latex,
-    markdown,
-    read_tables,
-    tables_of,
-)
 
 ABLATIONS = REPOSITORY / "configs" / "compare" / "ablations.yaml"
 
@@ -162,46 +148,10 @@ def test_each_variant_runs_with_each_size_and_seed(bench, capsys):
     assert lines[8].endswith("; 0 s left")
 
 
-def test_threads_follow_the_environment(bench, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    bench.run("--variants", "plain", "--seeds", "0")
-    assert [start["threads"] for start in bench.starts] == ["2"]
-
-
-def test_only_some(bench):
-    bench.run("--variants", "plain - part", "--seeds", "7", "--sizes", "5", "5")
-    assert bench.new() == ["plain-part/n5-seed7"]
-
-
-def test_options_are_nested_as_a_configuration_is():
-    """Null, which the command line refuses for some options, stands in YAML; the editor's own are below `init_args`."""
-    options = {
-        "model.writing.lr": 2.0,
-        "model.writing.stop_margin": None,
-        "model.class_path": "X",
-        "merge.enabled": False,
-    }
-    expected = {
-        "model": {"init_args": {"writing": {"lr": 2.0, "stop_margin": None}}, "class_path": "X"},
-        "merge": {"enabled": False},
-    }
-    assert overlay(options) == expected
-    assert overlay({"model.init_args.base": "a", "seed_everything": 1}) == {
-        "model": {"init_args": {"base": "a"}},
-        "seed_everything": 1,
-    }
-
-
 def test_workers_run_at_the_same_time(bench):
     bench.write({"both": {"options": {"fake.together": 2}}})
     bench.run("--workers", "2")
     assert len(bench.new()) == 2
-
-
-def test_one_worker_runs_one_at_a_time(bench):
-    bench.write({"a": {"options": {"fake.alone": True}}, "b": {"options": {"fake.alone": True}}})
-    bench.run("--workers", "1")
-    assert len(bench.new()) == 4
 
 
 def test_dry_run_prints_the_commands_and_writes_nothing(bench, capsys):
@@ -245,58 +195,6 @@ def test_another_command_is_run_again(bench):
     assert json.loads((bench.out / PART[0] / "metrics.json").read_text())["final"]["autoregressive"]["op"] == 0.397
 
 
-def test_another_preset_of_the_same_name_is_run_again(bench):
-    preset = bench.home / "preset.yaml"
-    preset.write_text("data: {window: 8}\n")
-    bench.write({"plain": None, "plain - part": {"configs": [str(preset)]}})
-    bench.run()
-    bench.new()
-    preset.write_text("data: {window: 9}\n")
-    bench.run()
-    assert bench.new() == PART
-
-
-def test_a_project_that_has_moved_keeps_its_runs(bench, monkeypatch, tmp_path):
-    """What a configuration says decides, not where it lies."""
-    bench.run()
-    bench.new()
-    shutil.copytree(REPOSITORY / "configs", tmp_path / "moved" / "configs")
-    monkeypatch.setattr(compare, "REPOSITORY", tmp_path / "moved")
-    bench.run()
-    assert bench.new() == []
-    (tmp_path / "moved" / "configs" / "zsre_small.yaml").write_text("data: {window: 9}\n")
-    bench.run()
-    assert bench.new() == PART + PLAIN
-
-
-def test_options_of_any_size_are_recognised(bench):
-    bench.write(
-        {"a": {"options": {"model.writing.lr": 1.23456789e-9, "x.day": "2024-01-01", "x.more": [1, None, "é"]}}}
-    )
-    bench.run()
-    assert len(bench.new()) == 2
-    bench.run()
-    assert bench.new() == []
-
-
-def test_figures_of_another_command_never_count(bench):
-    """A run that is killed after it was begun anew has none, though its folder held some."""
-    bench.run("--variants", "plain")
-    bench.common = ["--data.window", "16"]
-    bench.write({"plain": {"options": {"fake.fail": [0, 1]}}})
-    bench.fails()
-    assert not list(bench.out.glob("plain/*/metrics.json"))
-
-
-def test_a_torn_record_is_no_record(bench):
-    bench.run()
-    bench.new()
-    file = bench.out / PLAIN[0] / "compared.json"
-    file.write_text(file.read_text()[:40])
-    bench.run()
-    assert bench.new() == [PLAIN[0]]
-
-
 # -- failures ----------------------------------------------------------------------------------------------------------
 
 
@@ -326,28 +224,6 @@ def test_a_failure_is_recorded_and_does_not_stop_the_others(bench, capsys):
     assert f"- Failed: `some - fail`, 30 edits, seed 1: {said}" in bench.text("md")
     bench.fails()  # what failed, and that alone, is tried again
     assert bench.new() == ["all-fail/n30-seed0", "all-fail/n30-seed1", "some-fail/n30-seed1"]
-
-
-@pytest.mark.parametrize(
-    ("program", "said"),
-    [
-        ("raise KeyError('deep inside')", "KeyError: 'deep inside' (exit code 1)"),
-        ("print('fine')", "fine (exit code 0)"),
-        ("import os; os.kill(os.getpid(), 9)", "it said nothing (signal 9)"),
-        ("print('error: a'); print('error: b\\n  c\\n\\n'); raise SystemExit(2)", "error: b c (exit code 2)"),
-    ],
-)
-def test_what_a_run_that_ends_badly_said_last(bench, program, said):
-    (bench.home / "train.py").write_text(program)
-    bench.fails("--variants", "plain", "--seeds", "0")
-    (run,) = json.loads(bench.text("json"))["runs"]
-    assert run["error"] == said
-
-
-def test_without_train_py_it_says_so(bench):
-    compare.TRAIN.unlink()
-    with pytest.raises(ConfigError, match=r"runs train\.py, and .* is not there: an installed wheel does not hold it"):
-        bench.run()
 
 
 @pytest.mark.parametrize(
@@ -489,11 +365,6 @@ def test_the_tables_say_what_the_runs_measured(bench):
     assert "±" not in tex
 
 
-def test_one_seed_has_no_deviation(bench):
-    bench.run("--seeds", "1")
-    assert "\n| plain | 88.7 |\n" in bench.text("md")
-
-
 def test_tables_only_writes_what_is_there(bench, capsys):
     """Without the runs' options, without running anything, and without columns of which nothing is there."""
     bench.common = ["--data.window", "16"]
@@ -514,67 +385,8 @@ def test_tables_only_writes_what_is_there(bench, capsys):
     assert said[-3].startswith("not there yet: plain - part (30), plain - part (40), ")
 
 
-def test_what_refuses_the_first_two_runs_would_refuse_all(bench):
-    bench.write({f"v{i}": {"options": {"fake.refuse": True}} for i in range(4)})
-    with pytest.raises(ConfigError, match=r"refused alike, and so would all: error: unknown option '--x'"):
-        bench.run("--workers", "1")
-    assert 2 <= len(bench.starts) <= 3
-
-
-def test_what_was_left_running_is_waited_for_and_said(bench, capsys):
-    folder = bench.out / PLAIN[0]
-    folder.mkdir(parents=True)
-    with open(folder / "log.txt", "a") as log:
-        fcntl.flock(log, fcntl.LOCK_EX)
-        thread = threading.Thread(target=lambda: bench.run("--variants", "plain", "--workers", "1"))
-        thread.start()
-        said = ""
-        until = time.monotonic() + 30
-        while "waiting" not in said and time.monotonic() < until:
-            time.sleep(0.05)
-            said += capsys.readouterr().out
-    thread.join(60)
-    assert f"waiting for a process that was left running in {folder}" in said
-    assert sorted(bench.new()) == PLAIN
-
-
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        (["--config", "x", "--model.base", "y"], "unrecognized arguments: .*; options of train.py stand behind --"),
-        (["--config", "x", "--sizes", "ten"], "argument --sizes: invalid int value: 'ten'; --help lists all options"),
-    ],
-)
-def test_its_own_options_are_refused_in_a_line(argv, words):
-    with pytest.raises(ConfigError, match=words):
-        main(argv)
-
-
-def test_the_tables_hold_what_was_not_asked_for_again(bench):
-    bench.run("--sizes", "30")
-    bench.run("--sizes", "30", "--variants", "plain")
-    assert len(csv_rows(bench)) == 4
-
-
 def csv_rows(bench: Bench) -> list[dict[str, str]]:
     return list(csv.DictReader(bench.text("csv").splitlines()))
-
-
-def test_tables_of_nothing(bench, capsys):
-    with pytest.raises(ConfigError, match=r"--tables_only: '.*out' is no folder; give the --out of the runs"):
-        bench.run("--tables_only")
-    bench.out.mkdir()
-    bench.run("--tables_only")
-    assert capsys.readouterr().out.startswith("no run is finished in ")
-    assert not list(bench.out.iterdir())
-
-
-def test_names_are_made_safe():
-    results = [Result("50% of_it + more", "a | b", 3, 0, "failed", "x", "a_b & 5%")]
-    assert r"50\% of\_it $+$ more & failed \\" in latex(results)
-    assert "| 50% of_it + more | failed |" in markdown(results)
-    assert "a_b & 5%" in csv_text(results)
-    assert [table.title for table in tables_of(results)][-1] == "All figures, N = 3"
 
 
 # -- the ablations -----------------------------------------------------------------------------------------------------
@@ -628,51 +440,10 @@ def test_the_ablations_take_away_what_their_names_say(ablations):
         assert {key for key in changed if "dir" not in key and key != "config"} == options, name
 
 
-def test_the_presets_stand_as_they_are(ablations):
-    for name in ("paper", "wise"):
-        preset = yaml.safe_load((REPOSITORY / "configs" / f"{name}.yaml").read_text())
-        parts = {
-            **{f"model.{part}": content for part, content in preset.pop("model").get("init_args", {}).items()},
-            **preset,
-        }
-        for part, content in parts.items():
-            for option, value in content.items() if isinstance(content, dict) else [(None, content)]:
-                assert ablations[name][part if option is None else f"{part}.{option}"] == value
-
-
-def test_the_capacities_are_what_their_names_say(tmp_path, monkeypatch):
-    """Read by train.py's own parser; those of equal bytes lie within a seventh of 4 R (D + F) bytes an edit, where
-    D F (4 rho + 1/8) / c is what a mask leaves, and 4 D F / c what an open shard has (D 288, F 896, R 4.52)."""
-    common = ["--model.base", "some/base", "--data.path", "some.json"]
-    for run in plan(read_comparison(ABLATIONS.with_name("capacity.yaml")), common, tmp_path):
-        if run.seed:
-            continue
-        name, (form, capacity) = run.variant.name, run.variant.name.rsplit(" ", 1)
-        found = settings_of(run, monkeypatch)
-        assert found["merge.enabled"] is False
-        assert found["model.writing.form"] == ("low_rank" if form == "low rank" else "dense"), name
-        limit = found["model.writing.capacity"]
-        if capacity == "all":
-            assert limit == found["data.window"] == found["data.batch_size"] == 1024
-            continue
-        assert limit == int(capacity)
-        rho = found["model.writing.mask_ratio"]
-        if form == "equal bytes":
-            bits = 0 if rho == 1 else 1 / 8
-            assert 288 * 896 * (4 * rho + bits) / limit == pytest.approx(4 * 4.52 * (288 + 896), rel=1 / 7)
-        else:
-            assert rho == 1
-
-
 # -- grids -------------------------------------------------------------------------------------------------------------
 
 GRID = {"options": {"fake.op": [0.5, 0.9], "model.writing.steps": [1, 2]}, "default": {"fake.op": 0.9}}
 FULL = GRID | {"default": {"fake.op": 0.9, "model.writing.steps": 2}}
-
-
-def heat_map(bench: Bench) -> str:
-    """The heat map's picture, with its words as text."""
-    return (bench.out / "heat_map.svg").read_text()
 
 
 def test_a_grid_is_a_variant_for_each_pair_of_values(bench, capsys):
@@ -685,24 +456,6 @@ def test_a_grid_is_a_variant_for_each_pair_of_values(bench, capsys):
     assert f"heat map: {bench.out}/heat_map.png, {bench.out}/heat_map.svg" in capsys.readouterr().out
 
 
-def test_a_grid_alone_is_a_comparison(bench):
-    content = {"config": [], "sizes": [30], "seeds": [0], "grid": GRID}
-    (bench.home / "bench.yaml").write_text(yaml.safe_dump(content))
-    names = [variant.name for variant in read_comparison(bench.home / "bench.yaml").variants]
-    assert names == ["op 0.5 steps 1", "op 0.5 steps 2", "op 0.9 steps 1", "op 0.9 steps 2"]
-
-
-def test_what_a_grid_fixes_is_in_every_cell(bench):
-    bench.write({"plain": None}, grid=GRID | {"fixed": {"data.window": 7}}, seeds=[0])
-    bench.run("--variants", "op 0.5 steps 1")
-    options = yaml.safe_load((bench.out / "op_0.5_steps_1" / "n30-seed0" / "options.yaml").read_text())
-    assert options == {"data": {"window": 7}, "fake": {"op": 0.5}, "model": {"init_args": {"writing": {"steps": 1}}}}
-    results, grid = read_tables(bench.out)
-    assert [result.variant for result in results] == ["op 0.5 steps 1"]
-    assert grid is not None
-    assert grid.fixed == {"data.window": 7}
-
-
 @pytest.mark.parametrize("name", ["shards_mask", "threshold_steps"])
 def test_the_grids_of_the_paper_can_be_run(name):
     """Every cell's options are those of the command line, and nothing that a cell sets is fixed for all."""
@@ -711,47 +464,6 @@ def test_the_grids_of_the_paper_can_be_run(name):
     for variant in found.variants:
         writing = {key.split(".")[-1]: value for key, value in variant.options.items() if ".writing." in key}
         assert Writing(**writing).form == "dense"
-
-
-def test_the_heat_map_shows_op_where_it_stands_and_frames_the_default(bench, monkeypatch):
-    """The fake's OP is its option less 0.01 for each seed and 30 / 10,000: for 0.5 it is 49.7 and 48.7."""
-    pytest.importorskip("matplotlib")
-    import matplotlib.axes
-
-    monkeypatch.setitem(matplotlib.rcParams, "svg.fonttype", "none")
-    drawn: list[tuple[float, float, str]] = []
-    frames: list[tuple[float, float]] = []
-    text, patch = matplotlib.axes.Axes.text, matplotlib.axes.Axes.add_patch
-    monkeypatch.setattr(
-        matplotlib.axes.Axes, "text", lambda self, x, y, s, **k: (drawn.append((x, y, s)), text(self, x, y, s, **k))[1]
-    )
-    monkeypatch.setattr(
-        matplotlib.axes.Axes, "add_patch", lambda self, p: (frames.append(p.get_center()), patch(self, p))[1]
-    )
-    bench.write({"plain": None}, grid=FULL)
-    bench.run("--variants", "plain", "op 0.5 steps 2", "op 0.9 steps 1", "op 0.9 steps 2")
-    assert (bench.out / "heat_map.png").read_bytes().startswith(b"\x89PNG")
-    assert drawn == [(0, 0, "-"), (1, 0, "49.2\n± 0.7"), (0, 1, "89.2\n± 0.7"), (1, 1, "89.2\n± 0.7")]
-    assert frames == [pytest.approx((1, 1))]
-    assert {">steps<", ">op<", ">0.5<", ">0.9<"} <= set(re.findall(">[^<]+<", heat_map(bench)))
-
-
-def test_a_failed_cell_is_said_and_the_heat_map_is_drawn(bench):
-    pytest.importorskip("matplotlib")
-    bench.write({"plain": None}, grid=FULL, seeds=[0])
-    grid = read_comparison(bench.home / "bench.yaml").grid
-    assert grid is not None
-    files = draw_grid(bench.home, grid, [Result("op 0.5 steps 1", "", 30, 0, "failed", error="no")])
-    assert [file.name for file in files] == ["heat_map.png", "heat_map.svg"]
-
-
-def test_without_matplotlib_the_tables_are_written_and_it_says_why(bench, capsys, monkeypatch):
-    monkeypatch.setattr(comparison.importlib.util, "find_spec", lambda name: None)
-    bench.write({"plain": None}, grid=GRID, seeds=[0])
-    bench.run("--variants", "op 0.5 steps 1")
-    assert "no heat map: pip install matplotlib for it" in capsys.readouterr().out
-    assert (bench.out / "table.md").is_file()
-    assert not list(bench.out.glob("heat_map*"))
 
 
 @pytest.mark.parametrize(
@@ -816,14 +528,6 @@ def test_a_comparison_of_real_runs(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("4 runs, 4 of them finished before; ")
 
 
-def test_a_comparison_needs_sizes_seeds_and_variants():
-    with pytest.raises(ConfigError, match="sizes must be whole numbers"):
-        Comparison((), (), (0,), (Variant("a"),))
-    with pytest.raises(ConfigError, match="got \\['a', 'a'\\]"):
-        Comparison((), (1,), (0,), (Variant("a"), Variant("a")))
-    assert os.path.samefile(compare.REPOSITORY, REPOSITORY)
-
-
 # -- editors side by side ----------------------------------------------------------------------------------------------
 
 
@@ -848,13 +552,6 @@ def test_a_slow_variant_is_not_run_with_all_sizes(bench):
     assert "| not run: it takes hours |" in (bench.out / "scores.md").read_text()
 
 
-def test_a_size_without_runs_has_no_column_for_what_is_not_run(bench):
-    bench.write({"plain": None, "slow": {"sizes": [5], "reason": "it takes hours"}}, sizes=[5, 30], seeds=[0])
-    bench.run("--sizes", "5")
-    assert "not run" not in bench.text("md")
-    assert "N = 30" not in (bench.out / "scores.md").read_text()
-
-
 def test_a_run_that_takes_too_long_is_stopped_and_the_others_go_on(bench, capsys):
     bench.write({"waits": {"options": {"fake.wait": "go"}}, "plain": None}, seeds=[0])
     bench.run("--limit_minutes", "0.03", "--variants", "waits")
@@ -867,20 +564,6 @@ def test_a_run_that_takes_too_long_is_stopped_and_the_others_go_on(bench, capsys
     bench.run("--limit_minutes", "0.9")
     assert bench.new() == ["plain/n30-seed0", "waits/n30-seed0"]
     assert "stopped" not in (bench.out / "scores.md").read_text()
-
-
-@pytest.mark.parametrize(
-    ("content", "options", "message"),
-    [
-        ({"variants": {"a": {"sizes": [1]}}}, [], "variant 'a': say in `reason` why it runs with \\[1\\] alone"),
-        ({"singles": "x"}, [], "singles must be a whole number of at least 0, got 'x'"),
-        ({}, ["--limit_minutes", "0"], "--limit_minutes must be above 0, got 0"),
-    ],
-)
-def test_bad_bounds(bench, content, options, message):
-    bench.write(**({"variants": {"a": None}} | content))
-    with pytest.raises(ConfigError, match=message):
-        bench.run(*options)
 
 
 @pytest.mark.drawn
