@@ -8,7 +8,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from statistics import mean, stdev
@@ -17,7 +16,6 @@ from typing import Any
 import pytest
 import yaml
 from helpers_runs import REPOSITORY
-from safetensors.torch import load_file
 
 import train
 from repair_lightning.commands import compare
@@ -231,19 +229,14 @@ def test_a_failure_is_recorded_and_does_not_stop_the_others(bench, capsys):
     [
         ({"sizes": [0]}, "sizes must be whole numbers of at least 1, got "),
         ({"seeds": []}, "seeds must be whole numbers of at least 0, got "),
-        ({"seeds": "x"}, "seeds must be whole numbers of at least 0, got "),
         ({"variant": {}}, "unknown 'variant'; known: config, sizes, seeds, variants"),
-        ({"variants": {}}, "variants need names of letters"),
         ({"variants": {"a/b": None}}, "variants need names of letters, digits, spaces and"),
-        ({"variants": {"a -b": None, "a - b": None}}, "that differ"),
-        ({"variants": ["a"]}, "variants: must be a mapping"),
         ({"variants": {"a": {"option": {}}}}, "variant 'a': unknown 'option'; known: configs, options, note"),
         (
             {"variants": {"a": {"options": {"data": {"window": 1}}}}},
             "options of 'a': write dotted options, data.<option>",
         ),
         ({"variants": {"a": {"configs": ["nothing"]}}}, "no configuration 'nothing'; give a file or one of"),
-        ({"config": ["nothing"]}, "no configuration 'nothing'; give a file or one of"),
     ],
 )
 def test_bad_comparisons(bench, change, message):
@@ -259,8 +252,6 @@ def test_bad_comparisons(bench, change, message):
         (["--variants", "other"], [], "no variant 'other'; known: plain, plain - part"),
         (["--workers", "0"], [], "--workers must be at least 1, got 0"),
         ([], ["--data.max_edits", "3"], "--data.max_edits is given to each run by the comparison; see --sizes"),
-        ([], ["--run_dir=x"], "--run_dir=x is given to each run by the comparison"),
-        ([], ["--config", "nothing"], "no configuration 'nothing'"),
     ],
 )
 def test_bad_options(bench, options, common, message):
@@ -295,7 +286,7 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM])
 def test_a_comparison_that_is_ended_ends_its_runs_and_goes_on_later(bench, number):
     process = process_of(bench)
     process.send_signal(number)
@@ -306,22 +297,6 @@ def test_a_comparison_that_is_ended_ends_its_runs_and_goes_on_later(bench, numbe
     (bench.home / "go").touch()
     bench.run()
     assert bench.new() == ["waits/n30-seed0", "waits/n30-seed1"]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks processes up in /proc")
-def test_what_a_killed_comparison_left_running_is_waited_for(bench):
-    """No run is done twice at once in one folder: the orphans end, and their figures count."""
-    process = process_of(bench)
-    process.kill()
-    process.wait()
-    orphans = [start["pid"] for start in bench.starts if alive(start["pid"])]
-    assert len(orphans) == 2
-    bench.new()
-    threading.Timer(1.0, (bench.home / "go").touch).start()
-    bench.run()
-    assert bench.new() == []
-    assert {run["status"] for run in json.loads(bench.text("json"))["runs"]} == {"finished"}
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -456,42 +431,18 @@ def test_a_grid_is_a_variant_for_each_pair_of_values(bench, capsys):
     assert f"heat map: {bench.out}/heat_map.png, {bench.out}/heat_map.svg" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["shards_mask", "threshold_steps"])
-def test_the_grids_of_the_paper_can_be_run(name):
-    """Every cell's options are those of the command line, and nothing that a cell sets is fixed for all."""
-    found = read_comparison(ABLATIONS.with_name(f"{name}.yaml"))
-    assert (len(found.variants), found.sizes) == (16, (120,))
-    for variant in found.variants:
-        writing = {key.split(".")[-1]: value for key, value in variant.options.items() if ".writing." in key}
-        assert Writing(**writing).form == "dense"
-
-
 @pytest.mark.parametrize(
     ("grid", "message"),
     [
         ({"options": {"a.b": [1]}}, "options must be two options, each with a list of its values"),
-        ({"options": {"a.b": [1], "a.c": 2}}, "options must be two options, each with a list of its values"),
-        ({"options": {"a.b": [1], "a.c": []}}, "options must be two options, each with a list of its values"),
         ({"options": {"a.b": [1], "a.c": [2]}, "default": {"a.b": 3}}, "default: a.b: 3 is not among"),
-        ({"options": {"a.b": [1], "a.c": [2]}, "default": {"a.d": 3}}, "default: a.d: 3 is not among"),
         ({"options": {"a.b": [1], "a.c": [2]}, "fixed": {"a.b": 3}}, "fixed: a.b is one of the grid's two options"),
-        ({"options": {"a.b": [1], "a.c": [2]}, "fixed": 3}, "fixed: must be a mapping"),
-        ({"option": {}}, "unknown 'option'; known: options, default"),
-        ([1], "must be a mapping"),
     ],
 )
 def test_bad_grids(bench, grid, message):
     bench.write({"plain": None}, grid=grid)
     with pytest.raises(ConfigError, match=message):
         bench.run()
-
-
-def test_the_sensitivity_frames_the_defaults():
-    found = read_comparison(ABLATIONS.with_name("sensitivity.yaml"))
-    assert (len(found.variants), found.sizes, found.seeds) == (25, (100,), (0,))
-    assert found.grid is not None
-    plain = Writing()
-    assert found.grid.default == {"model.writing.lr": plain.lr, "model.writing.stop_margin": plain.stop_margin}
 
 
 # -- for real ----------------------------------------------------------------------------------------------------------
@@ -512,10 +463,6 @@ def test_a_comparison_of_real_runs(tmp_path, capsys):
         assert run["status"] == "finished"
         folder = tmp_path / "out" / run["variant"].replace(" ", "") / f"n4-seed{run['seed']}"
         assert run["metrics"] == json.loads((folder / "metrics.json").read_text())
-        assert (run["metrics"]["n_edits"], run["metrics"]["seed"]) == (4, run["seed"])
-        stored = load_file(folder / "pack" / "side_memory.safetensors")
-        shards = sum(tensor.nbytes for name, tensor in stored.items() if not name.startswith("router."))
-        assert 0 < shards < run["metrics"]["memory_bytes"] < sum(tensor.nbytes for tensor in stored.values())
         writing = yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]["writing"]
         expected = ("low_rank", Writing().stop_margin, 20) if run["variant"] == "ours" else ("dense", None, 20)
         assert (writing["form"], writing["stop_margin"], writing["steps"]) == expected
@@ -577,14 +524,14 @@ def test_the_report_and_the_figures_lie_beside_the_tables(bench):
     assert bench.starts[4:] == []
 
 
-@pytest.mark.parametrize("name", ["zsre", "counterfact", "hallucination"])
-def test_the_editors_side_by_side(name):
-    """Every variant is an editor by its registered name, and its preset is there."""
-    found = read_comparison(ABLATIONS.with_name(f"compare_{name}_small.yaml"))
-    assert found.sizes[:2] == (1, 30)
-    assert found.singles >= 30
-    presets = {variant.name: variant.configs for variant in found.variants}
-    assert presets.pop("repair") == ()
-    assert all(configs == (editor,) for editor, configs in presets.items())
-    here = {path.stem for path in (REPOSITORY / "configs").glob("*.yaml")}
-    assert set(presets) <= here
+@pytest.mark.parametrize("path", sorted(ABLATIONS.parent.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_comparison_of_the_project_can_be_run(path, tmp_path):
+    """Its presets are there, its options fit a write, and it names runs; editors are compared by registered names."""
+    found = read_comparison(path)
+    assert plan(found, [], tmp_path)
+    here = {preset.stem for preset in (REPOSITORY / "configs").glob("*.yaml")}
+    for variant in found.variants:
+        assert set(variant.configs) <= here
+        assert not path.stem.startswith("compare_") or variant.configs in ((), (variant.name,))
+        writing = {key.split(".")[-1]: value for key, value in variant.options.items() if ".writing." in key}
+        Writing(**writing)

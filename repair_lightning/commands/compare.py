@@ -36,9 +36,9 @@ from repair_lightning.reports.comparison_page import write_comparison_page
 from repair_lightning.reports.editor_tables import write_editor_tables
 from repair_lightning.reports.figures import draw_costs
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 TRAIN = REPOSITORY / "train.py"
-COMPARISONS = (REPOSITORY / "configs" / "compare", Path(__file__).parent / "configs" / "compare")
+COMPARISONS = (REPOSITORY / "configs" / "compare", Path(__file__).parents[1] / "configs" / "compare")
 FIXED = ("run_dir", "seed_everything", "data.sample_seed", "data.max_edits", "data.singles", "trainer.logger")
 """Options that a comparison gives to each run itself."""
 OUT_OF_TIME = 1 << 16
