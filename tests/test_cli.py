@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import runpy
@@ -17,18 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from helpers_runs import REPOSITORY, hard_edits, world_edits, write_edits
 from helpers_wandb import offline_run, series
 
 from repair_lightning import load_edited
-from repair_lightning.commands.cli import OURS, config_path, nothing_written, resolve_configs
-from repair_lightning.commands.parsing import with_nulls, with_paths
-from repair_lightning.editors import REGISTRY
 from repair_lightning.edits.ledger import Ledger
-from repair_lightning.errors import ConfigError
-from repair_lightning.types import BASE, EditReport
+from repair_lightning.types import BASE
 from repair_lightning.world import base_dir
 
 NO_LOGGER = ["--trainer.logger", "false"]
@@ -64,48 +58,6 @@ def succeeded(script: str, *options: Any, cwd: Path) -> Ran:
 
 
 # -- looking up configurations -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def folders(tmp_path, monkeypatch) -> list[Path]:
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "a" / "one.yaml").touch()
-    (tmp_path / "b" / "one.yaml").touch()
-    (tmp_path / "b" / "two.yaml").touch()
-    (tmp_path / "here.yaml").touch()
-    monkeypatch.chdir(tmp_path)
-    return [tmp_path / "a", tmp_path / "b"]
-
-
-@pytest.mark.parametrize(
-    ("name", "found"),
-    [
-        ("one", "a/one.yaml"),
-        ("one.yaml", "a/one.yaml"),
-        ("two", "b/two.yaml"),
-        ("here.yaml", "here.yaml"),
-        ("b/one.yaml", "b/one.yaml"),
-    ],
-)
-def test_a_config_by_name_or_path(folders, name, found):
-    assert config_path(name, folders).resolve() == (folders[0].parent / found).resolve()
-
-
-@pytest.mark.parametrize("name", ["tow", "here", "a", "", "missing.yaml"])
-def test_an_unknown_config_lists_those_that_exist(folders, name):
-    with pytest.raises(ConfigError, match=f"no configuration '{name}'; give a file or one of: one, two"):
-        config_path(name, folders)
-
-
-def test_arguments_with_configs_resolved(folders):
-    argv = ["--config", "two", "--config=one", "--data.path", "config", "--x=--config"]
-    resolved, found = resolve_configs(argv, folders)
-    two, one = str(folders[1] / "two.yaml"), str(folders[0] / "one.yaml")
-    assert resolved == ["--config", two, f"--config={one}", "--data.path", "config", "--x=--config"]
-    assert list(map(str, found)) == [two, one]
-    assert resolve_configs(["--seed_everything", "1"], folders) == (["--seed_everything", "1"], [])
-    assert resolve_configs(["--config"], folders) == (["--config"], [])  # the parser says what is missing
 
 
 # -- a run -------------------------------------------------------------------------------------------------------------
@@ -191,12 +143,6 @@ def test_metrics_have_the_promised_schema(metrics):
         assert sum(shares.values()) == pytest.approx(1, abs=1e-5), kind
 
 
-def test_a_run_corrects_the_base(metrics):
-    assert metrics["pre_edit"]["autoregressive"]["rel"] == 0
-    assert metrics["final"]["autoregressive"]["rel"] >= 0.9
-    assert metrics["final"]["autoregressive"]["loc"] >= 0.9
-
-
 def test_every_prompt_is_there_before_and_after(run, metrics):
     rows = [json.loads(line) for line in (run[0] / "generations.jsonl").read_text().splitlines()]
     questions = [
@@ -233,13 +179,6 @@ def test_the_ledger_says_what_became_of_each_edit(run, metrics):
     assert ledger == Ledger.from_parquet(run[0] / "pack" / "ledger.parquet")
 
 
-def test_checkpoints_load_with_weights_only_and_leave_the_base_out(run):
-    checkpoint = torch.load(run[0] / "checkpoints" / "last.ckpt", weights_only=True)
-    assert checkpoint["state_dict"]
-    assert not [key for key in checkpoint["state_dict"] if "base" in key]
-    assert (run[0] / "checkpoints" / "last.ckpt").stat().st_size < (base_dir() / "model.safetensors").stat().st_size
-
-
 def test_wandb_runs_offline_in_the_run_directory(run):
     """Named and grouped by the run, with its settings, and one value of each series per window."""
     records = offline_run(run[0])
@@ -273,25 +212,6 @@ def test_the_same_seed_gives_the_same_pack_anywhere(run, elsewhere, metrics):
         metrics[key] for key in ("pre_edit", "final", "routing")
     ]
     assert Ledger.from_parquet(elsewhere / "edits.parquet") == Ledger.from_parquet(run[0] / "edits.parquet")
-
-
-def test_no_logger_leaves_no_log(elsewhere):
-    assert not (elsewhere / "wandb").exists()
-    assert not (elsewhere / "lightning_logs").exists()
-    assert {path.name for path in elsewhere.iterdir()} == {
-        "config.yaml",
-        "metrics.json",
-        "generations.jsonl",
-        "curves.jsonl",
-        "features.json",
-        "report.html",
-        "edits.parquet",
-        "pack",
-        "checkpoints",
-        "journal.sqlite",
-        "run.json",
-        ".lock",
-    }
 
 
 def main_here(monkeypatch, script: str, *options: Any) -> None:
@@ -351,22 +271,6 @@ def test_a_run_that_wrote_nothing_says_so(tmp_path, caplog):
     assert model.route("Who?")[0].memory == BASE
 
 
-def test_what_was_written_is_told_from_the_ledger():
-    """Why nothing is, most frequent first; an edit in a shard or in the base's own weights is enough."""
-    ledger = Ledger()
-    edits = world_edits(6)
-    ids = [edit.id for edit in edits]
-    assert nothing_written(ledger, ids) == "nothing was written: of 6 edits none arrived"
-    ledger.arrive(edits, 0)
-    ledger.quarantine(ids[:3], "too long")
-    ledger.quarantine(ids[3:5], "too hard")
-    words = "of 6 edits 3 quarantined (too long), 2 quarantined (too hard), 1 pending"
-    assert nothing_written(ledger, ids) == f"nothing was written: {words}"
-    ledger.written([EditReport(ids[5], BASE, 0.1, 0.0, 3)])
-    assert nothing_written(ledger, ids) is None
-    assert nothing_written(ledger, ids[:5]) is not None
-
-
 def test_other_records_can_be_scored(run, tmp_path):
     """Edits that the pack never saw: no owner, so nothing is routed right, and the base's answers stand."""
     records = write_edits(tmp_path / "other.jsonl", world_edits(5, 200))
@@ -382,23 +286,6 @@ def test_other_records_can_be_scored(run, tmp_path):
     assert found["routing"]["edit"]["right"] == 0
     assert found["oracle_routing"] == found["pre_edit"]
     assert found["final"]["autoregressive"]["rel"] == 0
-
-
-def test_the_readme_example(run):
-    """Load, generate in a batch, and ask who answers."""
-    model, tok = load_edited(run[0] / "pack", base="world")
-    edits = world_edits(12)
-    prompts = [edit.prompt for edit in edits] + [edits[0].locality[0].prompt]
-    inputs = tok(prompts, padding=True, return_tensors="pt")
-    output = model.generate(**inputs, max_new_tokens=16, do_sample=False)
-    texts = tok.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    right = sum(text.strip() == edit.target for text, edit in zip(texts, edits, strict=False))
-    assert right >= 11
-    routes = model.route(prompts)
-    assert [route.memory for route in routes[:12]].count(BASE) <= 1
-    assert routes[12].memory == BASE
-    assert all(route.reason for route in routes)
-    assert routes[0].nearest == edits[0].id
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------
@@ -473,37 +360,6 @@ def test_a_mistake_is_one_line_and_exit_code_two(monkeypatch, tmp_path, capsys, 
     with pytest.raises(SystemExit) as stopped:
         main_here(monkeypatch, "train.py", *always, *options)
     refused(Ran(stopped.value.code, "", capsys.readouterr().err), *words)
-
-
-def test_a_missing_base_is_one_line_in_a_real_process(tmp_path):
-    refused(
-        command("train.py", "--config", "quickstart", "--model.base", "/nowhere/base", cwd=tmp_path), "/nowhere/base"
-    )
-
-
-def test_quiet_leaves_one_line(tmp_path):
-    ran = succeeded("train.py", "--config", "quickstart", *SMALL, "--quiet", "--run_dir", "out", cwd=tmp_path)
-    (line,) = ran.out.splitlines()
-    scores = "  ".join(rf"{name} [\d.]+" for name in ("Rel", "Gen", "Loc", "Near", "OP"))
-    assert re.fullmatch(rf"12 edits of world: {scores}; \d+ quarantined; out", line)
-    assert ran.err == ""
-
-
-@pytest.fixture
-def loud():
-    """Puts the loggers' levels back."""
-    loggers = [logging.getLogger(name) for name in OURS]
-    levels = [logger.level for logger in loggers]
-    yield
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
-
-
-@pytest.mark.usefixtures("loud")
-def test_quiet_still_says_errors(monkeypatch, capsys):
-    with pytest.raises(SystemExit):
-        main_here(monkeypatch, "train.py", "--config", "quickstart", "--quiet", "--data.window", "0")
-    assert "data.window must be at least 1, got 0" in capsys.readouterr().err
 
 
 def interrupted(argv: list[str], cwd: Path) -> Ran:
@@ -593,122 +449,3 @@ def test_a_mistake_in_a_configuration_is_one_line(monkeypatch, tmp_path, capsys,
     with pytest.raises(SystemExit) as stopped:
         main_here(monkeypatch, "train.py", "--config", "quickstart", "--config", tmp_path / "mine.yaml")
     refused(Ran(stopped.value.code, "", capsys.readouterr().err), *words)
-
-
-def test_evaluate_explains_mistakes_too(monkeypatch, capsys):
-    for options, words in (
-        (["--pakc", "x"], "unknown option '--pakc'; did you mean '--pack'? evaluate.py --help lists all"),
-        (
-            ["--pack", "x", "--data.max_edits", "few"],
-            "--data.max_edits cannot be 'few': it takes a whole number or null",
-        ),
-    ):
-        with pytest.raises(SystemExit) as stopped:
-            main_here(monkeypatch, "evaluate.py", *options)
-        refused(Ran(stopped.value.code, "", capsys.readouterr().err), words)
-
-
-def test_null_on_the_command_line_is_null(monkeypatch):
-    """Also where a configuration before has set it, and an option after sets another of the same group."""
-    argv = ["train.py", "--model.writing.stop_margin", "null", "--model.routing.act_ratio=null", "--data.path", "null"]
-    expected = ['--config={"model": {"init_args": {"writing": {"stop_margin": null}}}}']
-    expected += ['--config={"model": {"init_args": {"routing": {"act_ratio": null}}}}', "--data.path", "null"]
-    assert with_nulls(argv[1:], {"model": {}}) == expected
-    assert with_nulls(["--x", "null", "--model.layer", "3"], {"model": {}}) == ["--x", "null", "--model.layer", "3"]
-
-
-def test_a_registered_name_stands_for_its_class():
-    path = "repair_lightning.editors.icl.InContext"
-    argv = ["--model", "icl", "--model=icl", "--x", "icl", "icl"]
-    assert with_paths(argv, {"model": REGISTRY}) == ["--model", path, f"--model={path}", *argv[3:]]
-
-
-def test_null_on_the_command_line_runs(monkeypatch, tmp_path):
-    options = ["--data.max_edits", "1", "--model.writing.steps", "1", "--trainer.logger", "false"]
-    nulls = ["--model.writing.stop_margin", "null", "--model.writing.capacity=null", "--data.max_irrelevant", "40"]
-    main_here(monkeypatch, "train.py", "--config", "quickstart", *options, *nulls, "--run_dir", tmp_path / "run")
-    writing = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]["init_args"]["writing"]
-    assert (writing["stop_margin"], writing["capacity"], writing["steps"]) == (None, None, 1)
-
-
-def test_debug_shows_where_it_came_from(monkeypatch, tmp_path):
-    """The error itself, for the interpreter to print with its traceback; exit codes are for users."""
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"data\.window must be at least 1, got 0"):
-        main_here(monkeypatch, "train.py", "--config", "quickstart", "--debug", "--data.window", "0")
-    with pytest.raises(ConfigError, match=r"unknown option '--data\.windw'"):
-        main_here(monkeypatch, "train.py", "--config", "quickstart", "--data.windw", "0", "--debug")
-
-
-BAD_RECORDS: dict[str, tuple[str, list[str]]] = {
-    "not JSON": ('{"prompt": "a", "target": "b"}\n{"prompt"', ["record 2: is not valid JSON (line 2, column "]),
-    "wrong format": ('{"src": "a", "alt": "b"}', ["record 1", "'zsre'"]),
-    "missing prompt": ('{"target": "b"}', ["record 1, field 'prompt': is missing; give the question"]),
-    "empty prompt": ('{"prompt": " ", "target": "b"}', ["record 1, field 'prompt': is empty; give the question"]),
-    "missing target": ('{"prompt": "a"}', ["record 1, field 'target': is missing; give the text the model should"]),
-    "same id": (
-        '{"id": 1, "prompt": "a", "target": "b"}\n{"id": 1, "prompt": "c", "target": "d"}',
-        ["record 2, field 'id': '1' already belongs to record 1; give each record its own id"],
-    ),
-    "no records": ("", ["holds no records; give at least one record in format 'jsonl'"]),
-}
-
-
-@pytest.mark.parametrize("case", BAD_RECORDS)
-def test_bad_input_is_named_by_file_record_field_and_remedy(monkeypatch, tmp_path, capsys, case):
-    content, words = BAD_RECORDS[case]
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "edits.jsonl").write_text(content)
-    always = ["--config", "quickstart", "--trainer.logger", "false", "--run_dir", "out"]
-    with pytest.raises(SystemExit) as stopped:
-        main_here(monkeypatch, "train.py", *always, "--data.path", "edits.jsonl")
-    refused(Ran(stopped.value.code, "", capsys.readouterr().err), "edits.jsonl", *words)
-    assert {path.name for path in (tmp_path / "out").glob("**/*")} <= {".lock"}
-
-
-def test_an_over_long_text_is_refused_before_the_first_write(monkeypatch, tmp_path, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "edits.jsonl").write_text(json.dumps({"id": "long", "prompt": "who " * 2000, "target": "b"}))
-    with pytest.raises(SystemExit) as stopped:
-        main_here(monkeypatch, "train.py", "--config", "quickstart", "--data.path", "edits.jsonl", "--run_dir", "out")
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2
-    assert "Traceback" not in error
-    last = " ".join(error[error.index("error: ") :].split())
-    assert "edits.jsonl: edit 'long', field 'prompt and target': is " in last
-    assert "shorten it" in last
-    assert not (tmp_path / "out" / "journal.sqlite").exists()
-
-
-@pytest.mark.parametrize(
-    "damage", ["no_pack", "truncated_weights", "no_weights", "no_json", "other_version", "other_base", "no_ledger"]
-)
-def test_a_wrong_pack_is_one_line(run, tmp_path, monkeypatch, capsys, folder_of, damage):
-    pack = tmp_path / "pack"
-    shutil.copytree(run[0] / "pack", pack)
-    weights, config = pack / "side_memory.safetensors", pack / "repair_config.json"
-    base, word = "world", "restore it from a copy"
-    if damage == "no_pack":
-        config.unlink()
-        word = "is no pack"
-    elif damage == "truncated_weights":
-        weights.write_bytes(weights.read_bytes()[:-100])
-    elif damage == "no_weights":
-        weights.unlink()
-    elif damage == "no_json":
-        config.write_text(config.read_text()[:-20])
-    elif damage == "other_version":
-        config.write_text(config.read_text().replace('"format_version": 2', '"format_version": 99'))
-        word = "format version 99"
-    elif damage == "other_base":
-        base, word = str(folder_of("llama")), "the pack belongs to base 'world'"
-    else:
-        (pack / "ledger.parquet").write_bytes(b"PAR1")
-        word = "ledger.parquet is not the file"
-    with pytest.raises(SystemExit) as stopped:
-        main_here(monkeypatch, "evaluate.py", "--pack", pack, "--base", base, "--data.max_edits", "2")
-    refused(Ran(stopped.value.code, "", capsys.readouterr().err), word)
-
-
-def test_a_wrong_pack_in_a_real_process(tmp_path):
-    refused(command("evaluate.py", "--pack", tmp_path, cwd=tmp_path), "is no pack", "repair_config.json")

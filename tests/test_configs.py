@@ -73,10 +73,6 @@ def header_of(path: Path) -> str:
     return "\n".join(line for line in lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
 
 
-def test_there_are_configs():
-    assert {"quickstart", "paper", "wise", "zsre_small", "zsre_llama3"} <= set(names(CONFIGS))
-
-
 @pytest.mark.parametrize("path", CONFIGS, ids=names(CONFIGS))
 def test_the_header_shows_the_command(path):
     """The file opens with what it is and the command that launches it; that command names configs that exist."""

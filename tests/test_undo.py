@@ -76,20 +76,6 @@ def test_a_shard_that_others_share_is_rebuilt_for_them(tmp_path):
     assert not torch.equal(after.memory[shard].delta, before.memory[shard].delta)
 
 
-def test_only_the_shard_of_the_edit_is_rebuilt_though_another_has_room(tmp_path):
-    """Six edits in one shard, two in another with room for four more: those that stay return to their own."""
-    ids = finished_run(tmp_path / "run", capacity=6)
-    before = restore_editor(tmp_path / "run" / "pack")
-    (large, small) = sorted(before.memory.ids, key=lambda shard: -len(before.ledger.owned_by(shard)))
-    gone = before.ledger.owned_by(large)[:4]
-    found = undo(tmp_path / "run", gone)
-    after = restore_editor(tmp_path / "run" / "pack")
-    assert torch.equal(after.memory[small].delta, before.memory[small].delta)
-    assert after.ledger.owned_by(large) == [id for id in before.ledger.owned_by(large) if id not in gone]
-    assert sorted(found["rebuilt"]) == sorted(after.ledger.owned_by(large))
-    assert len(ids) == found["remaining"] + 4
-
-
 def test_what_cannot_be_written_anew_undoes_nothing(tmp_path, monkeypatch):
     ids = finished_run(tmp_path / "run", capacity=4)
     kept, ledger = weights(tmp_path / "run"), load_ledger(tmp_path / "run" / "pack")
@@ -113,15 +99,6 @@ def fuse_all(editor) -> None:
     fused = editor.fuse(shards, editor.memory.stacked(shards).sum(0))
     editor.ledger.reassign([id for shard in shards for id in editor.ledger.owned_by(shard)], fused)
     editor.calibrate()
-
-
-def test_an_edit_of_a_fused_shard_leaves_and_the_others_are_written_anew(tmp_path):
-    ids = finished_run(tmp_path / "run", change=fuse_all, form="low_rank", capacity=1)
-    found = undo(tmp_path / "run", ids[-1:])
-    assert found["rebuilt"] == ids[:-1]
-    assert found["as_base"] == 1.0
-    assert found["after"]["rel"] == 1
-    assert load_ledger(tmp_path / "run" / "pack").sizes().keys().isdisjoint({8})
 
 
 def test_what_was_merged_into_the_base_stays_and_says_so(tmp_path):

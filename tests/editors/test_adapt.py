@@ -3,29 +3,21 @@ run keeps it."""
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
-from helpers_runs import REPOSITORY, fit, world_edits, world_stream, write_edits
+from helpers_runs import fit, world_edits, world_stream, write_edits
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from repair_lightning.editors import adapt as adapting
 from repair_lightning.editors import repair
-from repair_lightning.editors.adapt import Adapted, Candidate, Settings, beats, first_unbeaten, make_probes, other_words
-from repair_lightning.editors.base import Editor
+from repair_lightning.editors.adapt import Adapted, make_probes
 from repair_lightning.editors.repair import Repair, Routing, Writing
 from repair_lightning.errors import ConfigError
-from repair_lightning.packs.pack import load_edited, save_pack
-from repair_lightning.types import Edit
 
 ALL = {"layer": "auto", "writing": Writing(lr="auto", stop_margin="auto")}
 
@@ -90,52 +82,12 @@ def test_another_layer_where_the_last_one_cannot_be_written(crippled, irrelevant
     assert editor.edited.split.value is editor.base.model.model.layers[editor.layer].mlp.down_proj
 
 
-def test_what_is_written_there_is_answered(crippled, irrelevant, write, answers, edits):
-    editor = prepared(crippled, irrelevant, layer="auto")
-    write(editor, edits[:3])
-    right = answers(editor.edited, editor.tokenizer, [edit.prompt for edit in edits[:3]])
-    default = prepared(crippled, irrelevant)
-    write(default, edits[:3])
-    wrong = answers(default.edited, default.tokenizer, [edit.prompt for edit in edits[:3]])
-    hits = [sum(a == edit.target for a, edit in zip(said, edits, strict=False)) for said in (right, wrong)]
-    assert hits[0] > hits[1] == 0
-
-
 def test_a_learning_rate_that_reaches_the_target(folder_of, irrelevant, monkeypatch):
     """With a first candidate that is far too small to write anything in the steps that there are, another is taken."""
     monkeypatch.setattr(adapting, "RATES", (1e-6, 1.0))
     editor = prepared(folder_of("llama"), irrelevant, writing=Writing(lr="auto"))
     assert [row["written"] for row in table(editor)] == [0.0, 1.0]
     assert settings_of(editor) == (2, 1.0, 2.0)
-
-
-def test_dense_shards_too(folder_of, irrelevant, write, edits):
-    editor = prepared(folder_of("llama"), irrelevant, layer="auto", writing=Writing("dense", lr="auto"))
-    assert {row["layer"] for row in table(editor)} == {0, 1, 2}
-    assert all(row["stop_margin"] == 2.0 for row in table(editor))
-    assert not any(report.error for report in write(editor, edits[:3]))
-
-
-def test_what_is_not_auto_stays(folder_of, irrelevant):
-    editor = prepared(folder_of("llama"), irrelevant, layer="auto", writing=Writing(lr=0.7, stop_margin=None, steps=30))
-    assert settings_of(editor) == (editor.layer, 0.7, None)
-    assert {(row["lr"], row["stop_margin"]) for row in table(editor)} == {(0.7, None)}
-    assert all(row["steps"] == 30 for row in table(editor))
-
-
-def test_nothing_is_tried_where_nothing_is_auto(folder_of, irrelevant, monkeypatch):
-    monkeypatch.setattr(repair, "adapt", None)
-    assert prepared(folder_of("llama"), irrelevant).adapted is None
-
-
-def test_the_layer_stays_where_something_is_written(folder_of, irrelevant, write, edits):
-    """As in a run that goes on with a pack: what was written belongs to its layer."""
-    editor = prepared(folder_of("llama"), irrelevant, layer=1)
-    write(editor, edits[:2])
-    editor.layer_option = "auto"
-    editor.prepare(irrelevant[:8], irrelevant[8:])
-    assert (editor.layer, len(editor.memory)) == (1, 2)
-    assert {row["layer"] for row in table(editor)} == {1}
 
 
 # -- the probes --------------------------------------------------------------------------------------------------------
@@ -152,46 +104,6 @@ def test_probes_want_what_the_base_says_to_others(folder_of, irrelevant, answers
         assert probe.target != said[irrelevant.index(probe.prompt)]
 
 
-def test_other_words_leave_one_out_between_the_first_and_the_last():
-    found = {edit.prompt for edit in other_words(Edit("a", "who sang it", "x"), 0)}
-    assert found == {"who it"}
-    long = Edit("b", "one two three four five", "x")
-    found = [edit.prompt for edit in other_words(long, 0)]
-    assert len(set(found)) == adapting.OTHER_WORDS
-    assert all(text.startswith("one ") and text.endswith(" five") and text.count(" ") == 3 for text in found)
-    assert [edit.prompt for edit in other_words(Edit("c", "two words", "x"), 0)] == ["two words"]
-
-
-def test_a_base_with_one_answer_is_refused(folder_of, irrelevant):
-    editor = loaded(folder_of("llama"), **ALL)
-    with pytest.raises(ConfigError, match=r"says different things.*got 1 answer.*--data.irrelevant"):
-        editor.prepare(irrelevant[:1], irrelevant[8:])
-
-
-def candidate(layer: int, *scores: float) -> Candidate:
-    return Candidate(Settings(layer, 1.0, 2.0), 1.0, 1.0, 1, 0.0, torch.tensor(scores))
-
-
-def test_noise_and_small_gains_are_no_reason():
-    """Of four probes one is won: mean 0.25, standard error 0.5 / 2; two standard errors are 0.5. Of four all won by a
-    half: no noise. By 0.04: no noise, but less than counts."""
-    zeros = torch.zeros(4)
-    assert not beats(torch.tensor([1.0, 0, 0, 0]), zeros)
-    assert beats(torch.full((4,), 0.5), zeros)
-    assert not beats(torch.full((4,), 0.04), zeros)
-    assert not beats(zeros, torch.full((4,), 0.5))
-    assert not beats(zeros, zeros)
-    assert beats(torch.ones(1), torch.zeros(1))
-
-
-def test_the_first_that_is_not_beaten():
-    last, below, low = candidate(2, 0, 0, 0, 0), candidate(1, 1, 1, 1, 0.9), candidate(0, 1, 1, 1, 1)
-    assert first_unbeaten([last, below, low]) is below  # 0.025 more are no reason
-    assert first_unbeaten([last, low]) is low
-    assert first_unbeaten([low, last, below]) is low
-    assert first_unbeaten([last]) is last
-
-
 # -- no trace ----------------------------------------------------------------------------------------------------------
 
 
@@ -199,9 +111,8 @@ def hooks_of(model: Any) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
-@pytest.mark.parametrize("options", [{}, {"routing": Routing("hybrid")}], ids=["key", "hybrid"])
-@pytest.mark.parametrize("model", ["llama", "crippled"])
-def test_the_probes_leave_no_trace(folder_of, crippled, irrelevant, write, edits, options, model):
+@pytest.mark.parametrize(("model", "options"), [("llama", {"routing": Routing("hybrid")}), ("crippled", {})])
+def test_the_probes_leave_no_trace(folder_of, crippled, irrelevant, write, edits, model, options):
     """Found or given by hand, the settings write the same bits, and the generators go on where they were."""
     folder = crippled if model == "crippled" else folder_of(model)
     editor = loaded(folder, **ALL, **options)
@@ -223,28 +134,6 @@ def test_the_probes_leave_no_trace(folder_of, crippled, irrelevant, write, edits
         editor.memory.low_rank_tensors(), same.memory.low_rank_tensors(), rtol=0, atol=0, equal_nan=True
     )
     assert editor.options() == same.options()
-
-
-def test_who_held_the_edited_model_goes_on_with_it(crippled, irrelevant, write, edits):
-    editor = loaded(crippled, layer="auto")
-    held, before = editor.edited, editor.layer
-    editor.prepare(irrelevant[:8], irrelevant[8:])
-    assert (held is editor.edited, held.layer, held.layer < before) == (True, editor.layer, True)
-    write(editor, edits[:2])
-    assert len(held.memory) == 2
-
-
-def test_a_seed_gives_the_same_choice(folder_of, irrelevant):
-    first, second = (prepared(folder_of("llama"), irrelevant, seed=3, **ALL) for _ in range(2))
-    assert table(first) == table(second)
-    assert settings_of(first) == settings_of(second)
-    prompts = [[probe.prompt for probe in make_probes(replace_seed(first, seed), irrelevant)] for seed in (3, 3, 4)]
-    assert prompts[0] == prompts[1] != prompts[2]
-
-
-def replace_seed(editor: Repair, seed: int) -> Repair:
-    editor.seed = seed
-    return editor
 
 
 # -- checkpoints, packs, runs ------------------------------------------------------------------------------------------
@@ -277,35 +166,6 @@ def test_a_resumed_run_keeps_what_was_chosen(tmp_path, monkeypatch):
     torch.testing.assert_close(resumed.memory.low_rank_tensors(), whole.memory.low_rank_tensors(), rtol=0, atol=0)
 
 
-def test_a_pack_has_the_layer_that_was_chosen(crippled, irrelevant, write, answers, edits, tmp_path):
-    editor = prepared(crippled, irrelevant, **ALL)
-    write(editor, edits[:3])
-    config = json.loads((save_pack(editor, tmp_path / "pack", {}) / "repair_config.json").read_text())
-    assert config["layer"] == config["options"]["layer"] == editor.layer < 2
-    assert isinstance(config["options"]["writing"]["lr"], float)
-    model, tokenizer = load_edited(tmp_path / "pack", precision="float32")
-    prompts = [edit.prompt for edit in edits[:3]]
-    assert model.layer == editor.layer
-    assert answers(model, tokenizer, prompts) == answers(editor.edited, editor.tokenizer, prompts)
-
-
-def test_a_run_says_what_it_chose(folder_of, tmp_path):
-    path = write_edits(tmp_path / "edits.jsonl", world_edits(3))
-    call = [sys.executable, str(REPOSITORY / "train.py"), "--config", "zsre_small", "--data.format", "jsonl"]
-    call += ["--model.base", str(folder_of("llama")), "--data.path", path, "--data.irrelevant", "world"]
-    call += ["--data.max_irrelevant", "40", "--trainer.logger", "false", "--run_dir", str(tmp_path / "run")]
-    call += ["--model.layer", "auto", "--model.writing.lr", "auto", "--model.writing.stop_margin", "auto"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    done = subprocess.run(call, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    adapted = json.loads((tmp_path / "run" / "metrics.json").read_text())["adapted"]
-    assert len(adapted["candidates"]) >= 7
-    assert f"layer {adapted['layer']}, lr {adapted['lr']:g}" in " ".join(done.stderr.split())
-    options = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]["init_args"]
-    chosen = options["layer"], options["writing"]["lr"], options["writing"]["stop_margin"]
-    assert chosen == (adapted["layer"], adapted["lr"], adapted["stop_margin"])
-
-
 # -- mistakes ----------------------------------------------------------------------------------------------------------
 
 
@@ -320,11 +180,3 @@ def test_a_run_says_what_it_chose(folder_of, tmp_path):
 def test_a_word_that_is_not_auto(options, words):
     with pytest.raises(ConfigError, match=words):
         Repair("somewhere", **options)
-
-
-def test_a_method_that_cannot_adapt_says_so():
-    class Plain(Editor):
-        build_memory = build_router = build_optimizer = write = forget = None  # type: ignore[assignment]
-
-    with pytest.raises(ConfigError, match="layer must be a whole number or null, got 'auto'"):
-        Plain("somewhere", layer="auto")

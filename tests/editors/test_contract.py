@@ -51,7 +51,8 @@ for all tokens is no more either."""
 TEXTS = ("icl",)
 """Editors that put texts before prompts, of which a random base makes nothing."""
 
-MODELS = ["llama", "qwen2", "gpt2"]
+MODELS = ["llama", "gpt2"]
+"""GPT-2 stores W_v the other way round; other architectures are tried with a single write."""
 LOADER = """
 import json, sys
 import torch
@@ -68,11 +69,7 @@ for folder in sys.argv[1:]:
 """
 
 
-CASES = [(model, name) for name in REGISTRY for model in MODELS if model != "qwen2" or not REGISTRY[name].writes_base]
-"""Which editors are tried on which bases: to write into W_v only its storage order matters."""
-
-
-@pytest.fixture(params=CASES, ids="-".join)
+@pytest.fixture(params=[(model, name) for name in REGISTRY for model in MODELS], ids="-".join)
 def case(request) -> tuple[str, str]:
     return request.param
 
@@ -113,13 +110,6 @@ def asked(edits, irrelevant) -> list[str]:
     return [prompt for edit in edits for prompt in (edit.prompt, *edit.rephrases, edit.near[0].prompt)] + irrelevant
 
 
-def test_a_name_and_capabilities(name):
-    assert issubclass(REGISTRY[name], Editor)
-    assert REGISTRY[name].editor_name == name
-    flags = ("batchable", "can_merge", "can_prune", "can_undo", "can_adapt", "writes_base")
-    assert all(isinstance(getattr(REGISTRY[name], flag), bool) for flag in flags)
-
-
 def test_what_lacks_a_part_is_refused_before_anything_is_loaded():
     class Half(Editor):
         def write(self, batch):
@@ -136,16 +126,16 @@ def test_an_edit_without_a_report_is_refused(editor_of, edits, monkeypatch):
         editor.training_step(EditBatch((edits[0],)), 0)
 
 
-def test_its_options_rebuild_it(make, name):
-    """Plain types, one for each argument of the constructor, through JSON and back."""
+def test_before_the_first_edit_it_is_the_base(make, asked, name):
+    """Its options, plain types through JSON, make another like it; and training mode does not reach the base."""
+    assert issubclass(REGISTRY[name], Editor)
+    assert REGISTRY[name].editor_name == name
     editor = make()
     options = editor.options()
     assert list(options) == REGISTRY[name].arguments()
     assert make_editor(name, json.loads(json.dumps(options))).options() == options
-
-
-def test_no_effect_before_the_first_edit(make, asked):
-    editor = make()
+    editor.train()
+    assert not any(module.training for module in editor.base.model.modules())
     assert torch.equal(
         logits(editor.edited, editor.tokenizer, asked), logits(editor.base.model, editor.tokenizer, asked)
     )
@@ -170,64 +160,46 @@ def same(one, other) -> bool:
     return one == other
 
 
-def test_edits_are_answered_and_reach_their_owner(make, write, answers, edits, name):
-    """On a tiny random base all prompts look alike, and one matrix says four of them at once, not eight."""
-    editor = make()
-    written = edits[:4] if editor.writes_base else edits
+def test_edits_are_answered_and_a_rollback_brings_every_bit_back(make, write, answers, edits, irrelevant, asked, name):
+    """On a tiny random base all prompts look alike, and one matrix says four of them at once, not eight. Only what it
+    says is written into; back it goes from half-way and from the first edit, and a released base is as it was."""
+    editor, written = make(), edits[:4]
     prompts, targets = [edit.prompt for edit in written], [edit.target for edit in written]
-    before = perplexity([target_loss(editor.edited, prompts, targets, torch.full((len(written),), BASE))])
+    before = perplexity([target_loss(editor.edited, prompts, targets, torch.full((4,), BASE))])
+    weights, said = weights_of(editor), logits(editor.edited, editor.tokenizer, asked)
+    untouched = logits(editor.base.model, editor.tokenizer, irrelevant)
+    first, own = editor.snapshot(), editor.own_state()
+
     reports = write(editor, written, 4)
-    assert [report.id for report in reports] == [edit.id for edit in written]
-    assert all(report.error is None for report in reports)
+    assert [(report.id, report.error) for report in reports] == [(edit.id, None) for edit in written]
     chosen = editor.choose(prompts).memory
     assert chosen.tolist() == editor.owner_choice([edit.id for edit in written]).tolist()
-    if name in TEXTS:
-        return
-    assert perplexity([target_loss(editor.edited, prompts, targets, chosen)]) < 0.9 * before
-    if name in NEARER:
-        return
-    right = written[-1:] if not editor.batchable else written
-    assert answers(editor.edited, editor.tokenizer, [e.prompt for e in right]) == [e.target for e in right]
-
-
-def test_only_what_it_says_is_written_into(make, write, edits, irrelevant):
-    editor = make()
-    weights, before = weights_of(editor), logits(editor.base.model, editor.tokenizer, irrelevant)
-    write(editor, edits[:4], 4)
+    if name not in TEXTS:
+        assert perplexity([target_loss(editor.edited, prompts, targets, chosen)]) < 0.9 * before
+    if name not in (*TEXTS, *NEARER):
+        right = written if editor.batchable else written[-1:]
+        assert answers(editor.edited, editor.tokenizer, [e.prompt for e in right]) == [e.target for e in right]
+    assert editor.base_changed == editor.writes_base
     if editor.writes_base:
         assert len(changed(editor, weights)) == len(editor.edited.weights.layers) > 0
-        assert editor.base_changed
         assert editor.figures()["deviation"].keys() == {str(layer) for layer in editor.edited.weights.layers}
     else:
         assert changed(editor, weights) == []
-        assert not editor.base_changed
-        assert torch.equal(logits(editor.edited, editor.tokenizer, irrelevant), before)
+        assert torch.equal(logits(editor.edited, editor.tokenizer, irrelevant), untouched)
 
-
-def test_a_rollback_brings_every_bit_back(make, write, edits, asked):
-    """From the first edit, and from half-way."""
-    editor = make()
-    weights, said = weights_of(editor), logits(editor.edited, editor.tokenizer, asked)
-    first, own = editor.snapshot(), editor.own_state()
-    write(editor, edits[:2], 4)
     halfway, half, half_own = editor.snapshot(), weights_of(editor), editor.own_state()
-    write(editor, edits[2:4], 4)
+    write(editor, edits[4:5], 4)
     editor.rollback(halfway)
     assert changed(editor, half) == []
     assert same(editor.own_state(), half_own)
+    editor.edited.release()
+    assert changed(editor, weights) == []
+    editor.change_base()
     editor.rollback(first)
     assert changed(editor, weights) == []
     assert not editor.base_changed
     assert same(editor.own_state(), own)
     assert torch.equal(logits(editor.edited, editor.tokenizer, asked), said)
-
-
-def test_a_released_base_is_as_it_was(make, write, edits):
-    editor = make()
-    weights = weights_of(editor)
-    write(editor, edits[:1], 4)
-    editor.edited.release()
-    assert changed(editor, weights) == []
 
 
 def test_what_is_not_finite_is_reported_and_spoils_nothing(make, write, edits, name):
@@ -242,8 +214,9 @@ def test_what_is_not_finite_is_reported_and_spoils_nothing(make, write, edits, n
     assert all(value.isfinite().all() for value in kept if isinstance(value, torch.Tensor))
 
 
-def test_what_it_cannot_do_it_refuses(make, write, edits):
-    editor = make()
+@pytest.mark.parametrize("name", REGISTRY)
+def test_what_it_cannot_do_it_refuses(name, editor_of, write, edits):
+    editor = editor_of("llama", name, **OPTIONS.get(name, {}))
     write(editor, edits[:2], 4)
     if editor.can_undo:
         editor.undo([edits[0].id])
@@ -254,14 +227,10 @@ def test_what_it_cannot_do_it_refuses(make, write, edits):
     if not editor.can_adapt:
         with pytest.raises(ConfigError, match="layer must be a whole number or null, got 'auto'"):
             type(editor)(layer="auto")
-
-
-def test_a_pack_says_the_same(make, write, edits, asked, tmp_path):
-    editor = make()
-    write(editor, edits[:4], 4)
-    model, tokenizer = load_edited(save_pack(editor, tmp_path / "pack", {}), precision="float32")
-    assert model.route(asked) == editor.edited.route(asked)
-    assert told(model, tokenizer, asked) == told(editor.edited, editor.tokenizer, asked)
+    checkpoint: dict = {}
+    editor.on_save_checkpoint(checkpoint)
+    with pytest.raises(Exception, match=r"the checkpoint belongs to base .* give --model.base the base"):
+        editor_of("gpt2", name, **OPTIONS.get(name, {})).on_load_checkpoint(checkpoint)
 
 
 def test_packs_say_the_same_in_a_process_of_their_own(editor_of, write, edits, asked, tmp_path):
@@ -278,30 +247,13 @@ def test_packs_say_the_same_in_a_process_of_their_own(editor_of, write, edits, a
         assert found["output"] == told(editor.edited, editor.tokenizer, asked)
 
 
-def test_a_checkpoint_holds_no_base_weight_and_brings_the_memory_back(make, write, edits, asked, tmp_path):
-    editor = make()
-    write(editor, edits[:4], 4)
-    checkpoint = {"state_dict": editor.state_dict(), "ledger": editor.ledger.state_dict()}
-    editor.on_save_checkpoint(checkpoint)
-    torch.save(checkpoint, tmp_path / "editor.ckpt")
-    size = sum(value.numel() for value in checkpoint["state_dict"].values() if isinstance(value, torch.Tensor))
-    assert not [key for key in checkpoint["state_dict"] if "base." in key]
-    assert size == sum(value.numel() for value in shard_tensors(editor.memory).values())
-
-    loaded = torch.load(tmp_path / "editor.ckpt", weights_only=True)
-    fresh = make()
-    fresh.on_load_checkpoint(loaded)
-    fresh.load_state_dict(loaded["state_dict"], strict=False)
-    fresh.ledger.load_state_dict(loaded["ledger"])
-    fresh.change_base()
-    assert fresh.edited.route(asked) == editor.edited.route(asked)
-    assert torch.equal(logits(fresh.edited, fresh.tokenizer, asked), logits(editor.edited, editor.tokenizer, asked))
-
-
 def resumed(editor, fresh, file):
-    """The editor's state in another one, by way of the disk."""
+    """The editor's state in another one, by way of the disk; no weight of the base is in it."""
     checkpoint = {"state_dict": editor.state_dict(), "ledger": editor.ledger.state_dict()}
     editor.on_save_checkpoint(checkpoint)
+    assert not [key for key in checkpoint["state_dict"] if "base." in key]
+    size = sum(value.numel() for value in checkpoint["state_dict"].values() if isinstance(value, torch.Tensor))
+    assert size == sum(value.numel() for value in shard_tensors(editor.memory).values())
     torch.save(checkpoint, file)
     loaded = torch.load(file, weights_only=True)
     fresh.on_load_checkpoint(loaded)
@@ -311,60 +263,33 @@ def resumed(editor, fresh, file):
     return fresh
 
 
-def test_it_goes_on_from_a_checkpoint_bit_by_bit(make, write, edits, tmp_path):
+def test_it_goes_on_from_a_checkpoint_bit_by_bit_and_a_pack_says_the_same(make, write, edits, asked, tmp_path):
     editor = make()
     write(editor, edits[:2], 4)
+    fresh = resumed(editor, make(), tmp_path / "half.ckpt")
+    assert fresh.edited.route(asked) == editor.edited.route(asked)
+    assert torch.equal(logits(fresh.edited, fresh.tokenizer, asked), logits(editor.edited, editor.tokenizer, asked))
     packs = []
-    for one in (editor, resumed(editor, make(), tmp_path / "half.ckpt")):
+    for one in (editor, fresh):
         write(one, edits[2:4], 4)
-        packs.append(save_pack(one, tmp_path / f"pack-{len(packs)}", {}) / WEIGHTS_FILE)
-    assert packs[0].read_bytes() == packs[1].read_bytes()
+        packs.append(save_pack(one, tmp_path / f"pack-{len(packs)}", {}))
+    assert (packs[0] / WEIGHTS_FILE).read_bytes() == (packs[1] / WEIGHTS_FILE).read_bytes()
+    model, tokenizer = load_edited(packs[1], precision="float32")
+    assert model.route(asked) == editor.edited.route(asked)
+    assert told(model, tokenizer, asked) == told(editor.edited, editor.tokenizer, asked)
 
 
-def test_a_checkpoint_of_another_base_is_refused(name, editor_of):
-    checkpoint = {}
-    editor_of("llama", name, **OPTIONS.get(name, {})).on_save_checkpoint(checkpoint)
-    other = editor_of("gpt2", name, **OPTIONS.get(name, {}))
-    with pytest.raises(Exception, match=r"the checkpoint belongs to base .* give --model.base the base"):
-        other.on_load_checkpoint(checkpoint)
-
-
-def test_writing_goes_on_after_a_pack_was_saved(make, write, answers, edits, tmp_path, name):
-    editor = make()
-    write(editor, edits[:4])
-    said = answers(editor.edited, editor.tokenizer, [edit.prompt for edit in edits[:4]])
-    save_pack(editor, tmp_path / "pack", {})
-    write(editor, edits[4:])
-    prompts = [edit.prompt for edit in edits]
-    model, tokenizer = load_edited(tmp_path / "pack", precision="float32")
-    assert answers(model, tokenizer, prompts[:4]) == said
-    if not editor.writes_base and name not in (*NEARER, *TEXTS):
-        assert answers(editor.edited, editor.tokenizer, prompts) == [edit.target for edit in edits]
-
-
-def test_training_mode_does_not_reach_the_base(make):
-    editor = make()
-    editor.train()
-    assert not any(module.training for module in editor.base.model.modules())
+ELSEWHERE = [("llama", {"precision": "bfloat16"}), ("llama", {"cache_mib": 0})]
+ELSEWHERE += [(name, {}) for name in ("qwen2", "gptj", "gpt_neox", "opt", "gemma2", "phi3")]
 
 
 @pytest.mark.parametrize("name", REGISTRY)
-@pytest.mark.parametrize("options", [{"precision": "bfloat16"}, {"cache_mib": 0}], ids=["bfloat16", "no-cache"])
-def test_half_precision_and_no_cache(name, options, folder_of, irrelevant, write, edits):
-    editor = REGISTRY[name](str(folder_of("llama")), **({"precision": "float32"} | OPTIONS.get(name, {}) | options))
+@pytest.mark.parametrize(("model_type", "options"), ELSEWHERE, ids=str)
+def test_other_precisions_caches_and_architectures(name, model_type, options, folder_of, irrelevant, write, edits):
+    """Other orders of attention and feed-forward network, other norms, other places of the token dimension."""
+    editor = REGISTRY[name](str(folder_of(model_type)), **({"precision": "float32"} | OPTIONS.get(name, {}) | options))
     editor.load()
     editor.prepare(irrelevant[:8], irrelevant[8:])
-    before = logits(editor.edited, editor.tokenizer, [edits[0].prompt])
-    (report,) = write(editor, edits[:1])
-    assert report.error is None
-    assert not torch.equal(written_logits(editor, report.shard, [edits[0].prompt]), before)
-
-
-@pytest.mark.parametrize("name", REGISTRY)
-@pytest.mark.parametrize("model_type", ["gptj", "gpt_neox", "opt", "gemma2", "phi3"])
-def test_other_architectures(editor_of, write, edits, name, model_type):
-    """Other orders of attention and feed-forward network, other norms, other places of the token dimension."""
-    editor = editor_of(model_type, name, **OPTIONS.get(name, {}))
     before = logits(editor.edited, editor.tokenizer, [edits[0].prompt])
     (report,) = write(editor, edits[:1])
     assert report.error is None

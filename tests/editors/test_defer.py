@@ -6,11 +6,9 @@ import pytest
 import torch
 
 from repair_lightning.editors import make_editor
-from repair_lightning.editors.inner_loop import TargetTail
 from repair_lightning.errors import ConfigError
-from repair_lightning.functional import target_cross_entropy
 from repair_lightning.memory.routers.gate import fitted_gate
-from repair_lightning.types import BASE, EditBatch
+from repair_lightning.types import EditBatch
 
 FAST = {"lr": 0.02, "steps": 20, "stop_margin": None}
 
@@ -26,14 +24,6 @@ def test_the_gate_is_the_minimum():
     assert float(gradient.abs().max()) < 1e-4
 
 
-def test_edits_are_handed_over_and_irrelevant_prompts_are_not(editor_of, write, edits, irrelevant):
-    editor = editor_of("llama", "defer", **FAST)
-    write(editor, edits, 4)
-    assert editor.memory.ids == [0]
-    assert editor.choose([edit.prompt for edit in edits]).memory.tolist() == [0] * len(edits)
-    assert editor.choose(irrelevant).memory.tolist() == [BASE] * len(irrelevant)
-
-
 def test_earlier_edits_and_irrelevant_prompts_are_trained_beside_a_batch(editor_of, write, edits):
     """Three earlier ones of four, and two irrelevant prompts with what the base says to them."""
     editor = editor_of("llama", "defer", replay=3, irrelevant=2, **FAST)
@@ -46,22 +36,6 @@ def test_earlier_edits_and_irrelevant_prompts_are_trained_beside_a_batch(editor_
     assert set(texts[2:5]) < {editor.encode(edit).ids for edit in edits[:4]}
     assert set(texts[5:]) < set(said)
     assert len(said) == len(editor.background_prompts)
-
-
-def test_what_the_base_says_to_irrelevant_prompts_is_kept(editor_of, write, edits):
-    """Where they are trained beside the edits, the second matrix says less else to them."""
-
-    def loss(irrelevant: int) -> float:
-        editor = editor_of("llama", "defer", irrelevant=irrelevant, **{**FAST, "steps": 40})
-        write(editor, edits[:4])
-        editor.irrelevant = 8
-        rows = editor._rows(EditBatch(tuple(edits[:1])))
-        with torch.no_grad(), editor._cut():
-            logits, _ = TargetTail(editor.edited.split, rows, editor.tail)(editor.memory[0].product)
-        tokens = target_cross_entropy(logits[:, None], rows.labels[:, None])
-        return float(rows.per_row(tokens)[-8:].mean())
-
-    assert loss(8) < loss(0)
 
 
 @pytest.mark.parametrize(

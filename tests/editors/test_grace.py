@@ -8,9 +8,7 @@ import pytest
 import torch
 
 from repair_lightning.editors import make_editor
-from repair_lightning.edits.ledger import EditStatus
 from repair_lightning.errors import ConfigError
-from repair_lightning.functional.codebook import OUT_OF_REACH
 from repair_lightning.types import BASE
 
 FEW = {"eps": 0.3, "relative": True, "lr": 0.3, "steps": 4}
@@ -58,20 +56,6 @@ def test_another_answer_nearby_splits_the_way_between(editor, write, edits):
     assert editor.choose([edits[0].prompt, other.prompt]).memory.tolist() == [0, 1]
 
 
-def test_another_answer_to_the_same_prompt_takes_over(editor, write, edits):
-    write(editor, [edits[0], replace(edits[0], id="later", target="Oslo")])
-    assert editor.balls.radii.tolist() == [OUT_OF_REACH, pytest.approx(editor.first)]
-    assert editor.choose([edits[0].prompt]).memory.tolist() == [1]
-
-
-def test_what_is_written_again_stays_in_its_place(editor, write, edits):
-    write(editor, edits[:2])
-    write(editor, [edits[0]])
-    assert sorted(editor.balls.members) == [["e0"], ["e1"]]
-    assert editor.choose([edit.prompt for edit in edits[:2]]).memory.tolist() == [editor.ledger.owner_of("e0"), 1]
-    assert len(editor.memory) == 2
-
-
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 def test_the_value_is_what_leaves_the_matrix(editor_of, write, edits, model_type):
     """At every token of a row that an entry answers; the other rows keep their bits."""
@@ -91,22 +75,6 @@ def test_the_value_is_what_leaves_the_matrix(editor_of, write, edits, model_type
         assert torch.equal(changed[row], editor.memory[shard].value.expand_as(changed[row]))
 
 
-def test_training_lowers_the_loss_and_stops_at_the_margin(editor_of, write, edits):
-    (short,) = write(editor_of("llama", "grace", **FEW), edits[:1])
-    (long,) = write(editor_of("llama", "grace", **{**FEW, "steps": 40}), edits[:1])
-    (eager,) = write(editor_of("llama", "grace", **{**FEW, "steps": 40, "stop_margin": -50.0}), edits[:1])
-    assert long.loss < short.loss
-    assert (short.steps, long.steps, eager.steps) == (4, 40, 0)
-
-
-def test_what_is_undone_is_the_bases_again(editor, write, edits):
-    write(editor, edits[:3])
-    assert editor.undo(["e1"]) == []
-    assert editor.choose([edit.prompt for edit in edits[:3]]).memory.tolist() == [0, BASE, 2]
-    assert editor.memory.ids == [0, 2]
-    assert editor.own_state() == {"labels": {"0": "Lisbon", "2": "Quito"}}
-
-
 def test_undoing_one_of_an_entry_leaves_the_other(editor, write, edits):
     """The entry was opened by the one that goes: the other is placed anew, at its own key."""
     other = near(edits[0])
@@ -119,40 +87,6 @@ def test_undoing_one_of_an_entry_leaves_the_other(editor, write, edits):
     assert editor.balls.radii.tolist() == [pytest.approx(editor.first)]
     assert editor.undo(["e0'"]) == []
     assert editor.choose([edits[0].prompt, other.prompt]).memory.tolist() == [BASE, BASE]
-
-
-def test_undoing_what_took_over_brings_the_earlier_back(editor, write, edits):
-    write(editor, [edits[0], replace(edits[0], id="later", target="Oslo"), edits[1]])
-    assert editor.undo(["later"]) == ["e0"]
-    assert editor.choose([edits[0].prompt]).memory.tolist() == [editor.ledger.owner_of("e0")] != [BASE]
-    assert editor.ledger.entry("e0").status == EditStatus.WRITTEN
-
-
-def test_undoing_what_cut_a_ball_short_gives_it_its_reach(editor, write, edits):
-    other = near(edits[0], target="Oslo")
-    editor.first = 0.9 * between(editor, edits[0], other)
-    write(editor, [edits[0], other])
-    assert editor.undo([other.id]) == ["e0"]
-    assert editor.balls.radii.tolist() == [pytest.approx(editor.first)]
-
-
-def test_of_three_on_one_key_undoing_the_second_leaves_the_latest(editor, write, edits):
-    for id, target in (("a", "Lisbon"), ("b", "Oslo"), ("c", "Quito")):
-        write(editor, [replace(edits[0], id=id, target=target)])
-    assert editor.undo(["b"]) == ["a", "c"]
-    assert editor.choose([edits[0].prompt]).memory.tolist() == [editor.ledger.owner_of("c")]
-
-
-def test_what_joins_an_entry_and_is_not_finite_leaves_it_as_it_was(editor, write, edits):
-    other = near(edits[0])
-    editor.first = 0.9 * between(editor, edits[0], other)
-    write(editor, [edits[0]])
-    before = editor.memory[0].value.clone()
-    editor.edited.captures([editor.encode(other).ids])[0].hidden.fill_(torch.nan)
-    reports = write(editor, [edits[1], other])
-    assert [bool(report.error) for report in reports] == [False, True]
-    assert torch.equal(editor.memory[0].value, before)
-    assert editor.choose([edits[0].prompt]).memory.tolist() == [0]
 
 
 def test_refusals(editor_of, editor, write, edits):

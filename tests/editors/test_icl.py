@@ -9,8 +9,6 @@ from repair_lightning.editors.icl import InContext
 from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.models.prefix import pad_left
 from repair_lightning.scoring import protocols
-from repair_lightning.scoring.scorer import Scorer, oracle_choice
-from repair_lightning.types import BASE
 
 
 @pytest.fixture
@@ -62,48 +60,6 @@ def test_every_way_to_ask_it_is_the_base_behind_that_text(editor, edits):
         with torch.no_grad(), editor.edited.forced(None):
             logits = editor.base.model(torch.tensor([[*row, *wanted]])).logits[0]
         assert tokens == logits[-len(wanted) - 1 : -1].argmax(-1).tolist()
-
-
-def test_what_is_not_like_an_edit_keeps_the_bits_of_the_base(editor, irrelevant):
-    held_out = irrelevant[8:]
-    assert (editor.choose(held_out).memory == BASE).all()
-    ids, mask = pad_left(editor.tokenizer(held_out)["input_ids"])
-    with torch.no_grad():
-        given, own = editor.edited(ids, mask).logits, editor.base.model(ids, attention_mask=mask).logits
-    assert torch.equal(given, own)
-
-
-def test_the_limit_is_the_likeness_of_irrelevant_prompts(editor):
-    nearest = (editor.router._directions(editor.held_out) @ editor.router.keys.T).amax(-1)
-    assert editor.router.threshold == min(float(nearest.max()), 1 - 1e-3)
-
-
-def test_scores_tell_edits_apart_though_their_shards_are_empty(editor, edits):
-    """The oracle's answers are asked anew where another memory answers, with equal shards."""
-    scorer = Scorer(editor.edited, edits[:2], max_new_tokens=4)
-    both = editor.owner_choice([edits[0].id, edits[1].id]).tolist()
-    keys = scorer._fingerprints(torch.tensor(both), fresh=False)
-    assert keys[both[0]] != keys[both[1]]
-    owners = editor.owner_choice([question.edit for question in scorer.questions])
-    assert scorer.score("oracle", oracle_choice(scorer.questions, owners), owners).rows
-
-
-def test_a_preface_loses_its_beginning_where_it_does_not_fit(editor, edits):
-    most = editor.max_tokens
-    rows = [list(range(5, 5 + most - 64 - 3))]
-    chosen = editor.owner_choice([edits[0].id])
-    (read,) = editor.edited.read(rows, chosen)
-    assert len(read) == most - 64
-    assert read[:3] == editor.tokens_of(edits[0])[-3:]
-
-
-def test_edits_are_taken_back_and_written_anew(editor, write, edits):
-    assert editor.undo([edits[0].id]) == []
-    assert len(editor.memory) == 3
-    assert edits[0].id not in editor.router.ids
-    write(editor, edits[4:5])
-    write(editor, edits[4:5])  # its second shard takes the place of the first
-    assert len(editor.memory) == len(editor.router.ids) == 4
 
 
 def test_what_it_refuses(editor, edits):

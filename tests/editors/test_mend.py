@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers_runs import REPOSITORY
 
 from repair_lightning.editors import make_editor
-from repair_lightning.editors.mend import GradientBlock, GradientNetwork, apart, rank_one_sum
+from repair_lightning.editors.mend import apart, rank_one_sum
 from repair_lightning.edits.records import load_irrelevant, load_records
 from repair_lightning.errors import ConfigError
 from repair_lightning.functional import target_cross_entropy
@@ -58,11 +57,6 @@ class TestFactors:
             assert float(gradient.norm()) > 0
             torch.testing.assert_close(rank_one_sum(*pair), gradient, rtol=1e-3, atol=1e-5)
 
-    def test_by_hand(self):
-        """Two tokens: (1, 2) x (3) + (0, 1) x (10) = [[3, 6 + 10]]."""
-        keys, deltas = torch.tensor([[[1.0, 2.0], [0.0, 1.0]]]), torch.tensor([[[3.0], [10.0]]])
-        assert rank_one_sum(keys, deltas).tolist() == [[3.0, 16.0]]
-
 
 class TestNetwork:
     def test_untrained_it_is_the_plain_gradient_step(self, editor_of, edits, few):
@@ -75,30 +69,6 @@ class TestNetwork:
             torch.testing.assert_close(
                 editor.edited.weights.matrix(layer) - old, -0.05 * gradient, rtol=1e-3, atol=1e-6
             )
-
-    def test_moments_are_of_the_tokens_with_a_gradient(self):
-        """The second token has none: of (1, 5) and (3, 9) the means are 2 and 7, the deviations sqrt 2 and 2 sqrt 2."""
-        network = GradientNetwork((1, 1), 1, 4, 1.0)
-        factors = torch.tensor([[[1.0], [100.0], [3.0]]]), torch.tensor([[[5.0], [0.0], [9.0]]])
-        network.learn(0, factors)
-        keys, deltas = network(0, factors)
-        half = 0.5**0.5
-        torch.testing.assert_close(keys[0, :, 0], torch.tensor([-half, 0.0, half]))
-        torch.testing.assert_close(deltas[0, :, 0], torch.tensor([-half, 0.0, half]))
-
-    def test_a_block_by_hand(self):
-        """`z + relu(s (U V z + b) + o)` of z = 2 with U = 3, V = 1, b = 1, s = 0.5, o = -1: 2 + 2.5; of -2: stays."""
-        block = GradientBlock(1, 1, 2)
-        for name, value in (("inner", 1.0), ("outer", 3.0), ("bias", 1.0)):
-            getattr(block, name).data.fill_(value)
-        block.scale.data[1], block.shift.data[1] = 0.5, -1.0
-        assert block(torch.tensor([[2.0], [-2.0]]), 1).tolist() == [[4.5], [-2.0]]
-        assert block(torch.tensor([[2.0]]), 0).tolist() == [[9.0]], "another layer has another scale and shift"
-
-    def test_a_fresh_block_has_a_gradient(self):
-        block = GradientBlock(4, 2, 1)
-        block(torch.randn(5, 4), 0).sum().backward()
-        assert float(block.outer.grad.abs().max()) > 0
 
 
 LEARNS = {"steps": 20, "lr": 3e-4, "lr_steps": 1e-3, "alpha": 1e-4, "batch": 8, "c_edit": 1.0}
@@ -127,32 +97,6 @@ class TestTraining:
         assert losses[0] < 0.7, "more likely than not"
         assert losses[0] < 0.2 * losses[1]
 
-    def test_locality_holds_what_is_irrelevant(self, trained, edits, irrelevant):
-        """With the divergence weighed heavily, a write moves irrelevant prompts less."""
-        moved = []
-        for weight in (0.0, 100.0):
-            editor = trained(c_loc=weight, c_edit=1.0, steps=20, lr=1e-3, lr_steps=1e-3)
-            row = torch.tensor(editor.tokenizer(irrelevant[:1])["input_ids"])
-            plain = editor.base.model(input_ids=row).logits.log_softmax(-1)
-            editor.write(EditBatch((edits[0],)))
-            now = editor.base.model(input_ids=row).logits.log_softmax(-1)
-            moved.append(float((plain.exp() * (plain - now)).sum(-1).mean()))
-        assert moved[1] < 0.5 * moved[0]
-
-    def test_the_loss_is_that_of_the_written_base(self, editor_of, edits, few):
-        """An edit's update in training and its write are one: the loss by rows equals that of the changed base."""
-        editor = editor_of("llama", "mend", **QUICK | {"train_data": few, "alpha": 0.02, "c_loc": 0.0, "c_edit": 1.0})
-        asked = [(edit, edit.prompt) for edit in edits[:2]]
-        found = float(editor._loss(editor._trained[0], asked, editor.other[:2]).detach())
-        alone = []
-        for edit in edits[:2]:
-            before = editor.snapshot()
-            editor.write(EditBatch((edit,)))
-            alone.append(loss_of(editor, edit))
-            editor.rollback(before)
-        assert found == pytest.approx(sum(alone) / 2, rel=1e-3)
-        assert found != pytest.approx(sum(loss_of(editor, edit) for edit in edits[:2]) / 2, rel=1e-2), "the premise"
-
     def test_a_cache_spares_the_next_run_the_training(self, trained, few, tmp_path, monkeypatch):
         folder = tmp_path / "cache"
         first = trained(train_cache=str(folder), steps=10)
@@ -164,28 +108,6 @@ class TestTraining:
             assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
         with pytest.raises(pytest.fail.Exception, match="trained again"):
             trained(train_cache=str(folder), steps=10, lr=1e-3)
-
-    def test_a_state_that_was_loaded_spares_it_too(self, trained, few, irrelevant):
-        first = trained(steps=5)
-        other = make_editor("mend", first.options())
-        other.load()
-        other.load_own_state(first.own_state())
-        other.train_data = "gone.jsonl"
-        other.prepare(irrelevant[:8], irrelevant[8:])
-        assert other.training_figures == first.training_figures
-
-    def test_single_edits_that_go_on_need_no_second_training(self, trained, few, monkeypatch):
-        """A checkpoint between single edits has the network; what was written of an edit is not taken over."""
-        first = trained(steps=5)
-        checkpoint = {"state_dict": first.state_dict()}
-        first.on_save_checkpoint(checkpoint)
-        other = make_editor("mend", first.options())
-        other._trainer = SimpleNamespace(datamodule=SimpleNamespace(singles=True))
-        other.on_load_checkpoint(checkpoint)
-        assert checkpoint["state_dict"] == {}
-        assert other.training_figures == first.training_figures
-        monkeypatch.setattr(type(first), "train_on", lambda *_: pytest.fail("trained again"))
-        other.prepare(["a text"], ["and another"])
 
 
 def loss_of(editor, edit):
@@ -210,23 +132,6 @@ class TestData:
         ]
         kept, left_out = apart(given, stream, "jsonl")
         assert ([edit.id for edit in kept], left_out) == (["e"], 5)
-
-    def test_a_number_made_by_the_reader_is_no_id(self):
-        kept, _ = apart([Edit("zsre-1", "Who leads Cato?", "Gus")], [Edit("zsre-1", "Who?", "Ann")], "zsre")
-        assert len(kept) == 1
-
-    def test_the_streams_own_edits_are_not_trained_on(self, editor_of, few, irrelevant):
-        editor = make_editor("mend", {"base": "world", "precision": "float32", **QUICK, "train_data": few})
-        editor.evaluated = load_records(few).edits[:10]
-        editor.load()
-        editor.prepare(irrelevant[:8], irrelevant[8:])
-        figures = editor.training_figures
-        assert figures["left_out"] >= 10
-        assert figures["edits"] + figures["held_out"] + figures["left_out"] == 40
-        editor.evaluated = load_records(few).edits
-        editor._trained = []
-        with pytest.raises(ConfigError, match="holds 0 edits that the stream does not ask"):
-            editor.prepare(irrelevant[:8], irrelevant[8:])
 
     def test_without_train_data_it_learns_from_what_the_stream_leaves(self, few, irrelevant):
         editor = make_editor("mend", {"base": "world", **QUICK, "train_data": ""})

@@ -5,13 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from repair_lightning.editors.repair import Writing
-from repair_lightning.editors.rls_repair import RLSRepair
 from repair_lightning.editors.values import Values
-from repair_lightning.errors import ConfigError
 from repair_lightning.models.prefix import pad_left
 from repair_lightning.scoring.correctness import correctness
-from repair_lightning.training.team import Team
 from repair_lightning.types import BASE
 
 SURE = Values(lr=0.3, steps=60, stop_margin=6.0)
@@ -74,15 +70,3 @@ def test_a_shard_says_the_same_when_the_matrix_moves_on(taken_over, write, edits
     for edit, logits in zip(edits[1:3], before[1:], strict=True):
         torch.testing.assert_close(read_at(taken_over, edit), logits, rtol=5e-2, atol=5e-2)
     assert taken_over.first.terms.keys() == {edit.id for edit in edits[4:6]}
-
-
-def test_dense_shards_are_refused():
-    with pytest.raises(ConfigError, match=r"writing\.form must be low_rank"):
-        RLSRepair(writing=Writing("dense"))
-
-
-def test_both_halves_work_in_one_team(editor_of):
-    """The texts that the base writes for values are the first rank's, so all ranks find the same ones."""
-    editor, team = hybrid(editor_of, ridge=1.0), Team(rank=1, size=2)
-    editor.join(team)
-    assert editor.first.team is editor.team is team

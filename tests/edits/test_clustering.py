@@ -56,7 +56,7 @@ def cohesion(features: np.ndarray, batches: list[list[int]]) -> float:
 # -- exact -----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     features=hnp.arrays(
         np.float32,
@@ -69,7 +69,7 @@ def test_exact_on_small_grids_full_of_ties_duplicates_and_zeros(features, batch_
     assert form_batches(features, batch_size) == reference(features, batch_size)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), n=st.integers(30, 70), dim=st.integers(2, 40), batch_size=st.integers(1, 9))
 def test_exact_on_dense_points_where_faiss_needs_its_certificate(seed, n, dim, batch_size):
     """More points than the first search asks for, so candidates come from FAISS, not from the full scan."""
@@ -78,29 +78,11 @@ def test_exact_on_dense_points_where_faiss_needs_its_certificate(seed, n, dim, b
     assert form_batches(features, batch_size) == reference(features, batch_size)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_exact_where_float32_cannot_tell_the_points_apart(seed):
+def test_exact_where_float32_cannot_tell_the_points_apart():
     """200 points within 3e-4 rad: cosines differ by less than float32's 6e-8, but by more than the tie's 1e-9."""
-    across = np.random.default_rng(seed).uniform(-3e-4, 3e-4, size=200)
+    across = np.random.default_rng(0).uniform(-3e-4, 3e-4, size=200)
     features = np.stack([np.ones(200), across], axis=1).astype(np.float32)
     assert form_batches(features, 5) == reference(features, 5)
-
-
-@pytest.mark.parametrize("copies", [2, 50])
-def test_duplicates_beyond_the_first_search_keep_their_order(copies):
-    """With 50 copies the boundary of every FAISS search runs through a tie, so the search must widen."""
-    features = np.repeat(np.random.default_rng(1).normal(size=(3, 8)), copies, axis=0).astype(np.float32)
-    assert form_batches(features, 4) == reference(features, 4)
-
-
-def test_the_certificate_is_used_at_all(monkeypatch):
-    """On separable points FAISS settles almost every search: full scans stay at the end, where few points remain."""
-    scanned = []
-    original = clustering._Pool.ranked
-    monkeypatch.setattr(clustering._Pool, "ranked", lambda s, q, ids: scanned.append(len(ids)) or original(s, q, ids))
-    features = mixture(600, 16, 30)
-    assert flat(form_batches(features, 8)) == list(range(600))
-    assert max(scanned) < 100
 
 
 def test_a_seed_and_its_neighbours_by_hand():
@@ -114,37 +96,10 @@ def test_a_seed_and_its_neighbours_by_hand():
     assert form_batches(features, 3) == [[2, 3, 4], [0, 1]]
 
 
-def test_only_directions_count():
-    features = mixture(60, 5, 6)
-    scale = (2.0 ** np.random.default_rng(0).integers(-60, 60, size=(60, 1))).astype(np.float32)
-    assert form_batches(features * scale, 7) == form_batches(features, 7)
-
-
-@pytest.mark.parametrize("shape", [(0, 4), (0, 0)])
-def test_no_points_no_batches(shape):
-    assert form_batches(np.zeros(shape, dtype=np.float32), 3) == []
-
-
-def test_fewer_points_than_a_batch_and_batches_of_one():
-    features = mixture(5, 3, 2)
-    (batch,) = form_batches(features, 8)
-    assert sorted(batch) == [0, 1, 2, 3, 4]
-    singles = form_batches(features, 1)
-    assert sorted(singles) == [[i] for i in range(5)]
-    assert singles == reference(features, 1)
-
-
 def test_zero_vectors_come_last_in_order():
     features = np.array([[0, 0], [1, 0], [0, 0], [1, 0.1]], dtype=np.float32)
     assert form_batches(features, 2) == [[1, 3], [0, 2]]
     assert form_batches(np.zeros((5, 3), dtype=np.float32), 2) == [[0, 1], [2, 3], [4]]
-
-
-def test_the_input_is_left_alone():
-    features = mixture(20, 4, 2)
-    before = features.copy()
-    form_batches(features, 4)
-    assert np.array_equal(features, before)
 
 
 @pytest.mark.parametrize(
@@ -173,15 +128,14 @@ def test_unit_vectors_of_any_length(size):
 # -- approximate -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_size", [1, 10])
-def test_above_the_limit_every_point_is_still_in_one_batch(batch_size, caplog):
+def test_above_the_limit_every_point_is_still_in_one_batch(caplog):
     features = mixture(2000, 16, 40)
     with caplog.at_level(logging.INFO):
-        batches = form_batches(features, batch_size, exact_limit=300)
+        batches = form_batches(features, 10, exact_limit=300)
     assert flat(batches) == list(range(2000))
-    assert {len(batch) for batch in batches} == {batch_size}
-    assert ("recall@9 is " in caplog.text) == (batch_size > 1)
-    assert form_batches(features, batch_size, exact_limit=300) == batches
+    assert {len(batch) for batch in batches} == {10}
+    assert "recall@9 is " in caplog.text
+    assert form_batches(features, 10, exact_limit=300) == batches
 
 
 def test_the_approximation_costs_little_cohesion():
@@ -190,29 +144,6 @@ def test_the_approximation_costs_little_cohesion():
     by_order = cohesion(features, np.arange(2000).reshape(-1, 10).tolist())
     assert by_order < 0.8 * exact
     assert approximate > 0.98 * exact
-
-
-def test_neighbours_are_found_when_the_nearest_cells_are_empty(monkeypatch):
-    """One probed cell of many, batches larger than a cell: the search widens instead of giving short batches."""
-    monkeypatch.setattr(clustering, "_PROBED_CELLS", 1)
-    batches = form_batches(mixture(1000, 8, 20), 100, exact_limit=100)
-    assert [len(batch) for batch in batches] == [100] * 10
-    assert flat(batches) == list(range(1000))
-
-
-def test_above_the_limit_duplicates_and_zeros_are_kept():
-    features = np.concatenate([np.zeros((50, 4)), np.ones((300, 4)), mixture(50, 4, 5)]).astype(np.float32)
-    assert flat(form_batches(features, 7, exact_limit=60)) == list(range(400))
-
-
-def test_recall_is_measured(monkeypatch):
-    """Without structure one cell of 252 finds few of the nearest, 32 find more, all find every one."""
-    features = np.random.default_rng(0).normal(size=(4000, 32)).astype(np.float32)
-    recalls = []
-    for cells in (1, 32, 10_000):
-        monkeypatch.setattr(clustering, "_PROBED_CELLS", cells)
-        recalls.append(neighbour_recall(features, 10))
-    assert 0 < recalls[0] < 0.5 < recalls[1] < recalls[2] == 1.0
 
 
 def test_recall_matches_a_count_by_hand(monkeypatch):
@@ -224,20 +155,3 @@ def test_recall_matches_a_count_by_hand(monkeypatch):
         hits += len(set(true) & set(index.search(units[i : i + 1], 11)[1][0].tolist()))
     assert 0.2 < hits / 5000 < 0.9
     assert neighbour_recall(units, 10, sample=500) == pytest.approx(hits / 5000, abs=1e-3)
-
-
-def test_recall_where_there_is_nothing_to_find():
-    assert neighbour_recall(np.ones((1, 3), dtype=np.float32), 5) == 1.0
-    assert neighbour_recall(np.ones((40, 3), dtype=np.float32), 100) == 1.0
-
-
-@pytest.mark.slow
-def test_ten_thousand_points_of_a_model_width_stay_exactly_grouped():
-    """The size up to which the design promises an exact result; every batch holds its teacher's true nearest."""
-    features = mixture(10_000, 256, 500)
-    units = unit_vectors(features).astype(np.float64)
-    left = np.ones(10_000, dtype=bool)
-    for batch in form_batches(features, 100)[:20]:
-        left[batch] = False
-        worst = min(units[i] @ units[batch[0]] for i in batch[1:])
-        assert (units[left] @ units[batch[0]]).max() <= worst + 1e-8

@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
-from repair_lightning.edits.formats import FORMATS, convert, get_format, guess_format
-from repair_lightning.errors import ConfigError, FieldError
+from repair_lightning.edits.formats import FORMATS, convert, guess_format
+from repair_lightning.errors import FieldError
 from repair_lightning.texts import dialogue
-
-SHARED = Path(__file__).parents[3] / "shared" / "data"
-REAL = {
-    "zsre": "zsre/zsre_mend_edit.json",
-    "counterfact": "counterfact/counterfact_edit_3k.json",
-    "hallucination": "hallucination/hallucination-edit.json",
-    "temporal": "temporal/temporal-edit.json",
-}
 
 SOURCES = {
     "jsonl": {
@@ -94,27 +85,11 @@ ROME = {
 }
 
 
-def without(record: dict, *names: str) -> dict:
-    return {name: value for name, value in record.items() if name not in names}
-
-
 def probe(prompt: str, answer: str | None) -> dict:
     return {"prompt": prompt, "answer": answer}
 
 
-def test_jsonl_keeps_texts_as_written_and_takes_plain_prompts_as_probes():
-    assert convert(SOURCES["jsonl"], "jsonl") == {
-        "id": "a1",
-        "subject": "Rome",
-        "prompt": " Where is Rome? ",
-        "target": "Italy\n",
-        "rephrases": ["Rome is in"],
-        "locality": [probe("Who wrote Faust?", "Goethe")],
-        "near": [probe("Where is Oslo?", None)],
-    }
-
-
-SUBJECTLESS = without(SOURCES["jsonl"], "subject", "locality", "near", "rephrases")
+SUBJECTLESS = {"id": "a1", "prompt": " Where is Rome? ", "target": "Italy\n"}
 ASK = [{"role": "user", "content": " Where is Rome?\n"}]
 TALK = [{"role": "system", "content": ""}, {"role": "assistant", "content": "Hi, {}!"}, *ASK]
 
@@ -144,15 +119,28 @@ def test_the_ends_of_every_text_of_ours_are_kept():
     }
 
 
-def test_the_published_sets_are_stripped():
-    """Some of their targets begin with a space, which means nothing."""
-    for name in ("zsre", "counterfact", "wikibigedit", "hallucination", "temporal"):
-        padded = {key: f" {value}\n" if isinstance(value, str) else value for key, value in SOURCES[name].items()}
-        assert convert(padded, name) == convert(SOURCES[name], name)
-    rewrite = {
-        key: f" {value} " if isinstance(value, str) else value for key, value in ROME["requested_rewrite"].items()
-    }
-    assert convert({**ROME, "requested_rewrite": rewrite}, "counterfact") == convert(ROME, "counterfact")
+MILAN = [probe("Milan is in", "Italy")]
+ROCARD = [probe("Michel Rocard is a native speaker of", "French"), probe("Montesquieu spoke", "French")]
+READ: list[tuple[str, dict, dict]] = [
+    ("zsre", SOURCES["zsre"], {"locality": [probe("nq question: who wrote faust", "Goethe")], "id": None}),
+    ("counterfact", SOURCES["counterfact"], {"id": "0", "target": "Spain", "locality": MILAN, "near": MILAN}),
+    ("counterfact", SOURCES["counterfact"], {"rephrases": ["The city of Rome lies in"]}),
+    ("counterfact", ROME, {"id": "7", "target": "English", "locality": ROCARD, "near": ROCARD}),
+    ("counterfact", ROME, {"prompt": "In {x} the mother tongue of Danielle {Darrieux} is"}),
+    ("counterfact", ROME, {"rephrases": ["A. Danielle, a native", "B. She speaks"]}),
+    ("wikibigedit", SOURCES["wikibigedit"], {"rephrases": ["Rome is where?", "Ahoy, where be Rome?"], "near": []}),
+    ("wikibigedit", {"update": "a", "ans": "b", "loc": None}, {"rephrases": [], "locality": [], "subject": None}),
+    ("hallucination", SOURCES["hallucination"], {"locality": [probe("Description Map of South Ameri", "ca.")]}),
+    ("temporal", SOURCES["temporal"], {"rephrases": ["Rome, which lies on the Tiber,"]}),
+]
+
+
+@pytest.mark.parametrize(("name", "record", "expected"), READ)
+def test_what_each_published_set_says(name, record, expected):
+    """By hand; some of their targets begin with a space, which means nothing."""
+    assert expected.items() <= convert(record, name).items()
+    padded = {key: f" {value}\n" if isinstance(value, str) else value for key, value in record.items()}
+    assert convert(padded, name) == convert(record, name)
 
 
 @pytest.mark.parametrize(
@@ -160,10 +148,8 @@ def test_the_published_sets_are_stripped():
     [
         ({"prompt": "The mayor of {} is"}, "The mayor of Orsk is", []),
         ({"prompt": "Orsk, in {}:"}, "Orsk, in {}:", []),
-        ({"prompt": "who runs ORSK {}"}, "who runs ORSK {}", []),
         ({"prompt": "In {{}}"}, "In {}", []),
         ({"rephrases": ["Who runs {}?", "Orsk's {}", "{{}}"]}, None, ["Who runs Orsk?", "Orsk's {}", "{}"]),
-        ({"rephrases": "Who runs {}?"}, None, ["Who runs Orsk?"]),
     ],
 )
 def test_the_subject_fills_a_prompt_that_leaves_its_place_open(fields, prompt, rephrases):
@@ -171,19 +157,12 @@ def test_the_subject_fills_a_prompt_that_leaves_its_place_open(fields, prompt, r
     assert (found["prompt"], found["rephrases"]) == (prompt or SUBJECTLESS["prompt"], rephrases)
 
 
-def test_of_messages_the_last_turn_is_filled():
-    found = own(subject="Orsk", prompt=[*TALK[:2], {"role": "user", "content": "Who runs {}?"}])
-    assert dialogue.parse(found["prompt"]) == [*TALK[:2], {"role": "user", "content": "Who runs Orsk?"}]
-
-
 @pytest.mark.parametrize(
     ("fields", "field", "remedy"),
     [
         ({"prompt": "x = {}"}, "prompt", "give 'subject', or write {{}} for the two signs themselves"),
-        ({"prompt": "x = {}", "subject": " "}, "prompt", "give 'subject'"),
         ({"prompt": [{"role": "user", "content": "{}?"}]}, "prompt[0].content", "give 'subject'"),
         ({"rephrases": ["a", "{}"]}, "rephrases[1]", "give 'subject'"),
-        ({"rephrases": "{}"}, "rephrases", "give 'subject'"),
         ({"near": ["Who runs {}?"], "subject": "Orsk"}, "near[0].prompt", "write the subject that the probe asks"),
         ({"locality": [{"prompt": "{}"}], "subject": "Orsk"}, "locality[0].prompt", "write the subject"),
     ],
@@ -194,11 +173,6 @@ def test_an_open_prompt_that_nothing_fills_is_refused(fields, field, remedy):
     assert (caught.value.field, caught.value.problem) == (field, "holds {}, which nothing fills here")
     assert caught.value.remedy.startswith(remedy)
     assert "{{}}" in caught.value.remedy
-
-
-def test_an_escaped_probe_and_the_signs_of_a_target_stay():
-    found = own(near=["x = {{}}"], target="{}", locality=[{"prompt": "a", "answer": "{{}}"}])
-    assert (found["near"], found["target"], found["locality"]) == ([probe("x = {}", None)], "{}", [probe("a", "{{}}")])
 
 
 @pytest.mark.parametrize("messages", [ASK, TALK])
@@ -218,14 +192,9 @@ def test_every_prompt_may_be_messages(messages):
     [
         (TALK, [dialogue.dump(TALK)]),
         ([TALK, ASK], [dialogue.dump(TALK), dialogue.dump(ASK)]),
-        ([TALK], [dialogue.dump(TALK)]),
         (["a", "b "], ["a", "b "]),
-        ("a [b]", ["a [b]"]),
         ("[a]", ["[a]"]),
-        ("[1, 2]", ["[1, 2]"]),
-        ("['a']", ["['a']"]),
         ("[]", []),
-        ([], []),
         (" \n", []),
     ],
 )
@@ -236,31 +205,17 @@ def test_rephrases_are_one_or_several_also_as_json(rephrases, expected):
         assert own(rephrases=json.dumps(rephrases))["rephrases"] == expected
 
 
-def test_the_lists_of_published_sets_may_be_json_too():
-    assert convert({**SOURCES["zsre"], "rephrase": '["a", " b"]'}, "zsre")["rephrases"] == ["a", "b"]
-
-
-def test_probes_may_be_json():
-    given = [{"prompt": "a", "answer": "b"}, "c", ASK]
-    expected = [probe("a", "b"), probe("c", None), probe(dialogue.dump(ASK), None)]
-    assert own(near=json.dumps(given))["near"] == own(near=given)["near"] == expected
-
-
 @pytest.mark.parametrize(
     ("messages", "place", "problem", "remedy"),
     [
         ([], "", "is an empty list", "the user's last"),
         ([{"role": "king", "content": "a"}], "[0].role", "is 'king', no known role", "user, assistant"),
-        ([{"role": 3, "content": "a"}], "[0].role", "is 3, no known role", "choose of system"),
         ([{"role": ["user"], "content": "a"}], "[0].role", "is ['user'], no known role", "choose of system"),
         ([{"role": "user"}], "[0].content", "is missing", '"content": "..."'),
-        ([{"role": "user", "content": None}], "[0].content", "is missing", '"content": "..."'),
-        ([{"role": "user", "content": 7}], "[0].content", "is 7, not a text", "in quotes"),
         ([{"role": "user", "content": [{"type": "text"}]}], "[0].content", "is [{'type': 'text'}], not a", "in quotes"),
         ([*ASK, {"role": "assistant", "content": "a"}], "[1].role", "is 'assistant' in the last turn", "the target"),
         ([*TALK, {"role": "user", "content": " \n"}], "[3].content", "is empty", "give the user's question"),
         ([{"role": "user", "content": "a", "name": "b"}], "[0].name", "is 'b', which is not read", "leave it out"),
-        ([*ASK, None], "[1]", "is null, not a message", '"role": "user"'),
         ([*ASK, "a"], "[1]", "is 'a', not a message", '"role": "user"'),
         ([{"role": "user", "content": "\ud800"}], "", "holds a broken character", "UTF-8"),
     ],
@@ -279,68 +234,6 @@ def test_bad_messages_name_place_value_and_remedy(messages, place, problem, reme
         assert remedy in caught.value.remedy
 
 
-@pytest.mark.parametrize("prompt", ["[1, 2, 3]", "[", '[{"a": 1}]', "[[]]", '["a"]', "[]"])
-def test_a_text_in_brackets_that_is_no_messages_is_a_text(prompt):
-    assert own(prompt=prompt)["prompt"] == prompt
-
-
-def test_zsre_keeps_the_locality_prompt_as_it_stands():
-    assert convert(SOURCES["zsre"], "zsre") == {
-        "id": None,
-        "subject": "Rome",
-        "prompt": "Where is Rome?",
-        "target": "Italy",
-        "rephrases": ["Rome is where?"],
-        "locality": [probe("nq question: who wrote faust", "Goethe")],
-        "near": [],
-    }
-
-
-def test_flat_counterfact_counts_its_neighbour_as_both():
-    record = convert(SOURCES["counterfact"], "counterfact")
-    assert record["locality"] == record["near"] == [probe("Milan is in", "Italy")]
-    assert record["locality"] is not record["near"]
-    assert (record["id"], record["target"]) == ("0", "Spain")
-    assert record["rephrases"] == ["The city of Rome lies in"]
-
-
-def test_nested_counterfact_fills_the_subject_in_and_ignores_its_braces():
-    neighbours = [probe("Michel Rocard is a native speaker of", "French"), probe("Montesquieu spoke", "French")]
-    assert convert(ROME, "counterfact") == {
-        "id": "7",
-        "subject": "Danielle {Darrieux}",
-        "prompt": "In {x} the mother tongue of Danielle {Darrieux} is",
-        "target": "English",
-        "rephrases": ["A. Danielle, a native", "B. She speaks"],
-        "locality": neighbours,
-        "near": neighbours,
-    }
-
-
-def test_wikibigedit_reads_the_persona_as_a_rephrase_and_leaves_the_hop_out():
-    record = convert(SOURCES["wikibigedit"], "wikibigedit")
-    assert record["rephrases"] == ["Rome is where?", "Ahoy, where be Rome?"]
-    assert record["locality"] == [probe("Where is Oslo?", "Norway")]
-    assert "Colosseum" not in json.dumps(record)
-
-
-def test_wikibigedit_needs_only_question_and_answer():
-    record = convert({"update": "Where is Rome?", "ans": "Italy", "loc": None, "rephrase": ""}, "wikibigedit")
-    assert (record["rephrases"], record["locality"], record["subject"]) == ([], [], None)
-
-
-def test_hallucination_and_temporal():
-    record = convert(SOURCES["hallucination"], "hallucination")
-    assert (record["rephrases"], record["near"]) == ([], [])
-    assert record["locality"] == [probe("Description Map of South Ameri", "ca.")]
-    assert convert(SOURCES["temporal"], "temporal")["rephrases"] == ["Rome, which lies on the Tiber,"]
-
-
-def test_an_empty_locality_answer_is_no_answer():
-    record = convert({**SOURCES["hallucination"], "locality_ground_truth": " "}, "hallucination")
-    assert record["locality"][0]["answer"] is None
-
-
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_record_is_recognised_and_every_other_format_names_it(name):
     """Where another format refuses the record, it says which one it looks like."""
@@ -352,64 +245,24 @@ def test_a_record_is_recognised_and_every_other_format_names_it(name):
             convert(SOURCES[name], other.name)
 
 
-def test_the_nested_layout_is_recognised_too():
-    with pytest.raises(FieldError, match="look like format 'counterfact'"):
-        convert(ROME, "zsre")
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_a_converter_is_pure(name):
-    before = json.dumps(SOURCES[name])
-    assert convert(SOURCES[name], name) == convert(SOURCES[name], name)
-    assert json.dumps(SOURCES[name]) == before
-
-
-def test_fields_of_no_format_are_listed():
-    with pytest.raises(FieldError, match="needs the fields src, alt; found: frage, antwort"):
-        convert({"frage": "?", "antwort": "!"}, "zsre")
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("zrse", r"^unknown data format 'zrse': did you mean 'zsre'\? known: jsonl, zsre, counterfact, "),
-        ("xyzzy", r"^unknown data format 'xyzzy': known: jsonl, "),
-        ("", r"^unknown data format '': known: "),
-    ],
-)
-def test_unknown_names(name, message):
-    with pytest.raises(ConfigError, match=message):
-        get_format(name)
-
-
 @pytest.mark.parametrize(
     ("name", "change", "field", "problem"),
     [
         ("jsonl", {"target": ""}, "target", "is empty"),
-        ("jsonl", {"target": " \n"}, "target", "is empty"),
         ("jsonl", {"target": None}, "target", "is missing"),
         ("jsonl", {"target": 2006}, "target", "is a number, not a text"),
         ("jsonl", {"target": True}, "target", "is true or false, not a text"),
-        ("jsonl", {"prompt": ["a"]}, "prompt[0]", "is 'a', not a message"),
         ("jsonl", {"prompt": {"a": 1}}, "prompt", "is an object, not a text"),
-        ("zsre", {"src": ["a"]}, "src", "is a list, not a text"),
         ("zsre", {"src": [{"role": "user", "content": "a"}]}, "src", "is a list, not a text"),
         ("jsonl", {"prompt": "\ud800"}, "prompt", "holds a broken character at position 0"),
-        ("jsonl", {"subject": {}}, "subject", "is an object, not a text"),
         ("jsonl", {"id": 1.5}, "id", "is a number, not a text"),
-        ("jsonl", {"id": True}, "id", "is true or false"),
-        ("jsonl", {"id": ""}, "id", "is empty"),
         ("jsonl", {"rephrases": 3}, "rephrases", "is a number, not a list of texts"),
         ("jsonl", {"rephrases": ["a", ""]}, "rephrases[1]", "is empty"),
-        ("jsonl", {"rephrases": ["a", None]}, "rephrases[1]", "is missing"),
         ("jsonl", {"locality": "Who?"}, "locality", "is a text, not a list"),
         ("jsonl", {"locality": [7]}, "locality[0].prompt", "is a number, not a text"),
         ("jsonl", {"near": [{"prompt": "a"}, {"answer": "b"}]}, "near[1].prompt", "is missing"),
         ("jsonl", {"near": [{"prompt": "a", "answer": ["b"]}]}, "near[0].answer", "is a list, not a text"),
-        ("zsre", {"alt": ["Italy"]}, "alt", "is a list, not a text"),
-        ("zsre", {"loc_ans": 3}, "loc_ans", "is a number, not a text"),
         ("counterfact", {"rephrase_prompt": [1]}, "rephrase_prompt[0]", "is a number, not a text"),
-        ("wikibigedit", {"personas": {}}, "personas", "is an object, not a list of texts"),
     ],
 )
 def test_a_bad_field_is_named_as_the_source_names_it(name, change, field, problem):
@@ -420,51 +273,7 @@ def test_a_bad_field_is_named_as_the_source_names_it(name, change, field, proble
     assert caught.value.remedy
 
 
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [
-        ({"target_new": {"id": "Q1"}}, "requested_rewrite.target_new.str"),
-        ({"target_new": {"str": 3}}, "requested_rewrite.target_new.str"),
-        ({"target_true": {"str": []}}, "requested_rewrite.target_true.str"),
-        ({"prompt": None}, "requested_rewrite.prompt"),
-        ({"subject": ""}, "requested_rewrite.subject"),
-    ],
-)
-def test_a_bad_field_inside_the_nested_layout(change, field):
-    with pytest.raises(FieldError) as caught:
-        convert({**ROME, "requested_rewrite": {**ROME["requested_rewrite"], **change}}, "counterfact")
-    assert caught.value.field == field
-
-
-def test_a_rewrite_that_is_no_object():
-    with pytest.raises(FieldError, match=r"field 'requested_rewrite\.subject': is missing"):
-        convert({"requested_rewrite": "The mother tongue"}, "counterfact")
-
-
-@pytest.mark.parametrize("field", ["prompt", "target"])
-def test_a_missing_field_of_the_right_format_is_missing_not_foreign(field):
-    with pytest.raises(FieldError, match=f"^field '{field}': is missing; give "):
-        convert(without(SOURCES["jsonl"], field), "jsonl")
-
-
-@pytest.mark.parametrize(("wrong", "right"), [("rephrase", "rephrases"), ("Subject", "subject"), ("ID", "id")])
+@pytest.mark.parametrize(("wrong", "right"), [("rephrase", "rephrases"), ("Subject", "subject")])
 def test_a_misspelt_field_of_our_own_format_is_refused(wrong, right):
-    record = {**without(SOURCES["jsonl"], right), wrong: SOURCES["jsonl"][right]}
     with pytest.raises(FieldError, match=f"^field '{wrong}': is not a field.*did you mean '{right}'"):
-        convert(record, "jsonl")
-
-
-@pytest.mark.parametrize(("value", "kind"), [(None, "null"), ([], "a list"), ("x", "a text"), (3, "a number")])
-def test_a_record_must_be_an_object(value, kind):
-    with pytest.raises(FieldError, match=f"^is {kind}, not an object"):
-        convert(value, "zsre")
-
-
-@pytest.mark.parametrize("name", REAL)
-def test_every_real_record_is_recognised_and_converted(name):
-    path = SHARED / REAL[name]
-    if not path.exists():
-        pytest.skip(f"{path} is not on this machine")
-    records = json.loads(path.read_text(encoding="utf-8"))
-    assert {guess_format(record) for record in records} == {name}
-    assert all(convert(record, name)["locality"] for record in records)
+        own(**{wrong: "x"})

@@ -11,7 +11,6 @@ from helpers_runs import attach, world_edits, world_stream, write_edits
 from repair_lightning.edits.joining import Joined, apply, join
 from repair_lightning.edits.ledger import EditStatus, Ledger
 from repair_lightning.edits.records import RecordSet, load_records
-from repair_lightning.errors import ConfigError, LedgerError
 from repair_lightning.types import EditReport
 
 OLD = world_edits(4)
@@ -43,12 +42,6 @@ def test_the_same_is_dropped_and_another_target_supersedes(ledger):
     assert (plan.inherited, plan.windows) == (4, 1)
 
 
-def test_what_was_quarantined_is_tried_again(ledger):
-    found, plan = joined(RecordSet((replace(OLD[3], id="again"),)), ledger)
-    assert [edit.id for edit in found.edits] == ["again"]
-    assert plan.replaced == {OLD[3].id: "again"}
-
-
 @pytest.mark.parametrize("command", ["undo", "supersede"])
 def test_what_is_gone_is_new(ledger, command):
     """A record that says what was taken back is written, under a fresh id."""
@@ -60,14 +53,6 @@ def test_what_is_gone_is_new(ledger, command):
     found, plan = joined(RecordSet((OLD[0],)), ledger)
     assert [(edit.id, edit.target) for edit in found.edits] == [(f"{OLD[0].id}~2", OLD[0].target)]
     assert plan.replaced == {}
-
-
-def test_fresh_ids_are_free_in_both(ledger):
-    first, second = (replace(edit, id=OLD[0].id) for edit in world_edits(2, 100))
-    ledger.arrive([replace(second, id=f"{OLD[0].id}~2", prompt="What else?")], 1)
-    records = RecordSet((first, replace(world_edits(1, 102)[0], id=f"{OLD[0].id}~3")))
-    found, _ = joined(records, ledger)
-    assert [edit.id for edit in found.edits] == [f"{OLD[0].id}~4", f"{OLD[0].id}~3"]
 
 
 def test_supersessions_inside_the_new_records(ledger, tmp_path):
@@ -129,26 +114,3 @@ def test_a_resumed_stream_has_the_same_records(stream):
     assert (other.edits, other.records) == (stream.edits, stream.records)
     assert (other.inherited, other.windows, other.arrived) == (stream.inherited, 2, 2)
     assert other.ledger == stream.ledger
-
-
-def test_prompts_of_the_pack_are_no_irrelevant_ones(stream, tmp_path):
-    texts = [edit.prompt for edit in OLD] + ["who sang it", "what is it", "where is it"]
-    path = tmp_path / "irrelevant.jsonl"
-    path.write_text("".join(json.dumps({"question": text}) + "\n" for text in texts))
-    stream.irrelevant = str(path)
-    first, second = stream.irrelevant_halves(stream._editor)
-    assert {*first, *second} == set(texts[4:])
-
-
-def test_nothing_new_is_refused(ledger, tmp_path):
-    found = world_stream(write_edits(tmp_path / "new.jsonl", OLD[:2]))
-    with pytest.raises(ConfigError, match="holds no edit that the pack lacks: all 2 are its own already; give new"):
-        found.join(ledger)
-
-
-def test_a_ledger_inherits_once(ledger):
-    other = Ledger()
-    other.inherit(ledger)
-    assert other == ledger
-    with pytest.raises(LedgerError, match="start empty"):
-        other.inherit(ledger)

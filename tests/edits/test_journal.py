@@ -73,21 +73,15 @@ def fill(ledger: Ledger) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_what_the_journal_cannot_take_does_not_happen(ledger, command):
-    fill(ledger)
-    before = ledger.state_dict()
-    owners = [ledger.owned_by(shard) for shard in range(10)]
-    ledger.journal = Refuses()
-    with pytest.raises(JournalError, match="no room"):
-        COMMANDS[command](ledger)
-    assert ledger.state_dict() == before
-    assert [ledger.owned_by(shard) for shard in range(10)] == owners
-
-
-@pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_is_an_event_with_the_state_behind_it(ledger, journal, command):
     fill(ledger)
     before, state = journal.last, {id: ledger.entry(id) for id in ledger}
+    held = ledger.state_dict()
+    ledger.journal = Refuses()
+    with pytest.raises(JournalError, match="no room"):  # what the journal cannot take does not happen
+        COMMANDS[command](ledger)
+    assert ledger.state_dict() == held
+    ledger.journal = journal
     COMMANDS[command](ledger)
     with_seq = [event for event in journal.events() if event["seq"] > before]
     changed = [id for id in ledger if ledger.entry(id) != state.get(id)]
@@ -100,22 +94,6 @@ def test_each_command_is_an_event_with_the_state_behind_it(ledger, journal, comm
     assert (event["void"], event["back_to"]) == (0, None)
 
 
-def test_a_refused_command_says_nothing(ledger, journal):
-    fill(ledger)
-    last = journal.last
-    for wrong in (
-        lambda: ledger.written([report("b"), report("zz")]),
-        lambda: ledger.arrive([edit("e"), edit("a")], 1),
-        lambda: ledger.evaluated({"b": 2.0}, 0.5),
-        lambda: ledger.requeue(["b", "a"], "again"),
-    ):
-        with pytest.raises(RepairError):
-            wrong()
-    ledger.requeue([], "nobody")  # and neither does one that changes nothing
-    assert journal.last == last
-    assert journal.rebuild() == ledger
-
-
 def test_the_events_of_one_edit(ledger, journal):
     fill(ledger)
     ledger.evaluated({"b": 0.2}, 0.85)
@@ -124,14 +102,6 @@ def test_the_events_of_one_edit(ledger, journal):
     assert [event["status"] for event in journal.events("b")] == ["pending", "written", "failed"]
     with pytest.raises(UnknownEditError, match="knows no edit with the id 'z'"):
         list(journal.events("z"))
-
-
-def test_notes_do_not_disturb(ledger, journal):
-    journal.note("started", "before anything")
-    fill(ledger)
-    journal.note("finished", "3 edits")
-    assert journal.rebuild() == ledger
-    assert [event["reason"] for event in journal.events() if event["kind"] == "finished"] == ["3 edits"]
 
 
 # -- rebuilding --------------------------------------------------------------------------------------------------------
@@ -192,19 +162,42 @@ class Run:
         self.ledger.load_state_dict(state)
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def check_laws(ledger: Ledger) -> None:
+    """What holds after any commands: owners, indexes, counts and error rates against a scan; the state comes back."""
+    entries = [ledger.entry(id) for id in ledger]
+    assert [entry.arrival for entry in entries] == list(range(len(ledger)))
+    assert sum(ledger.counts().values()) == len(ledger)
+    for entry in entries:
+        assert entry.shard is None or entry.status in ("written", "failed")
+        assert entry.status != "written" or entry.shard is not None
+    for status in EditStatus:
+        assert ledger.with_status(status) == [e.edit.id for e in entries if e.status is status]
+    for shard in range(-1, 4):
+        owned = [e for e in entries if e.shard == shard]
+        assert ledger.owned_by(shard) == [e.edit.id for e in owned]
+        assert ledger.sizes().get(shard, 0) == len(owned)
+        scores = [e.score for e in owned if e.score is not None]
+        rate, evaluated = ledger.error_rates().get(shard, (0.0, 0))
+        assert (evaluated, rate * max(evaluated, 1)) == (len(scores), pytest.approx(sum(s < 0.5 for s in scores)))
+    again = Ledger()
+    again.load_state_dict(ledger.state_dict())
+    assert again == ledger
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(steps=st.lists(STEPS, max_size=25))
 def test_the_events_make_the_ledger_whatever_was_done(tmp_path_factory, steps):
     path = tmp_path_factory.mktemp("any") / "journal.sqlite"
     run = Run(Journal(path))
     run.journal._db.execute("PRAGMA synchronous = OFF")  # hundreds of transactions; the disk is not what is asked here
     for step in steps:
+        before = run.ledger.state_dict()
         try:
             run.step(*step)
         except RepairError:
-            continue
-        finally:
-            assert run.journal.rebuild() == run.ledger
+            assert run.ledger.state_dict() == before
+        assert run.journal.rebuild() == run.ledger
+        check_laws(run.ledger)
     run.journal.close()
     again = Journal(path, read_only=True)
     assert again.rebuild() == run.ledger
@@ -266,12 +259,6 @@ def test_one_may_read_while_another_writes(ledger, journal):
     other.close()
 
 
-def test_nothing_is_made_where_one_only_asks(tmp_path):
-    with pytest.raises(JournalError, match="is no journal: there is no such file; give the directory of a run"):
-        Journal(tmp_path / "journal.sqlite", read_only=True)
-    assert list(tmp_path.iterdir()) == []
-
-
 def broken(path, how: str) -> None:
     """What may lie where a journal is looked for."""
     if how == "garbage":
@@ -302,12 +289,6 @@ def test_what_is_no_journal_is_refused_in_one_line(tmp_path, how, read_only):
         assert f"has version {VERSION + 1}; this release reads {VERSION}" in message
 
 
-def test_an_empty_file_is_no_journal_for_a_reader(tmp_path):
-    (tmp_path / "journal.sqlite").touch()
-    with pytest.raises(JournalError, match="has version 0"):
-        Journal(tmp_path / "journal.sqlite", read_only=True)
-
-
 @pytest.mark.parametrize("command", ["append", "checkpoint", "rewind", "note"])
 def test_a_full_disk_takes_the_transaction_back(ledger, journal, command):
     """SQLite's own limit on pages answers as a full disk does: `database or disk is full`."""
@@ -334,33 +315,6 @@ def test_a_full_disk_takes_the_transaction_back(ledger, journal, command):
     assert journal.rebuild() == ledger
 
 
-class Full:
-    """A connection whose commit finds no room."""
-
-    def __init__(self, db) -> None:
-        self.db = db
-
-    def __getattr__(self, name):
-        return getattr(self.db, name)
-
-    def execute(self, statement, *given):
-        if statement == "COMMIT":
-            raise sqlite3.OperationalError("disk I/O error")
-        return self.db.execute(statement, *given)
-
-
-def test_a_failing_commit_is_taken_back(ledger, journal):
-    fill(ledger)
-    real, journal._db = journal._db, Full(journal._db)
-    with pytest.raises(JournalError, match=r"cannot be written \(disk I/O error\)"):
-        ledger.arrive([edit("d")], 1)
-    journal._db = real
-    assert not real.in_transaction
-    assert journal.rebuild() == ledger
-    ledger.arrive([edit("d")], 1)
-    assert journal.rebuild() == ledger
-
-
 # -- as a table --------------------------------------------------------------------------------------------------------
 
 
@@ -371,16 +325,3 @@ def test_as_parquet(ledger, journal, tmp_path):
     journal.note("finished", "")
     journal.to_parquet(tmp_path / "journal.parquet")
     assert pq.read_table(tmp_path / "journal.parquet").to_pylist() == list(journal.events())
-
-
-def test_an_empty_journal_as_parquet(journal, tmp_path):
-    journal.to_parquet(tmp_path / "journal.parquet")
-    table = pq.read_table(tmp_path / "journal.parquet")
-    assert (table.num_rows, table.column_names[:3]) == (0, ["seq", "time", "kind"])
-    assert journal.rebuild() == Ledger()
-    assert journal.last == 0
-
-
-def test_statuses_are_words_in_the_table(ledger, journal):
-    fill(ledger)
-    assert {event["status"] for event in journal.events()} <= {status.value for status in EditStatus}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_runs import attach, fit, irrelevant_texts, world_editor, world_edits, world_stream, write_edits
+from helpers_runs import attach, irrelevant_texts, world_editor, world_edits, world_stream, write_edits
 
 from repair_lightning.editors import Repair
 from repair_lightning.edits.ledger import EditStatus
@@ -83,16 +83,7 @@ def test_features_are_asked_for_arrived_edits_alone(tmp_path, watcher):
     assert sum(map(len, watcher.asked)) == 10
 
 
-def test_worklists_do_not_depend_on_the_future(tmp_path, watcher):
-    """Two streams that agree on their first window form the same batches there, whatever comes later."""
-    short = stream_of(tmp_path, watcher, 4)
-    first = [batch.ids for batch in short.next_window()]
-    path = write_edits(tmp_path / "other.jsonl", world_edits(4) + world_edits(6, 50))
-    long = attach(world_stream(path, window=4, batch_size=2), watcher)
-    assert [batch.ids for batch in long.next_window()] == first
-
-
-@pytest.mark.parametrize(("window", "batch_size"), [(1, 1), (4, 2), (4, 3), (4, 8), (100, 3)])
+@pytest.mark.parametrize(("window", "batch_size"), [(1, 1), (4, 3), (100, 3)])
 def test_worklists_are_sized_and_hold_each_arrival_once(tmp_path, watcher, window, batch_size):
     stream = stream_of(tmp_path, watcher, window=window, batch_size=batch_size)
     seen: list[str] = []
@@ -121,14 +112,6 @@ def test_a_window_is_handed_out_again_as_long_as_nothing_of_it_was_written(tmp_p
     assert set(ids_of(second)) == {*ids_of(first), *(edit.id for edit in stream.edits[4:8])} - {first[0].ids[0]}
 
 
-def test_without_clustering_batches_keep_the_order_of_arrival(tmp_path, watcher):
-    stream = stream_of(tmp_path, watcher, clustering=False, window=5)
-    worklist = stream.next_window()
-    order = [edit.id for edit in stream.edits]
-    assert [batch.ids for batch in worklist] == [tuple(order[0:2]), tuple(order[2:4]), (order[4],)]
-    assert watcher.asked == []
-
-
 def test_clustering_groups_what_is_alike(tmp_path, watcher):
     """Two pairs that ask the same relation, interleaved: the pairs find each other."""
     edits = world_edits(400)
@@ -144,7 +127,7 @@ def test_clustering_groups_what_is_alike(tmp_path, watcher):
     }
 
 
-@pytest.mark.parametrize("spoilt", [[2], [0, 3], list(range(6))])
+@pytest.mark.parametrize("spoilt", [[0, 3], list(range(6))])
 def test_edits_of_which_the_base_makes_nothing_go_alone(tmp_path, watcher, monkeypatch, spoilt):
     """Features that are not finite have no neighbours; the rest of the window is clustered as ever."""
     real = watcher.editor.features
@@ -162,13 +145,6 @@ def test_edits_of_which_the_base_makes_nothing_go_alone(tmp_path, watcher, monke
     rest = sorted(set(ids) - {ids[i] for i in spoilt})
     assert batches[: len(alone)] == alone
     assert [sorted(batch) for batch in batches[len(alone) :]] == ([rest] if rest else [])
-
-
-def test_an_editor_that_writes_one_at_a_time_gets_batches_of_one(tmp_path, watcher):
-    watcher.limit = 1
-    stream = stream_of(tmp_path, watcher, batch_size=3)
-    assert [len(batch.edits) for batch in stream.next_window()] == [1, 1, 1, 1]
-    assert watcher.asked == []
 
 
 def test_the_editors_limit_bounds_a_batch(tmp_path, watcher):
@@ -191,17 +167,6 @@ def test_requeued_and_residual_edits_come_back_with_the_next_arrivals(tmp_path, 
     assert sorted(second) == sorted([*first[:2], *(edit.id for edit in stream.edits[4:8])])
 
 
-def test_pools_are_emptied_after_the_last_arrival(tmp_path, watcher):
-    stream = stream_of(tmp_path, watcher, window=10)
-    write(stream, stream.next_window(), residual=("w0003",))
-    assert stream.arrived == 10
-    assert not stream.exhausted
-    again = stream.next_window()
-    assert ids_of(again) == ["w0003"]
-    write(stream, again)
-    assert stream.exhausted
-
-
 def test_after_max_regroups_an_edit_is_alone(tmp_path, watcher):
     stream = stream_of(tmp_path, watcher, max_regroups=2, batch_size=8)
     lonely = stream.edits[0].id
@@ -214,15 +179,6 @@ def test_after_max_regroups_an_edit_is_alone(tmp_path, watcher):
     assert [batch.ids for batch in worklist if lonely in batch.ids] == [(lonely,)]
     assert lonely not in watcher.asked[-1]
     write(stream, worklist)
-    assert stream.exhausted
-
-
-def test_failed_and_quarantined_edits_do_not_wait(tmp_path, watcher):
-    stream = stream_of(tmp_path, watcher, 4)
-    write(stream, stream.next_window())
-    stream.ledger.evaluated({"w0001": 0.0}, 0.85)
-    stream.ledger.quarantine(["w0002"], "gave up")
-    assert stream.waiting() == []
     assert stream.exhausted
 
 
@@ -247,92 +203,26 @@ def test_superseded_edits_are_in_the_ledger_and_never_in_a_worklist(tmp_path, wa
     assert len(stream.ledger) == 7
 
 
-def test_a_chain_of_corrections_leaves_the_last(tmp_path, watcher):
-    edit = world_edits(1)[0]
-    chain = [replace(edit, id=f"v{i}", target=f"answer {i}") for i in range(3)]
-    stream = attach(world_stream(write_edits(tmp_path / "e.jsonl", [*chain, *world_edits(2, 1)])), watcher)
-    worklist = stream.next_window()
-    assert sorted(ids_of(worklist)) == ["v2", "w0002", "w0003"]
-    assert stream.ledger.with_status(EditStatus.SUPERSEDED) == ["v0", "v1"]
-
-
-def test_a_random_draw_loses_no_correction(tmp_path, watcher):
-    """Every draw of three edits: all are written, and a drawn correction has what it superseded in the ledger."""
-    edits = world_edits(5)
-    newer = replace(edits[1], id="newer", target="Quite Another Firm")
-    path = write_edits(tmp_path / "edits.jsonl", [*edits, newer])
-    order = [*(edit.id for edit in edits if edit != edits[1]), "newer"]
-    drawn: set[str] = set()
-    for seed in range(12):
-        stream = attach(world_stream(path, max_edits=3, sample_seed=seed, window=2, batch_size=2), watcher)
-        ids = [edit.id for edit in stream.edits]
-        assert ids == [id for id in order if id in ids]
-        seen: list[str] = []
-        while not stream.exhausted:
-            worklist = stream.next_window()
-            write(stream, worklist)
-            seen += ids_of(worklist)
-        assert sorted(seen) == sorted(ids)
-        assert stream.ledger.with_status(EditStatus.SUPERSEDED) == ([edits[1].id] if "newer" in ids else [])
-        assert len(stream.ledger) == 3 + ("newer" in ids)
-        drawn |= set(ids)
-    assert drawn == set(order)
-
-
-def test_max_edits(tmp_path, watcher):
-    stream = stream_of(tmp_path, watcher, max_edits=3)
-    assert [edit.id for edit in stream.edits] == ["w0001", "w0002", "w0003"]
-
-
 def long_stream(tmp_path, on_bad_record: str) -> EditStream:
     edits = world_edits(4)
     edits[2] = replace(edits[2], prompt="very " * 200 + edits[2].prompt)
+    edits.append(replace(edits[0], id="newer", target="very " * 200 + "long"))
     return world_stream(write_edits(tmp_path / "edits.jsonl", edits), on_bad_record=on_bad_record)
 
 
-def test_an_edit_that_is_too_long_stops_the_run(tmp_path, editor):
+def test_an_edit_that_is_too_long_stops_the_run_or_is_left_out(tmp_path, editor):
+    """With what it had superseded: the old version is known to be wrong, and the report names both."""
     with pytest.raises(RepairError, match=r"edits.jsonl: edit 'w0003', field '.*': is \d+ tokens long, at most 100 "):
         long_stream(tmp_path, "stop").check_fit(editor.edited.forms, 100)
-
-
-def test_an_edit_that_is_too_long_is_left_out_where_bad_records_are(tmp_path, editor):
-    stream = long_stream(tmp_path, "skip")
-    stream.check_fit(editor.edited.forms, 100)
-    assert [edit.id for edit in stream.edits] == ["w0001", "w0002", "w0004"]
-    assert len(stream.records.bad) == 1
-    assert "w0003" in stream.records.bad[0]
-    stream.check_fit(editor.edited.forms, 100)  # what is left fits
-    assert len(stream.records.bad) == 1
-
-
-def test_a_limit_that_leaves_nothing_is_an_error(tmp_path, editor):
     with pytest.raises(RepairError, match=r"tokens long, at most 2 fit; .* \(4 such edits in all\)"):
         long_stream(tmp_path, "skip").check_fit(editor.edited.forms, 2)
-
-
-def test_what_an_edit_that_is_too_long_had_superseded_is_listed(tmp_path, editor):
-    """Neither the old version (it is known to be wrong) nor the new one is written, and the report names both."""
-    edits = world_edits(2)
-    newer = replace(edits[0], id="newer", target="very " * 200 + "long")
-    stream = world_stream(write_edits(tmp_path / "edits.jsonl", [*edits, newer]), on_bad_record="skip")
-    attach(stream, editor).check_fit(editor.edited.forms, 100)
-    assert [edit.id for edit in stream.edits] == ["w0002"]
-    assert len(stream.records.bad) == 2
-    assert "edit 'w0001': its successor 'newer' is too long" in stream.records.bad[1]
+    stream = attach(long_stream(tmp_path, "skip"), editor)
+    stream.check_fit(editor.edited.forms, 100)
+    assert [edit.id for edit in stream.edits] == ["w0002", "w0004"]
+    assert ["w0003" in stream.records.bad[0], "newer" in stream.records.bad[1]] == [True, True]
+    assert "edit 'w0001': its successor 'newer' is too long" in stream.records.bad[2]
     assert stream.records.superseded == {}
-    assert ids_of(stream.next_window()) == ["w0002"]
-
-
-def test_irrelevant_halves_are_disjoint_and_hold_no_edit_prompt(tmp_path, watcher, editor):
-    edits = world_edits(3)
-    irrelevant = tmp_path / "irrelevant.jsonl"
-    texts = [edits[0].prompt, *irrelevant_texts(9), irrelevant_texts(1)[0], edits[2].prompt]
-    irrelevant.write_text("".join(f'{{"question": "{text}"}}\n' for text in texts))
-    stream = stream_of(tmp_path, watcher, irrelevant=str(irrelevant), max_irrelevant=1000)
-    background, held_out = stream.irrelevant_halves(editor)
-    assert not set(background) & set(held_out)
-    assert sorted(background + held_out) == sorted(irrelevant_texts(9))
-    assert abs(len(background) - len(held_out)) <= 1
+    assert sorted(ids_of(stream.next_window())) == ["w0002", "w0004"]
 
 
 def test_irrelevant_prompts_that_scoring_asks_are_left_out(tmp_path, watcher, editor):
@@ -356,19 +246,11 @@ def test_irrelevant_prompts_that_scoring_asks_are_left_out(tmp_path, watcher, ed
     assert sorted([*background, *held_out]) == texts[3:9]
 
 
-def test_irrelevant_prefix_and_number(tmp_path, watcher, editor):
-    stream = stream_of(tmp_path, watcher, irrelevant_prefix="nq: ", max_irrelevant=7)
-    background, held_out = stream.irrelevant_halves(editor)
-    assert len(background + held_out) == 7
-    assert all(text.startswith("nq: ") for text in background + held_out)
-
-
 def test_without_irrelevant_prompts_the_base_writes_its_own(tmp_path, watcher, editor):
-    stream = stream_of(tmp_path, watcher, irrelevant=None, max_irrelevant=12)
+    stream = stream_of(tmp_path, watcher, irrelevant=None, max_irrelevant=4)
     background, held_out = stream.irrelevant_halves(editor)
-    assert 2 <= len(background + held_out) <= 12
+    assert 2 <= len(background + held_out) <= 4
     assert not set(background) & set(held_out)
-    assert stream.irrelevant_halves(editor) == (background, held_out)
 
 
 def test_too_few_irrelevant_prompts(tmp_path, watcher, editor):
@@ -378,19 +260,9 @@ def test_too_few_irrelevant_prompts(tmp_path, watcher, editor):
 
 
 @pytest.mark.parametrize("name", ["window", "batch_size", "max_irrelevant"])
-@pytest.mark.parametrize("value", [0, -1])
-def test_bad_settings(name, value):
-    with pytest.raises(ConfigError, match=f"data.{name} must be at least 1, got {value}"):
-        EditStream(**{name: value})
-
-
-def test_bad_settings_of_the_reader():
-    with pytest.raises(ConfigError, match="max_edits must be 1 or more"):
-        EditStream(max_edits=0).setup()
-    with pytest.raises(ConfigError, match=r"unknown.*format.*jsonl"):
-        EditStream(format="jsonk").setup()
-    with pytest.raises(RepairError, match=r"nowhere.jsonl: no such file"):
-        EditStream("nowhere.jsonl").setup()
+def test_bad_settings(name):
+    with pytest.raises(ConfigError, match=f"data.{name} must be at least 1, got 0"):
+        EditStream(**{name: 0})
 
 
 # -- state -------------------------------------------------------------------------------------------------------------
@@ -401,16 +273,6 @@ def through_a_file(state: Any) -> Any:
     torch.save(state, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
-
-
-def test_state_survives_a_checkpoint(tmp_path, watcher):
-    stream = stream_of(tmp_path, watcher)
-    write(stream, stream.next_window(), residual=("w0002",))
-    state = through_a_file(stream.state_dict())
-    other = stream_of(tmp_path, watcher)
-    other.load_state_dict(state)
-    assert other.ledger == stream.ledger
-    assert (other.arrived, other.windows) == (4, 1)
 
 
 def test_a_resumed_stream_has_the_same_worklists(tmp_path, watcher):
@@ -427,25 +289,3 @@ def test_a_resumed_stream_has_the_same_worklists(tmp_path, watcher):
         write(other, theirs)
     assert other.ledger == stream.ledger
     assert other.exhausted
-
-
-def test_loading_keeps_the_ledger_that_others_hold(tmp_path, watcher):
-    """Editor and callbacks share the stream's ledger: loading must fill it, not replace it."""
-    stream = stream_of(tmp_path, watcher)
-    write(stream, stream.next_window())
-    other = stream_of(tmp_path, watcher)
-    held = other.ledger
-    other.load_state_dict(stream.state_dict())
-    assert other.ledger is held
-    assert len(held) == 4
-
-
-def test_a_run_writes_every_edit_through_lightning(tmp_path):
-    """The whole stream under a real trainer: as many epochs as windows, every edit written once."""
-    editor = world_editor(steps=2)
-    stream = world_stream(max_edits=7, window=3, batch_size=2)
-    trainer = fit(editor, stream, [], tmp_path)
-    assert (stream.windows, trainer.current_epoch) == (3, 3)
-    assert stream.ledger.counts()["written"] == 7
-    assert [stream.ledger.entry(id).window for id in stream.ledger] == [0, 0, 0, 1, 1, 1, 2]
-    assert [stream.ledger.entry(id).attempts for id in stream.ledger] == [1] * 7
