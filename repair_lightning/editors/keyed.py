@@ -1,9 +1,9 @@
 """Keyed: each edit in a low-rank shard of its own, found by the words and the meaning of what is asked.
 
-Ours, not the paper's: REPAIR's parts (dense shards of many edits, distillation, routing loss, merge) are not in it. What
-it owes to others: a memory of one entry per edit, consulted by key, is GRACE's (arXiv 2211.11031); shards of a value
-matrix beside a frozen base are WISE's (arXiv 2405.14768); the least change of the matrix that maps given keys to given
-values is ROME's (arXiv 2202.05262).
+Ours, not the paper's: it has none of REPAIR's parts (dense shards of many edits, distillation, routing loss, merge).
+What it owes to others: a memory with one entry per edit, looked up by key, is GRACE's (arXiv 2211.11031); shards of a
+value matrix beside a frozen base are WISE's (arXiv 2405.14768); the least change of a matrix that maps given keys to
+given values is ROME's (arXiv 2202.05262).
 """
 
 from __future__ import annotations
@@ -99,11 +99,8 @@ class Keyed(ShardEditor):
         outcomes = self._asked_back(edits, LowRankWriter(self).train(rows, budget), budget)
         reports = [self._report(id, outcome) for id, outcome in zip(batch.ids, outcomes, strict=True)]
         stays = [i for i, report in enumerate(reports) if report.error is None]
-        self.enter(
-            [edits[i] for i in stays],
-            [reports[i].shard for i in stays],
-            rows.prompts.rows(torch.tensor(stays, dtype=torch.long)),
-        )
+        prompts = rows.prompts.rows(torch.tensor(stays, dtype=torch.long))
+        self.enter([edits[i] for i in stays], [reports[i].shard for i in stays], prompts)
         return reports
 
     def _report(self, id: str, outcome: Outcome) -> EditReport:

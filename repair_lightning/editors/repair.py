@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from repair_lightning.editors.base import register
 from repair_lightning.editors.dense import DenseWriter

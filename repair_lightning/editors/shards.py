@@ -115,7 +115,7 @@ class ShardEditor(Editor):
     def trial(self, layer: int) -> Iterator[ShardEditor]:
         """Another editor of the same base, with a ledger, a memory and a router of its own; afterwards it is gone."""
         assert self.base is not None
-        other: Any = make_editor(self.editor_name, self.options() | {"base": "", "layer": layer})  # type: ignore[attr-defined]
+        other: Any = make_editor(self.editor_name, self.options() | {"base": "", "layer": layer})  # type: ignore[arg-type]
         other.writing = replace(self.writing, lr=self.writing.rate, stop_margin=self.writing.margin)
         other.build(self.base, layer)
         try:
