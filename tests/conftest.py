@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from repair_lightning.editors import REGISTRY
+from repair_lightning.editors.repair import Writing
 from repair_lightning.models.prefix import pad_left
 from repair_lightning.types import Edit, EditBatch, EditReport, Probe
 
@@ -159,10 +160,14 @@ def edits() -> list[Edit]:
 
 @pytest.fixture(scope="session")
 def editor_of(folder_of, irrelevant) -> Callable[..., Any]:
-    """A loaded and prepared editor over a tiny base: `editor_of("gpt2", writing=Writing(steps=20))`."""
+    """A loaded and prepared editor over a tiny base: `editor_of("gpt2", writing=Writing(steps=20))`; `keyed`, unless
+    options are given that `repair` alone has."""
 
-    def make(model_type: str = "llama", name: str = "repair", **options: Any) -> Any:
-        editor = REGISTRY[name](str(folder_of(model_type)), precision="float32", **options)
+    def make(model_type: str = "llama", name: str | None = None, **options: Any) -> Any:
+        dense = {"routing", "distillation"} & options.keys() or isinstance(options.get("writing"), Writing)
+        editor = REGISTRY[name or ("repair" if dense else "keyed")](
+            str(folder_of(model_type)), precision="float32", **options
+        )
         editor.load()
         editor.prepare(irrelevant[:8], irrelevant[8:])
         return editor

@@ -14,7 +14,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from repair_lightning.editors import Repair
+from repair_lightning.editors import Keyed, Repair
+from repair_lightning.editors.keyed import LowRankWriting
 from repair_lightning.editors.repair import Routing, Writing
 from repair_lightning.edits.stream import EditStream
 from repair_lightning.scoring.correctness import correctness
@@ -48,11 +49,17 @@ def irrelevant_texts(number: int) -> list[str]:
     return [json.loads(line)["question"] for line in irrelevant_path().read_text().splitlines()[:number]]
 
 
-def world_editor(routing: dict[str, Any] | None = None, **writing: Any) -> Repair:
-    """The REPAIR editor on the embedded base, loaded; dense shards and fewer steps than usual unless told."""
-    options: dict[str, Any] = {"steps": 40, "form": "dense"} | writing
+def world_editor(routing: dict[str, Any] | None = None, form: str = "dense", **writing: Any) -> Any:
+    """An editor on the embedded base, loaded, with fewer steps than usual: REPAIR with its dense shards, or `keyed`
+    with low-rank ones."""
+    options: dict[str, Any] = {"steps": 40} | writing
     torch.manual_seed(0)
-    editor = Repair("world", precision="float32", writing=Writing(**options), routing=Routing(**(routing or {})))
+    editor: Any
+    if form == "dense":
+        editor = Repair("world", precision="float32", writing=Writing(**options), routing=Routing(**(routing or {})))
+    else:
+        options.pop("capacity", None)
+        editor = Keyed("world", precision="float32", writing=LowRankWriting(**options))
     editor.load()
     return editor
 
@@ -103,7 +110,7 @@ def fit(
 
 def written_editor(
     number: int = 8, capacity: int = 4, routing: dict[str, Any] | None = None, path: str = "world", **writing: Any
-) -> tuple[Repair, EditStream]:
+) -> tuple[Any, EditStream]:
     """World edits in shards of `capacity`, written without a trainer and checked on their own prompts."""
     editor = world_editor(routing, **({"steps": 40, "capacity": capacity} | writing))
     stream = attach(world_stream(path, max_edits=number, window=number, batch_size=capacity), editor)

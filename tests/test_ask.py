@@ -16,7 +16,7 @@ from helpers_runs import REPOSITORY, written_editor
 
 from repair_lightning.__main__ import parser
 from repair_lightning.commands.ask import Pair, read_prompts
-from repair_lightning.editors import Repair
+from repair_lightning.editors import Keyed
 from repair_lightning.errors import RecordError, RepairError
 from repair_lightning.packs.pack import save_pack
 from repair_lightning.scoring.protocols import answers
@@ -28,7 +28,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTH
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> tuple[Path, Repair, list[Edit]]:
+def made(tmp_path_factory) -> tuple[Path, Keyed, list[Edit]]:
     """A pack of six edits with a shard each, and the editor that wrote it."""
     editor, stream = written_editor(6, form="low_rank", capacity=1)
     return save_pack(editor, tmp_path_factory.mktemp("ask") / "pack", {}), editor, list(stream.edits)
@@ -163,7 +163,7 @@ def test_ask_reads_questions_from_a_pipe(made, monkeypatch, capsys):
 def in_chat(tmp_path_factory, tiny, tokenizer, irrelevant, edits, write) -> tuple[Path, list[Edit]]:
     """A pack of two edits of a base with a chat template."""
     base = chat_folder(tmp_path_factory.mktemp("bases") / "chat", tiny, tokenizer)
-    editor = Repair(str(base), precision="float32")
+    editor = Keyed(str(base), precision="float32")
     editor.load()
     editor.prepare(irrelevant[:8], irrelevant[8:])
     assert all(report.error is None for report in write(editor, edits[:2]))

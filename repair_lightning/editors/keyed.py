@@ -23,6 +23,7 @@ from repair_lightning.errors import ConfigError
 from repair_lightning.memory.routers import Router, make_router
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.models.forms import Template
+from repair_lightning.models.tokenizing import Encoded
 from repair_lightning.types import BASE, Edit, EditBatch, EditReport
 
 
@@ -121,15 +122,23 @@ class Keyed(ShardEditor):
         """Rows of the edits in the forms that they are written in; `checked`: also in those they are asked back in."""
         forms = self.edited.forms
         more = [(i, row) for i, edit in enumerate(edits) for row in forms.variants(edit.prompt, edit.target)[1:]]
-        if checked:
-            more += [(i, row) for i, edit in enumerate(edits) for row in forms.checks(edit.prompt, edit.target)]
-        return self.rows(edits, more)
+        return self.rows(edits, self._readable(more) + (self._checks(edits) if checked else []))
+
+    def _checks(self, edits: Sequence[Edit]) -> list[tuple[int, Encoded]]:
+        """The edits in the forms that they are asked back in, as (edit, row)."""
+        forms = self.edited.forms
+        return self._readable(
+            [(i, row) for i, edit in enumerate(edits) for row in forms.checks(edit.prompt, edit.target)]
+        )
+
+    def _readable(self, rows: Sequence[tuple[int, Encoded]]) -> list[tuple[int, Encoded]]:
+        """The rows that are not longer than what the base reads."""
+        return [(i, row) for i, row in rows if len(row.ids) <= self.max_tokens]
 
     def _asked_back(self, edits: Sequence[Edit], outcomes: list[Outcome], budget: int) -> list[Outcome]:
         """The outcomes where each edit is asked in forms that it was not written in; those that do not hold there are
         written again with these forms among the others."""
-        forms = self.edited.forms
-        asked = [(i, row) for i, edit in enumerate(edits) for row in forms.checks(edit.prompt, edit.target)]
+        asked = self._checks(edits)
         if not asked:
             return outcomes
         captures = self.edited.captures([row.ids for _, row in asked])

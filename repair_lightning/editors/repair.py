@@ -23,6 +23,7 @@ from torch import Tensor
 
 from repair_lightning.editors.base import register
 from repair_lightning.editors.dense import DenseWriter
+from repair_lightning.editors.inner_loop import TargetRows
 from repair_lightning.editors.shards import ShardEditor, Steps
 from repair_lightning.errors import ConfigError
 from repair_lightning.functional import Margins, activation_scores
@@ -233,12 +234,7 @@ class Repair(ShardEditor):
         """
         module = self._dense(shard)
         before = module.delta.detach().clone()
-        more = [
-            (i, self._encode(behind(context, edit.prompt), edit.target))
-            for i, edit in enumerate(batch.edits)
-            for context in self.contexts
-        ]
-        rows = self.rows(batch.edits, more, self._rehearsal(shard, batch))
+        rows = self._rows(batch.edits, self._rehearsal(shard, batch))
         budget = self.writing.steps * (1 + self.attempts(batch.edits))
         steps, loss, kd = DenseWriter(self).train(shard, module, rows, budget)
         size = float(module.delta.detach().norm())  # a norm layer can hide an overflow from the loss
@@ -256,6 +252,11 @@ class Repair(ShardEditor):
         kept = [edit for edit, stay in zip(batch.edits, stays, strict=True) if stay]
         self.enter(kept, [shard] * len(kept), rows.prompts.rows(torch.tensor(stays)))
         return [EditReport(id, shard, loss[i], kd[i], steps, not stays[i]) for i, id in enumerate(batch.ids)]
+
+    def _rows(self, edits: Sequence[Edit], rehearsed: Sequence[Edit] = ()) -> TargetRows:
+        """The training rows of a batch: its own, each again after texts that the base wrote, and rehearsed edits."""
+        texts = [(i, behind(context, edit.prompt)) for i, edit in enumerate(edits) for context in self.contexts]
+        return self.rows(edits, [(i, self._encode(text, edits[i].target)) for i, text in texts], rehearsed)
 
     def batch_limit(self, edits: Sequence[Edit]) -> int:
         """Besides, no more than `capacity`, a quarter of it after each attempt."""

@@ -244,7 +244,11 @@ class ShardEditor(Editor):
         take([edit.id for edit in edits], described)
 
     def finish_window(self) -> None:
-        """Calibrate the router on what the shards own and on held-out irrelevant prompts."""
+        """Calibrate the router."""
+        self.calibrate()
+
+    def calibrate(self) -> None:
+        """Thresholds again, from what the shards own and held-out irrelevant prompts; call it when a shard changed."""
         owned = {}
         if self.router.needs_owned:
             for shard in self.memory.ids:

@@ -23,6 +23,7 @@ from helpers_runs import (
 )
 
 from callbacks import ErrorSampleMonitor, ProbeGate, PruneAndRetrigger
+from repair_lightning.editors import Repair
 from repair_lightning.edits.ledger import EditStatus
 from repair_lightning.packs.pack import shard_tensors
 from repair_lightning.types import BASE, EditReport
@@ -118,7 +119,7 @@ def test_a_window_that_breaks_probes_is_taken_back_bit_by_bit_and_its_edits_wait
         assert n > 1 or len(window.changed) == 4
         for entry in window.changed.values():
             # Who shared the guilty one's shard is suspected once; alone it is the only one that this counts against.
-            attempts = n if entry.edit.id == guilty else int(editor.writing.form == "dense")
+            attempts = n if entry.edit.id == guilty else int(isinstance(editor, Repair))
             assert (entry.status, entry.shard, entry.attempts) == (EditStatus.REQUEUED, None, attempts)
             assert entry.reason.startswith("window rolled back: ")
             assert entry.reason.endswith(" of the probes lost their answer")

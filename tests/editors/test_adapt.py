@@ -13,32 +13,32 @@ import torch
 from helpers_runs import fit, world_edits, world_stream, write_edits
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from repair_lightning.editors import Keyed, repair
 from repair_lightning.editors import adapt as adapting
-from repair_lightning.editors import repair
 from repair_lightning.editors.adapt import Adapted, make_probes
-from repair_lightning.editors.repair import Repair, Routing, Writing
+from repair_lightning.editors.keyed import LowRankWriting
 from repair_lightning.errors import ConfigError
 
-ALL = {"layer": "auto", "writing": Writing(lr="auto", stop_margin="auto")}
+ALL = {"layer": "auto", "writing": LowRankWriting(lr="auto", stop_margin="auto")}
 
 
-def loaded(folder: Path, **options: Any) -> Repair:
-    editor = Repair(str(folder), precision="float32", **options)
+def loaded(folder: Path, **options: Any) -> Keyed:
+    editor = Keyed(str(folder), precision="float32", **options)
     editor.load()
     return editor
 
 
-def prepared(folder: Path, irrelevant: list[str], **options: Any) -> Repair:
+def prepared(folder: Path, irrelevant: list[str], **options: Any) -> Keyed:
     editor = loaded(folder, **options)
     editor.prepare(irrelevant[:8], irrelevant[8:])
     return editor
 
 
-def settings_of(editor: Repair) -> tuple[Any, ...]:
+def settings_of(editor: Keyed) -> tuple[Any, ...]:
     return editor.layer, editor.writing.lr, editor.writing.stop_margin
 
 
-def table(editor: Repair) -> list[dict[str, Any]]:
+def table(editor: Keyed) -> list[dict[str, Any]]:
     """What was tried and how it fared; how long it took differs."""
     assert editor.adapted is not None
     return [{name: value for name, value in row.items() if name != "seconds"} for row in editor.adapted.candidates]
@@ -85,7 +85,7 @@ def test_another_layer_where_the_last_one_cannot_be_written(crippled, irrelevant
 def test_a_learning_rate_that_reaches_the_target(folder_of, irrelevant, monkeypatch):
     """With a first candidate that is far too small to write anything in the steps that there are, another is taken."""
     monkeypatch.setattr(adapting, "RATES", (1e-6, 1.0))
-    editor = prepared(folder_of("llama"), irrelevant, writing=Writing(lr="auto"))
+    editor = prepared(folder_of("llama"), irrelevant, writing=LowRankWriting(lr="auto"))
     assert [row["written"] for row in table(editor)] == [0.0, 1.0]
     assert settings_of(editor) == (2, 1.0, 2.0)
 
@@ -111,7 +111,7 @@ def hooks_of(model: Any) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
-@pytest.mark.parametrize(("model", "options"), [("llama", {"routing": Routing("hybrid")}), ("crippled", {})])
+@pytest.mark.parametrize(("model", "options"), [("llama", {}), ("crippled", {})])
 def test_the_probes_leave_no_trace(folder_of, crippled, irrelevant, write, edits, model, options):
     """Found or given by hand, the settings write the same bits, and the generators go on where they were."""
     folder = crippled if model == "crippled" else folder_of(model)
@@ -126,7 +126,7 @@ def test_the_probes_leave_no_trace(folder_of, crippled, irrelevant, write, edits
     assert not any(parameter.requires_grad for parameter in editor.base.model.parameters())
     assert len(editor.memory) == editor.memory.next_id == len(editor.ledger) == 0
     layer, lr, margin = settings_of(editor)
-    same = prepared(folder, irrelevant, layer=layer, writing=Writing(lr=lr, stop_margin=margin), **options)
+    same = prepared(folder, irrelevant, layer=layer, writing=LowRankWriting(lr=lr, stop_margin=margin), **options)
     assert str(editor.router.state_dict()) == str(same.router.state_dict())
     reports = [write(one, edits) for one in (editor, same)]
     assert reports[0] == reports[1]
@@ -141,10 +141,10 @@ def test_the_probes_leave_no_trace(folder_of, crippled, irrelevant, write, edits
 CHOSEN = Adapted(6, 0.5, 1.0, 12, 0.1, ({"layer": 6, "written": 1.0},))
 
 
-def world_run(folder: Path, epochs: int = -1, ckpt_path: Path | None = None) -> Repair:
+def world_run(folder: Path, epochs: int = -1, ckpt_path: Path | None = None) -> Keyed:
     """Two windows of two edits with everything left to `auto`, and a checkpoint after each."""
     folder.mkdir()
-    editor = Repair("world", "auto", "float32", writing=Writing(lr="auto", stop_margin="auto"))
+    editor = Keyed("world", "auto", "float32", writing=LowRankWriting(lr="auto", stop_margin="auto"))
     stream = world_stream(write_edits(folder / "edits.jsonl", world_edits(4)), window=2, batch_size=2)
     saver = ModelCheckpoint(folder, filename="last", every_n_epochs=1, enable_version_counter=False)
     path = str(ckpt_path) if ckpt_path else None
@@ -173,10 +173,10 @@ def test_a_resumed_run_keeps_what_was_chosen(tmp_path, monkeypatch):
     ("options", "words"),
     [
         ({"layer": "foo"}, "layer must be a whole number, null for the default, or 'auto', got 'foo'; negative"),
-        ({"writing": Writing(lr="fast")}, "writing.lr must be a number or 'auto', got 'fast'"),
-        ({"writing": Writing(stop_margin="wide")}, "writing.stop_margin must be a number or 'auto', got 'wide'"),
+        ({"writing": LowRankWriting(lr="fast")}, "writing.lr must be a number or 'auto', got 'fast'"),
+        ({"writing": LowRankWriting(stop_margin="wide")}, "writing.stop_margin must be a number or 'auto', got 'wide'"),
     ],
 )
 def test_a_word_that_is_not_auto(options, words):
     with pytest.raises(ConfigError, match=words):
-        Repair("somewhere", **options)
+        Keyed("somewhere", **options)

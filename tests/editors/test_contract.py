@@ -40,7 +40,7 @@ OPTIONS: dict[str, dict] = {
     "defer": {"lr": 0.02, "steps": 200, "stop_margin": 3.0},
     "wise": {
         "routing": Routing(),  # to activations all prompts of a tiny base look alike
-        "writing": Writing(form="dense", mask_ratio=0.5, stop_margin=4.0, steps=300),
+        "writing": Writing(mask_ratio=0.5, stop_margin=4.0, steps=300),
     },
 }
 """Constructor arguments for editors whose defaults do not suit a tiny base."""

@@ -22,7 +22,7 @@ each_model = pytest.mark.parametrize("model_type", MODELS)
 
 def dense(optimizer: str = "adam", **options: Any) -> Writing:
     """How to write dense shards."""
-    return Writing("dense", optimizer, **options)
+    return Writing(optimizer, **options)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ ROUTING = Routing(router="activation", weight=0.0)
 
 
 def writing(**options) -> Writing:
-    return Writing(**({"form": "dense", "mask_ratio": 0.2, "steps": 3, "capacity": 2, "replay": 0} | options))
+    return Writing(**({"mask_ratio": 0.2, "steps": 3, "capacity": 2, "replay": 0} | options))
 
 
 @pytest.fixture
@@ -77,7 +77,6 @@ class TestMerge:
         ({"mode": "both"}, "mode must be one of retrieve, merge, got 'both'"),
         ({"subspaces": 1}, "subspaces must be at least 2, got 1"),
         ({"density": 0.0}, r"density must be in \(0, 1\], got 0.0"),
-        ({"writing": Writing(), "routing": ROUTING}, "writing.form must be dense"),
         ({"writing": writing(lr="auto")}, "writing.lr must be a number, got 'auto'"),
     ],
 )

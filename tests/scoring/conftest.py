@@ -10,7 +10,7 @@ import torch
 from helpers_runs import written_editor
 from transformers import AutoModelForCausalLM
 
-from repair_lightning.editors.repair import Repair
+from repair_lightning.editors import Keyed
 from repair_lightning.types import BASE
 from repair_lightning.world import base_dir
 
@@ -42,9 +42,9 @@ def plain(written) -> Callable[[int], Any]:
 
 
 @pytest.fixture(scope="session")
-def chat_editor(chat_folder, irrelevant, write, edits) -> Repair:
+def chat_editor(chat_folder, irrelevant, write, edits) -> Keyed:
     """Four edits in low-rank shards of a base with a chat template. Tests must leave it as it is."""
-    editor = Repair(str(chat_folder), precision="float32")
+    editor = Keyed(str(chat_folder), precision="float32")
     editor.load()
     editor.prepare(irrelevant[:8], irrelevant[8:])
     assert all(report.error is None for report in write(editor, edits[:4]))

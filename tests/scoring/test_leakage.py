@@ -12,7 +12,7 @@ import torch
 from helpers_runs import fit, hard_edits, irrelevant_texts, without_probes, world_editor, world_stream, write_edits
 
 from callbacks import ErrorSampleMonitor, LossAwareTiesMerge, ProbeGate, PruneAndRetrigger, Scoreboard
-from repair_lightning.editors.repair import Repair
+from repair_lightning.editors import Keyed
 from repair_lightning.models import forms as written_forms
 from repair_lightning.packs.pack import save_pack
 from repair_lightning.scoring import forms as asked_forms
@@ -77,7 +77,7 @@ def default_run(folder: Path, base: str, edits: list[Edit], forms: int) -> tuple
     """A run of the default editor with everything that reports and everything that decides; its pack."""
     folder.mkdir()
     torch.manual_seed(0)
-    editor = Repair(base, precision="float32")
+    editor = Keyed(base, precision="float32")
     texts = folder / "irrelevant.jsonl"
     texts.write_text("".join(json.dumps({"question": text}) + "\n" for text in irrelevant_texts(40)))
     stream = world_stream(write_edits(folder / "edits.jsonl", edits), irrelevant=str(texts), window=4)

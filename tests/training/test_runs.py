@@ -215,7 +215,7 @@ def test_sigterm_ends_all_ranks_and_is_said_once(folder, two):
     assert fingerprint(folder / "term") == fingerprint(two)
 
 
-DENSE = ("--model.writing.form", "dense", "--merge.enabled", "false")
+DENSE = ("--model", "Repair", "--merge.enabled", "false")
 
 
 def test_as_slurm_starts_it(folder, two, monkeypatch):
