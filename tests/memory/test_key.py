@@ -212,25 +212,6 @@ class TestStorage:
         [*(asked for _, asked in EDITS), "Who is Orsk's mayor?", "Who was it who made C++?", "What colour is Orsk?"]
     )
 
-    def history(self) -> KeyRouter:
-        router = with_edits(*self.EDITS, PAUL)
-        router.forget(["e1", "e6"])
-        add(router, FOUNDED, first=1)
-        return router
-
-    def test_stored_and_loaded_says_the_same(self, tmp_path):
-        router = self.history()
-        torch.save(router.state_dict(), tmp_path / "key.pt")
-        fresh = KeyRouter(**router.options())
-        fresh.load_state_dict(torch.load(tmp_path / "key.pt", weights_only=True))
-        fresh.read = read
-        for either in (router, fresh):
-            assert same(either.route(self.ASKED, NOWHERE), router.route(self.ASKED, NOWHERE))
-            add(either, PAUL, first=9)
-        assert same(fresh.route(self.ASKED, NOWHERE), router.route(self.ASKED, NOWHERE))
-        assert fresh.known == router.known
-        assert torch.equal(fresh.numbers, router.numbers)
-
     def test_stored_in_rows_and_put_together_again(self):
         """Rows that were stored once and are gone since are passed over."""
         router = with_edits(*self.EDITS)
@@ -244,7 +225,11 @@ class TestStorage:
         fresh = KeyRouter()
         fresh.load_state_dict(KeyRouter.state_of_rows(router.state_beside_rows(), parts))
         fresh.read = read
-        assert fresh.ids == router.ids
+        assert (fresh.ids, fresh.known) == (router.ids, router.known)
+        assert same(fresh.route(self.ASKED, NOWHERE), router.route(self.ASKED, NOWHERE))
+        for either in (router, fresh):
+            add(either, PAUL, first=9)
+        assert torch.equal(fresh.numbers, router.numbers)
         assert same(fresh.route(self.ASKED, NOWHERE), router.route(self.ASKED, NOWHERE))
 
     def test_described_on_one_rank_and_inserted_on_another(self):
