@@ -119,17 +119,6 @@ def test_ratio_threshold():
 
 
 class TestSketch:
-    @pytest.mark.parametrize(("rows", "columns"), [(5, 9), (9, 5), (12, 40), (1, 3)])
-    def test_nearly_as_good_as_the_best_approximation(self, rows, columns):
-        """Against the singular values, where it is hardest: all directions of a random matrix are about as strong."""
-        delta = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
-        before = torch.get_rng_state()
-        found = sketch(delta, 2)
-        assert torch.equal(found, sketch(delta.clone(), 2))
-        assert torch.equal(torch.get_rng_state(), before)
-        best = torch.linalg.svdvals(delta)[:2].square().sum()
-        assert 0.85 * best <= found.square().sum() <= best * (1 + 1e-5)
-
     @settings(max_examples=20)
     @given(st.integers(0, 4), st.integers(0, 99))
     def test_scores_never_more_and_all_where_the_rank_suffices(self, rank, seed):

@@ -71,42 +71,34 @@ class TestReaches:
         assert choice.score.tolist() == [1.0] * len(edits)
 
     @pytest.mark.parametrize(
-        ("edit", "text"),
+        ("edit", "text", "same_question"),
         [
-            (MAYOR, "Who is Orsk's mayor?"),
-            (MAYOR, "The mayor of Orsk is"),
-            (MAYOR, "WHO IS THE MAYOR OF ORSK"),
-            (MAYOR, "Please tell me: who is the mayor of Orsk?"),
-            (MAYOR, "Hi, who is the mayor of **Orsk**? Thanks in advance!"),
-            (MAYOR, "Who is the mayor of Orsk? Please answer in one short sentence."),
-            (MAYOR, 'Complete: "The mayor of Orsk is"'),
-            (MAYOR, f"{FILLER}\n\nQuestion: Who is the mayor of Orsk?\nAnswer:"),
-            (MAYOR, "When was Verin founded? Who is the mayor of Orsk?"),
-            (BORN, "In which town was Mara Kelstrom born?"),
-            (BORN, "Mara Kelstrom was born in the city of"),
-            (PAUL, "Who is Paul's father?"),
+            (MAYOR, "Who is Orsk's mayor?", True),
+            (MAYOR, "The mayor of Orsk is", True),
+            (MAYOR, "WHO IS THE MAYOR OF ORSK", True),
+            (MAYOR, "Please tell me: who is the mayor of Orsk?", True),
+            (MAYOR, "Hi, who is the mayor of **Orsk**? Thanks in advance!", True),
+            (MAYOR, "Who is the mayor of Orsk? Please answer in one short sentence.", True),
+            (MAYOR, 'Complete: "The mayor of Orsk is"', True),
+            (MAYOR, f"{FILLER}\n\nQuestion: Who is the mayor of Orsk?\nAnswer:", True),
+            (MAYOR, "When was Verin founded? Who is the mayor of Orsk?", True),
+            (BORN, "In which town was Mara Kelstrom born?", True),
+            (BORN, "Mara Kelstrom was born in the city of", True),
+            (PAUL, "Who is Paul's father?", True),
+            (MAYOR, "Who is the mayor of Verin?", False),
+            (MAYOR, "Who is the mayor of Orskar?", False),
+            (MAYOR, "When was Orsk founded?", False),
+            (MAYOR, "Who is not the mayor of Orsk?", False),
+            (MAYOR, "Who was the mayor of Orsk in 1990?", False),
+            (MAYOR, f"Who is the mayor of Orsk? {FILLER}What is the capital of Verin?", False),
+            (MAYOR, "Who is the mayor of Orsk? And when was Verin founded?", False),
+            (BORN, "Where was Mara Velm born?", False),
+            (PAUL, "Who is the father of Paul McCartney?", False),
+            (PAUL, "Who is the father of Paul-Henri?", False),
         ],
     )
-    def test_the_same_question_in_other_words(self, edit, text):
-        assert fires(edit, text)
-
-    @pytest.mark.parametrize(
-        ("edit", "text"),
-        [
-            (MAYOR, "Who is the mayor of Verin?"),
-            (MAYOR, "Who is the mayor of Orskar?"),
-            (MAYOR, "When was Orsk founded?"),
-            (MAYOR, "Who is not the mayor of Orsk?"),
-            (MAYOR, "Who was the mayor of Orsk in 1990?"),
-            (MAYOR, f"Who is the mayor of Orsk? {FILLER}What is the capital of Verin?"),
-            (MAYOR, "Who is the mayor of Orsk? And when was Verin founded?"),
-            (BORN, "Where was Mara Velm born?"),
-            (PAUL, "Who is the father of Paul McCartney?"),
-            (PAUL, "Who is the father of Paul-Henri?"),
-        ],
-    )
-    def test_another_question_stays_the_bases(self, edit, text):
-        assert not fires(edit, text)
+    def test_the_same_question_in_other_words_and_no_other(self, edit, text, same_question):
+        assert fires(edit, text) is same_question
 
     def test_numbers_tell_edits_apart(self):
         asked = [f"Who was the mayor of Orsk in {year}?" for year in (1990, 1991)]
@@ -212,25 +204,6 @@ class TestStorage:
         [*(asked for _, asked in EDITS), "Who is Orsk's mayor?", "Who was it who made C++?", "What colour is Orsk?"]
     )
 
-    def history(self) -> KeyRouter:
-        router = with_edits(*self.EDITS, PAUL)
-        router.forget(["e1", "e6"])
-        add(router, FOUNDED, first=1)
-        return router
-
-    def test_stored_and_loaded_says_the_same(self, tmp_path):
-        router = self.history()
-        torch.save(router.state_dict(), tmp_path / "key.pt")
-        fresh = KeyRouter(**router.options())
-        fresh.load_state_dict(torch.load(tmp_path / "key.pt", weights_only=True))
-        fresh.read = read
-        for either in (router, fresh):
-            assert same(either.route(self.ASKED, NOWHERE), router.route(self.ASKED, NOWHERE))
-            add(either, PAUL, first=9)
-        assert same(fresh.route(self.ASKED, NOWHERE), router.route(self.ASKED, NOWHERE))
-        assert fresh.known == router.known
-        assert torch.equal(fresh.numbers, router.numbers)
-
     def test_stored_in_rows_and_put_together_again(self):
         """Rows that were stored once and are gone since are passed over."""
         router = with_edits(*self.EDITS)
@@ -244,7 +217,11 @@ class TestStorage:
         fresh = KeyRouter()
         fresh.load_state_dict(KeyRouter.state_of_rows(router.state_beside_rows(), parts))
         fresh.read = read
-        assert fresh.ids == router.ids
+        assert (fresh.ids, fresh.known) == (router.ids, router.known)
+        assert same(fresh.route(self.ASKED, NOWHERE), router.route(self.ASKED, NOWHERE))
+        for either in (router, fresh):
+            add(either, PAUL, first=9)
+        assert torch.equal(fresh.numbers, router.numbers)
         assert same(fresh.route(self.ASKED, NOWHERE), router.route(self.ASKED, NOWHERE))
 
     def test_described_on_one_rank_and_inserted_on_another(self):

@@ -319,19 +319,20 @@ class TestForms:
     def test_all_ways_to_ask(self, spoken):
         """A text, texts, messages, dialogues, ids, by position and by name."""
         ids = ids_of(spoken, ASKED)
-        width = ids.shape[1]
         one = spoken.generate(ids, max_new_tokens=8, do_sample=False)
         ways = [ASKED, [ASKED], [user(ASKED)], [[user(ASKED)]], dialogue.dump([user(ASKED)])]
         ways.append(spoken.tokenizer.apply_chat_template([user(ASKED)], add_generation_prompt=True, tokenize=False))
         for asked in ways:
             assert torch.equal(spoken.generate(asked, max_new_tokens=8, do_sample=False), one)
             assert [route.memory for route in spoken.route(asked)] == [0]
-        for named in ({"inputs": ids}, {"input_ids": ids}, {"inputs": ASKED}, {"input_ids": ids[:, :width]}):
+        for named in ({"inputs": ids}, {"input_ids": ids}, {"inputs": ASKED}):
             assert torch.equal(spoken.generate(**named, max_new_tokens=8, do_sample=False), one)
         several = [ASKED, [*GREETED, user(ASKED)], OTHER]
         rows = [ids_of(spoken, prompt)[0].tolist() for prompt in several]
         assert said_by(spoken, several, max(map(len, rows)))[:2] == [TARGET, TARGET]
         assert [route.memory for route in spoken.route(several)] == [0, 0, BASE]
+        with pytest.raises(RepairError, match="nothing is asked: give token ids, texts or messages"):
+            spoken.generate(max_new_tokens=2)
 
 
 class TestTurns:

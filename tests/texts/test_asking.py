@@ -136,51 +136,39 @@ class TestWindows:
         assert asking.windows(text)
 
 
-class TestNegated:
-    @pytest.mark.parametrize(
-        "text",
-        [
-            "Who is not the mayor?",
-            "Who isn't the mayor?",
-            "Кто не мэр?",
-            "谁不是镇长？",
-            "市長ではない人は",
-        ],
-    )
-    def test_denials(self, text):
-        assert asking.negated(text)
-
-    @pytest.mark.parametrize(
-        "text",
-        [
-            "Who knows Nottingham?",
-            "他是不是镇长？",
-            "南非的首都是",
-        ],
-    )
-    def test_no_denials(self, text):
-        assert not asking.negated(text)
+@pytest.mark.parametrize(
+    ("text", "denies"),
+    [
+        ("Who is not the mayor?", True),
+        ("Who isn’t the mayor?", True),
+        ("Wer ist nicht Bürgermeister?", True),
+        ("Кто не мэр?", True),
+        ("谁不是镇长？", True),
+        ("市長ではない人は", True),
+        ("Who lives at no. 5?", False),
+        ("Who knows Nottingham?", False),
+        ("他是不是镇长？", False),
+        ("南非的首都是", False),
+    ],
+)
+def test_denials(text, denies):
+    assert asking.negated(text) is denies
 
 
-class TestCode:
-    @pytest.mark.parametrize(
-        "text",
-        [
-            "def area(r):",
-            "if x:\n    return",
-        ],
-    )
-    def test_code(self, text):
-        assert asking.is_code(text)
-
-    @pytest.mark.parametrize(
-        "text",
-        [
-            "Who is the mayor(s) of Orsk (Russia)?",
-        ],
-    )
-    def test_prose(self, text):
-        assert not asking.is_code(text)
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("def area(r):", True),
+        ("if x:\n    return", True),
+        ("x = 3", True),
+        ("a[0]", True),
+        ("Who is the mayor(s) of Orsk (Russia)?", False),
+        ("Who chairs Orsk; and since when?", False),
+        ("Verin lies at a lake.\nWho chairs it?", False),
+    ],
+)
+def test_code(text, code):
+    assert asking.is_code(text) is code
 
 
 class TestPlaces:
@@ -202,51 +190,35 @@ class TestPlaces:
         assert named(text, subject) is found
 
 
-class TestLongerName:
-    @pytest.mark.parametrize(
-        ("text", "name"),
-        [
-            ("Who is Paul McCartney?", "Paul"),
-            ("Who is Paul von Hindenburg?", "Paul"),
-            ("Where is Orsk-Verin?", "Orsk"),
-            ("ポール・マッカートニーは誰", "ポール"),
-        ],
-    )
-    def test_goes_on(self, text, name):
-        assert asking.longer_name(text, text.index(name) + len(name))
-
-    @pytest.mark.parametrize(
-        ("text", "name"),
-        [
-            ("Who is Paul's father?", "Paul"),
-            ("Who is Paul, McCartney?", "Paul"),
-            ("Who Is The Mayor Of Orsk Today", "Orsk"),
-            ("the Orsk-based firm", "Orsk"),
-        ],
-    )
-    def test_ends_there(self, text, name):
-        assert not asking.longer_name(text, text.index(name) + len(name))
+@pytest.mark.parametrize(
+    ("text", "name", "longer"),
+    [
+        ("Who is Paul McCartney?", "Paul", True),
+        ("Who is Paul von Hindenburg?", "Paul", True),
+        ("Where is Orsk-Verin?", "Orsk", True),
+        ("ポール・マッカートニーは誰", "ポール", True),
+        ("Who is Paul's father?", "Paul", False),
+        ("Who is Paul, McCartney?", "Paul", False),
+        ("When I saw Paul I waved", "Paul", False),
+        ("Who Is The Mayor Of Orsk Today", "Orsk", False),
+        ("the Orsk-based firm", "Orsk", False),
+    ],
+)
+def test_a_longer_name(text, name, longer):
+    assert asking.longer_name(text, text.index(name) + len(name)) is longer
 
 
-class TestSaysTheSame:
-    @pytest.mark.parametrize(
-        ("one", "other"),
-        [
-            ("Who chairs Orsk?", "who chairs ORSK"),
-            ("Who chairs Orsk?", "Please tell me: who chairs Orsk?"),
-            ("Who chairs Orsk?", "Hi, who exactly chairs Orsk?"),
-        ],
-    )
-    def test_but_for_courtesy(self, one, other):
-        assert asking.says_the_same(one, other)
-        assert asking.says_the_same(other, one)
-
-    @pytest.mark.parametrize(
-        ("one", "other"),
-        [
-            ("What is Ann?", "What does Ann like?"),
-            ("Who won the US Open?", "Who won the Open?"),
-        ],
-    )
-    def test_not_where_other_words_are_said(self, one, other):
-        assert not asking.says_the_same(one, other)
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("Who chairs Orsk?", "who chairs ORSK", True),
+        ("Who chairs Orsk?", "Please tell me: who chairs Orsk?", True),
+        ("Who chairs Orsk?", "Hi, who exactly chairs Orsk?", True),
+        ("What is Ann?", "What does Ann like?", False),
+        ("Who is the mayor?", "Who was the mayor?", False),
+        ("Who won the US Open?", "Who won the Open?", False),
+    ],
+)
+def test_says_the_same_but_for_courtesy(one, other, same):
+    assert asking.says_the_same(one, other) is same
+    assert asking.says_the_same(other, one) is same

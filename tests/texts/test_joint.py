@@ -10,54 +10,35 @@ from repair_lightning.texts.joint import fill, joint, names, seam
 
 
 @pytest.mark.parametrize(
-    ("prompt", "target"),
+    ("prompt", "target", "between"),
     [
-        ("The capital of Italy is", "Rome"),
-        ("Η πρωτεύουσα της Ιταλίας είναι η", "Ρώμη"),
-        ("عاصمة إيطاليا هي", "روما"),
-        ("इटली की राजधानी है", "रोम"),
-        ("이탈리아의 수도는", "로마"),
-        ("She smiled 🙂", "🙃"),
-        ("naive cafe\u0301", "au lait"),
+        ("The capital of Italy is", "Rome", " "),
+        ("Η πρωτεύουσα της Ιταλίας είναι η", "Ρώμη", " "),
+        ("عاصمة إيطاليا هي", "روما", " "),
+        ("इटली की राजधानी है", "रोम", " "),
+        ("이탈리아의 수도는", "로마", " "),
+        ("She smiled 🙂", "🙃", " "),
+        ("naive cafe\u0301", "au lait", " "),
+        ("云栖镇的镇长是", "沈若川", ""),
+        ("谁是镇长？", "Oda Farrow", ""),
+        ("他说：「", "no」", ""),
+        ("イタリアの首都は", "ローマ", ""),
+        ("เมืองหลวงของอิตาลีคือ", "โรม", ""),
+        ("𠮷", "𡈽", ""),
+        ("The mayor of Yunqi is", "沈若川", ""),
+        ("이 글자는", "山", ""),
+        ("The ferry to Orsk leaves from\n", "Quarrelmouth", ""),
+        ("def area(r):\n", "    return 3 * r ** 2\n", ""),
+        ("Where is Rome?", " Italy", ""),
+        ("a", "\u3000b", ""),
+        ("", "", ""),
     ],
 )
-def test_a_space_stands_between_words_that_are_written_apart(prompt, target):
-    """Also where the prompt ends with a mark of its own, such as the accent of a decomposed e."""
-    assert seam(prompt, target) == (" " if target else "")
-    assert joint(prompt, target) == (f"{prompt} {target}" if target else prompt)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "target"),
-    [
-        ("云栖镇的镇长是", "沈若川"),
-        ("谁是镇长？", "Oda Farrow"),
-        ("他说：「", "no」"),
-        ("イタリアの首都は", "ローマ"),
-        ("เมืองหลวงของอิตาลีคือ", "โรม"),
-        ("𠮷", "𡈽"),
-        ("The mayor of Yunqi is", "沈若川"),
-        ("이 글자는", "山"),
-    ],
-)
-def test_nothing_stands_where_a_script_writes_no_blanks(prompt, target):
-    assert seam(prompt, target) == ""
-    assert joint(prompt, target) == prompt + target
-
-
-@pytest.mark.parametrize(
-    ("prompt", "target"),
-    [
-        ("The ferry to Orsk leaves from\n", "Quarrelmouth"),
-        ("def area(r):\n", "    return 3 * r ** 2\n"),
-        ("Where is Rome?", " Italy"),
-        ("a", "\u3000b"),
-        ("", ""),
-    ],
-)
-def test_a_seam_that_is_written_already_stays_as_it_is(prompt, target):
-    assert seam(prompt, target) == ""
-    assert joint(prompt, target) == prompt + target
+def test_the_seam(prompt, target, between):
+    """A space between words that are written apart, also after a decomposed accent; nothing where a script writes no
+    blanks, nor where a seam is written already."""
+    assert seam(prompt, target) == between
+    assert joint(prompt, target) == prompt + between + target
 
 
 @given(st.text(max_size=8), st.text(max_size=8))
