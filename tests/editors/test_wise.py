@@ -50,9 +50,9 @@ class TestRetrieve:
         """As it was filled: what is left of it must not gain from being trained together."""
         editor = make(capacity=8)
         write(editor, edits[:4], 1)
-        written, plain = [], WISE._write_dense
+        written, plain = [], WISE.rewrite
         monkeypatch.setattr(
-            WISE, "_write_dense", lambda self, batch, shard: written.append(batch.ids) or plain(self, batch, shard)
+            WISE, "rewrite", lambda self, batch, shard: written.append(batch.ids) or plain(self, batch, shard)
         )
         assert editor.undo(["e1"]) == ["e0", "e2", "e3"]
         assert written == [("e0",), ("e2",), ("e3",)]
