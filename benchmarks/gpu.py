@@ -21,7 +21,7 @@ from repair_lightning.models.base import Base, load_tokenizer
 from repair_lightning.types import Edit
 from repair_lightning.world import WORLD, base_dir
 
-LLAMA3_8B: Mapping[str, int] = {
+LLAMA3_8B = {
     "hidden_size": 4096,
     "num_hidden_layers": 32,
     "intermediate_size": 14336,
