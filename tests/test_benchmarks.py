@@ -13,20 +13,14 @@ import pytest
 import torch
 from helpers_runs import REPOSITORY, world_edits
 
-from benchmarks import editing, flat, gpu, machine, merging, report, roofline, streams
+from benchmarks import editing, flat, machine, merging, report, roofline, streams
 from benchmarks.__main__ import main
 from benchmarks.context import PARTS, Context, parse
 from callbacks import LossAwareTiesMerge
 from repair_lightning.editors.repair import Writing
 
-TINY = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "vocab_size": 2560,
-}
-TINY = gpu.LLAMA3_8B | TINY | {"num_key_value_heads": 2}
+TINY = {"hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48, "num_attention_heads": 4}
+TINY |= {"num_key_value_heads": 2, "vocab_size": 2560, "max_position_embeddings": 128}
 
 
 @pytest.fixture
