@@ -1,126 +1,99 @@
-"""Results as JSON, as tables in the terminal, and as one Markdown page per base."""
+"""Results as JSON, and as tables in Markdown: in the terminal, and on one page per base.
+
+A part is a module: its docstring says what is measured, and `run_part(context)` returns rows of plain values by the
+title of their table, or of one without a title. Lists in a row are for the JSON file alone.
+"""
 
 from __future__ import annotations
 
 import datetime
 import importlib
+import inspect
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table as RichTable
-
 from benchmarks.context import PARTS, Context
 
-_WIDTH = 150
+WIDTH = 150
 """Columns that the widest table needs."""
+MIB = 2**20
+Rows = list[dict[str, Any]]
+Result = Rows | dict[str, Rows] | str
+"""A part's table, or several by their titles; or why there is none."""
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table of strings with a sentence below it."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-    note: str = ""
+def percent(share: float | None) -> float | None:
+    """A share in per cent; nothing of nothing."""
+    return None if share is None else 100 * share
 
 
-def number(value: float | None, unit: str = "") -> str:
-    """Three significant digits, whole above a hundred; `-` for None."""
+def said(value: Any) -> str:
+    """A cell: three significant digits, whole above a hundred; `-` for None."""
     if value is None:
         return "-"
-    return f"{value:,.0f}{unit}" if abs(value) >= 100 else f"{value:.3g}{unit}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{value:,}" if type(value) is int else str(value)
 
 
-def percent(share: float | None) -> str:
-    """A share in per cent, without the sign; `-` for None."""
-    return "-" if share is None else f"{100 * share:.1f}"
+def tables(part: str, result: Result) -> str:
+    """What a part measures, and its tables, in Markdown."""
+    texts = [f"## {part.capitalize()}", inspect.getdoc(module_of(part)) or ""]
+    if isinstance(result, dict):
+        texts += [text for title, rows in result.items() for text in (f"### {title}", _table(rows))]
+    else:
+        texts.append(result if isinstance(result, str) else _table(result))
+    return "\n\n".join(texts)
 
 
-def mib(count: float | None) -> str:
-    """Bytes in MiB; `-` for None."""
-    return "-" if count is None else f"{count / 2**20:,.0f}" if count >= 10 * 2**20 else f"{count / 2**20:.2f}"
+def _table(rows: Rows) -> str:
+    """A line per row."""
+    names = [name for name, value in rows[0].items() if not isinstance(value, list)]
+    lines = [names, ["---", *["---:"] * (len(names) - 1)], *([said(row[name]) for name in names] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def save(context: Context, part: str, result: dict[str, Any], machine: dict[str, Any], argv: Sequence[str]) -> Path:
-    """Write one part's JSON; returns its path."""
-    context.out.mkdir(parents=True, exist_ok=True)
-    file = context.out / f"{part}.json"
-    settings = {key: value for key, value in context.as_dict().items() if key not in ("out", "work")}
+def module_of(part: str) -> Any:
+    """The module of a part."""
+    return importlib.import_module(f"benchmarks.{part}")
+
+
+def save(context: Context, part: str, result: Result, machine: dict[str, Any], argv: Sequence[str]) -> None:
+    """Write one part's JSON."""
     content = {
         "part": part,
         "command": shlex.join(["python", "-m", "benchmarks", *argv]),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "seed": context.seed,
         "machine": machine,
-        "settings": settings,
+        "settings": context.as_dict(),
         "result": result,
     }
-    file.write_text(json.dumps(content, indent=1) + "\n")
-    return file
+    context.out.mkdir(parents=True, exist_ok=True)
+    (context.out / f"{part}.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
-def load(folder: Path) -> dict[str, dict[str, Any]]:
-    """What has been measured so far, by part in the usual order."""
-    files = {part: folder / f"{part}.json" for part in PARTS}
-    return {part: json.loads(file.read_text()) for part, file in files.items() if file.is_file()}
-
-
-def tables_of(part: str, result: dict[str, Any]) -> list[Table]:
-    """A part's own tables."""
-    found: list[Table] = importlib.import_module(f"benchmarks.{part}").tables(result)
-    return found
-
-
-def show(tables: Sequence[Table], console: Console | None = None) -> None:
-    """Print tables to the terminal."""
-    console = console or Console(width=max(Console().width, _WIDTH))
-    for table in tables:
-        shown = RichTable(title=table.title, title_justify="left", title_style="bold")
-        for i, name in enumerate(table.header):
-            shown.add_column(name, justify="right" if i else "left")
-        for row in table.rows:
-            shown.add_row(*row)
-        console.print(shown)
-        if table.note:
-            console.print(table.note, style="dim", highlight=False)
-        console.print()
-
-
-def write_markdown(folder: Path) -> Path:
+def write_page(folder: Path) -> Path:
     """One page with every part that the folder holds, each with its command, machine and date."""
-    measured = load(folder)
-    bases = dict.fromkeys(Path(content["settings"]["base"]).name for content in measured.values())
-    lines = [f"# Benchmarks: {', '.join(bases)}", ""]
-    lines += ["Written by `python -m benchmarks`; what is measured, and how: [benchmarks](../../README.md).", ""]
-    if (folder / "figure.png").is_file():
-        lines += ["![all parts](figure.png)", ""]
-    for part, content in measured.items():
-        lines += [line for table in tables_of(part, content["result"]) for line in markdown(table)]
-        lines += ["```console", content["command"], "```", "", provenance(content), ""]
+    files = [folder / f"{part}.json" for part in PARTS]
+    measured = [json.loads(file.read_text()) for file in files if file.is_file()]
+    bases = dict.fromkeys(Path(content["settings"]["base"]).name for content in measured)
+    texts = [f"# Benchmarks: {', '.join(bases)}", "Written by `python -m benchmarks` ([benchmarks](../../README.md))."]
+    for content in measured:
+        texts += [tables(content["part"], content["result"]), f"```console\n{content['command']}\n```", where(content)]
     page = folder / "results.md"
-    page.write_text("\n".join(lines).rstrip() + "\n")
+    page.write_text("\n\n".join(texts) + "\n")
     return page
 
 
-def markdown(table: Table) -> list[str]:
-    """A table as lines of Markdown."""
-    rule = "|" + "|".join(["---", *["---:"] * (len(table.header) - 1)]) + "|"
-    rows = ["| " + " | ".join(row) + " |" for row in (table.header, *table.rows)]
-    return [f"## {table.title}", "", rows[0], rule, *rows[1:], "", *([table.note, ""] if table.note else [])]
-
-
-def provenance(content: dict[str, Any]) -> str:
+def where(content: dict[str, Any]) -> str:
     """Machine, versions, seed and date in a line."""
     machine = content["machine"]
     gpu = f", {machine['gpu']}" if machine["gpu"] else ""
     return (
         f"{machine['cpu']}, {machine['cores']} cores{gpu}, {machine['threads']} thread(s), load "
         f"{machine['load_average'][0]}; torch {machine['torch']}, transformers {machine['transformers']}; commit "
-        f"{machine['commit']}; seed {content['seed']}; {content['date']}."
+        f"{machine['commit']}; seed {content['settings']['seed']}; {content['date']}."
     )

@@ -1,41 +1,43 @@
-"""Finding a prompt's memory among many: two levels against one for shards, an index by words for edits."""
+"""What does the router find where memories are many, and what does a prompt cost? Ms are of all of `route` per prompt.
+
+*Activation router*: synthetic dense shards of 128 x 512, eight edits each, four shards about each topic, at one and at
+two levels in the same process, interleaved. *Recall*: of the prompts that one level sends to a shard, the share that
+two levels send to the same one; *base*: the same of the others.
+
+*Key router*: one router that grows by edits made from the first records about invented names. *Own*, *recall*, *base*:
+of edits asked again in their own words and in the records' other words that reach their shard, and of unrelated prompts
+that the base keeps, in per cent. *Rephrased* and *unrelated*: prompts that nobody has asked before; *searched*:
+rephrases whose question the base has read. *Calibrating*, *loading*: seconds for all.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from benchmarks.context import Context
-from benchmarks.report import Table, number, percent
-from benchmarks.streams import made_up_names
-from benchmarks.timing import interleaved, seconds_of
-from repair_lightning.editors import Repair
-from repair_lightning.edits.records import load_irrelevant, load_records
-from repair_lightning.functional.relations import RelationSpace
+from benchmarks.machine import interleaved, seconds_of
+from benchmarks.report import Rows
+from benchmarks.streams import inventing, loaded, make_stream, records
 from repair_lightning.memory.query import Choice, Query
-from repair_lightning.memory.routers import ActivationRouter, Anchor, KeyRouter, Router
-from repair_lightning.memory.routers.base import Read
+from repair_lightning.memory.routers import ActivationRouter, Anchor, KeyRouter
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.texts import asking
 from repair_lightning.types import BASE, Edit
-from repair_lightning.world import WORLD, edits_path, irrelevant_path
 
-TITLE = "Routing among many"
 SHAPE = (128, 512)
 """(D, F) of the synthetic shards: 4,096 of them take 1 GiB."""
 PER_SHARD = 8
 PROMPTS, BATCH = 512, 64
 NEVER = 1 << 40
 """Two levels from so many on: one level."""
-_RECORDS = 512
-"""Records that are edits of the key router, and that the invented ones are made from."""
 _CHUNK = 5_000
 """Edits that arrive at once."""
 _TIMED = 128
@@ -43,240 +45,61 @@ _TIMED = 128
 NOWHERE = SideMemory((1, 1))
 
 
-def run_part(context: Context) -> dict[str, Any]:
-    """The activation router over banks of synthetic shards, the key router with ever more edits."""
-    banks = [bank_row(size, context) for size in context.within_limit(context.banks)]
-    sizes = context.within_limit(context.keyed)
-    keyed = list(key_rows(sizes, context)) if sizes else []
-    return {"shape": list(SHAPE), "per_shard": PER_SHARD, "prompts": PROMPTS, "batch": BATCH, "banks": banks} | {
-        "keyed": keyed
-    }
+def run_part(context: Context) -> dict[str, Rows]:
+    """A row per size of bank, and one per number of edits."""
+    banks = [bank_row(size, context) for size in context.banks]
+    return {"Activation router": banks, "Key router": list(key_rows(context))}
 
 
 # -- shards ------------------------------------------------------------------------------------------------------------
 
 
 def bank_row(size: int, context: Context) -> dict[str, Any]:
-    """A bank of `size` shards: routed rephrases of their edits, and prompts about nothing of them."""
+    """A bank of `size` shards, asked rephrases of their edits and prompts about nothing of them."""
     memory, owned, asked = synthetic_bank(size, context.seed)
     router = ActivationRouter()
-    background = plain_query(torch.randn(500, SHAPE[1], generator=torch.Generator().manual_seed(context.seed + 1)))
-    router.calibrate(memory, {shard: plain_query(own) for shard, own in owned.items()}, background)
-    unrelated = torch.randn(PROMPTS, SHAPE[1], generator=torch.Generator().manual_seed(context.seed + 2))
+    background, unrelated = torch.randn(2, PROMPTS, SHAPE[1], generator=torch.Generator().manual_seed(context.seed + 1))
+    router.calibrate(memory, {shard: plain_query(own) for shard, own in owned.items()}, plain_query(background))
     prompts = plain_query(torch.cat([asked, unrelated]))
-    router.two_level_from = 1
-    first = seconds_of(lambda: router.route(prompts.rows(slice(0, 1)), memory))
-    row = compared(router, memory, prompts, context.repeats)
-    return {"shards": size, "sketching": first, "centroid": centroid_recall(router, memory, owned, prompts), **row}
+    exact, found = (at_level(router, memory, prompts, level)().memory for level in (NEVER, 1))
+    fires, same = exact != BASE, 100 * (exact == found).float()
+    row: dict[str, Any] = {"shards": size, "recall": float(same[fires].mean()), "base": float(same[~fires].mean())}
+    for batch in (1, BATCH):
+        part = prompts.rows(slice(0, batch))
+        calls = {name: at_level(router, memory, part, level) for name, level in (("one", NEVER), ("two", 1))}
+        seconds = interleaved(calls, max(3, 5 * context.repeats))
+        one, two = (median(seconds[name]) for name in calls)
+        levels = {"one level ms": 1e3 * one / batch, "two levels ms": 1e3 * two / batch, "ratio": two / one}
+        row |= {f"{name}, batch {batch}": value for name, value in levels.items()}
+    return row
 
 
 def synthetic_bank(size: int, seed: int) -> tuple[SideMemory, dict[int, Tensor], Tensor]:
     """Shards that answer the activations of their own edits, four of them about each topic; those activations by shard;
     and other wordings of `PROMPTS` edits.
 
-    A shard is the sum of its edits' `g a^T` with random outputs g, as gradient steps leave it, behind noise of a third
+    A shard is the sum of its edits' `g a^T` with random outputs g, as gradient steps leave it, under noise of a third
     of its size.
     """
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     width, inner = SHAPE
-    topics = draw(max(1, size // 4), inner)
+    topics = torch.randn(max(1, size // 4), inner, generator=generator)
     memory, owned = SideMemory(SHAPE), {}
     for _ in range(size):
         shard = memory.open_shard()
-        own = topics[shard % len(topics)] + draw(PER_SHARD, inner)
-        delta = draw(width, PER_SHARD) @ own / inner
-        noise = draw(width, inner)
+        owned[shard] = topics[shard % len(topics)] + torch.randn(PER_SHARD, inner, generator=generator)
+        delta = torch.randn(width, PER_SHARD, generator=generator) @ owned[shard] / inner
+        noise = torch.randn(width, inner, generator=generator)
         memory[shard].delta.data.copy_(delta + noise * (delta.norm() / noise.norm() / 3))
-        owned[shard] = own
     every = torch.cat([*owned.values()])
     picked = every[torch.randint(len(every), (PROMPTS,), generator=generator)]
-    return memory, owned, picked + 0.7 * draw(PROMPTS, inner)
+    return memory, owned, picked + 0.7 * torch.randn(PROMPTS, inner, generator=generator)
 
 
 def plain_query(activations: Tensor) -> Query:
     """Prompts of one token with these activations (B, F) and nothing else."""
     one = torch.ones(len(activations), 1, dtype=torch.bool)
     return Query(("",) * len(activations), one, activations[:, None, :0], activations[:, None])
-
-
-def centroid_recall(router: ActivationRouter, memory: SideMemory, owned: dict[int, Tensor], prompts: Query) -> float:
-    """What the same number of candidates would find, were they chosen by the centroids of the shards' own edits."""
-    router.two_level_from = NEVER
-    exact = router.route(prompts, memory).memory
-    centroids = torch.stack([normalize(owned[shard].mean(0), dim=-1) for shard in memory.ids])
-    near = prompts.activations[:, 0] @ centroids.T
-    chosen = near.topk(min(router.candidates, len(centroids)), dim=-1).indices
-    held = (torch.tensor(memory.ids)[chosen] == exact[:, None]).any(-1)
-    return float(held[exact != BASE].float().mean())
-
-
-# -- keys --------------------------------------------------------------------------------------------------------------
-
-
-def key_rows(sizes: Sequence[int], context: Context) -> Iterator[dict[str, Any]]:
-    """One router that edits keep arriving at, looked at whenever it holds so many."""
-    source = Invented.from_base(context)
-    router = source.prepared(KeyRouter())
-    names = made_up_names(source.subjects, context.seed)
-    known = list(source.own)
-    source.add(router, known, 0)
-    for size in sizes:
-        while len(known) < size:
-            new = [(source.pick(), next(names)) for _ in range(min(_CHUNK, size - len(known)))]
-            source.add(router, new, len(known))
-            known += new
-        held_out = Query.of_texts(source.background)
-        calibrating = seconds_of(lambda held_out=held_out: router.calibrate(NOWHERE, {}, held_out))  # type: ignore[misc]
-        asked = random.Random(size).sample(range(len(known)), min(PROMPTS, len(known)))
-        state = router.state_dict()
-        row = {
-            "edits": len(known),
-            **answered(router, source, known, asked),
-            **costs(router, source, [source.said(known[i], rephrased=True) for i in asked]),
-        }
-        loading = seconds_of(lambda state=state: KeyRouter().load_state_dict(state))  # type: ignore[misc]
-        yield row | {"calibrating": calibrating, "loading": loading}
-
-
-def answered(
-    router: KeyRouter, source: Invented, known: Sequence[tuple[int, str]], asked: Sequence[int]
-) -> dict[str, float]:
-    """Shares: of edits asked again in their own words and in others that reach their shard, of unrelated prompts that
-    the base keeps."""
-    own = torch.tensor(asked)
-    found = {}
-    for name, rephrased in (("own", False), ("recall", True)):
-        texts = [source.said(known[i], rephrased) for i in asked]
-        found[name] = float((router.route(Query.of_texts(texts), NOWHERE).memory == own).float().mean())
-    kept = router.route(Query.of_texts(source.unrelated), NOWHERE).memory == BASE
-    return found | {"base": float(kept.float().mean())}
-
-
-def costs(router: KeyRouter, source: Invented, rephrased: Sequence[str]) -> dict[str, Any]:
-    """Seconds per prompt that no one has asked before, one at a time and `BATCH` at once: of rephrases with the base's
-    reading and without it, and of unrelated prompts."""
-    found: dict[str, Any] = {}
-    remembering = router.read
-    for name, texts in (("rephrased", rephrased), ("searched", rephrased), ("unrelated", source.unrelated)):
-        router.read = source.last_states if name == "rephrased" else remembering
-        found[name] = {}
-        for batch in (1, BATCH):
-            spent = []
-            for part in [texts[i : i + batch] for i in range(0, len(texts), batch)][:_TIMED]:
-                forget_texts(router)
-                query = Query.of_texts(part)
-                spent.append(seconds_of(lambda query=query: router.route(query, NOWHERE)) / len(part))  # type: ignore[misc]
-            found[name][f"batch_{batch}"] = {"median": median(spent), "all": spent}
-    router.read = remembering
-    return found
-
-
-def forget_texts(router: KeyRouter) -> None:
-    """What is remembered of texts, as if none had been asked before."""
-    router._vectors_of.clear()
-    for remembered in (asking.windows, asking._short_words):
-        remembered.cache_clear()
-
-
-class Remembering:
-    """A base's reading of texts that reads each text once."""
-
-    def __init__(self, read: Read) -> None:
-        self.read, self.known = read, dict[str, Tensor]()
-
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        """The states (n, D) of texts."""
-        new = [text for text in dict.fromkeys(texts) if text not in self.known]
-        if new:
-            self.known.update(zip(new, self.read(new), strict=True))
-        return torch.stack([self.known[text] for text in texts])
-
-
-@dataclass
-class Invented:
-    """Prompts about people who do not exist, in the words of real records, with a real base that reads them."""
-
-    last_states: Read
-    patterns: list[Edit]
-    background: Sequence[str]
-    unrelated: Sequence[str]
-    draw: random.Random
-    space: RelationSpace
-
-    @classmethod
-    def from_base(cls, context: Context) -> Invented:
-        """The context's base, records and irrelevant prompts."""
-        editor = Repair(context.base, seed=context.seed)
-        editor.load()
-        path = edits_path() if context.data == WORLD else context.data
-        edits = load_records(path, context.format, on_bad_record="skip").edits
-        patterns = [edit for edit in edits if edit.subject and edit.subject in edit.prompt and said_again(edit)]
-        path = irrelevant_path() if context.irrelevant in (WORLD, "") else context.irrelevant
-        irrelevant = load_irrelevant(path, context.irrelevant_prefix)[:1000]
-        read = editor.edited.last_states
-        draw = random.Random(f"keys-{context.seed}")
-        space = editor._relation_space()
-        return cls(read, patterns[:_RECORDS], irrelevant[::2], irrelevant[1::2], draw, space)
-
-    @property
-    def subjects(self) -> list[str]:
-        """The subjects of the prompts that others are made from."""
-        return [str(edit.subject) for edit in self.patterns]
-
-    @property
-    def own(self) -> list[tuple[int, str]]:
-        """The records themselves, as (made from, name)."""
-        return list(enumerate(self.subjects))
-
-    def pick(self) -> int:
-        """A prompt to make another from."""
-        return self.draw.randrange(len(self.patterns))
-
-    def said(self, about: tuple[int, str], rephrased: bool = False) -> str:
-        """A prompt as (made from, name), in the record's first words or in other ones."""
-        pattern, name = self.patterns[about[0]], about[1]
-        return (said_again(pattern) if rephrased else pattern.prompt).replace(str(pattern.subject), name)
-
-    def prepared(self, router: Any) -> Any:
-        """A key router that knows what is common, and reads each text once."""
-        router.space, router.read = self.space, Remembering(self.last_states)
-        router.fit(Query.of_texts(self.background))
-        return router
-
-    def add(self, router: Router, about: Sequence[tuple[int, str]], first: int) -> None:
-        """Make them edits of the router; each has a shard of its own."""
-        texts = [self.said(one) for one in about]
-        anchors = [Anchor(name, text) for (_, name), text in zip(about, texts, strict=True)]
-        places = range(first, first + len(about))
-        router.add([str(i) for i in places], anchors, Query.of_texts(texts), places)
-
-
-def said_again(edit: Edit) -> str:
-    """A rephrase that names the edit's subject; empty where there is none."""
-    return next((text for text in edit.rephrases if edit.subject and edit.subject in text), "")
-
-
-# -- shards, in two levels ---------------------------------------------------------------------------------------------
-
-
-def compared(router: ActivationRouter, memory: SideMemory, prompts: Query, repeats: int) -> dict[str, Any]:
-    """What two levels say of the prompts that one level sends to a shard, and their cost at batch 1 and `BATCH`."""
-    exact, found = (at_level(router, memory, prompts, level)() for level in (NEVER, 1))
-    fires = exact.memory != BASE
-    same = exact.memory == found.memory
-    row: dict[str, Any] = {
-        "fires": float(fires.float().mean()),
-        "recall": float(same[fires].float().mean()),
-        "base": float(same[~fires].float().mean()) if bool((~fires).any()) else None,
-    }
-    for batch in (1, BATCH):
-        part = prompts.rows(slice(0, batch))
-        calls = {name: at_level(router, memory, part, level) for name, level in (("one", NEVER), ("two", 1))}
-        seconds = interleaved(calls, max(3, 5 * repeats))
-        costs = {name: median(spent) / batch for name, spent in seconds.items()}
-        row[f"batch_{batch}"] = costs | {"ratio": costs["two"] / costs["one"], "all": seconds}
-    return row
 
 
 def at_level(router: ActivationRouter, memory: SideMemory, prompts: Query, two_level_from: int) -> Callable[[], Choice]:
@@ -290,60 +113,77 @@ def at_level(router: ActivationRouter, memory: SideMemory, prompts: Query, two_l
     return route
 
 
-def tables(result: dict[str, Any]) -> list[Table]:
-    """A row per bank, and one per number of edits."""
-    sides = ("ms/prompt", "two levels", "ratio")
-    costs = (*(f"{side}, batch 1" for side in sides), *(f"{side}, batch {result['batch']}" for side in sides))
-    width, inner = result["shape"]
-    banks = [
-        (f"{row['shards']:,}", *found(row), f"{percent(row['centroid'])} %", *cost(row, result["batch"]))
-        for row in result["banks"]
-    ]
-    note = (
-        f"Dense shards of {width} x {inner}, {result['per_shard']} edits each, four about each topic; "
-        f"{result['prompts']} rephrases and as many unrelated prompts. Recall: of the prompts that one level sends to "
-        "a shard, the share that two levels send to the same; base: the same of the others. By centroids: were the "
-        "candidates chosen so."
-    )
-    found_banks = Table(
-        f"{TITLE}, activation router", ("shards", "recall", "base", "by centroids", *costs), banks, note
-    )
-    kinds = ("rephrased", "searched", "unrelated")
-    keyed = [
-        (
-            f"{row['edits']:,}",
-            *(f"{percent(row[name])} %" for name in ("own", "recall", "base")),
-            *(number(1e3 * row[kind][f"batch_{size}"]["median"]) for size in (1, result["batch"]) for kind in kinds),
-            number(row["calibrating"]),
-            number(row["loading"]),
-        )
-        for row in result["keyed"]
-    ]
-    note = (
-        f"Edits made from the first records about invented names. Of {result['prompts']} of them: the share whose own "
-        "words, and whose other words, reach their shard; base: of unrelated prompts, the share that the base keeps. "
-        "Ms/prompt: medians of all of `route` for prompts that were not asked before; rephrased: with what the base "
-        "reads, searched: without it. Seconds: to calibrate what came last, and to load a state."
-    )
-    header = (
-        *("edits", "own words", "recall", "base"),
-        *(f"{kind}, batch {size}" for size in (1, result["batch"]) for kind in ("ms/prompt rephrased", *kinds[1:])),
-        *("calibrating s", "loading s"),
-    )
-    found_keys = Table(f"{TITLE}, key router", header, keyed, note)
-    return [found_banks, found_keys]
+# -- keys --------------------------------------------------------------------------------------------------------------
 
 
-def found(row: dict[str, Any]) -> tuple[str, ...]:
-    """What two levels find, in per cent."""
-    return (f"{percent(row['recall'])} %", f"{percent(row['base'])} %")
+def key_rows(context: Context) -> Iterator[dict[str, Any]]:
+    """One router that edits keep arriving at, looked at whenever it holds so many."""
+    known = said_again(context)
+    invented = inventing(known, context.seed)
+    router, background, unrelated = key_router(context, known)
+    add(router, known, 0)
+    for size in sorted(context.keyed):
+        while len(known) < size:
+            new = list(islice(invented, min(_CHUNK, size - len(known))))
+            add(router, new, len(known))
+            known += new
+        calibrating = seconds_of(lambda: router.calibrate(NOWHERE, {}, Query.of_texts(background)))
+        asked = random.Random(size).sample(range(len(known)), min(PROMPTS, len(known)))
+        own, rephrased = [known[i].prompt for i in asked], [known[i].rephrases[0] for i in asked]
+        state = router.state_dict()
+        yield {
+            "edits": size,
+            "own": reached(router, own, asked),
+            "recall": reached(router, rephrased, asked),
+            "base": reached(router, unrelated, [BASE] * len(unrelated)),
+            **costs(router, rephrased, unrelated, 1),
+            **costs(router, rephrased, unrelated, BATCH),
+            "calibrating": calibrating,
+            "loading": seconds_of(lambda state=state: KeyRouter().load_state_dict(state)),  # type: ignore[misc]
+        }
 
 
-def cost(row: dict[str, Any], batch: int) -> tuple[str, ...]:
-    """What both cost at batch 1 and `batch`, in ms per prompt, and their ratios."""
-    sides = [row[f"batch_{size}"] for size in (1, batch)]
-    return tuple(
-        text
-        for side in sides
-        for text in (number(1e3 * side["one"]), number(1e3 * side["two"]), number(side["ratio"], "x"))
-    )
+def said_again(context: Context) -> list[Edit]:
+    """The first records whose prompt and a rephrase name the subject, each with that rephrase alone."""
+    found = []
+    for edit in records(context):
+        named = [text for text in (edit.prompt, *edit.rephrases) if edit.subject and edit.subject in text]
+        if len(named) > 1 and named[0] == edit.prompt:
+            found.append(Edit(edit.id, edit.prompt, edit.target, edit.subject, (named[1],)))
+    return found[:PROMPTS]
+
+
+def key_router(context: Context, edits: Sequence[Edit]) -> tuple[KeyRouter, list[str], list[str]]:
+    """A router that knows what is common, with a real base that reads for it; irrelevant prompts to calibrate it by,
+    and others."""
+    editor = loaded(context)
+    background, unrelated = make_stream(context, edits).irrelevant_halves(editor)
+    editor.prepare(background, background)
+    assert isinstance(editor.router, KeyRouter)
+    return editor.router, background, unrelated
+
+
+def add(router: KeyRouter, edits: Sequence[Edit], first: int) -> None:
+    """Make them edits of the router, each with a shard of its own; the first one's has this number."""
+    texts, places = [edit.prompt for edit in edits], range(first, first + len(edits))
+    anchors = [Anchor(str(edit.subject), edit.prompt) for edit in edits]
+    router.add([str(place) for place in places], anchors, Query.of_texts(texts), places)
+
+
+def reached(router: KeyRouter, texts: Sequence[str], shards: Sequence[int]) -> float:
+    """The share of texts that the router sends to their shards, in per cent."""
+    return 100 * float((router.route(Query.of_texts(texts), NOWHERE).memory == torch.tensor(shards)).float().mean())
+
+
+def costs(router: KeyRouter, rephrased: Sequence[str], unrelated: Sequence[str], batch: int) -> dict[str, float]:
+    """Median milliseconds per prompt, `batch` at once; no text is remembered, but what was read of the searched."""
+    spent: dict[str, list[float]] = {"rephrased": [], "searched": [], "unrelated": []}
+    for names, texts in ((("rephrased", "searched"), rephrased), (("unrelated",), unrelated)):
+        for part in [texts[at : at + batch] for at in range(0, len(texts), batch)][:_TIMED]:
+            router._vectors_of.clear()
+            for name in names:
+                asking.windows.cache_clear()
+                asking._short_words.cache_clear()
+                call = partial(router.route, Query.of_texts(part), NOWHERE)
+                spent[name].append(1e3 * seconds_of(call) / len(part))
+    return {f"{name} ms, batch {batch}": median(times) for name, times in spent.items()}
