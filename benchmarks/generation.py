@@ -13,7 +13,7 @@ from benchmarks.context import Context
 from benchmarks.machine import interleaved
 from benchmarks.report import Rows
 from benchmarks.streams import load_edits, prepared, write
-from repair_lightning.editors import Repair
+from repair_lightning.editors import Keyed
 from repair_lightning.models.base import load_base
 from repair_lightning.models.prefix import pad_left
 from repair_lightning.types import BASE
@@ -32,7 +32,7 @@ def run_part(context: Context) -> Rows:
     return cells
 
 
-def cell(context: Context, editor: Repair, plain: Any, prompts: list[str]) -> dict[str, Any]:
+def cell(context: Context, editor: Keyed, plain: Any, prompts: list[str]) -> dict[str, Any]:
     """One batch of prompts on one bank, greedy, always the same number of new tokens."""
     ids, mask = pad_left(editor.tokenizer(prompts)["input_ids"], device=editor.edited.device)
     options = {
@@ -48,7 +48,6 @@ def cell(context: Context, editor: Repair, plain: Any, prompts: list[str]) -> di
     seconds = interleaved(calls, context.repeats * (10 if len(prompts) < 16 else 4))
     chosen = editor.choose(prompts).memory
     return {
-        "form": editor.writing.form,
         "batch": len(prompts),
         "shards": len(editor.memory),
         "memories in batch": len(chosen.unique()),

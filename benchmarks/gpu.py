@@ -15,7 +15,7 @@ from benchmarks.context import Context
 from benchmarks.machine import seconds_of
 from benchmarks.report import MIB, Rows
 from benchmarks.streams import base_bytes, load_edits, make_stream, shard_bytes, write
-from repair_lightning.editors import Repair
+from repair_lightning.editors import Keyed
 from repair_lightning.models.architectures import resolve_layer
 from repair_lightning.models.base import Base, load_tokenizer
 from repair_lightning.types import Edit
@@ -61,7 +61,7 @@ def random_base(shape: Mapping[str, int], device: str, seed: int) -> Base:
 def measured(context: Context, base: Base, layer: int | None, edits: Sequence[Edit]) -> dict[str, Any]:
     """Write all edits but those that warm up, in full batches."""
     device = base.model.device
-    editor = Repair("random-llama", layer=layer, seed=context.seed)
+    editor = Keyed("random-llama", layer=layer, seed=context.seed)
     editor.build(base, resolve_layer(base.model, layer))
     editor.to(device)
     editor.prepare(*make_stream(context, edits, max_irrelevant=128).irrelevant_halves(editor))

@@ -30,9 +30,8 @@ from repair_lightning.scoring.protocols import AUTOREGRESSIVE, TEACHER_FORCED
 from repair_lightning.scoring.scorer import Scorer, oracle_choice
 
 FORMS: Mapping[str, Writing] = {
-    "dense": Writing(form="dense"),
-    "dense, mask 0.2": Writing(form="dense", mask_ratio=0.2),  # the published ratio
-    "low rank": Writing(form="low_rank"),
+    "dense": Writing(),
+    "dense, mask 0.2": Writing(mask_ratio=0.2),  # the published ratio
 }
 RIDGE = 1e-4
 """Of the least-squares reference, as a share of the mean diagonal of what it inverts."""
@@ -104,7 +103,7 @@ def run_part(context: Context) -> Rows:
     rules = [Rule(*setting) for setting in product(context.alphas, get_args(Normalize), context.densities)]
     rows: Rows = []
     for form, plain in FORMS.items():
-        editor = prepared(context, edits, writing=replace(plain, capacity=size))
+        editor = prepared(context, edits, Repair, writing=replace(plain, capacity=size))
         scorer = Scorer(editor.edited, edits)
         for count in counts:
             for group in groups[len(editor.memory) : count]:

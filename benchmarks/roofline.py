@@ -20,10 +20,10 @@ from benchmarks.context import Context
 from benchmarks.machine import seconds_of
 from benchmarks.report import Rows
 from benchmarks.streams import load_edits, prepared
-from repair_lightning.editors import Repair
+from repair_lightning.editors import Keyed
 from repair_lightning.editors.inner_loop import TargetRows
+from repair_lightning.editors.keyed import LowRankWriting
 from repair_lightning.editors.low_rank import LowRankWriter
-from repair_lightning.editors.repair import Writing
 
 _PRODUCTS = 7
 """Products whose best is the rate, before the inner loop and after it."""
@@ -32,7 +32,7 @@ _PRODUCTS = 7
 def run_part(context: Context) -> Rows:
     """The inner loop of one full batch of low-rank shards, as often as `repeats` after a round to warm up."""
     edits, _ = load_edits(context, context.batch)
-    editor = prepared(context, edits, writing=Writing(batch_tokens=1 << 30))
+    editor = prepared(context, edits, writing=LowRankWriting(batch_tokens=1 << 30))
     editor.ledger.arrive(edits, 0)
     rows = editor._rows(edits, ())
     runs = [measured(editor, rows) for _ in range(context.repeats + 1)][1:]
@@ -40,7 +40,7 @@ def run_part(context: Context) -> Rows:
     return [row | {"all shares": [run["share, %"] for run in runs]}]
 
 
-def measured(editor: Repair, rows: TargetRows) -> dict[str, float]:
+def measured(editor: Keyed, rows: TargetRows) -> dict[str, float]:
     """What one inner loop needs, at the best matmul rate right before and after it, beside what it takes; each edit
     takes its own number of steps, and one more look."""
     targets = int((rows.labels >= 0).sum())
@@ -49,8 +49,8 @@ def measured(editor: Repair, rows: TargetRows) -> dict[str, float]:
     seconds = seconds_of(lambda: outcomes.extend(LowRankWriter(editor).train(rows, editor.writing.steps)))
     rate = max(before, matmul_rate(editor, targets))
     needed = 0.0
-    for outcome in outcomes:
-        flops = step_flops(editor, rows.part(list(outcome.loss)))
+    for edit, outcome in enumerate(outcomes):
+        flops = step_flops(editor, rows.part([edit]))
         needed += outcome.steps * flops["step"] + flops["look"]
     return {
         "target tokens": targets,
@@ -63,7 +63,7 @@ def measured(editor: Repair, rows: TargetRows) -> dict[str, float]:
     }
 
 
-def step_flops(editor: Repair, rows: TargetRows) -> dict[str, float]:
+def step_flops(editor: Keyed, rows: TargetRows) -> dict[str, float]:
     """FLOPs that one inner step needs on these rows, and one look; a product of (m, k) and (k, n) counts 2 m k n.
 
     Where the edited layer is not the last one, the layers above run over all real tokens forward, and backward to their
@@ -86,7 +86,7 @@ def step_flops(editor: Repair, rows: TargetRows) -> dict[str, float]:
 
 
 @torch.no_grad()
-def matmul_rate(editor: Repair, targets: int) -> float:
+def matmul_rate(editor: Keyed, targets: int) -> float:
     """FLOP/s of the head's two products at M target positions, each at its best, in the base's own precision."""
     weight = editor.edited.base.get_output_embeddings().weight.detach()
     states, logits = (torch.randn(targets, size).to(weight) for size in reversed(weight.shape))

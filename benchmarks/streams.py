@@ -18,7 +18,7 @@ import lightning.pytorch as pl
 from benchmarks.context import Context
 from benchmarks.machine import rss
 from callbacks import ErrorSampleMonitor, PruneAndRetrigger
-from repair_lightning.editors import Repair
+from repair_lightning.editors import Keyed, Repair
 from repair_lightning.edits.records import load_records
 from repair_lightning.edits.stream import EditStream
 from repair_lightning.types import Edit, EditBatch, EditReport
@@ -78,21 +78,21 @@ def make_stream(context: Context, edits: Sequence[Edit], kind: type[EditStream] 
     return kind(str(path), **(irrelevant | {"on_bad_record": "skip"} | options))
 
 
-def loaded(context: Context, **options: Any) -> Repair:
+def loaded(context: Context, kind: type[Any] = Keyed, **options: Any) -> Any:
     """An editor with its base."""
-    editor = Repair(context.base, seed=context.seed, **options)
+    editor = kind(context.base, seed=context.seed, **options)
     editor.load()
     return editor
 
 
-def prepared(context: Context, edits: Sequence[Edit], **options: Any) -> Repair:
+def prepared(context: Context, edits: Sequence[Edit], kind: type[Any] = Keyed, **options: Any) -> Any:
     """An editor that is ready to write without a trainer, in float32."""
-    editor = loaded(context, precision="float32", **options)
+    editor = loaded(context, kind, precision="float32", **options)
     editor.prepare(*make_stream(context, edits).irrelevant_halves(editor))
     return editor
 
 
-def write(editor: Repair, edits: Sequence[Edit]) -> list[EditReport]:
+def write(editor: Keyed | Repair, edits: Sequence[Edit]) -> list[EditReport]:
     """Write edits in one batch, as a stream does; the router knows them after that."""
     editor.ledger.arrive(edits, 0)
     reports = editor.write(EditBatch(tuple(edits)))
@@ -101,13 +101,13 @@ def write(editor: Repair, edits: Sequence[Edit]) -> list[EditReport]:
     return reports
 
 
-def base_bytes(editor: Repair) -> int:
+def base_bytes(editor: Keyed | Repair) -> int:
     """Bytes of the base's weights, tied ones counted once."""
     assert editor.base is not None
     return sum(parameter.nbytes for parameter in editor.base.model.parameters())
 
 
-def shard_bytes(editor: Repair) -> int:
+def shard_bytes(editor: Keyed | Repair) -> int:
     """Bytes of all shards."""
     return sum(tensor.nbytes for tensor in (*editor.memory.parameters(), *editor.memory.buffers()))
 
@@ -141,7 +141,7 @@ def stream(context: Context, number: int, window: int, warm: bool = False, **opt
     edits, made_up = load_edits(context, number)
     written = make_stream(context, edits, TimedStream, window=window)
     written.marks = []
-    editor = Repair(context.base, seed=context.seed, **options)
+    editor = Keyed(context.base, seed=context.seed, **options)
     written.setup()
     editor.load()
     written.check_fit(editor.edited.forms, editor.max_tokens)
@@ -157,7 +157,7 @@ def stream(context: Context, number: int, window: int, warm: bool = False, **opt
     }
 
 
-def fit(editor: Repair, stream: EditStream, callbacks: list[pl.Callback], folder: Path) -> None:
+def fit(editor: Keyed | Repair, stream: EditStream, callbacks: list[pl.Callback], folder: Path) -> None:
     """Run the stream as train.py does, without loggers, scoring and checkpoints."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)

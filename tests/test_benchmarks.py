@@ -17,7 +17,7 @@ from benchmarks import editing, flat, machine, merging, report, roofline, stream
 from benchmarks.__main__ import main
 from benchmarks.context import PARTS, Context, parse
 from callbacks import LossAwareTiesMerge
-from repair_lightning.editors.repair import Writing
+from repair_lightning.editors.repair import Repair, Writing
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48, "num_attention_heads": 4}
 TINY |= {"num_key_value_heads": 2, "vocab_size": 2560, "max_position_embeddings": 128}
@@ -162,7 +162,7 @@ def test_merging(context):
 def test_a_merge_of_the_study_is_the_callbacks_and_is_undone(context):
     """The default rule gives the callback's own delta, bit by bit; then shards, router and ledger are as before."""
     edits = world_edits(4)
-    editor = streams.prepared(context, edits, writing=Writing(form="dense", capacity=2, mask_ratio=0.4))
+    editor = streams.prepared(context, edits, Repair, writing=Writing(capacity=2, mask_ratio=0.4))
     shards = [streams.write(editor, part)[0].shard for part in (edits[:2], edits[2:])]
     expected = LossAwareTiesMerge().fused_delta(shards, editor)
     parts = (editor.memory.ids, editor.memory.stacked().tolist(), editor.ledger.state_dict())
