@@ -14,7 +14,6 @@ import pandas as pd
 
 from repair_lightning.errors import RepairError
 from repair_lightning.reports.tables import Table, latex, markdown
-from repair_lightning.scoring.metrics import KINDS
 from repair_lightning.scoring.protocols import AUTOREGRESSIVE, PROTOCOLS, TEACHER_FORCED
 from repair_lightning.storage.files import replace_text, write_json
 
@@ -104,21 +103,6 @@ COLUMNS = {
 }
 """The columns of the table of one size; scores are autoregressive unless they say otherwise, bytes those
 that the edits left."""
-
-FIGURES: dict[str, Place] = {
-    "n_edits": ("n_edits",),
-    **{f"{protocol}_{kind}": ("final", protocol, kind) for protocol in PROTOCOLS for kind in (*KINDS, "op")},
-    **{f"before_merge_{protocol}_op": ("before_merge", protocol, "op") for protocol in PROTOCOLS},
-    **{f"oracle_{protocol}_op": ("oracle_routing", protocol, "op") for protocol in PROTOCOLS},
-    **{name: ("closed_loop", name) for name in ("windows", "pruned", "retriggered", "quarantined")},
-    "merge_accepted": ("merge", "accepted"),
-    "shards": ("shards",),
-    "memory_bytes": ("memory_bytes",),
-    "edits_per_minute": ("edits_per_minute",),
-    "seconds": ("seconds", "total"),
-}
-"""The figures of a run in the CSV file; scores are shares."""
-
 
 BEFORE = "(no edit)"
 """The row of the base as it was."""
@@ -284,13 +268,10 @@ def remarks(results: Sequence[Result]) -> list[str]:
 
 
 def csv_text(results: Sequence[Result]) -> str:
-    """One line per run."""
-    lines = [
-        [run.variant, run.size, run.seed, run.status, *(run.figure(path) for path in FIGURES.values()), run.error]
-        for run in results
-    ]
-    columns = ["variant", "size", "seed", "status", *FIGURES, "error"]
-    return pd.DataFrame(lines, columns=columns, dtype=object).to_csv(index=False)
+    """One line per run, with all its figures under the names that lead to them: `final.autoregressive.op`."""
+    runs = [{key: value for key, value in asdict(run).items() if key != "metrics"} for run in results]
+    figures = pd.json_normalize([dict(run.metrics or {}) for run in results])
+    return pd.concat([pd.DataFrame(runs), figures], axis=1).to_csv(index=False)
 
 
 def scores_csv(results: Sequence[Result]) -> str:

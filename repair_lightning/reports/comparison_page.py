@@ -9,24 +9,20 @@ import pandas as pd
 
 from repair_lightning.reports.comparison import Result, editor_tables, lead, remarks
 from repair_lightning.reports.comparison_charts import COSTS, finished, op_against, scale
-from repair_lightning.reports.html_report import GLOSSARY, Page, Section, pictures, write_page
+from repair_lightning.reports.html_report import Page, Section, pictures, write_page
 from repair_lightning.reports.tables import Table
-
-WORDS = {"Rel", "Gen", "Loc", "OP", "autoregressive", "teacher forced"}
-"""What the glossary says of a comparison."""
 
 
 def write_comparison_page(folder: Path, results: Sequence[Result]) -> Path:
     """Write `report.html` beside the tables; returns it."""
     bases = dict.fromkeys(str(run.figure(("base", "name"))) for run in results if run.metrics)
     sizes = ", ".join(f"{size:,}" for size in sorted({run.size for run in results}))
-    facts = [(word, meaning) for word, meaning in GLOSSARY if word in WORDS]
     page = Page(
         title=f"{len({run.variant for run in results})} editors of {', '.join(bases) or 'a base'}",
         subtitle=f"{folder.resolve().name}, numbers of edits: {sizes}",
         lead=lead(results),
         sections=[
-            Section("scores", "Scores and costs", tables=editor_tables(results), facts=facts, words=remarks(results)),
+            Section("scores", "Scores and costs", tables=editor_tables(results), words=remarks(results), terms=True),
             pictures([scale(finished(results)), *(op_against(spent, results) for spent in COSTS)]),
             Section("how", "What was run", tables=[runs_table(results)]),
         ],

@@ -10,8 +10,8 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -40,38 +40,12 @@ log = logging.getLogger(__name__)
 REPORT_FILE = "report.html"
 POINTS_SHOWN = 60
 """Rows of a picture's table."""
-GLOSSARY = (
-    ("Rel", "reliability: corrected prompts that get the new answer"),
-    ("Gen", "generalisation: the same questions in other words that get the new answer"),
-    ("Loc", "locality: unrelated prompts that are answered as before"),
-    ("Near", "neighbours: the same question about another subject, answered as before"),
-    ("OP", "overall performance: the cube root of Rel × Gen × Loc"),
-    ("autoregressive", "the model writes its answer freely; it counts if it is exactly the expected one"),
-    ("teacher forced", "the expected answer is fed in; the share of its tokens that the model would have chosen"),
-    ("before merge", "after the last edit, before side memories were fused, if they were"),
-    ("oracle routing", "what the same memories score if every prompt is sent to the right one"),
-)
-FORMS_NOTE = (
-    "In per cent of the edits that were asked. Exact: the answer is the target; contains: it holds the target; fires: "
-    "a shard answers; garbled: a shard said what neither it nor the base should say."
-)
-OTHERS_WORDS = (
-    "Routing decides from a prompt's words alone which memory answers. Where it chose well and the answer is wrong all "
-    "the same, the memory itself has not learnt it in these words."
-)
-TILES = {
-    "rel": "of the edits answered right (Rel)",
-    "gen": "in other words (Gen)",
-    "loc": "unrelated answers kept (Loc)",
-    "near": "neighbours' answers kept (Near)",
-    "op": "overall (OP)",
-}
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page: its anchor and title, then sentences, tables, pictures, terms with their meaning, and texts to
-    be shown as they are, each with what it is."""
+    """A part of a page: sentences, tables, pictures, facts by their names, texts to be shown as they are; whether its
+    table can be searched, and whether the terms of scores are explained."""
 
     id: str
     title: str
@@ -81,18 +55,19 @@ class Section:
     facts: Sequence[tuple[str, str]] = ()
     texts: Sequence[tuple[str, str]] = ()
     searched: bool = False
+    terms: bool = False
 
 
 @dataclass(frozen=True)
 class Page:
-    """A page: its head and its parts; `tiles` are headline figures with their words."""
+    """A page: its head and its parts; `tiles` are the headline scores."""
 
     title: str
     subtitle: str
     lead: Sequence[str]
     sections: Sequence[Section]
     notices: Sequence[str] = ()
-    tiles: Sequence[tuple[str, str]] = ()
+    tiles: Mapping[str, str] = field(default_factory=dict)
     made: str = ""
 
 
@@ -143,7 +118,7 @@ def pictures(drawn: Sequence[Chart | str]) -> Section:
     for chart in (one for one in drawn if isinstance(one, Chart)):
         rest = "what `repair-lightning figures` writes as CSV"
         rows = [list(row.values()) for row in chart.rows]
-        numbers = table(f"table-{chart.name}", "", list(chart.rows[0]), rows, len(rows), rest, POINTS_SHOWN)
+        numbers = table(f"table-{chart.name}", "", list(chart.rows[0]), rows, rest, POINTS_SHOWN)
         charts.append((chart, base64.b64encode(chart.svg().encode()).decode(), numbers))
     missing = [f"Left out: {words}" for words in drawn if isinstance(words, str)]
     return Section("pictures", "Pictures", words=missing, charts=charts)
@@ -153,17 +128,21 @@ def page_of(run: Artefacts) -> Page:
     """The report of a run."""
     m = run.metrics
     scores = [
-        Table("", score_frame(m), "In per cent; higher is better everywhere.", "score-table"),
-        Table("Edits in other forms", form_frame(m["final"].get("forms")), FORMS_NOTE, "forms-table"),
+        Table("", score_frame(m), id="score-table"),
+        Table("Edits in other forms", form_frame(m["final"].get("forms")), id="forms-table"),
     ]
-    others = others_table(run)
-    others = replace(others, note=f"{OTHERS_WORDS} {others.note}".strip())
     known = Counter(str(entry.status) for entry in run.entries.values())
     counts = ", ".join(f"{number:,} {status}" for status, number in known.items())
     texts = [("The command", run.provenance.get("command", "")), ("The complete configuration", run.config_text)]
+    failed = [failed_table(run), others_table(run), skipped_table(run)]
     sections = [
-        Section("scores", "Scores", list(side_words(m)), scores, facts=GLOSSARY),
-        Section("failed", "What failed, and why", [failed_words(run)], [failed_table(run), others, skipped_table(run)]),
+        Section("scores", "Scores", list(side_words(m)), scores, terms=True),
+        Section(
+            "failed",
+            "What failed, and why",
+            [failed_words(run)],
+            [failed_table(run), others_table(run), skipped_table(run)],
+        ),
         pictures([make(run) for make in RUN_CHARTS.values()]),
         Section("edits", "All edits", [f"Failed ones come first. {counts}"], [edits_table(run)], searched=True),
         Section("loop", "What happened", [loop_words(m)], [event_table(run)]),
@@ -177,7 +156,7 @@ def page_of(run: Artefacts) -> Page:
         lead=lead(run),
         sections=sections,
         notices=notices(run),
-        tiles=[(percent(run.score(kind)), words) for kind, words in TILES.items() if run.score(kind) is not None],
+        tiles={kind: percent(run.score(kind)) for kind in ("rel", "gen", "loc", "near", "op")},
         made=f"Made by REPAIR-Lightning; `repair-lightning report --run {run.path}` makes it again.",
     )
 
