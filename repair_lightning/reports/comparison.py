@@ -204,12 +204,11 @@ class Part:
 
 def tables_of(results: Sequence[Result]) -> list[Table]:
     """OP of variants against sizes for each protocol, and all columns for the largest size of which a run finished."""
-    sizes = [result.size for result in results]
-    largest = max((result.size for result in results if result.status == "finished"), default=max(sizes, default=0))
     tables = [
         Part(protocol, f"OP, {protocol.replace('_', ' ')}, per cent", {"": Column(("final", protocol, "op"))})
         for protocol in PROTOCOLS
     ]
+    largest = max((result.status == "finished", result.size) for result in results)[1]
     shown = [result for result in results if result.size == largest]
     return [*(part.table(results) for part in tables), Part("all", "All figures", COLUMNS).table(shown)]
 
@@ -217,13 +216,15 @@ def tables_of(results: Sequence[Result]) -> list[Table]:
 def editor_parts(results: Sequence[Result]) -> list[Part]:
     """The paper's Tables 3, 4, 7 and 8 with scores as shares: Rel, Gen, Loc and OP in both protocols; perplexity and
     Loc where targets' perplexity was asked; costs."""
-    found = []
-    for protocol in PROTOCOLS:
-        columns, before = (
-            {name: Column((stage, protocol, name.lower()), scale=1.0, digits=2) for name in ("Rel", "Gen", "Loc", "OP")}
-            for stage in ("final", "pre_edit")
-        )
-        found.append(Part(protocol, f"Scores, {protocol.replace('_', ' ')}", columns, before))
+
+    def columns(stage: str, protocol: str) -> dict[str, Column]:
+        names = ("Rel", "Gen", "Loc", "OP")
+        return {name: Column((stage, protocol, name.lower()), scale=1.0, digits=2) for name in names}
+
+    found = [
+        Part(one, f"Scores, {one.replace('_', ' ')}", columns("final", one), columns("pre_edit", one))
+        for one in PROTOCOLS
+    ]
     if any(result.figure(("perplexity",)) for result in results):
         pre, final = (Column(("perplexity", stage), scale=1.0, digits=2) for stage in ("pre", "final"))
         both = {"PPL": final, "Loc": found[0].columns["Loc"]}
@@ -243,13 +244,10 @@ def lead(results: Sequence[Result]) -> list[str]:
     bases = dict.fromkeys(Path(str(run.figure(("base", "name")))).name for run in results if run.metrics)
     seeds = ", ".join(str(seed) for seed in sorted({result.seed for result in results}))
     over = f"mean ± standard deviation over the seeds {seeds}" if "," in seeds else f"seed {seeds}"
-    words = [
-        f"{len(by_variant(results))} variants of {', '.join(bases) or 'a base'}, {over}; scores are of the final model."
-    ]
     singles = max((int(run.figure(("singles",)) or 0) for run in results), default=0)
-    if singles:
-        words.append(f"N = 1 is the mean over {singles:,} single edits, each written into the base as it was.")
-    return words
+    words = f"N = 1 is the mean over {singles:,} single edits, each written into the base as it was."
+    first = f"{len(by_variant(results))} variants of {', '.join(bases) or 'a base'}, {over}: the final model."
+    return [first] + [words] * bool(singles)
 
 
 def remarks(results: Sequence[Result]) -> list[str]:

@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 REPORT_FILE = "report.html"
 POINTS_SHOWN = 60
 """Rows of a picture's table."""
+UNDONE = "{} of the edits were taken back after the run; scores and answers are those before that."
 
 
 @dataclass(frozen=True)
@@ -132,17 +133,13 @@ def page_of(run: Artefacts) -> Page:
         Table("Edits in other forms", form_frame(m["final"].get("forms")), id="forms-table"),
     ]
     known = Counter(str(entry.status) for entry in run.entries.values())
+    undone = known[EditStatus.UNDONE]
     counts = ", ".join(f"{number:,} {status}" for status, number in known.items())
     texts = [("The command", run.provenance.get("command", "")), ("The complete configuration", run.config_text)]
     failed = [failed_table(run), others_table(run), skipped_table(run)]
     sections = [
         Section("scores", "Scores", list(side_words(m)), scores, terms=True),
-        Section(
-            "failed",
-            "What failed, and why",
-            [failed_words(run)],
-            [failed_table(run), others_table(run), skipped_table(run)],
-        ),
+        Section("failed", "What failed, and why", [failed_words(run)], failed),
         pictures([make(run) for make in RUN_CHARTS.values()]),
         Section("edits", "All edits", [f"Failed ones come first. {counts}"], [edits_table(run)], searched=True),
         Section("loop", "What happened", [loop_words(m)], [event_table(run)]),
@@ -153,9 +150,9 @@ def page_of(run: Artefacts) -> Page:
     return Page(
         title=f"{m['n_edits']:,} corrections of {run.base}",
         subtitle=f"Run {run.name}{when}",
-        lead=lead(run),
+        lead=[lead(run)],
         sections=sections,
-        notices=notices(run),
+        notices=[UNDONE.format(undone)] if undone else [],
         tiles={kind: percent(run.score(kind)) for kind in ("rel", "gen", "loc", "near", "op")},
         made=f"Made by REPAIR-Lightning; `repair-lightning report --run {run.path}` makes it again.",
     )
@@ -164,40 +161,18 @@ def page_of(run: Artefacts) -> Page:
 # -- what was asked and what came of it --------------------------------------------------------------------------------
 
 
-def lead(run: Artefacts) -> list[str]:
-    """What was asked and what it came to, in plain words."""
+def lead(run: Artefacts) -> str:
+    """What was asked and how it was done, in plain words."""
     m = run.metrics
-    data, size = run.option("data.path"), m["base"].get("parameters")
-    base = f"the language model {run.base}" + (f" ({size / 1e6:,.1f} million parameters)" if size else "")
-    source = f" They come from {data}." if data else ""
-    changed = "deviation" in m.get("method", {})
-    shards = (
-        f"Corrections are kept in memories beside it (shards; {m.get('shards', 0):,} at the end), and for every "
-        "question a router decides, from its words alone, whether one of them or the "
-        f"{'changed' if changed else 'unchanged'} model answers."
-    )
-    how = f"The model itself was not retrained. {shards}"
-    if changed:
-        how = "They change some of its own weights" + (f". {shards}" if m.get("shards") else ", for every question.")
-    rel, gen, loc = (run.score(kind) for kind in ("rel", "gen", "loc"))
-    parts = [
-        f"{percent(rel)} of the corrected prompts get the new answer ({percent(run.score('rel', 'pre_edit'))} before)"
-    ]
-    parts += [f"{percent(gen)} of the same questions in other words"] * (gen is not None)
-    parts += [f"{percent(loc)} of unrelated prompts are answered as before"] * (loc is not None)
-    return [
-        f"A language model was wrong about some facts. {m['n_edits']:,} corrections were written into {base}, one "
-        f"after the other, as they would arrive in use.{source} {how}",
-        f"With all corrections in place, {'; '.join(parts)}.",
-    ]
-
-
-def notices(run: Artefacts) -> list[str]:
-    """What a reader must know beforehand."""
-    undone = [entry.status for entry in run.entries.values()].count(EditStatus.UNDONE)
-    bad = len(run.metrics.get("records", {}).get("bad", ()))
-    words = f"{undone} of the edits were taken back after the run; scores and answers are those before that."
-    return [words] * bool(undone) + [f"{bad} records of the data were bad and were not written; see below."] * bool(bad)
+    data, changed = run.option("data.path"), "deviation" in m.get("method", {})
+    words = f"A language model was wrong about some facts. {m['n_edits']:,} corrections were written into {run.base}, "
+    words += "one after the other, as they would arrive in use. " + (f"They come from {data}. " if data else "")
+    words += "They change some of its own weights" if changed else "The model itself was not retrained"
+    if changed and not m.get("shards"):
+        return f"{words}, for every question."
+    model = f"the {'changed' if changed else 'unchanged'} model"
+    words += f". Corrections are kept in memories beside it (shards; {m.get('shards', 0):,} at the end). For every "
+    return words + f"question a router decides, from its words alone, whether one of them or {model} answers."
 
 
 def failed_words(run: Artefacts) -> str:
