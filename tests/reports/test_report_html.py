@@ -265,7 +265,7 @@ def browser(tmp_path) -> Iterator[Any]:
 
 
 def test_it_lives_in_a_browser(browser, copied_run):
-    """No errors, no requests, all pictures drawn, nothing wider than a narrow window; tables sort, edits are searched."""
+    """No errors, no requests, all pictures drawn, nothing wider than the window; tables sort and can be searched."""
     enlarged(copied_run, 60)
     size = {"width": 390, "height": 900, "deviceScaleFactor": 1, "mobile": True}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
