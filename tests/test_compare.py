@@ -317,9 +317,18 @@ def test_the_tables_say_what_the_runs_measured(bench):
     rows = {(row["variant"], row["size"], row["seed"]): row for row in csv.DictReader(bench.text("csv").splitlines())}
     assert len(rows) == 18
     row = rows["plain - part", "40", "2"]  # 0.5 - 0.02 - 0.004; teacher forced 0.05 more
-    assert (row["status"], row["autoregressive_op"], row["teacher_forced_op"]) == ("finished", "0.476", "0.526")
-    assert (row["n_edits"], row["quarantined"], row["edits_per_minute"], row["error"]) == ("40", "2", "300.0", "")
-    assert (row["autoregressive_near"], row["merge_accepted"], row["memory_bytes"]) == ("", "False", "40000")
+    assert (row["status"], row["final.autoregressive.op"], row["final.teacher_forced.op"]) == (
+        "finished",
+        "0.476",
+        "0.526",
+    )
+    assert (row["n_edits"], row["closed_loop.quarantined"], row["edits_per_minute"], row["error"]) == (
+        "40",
+        "2",
+        "300.0",
+        "",
+    )
+    assert (row["final.autoregressive.near"], row["merge.accepted"], row["memory_bytes"]) == ("", "False", "40000")
 
     text = bench.text("md")
     ops = [100 * (0.9 - 0.01 * seed - 0.003) for seed in range(3)]

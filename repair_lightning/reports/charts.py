@@ -20,8 +20,6 @@ from repair_lightning.types import BASE
 
 KINDS_IN_WORDS = {"edit": "edits", "rephrase": "rephrases", "locality": "unrelated", "near": "neighbours"}
 SCORES_IN_WORDS = {"rel": "Rel", "gen": "Gen", "loc": "Loc", "near": "Near", "op": "OP"}
-MOST_POINTS = 400
-"""Points of a line that follows a stream: more windows than that are thinned out evenly."""
 MOST_COLOURS = 8
 """Shards that a map can tell apart by colour; more are shown as a scale."""
 
@@ -62,7 +60,7 @@ def _auroc(ratios: Mapping[str, Sequence[float]]) -> str:
         if about and others:
             labels = torch.tensor([1] * len(about) + [0] * len(others))
             scores = torch.tensor([*about, *others], dtype=torch.float64)
-            value = binary_auroc(scores / (1 + scores), labels)  # in [0, 1), as the metric wants it; the order is kept
+            value = binary_auroc(scores / (1 + scores), labels)  # in [0, 1), in the same order
             words.append(f"{float(value):.3f} against {KINDS_IN_WORDS[kind]} prompts")
     return f"AUROC of edits and rephrases: {', '.join(words)}." if words else ""
 
@@ -79,13 +77,8 @@ def answered_by(run: Artefacts) -> Chart | str:
     ]
     if not rows:
         return "answered_by: no routing figures in metrics.json, or no shard that could answer"
-    parts = [
-        f"{KINDS_IN_WORDS.get(kind, kind)}: "
-        + ", ".join(f"{words} {percent(shares[name])}" for name, words in names.items())
-        for kind, shares in routing.items()
-        if shares
-    ]
-    words = f"{'; '.join(parts)}. Edits and rephrases should go to their own shard, all others to the base."
+    right = "; ".join(f"{row['prompts']} {row['share']:.1f} %" for row in rows if row["memory"] == names["right"])
+    words = f"Answered by the edit's own shard: {right}. Edits and rephrases should be, all others not."
     picture = drawing.stacked(rows, "share", "prompts", "memory", "% of prompts")
     return Chart("answered_by", "Who answered?", words, rows, picture)
 
@@ -165,14 +158,15 @@ def feature_points(run: Artefacts) -> Chart | str:
         for id, (x, y) in places.items()
     ]
     first, second = (run.features.get("explained") or [0.0, 0.0])[:2]
-    inside = sum(owners.get(id) == BASE for id in places)
     colour = "The colour is the shard's number, in the order of writing." if many else "Each shard has its colour."
-    owned = [f"{counted(len(shards), 'shard')} own{'s' * (len(shards) == 1)} them. {colour}"] * bool(shards)
-    owned += [f"{inside:,} of them are written into the base itself."] * bool(inside)
+    held = (
+        f"{counted(len(shards), 'shard')} own{'s' * (len(shards) == 1)} them. {colour}"
+        if shards
+        else "no shard has one."
+    )
     words = (
         f"{len(rows):,} edits of {run.metrics['n_edits']:,}, each the frozen base's state at its prompt's last token, "
-        f"along the two directions of largest variance ({percent(first)} and {percent(second)} of it); "
-        + (" ".join(owned) or "none of them is held any more.")
+        f"along the two directions of largest variance ({percent(first)} and {percent(second)} of it); {held}"
     )
     picture = drawing.points(rows, "x", "y", "shard", ("first component", "second component"))
     return Chart("features", "Where the edits lie", words, rows, picture)
@@ -182,7 +176,7 @@ def _shard(shard: int | None) -> str:
     return "none" if shard is None else "base" if shard < 0 else f"shard {shard}"
 
 
-def thinned(rows: Sequence[Row], most: int = MOST_POINTS) -> list[Row]:
+def thinned(rows: Sequence[Row], most: int = 400) -> list[Row]:
     """At most so many rows, at even distances, the last among them."""
     step = -(-len(rows) // most) if rows else 1
     return list(rows[::-1][::step][::-1])

@@ -14,7 +14,6 @@ import pandas as pd
 
 from repair_lightning.errors import RepairError
 from repair_lightning.reports.tables import Table, latex, markdown
-from repair_lightning.scoring.metrics import KINDS
 from repair_lightning.scoring.protocols import AUTOREGRESSIVE, PROTOCOLS, TEACHER_FORCED
 from repair_lightning.storage.files import replace_text, write_json
 
@@ -104,21 +103,6 @@ COLUMNS = {
 }
 """The columns of the table of one size; scores are autoregressive unless they say otherwise, bytes those
 that the edits left."""
-
-FIGURES: dict[str, Place] = {
-    "n_edits": ("n_edits",),
-    **{f"{protocol}_{kind}": ("final", protocol, kind) for protocol in PROTOCOLS for kind in (*KINDS, "op")},
-    **{f"before_merge_{protocol}_op": ("before_merge", protocol, "op") for protocol in PROTOCOLS},
-    **{f"oracle_{protocol}_op": ("oracle_routing", protocol, "op") for protocol in PROTOCOLS},
-    **{name: ("closed_loop", name) for name in ("windows", "pruned", "retriggered", "quarantined")},
-    "merge_accepted": ("merge", "accepted"),
-    "shards": ("shards",),
-    "memory_bytes": ("memory_bytes",),
-    "edits_per_minute": ("edits_per_minute",),
-    "seconds": ("seconds", "total"),
-}
-"""The figures of a run in the CSV file; scores are shares."""
-
 
 BEFORE = "(no edit)"
 """The row of the base as it was."""
@@ -220,12 +204,11 @@ class Part:
 
 def tables_of(results: Sequence[Result]) -> list[Table]:
     """OP of variants against sizes for each protocol, and all columns for the largest size of which a run finished."""
-    sizes = [result.size for result in results]
-    largest = max((result.size for result in results if result.status == "finished"), default=max(sizes, default=0))
     tables = [
         Part(protocol, f"OP, {protocol.replace('_', ' ')}, per cent", {"": Column(("final", protocol, "op"))})
         for protocol in PROTOCOLS
     ]
+    largest = max((result.status == "finished", result.size) for result in results)[1]
     shown = [result for result in results if result.size == largest]
     return [*(part.table(results) for part in tables), Part("all", "All figures", COLUMNS).table(shown)]
 
@@ -233,13 +216,15 @@ def tables_of(results: Sequence[Result]) -> list[Table]:
 def editor_parts(results: Sequence[Result]) -> list[Part]:
     """The paper's Tables 3, 4, 7 and 8 with scores as shares: Rel, Gen, Loc and OP in both protocols; perplexity and
     Loc where targets' perplexity was asked; costs."""
-    found = []
-    for protocol in PROTOCOLS:
-        columns, before = (
-            {name: Column((stage, protocol, name.lower()), scale=1.0, digits=2) for name in ("Rel", "Gen", "Loc", "OP")}
-            for stage in ("final", "pre_edit")
-        )
-        found.append(Part(protocol, f"Scores, {protocol.replace('_', ' ')}", columns, before))
+
+    def columns(stage: str, protocol: str) -> dict[str, Column]:
+        names = ("Rel", "Gen", "Loc", "OP")
+        return {name: Column((stage, protocol, name.lower()), scale=1.0, digits=2) for name in names}
+
+    found = [
+        Part(one, f"Scores, {one.replace('_', ' ')}", columns("final", one), columns("pre_edit", one))
+        for one in PROTOCOLS
+    ]
     if any(result.figure(("perplexity",)) for result in results):
         pre, final = (Column(("perplexity", stage), scale=1.0, digits=2) for stage in ("pre", "final"))
         both = {"PPL": final, "Loc": found[0].columns["Loc"]}
@@ -259,13 +244,10 @@ def lead(results: Sequence[Result]) -> list[str]:
     bases = dict.fromkeys(Path(str(run.figure(("base", "name")))).name for run in results if run.metrics)
     seeds = ", ".join(str(seed) for seed in sorted({result.seed for result in results}))
     over = f"mean ± standard deviation over the seeds {seeds}" if "," in seeds else f"seed {seeds}"
-    words = [
-        f"{len(by_variant(results))} variants of {', '.join(bases) or 'a base'}, {over}; scores are of the final model."
-    ]
     singles = max((int(run.figure(("singles",)) or 0) for run in results), default=0)
-    if singles:
-        words.append(f"N = 1 is the mean over {singles:,} single edits, each written into the base as it was.")
-    return words
+    words = f"N = 1 is the mean over {singles:,} single edits, each written into the base as it was."
+    first = f"{len(by_variant(results))} variants of {', '.join(bases) or 'a base'}, {over}: the final model."
+    return [first] + [words] * bool(singles)
 
 
 def remarks(results: Sequence[Result]) -> list[str]:
@@ -284,13 +266,10 @@ def remarks(results: Sequence[Result]) -> list[str]:
 
 
 def csv_text(results: Sequence[Result]) -> str:
-    """One line per run."""
-    lines = [
-        [run.variant, run.size, run.seed, run.status, *(run.figure(path) for path in FIGURES.values()), run.error]
-        for run in results
-    ]
-    columns = ["variant", "size", "seed", "status", *FIGURES, "error"]
-    return pd.DataFrame(lines, columns=columns, dtype=object).to_csv(index=False)
+    """One line per run, with all its figures under the names that lead to them: `final.autoregressive.op`."""
+    runs = [{key: value for key, value in asdict(run).items() if key != "metrics"} for run in results]
+    figures = pd.json_normalize([dict(run.metrics or {}) for run in results])
+    return pd.concat([pd.DataFrame(runs), figures], axis=1).to_csv(index=False)
 
 
 def scores_csv(results: Sequence[Result]) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -26,8 +27,7 @@ from repair_lightning.reports.comparison_charts import (
 from repair_lightning.reports.drawing import Chart
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(NamedTuple):
     """What a comparison measured."""
 
     name: str
@@ -36,11 +36,7 @@ class Comparison:
 
 
 def draw_figures(folders: Sequence[Path], to: Path) -> tuple[list[Path], list[str]]:
-    """Draw all figures that some runs provide.
-
-    Args:
-        folders: run directories, results of `repair_lightning.commands.compare`, or folders of either.
-        to: where the files go; made if missing.
+    """Draw all figures that some runs, comparisons, or folders of either provide, into a folder, which is made.
 
     Returns:
         The files, and a line for every figure that is left out, with what it misses.

@@ -10,8 +10,8 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -40,38 +40,13 @@ log = logging.getLogger(__name__)
 REPORT_FILE = "report.html"
 POINTS_SHOWN = 60
 """Rows of a picture's table."""
-GLOSSARY = (
-    ("Rel", "reliability: corrected prompts that get the new answer"),
-    ("Gen", "generalisation: the same questions in other words that get the new answer"),
-    ("Loc", "locality: unrelated prompts that are answered as before"),
-    ("Near", "neighbours: the same question about another subject, answered as before"),
-    ("OP", "overall performance: the cube root of Rel × Gen × Loc"),
-    ("autoregressive", "the model writes its answer freely; it counts if it is exactly the expected one"),
-    ("teacher forced", "the expected answer is fed in; the share of its tokens that the model would have chosen"),
-    ("before merge", "after the last edit, before side memories were fused, if they were"),
-    ("oracle routing", "what the same memories score if every prompt is sent to the right one"),
-)
-FORMS_NOTE = (
-    "In per cent of the edits that were asked. Exact: the answer is the target; contains: it holds the target; fires: "
-    "a shard answers; garbled: a shard said what neither it nor the base should say."
-)
-OTHERS_WORDS = (
-    "Routing decides from a prompt's words alone which memory answers. Where it chose well and the answer is wrong all "
-    "the same, the memory itself has not learnt it in these words."
-)
-TILES = {
-    "rel": "of the edits answered right (Rel)",
-    "gen": "in other words (Gen)",
-    "loc": "unrelated answers kept (Loc)",
-    "near": "neighbours' answers kept (Near)",
-    "op": "overall (OP)",
-}
+UNDONE = "{} of the edits were taken back after the run; scores and answers are those before that."
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page: its anchor and title, then sentences, tables, pictures, terms with their meaning, and texts to
-    be shown as they are, each with what it is."""
+    """A part of a page: sentences, tables, pictures, facts by their names, texts to be shown as they are; whether its
+    table can be searched, and whether the terms of scores are explained."""
 
     id: str
     title: str
@@ -81,18 +56,19 @@ class Section:
     facts: Sequence[tuple[str, str]] = ()
     texts: Sequence[tuple[str, str]] = ()
     searched: bool = False
+    terms: bool = False
 
 
 @dataclass(frozen=True)
 class Page:
-    """A page: its head and its parts; `tiles` are headline figures with their words."""
+    """A page: its head and its parts; `tiles` are the headline scores."""
 
     title: str
     subtitle: str
     lead: Sequence[str]
     sections: Sequence[Section]
     notices: Sequence[str] = ()
-    tiles: Sequence[tuple[str, str]] = ()
+    tiles: Mapping[str, str] = field(default_factory=dict)
     made: str = ""
 
 
@@ -143,7 +119,7 @@ def pictures(drawn: Sequence[Chart | str]) -> Section:
     for chart in (one for one in drawn if isinstance(one, Chart)):
         rest = "what `repair-lightning figures` writes as CSV"
         rows = [list(row.values()) for row in chart.rows]
-        numbers = table(f"table-{chart.name}", "", list(chart.rows[0]), rows, len(rows), rest, POINTS_SHOWN)
+        numbers = table(f"table-{chart.name}", "", list(chart.rows[0]), rows, rest, POINTS_SHOWN)
         charts.append((chart, base64.b64encode(chart.svg().encode()).decode(), numbers))
     missing = [f"Left out: {words}" for words in drawn if isinstance(words, str)]
     return Section("pictures", "Pictures", words=missing, charts=charts)
@@ -153,17 +129,17 @@ def page_of(run: Artefacts) -> Page:
     """The report of a run."""
     m = run.metrics
     scores = [
-        Table("", score_frame(m), "In per cent; higher is better everywhere.", "score-table"),
-        Table("Edits in other forms", form_frame(m["final"].get("forms")), FORMS_NOTE, "forms-table"),
+        Table("", score_frame(m), id="score-table"),
+        Table("Edits in other forms", form_frame(m["final"].get("forms")), id="forms-table"),
     ]
-    others = others_table(run)
-    others = replace(others, note=f"{OTHERS_WORDS} {others.note}".strip())
     known = Counter(str(entry.status) for entry in run.entries.values())
+    undone = known[EditStatus.UNDONE]
     counts = ", ".join(f"{number:,} {status}" for status, number in known.items())
     texts = [("The command", run.provenance.get("command", "")), ("The complete configuration", run.config_text)]
+    failed = [failed_table(run), others_table(run), skipped_table(run)]
     sections = [
-        Section("scores", "Scores", list(side_words(m)), scores, facts=GLOSSARY),
-        Section("failed", "What failed, and why", [failed_words(run)], [failed_table(run), others, skipped_table(run)]),
+        Section("scores", "Scores", list(side_words(m)), scores, terms=True),
+        Section("failed", "What failed, and why", [failed_words(run)], failed),
         pictures([make(run) for make in RUN_CHARTS.values()]),
         Section("edits", "All edits", [f"Failed ones come first. {counts}"], [edits_table(run)], searched=True),
         Section("loop", "What happened", [loop_words(m)], [event_table(run)]),
@@ -174,10 +150,10 @@ def page_of(run: Artefacts) -> Page:
     return Page(
         title=f"{m['n_edits']:,} corrections of {run.base}",
         subtitle=f"Run {run.name}{when}",
-        lead=lead(run),
+        lead=[lead(run)],
         sections=sections,
-        notices=notices(run),
-        tiles=[(percent(run.score(kind)), words) for kind, words in TILES.items() if run.score(kind) is not None],
+        notices=[UNDONE.format(undone)] if undone else [],
+        tiles={kind: percent(run.score(kind)) for kind in ("rel", "gen", "loc", "near", "op")},
         made=f"Made by REPAIR-Lightning; `repair-lightning report --run {run.path}` makes it again.",
     )
 
@@ -185,40 +161,18 @@ def page_of(run: Artefacts) -> Page:
 # -- what was asked and what came of it --------------------------------------------------------------------------------
 
 
-def lead(run: Artefacts) -> list[str]:
-    """What was asked and what it came to, in plain words."""
+def lead(run: Artefacts) -> str:
+    """What was asked and how it was done, in plain words."""
     m = run.metrics
-    data, size = run.option("data.path"), m["base"].get("parameters")
-    base = f"the language model {run.base}" + (f" ({size / 1e6:,.1f} million parameters)" if size else "")
-    source = f" They come from {data}." if data else ""
-    changed = "deviation" in m.get("method", {})
-    shards = (
-        f"Corrections are kept in memories beside it (shards; {m.get('shards', 0):,} at the end), and for every "
-        "question a router decides, from its words alone, whether one of them or the "
-        f"{'changed' if changed else 'unchanged'} model answers."
-    )
-    how = f"The model itself was not retrained. {shards}"
-    if changed:
-        how = "They change some of its own weights" + (f". {shards}" if m.get("shards") else ", for every question.")
-    rel, gen, loc = (run.score(kind) for kind in ("rel", "gen", "loc"))
-    parts = [
-        f"{percent(rel)} of the corrected prompts get the new answer ({percent(run.score('rel', 'pre_edit'))} before)"
-    ]
-    parts += [f"{percent(gen)} of the same questions in other words"] * (gen is not None)
-    parts += [f"{percent(loc)} of unrelated prompts are answered as before"] * (loc is not None)
-    return [
-        f"A language model was wrong about some facts. {m['n_edits']:,} corrections were written into {base}, one "
-        f"after the other, as they would arrive in use.{source} {how}",
-        f"With all corrections in place, {'; '.join(parts)}.",
-    ]
-
-
-def notices(run: Artefacts) -> list[str]:
-    """What a reader must know beforehand."""
-    undone = [entry.status for entry in run.entries.values()].count(EditStatus.UNDONE)
-    bad = len(run.metrics.get("records", {}).get("bad", ()))
-    words = f"{undone} of the edits were taken back after the run; scores and answers are those before that."
-    return [words] * bool(undone) + [f"{bad} records of the data were bad and were not written; see below."] * bool(bad)
+    data, changed = run.option("data.path"), "deviation" in m.get("method", {})
+    words = f"A language model was wrong about some facts. {m['n_edits']:,} corrections were written into {run.base}, "
+    words += "one after the other, as they would arrive in use. " + (f"They come from {data}. " if data else "")
+    words += "They change some of its own weights" if changed else "The model itself was not retrained"
+    if changed and not m.get("shards"):
+        return f"{words}, for every question."
+    model = f"the {'changed' if changed else 'unchanged'} model"
+    words += f". Corrections are kept in memories beside it (shards; {m.get('shards', 0):,} at the end). For every "
+    return words + f"question a router decides, from its words alone, whether one of them or {model} answers."
 
 
 def failed_words(run: Artefacts) -> str:

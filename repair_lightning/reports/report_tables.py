@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from itertools import groupby, islice
+from itertools import groupby
 from typing import Any
 
 import pandas as pd
@@ -22,17 +22,11 @@ GONE = (EditStatus.SUPERSEDED, EditStatus.UNDONE)
 
 
 def table(
-    id: str,
-    title: str,
-    columns: Sequence[str],
-    rows: Iterable[Sequence[Any]],
-    total: int,
-    rest: str,
-    most: int = ROWS_SHOWN,
+    id: str, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], rest: str, most: int = ROWS_SHOWN
 ) -> Table:
     """The first rows as a table, which says how many there are and where the `rest` is."""
-    shown = [[shortened(cell) for cell in row] for row in islice(rows, most)]
-    note = f"The first {len(shown):,} of {total:,}; the others are in {rest}." if len(shown) < total else ""
+    shown = [[shortened(cell) for cell in row] for row in rows[:most]]
+    note = f"The first {most:,} of {len(rows):,}; the others are in {rest}." if len(rows) > most else ""
     return Table(title, pd.DataFrame(shown, columns=list(columns), dtype=object), note, id)
 
 
@@ -107,7 +101,7 @@ def others_table(run: Artefacts) -> Table:
     """Rephrases, unrelated prompts and neighbours that are answered wrong, with the reason."""
     wrong = [row for row in run.rows.get("final", ()) if row["kind"] != "edit" and not row["correct"]]
     names = {"rephrase": "in other words", "locality": "unrelated", "near": "neighbour"}
-    rows = (
+    rows = [
         [
             names.get(row["kind"], row["kind"]),
             row["id"],
@@ -117,10 +111,10 @@ def others_table(run: Artefacts) -> Table:
             why_wrong(row, run.entries.get(row["id"])),
         ]
         for row in wrong
-    )
+    ]
     columns = ("kind", "of edit", "asked", "should say", "says", "why")
     title = "Other prompts that are answered wrong"
-    return table("others-table", title, columns, rows, len(wrong), "generations.jsonl")
+    return table("others-table", title, columns, rows, "generations.jsonl")
 
 
 def skipped_table(run: Artefacts) -> Table:
@@ -130,7 +124,7 @@ def skipped_table(run: Artefacts) -> Table:
     rows += [["duplicate", words] for words in records.get("duplicates", ())]
     rows += [["superseded", f"{old}, by {new}"] for old, new in records.get("superseded", {}).items()]
     title = "Records that were not written"
-    return table("skipped-table", title, ("kind", "which"), rows, len(rows), "metrics.json")
+    return table("skipped-table", title, ("kind", "which"), rows, "metrics.json")
 
 
 def failed_table(run: Artefacts) -> Table:
@@ -148,8 +142,8 @@ def edits_table(run: Artefacts) -> Table:
 def _edits(id: str, run: Artefacts, ids: Sequence[str], why: Mapping[str, str], most: int) -> Table:
     columns = ("edit", "asked", "should say", "says", "before", "now", "answered by", "status", "writes", "why")
     answered = edit_rows(run)
-    rows = (_edit(run, one, answered.get(one, {}), why.get(one)) for one in ids)
-    return table(id, "", columns, rows, len(ids), "edits.parquet and generations.jsonl", most)
+    rows = [_edit(run, one, answered.get(one, {}), why.get(one)) for one in ids]
+    return table(id, "", columns, rows, "edits.parquet and generations.jsonl", most)
 
 
 def _edit(run: Artefacts, id: str, row: Mapping[str, Any], why: str | None) -> list[Any]:
@@ -172,4 +166,4 @@ def event_table(run: Artefacts) -> Table:
         time = f"{datetime.fromtimestamp(events[0]['time'], timezone.utc):%H:%M:%S}"
         rows.append([time, kind, sum(event["id"] is not None for event in events), window, reason])
     columns = ("time, UTC", "what", "edits", "arrived in window", "why")
-    return table("event-table", "", columns, rows, len(rows), "`repair-lightning log --run DIR`")
+    return table("event-table", "", columns, rows, "`repair-lightning log --run DIR`")

@@ -31,15 +31,9 @@ def unreachable() -> str | None:
 class OfflineFirstWandbLogger(WandbLogger):
     """Lightning's `WandbLogger`, which writes to the disk unless a key is set and the server answers.
 
-    What was written to the disk alone is sent by `wandb sync` whenever you like.
-
-    Args:
-        project: of the runs.
-        offline: write to the disk alone; None does unless `WANDB_API_KEY` or `WANDB_MODE` says otherwise.
-        name: of the run.
-        group: what the processes and the resumed parts of one run have in common.
-        save_dir: where `wandb/` lies.
-        options: as `wandb.init` takes them.
+    What was written to the disk alone is sent by `wandb sync` whenever you like. `offline` None writes to the disk
+    alone unless `WANDB_API_KEY` or `WANDB_MODE` says otherwise; `group` joins the processes and the resumed parts of
+    one run; `options` are those of `wandb.init`.
     """
 
     def __init__(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +126,8 @@ def test_live_and_cost_follow_the_curve(tmp_path):
 
 
 def test_thinned_keeps_the_last():
-    rows = [{"i": i} for i in range(1001)]
-    found = thinned(rows, 400)
-    assert (len(found), found[-1]) == (334, {"i": 1000})
-    assert {b["i"] - a["i"] for a, b in pairwise(found)} == {3}
-    assert thinned(rows[:5], 400) == rows[:5]
-    assert thinned([]) == []
+    found = [row["i"] for row in thinned([{"i": i} for i in range(1001)], 400)]
+    assert found == list(range(1, 1001, 3))
 
 
 def test_features_are_coloured_by_shard(tmp_path):
