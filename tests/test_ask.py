@@ -54,19 +54,6 @@ def test_both_answers_and_who_gave_them(pair, made):
     assert not left.route.score > left.route.threshold
 
 
-def test_the_lines_say_what_a_person_asks_for(pair, made):
-    edit = made[2][0]
-    (reply,) = pair.ask([edit.prompt])
-    prompt, base, edited, memory, nearest, reason = reply.lines()
-    assert prompt == edit.prompt
-    assert (base.split(), edited.split()) == (["base", *reply.base.split()], ["edited", *edit.target.split()])
-    assert memory == f"  memory   shard {reply.route.memory}"
-    assert nearest == f"  nearest  {edit.id}: {edit.prompt} -> {edit.target}"
-    assert reason == f"  reason   {reply.route.reason}"
-    assert f"score {reply.route.score:.3f} exceeds {reply.route.threshold:.3f}" in reason
-    assert json.loads(json.dumps(reply.as_dict()))["nearest"]["id"] == edit.id
-
-
 # -- files of prompts --------------------------------------------------------------------------------------------------
 
 

@@ -106,19 +106,6 @@ def complete(path: Path) -> bool:
     return path.stem not in OVERLAYS
 
 
-def test_complete_configs_have_a_seed_and_a_logger_and_overlays_do_not_choose_the_base():
-    for path in CONFIGS:
-        content = yaml.safe_load(path.read_text())
-        if complete(path):
-            assert content["seed_everything"] == 0
-            logger = content["trainer"]["logger"]
-            assert logger["class_path"] == "repair_lightning.reports.tracking.OfflineFirstWandbLogger"
-            assert logger.get("init_args", {}).get("offline") is None  # a key decides
-        else:
-            assert "base" not in content["model"].get("init_args", {})
-            assert not {"path", "format"} & set(content.get("data", {}))
-
-
 IN_PLACE = {"model.values.steps": 2, "model.values.contexts": 0}
 SMALL: dict[str, dict] = dict.fromkeys(("rlsedit", "rome", "memit"), IN_PLACE) | {
     name: {} for name in ("ultraedit", "ft", "ft_ewc", "grace", "defer", "icl")

@@ -99,17 +99,6 @@ class TestRoundTrip:
             assert torch.equal(model.memory[shard].mask, editor.memory[shard].mask)
         assert load_ledger(folder) == editor.ledger
 
-    def test_ids_and_generations_survive(self, editor_of, write, edits, tmp_path):
-        editor = editor_of(writing=Writing("dense", mask_ratio=0.5, capacity=2))
-        write(editor, edits[:6], size=2)
-        editor.prune(0)
-        editor.memory.fuse([1, 2], editor.memory[1].delta.detach() + editor.memory[2].delta.detach())
-        model, _ = load_edited(save_pack(editor, tmp_path / "pack", {}), precision="float32")
-        assert model.memory.ids == editor.memory.ids == [0, 3]
-        assert model.memory.next_id == 4
-        assert [model.memory[shard].generation for shard in (0, 3)] == [1, 0]
-        assert torch.equal(model.memory[3].open, editor.memory[3].open)
-
     def test_without_any_edit(self, editor_of, edits, tmp_path, caplog):
         """It loads, says that it holds none, and is the base."""
         editor = editor_of()
@@ -329,13 +318,6 @@ class TestReplacing:
         monkeypatch.undo()
         assert content_of(folder) == old
 
-    def test_a_users_own_files_stay(self, old_and_new):
-        folder, editor, _, new = old_and_new
-        (folder / "README.md").write_text("mine")
-        save_pack(editor, folder, {})
-        assert (folder / "README.md").read_text() == "mine"
-        assert content_of(folder) == new
-
 
 # -- an editor from a pack ---------------------------------------------------------------------------------------------
 
@@ -449,9 +431,3 @@ class TestSharing:
         model, _ = load_edited(pack, precision="float32")
         with pytest.raises(RepairError, match="cannot be uploaded to 'me/x'"):
             model.push_to_hub("me/x")
-
-    def test_a_mistyped_folder_asks_no_hub(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(hub, "snapshot_download", None)
-        monkeypatch.chdir(tmp_path)
-        (tmp_path / "runs").mkdir()
-        refused("runs/pakc", "is no pack")

@@ -92,16 +92,6 @@ def test_a_stopped_run_goes_on_behind_its_checkpoint(path):
     run.close()
 
 
-def test_never_means_never(path):
-    stopped(path)
-    before = content(path)
-    with pytest.raises(ConfigError, match=r"holds an unfinished run; --resume auto goes on with it, --overwrite"):
-        begin(path, resume="never")
-    assert content(path) == before
-    begin(path, resume="never", overwrite=True).close()
-    assert not (path / CHECKPOINT).exists()
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -186,13 +176,6 @@ def test_a_checkpoint_that_the_journal_does_not_know_is_refused(path, damage):
 
 
 # -- a directory that cannot be written --------------------------------------------------------------------------------
-
-
-def test_a_file_in_its_place(tmp_path):
-    (tmp_path / "run").touch()
-    for path in (tmp_path / "run", tmp_path / "run" / "deeper"):
-        with pytest.raises(RepairError, match=r"cannot be written \((File exists|Not a directory)\); give another"):
-            begin(path)
 
 
 def full(*_: object) -> None:
@@ -286,19 +269,3 @@ def test_a_told_checkpoint_that_never_got_its_name_is_void(path):
     assert run.journal.seq_of("0" * 64) is None
     assert run.checkpoint
     run.close()
-
-
-@pytest.mark.parametrize("name", ["pack", "edits.parquet"])
-def test_results_without_a_run_are_not_removed_unasked(tmp_path, name):
-    """A copied pack, a project's own checkpoints, the file that the edits come from."""
-    own = tmp_path / name / "weights" if name == "pack" else tmp_path / name
-    own.parent.mkdir(exist_ok=True)
-    own.write_text("mine")
-    with pytest.raises(ConfigError, match=f"holds {name} and no run that could go on.*--overwrite"):
-        RunDirectory(tmp_path).open(SETTINGS)
-    assert own.read_text() == "mine"
-    run = RunDirectory(tmp_path)
-    run.open(SETTINGS, overwrite=True)
-    run.begin()
-    run.close()
-    assert not own.exists()

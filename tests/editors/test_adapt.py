@@ -13,9 +13,8 @@ import torch
 from helpers_runs import fit, world_edits, world_stream, write_edits
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from repair_lightning.editors import Keyed, repair
-from repair_lightning.editors import adapt as adapting
-from repair_lightning.editors.adapt import Adapted, make_probes
+from repair_lightning.editors import Keyed, shards
+from repair_lightning.editors.adapt import Adapted
 from repair_lightning.editors.keyed import LowRankWriting
 from repair_lightning.errors import ConfigError
 
@@ -82,26 +81,7 @@ def test_another_layer_where_the_last_one_cannot_be_written(crippled, irrelevant
     assert editor.edited.split.value is editor.base.model.model.layers[editor.layer].mlp.down_proj
 
 
-def test_a_learning_rate_that_reaches_the_target(folder_of, irrelevant, monkeypatch):
-    """With a first candidate that is far too small to write anything in the steps that there are, another is taken."""
-    monkeypatch.setattr(adapting, "RATES", (1e-6, 1.0))
-    editor = prepared(folder_of("llama"), irrelevant, writing=LowRankWriting(lr="auto"))
-    assert [row["written"] for row in table(editor)] == [0.0, 1.0]
-    assert settings_of(editor) == (2, 1.0, 2.0)
-
-
 # -- the probes --------------------------------------------------------------------------------------------------------
-
-
-def test_probes_want_what_the_base_says_to_others(folder_of, irrelevant, answers):
-    editor = loaded(folder_of("llama"))
-    said = answers(editor.base.model, editor.tokenizer, irrelevant, new=8)
-    said = [" ".join(text.split()) for text in said]
-    probes = make_probes(editor, irrelevant)
-    assert len(probes) == sum(map(bool, said))
-    for probe in probes:
-        assert probe.target in said
-        assert probe.target != said[irrelevant.index(probe.prompt)]
 
 
 # -- no trace ----------------------------------------------------------------------------------------------------------
@@ -154,11 +134,11 @@ def world_run(folder: Path, epochs: int = -1, ckpt_path: Path | None = None) -> 
 
 def test_a_resumed_run_keeps_what_was_chosen(tmp_path, monkeypatch):
     chosen: Callable[..., Adapted] = lambda *_: CHOSEN  # noqa: E731
-    monkeypatch.setattr(repair, "adapt", chosen)
+    monkeypatch.setattr(shards, "adapt", chosen)
     whole = world_run(tmp_path / "whole")
     assert settings_of(whole) == (6, 0.5, 1.0)
     world_run(tmp_path / "part", epochs=1)
-    monkeypatch.setattr(repair, "adapt", None)  # whoever chooses anew fails
+    monkeypatch.setattr(shards, "adapt", None)  # whoever chooses anew fails
     resumed = world_run(tmp_path / "rest", ckpt_path=tmp_path / "part" / "last.ckpt")
     assert resumed.adapted == CHOSEN
     assert settings_of(resumed) == (6, 0.5, 1.0)

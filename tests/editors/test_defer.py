@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
-from repair_lightning.editors import make_editor
-from repair_lightning.errors import ConfigError
 from repair_lightning.memory.routers.gate import fitted_gate
 from repair_lightning.types import EditBatch
 
@@ -36,16 +33,3 @@ def test_earlier_edits_and_irrelevant_prompts_are_trained_beside_a_batch(editor_
     assert set(texts[2:5]) < {editor.encode(edit).ids for edit in edits[:4]}
     assert set(texts[5:]) < set(said)
     assert len(said) == len(editor.background_prompts)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"lr": 0.0}, "lr must be positive"),
-        ({"replay": -1}, "replay must be at least 0, got -1"),
-        ({"threshold": 1.0}, r"threshold must be in \[0, 1\), got 1.0"),
-    ],
-)
-def test_refusals(options, words):
-    with pytest.raises(ConfigError, match=words):
-        make_editor("defer", options)

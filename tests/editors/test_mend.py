@@ -75,10 +75,6 @@ LEARNS = {"steps": 20, "lr": 3e-4, "lr_steps": 1e-3, "alpha": 1e-4, "batch": 8, 
 
 
 class TestTraining:
-    @pytest.fixture
-    def trained(self, editor_of, few):
-        return lambda **more: editor_of("llama", "mend", **QUICK | {"train_data": few, "alpha": 0.01} | more)
-
     def test_held_out_edits_are_said_better(self, few):
         """Both the loss and what it is for: one write of an edit that was never seen makes its target likely, which the
         untrained step does not."""
@@ -96,18 +92,6 @@ class TestTraining:
                 assert (figures["edits"], figures["held_out"], figures["left_out"]) == (36, 4, 0)
         assert losses[0] < 0.7, "more likely than not"
         assert losses[0] < 0.2 * losses[1]
-
-    def test_a_cache_spares_the_next_run_the_training(self, trained, few, tmp_path, monkeypatch):
-        folder = tmp_path / "cache"
-        first = trained(train_cache=str(folder), steps=10)
-        assert len(list(folder.iterdir())) == 1
-        monkeypatch.setattr(type(first), "train_on", lambda *_: pytest.fail("trained again"))
-        second = trained(train_cache=str(folder), steps=10)
-        assert second.training_figures == first.training_figures
-        for one, other in zip(first.own_state().values(), second.own_state().values(), strict=True):
-            assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
-        with pytest.raises(pytest.fail.Exception, match="trained again"):
-            trained(train_cache=str(folder), steps=10, lr=1e-3)
 
 
 def loss_of(editor, edit):

@@ -40,14 +40,6 @@ def taken_over(editor_of, write, edits):
     return editor
 
 
-def test_what_it_holds_needs_no_shard(editor_of, write, edits):
-    editor = hybrid(editor_of, ridge=0.003)
-    write(editor, edits[:3])
-    assert editor.memory.ids == []
-    assert correctness(editor, edits[:3]) == {edit.id: 1.0 for edit in edits[:3]}
-    assert editor.figures()["in_the_matrix"] == 3
-
-
 def test_what_it_got_wrong_becomes_a_shard(taken_over, edits):
     assert correctness(taken_over, edits[:3]) == {edit.id: 1.0 for edit in edits[:3]}
     assert taken_over.choose([edit.prompt for edit in edits[:3]]).memory.tolist() == taken_over.memory.ids

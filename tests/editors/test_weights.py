@@ -25,15 +25,6 @@ SOFT = {"ridge": 0.003, "anchoring": 0.01}
 
 
 class TestWherePlacesAre:
-    def test_one_for_each_target_token_where_it_is_read(self, editor_of, edits):
-        """The place of token j of a target lies one before it: at the prompt's last token for the first."""
-        editor = editor_of("llama", "rlsedit")
-        encoded, owners, places = editor._rows(edits[:3])
-        assert owners == [0, 1, 2]
-        found = [(int(r), len(encoded[int(r)].ids) - 1 - int(b)) for r, b in zip(places.row, places.back, strict=True)]
-        assert found == [(i, len(row.prompt) - 1 + j) for i, row in enumerate(encoded) for j in range(len(row.target))]
-        assert places.member.tolist() == [i for i, row in enumerate(encoded) for _ in row.target]
-
     @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
     def test_the_subjects_last_token(self, editor_of, edits, model_type):
         editor = editor_of(model_type, "rlsedit", layer=1, values=AT_SUBJECT)
@@ -61,10 +52,11 @@ class TestRLSEdit:
         wanted = torch.linalg.lstsq(torch.cat(rows), torch.cat(aims)).solution.T.float()
         torch.testing.assert_close(editor.edited.weights.matrix(layer), wanted, rtol=1e-3, atol=1e-3)
 
-    @pytest.mark.parametrize("layers", [1, 2])
-    def test_an_undone_edits_term_is_gone(self, editor_of, write, edits, layers):
-        """The problem without it, solved anew from W_0, and the rest untouched in the ledger."""
-        editor = editor_of("llama", "rlsedit", values=SURE, layers=layers, **SOFT)
+    def test_an_undone_edits_term_is_gone(self, editor_of, write, edits):
+        """The problem without it, solved anew from W_0, and the rest untouched in the ledger; without all it is the
+        base, bitwise identical."""
+        editor = editor_of("llama", "rlsedit", values=SURE, layers=2, **SOFT)
+        weights = {key: value.clone() for key, value in editor.base.model.state_dict().items()}
         write(editor, edits, 3)
         kept = [edit for edit in edits if edit.id not in ("e1", "e4")]
         assert editor.undo(["e1", "e4"]) == []
@@ -79,28 +71,20 @@ class TestRLSEdit:
             assert float(apart.norm() / anew.weight.norm()) < 3e-3
         assert editor.terms.keys() == {edit.id for edit in kept}
         assert [editor.ledger.owner_of(edit.id) for edit in kept] == [BASE] * len(kept)
-
-    def test_all_undone_is_the_base_bit_by_bit(self, editor_of, write, edits):
-        editor = editor_of("llama", "rlsedit", values=SURE, **SOFT)
-        weights = {key: value.clone() for key, value in editor.base.model.state_dict().items()}
-        write(editor, edits[:4], 2)
-        editor.undo([edit.id for edit in edits[:4]])
+        editor.undo([edit.id for edit in kept])
         assert all(torch.equal(value, weights[key]) for key, value in editor.base.model.state_dict().items())
         assert editor.own_state() == {"ids": []}
 
-    @pytest.mark.parametrize("name", ["rlsedit", "rls_repair"])
-    def test_anchors_that_scoring_asks_are_left_out(self, name, tmp_path, caplog):
+    def test_anchors_that_scoring_asks_are_left_out(self, tmp_path, caplog):
         """On the way that a run takes: what is held to the base's answer must not be what `Loc` asks."""
         edit = world_edits(2)[0]
         given = [edit.locality[0].prompt, "the sky is blue", "the sky is blue"]
         options = {"base": "world", "precision": "float32", "anchors": given, "values": asdict(SURE)}
-        editor = make_editor(name, options)
+        editor = make_editor("rls_repair", options)
         fit(editor, world_stream(max_edits=2), [], tmp_path)
         assert editor.anchors == ["the sky is blue"]
-        assert getattr(editor, "first", editor).anchored == ["the sky is blue"]
+        assert editor.first.anchored == ["the sky is blue"]
         assert "anchors: 2 of 3 are asked in scoring or repeated: left out" in caplog.text
-        with pytest.raises(ConfigError, match=r"anchors: scoring asks all 1 of them; give other prompts, or null"):
-            fit(make_editor(name, options | {"anchors": [edit.prompt]}), world_stream(max_edits=2), [], tmp_path)
 
     def test_a_pack_needs_neither_the_file_nor_the_same_irrelevant_prompts(self, editor_of, write, edits, tmp_path):
         """What the problem holds is the pack's own: bounds and undo go on."""

@@ -147,12 +147,6 @@ def test_edits_of_which_the_base_makes_nothing_go_alone(tmp_path, watcher, monke
     assert [sorted(batch) for batch in batches[len(alone) :]] == ([rest] if rest else [])
 
 
-def test_the_editors_limit_bounds_a_batch(tmp_path, watcher):
-    watcher.limit = 2
-    stream = stream_of(tmp_path, watcher, batch_size=100)
-    assert [len(batch.edits) for batch in stream.next_window()] == [2, 2]
-
-
 # -- pools -------------------------------------------------------------------------------------------------------------
 
 
@@ -251,12 +245,6 @@ def test_without_irrelevant_prompts_the_base_writes_its_own(tmp_path, watcher, e
     background, held_out = stream.irrelevant_halves(editor)
     assert 2 <= len(background + held_out) <= 4
     assert not set(background) & set(held_out)
-
-
-def test_too_few_irrelevant_prompts(tmp_path, watcher, editor):
-    stream = stream_of(tmp_path, watcher, max_irrelevant=1)
-    with pytest.raises(ConfigError, match=r"data.irrelevant: at least 2 unrelated prompts are needed, got 1"):
-        stream.irrelevant_halves(editor)
 
 
 @pytest.mark.parametrize("name", ["window", "batch_size", "max_irrelevant"])
