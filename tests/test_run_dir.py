@@ -80,6 +80,10 @@ def test_another_process_cannot_have_it_and_a_dead_one_does_not_hold_it(path):
 
 def test_a_stopped_run_goes_on_behind_its_checkpoint(path):
     stopped(path, windows=2)
+    before = content(path)
+    with pytest.raises(ConfigError, match=r"holds an unfinished run; --resume auto goes on with it, --overwrite"):
+        begin(path, resume="never")
+    assert content(path) == before
     run = begin(path)
     assert run.checkpoint == path / CHECKPOINT
     saved = Ledger()
@@ -269,3 +273,16 @@ def test_a_told_checkpoint_that_never_got_its_name_is_void(path):
     assert run.journal.seq_of("0" * 64) is None
     assert run.checkpoint
     run.close()
+
+
+@pytest.mark.parametrize("name", ["pack/weights", "edits.parquet"])
+def test_results_without_a_run_are_not_removed_unasked(tmp_path, name):
+    """A copied pack, the file that the edits come from."""
+    own = tmp_path / name
+    own.parent.mkdir(exist_ok=True)
+    own.write_text("mine")
+    with pytest.raises(ConfigError, match=r"holds .* and no run that could go on.*--overwrite"):
+        RunDirectory(tmp_path).open(SETTINGS)
+    assert own.read_text() == "mine"
+    begin(tmp_path, overwrite=True).close()
+    assert not own.exists()
