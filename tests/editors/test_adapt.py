@@ -76,7 +76,7 @@ def test_another_layer_where_the_last_one_cannot_be_written(crippled, irrelevant
     editor = prepared(crippled, irrelevant, layer="auto")
     written = {row["layer"]: row["written"] for row in table(editor)}
     assert written[2] == 0.0
-    assert written[editor.layer] == max(written.values()) > 0.5
+    assert written[editor.layer] == max(written.values()) > 0.25
     assert editor.layer < 2
     assert editor.edited.split.value is editor.base.model.model.layers[editor.layer].mlp.down_proj
 
