@@ -64,7 +64,7 @@ def measured(context: Context, base: Base, layer: int | None, edits: Sequence[Ed
     editor = Keyed("random-llama", layer=layer, seed=context.seed)
     editor.build(base, resolve_layer(base.model, layer))
     editor.to(device)
-    editor.prepare(*make_stream(context, edits, max_irrelevant=128).irrelevant_halves(editor))
+    editor.prepare(*make_stream(context, edits, max_irrelevant=128).irrelevant_parts(editor)[:2])
     write(editor, edits[:_WARM])
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

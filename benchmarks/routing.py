@@ -157,7 +157,7 @@ def key_router(context: Context, edits: Sequence[Edit]) -> tuple[KeyRouter, list
     """A router that knows what is common, with a real base that reads for it; irrelevant prompts to calibrate it by,
     and others."""
     editor = loaded(context)
-    background, unrelated = make_stream(context, edits).irrelevant_halves(editor)
+    background, unrelated, _ = make_stream(context, edits).irrelevant_parts(editor)
     editor.prepare(background, background)
     assert isinstance(editor.router, KeyRouter)
     return editor.router, background, unrelated

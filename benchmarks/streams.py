@@ -88,7 +88,7 @@ def loaded(context: Context, kind: type[Any] = Keyed, **options: Any) -> Any:
 def prepared(context: Context, edits: Sequence[Edit], kind: type[Any] = Keyed, **options: Any) -> Any:
     """An editor that is ready to write without a trainer, in float32."""
     editor = loaded(context, kind, precision="float32", **options)
-    editor.prepare(*make_stream(context, edits).irrelevant_halves(editor))
+    editor.prepare(*make_stream(context, edits).irrelevant_parts(editor)[:2])
     return editor
 
 

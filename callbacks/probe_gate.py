@@ -27,8 +27,8 @@ class ProbeGate(pl.Callback):
 
     Args:
         enabled: off lets every window pass.
-        probes: file of unrelated questions, in the form that `scoreboard.probes` takes; None asks the held-out half of
-            the irrelevant prompts.
+        probes: file of unrelated questions, in the form that `scoreboard.probes` takes; None asks the part of the
+            irrelevant prompts that nothing else sees.
         max_probe_loss: highest share of probes, in [0, 1], that may lose the base's answer.
         sample: most probes that are asked.
         max_attempts: writes of an edit whose window was rolled back before it is quarantined.
@@ -54,7 +54,7 @@ class ProbeGate(pl.Callback):
         self.sample = sample
         self.given = [probe.prompt for probe in load_probes(probes)][:sample] if probes else []
         if probes and not self.given:
-            raise ConfigError(f"gate.probes '{probes}' holds no questions; give some, or null for the held-out prompts")
+            raise ConfigError(f"gate.probes '{probes}' holds no questions; give some, or null for irrelevant prompts")
         self.expected: dict[int, str] = {}
         self.rolled_back = 0
 
@@ -69,7 +69,7 @@ class ProbeGate(pl.Callback):
             if len(given) < len(self.given):
                 left_out = len(self.given) - len(given)
                 log.warning("gate: %d of %d probes are asked in scoring: left out", left_out, len(self.given))
-            self.prompts = given or list(pl_module.held_out_prompts[: self.sample])
+            self.prompts = given or list(pl_module.guard_prompts[: self.sample])
         self.broken = self._broken(pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:

@@ -190,15 +190,15 @@ class MergeGuard:
         written = [ledger.edit(id) for id in ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED)]
         self.edits = written[:: max(1, len(written) // sample)][:sample]
         self.in_context = editor.in_context(self.edits)
-        self.unrelated = editor.held_out_prompts[:sample]
+        self.unrelated = editor.guard_prompts[:sample]
         self.chosen = self._choice()
         self.before = self._answers([i for i, memory in enumerate(self.chosen) if into_base or memory != BASE])
 
     def score(self) -> float:
         """In [0, 1], higher is better: the geometric mean of three shares.
 
-        Edits answered right; edits answered right behind a context that the base wrote; held-out irrelevant prompts
-        answered as before.
+        Edits answered right; edits answered right after a context that the base wrote; irrelevant prompts that
+        nothing else sees answered as before.
         """
         right = correctness(self.editor, self.edits)
         in_context = correctness(self.editor, self.in_context)

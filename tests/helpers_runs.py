@@ -114,8 +114,9 @@ def written_editor(
     """World edits in shards of `capacity`, written without a trainer and checked on their own prompts."""
     editor = world_editor(routing, **({"steps": 40, "capacity": capacity} | writing))
     stream = attach(world_stream(path, max_edits=number, window=number, batch_size=capacity), editor)
-    texts = irrelevant_texts(40)
-    editor.prepare(texts[::2], texts[1::2])
+    texts = irrelevant_texts(60)
+    editor.guard_prompts = texts[40:]
+    editor.prepare(texts[:40:2], texts[1:40:2])
     for batch in stream.next_window():
         stream.ledger.written(editor.write(batch))
     editor.finish_window()

@@ -140,6 +140,8 @@ class Editor(pl.LightningModule):
         """Each W_v that writing or a merge has left, by layer, until :meth:`change_base` puts them in their place."""
         self.background_prompts: tuple[str, ...] = ()
         self.held_out_prompts: tuple[str, ...] = ()
+        self.guard_prompts: Sequence[str] = ()
+        """Irrelevant prompts that neither writing nor thresholds have seen."""
         self.team = ALONE
         self.fresh: Snapshot | None = None
         """What the model was before the first edit, where each is written by itself."""
@@ -451,7 +453,8 @@ class Editor(pl.LightningModule):
         stream = self.trainer.datamodule  # type: ignore[attr-defined]
         self.ledger = stream.ledger
         self.join(getattr(self.trainer.strategy, "team", ALONE))
-        self.prepare(*stream.irrelevant_halves(self))
+        train, calibrate, self.guard_prompts = stream.irrelevant_parts(self)
+        self.prepare(train, calibrate)
         self.change_base()  # of a resumed run or a pack; until here the base was asked as it was
         self.fresh = self.snapshot() if stream.singles else None
 

@@ -76,7 +76,8 @@ class EditStream(pl.LightningDataModule):
         max_regroups: an edit that left this many batches is written alone.
         irrelevant: file of unrelated questions, `world` for the embedded ones; None lets the base write its own.
         irrelevant_prefix: put before each of them.
-        max_irrelevant: take so many of them; half train the router, half calibrate it.
+        max_irrelevant: take so many of them; half train, a quarter calibrates the router, a
+            quarter guards.
         split: of a hub data set.
         sample_seed: draw `max_edits` of the good records at random with this seed; they arrive in the file's order, so
             that a correction stays later than what it corrects, and a larger draw holds every smaller one of its seed.
@@ -217,8 +218,9 @@ class EditStream(pl.LightningDataModule):
         asked |= {_folded(text) for text in self.also_scored}
         return [text for text in dict.fromkeys(texts) if _folded(text) not in asked]
 
-    def irrelevant_halves(self, editor: WindowEditor) -> tuple[list[str], list[str]]:
-        """Irrelevant prompts for losses and centring, and others, held out, for thresholds."""
+    def irrelevant_parts(self, editor: WindowEditor) -> tuple[list[str], list[str], list[str]]:
+        """Irrelevant prompts in three parts, so that what guards can fail: half for losses and centring, a quarter for
+        thresholds, and a quarter that the gate and the merge guard alone ask."""
         if self.irrelevant is None:
             found: Sequence[str] = editor.base_texts(self.max_irrelevant)
         else:
@@ -229,9 +231,9 @@ class EditStream(pl.LightningDataModule):
             left_out = counted(len(found) - len(texts), "irrelevant prompt")
             log.info("left out: %s that another repeats or scoring asks", left_out)
         texts = texts[: self.max_irrelevant]
-        if len(texts) < 2:
-            raise ConfigError(f"data.irrelevant: at least 2 unrelated prompts are needed, got {len(texts)}")
-        return list(texts[::2]), list(texts[1::2])
+        if len(texts) < 4:
+            raise ConfigError(f"data.irrelevant: at least 4 unrelated prompts are needed, got {len(texts)}")
+        return list(texts[::2]), list(texts[1::4]), list(texts[3::4])
 
     # -- the worklist -------------------------------------------------------------------------------------------------
 

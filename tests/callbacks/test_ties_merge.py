@@ -125,7 +125,7 @@ def test_into_the_main_weights(tmp_path, number):
 
 
 def test_the_guard_asks_no_scoring_prompt(monkeypatch):
-    """The guard's prompts are the edits' own, those behind the base's contexts, and the held-out irrelevant ones."""
+    """The guard's prompts are the edits' own, those behind the base's contexts, and irrelevant ones of its own."""
     editor = shards_of()
     asked: list[str] = []
     encode, choose = editor.encode, editor.edited.choose
@@ -133,7 +133,8 @@ def test_the_guard_asks_no_scoring_prompt(monkeypatch):
     monkeypatch.setattr(editor.edited, "choose", lambda prompts: asked.extend(prompts) or choose(prompts))
     assert 0 <= MergeGuard(editor, 256).score() <= 1
     own = [editor.ledger.edit(id).prompt for id in editor.ledger]
-    unrelated = set(editor.held_out_prompts[:256])
+    unrelated = set(editor.guard_prompts)
+    assert not unrelated & {*editor.background_prompts, *editor.held_out_prompts}
     assert unrelated <= set(asked)
     assert set(own) <= set(asked)
     rest = set(asked) - unrelated - set(own)

@@ -220,7 +220,7 @@ def test_an_edit_that_is_too_long_stops_the_run_or_is_left_out(tmp_path, editor)
 
 
 def test_irrelevant_prompts_that_scoring_asks_are_left_out(tmp_path, watcher, editor):
-    """Rephrases, locality and near prompts, in any case and spacing, reach neither half; the number is kept up."""
+    """Rephrases, locality and near prompts, in any case and spacing, reach no part; the number is kept up."""
     edits = [
         {
             "prompt": "Where was Mara Quill born?",
@@ -236,15 +236,17 @@ def test_irrelevant_prompts_that_scoring_asks_are_left_out(tmp_path, watcher, ed
     texts = [*asked, *(f"unrelated question {i}" for i in range(8))]
     unrelated.write_text("".join(json.dumps({"question": text}) + "\n" for text in texts))
     stream = EditStream(path=str(records), irrelevant=str(unrelated), max_irrelevant=6)
-    background, held_out = stream.irrelevant_halves(editor)
-    assert sorted([*background, *held_out]) == texts[3:9]
+    parts = stream.irrelevant_parts(editor)
+    assert [len(part) for part in parts] == [3, 2, 1]
+    assert sorted(text for part in parts for text in part) == texts[3:9]
+    with pytest.raises(ConfigError, match="at least 4 unrelated prompts are needed, got 3"):
+        EditStream(path=str(records), irrelevant=str(unrelated), max_irrelevant=3).irrelevant_parts(editor)
 
 
 def test_without_irrelevant_prompts_the_base_writes_its_own(tmp_path, watcher, editor):
-    stream = stream_of(tmp_path, watcher, irrelevant=None, max_irrelevant=4)
-    background, held_out = stream.irrelevant_halves(editor)
-    assert 2 <= len(background + held_out) <= 4
-    assert not set(background) & set(held_out)
+    stream = stream_of(tmp_path, watcher, irrelevant=None, max_irrelevant=8)
+    background, held_out, guard = stream.irrelevant_parts(editor)
+    assert 4 <= len({*background, *held_out, *guard}) == len(background + held_out + guard) <= 8
 
 
 @pytest.mark.parametrize("name", ["window", "batch_size", "max_irrelevant"])
