@@ -15,8 +15,8 @@ import lightning.pytorch as pl
 import torch
 
 from repair_lightning.editors import Keyed, Repair
-from repair_lightning.editors.keyed import LowRankWriting
 from repair_lightning.editors.repair import Routing, Writing
+from repair_lightning.editors.shards import Steps
 from repair_lightning.edits.stream import EditStream
 from repair_lightning.scoring.correctness import correctness
 from repair_lightning.types import Edit
@@ -59,7 +59,7 @@ def world_editor(routing: dict[str, Any] | None = None, form: str = "dense", **w
         editor = Repair("world", precision="float32", writing=Writing(**options), routing=Routing(**(routing or {})))
     else:
         options.pop("capacity", None)
-        editor = Keyed("world", precision="float32", writing=LowRankWriting(**options))
+        editor = Keyed("world", precision="float32", writing=Steps(**options))
     editor.load()
     return editor
 

@@ -51,7 +51,7 @@ def test_roofline_and_recursion(context):
 
 @pytest.mark.slow
 def test_editing_runs_the_real_program(context):
-    variants = (editing.VARIANTS[0], replace(editing.VARIANTS[1], options=("--model.writing.check_every", "5")))
+    variants = (editing.VARIANTS[0], replace(editing.VARIANTS[1], options=("--model.writing.batch_tokens", "512")))
     ours, fixed = measured("editing", context, variants, edits=4)
     assert fixed["ours is faster by"] == ours["edits/min"] / fixed["edits/min"]
     assert (ours["Rel (AR)"], ours["edits"]) == (100, 4)
@@ -101,14 +101,14 @@ def test_flops_of_a_step(context, layer):
     entry forward and as many backward, beside attention: 2 x 192 x T^2 per row forward, twice that back."""
     edits = world_edits(3)
     editor = streams.prepared(context, edits, layer=layer)
-    forms = [[editor.encode(edit), *editor._other_forms(edit, checked=False)] for edit in edits]
+    forms = [editor.edited.forms.variants(edit.prompt, edit.target) for edit in edits]
     targets = [sum(len(one.target) for one in encoded) for encoded in forms]
     step = 4 * sum(targets) * 2560 * 192 + 4 * 192 * sum(count**2 for count in targets)
     if layer == 9:
         lengths = [len(one.ids) for encoded in forms for one in encoded]
         entries = 2 * 192 * (192 + 64 + 64 + 192 + 3 * 576)
         step += 4 * sum(lengths) * entries + 3 * 2 * 2 * 192 * sum(length**2 for length in lengths)
-    assert roofline.step_flops(editor, editor._rows(edits, ()))["step"] == step
+    assert roofline.step_flops(editor, editor._rows(edits))["step"] == step
 
 
 def test_generation(context):
@@ -176,7 +176,7 @@ def test_a_merge_of_the_study_is_the_callbacks_and_is_undone(context):
     assert before == (*parts, editor.choose_for(edits).memory.tolist())
     kept = merging.least_squares(editor, shards)  # one delta can say what two say: their edits excite few directions
     for shard, part in zip(shards, (edits[:2], edits[2:]), strict=True):
-        rows = editor._rows(part, ())
+        rows = editor._rows(part)
         keys = rows.reading(rows.activations).float()
         told = keys @ editor.memory[shard].delta.T
         assert (keys @ kept.T - told).norm() < 0.05 * told.norm() < (keys @ expected.T - told).norm()

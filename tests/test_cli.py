@@ -132,7 +132,7 @@ def follows(value: Any, schema: Any, at: str = "metrics") -> None:
 
 def test_metrics_have_the_promised_schema(metrics):
     follows(metrics, SCHEMA)
-    assert (metrics["editor"], metrics["n_edits"], metrics["seed"]) == ("repair", 12, 0)
+    assert (metrics["editor"], metrics["n_edits"], metrics["seed"]) == ("keyed", 12, 0)
     assert metrics["base"]["name"] == "world"
     assert len(metrics["base"]["sha256"]) == 64
     seconds = metrics["seconds"]
@@ -311,7 +311,7 @@ def test_skipped_records_are_listed_and_configs_compose(bad_records, tmp_path):
         (["--data.path", "nowhere.jsonl"], ["nowhere.jsonl: no such file"]),
         (["--data.window", "0"], ["data.window must be at least 1, got 0"]),
         (["--model.layer", "12"], ["layer must be in [-12, 11]", "got 12"]),
-        (["--model.routing.router", "keys"], ["unknown router 'keys'", "did you mean 'key'?"]),
+        (["--model", "Repair", "--model.routing.router", "keys"], ["unknown router 'keys'", "did you mean 'key'?"]),
         (["--monitor.tau_correct", "2"], ["monitor.tau_correct must be in (0, 1], got 2"]),
         (["--config", "quickstrat"], ["no configuration 'quickstrat'", "quickstart"]),
     ],
@@ -369,7 +369,7 @@ def test_ctrl_c_is_one_line_that_says_what_resumes_the_run(tmp_path):
         (["--zzz"], ["unknown option '--zzz'; train.py --help lists all"]),
         (["--data.window"], ["--data.window: expected one argument"]),
         (["--data.window", "many"], ["--data.window cannot be 'many': it takes a whole number; see train.py --help"]),
-        (["--model.writing.form", "fat"], ["--model.writing.form cannot be 'fat': it takes 'low_rank' or 'dense'"]),
+        (["--model.hold", "fat"], ["--model.hold cannot be 'fat': it takes 'device' or 'host'"]),
         (
             ["--model", "repiar"],
             ["--model cannot be 'repiar'; did you mean 'repair'? It takes one of: ", " icl, "],

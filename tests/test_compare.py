@@ -389,18 +389,14 @@ def settings_of(run: compare.Run, monkeypatch) -> dict[str, Any]:
 
 
 LESS = {
-    "ours - clustering": ("ours", {"data.clustering"}),
-    "ours - feedback": ("ours", {"feedback.enabled"}),
-    "ours - key router": ("ours", {"model.routing.router"}),
-    "ours - low rank": ("ours", {"model.writing.form"}),
-    "ours + distillation": ("ours", {"model.distillation.weight", "model.distillation.temperature"}),
-    "all parts - clustering": ("all parts", {"data.clustering"}),
-    "all parts - distillation": ("all parts", {"model.distillation.weight"}),
-    "all parts - feedback": ("all parts", {"feedback.enabled"}),
-    "all parts - relative margins": ("all parts", {"model.routing.relative", "model.routing.margins"}),
-    "all parts - key router": ("all parts", {"model.routing.router"}),
-    "all parts - merge": ("all parts", {"merge.enabled"}),
-    "all parts + forced merge": ("all parts", {"merge.max_op_drop"}),
+    "repair - clustering": ("repair", {"data.clustering"}),
+    "repair - distillation": ("repair", {"model.distillation.weight"}),
+    "repair - routing loss": ("repair", {"model.routing.weight"}),
+    "repair - feedback": ("repair", {"feedback.enabled"}),
+    "repair - relative margins": ("repair", {"model.routing.relative", "model.routing.margins"}),
+    "repair - key router": ("repair", {"model.routing.router"}),
+    "repair - merge": ("repair", {"merge.enabled"}),
+    "repair + forced merge": ("repair", {"merge.max_op_drop"}),
 }
 
 
@@ -415,7 +411,7 @@ def ablations(tmp_path, monkeypatch) -> dict[str, dict[str, Any]]:
 def test_the_ablations_take_away_what_their_names_say(ablations):
     """Each variant, read by train.py's own parser, has its options, and differs from its parent in no other."""
     variants = {variant.name: variant for variant in read_comparison(ABLATIONS).variants}
-    assert set(variants) == set(ablations) == {"ours", "all parts", "paper", "wise", *LESS}
+    assert set(variants) == set(ablations) == {"keyed", "repair", "paper", "wise", *LESS}
     for name, found in ablations.items():
         assert variants[name].options.items() <= found.items()
         assert (found["model.base"], found["data.path"], found["data.format"]) == ("some/base", "some.json", "zsre")
@@ -432,6 +428,7 @@ GRID = {"options": {"fake.op": [0.5, 0.9], "model.writing.steps": [1, 2]}, "defa
 FULL = GRID | {"default": {"fake.op": 0.9, "model.writing.steps": 2}}
 
 
+@pytest.mark.drawn
 def test_a_grid_is_a_variant_for_each_pair_of_values(bench, capsys):
     bench.write({"plain": None}, grid=FULL, seeds=[0])
     bench.run()
@@ -465,8 +462,8 @@ def test_bad_grids(bench, grid, message):
 @pytest.mark.slow
 def test_a_comparison_of_real_runs(tmp_path, capsys):
     """Two editors on four edits of the embedded world, drawn by two seeds; then nothing is run again."""
-    options = {"model.writing.form": "dense", "model.writing.stop_margin": None}
-    variants = {"ours": None, "dense - margin": {"options": options}}
+    options = {"data.format": "jsonl", "model.writing.capacity": 2, "model.writing.stop_margin": None}
+    variants = {"ours": None, "dense - margin": {"configs": ["repair_small"], "options": options}}
     content = {"config": "quickstart", "sizes": [4], "seeds": [0, 1], "variants": variants}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     call = ["--config", str(tmp_path / "small.yaml"), "--out", str(tmp_path / "out"), "--workers", "2", "--"]
@@ -478,8 +475,8 @@ def test_a_comparison_of_real_runs(tmp_path, capsys):
         folder = tmp_path / "out" / run["variant"].replace(" ", "") / f"n4-seed{run['seed']}"
         assert run["metrics"] == json.loads((folder / "metrics.json").read_text())
         writing = yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]["writing"]
-        expected = ("low_rank", Writing().stop_margin, 20) if run["variant"] == "ours" else ("dense", None, 20)
-        assert (writing["form"], writing["stop_margin"], writing["steps"]) == expected
+        expected = (None, 2.0, 20) if run["variant"] == "ours" else (2, None, 20)
+        assert (writing.get("capacity"), writing["stop_margin"], writing["steps"]) == expected
         rows = [json.loads(line) for line in (folder / "generations.jsonl").read_text().splitlines()]
         ids = tuple(dict.fromkeys(row["id"] for row in rows if row.get("kind") == "edit"))
         assert drawn.setdefault(run["seed"], ids) == ids  # every variant is given the same edits
@@ -545,6 +542,6 @@ def test_every_comparison_of_the_project_can_be_run(path, tmp_path):
     here = {preset.stem for preset in (REPOSITORY / "configs").glob("*.yaml")}
     for variant in found.variants:
         assert set(variant.configs) <= here
-        assert not path.stem.startswith("compare_") or variant.configs in ((), (variant.name,))
+        assert not path.stem.startswith("compare_") or variant.configs in ((), (variant.name,), ("repair_small",))
         writing = {key.split(".")[-1]: value for key, value in variant.options.items() if ".writing." in key}
-        Writing(**writing)
+        Writing(**writing).check()

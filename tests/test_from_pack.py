@@ -130,7 +130,7 @@ def other_base(tmp_path_factory) -> Path:
     ("options", "words"),
     [
         (["--model.base", "OTHER"], "the pack belongs to base 'world'"),
-        (["--model.routing.router", "hybrid"], "was made with router key, got hybrid; leave that option out"),
+        (["--model", "Repair"], "was made with"),
         (["--run_dir", "first"], "would be replaced; give another --run_dir"),
     ],
     ids=lambda value: value[0].removeprefix("--") if isinstance(value, list) else "",

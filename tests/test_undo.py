@@ -80,12 +80,14 @@ def test_what_cannot_be_written_anew_undoes_nothing(tmp_path, monkeypatch):
     ids = finished_run(tmp_path / "run", capacity=4)
     kept, ledger = weights(tmp_path / "run"), load_ledger(tmp_path / "run" / "pack")
 
-    def fails(self, batch, shard=None):
+    def fails(self, batch, shard):
         return [EditReport(id, shard, float("nan"), 0.0, 1, error="the loss was not finite") for id in batch.ids]
 
     with monkeypatch.context() as patch:
-        patch.setattr(Repair, "_write_dense", fails)
-        with pytest.raises(RepairError, match=r"cannot be written anew \(the loss was not finite\): nothing is undone"):
+        patch.setattr(Repair, "rewrite", fails)
+        with pytest.raises(
+            RepairError, match=r"cannot be written again \(the loss was not finite\): nothing is undone"
+        ):
             undo(tmp_path / "run", ids[:1])
     assert weights(tmp_path / "run") == kept
     journal = Journal(tmp_path / "run" / FILE, read_only=True)

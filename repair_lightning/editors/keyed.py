@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -27,18 +26,6 @@ from repair_lightning.models.tokenizing import Encoded
 from repair_lightning.types import BASE, Edit, EditBatch, EditReport
 
 
-@dataclass
-class LowRankWriting(Steps):
-    """How an edit is written; besides the inner steps:
-
-    Attributes:
-        hold: where shards are kept, on the base's `device` or on the `host`, in the CPU's memory: many edits of a large
-            base are more than a GPU holds.
-    """
-
-    hold: Literal["device", "host"] = "device"
-
-
 @register("keyed")
 class Keyed(ShardEditor):
     """One low-rank shard per edit, behind the key router.
@@ -52,7 +39,9 @@ class Keyed(ShardEditor):
         cache_disk_mib: scratch space on disk for what the prefix cache cannot hold in memory, in MiB.
         relation_false_rate: share of other questions about a subject, from a bank of our own, that may pass for the one
             that was edited.
-        writing: how an edit is written.
+        writing: the inner steps.
+        hold: where shards are kept, on the base's `device` or on the `host`, in the CPU's memory: many edits of a large
+            base are more than a GPU holds.
         template: how the base is asked a text: `chat` through its chat template, `none` bare, `auto` through the
             template where it has one.
         seed: of samples; on the command line 0 follows `seed_everything`.
@@ -67,7 +56,8 @@ class Keyed(ShardEditor):
         cache_mib: int = 2048,
         cache_disk_mib: int = 8192,
         relation_false_rate: float = 0.01,
-        writing: LowRankWriting = LowRankWriting(),  # noqa: B008 - jsonargparse reads the defaults here
+        writing: Steps = Steps(),  # noqa: B008 - jsonargparse reads the defaults here
+        hold: Literal["device", "host"] = "device",
         seed: int = 0,
         template: Template = "auto",
     ) -> None:
@@ -76,11 +66,11 @@ class Keyed(ShardEditor):
             raise ConfigError(f"relation_false_rate must be in (0, 1), got {relation_false_rate}")
         writing.check()
         self.relation_false_rate = relation_false_rate
-        self.writing: LowRankWriting = writing
+        self.writing, self.hold = writing, hold
 
     def build_memory(self, shape: tuple[int, int]) -> SideMemory:
         """An empty bank."""
-        return SideMemory(shape, host=self.writing.hold == "host")
+        return SideMemory(shape, host=self.hold == "host")
 
     def build_router(self) -> Router:
         """The key router."""

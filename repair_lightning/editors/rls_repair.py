@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 import torch
 
 from repair_lightning.editors.base import register
-from repair_lightning.editors.keyed import Keyed, LowRankWriting
+from repair_lightning.editors.keyed import Keyed
 from repair_lightning.editors.rlsedit import ANCHORING, RIDGE, VALUES, RLSEdit
+from repair_lightning.editors.shards import Steps
 from repair_lightning.editors.values import Values
 from repair_lightning.memory.side_memory import LowRankShard
 from repair_lightning.models.base import Base
@@ -45,7 +46,7 @@ class RLSRepair(Keyed):
     def __init__(
         self,
         base: str = "",
-        writing: LowRankWriting = LowRankWriting(),  # noqa: B008 - jsonargparse reads the defaults here
+        writing: Steps = Steps(),  # noqa: B008 - jsonargparse reads the defaults here
         seed: int = 0,
         values: Values = VALUES,
         ridge: float = RIDGE,

@@ -15,10 +15,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from repair_lightning.editors import Keyed, shards
 from repair_lightning.editors.adapt import Adapted
-from repair_lightning.editors.keyed import LowRankWriting
+from repair_lightning.editors.shards import Steps
 from repair_lightning.errors import ConfigError
 
-ALL = {"layer": "auto", "writing": LowRankWriting(lr="auto", stop_margin="auto")}
+ALL = {"layer": "auto", "writing": Steps(lr="auto", stop_margin="auto")}
 
 
 def loaded(folder: Path, **options: Any) -> Keyed:
@@ -106,7 +106,7 @@ def test_the_probes_leave_no_trace(folder_of, crippled, irrelevant, write, edits
     assert not any(parameter.requires_grad for parameter in editor.base.model.parameters())
     assert len(editor.memory) == editor.memory.next_id == len(editor.ledger) == 0
     layer, lr, margin = settings_of(editor)
-    same = prepared(folder, irrelevant, layer=layer, writing=LowRankWriting(lr=lr, stop_margin=margin), **options)
+    same = prepared(folder, irrelevant, layer=layer, writing=Steps(lr=lr, stop_margin=margin), **options)
     assert str(editor.router.state_dict()) == str(same.router.state_dict())
     reports = [write(one, edits) for one in (editor, same)]
     assert reports[0] == reports[1]
@@ -124,7 +124,7 @@ CHOSEN = Adapted(6, 0.5, 1.0, 12, 0.1, ({"layer": 6, "written": 1.0},))
 def world_run(folder: Path, epochs: int = -1, ckpt_path: Path | None = None) -> Keyed:
     """Two windows of two edits with everything left to `auto`, and a checkpoint after each."""
     folder.mkdir()
-    editor = Keyed("world", "auto", "float32", writing=LowRankWriting(lr="auto", stop_margin="auto"))
+    editor = Keyed("world", "auto", "float32", writing=Steps(lr="auto", stop_margin="auto"))
     stream = world_stream(write_edits(folder / "edits.jsonl", world_edits(4)), window=2, batch_size=2)
     saver = ModelCheckpoint(folder, filename="last", every_n_epochs=1, enable_version_counter=False)
     path = str(ckpt_path) if ckpt_path else None
@@ -153,8 +153,8 @@ def test_a_resumed_run_keeps_what_was_chosen(tmp_path, monkeypatch):
     ("options", "words"),
     [
         ({"layer": "foo"}, "layer must be a whole number, null for the default, or 'auto', got 'foo'; negative"),
-        ({"writing": LowRankWriting(lr="fast")}, "writing.lr must be a number or 'auto', got 'fast'"),
-        ({"writing": LowRankWriting(stop_margin="wide")}, "writing.stop_margin must be a number or 'auto', got 'wide'"),
+        ({"writing": Steps(lr="fast")}, "writing.lr must be a number or 'auto', got 'fast'"),
+        ({"writing": Steps(stop_margin="wide")}, "writing.stop_margin must be a number or 'auto', got 'wide'"),
     ],
 )
 def test_a_word_that_is_not_auto(options, words):

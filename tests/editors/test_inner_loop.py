@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from repair_lightning.editors.inner_loop import OpenCoordinates, TargetRows
-from repair_lightning.editors.keyed import LowRankWriting
 from repair_lightning.editors.repair import Distillation, Routing, Writing
+from repair_lightning.editors.shards import Steps
 from repair_lightning.memory.query import Query
 from repair_lightning.memory.side_memory import Shard
 from repair_lightning.models.prefix import Capture
@@ -270,7 +270,7 @@ def counted(
         writing = Writing(steps=steps, stop_margin=margin, **options)
         editor = editor_of("llama", layer=layer, routing=routing, writing=writing, distillation=distillation)
     else:
-        editor = editor_of("llama", layer=layer, writing=LowRankWriting(steps=steps, stop_margin=margin))
+        editor = editor_of("llama", layer=layer, writing=Steps(steps=steps, stop_margin=margin))
     assert editor.tail == tail
     editor._rows(edits[:4])  # the states are known
     with waits(monkeypatch, HARMLESS if tail == "positions" else HARMLESS + MASKS) as seen:

@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from repair_lightning.editors.keyed import LowRankWriting
 from repair_lightning.editors.low_rank import LEAD, OFTEN
 from repair_lightning.editors.normalized import NormalizedGradient
-from repair_lightning.editors.shards import OPTIMIZERS
+from repair_lightning.editors.shards import OPTIMIZERS, Steps
 
 
 def stepped(gradient: Tensor, lr: float = 0.1, start: Tensor | None = None) -> Tensor:
@@ -49,12 +48,12 @@ class TestWriting:
         monkeypatch.setattr(editor.edited.forms, "marks", marks)
         assert editor.stepping == "normalized"
         assert isinstance(editor.build_optimizer([nn.Parameter(torch.zeros(1))]), NormalizedGradient)
-        editor.writing = LowRankWriting(optimizer="sgd")
+        editor.writing = Steps(optimizer="sgd")
         assert editor.stepping == "sgd"
 
     def test_it_goes_for_more_than_the_margin(self, editor_of, write, edits):
         """Two and a half times 1.0, looked at every third step; each group on its own."""
-        editor = editor_of(writing=LowRankWriting(optimizer="normalized", stop_margin=1.0))
+        editor = editor_of(writing=Steps(optimizer="normalized", stop_margin=1.0))
         reports = write(editor, edits[:4])
         for edit, report in zip(edits[:4], reports, strict=True):
             assert report.steps % OFTEN == 0

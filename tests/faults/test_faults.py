@@ -32,8 +32,13 @@ def test_killed_before_a_checkpoint_has_its_name(bench):
     survived(torture.killed_at(bench, "before the third checkpoint's rename"))
 
 
-def test_killed_during_the_merge_and_then_the_checkpoint_rots(bench):
-    survived(torture.damaged_checkpoint(bench, torture.flip_a_bit, "that rotted", moment="during the merge"))
+def test_killed_before_the_merge_and_then_the_checkpoint_rots(bench):
+    survived(torture.damaged_checkpoint(bench, torture.flip_a_bit, "that rotted"))
+
+
+def test_killed_during_the_merge(tmp_path):
+    bench = torture.Bench.of(tmp_path, 24, options=torture.MERGING)
+    survived(torture.killed_at(bench, "during the merge"))
 
 
 def test_killed_between_the_segments_and_their_checkpoint(bench):

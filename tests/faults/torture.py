@@ -40,12 +40,13 @@ MOMENTS = (
     "before the third checkpoint's segment has its name",
     "behind the third checkpoint's segments",
     "before the merge",
-    "during the merge",
     "behind the merge",
     "during the final scoring",
     "before the pack is saved",
     "behind the pack, before the metrics",
 )
+MERGING = ("--model", "Repair", "--model.writing.capacity", "8")
+"""Options of a run whose shards are merged, so that it can be killed meanwhile."""
 
 
 @dataclass
@@ -67,11 +68,12 @@ class Bench:
     number: int
     window: int
     expected: str
+    options: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, folder: Path, number: int, window: int = 8) -> Bench:
+    def of(cls, folder: Path, number: int, window: int = 8, options: tuple[str, ...] = ()) -> Bench:
         """Run the edits undisturbed."""
-        bench = cls(folder, plain_edits(folder / "edits.jsonl", number), number, window, "")
+        bench = cls(folder, plain_edits(folder / "edits.jsonl", number), number, window, "", options)
         code, output = finish(bench.command("whole"))
         assert code == 0, output
         bench.expected = fingerprint(folder / "whole")
@@ -79,7 +81,7 @@ class Bench:
 
     def command(self, name: str, *options: str) -> list[str]:
         """The arguments of the run `name`."""
-        return command(self.edits, self.folder / name, *options, window=self.window)
+        return command(self.edits, self.folder / name, *self.options, *options, window=self.window)
 
     def verdict(self, name: str) -> tuple[bool, int]:
         """Whether a run ended as the undisturbed one, and how many edits it lost."""
@@ -247,7 +249,8 @@ def with_a_nan(bench: Bench) -> tuple[Path, str]:
     shutil.copytree(base_dir(), folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     edits = load_records(bench.edits).edits
-    words = [{*tokenizer(edit.prompt)["input_ids"], *tokenizer(f" {edit.target}")["input_ids"]} for edit in edits]
+    asked = [(edit.prompt, f" {edit.prompt}", f" {edit.target}") for edit in edits]  # alone, and after other text
+    words = [{id for text in texts for id in tokenizer(text)["input_ids"]} for texts in asked]
     at = len(edits) // 2
     own = words[at] - {word for i, others in enumerate(words) for word in others if i != at}
     weights = load_file(folder / "model.safetensors")

@@ -244,7 +244,7 @@ def chat(chat_folder, irrelevant, write) -> Callable[[int], Any]:
 
     def make(layer: int) -> Any:
         if layer not in made:
-            editor = made[layer] = REGISTRY["repair"](str(chat_folder), precision="float32", layer=layer)
+            editor = made[layer] = REGISTRY["keyed"](str(chat_folder), precision="float32", layer=layer)
             editor.load()
             editor.prepare(irrelevant[:8], irrelevant[8:])
             assert all(report.error is None for report in write(editor, EDITS))

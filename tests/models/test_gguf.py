@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from repair_lightning.editors import REGISTRY
-from repair_lightning.editors.repair import Writing
+from repair_lightning.editors.shards import Steps
 from repair_lightning.errors import ConfigError
 from repair_lightning.models.base import load_base
 from repair_lightning.models.gguf import CACHE_VARIABLE, SOURCE_FILE, converted
@@ -227,7 +227,7 @@ class TestIdentity:
 
     def test_a_pack_with_its_base_needs_neither_file_nor_cache(self, made, cache, tmp_path, edits, irrelevant, write):
         file = Path(shutil.copy(made, tmp_path / "gone.gguf"))
-        editor = REGISTRY["repair"](str(file), precision="float32", writing=Writing(steps=2))
+        editor = REGISTRY["keyed"](str(file), precision="float32", writing=Steps(steps=2))
         editor.load()
         editor.prepare(irrelevant[:8], irrelevant[8:])
         write(editor, edits[:2])

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from repair_lightning.editors.repair import Writing
+from repair_lightning.editors.shards import Steps
 from repair_lightning.models.forms import Forms
 from repair_lightning.scoring.correctness import correctness
 from repair_lightning.scoring.protocols import (
@@ -194,7 +194,7 @@ UNLIKE = {
 @pytest.fixture(scope="module", params=["llama", "qwen2"])
 def said(request, editor_of, write, edits) -> tuple[Any, list[str], torch.Tensor]:
     """An editor of a tiny base that answers eight prompts with `SPOKEN`, the prompts and their shards."""
-    editor = editor_of(request.param, layer=1, writing=Writing(steps=200))
+    editor = editor_of(request.param, layer=1, writing=Steps(steps=200))
     taught = [replace(edit, target=target) for edit, target in zip(edits, SPOKEN, strict=True)]
     write(editor, taught)
     prompts, owners = [edit.prompt for edit in taught], editor.owner_choice([edit.id for edit in taught])

@@ -35,7 +35,7 @@ def scored(folder_of, tmp_path_factory, irrelevant, edits, write) -> dict[tuple[
     for tokenizer, generation in product(TOKENS, TOKENS):
         name = f"{TOKENS[tokenizer]}{TOKENS[generation]}"
         folder = changed(tmp_path_factory.mktemp("ends") / name, folder_of("llama"), tokenizer, generation)
-        editor = REGISTRY["repair"](str(folder), precision="float32")
+        editor = REGISTRY["keyed"](str(folder), precision="float32")
         editor.load()
         assert (editor.tokenizer.eos_token, editor.edited.forms.stops) == (tokenizer, (TOKENS[generation],))
         editor.prepare(irrelevant[:8], irrelevant[8:])

@@ -125,7 +125,7 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_with_any_number(folder, two)
 
 @pytest.mark.parametrize(
     ("rank", "moment"),
-    [(0, "before the third checkpoint's rename"), (0, "during the merge"), (1, "in the third window")],
+    [(0, "before the third checkpoint's rename"), (0, "before the merge"), (1, "in the third window")],
 )
 def test_killed_at_a_moment(folder, two, rank, moment):
     """While the first rank saves or merges, or the second one writes; started by torchrun, which names the rank."""
