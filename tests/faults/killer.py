@@ -62,7 +62,7 @@ def arm(moment: str) -> None:
 
     import repair_lightning.commands.cli
     from callbacks import LossAwareTiesMerge, Scoreboard
-    from repair_lightning.editors import Repair
+    from repair_lightning.editors import Keyed
     from repair_lightning.edits.journal import Journal
 
     def is_checkpoint(source: Any, target: Any) -> bool:
@@ -82,7 +82,7 @@ def arm(moment: str) -> None:
         "before the third checkpoint's rename": lambda: before(os, "replace", is_checkpoint, 3),
         "behind the second checkpoint's rename": lambda: after(os, "replace", is_checkpoint, 2),
         "while the second checkpoint is written": lambda: after(torch, "save", always, 2),
-        "in the third window": lambda: after(Repair, "write", always, 3),
+        "in the third window": lambda: after(Keyed, "write", always, 3),
         "beside the second checkpoint": lambda: before(ModelCheckpoint, "on_train_epoch_end", always, 2),
         "before the third checkpoint's segment has its name": lambda: before(os, "replace", is_segment, 5),
         "behind the third checkpoint's segments": lambda: after(os, "replace", is_segment, 6),
