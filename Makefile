@@ -23,7 +23,7 @@ quickstart: $(INSTALLED)
 smollm2: $(INSTALLED) $(SMOLLM2)
 	$(BIN)/python train.py --config smollm2_chat --overwrite
 	@echo 'Ask it, and see which edit answers (source $(BIN)/activate first):'
-	@echo '  repair-lightning ask --pack runs/smollm2_chat/pack "What is the mother tongue of Galetta Caldburn?"'
+	@echo '  repair-lightning ask --pack runs/smollm2_chat/pack "Which meal does Jorwyn Elmden like best?"'
 	@echo '  repair-lightning ask --pack runs/smollm2_chat/pack "What is the capital of France?"'
 
 real: $(INSTALLED) $(SMOLLM2)
