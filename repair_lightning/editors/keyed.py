@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -21,7 +21,6 @@ from repair_lightning.editors.shards import ShardEditor, Steps
 from repair_lightning.errors import ConfigError
 from repair_lightning.memory.routers import Router, make_router
 from repair_lightning.memory.side_memory import SideMemory
-from repair_lightning.models.forms import Template
 from repair_lightning.models.tokenizing import Encoded
 from repair_lightning.types import BASE, Edit, EditBatch, EditReport
 
@@ -32,36 +31,25 @@ class Keyed(ShardEditor):
 
     Args:
         base: folder or hub name of a Hugging Face causal LM.
-        layer: the edited layer; None for the default of `resolve_layer`, `auto` to find it by probe edits.
-        precision: of the base.
-        trust_remote_code: let the base's repository run its own code.
-        cache_mib: memory for the prefix cache, in MiB; 0 goes without and runs the whole base again and again.
-        cache_disk_mib: scratch space on disk for what the prefix cache cannot hold in memory, in MiB.
         relation_false_rate: share of other questions about a subject, from a bank of our own, that may pass for the one
             that was edited.
         writing: the inner steps.
         hold: where shards are kept, on the base's `device` or on the `host`, in the CPU's memory: many edits of a large
             base are more than a GPU holds.
-        template: how the base is asked a text: `chat` through its chat template, `none` bare, `auto` through the
-            template where it has one.
         seed: of samples; on the command line 0 follows `seed_everything`.
+        common: what every editor takes, see `Editor`.
     """
 
     def __init__(
         self,
         base: str = "",
-        layer: int | str | None = None,
-        precision: str = "auto",
-        trust_remote_code: bool = False,
-        cache_mib: int = 2048,
-        cache_disk_mib: int = 8192,
         relation_false_rate: float = 0.01,
         writing: Steps = Steps(),  # noqa: B008 - jsonargparse reads the defaults here
         hold: Literal["device", "host"] = "device",
         seed: int = 0,
-        template: Template = "auto",
+        **common: Any,
     ) -> None:
-        super().__init__(base, layer, precision, trust_remote_code, cache_mib, cache_disk_mib, template, seed)
+        super().__init__(base, seed, **common)
         if not 0 < relation_false_rate < 1:
             raise ConfigError(f"relation_false_rate must be in (0, 1), got {relation_false_rate}")
         writing.check()

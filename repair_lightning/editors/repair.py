@@ -31,7 +31,6 @@ from repair_lightning.functional.routing import Pool
 from repair_lightning.memory.routers import Router, make_router
 from repair_lightning.memory.side_memory import Shard, SideMemory
 from repair_lightning.models.base import Base
-from repair_lightning.models.forms import Template
 from repair_lightning.texts.dialogue import behind
 from repair_lightning.types import Edit, EditBatch, EditReport
 
@@ -125,17 +124,11 @@ class Repair(ShardEditor):
 
     Args:
         base: folder or hub name of a Hugging Face causal LM.
-        layer: the edited layer; None for the default of `resolve_layer`, `auto` to find it by probe edits.
-        precision: of the base.
-        trust_remote_code: let the base's repository run its own code.
-        cache_mib: memory for the prefix cache, in MiB; 0 goes without and runs the whole base again and again.
-        cache_disk_mib: scratch space on disk for what the prefix cache cannot hold in memory, in MiB.
         routing: how prompts find their memory.
         writing: how a batch is written.
         distillation: intra-batch distillation.
-        template: how the base is asked a text: `chat` through its chat template, `none` bare, `auto` through the
-            template where it has one.
         seed: of masks and samples; on the command line 0 follows `seed_everything`.
+        common: what every editor takes, see `Editor`.
     """
 
     can_merge = True
@@ -143,18 +136,13 @@ class Repair(ShardEditor):
     def __init__(
         self,
         base: str = "",
-        layer: int | str | None = None,
-        precision: str = "auto",
-        trust_remote_code: bool = False,
-        cache_mib: int = 2048,
-        cache_disk_mib: int = 8192,
         routing: Routing = Routing(),  # noqa: B008 - jsonargparse reads the defaults here
         writing: Writing = Writing(),  # noqa: B008
         distillation: Distillation = Distillation(),  # noqa: B008
         seed: int = 0,
-        template: Template = "auto",
+        **common: Any,
     ) -> None:
-        super().__init__(base, layer, precision, trust_remote_code, cache_mib, cache_disk_mib, template, seed)
+        super().__init__(base, seed, **common)
         self.routing = routing
         self.writing: Writing = writing
         self.distillation = distillation

@@ -19,7 +19,6 @@ from repair_lightning.editors.normalized import NormalizedGradient
 from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.memory.query import Query
 from repair_lightning.memory.routers import Anchor
-from repair_lightning.models.forms import Template
 from repair_lightning.models.tokenizing import Encoded
 from repair_lightning.types import Edit, EditBatch
 
@@ -81,7 +80,7 @@ class ShardEditor(Editor):
     """An editor whose edits live in shards of the side memory, found by a router.
 
     Args:
-        writing: the inner steps.
+        base: folder or hub name of a Hugging Face causal LM.
         seed: of masks and samples.
         common: what every editor takes, see `Editor`.
     """
@@ -93,18 +92,8 @@ class ShardEditor(Editor):
 
     writing: Steps
 
-    def __init__(
-        self,
-        base: str = "",
-        layer: int | str | None = None,
-        precision: str = "auto",
-        trust_remote_code: bool = False,
-        cache_mib: int = 2048,
-        cache_disk_mib: int = 8192,
-        template: Template = "auto",
-        seed: int = 0,
-    ) -> None:
-        super().__init__(base, layer, precision, trust_remote_code, cache_mib, cache_disk_mib, template)
+    def __init__(self, base: str = "", seed: int = 0, **common: Any) -> None:
+        super().__init__(base, **common)
         self.seed = seed
         self.lr_unit = self.value_rate = 1.0
         self.tail: Tail = "model"

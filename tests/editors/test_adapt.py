@@ -124,7 +124,7 @@ CHOSEN = Adapted(6, 0.5, 1.0, 12, 0.1, ({"layer": 6, "written": 1.0},))
 def world_run(folder: Path, epochs: int = -1, ckpt_path: Path | None = None) -> Keyed:
     """Two windows of two edits with everything left to `auto`, and a checkpoint after each."""
     folder.mkdir()
-    editor = Keyed("world", "auto", "float32", writing=Steps(lr="auto", stop_margin="auto"))
+    editor = Keyed("world", layer="auto", precision="float32", writing=Steps(lr="auto", stop_margin="auto"))
     stream = world_stream(write_edits(folder / "edits.jsonl", world_edits(4)), window=2, batch_size=2)
     saver = ModelCheckpoint(folder, filename="last", every_n_epochs=1, enable_version_counter=False)
     path = str(ckpt_path) if ckpt_path else None
