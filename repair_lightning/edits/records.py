@@ -80,10 +80,6 @@ class RecordSet:
     def __len__(self) -> int:
         return len(self.edits)
 
-    def dataset(self) -> Dataset:
-        """The edits as a Hugging Face data set in the project's `jsonl` fields."""
-        return to_dataset(edit.as_dict() for edit in self.edits)
-
 
 def same_question_key(prompt: str) -> str:
     """What two prompts have in common if and only if they ask the same question.

@@ -57,11 +57,6 @@ class Base:
         self.model.generation_config.eos_token_id = list(found.stops)
         return found
 
-    @property
-    def embeddings(self) -> torch.Tensor:
-        """The input embeddings (V, E)."""
-        return self.model.get_input_embeddings().weight.detach()  # type: ignore[operator,return-value]
-
 
 def load_base(name: str, precision: str = "auto", trust_remote_code: bool = False) -> Base:
     """Load and freeze a base.
