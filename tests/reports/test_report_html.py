@@ -272,8 +272,9 @@ def test_it_lives_in_a_browser(browser, copied_run):
     browser.get(write_report(copied_run).resolve().as_uri())
     assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    sent = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
-    assert {url.split(":")[0] for url in sent} <= {"file", "data"}
+    sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    ours = [request for request in sent if not request["documentURL"].startswith("chrome:")]  # not the start page's
+    assert {request["request"]["url"].split(":")[0] for request in ours} == {"file", "data"}
     drawn = "return [...document.querySelectorAll('img.plot')].filter(plot => plot.naturalWidth > 100).length"
     assert browser.execute_script(drawn) == len(RUN_CHARTS)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
