@@ -1,15 +1,14 @@
 """What does a durable checkpoint cost when thousands of edits are held? An editor, router, ledger and journal grow by
 synthetic edits, each with a random shard of rank 4, and save every `--window` edits with the run's own writer.
 
-*Whole*: one checkpoint that holds everything, with the ledger. Then: median of the last five *in segments*, as a run
-saves them; *held*: all segments on the disk.
+*Whole*: one checkpoint that holds everything, with the ledger. Then: median of the last five *in the journal*, as a run
+saves them; *held*: the journal on the disk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -19,10 +18,9 @@ from benchmarks.machine import seconds_of
 from benchmarks.report import MIB, Rows
 from benchmarks.routing import add, said_again
 from benchmarks.streams import inventing, prepared
-from repair_lightning.commands.run_dir import DurableCheckpointIO
+from repair_lightning.edits.checkpoints import JournaledCheckpointIO
 from repair_lightning.edits.journal import Journal
 from repair_lightning.edits.ledger import Ledger
-from repair_lightning.edits.segments import Segments
 from repair_lightning.edits.stream import EditStream
 from repair_lightning.types import Edit, EditReport
 
@@ -33,21 +31,20 @@ LAST = 5
 
 
 def run_part(context: Context) -> Rows:
-    """One growing editor that saves every window in segments; at every size, one checkpoint that holds everything."""
+    """One growing editor that saves every window; at every size, one checkpoint that holds everything."""
     growing = Growing(context)
     edits = inventing(growing.known, context.seed)
-    apart, whole = growing.writer("apart"), growing.writer("whole")
     rows: Rows = []
     saved = []
     for size in sorted(context.checkpointed):
         while growing.written < size:
             growing.add([*islice(edits, min(context.window, size - growing.written))])
-            saved.append(growing.saved(*apart, in_segments=True))
+            saved.append(growing.saved("last.ckpt"))
         rows.append({"edits": size})
-        for key, all_at_once in growing.saved(*whole, in_segments=False).items():
+        for key, all_at_once in growing.saved("whole.ckpt").items():
             since = median(one[key] for one in saved[-LAST:])
-            rows[-1] |= {f"whole {key}": all_at_once, f"in segments {key}": since, f"ratio {key}": since / all_at_once}
-        rows[-1]["held MiB"] = sum(file.stat().st_size for file in apart[0].segments.folder.iterdir()) / MIB
+            rows[-1] |= {f"whole {key}": all_at_once, f"in journal {key}": since, f"ratio {key}": since / all_at_once}
+        rows[-1]["held MiB"] = growing.size("journal.sqlite*") / MIB
     growing.journal.close()
     return rows
 
@@ -82,24 +79,28 @@ class Growing:
             [EditReport(edit.id, shard, 0.1, 0.0, 10) for edit, shard in zip(edits, shards, strict=True)]
         )
 
-    def writer(self, name: str) -> tuple[DurableCheckpointIO, Path]:
-        """The writer that a run has, and where it writes."""
-        folder = self.folder / name
-        return DurableCheckpointIO(lambda sha256: None, Segments(folder / "segments")), folder / "last.ckpt"
+    @property
+    def stored(self) -> int:
+        """Bytes of the journal's pages."""
+        pages, size = (self.journal._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "page_size"))
+        return int(pages * size)
 
-    def saved(self, io: DurableCheckpointIO, path: Path, in_segments: bool) -> dict[str, float]:
-        """Seconds and new MiB of one checkpoint as the trainer saves it: in segments, or whole and with the
-        ledger."""
-        self.editor.rows_apart = self.editor.memory.rows_apart = in_segments
-        self.stream.ledger.journal = self.journal if in_segments else None
-        before = {*path.parent.rglob("*")} - {path}
+    def size(self, pattern: str) -> int:
+        """Bytes of the files of this name."""
+        return sum(file.stat().st_size for file in self.folder.glob(pattern))
+
+    def saved(self, name: str) -> dict[str, float]:
+        """Seconds and new MiB of one checkpoint: the run's own, or whole and with the ledger."""
+        own = self.folder / "last.ckpt"
+        io = JournaledCheckpointIO(own, lambda sha256, rows: self.journal.save(sha256, 0, rows), self.journal.tables)
+        self.stream.ledger.journal = self.journal if name == own.name else None
+        pages = self.stored
 
         def save() -> None:
             checkpoint = {"state_dict": self.editor.state_dict(), "EditStream": self.stream.state_dict()}
             self.editor.on_save_checkpoint(checkpoint)
-            io.save_checkpoint(checkpoint, path)
+            io.save_checkpoint(checkpoint, self.folder / name)
 
         seconds = seconds_of(save)
         self.stream.ledger.journal = self.journal
-        new = [file for file in {*path.parent.rglob("*")} - before if file.is_file()]
-        return {"s": seconds, "MiB": sum(file.stat().st_size for file in new) / MIB}
+        return {"s": seconds, "MiB": (self.size(name) + self.stored - pages) / MIB}

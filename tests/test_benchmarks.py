@@ -139,7 +139,7 @@ def test_routing(context):
 def test_checkpoints(context):
     first, last = measured("checkpoints", context, checkpointed=(60, 200), window=20)
     assert last["whole MiB"] > 2 * first["whole MiB"]
-    assert last["in segments MiB"] < last["whole MiB"] / 2
+    assert last["in journal MiB"] < last["whole MiB"] / 2
     assert last["held MiB"] < last["whole MiB"]
 
 

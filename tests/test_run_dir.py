@@ -5,20 +5,23 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
 
 from repair_lightning.commands import run_dir
-from repair_lightning.commands.run_dir import CHECKPOINT, DurableCheckpointIO, RunDirectory, plain
+from repair_lightning.commands.run_dir import CHECKPOINT, RunDirectory, plain
+from repair_lightning.edits import checkpoints
+from repair_lightning.edits.checkpoints import JournaledCheckpointIO
 from repair_lightning.edits.journal import Journal
 from repair_lightning.edits.ledger import Ledger
-from repair_lightning.edits.segments import Segments
 from repair_lightning.errors import ConfigError, RepairError
-from repair_lightning.models.base import files_hash
 from repair_lightning.types import Edit
 
 SETTINGS = {"model": {"lr": 1.0, "steps": 3}, "data": {"path": Path("edits.jsonl"), "sizes": (1, 2)}, "seed": 0}
@@ -36,15 +39,26 @@ def begin(path: Path, settings=SETTINGS, **options) -> RunDirectory:
     return run
 
 
+def io_of(run: RunDirectory, windows: int = 0) -> JournaledCheckpointIO:
+    return run.checkpoint_io(lambda: windows, lambda: run.journal.tables())
+
+
+def save(run: RunDirectory, state, windows: int = 0) -> None:
+    io_of(run, windows).save_checkpoint(state, run.path / CHECKPOINT)
+
+
+def rows_of(numbers) -> dict:
+    return {"t": {number: {"what": torch.full((3,), float(number))} for number in numbers}}
+
+
 def stopped(path: Path, windows: int = 1) -> RunDirectory:
-    """A run that ended behind so many windows, each with an arrival and a checkpoint, and one more arrival."""
+    """A run that ended after so many windows, each with an arrival and a checkpoint, and one more arrival."""
     run = begin(path)
     ledger = Ledger()
     ledger.journal = run.journal
     for window in range(windows):
         ledger.arrive([Edit(f"e{window}", f"{window}?", "x")], window)
-        io = run.checkpoint_io(lambda window=window: window + 1)
-        io.save_checkpoint(ledger.state_dict(), path / CHECKPOINT)
+        save(run, ledger.state_dict() | {"rows": rows_of(range(window + 1))}, window + 1)
     ledger.arrive([Edit("void", "?", "x")], windows)
     run.close()
     return run
@@ -78,7 +92,7 @@ def test_another_process_cannot_have_it_and_a_dead_one_does_not_hold_it(path):
 # -- going on, or not --------------------------------------------------------------------------------------------------
 
 
-def test_a_stopped_run_goes_on_behind_its_checkpoint(path):
+def test_a_stopped_run_goes_on_after_its_checkpoint(path):
     stopped(path, windows=2)
     before = content(path)
     with pytest.raises(ConfigError, match=r"holds an unfinished run; --resume auto goes on with it, --overwrite"):
@@ -87,12 +101,14 @@ def test_a_stopped_run_goes_on_behind_its_checkpoint(path):
     run = begin(path)
     assert run.checkpoint == path / CHECKPOINT
     saved = Ledger()
-    saved.load_state_dict(torch.load(run.checkpoint, weights_only=True))
+    loaded = io_of(run).load_checkpoint(run.checkpoint, weights_only=True)
+    assert sorted(loaded["rows"]["t"]) == [0, 1]
+    saved.load_state_dict(loaded)
     assert run.journal.rebuild() == saved
     assert list(saved) == ["e0", "e1"]
     *_, void, resumed = run.journal.events()
     assert (void["id"], void["void"]) == ("void", 1)
-    assert resumed["reason"] == "resumed behind window 2"
+    assert resumed["reason"] == "resumed after window 2"
     run.close()
 
 
@@ -179,100 +195,152 @@ def test_a_checkpoint_that_the_journal_does_not_know_is_refused(path, damage):
     run.close()
 
 
-# -- a directory that cannot be written --------------------------------------------------------------------------------
-
-
-def full(*_: object) -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
+def test_a_checkpoint_that_is_gone_or_a_row_that_rotted_is_refused(path):
+    stopped(path)
+    file, journal = path / CHECKPOINT, path / "journal.sqlite"
+    whole, told = file.read_bytes(), journal.read_bytes()
+    file.unlink()
+    with pytest.raises(RepairError, match=r"is damaged: it is missing; restore it from a copy, or --overwrite"):
+        begin(path)
+    file.write_bytes(whole)
+    with closing(Journal(journal)) as known:
+        content = known._db.execute("SELECT content FROM rows").fetchone()[0]
+    at = told.index(content) + len(content) - 1
+    journal.write_bytes(told[:at] + bytes([told[at] ^ 1]) + told[at + 1 :])
+    with pytest.raises(RepairError, match=r"is damaged: row 0 of t is not as it was written"):
+        begin(path)
+    journal.write_bytes(told)
+    run = begin(path)
+    assert run.checkpoint
+    run.close()
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------
 
 
-class Told:
-    """Takes down what it is told, and whether the file had its name by then."""
+def killed_everywhere(path: Path, monkeypatch, act) -> list[Path]:
+    """Copies of the directory as it was before and after every step that changes the disk."""
+    copies = []
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.hashes, self.there = path, [], []
+    def copy() -> None:
+        copies.append(path.with_name(f"killed-{len(copies)}"))
+        shutil.copytree(path, copies[-1])
 
-    def __call__(self, sha256: str) -> None:
-        self.hashes.append(sha256)
-        self.there.append(self.path.exists() and files_hash([self.path]) == sha256)
+    def watched(real):
+        def call(*args, **kwargs):
+            copy()
+            result = real(*args, **kwargs)
+            copy()
+            return result
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("fsync", "replace"):
+            patch.setattr(checkpoints.os, name, watched(getattr(checkpoints.os, name)))
+        patch.setattr(Journal, "save", watched(Journal.save))
+        act()
+    return copies
 
 
-@pytest.fixture
-def saver(tmp_path) -> DurableCheckpointIO:
-    return DurableCheckpointIO(Told(tmp_path / "deep" / "last.ckpt"), Segments(tmp_path / "deep" / "segments"))
-
-
-STATE = {"tensor": torch.arange(5000.0), "text": "ü"}
+@pytest.mark.parametrize("first", [True, False])
+def test_killed_anywhere_the_last_checkpoint_is_whole(path, monkeypatch, first):
+    """A save that adds and drops rows, cut off at each of its steps: the run goes on from the checkpoint before or from
+    this one, holds all of its rows, and nothing is left lying about."""
+    run = begin(path)
+    before = [] if first else [0, 1, 2]
+    if not first:
+        save(run, {"last": 2, "rows": rows_of(before)})
+    after = [1, 2, 3, 4]
+    copies = killed_everywhere(path, monkeypatch, lambda: save(run, {"last": 4, "rows": rows_of(after)}))
+    run.close()
+    assert len(copies) >= 8
+    seen = []
+    for copy in copies:
+        resumed = begin(copy)
+        seen.append(sorted(resumed.journal.tables().get("t", {})))
+        assert seen[-1] in (before, after)
+        if resumed.checkpoint:
+            assert loaded(resumed.checkpoint)["last"] == max(seen[-1])
+        assert [file.name for file in (copy / "checkpoints").glob("*")] == ["last.ckpt"] * bool(resumed.checkpoint)
+        save(resumed, {"last": 99, "rows": rows_of([*seen[-1], 99])})
+        resumed.close()
+        again = begin(copy)
+        assert sorted(again.journal.tables()["t"]) == [*seen[-1], 99]
+        again.close()
+    assert before in seen
+    assert after in seen
 
 
 def loaded(path: Path):
     return torch.load(path, weights_only=True)
 
 
-def test_the_journal_knows_a_checkpoint_before_it_gets_its_name(saver):
-    path = saver.tell.path
-    saver.save_checkpoint(STATE, str(path))
-    assert saver.tell.hashes == [files_hash([path])]
-    assert saver.tell.there == [False]
-    assert torch.equal(loaded(path)["tensor"], STATE["tensor"])
-    assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
-    saver.save_checkpoint({"n": 2}, path)
-    assert saver.tell.hashes[1] == files_hash([path]) != saver.tell.hashes[0]
-    assert saver.tell.there == [False, False]
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def keeps_the_previous(saver: DurableCheckpointIO, error: type[Exception], match: str) -> None:
-    """A second save that is refused, behind a first that was good, and a third."""
-    path = saver.tell.path
+def keeps_the_previous(run: RunDirectory, error: type[Exception], match: str) -> None:
+    """A second save that is refused, after a first that was good."""
+    path, known = run.path / CHECKPOINT, run.journal.checkpoint
     previous = path.read_bytes()
     with pytest.raises(error, match=match) as caught:
-        saver.save_checkpoint({"n": torch.ones(100_000)}, path)
+        save(run, {"n": torch.ones(100_000), "rows": rows_of(range(9))})
     assert len(str(caught.value).splitlines()) == 1
     assert path.read_bytes() == previous
+    assert (run.journal.checkpoint, sorted(run.journal.tables()["t"])) == (known, [0, 1])
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]  # what failed takes no room
 
 
-@pytest.mark.parametrize("where", ["write", "fsync", "replace", "open"])
-def test_a_failing_write_keeps_the_previous_one(saver, monkeypatch, where):
-    saver.save_checkpoint(STATE, saver.tell.path)
-    if where == "write":
-        monkeypatch.setattr(run_dir._Hashed, "write", full)
-    elif where == "open":
-        monkeypatch.setattr(run_dir, "open", full, raising=False)
+@pytest.fixture
+def saved(path) -> Iterator[RunDirectory]:
+    run = begin(path)
+    save(run, {"n": 1, "rows": rows_of([0, 1])})
+    yield run
+    run.close()
+
+
+@pytest.mark.parametrize("where", ["fsync", "open"])
+def test_a_failing_write_keeps_the_previous_one(saved, monkeypatch, where):
+    if where == "open":
+        monkeypatch.setattr(checkpoints, "open", full, raising=False)
     else:
-        monkeypatch.setattr(run_dir.os, where, full)
-    keeps_the_previous(saver, RepairError, r"last\.ckpt' cannot be written \(No space left on device\); the previous")
+        monkeypatch.setattr(checkpoints.os, where, full)
+    keeps_the_previous(saved, RepairError, r"last\.ckpt' cannot be written \(No space left on device\); the previous")
     monkeypatch.undo()
-    saver.save_checkpoint({"n": 3}, saver.tell.path)
-    assert loaded(saver.tell.path) == {"n": 3}
+    save(saved, {"n": 3})
+    assert loaded(saved.path / CHECKPOINT) == {"n": 3}
 
 
-def test_a_disk_that_gives_back_something_else_is_found_out(saver, monkeypatch):
-    saver.save_checkpoint(STATE, saver.tell.path)
-    real = run_dir.os.fsync
+def test_a_full_journal_keeps_the_previous_one(saved):
+    """SQLite's own limit on pages answers as a full disk does."""
+    pages = saved.journal._db.execute("PRAGMA page_count").fetchone()[0]
+    saved.journal._db.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(RepairError, match=r"database or disk is full"):
+        save(saved, {"n": 2, "rows": rows_of(range(2000))})
+    assert sorted(saved.journal.tables()["t"]) == [0, 1]
+    assert loaded(saved.path / CHECKPOINT) == {"n": 1}
+
+
+def test_a_disk_that_gives_back_something_else_is_found_out(saved, monkeypatch):
+    real = checkpoints.os.fsync
 
     def rot(handle: int) -> None:
         real(handle)
         os.pwrite(handle, b"\x00\x01\x02", 700)
 
-    monkeypatch.setattr(run_dir.os, "fsync", rot)
-    keeps_the_previous(saver, RepairError, "what is read back is not what was written; check the disk")
-    assert len(saver.tell.hashes) == 1  # and the journal is not told
+    monkeypatch.setattr(checkpoints.os, "fsync", rot)
+    keeps_the_previous(saved, RepairError, "what is read back is not what was written; check the disk")
 
 
-def test_a_told_checkpoint_that_never_got_its_name_is_void(path):
-    """Killed between telling the journal and the rename: the run goes on from the checkpoint before."""
-    stopped(path, windows=1)
-    journal = Journal(path / "journal.sqlite")
-    journal.checkpoint("0" * 64, 2)
-    journal.close()
-    run = begin(path)
-    assert run.journal.seq_of("0" * 64) is None
-    assert run.checkpoint
-    run.close()
+def test_another_checkpoint_of_the_same_run_stands_alone(saved, tmp_path):
+    """One that a user's own callback saves, in the same folder or elsewhere, between those of the run."""
+    io = io_of(saved)
+    for other in (saved.path / "checkpoints" / "best.ckpt", tmp_path / "other.ckpt"):
+        io.save_checkpoint({"n": 5, "rows": rows_of(range(5))}, other)
+        found = io.load_checkpoint(other, weights_only=True)
+        assert sorted(found["rows"]["t"]) == [*range(5)]
+    assert sorted(io.load_checkpoint(saved.path / CHECKPOINT, weights_only=True)["rows"]["t"]) == [0, 1]
 
 
 @pytest.mark.parametrize("name", ["pack/weights", "edits.parquet"])

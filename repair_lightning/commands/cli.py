@@ -27,8 +27,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
 from repair_lightning.commands.parsing import parse
-from repair_lightning.commands.run_dir import CHECKPOINT, METRICS_FILE, Resume, RunDirectory, WindowCheckpoint
+from repair_lightning.commands.run_dir import CHECKPOINT, METRICS_FILE, Resume, RunDirectory
 from repair_lightning.editors import REGISTRY, Editor
+from repair_lightning.edits.checkpoints import SaveEachWindow
+from repair_lightning.edits.journal import Tables
 from repair_lightning.edits.ledger import EditStatus, KeptElsewhere, Ledger
 from repair_lightning.edits.stream import EditStream
 from repair_lightning.errors import ConfigError, NothingWritten, RepairError, counted
@@ -172,9 +174,9 @@ class EditCLI(LightningCLI):
         """The trainer with a durable checkpoint after every window."""
         self.run = RunDirectory(self.run_dir)
         self._choose_strategy()
-        folder, name = (self.run_dir / CHECKPOINT).parent, CHECKPOINT.stem
-        checkpoint = WindowCheckpoint(folder, filename=name, every_n_epochs=1, enable_version_counter=False)
-        plugins = [*(self.config_init.trainer.plugins or []), self.run.checkpoint_io(lambda: self.datamodule.windows)]
+        checkpoint = SaveEachWindow(self.run_dir / CHECKPOINT)
+        own = self.run.checkpoint_io(lambda: self.datamodule.windows, self._tables)
+        plugins = [*(self.config_init.trainer.plugins or []), own]
         if SLURMEnvironment.detect() and not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
             plugins.append(SLURMEnvironment(auto_requeue=False))  # the same command goes on, from a whole window
         if self.config_init.trainer.max_epochs == 0:
@@ -256,13 +258,17 @@ class EditCLI(LightningCLI):
                 found.load_state_dict(state)
         return found
 
+    def _tables(self) -> Tables:
+        """The checkpoint's rows, read by the first rank for all."""
+        return self.team.first(self.run.journal.tables() if self.team.rank == 0 else {})
+
     def _read(self) -> None:
         self._keep_the_pack()
         self.datamodule.setup()
         self.datamodule.also_scored = tuple(probe.prompt for probe in self.part("scoreboard").probes)
 
     def _load_base(self, resumes: bool) -> Ledger | None:
-        self.model.scratch, self.model.rows_apart = self.run_dir / "scratch", True
+        self.model.scratch = self.run_dir / "scratch"
         self.model.join(self.team)  # the base's own score, before the first edit, is dealt out too
         self.model.load()
         self.datamodule.check_fit(self.model.edited.forms, self.model.max_tokens)

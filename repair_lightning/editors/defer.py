@@ -31,7 +31,7 @@ from repair_lightning.errors import ConfigError
 from repair_lightning.functional import target_cross_entropy, target_margin
 from repair_lightning.memory.query import Query
 from repair_lightning.memory.routers import Router, make_router
-from repair_lightning.memory.side_memory import Selection, Shard
+from repair_lightning.memory.shards import Selection, Shard
 from repair_lightning.models.tokenizing import Encoded
 from repair_lightning.types import EditBatch, EditReport
 

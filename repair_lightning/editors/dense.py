@@ -20,7 +20,7 @@ from repair_lightning.functional import (
     target_cross_entropy,
     target_margin,
 )
-from repair_lightning.memory.side_memory import Shard
+from repair_lightning.memory.shards import Shard
 
 if TYPE_CHECKING:
     from repair_lightning.editors.repair import Repair

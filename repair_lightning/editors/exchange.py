@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from repair_lightning.memory.side_memory import LowRankShard
+from repair_lightning.memory.shards import LowRankShard
 from repair_lightning.types import EditReport
 
 if TYPE_CHECKING:
-    from repair_lightning.editors.base import Editor
+    from repair_lightning.editors.asked import AskedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Written:
         """What the router is to keep of some edits, once all ranks have written."""
         self._described.append((list(ids), described))
 
-    def exchange(self, editor: Editor) -> list[Pace]:
+    def exchange(self, editor: AskedModel) -> list[Pace]:
         """Give this to all ranks and enter what each has written in ledger, router and bank; returns their paces."""
         self._exchange_reports(editor)
         self._exchange_shards(editor)
@@ -69,12 +69,12 @@ class Written:
         editor.memory.next_id = max(next_id for *_, next_id in found)
         return [Pace(edits, seconds) for edits, seconds, _ in found]
 
-    def _exchange_reports(self, editor: Editor) -> None:
+    def _exchange_reports(self, editor: AskedModel) -> None:
         for rank, reports in enumerate(editor.team.gather_objects(self.reports)):
             if rank != editor.team.rank:
                 editor.ledger.written(reports)
 
-    def _exchange_shards(self, editor: Editor) -> None:
+    def _exchange_shards(self, editor: AskedModel) -> None:
         memory, team = editor.memory, editor.team
         known = set(memory.ids)
         touched = dict.fromkeys(report.shard for report in self.reports if report.shard in known)
@@ -90,7 +90,7 @@ class Written:
                 memory.load_low_rank(dict(zip(empty, part, strict=True)))
         self._exchange_dense(editor, dense)
 
-    def _exchange_dense(self, editor: Editor, dense: Sequence[int]) -> None:
+    def _exchange_dense(self, editor: AskedModel, dense: Sequence[int]) -> None:
         """One shard of each rank at a time: a dense one is as large as the value matrix."""
         memory, team = editor.memory, editor.team
         for i in range(max(team.gather_objects(len(dense)))):
@@ -102,7 +102,7 @@ class Written:
                     id, generation = known.tolist()
                     memory.put_dense(id, generation, values)
 
-    def _exchange_entries(self, editor: Editor) -> None:
+    def _exchange_entries(self, editor: AskedModel) -> None:
         nothing = editor.router.describe([], editor.background.rows(slice(0, 0)), [])
         names = list(nothing)
         for i in range(max(editor.team.gather_objects(len(self._described)))):

@@ -26,7 +26,7 @@ from repair_lightning.editors.inner_loop import Tail, TargetRows, TargetTail
 from repair_lightning.editors.weights import WeightEditor
 from repair_lightning.errors import ConfigError
 from repair_lightning.functional import target_cross_entropy, target_margin
-from repair_lightning.memory.side_memory import Selection, Shard
+from repair_lightning.memory.shards import Selection, Shard
 from repair_lightning.types import BASE, Edit, EditReport
 
 

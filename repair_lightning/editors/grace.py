@@ -31,7 +31,7 @@ from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.functional import target_cross_entropy, target_margin
 from repair_lightning.functional.codebook import placement, was_cut
 from repair_lightning.memory.routers import BallRouter, make_router
-from repair_lightning.memory.side_memory import Selection, ValueShard
+from repair_lightning.memory.shards import Selection, ValueShard
 from repair_lightning.models.architectures import resolve_layer
 from repair_lightning.models.base import Base, load_base
 from repair_lightning.types import BASE, Edit, EditBatch, EditReport

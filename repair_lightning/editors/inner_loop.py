@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from repair_lightning.memory.query import Query
-from repair_lightning.memory.side_memory import Shard
+from repair_lightning.memory.shards import Shard
 from repair_lightning.models.prefix import Capture, SplitModel, pad_left, stack_left
 from repair_lightning.models.tokenizing import Encoded, target_labels
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from repair_lightning.editors.dense import CHECK_EVERY
 from repair_lightning.editors.inner_loop import TargetRows, TargetTail
 from repair_lightning.functional import target_cross_entropy, target_margin
-from repair_lightning.memory.side_memory import Selection
+from repair_lightning.memory.shards import Selection
 
 if TYPE_CHECKING:
     from repair_lightning.editors.keyed import Keyed

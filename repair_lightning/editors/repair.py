@@ -29,7 +29,8 @@ from repair_lightning.errors import ConfigError
 from repair_lightning.functional import Margins, activation_scores
 from repair_lightning.functional.routing import Pool
 from repair_lightning.memory.routers import Router, make_router
-from repair_lightning.memory.side_memory import Shard, SideMemory
+from repair_lightning.memory.shards import Shard
+from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.models.base import Base
 from repair_lightning.texts.dialogue import behind
 from repair_lightning.types import Edit, EditBatch, EditReport

@@ -18,7 +18,7 @@ from repair_lightning.editors.keyed import Keyed
 from repair_lightning.editors.rlsedit import ANCHORING, RIDGE, VALUES, RLSEdit
 from repair_lightning.editors.shards import Steps
 from repair_lightning.editors.values import Values
-from repair_lightning.memory.side_memory import LowRankShard
+from repair_lightning.memory.shards import LowRankShard
 from repair_lightning.models.base import Base
 from repair_lightning.training.team import Team
 from repair_lightning.types import BASE, EditBatch, EditReport

@@ -113,9 +113,26 @@ class ShardEditor(Editor):
             other.edited.release()
 
     def adopt(self, found: Adapted) -> None:
-        """Besides the layer, take over the learning rate and the margin."""
-        super().adopt(found)
+        """Go on with the layer, the learning rate and the margin that were found; another layer has an empty memory."""
+        assert self.base is not None
+        self.adapted, self.layer_option = found, found.layer
+        if found.layer != self.layer:
+            self.build(self.base, found.layer)
         self.writing = replace(self.writing, lr=found.lr, stop_margin=found.stop_margin)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Besides, what was found for the options that were `auto`."""
+        super().on_save_checkpoint(checkpoint)
+        if self.adapted is not None:
+            checkpoint["adapted"] = self.adapted.as_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Settings are not chosen again: the shards belong to those that were chosen."""
+        self.load()
+        assert self.base is not None
+        if "adapted" in checkpoint and checkpoint["base"]["sha256"] == self.base.sha256:
+            self.adopt(Adapted.from_dict(checkpoint["adapted"]))
+        super().on_load_checkpoint(checkpoint)
 
     @property
     def stepping(self) -> str:

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from repair_lightning.editors.adapt import AUTO
-from repair_lightning.editors.base import Snapshot, register
+from repair_lightning.editors.base import register
+from repair_lightning.editors.held import Snapshot
 from repair_lightning.editors.repair import Distillation, Repair, Routing, Writing
 from repair_lightning.errors import ConfigError
 from repair_lightning.functional import ties_merge, trim

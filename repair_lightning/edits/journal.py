@@ -1,28 +1,36 @@
-"""The journal: the ledger's append-only history on disk, in SQLite.
+"""The journal: a run's one durable store, in SQLite. Here an edit becomes durable.
 
-Every change of the ledger is one durable transaction here before it counts there. An event holds the edit's whole state
-after the change, so the ledger can be rebuilt. A run that was killed goes on from its last checkpoint:
-what the journal says beyond it did not come to pass, stays readable, and is marked by the event that says so.
+- *Events* are the ledger's append-only history: every change of the ledger is a transaction here before it counts
+  there. An event holds the edit's whole state after the change, so the ledger can be rebuilt.
+- *Rows* are what an edit needs to be restored and what never changes, such as a low-rank shard or a router's key.
+- The *checkpoint* is the last event that is to be gone on from, with the hash of the file that holds all else.
+
+Rows and checkpoint change together, in one transaction. A run that was killed goes on from its checkpoint: what the
+events say beyond it did not come to pass, stays readable, and is marked by the event that says so.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors.torch import load, save
+from torch import Tensor
 
 from repair_lightning.edits.ledger import VERSION as LEDGER_VERSION
 from repair_lightning.edits.ledger import Ledger, LedgerEntry
 from repair_lightning.errors import RepairError, UnknownEditError
 
-VERSION = 1
+VERSION = 2
 FILE = "journal.sqlite"
 RESUMED = "resumed"
 """The event of a run that goes on from a checkpoint; what lies between the two is void."""
@@ -35,9 +43,27 @@ CREATE TABLE events (
     status TEXT, shard INTEGER, attempts INTEGER, regroups INTEGER, loss REAL, kd REAL, score REAL, reason TEXT,
     edit TEXT, back_to INTEGER, void INTEGER NOT NULL DEFAULT 0);
 CREATE INDEX events_of_an_edit ON events (id);
-CREATE TABLE checkpoints (sha256 TEXT PRIMARY KEY, seq INTEGER NOT NULL, windows INTEGER NOT NULL, time REAL NOT NULL);
+CREATE TABLE rows (
+    name TEXT NOT NULL, number INTEGER NOT NULL, sha256 BLOB NOT NULL, content BLOB NOT NULL,
+    PRIMARY KEY (name, number));
+CREATE TABLE checkpoint (
+    id INTEGER PRIMARY KEY CHECK (id = 1), sha256 TEXT NOT NULL, seq INTEGER NOT NULL, windows INTEGER NOT NULL,
+    time REAL NOT NULL);
 PRAGMA user_version = {VERSION};
 """
+
+
+Tables = Mapping[str, Mapping[int, Mapping[str, Tensor]]]
+"""Rows by table and number: under one number a table never holds two different rows."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a killed run goes on: after event `seq` and `windows` windows, with the file of this hash."""
+
+    sha256: str
+    seq: int
+    windows: int
 
 
 class JournalError(RepairError):
@@ -69,7 +95,10 @@ class Journal:
             if version == 0 and not read_only:
                 self._db.executescript(f"BEGIN; {_TABLES} COMMIT")
             elif version != VERSION:
-                raise JournalError(f"journal '{path}' has version {version}; this release reads {VERSION}")
+                raise JournalError(
+                    f"journal '{path}' has version {version}; this release reads {VERSION}: --overwrite starts "
+                    "the run anew"
+                )
 
     def close(self) -> None:
         """Fold the write-ahead log into the file and let go of it; the journal is of no use afterwards."""
@@ -99,17 +128,33 @@ class Journal:
         with self._transaction():
             self._db.execute("INSERT INTO events (time, kind, reason) VALUES (?, ?, ?)", (time.time(), kind, reason))
 
-    def checkpoint(self, sha256: str, windows: int) -> None:
-        """A checkpoint of all that was said so far is about to get its name."""
+    def save(self, sha256: str, windows: int, tables: Tables | None = None) -> None:
+        """Make all that was said so far the checkpoint, with these rows and no others, in one transaction.
+
+        Only rows that are not stored yet are written.
+
+        Args:
+            sha256: of the file that holds all else; it is on the disk, and gets its name when this has returned.
+            windows: how many the run has ended.
+            tables: the rows, each a mapping from names to tensors.
+        """
+        tables = tables or {}
         with self._transaction():
+            names = {name for (name,) in self._db.execute("SELECT DISTINCT name FROM rows")}
+            for name in names | set(tables):
+                rows = tables.get(name, {})
+                stored = {number for (number,) in self._db.execute("SELECT number FROM rows WHERE name = ?", (name,))}
+                gone = [(name, number) for number in stored - rows.keys()]
+                self._db.executemany("DELETE FROM rows WHERE name = ? AND number = ?", gone)
+                new = ((name, number, *_encoded(rows[number])) for number in sorted(rows.keys() - stored))
+                self._db.executemany("INSERT INTO rows VALUES (?, ?, ?, ?)", new)
             row = (sha256, self.last, windows, time.time())
-            self._db.execute("INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?)", row)
+            self._db.execute("INSERT OR REPLACE INTO checkpoint VALUES (1, ?, ?, ?, ?)", row)
 
     def rewind(self, seq: int, reason: str) -> int:
-        """Go on behind event `seq`: all later ones are void, and so are later checkpoints. Returns how many events."""
+        """Go on after event `seq`: all later ones are void. Returns how many."""
         with self._transaction():
             void = self._db.execute("UPDATE events SET void = 1 WHERE seq > ? AND void = 0", (seq,)).rowcount
-            self._db.execute("DELETE FROM checkpoints WHERE seq > ?", (seq,))
             row = (time.time(), RESUMED, reason, seq)
             self._db.execute("INSERT INTO events (time, kind, reason, back_to) VALUES (?, ?, ?, ?)", row)
         return int(void)
@@ -122,11 +167,34 @@ class Journal:
         with self._explained("read"):
             return int(self._db.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0])
 
-    def seq_of(self, sha256: str) -> tuple[int, int] | None:
-        """The last event that a checkpoint holds, and how many windows; None for a checkpoint of another run."""
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        """Where a killed run goes on; None where nothing was saved."""
         with self._explained("read"):
-            row = self._db.execute("SELECT seq, windows FROM checkpoints WHERE sha256 = ?", (sha256,)).fetchone()
-        return None if row is None else (int(row[0]), int(row[1]))
+            row = self._db.execute("SELECT sha256, seq, windows FROM checkpoint").fetchone()
+        return None if row is None else Checkpoint(*row)
+
+    def check_rows(self) -> None:
+        """Read every row.
+
+        Raises:
+            JournalError: one is not as it was written.
+        """
+        with self._explained("read"):
+            for name, number, sha256, content in self._db.execute("SELECT name, number, sha256, content FROM rows"):
+                if hashlib.sha256(content).digest() != sha256:
+                    raise JournalError(
+                        f"journal '{self.path}' is damaged: row {number} of {name} is not as it was written; restore "
+                        "it from a copy, or --overwrite starts the run anew"
+                    )
+
+    def tables(self) -> dict[str, dict[int, dict[str, Tensor]]]:
+        """The checkpoint's rows."""
+        found: dict[str, dict[int, dict[str, Tensor]]] = {}
+        with self._explained("read"):
+            for name, number, content in self._db.execute("SELECT name, number, content FROM rows ORDER BY number"):
+                found.setdefault(name, {})[number] = load(content)
+        return found
 
     def events(self, id: str | None = None) -> Iterator[dict[str, Any]]:
         """All events in their order, or those of one edit.
@@ -179,54 +247,33 @@ class Journal:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _transaction(self) -> _Transaction:
-        return _Transaction(self)
-
-    def _explained(self, verb: str) -> _Explained:
-        return _Explained(self.path, verb)
-
-
-class _Explained:
-    """Says in one line what SQLite has to complain about."""
-
-    def __init__(self, path: Path, verb: str) -> None:
-        self.path, self.verb = path, verb
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, sqlite3.Error):
+    @contextmanager
+    def _explained(self, verb: str) -> Iterator[None]:
+        """Say in one line what SQLite has to complain about."""
+        try:
+            yield
+        except sqlite3.Error as error:
             remedy = "free disk space" if "full" in str(error) else "restore it from a copy, or free the path"
-            raise JournalError(f"journal '{self.path}' cannot be {self.verb} ({error}); {remedy}") from error
+            raise JournalError(f"journal '{self.path}' cannot be {verb} ({error}); {remedy}") from error
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All or nothing, and on the disk at the end."""
+        with self._explained("written"):
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
 
 
-class _Transaction(_Explained):
-    """All or nothing, and on the disk at the end."""
-
-    def __init__(self, journal: Journal) -> None:
-        super().__init__(journal.path, "written")
-        self.db = journal._db
-
-    def __enter__(self) -> None:
-        with _Explained(self.path, self.verb):
-            self.db.execute("BEGIN IMMEDIATE")
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        with _Explained(self.path, self.verb):
-            if error is None:
-                try:
-                    self.db.execute("COMMIT")
-                except sqlite3.Error:
-                    self._take_back()
-                    raise
-            else:
-                self._take_back()
-        super().__exit__(kind, error, trace)
-
-    def _take_back(self) -> None:
-        if self.db.in_transaction:
-            self.db.execute("ROLLBACK")
+def _encoded(row: Mapping[str, Tensor]) -> tuple[bytes, bytes]:
+    """A row's hash and content."""
+    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in row.items()})
+    return hashlib.sha256(content).digest(), content
 
 
 def _state_of(entry: LedgerEntry) -> tuple[Any, ...]:

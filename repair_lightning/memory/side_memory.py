@@ -1,243 +1,18 @@
-"""The bank of shards: deltas of one FFN value matrix, or what is put out in its place.
-
-REPAIR (arXiv 2510.01879), Sec. 2.2. A shard stands for `delta = W'_i - W_v` in float32, in the layout (D, F) whatever
-the base's own storage order, and is applied to the value matrix's output: `y + A(x) delta^T`. It is stored dense (the
-paper's, with its mask), or as two factors (ours). Rows that no shard answers are not touched, so their bits stay the
-base's.
-"""
+"""The bank of shards: which there are, and what a choice of them does to the value matrix's output."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from repair_lightning.errors import RepairError
-from repair_lightning.functional import bernoulli_mask, pack_mask, pack_values, unpack_mask, unpack_values
-from repair_lightning.memory.rows import NUMBERS, Part, Rows, joined
+from repair_lightning.functional import bernoulli_mask
+from repair_lightning.memory.shards import Adds, AnyShard, Factors, LowRankShard, Selection, Shard, ValueShard
 from repair_lightning.types import BASE
-
-_LOW_RANK = "low_rank."
-"""What the names of the low-rank shards' tensors begin with."""
-
-
-def content_hash(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's bytes."""
-    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(values.numpy().data).hexdigest()
-
-
-class Shard(nn.Module):
-    """One side memory: `delta` (D, F), trainable where `mask` (D, F) is open, zero elsewhere.
-
-    `generation` counts the re-initialisations; each draws a fresh mask.
-    """
-
-    delta: nn.Parameter
-    mask: Tensor
-
-    def __init__(self, shape: tuple[int, int], mask: Tensor | None = None, generation: int = 0) -> None:
-        super().__init__()
-        self.delta = nn.Parameter(torch.zeros(shape))
-        self.register_buffer("mask", mask if mask is not None else torch.ones(0, dtype=torch.bool))
-        self.generation = generation
-
-    @property
-    def open(self) -> Tensor | None:
-        """The mask (D, F), or None where every coordinate is open."""
-        return self.mask if self.mask.numel() else None
-
-    def product(self, activations: Tensor) -> Tensor:
-        """`A delta^T` (..., D) for float32 activations (..., F)."""
-        return nn.functional.linear(activations, self.delta)
-
-    def fingerprint(self) -> str:
-        """A hash of what it holds."""
-        return content_hash(self.delta)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Of a masked shard only what the mask opens is stored, beside the mask in bits."""
-        delta = self.delta if keep_vars else self.delta.detach()
-        if self.open is None:
-            destination[f"{prefix}delta"] = delta
-        else:
-            destination[f"{prefix}mask"] = pack_mask(self.mask)
-            destination[f"{prefix}values"] = pack_values(delta, self.mask)
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *_: object) -> None:
-        if f"{prefix}delta" in state_dict:
-            self.mask = torch.ones(0, dtype=torch.bool, device=self.delta.device)
-            found = state_dict[f"{prefix}delta"]
-        else:
-            self.mask = unpack_mask(state_dict[f"{prefix}mask"], self.delta.shape).to(self.delta.device)
-            found = unpack_values(state_dict[f"{prefix}values"].to(self.delta.device), self.mask)
-        with torch.no_grad():
-            self.delta.copy_(found)
-
-
-class LowRankShard(nn.Module):
-    """A side memory `delta = left right` of rank R, with `left` (D, R) and `right` (R, F). It never changes.
-
-    `number` tells it from every other shard of its bank, also from those that had its id before a rollback. On the
-    `host` it stays in the CPU's memory wherever the bank goes, and is brought to the device when it answers.
-    """
-
-    left: Tensor
-    right: Tensor
-    open = None
-    generation = 0
-
-    def __init__(self, left: Tensor, right: Tensor, number: int, host: bool = False) -> None:
-        super().__init__()
-        self.number, self.host = number, host
-        place = torch.device("cpu") if host else left.device
-        self.register_buffer("left", left.detach().to(place, torch.float32))
-        self.register_buffer("right", right.detach().to(place, torch.float32))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> LowRankShard:
-        """What moves modules to devices leaves one on the host alone."""
-        return self if self.host else super()._apply(fn, recurse)  # type: ignore[return-value]
-
-    @property
-    def delta(self) -> Tensor:
-        """The whole matrix (D, F), computed anew each time."""
-        return self.left @ self.right
-
-    def product(self, activations: Tensor) -> Tensor:
-        """`A delta^T` (..., D) for float32 activations (..., F)."""
-        left, right = self.left.to(activations.device), self.right.to(activations.device)
-        return nn.functional.linear(nn.functional.linear(activations, right), left)
-
-    def fingerprint(self) -> str:
-        """A hash of what it holds."""
-        return content_hash(self.left) + content_hash(self.right)
-
-    def _save_to_state_dict(self, *_: object) -> None:
-        """The bank stores its low-rank shards together."""
-
-    def _load_from_state_dict(self, *_: object) -> None:
-        """They were loaded when they were made."""
-
-
-class ValueShard(nn.Module):
-    """A side memory that is one output: `value` (D,) takes the place of the value matrix's output at every token.
-
-    It never changes.
-    """
-
-    value: Tensor
-    open = None
-    generation = 0
-
-    def __init__(self, value: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("value", value.detach().float())
-
-    @property
-    def delta(self) -> Tensor:
-        """It has none.
-
-        Raises:
-            RepairError: always.
-        """
-        raise RepairError("a shard that replaces the output has no delta: it cannot be merged or scored by activation")
-
-    def product(self, activations: Tensor) -> Tensor:
-        """It adds nothing, so this is refused too."""
-        return activations @ self.delta.T
-
-    def fingerprint(self) -> str:
-        """A hash of what it holds."""
-        return content_hash(self.value)
-
-
-AnyShard = Shard | LowRankShard | ValueShard
-
-
-def shard_from(shape: tuple[int, int], state: Mapping[str, Tensor], generation: int = 0) -> Shard | ValueShard:
-    """A shard for a value matrix of (D, F) from its own `state_dict`, trainable where its kind is."""
-    if "value" in state:
-        return ValueShard(state["value"])
-    shard = Shard(shape, generation=generation)
-    shard.load_state_dict(dict(state))
-    return shard
-
-
-class Factors(nn.Module):
-    """The low-rank shards of some rows, gathered: `left` (n, D, R) and `right` (n, R, F), each row with its own."""
-
-    def __init__(self, left: Tensor, right: Tensor) -> None:
-        super().__init__()
-        self.left, self.right = left, right
-
-    @classmethod
-    def of(cls, shards: Sequence[LowRankShard], device: torch.device) -> Factors:
-        """Shards of any ranks, filled up with zeros to the highest, on a device."""
-        left = pad_sequence([shard.left.T for shard in shards], batch_first=True).mT
-        right = pad_sequence([shard.right for shard in shards], batch_first=True)
-        return cls(left.to(device), right.to(device))
-
-    def product(self, activations: Tensor) -> Tensor:
-        """`A_n delta_n^T` (n, T, D) for float32 activations (n, T, F)."""
-        return activations @ self.right.mT @ self.left.mT
-
-
-class Adds(Protocol):
-    """What can be added to the value matrix's output."""
-
-    def product(self, activations: Tensor) -> Tensor:
-        """`A delta^T` (..., D) for float32 activations (..., F)."""
-
-
-class Selection:
-    """The shards that answer the rows of a batch, sorted out once and applied at every token.
-
-    Args:
-        size: B, the number of rows.
-        parts: what is added to which rows; None stands for all of them.
-        replaced: values (n, D) that take the output's place, at every token, in the rows (n,).
-    """
-
-    def __init__(
-        self,
-        size: int,
-        parts: Sequence[tuple[Adds, Tensor | None]],
-        replaced: tuple[Tensor, Tensor] | None = None,
-    ) -> None:
-        self.size = size
-        self._parts = parts
-        self._replaced = replaced
-
-    def __bool__(self) -> bool:
-        """Whether any row is a shard's."""
-        return bool(self._parts) or self._replaced is not None
-
-    def __call__(self, output: Tensor, activations: Tensor) -> Tensor:
-        """Add each row's shard to the value matrix's output; rows routed to the base keep their bits.
-
-        Args:
-            output: (B, T, D), the base's own output.
-            activations: (B, T, F), the value matrix's input.
-        """
-        changed = output
-        for shard, rows in self._parts:
-            if rows is None:
-                return output + shard.product(activations.float()).to(output.dtype)
-            changed = output.clone() if changed is output else changed
-            pushed = shard.product(activations.index_select(0, rows).float())
-            changed.index_add_(0, rows, pushed.to(output.dtype))
-        return changed if self._replaced is None else _replace(changed, *self._replaced)
-
-
-def _replace(output: Tensor, values: Tensor, rows: Tensor) -> Tensor:
-    """An output (B, ..., D) that is values (n, D) throughout its rows (n,)."""
-    spread = values.to(output.dtype).view(len(values), *[1] * (output.ndim - 2), values.shape[-1])
-    return output.index_copy(0, rows, spread.expand(len(values), *output.shape[1:]))
 
 
 class SideMemory(nn.Module):
@@ -248,9 +23,6 @@ class SideMemory(nn.Module):
         mask_ratio: share of the coordinates that a shard may train (rho); 1 opens all.
         seed: with the shard's id and generation it determines the mask.
         host: keep low-rank shards in the CPU's memory, wherever the rest of the bank is.
-
-    Attributes:
-        rows_apart: leave the low-rank shards out of `state_dict`, because who stores it asks for :meth:`rows`.
     """
 
     _place: Tensor
@@ -265,7 +37,8 @@ class SideMemory(nn.Module):
         self.seed = seed
         self.next_id = 0
         self.next_number = 0
-        self.rows_apart = False
+        self.offered: Mapping[int, Mapping[str, Tensor]] = {}
+        """The :meth:`rows` that belong to the state that is loaded next."""
         self.turn = (0, 1)
         """Of several banks that open shards side by side: which one this is, and how many there are."""
         self.shards = nn.ModuleDict()
@@ -426,15 +199,24 @@ class SideMemory(nn.Module):
     def get_extra_state(self) -> dict:
         """What tensors cannot say: the ids and generations, so that a loaded bank has the same shards."""
         dense = {key: shard.generation for key, shard in self.shards.items() if isinstance(shard, Shard)}
-        return {"next_id": self.next_id, "next_number": self.next_number, "generations": dense}
+        apart = {shard: low.number for shard, low in self._low_rank().items()}
+        return {"next_id": self.next_id, "next_number": self.next_number, "generations": dense, "low_rank": apart}
 
     def set_extra_state(self, state: dict) -> None:
-        """Accepts what :meth:`get_extra_state` gave; the shards themselves were made by `_load_from_state_dict`."""
+        """Accepts what :meth:`get_extra_state` gave, and makes the low-rank shards from the `offered` rows; others were
+        made by `_load_from_state_dict`."""
         self.next_id = state["next_id"]
-        self.next_number = max(self.next_number, state.get("next_number", 0))
+        self.next_number = max(self.next_number, state["next_number"])
         for key, generation in state["generations"].items():
             if isinstance(self.shards[key], Shard):
                 self.shards[key].generation = generation  # type: ignore[assignment]
+        lacking = set(state["low_rank"].values()) - self.offered.keys()
+        if lacking:
+            raise RepairError(f"this state lacks {len(lacking)} low-rank shards; set `offered` to the `rows` beside it")
+        for shard, number in state["low_rank"].items():
+            self._put(shard, LowRankShard(**self.offered[number], number=number, host=self.host))
+        self.offered = {}
+        self._sort()
 
     def low_rank_tensors(self, shards: Iterable[int] | None = None) -> dict[str, Tensor]:
         """Low-rank shards, by default all, as tensors: `ids`, `ranks` and numbers (N,), `left` (sum R, D) and `right`
@@ -446,33 +228,16 @@ class SideMemory(nn.Module):
     def _low_rank(self) -> dict[int, LowRankShard]:
         return {int(key): shard for key, shard in self.shards.items() if isinstance(shard, LowRankShard)}
 
-    def rows(self) -> Rows:
-        """The low-rank shards as rows."""
-        found = sorted(self._low_rank().items(), key=lambda pair: pair[1].number)
-        ids, shards = [id for id, _ in found], [shard for _, shard in found]
-
-        def take(start: int, stop: int) -> dict[str, Tensor]:
-            return _stacked(ids[start:stop], shards[start:stop])
-
-        return Rows(torch.tensor([shard.number for shard in shards], dtype=torch.long), take)
-
-    @staticmethod
-    def state_of_rows(parts: Sequence[Part]) -> dict[str, Tensor]:
-        """What stored :meth:`rows` add to a `state_dict` that lacks them."""
-        found = {name: joined(parts, name) for name in ("ids", "ranks", NUMBERS)}
-        for name in ("left", "right"):
-            whole = [part.kept.repeat_interleave(part.tensors["ranks"]) for part in parts]
-            found[name] = torch.cat([part.tensors[name][kept] for part, kept in zip(parts, whole, strict=True)])
-        return {f"{_LOW_RANK}{name}": tensor for name, tensor in found.items()}
+    def rows(self) -> dict[int, dict[str, Tensor]]:
+        """The low-rank shards, which a `state_dict` leaves out, by number."""
+        return {shard.number: shard.row for shard in self._low_rank().values()}
 
     def load_low_rank(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take in what :meth:`low_rank_tensors` gave, beside the shards that are here; without numbers they get new
-        ones."""
+        """Take in what :meth:`low_rank_tensors` gave, beside the shards that are here."""
         ids, ranks = tensors["ids"].tolist(), tensors["ranks"].tolist()
-        numbers = tensors[NUMBERS].tolist() if NUMBERS in tensors else [self._number() for _ in ids]
         factors = zip(tensors["left"].split(ranks), tensors["right"].split(ranks), strict=True)
-        for id, number, (left, right) in zip(ids, numbers, factors, strict=True):
-            self._put(id, LowRankShard(left.T.clone(), right.clone(), number, self.host))
+        for id, (left, right) in zip(ids, factors, strict=True):
+            self._put(id, LowRankShard(left.T.clone(), right.clone(), self._number(), self.host))
         self._sort()
 
     def put_dense(self, shard: int, generation: int, delta: Tensor) -> None:
@@ -485,11 +250,6 @@ class SideMemory(nn.Module):
     def _sort(self) -> None:
         self.shards = nn.ModuleDict({key: self.shards[key] for key in sorted(self.shards, key=int)})
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        low_rank = {} if self.rows_apart else self.low_rank_tensors()
-        destination.update({f"{prefix}{_LOW_RANK}{key}": value for key, value in low_rank.items()})
-
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         """Make the shards that are stored; the dense ones load themselves."""
         start = f"{prefix}shards."
@@ -497,13 +257,7 @@ class SideMemory(nn.Module):
         values = {name: state_dict.get(f"{start}{name}.value") for name in names}
         made = {name: Shard(self.shape) if value is None else ValueShard(value) for name, value in values.items()}
         self.shards = nn.ModuleDict({name: made[name].to(self.device) for name in sorted(names, key=int)})
-        start = f"{prefix}{_LOW_RANK}"
-        low_rank = {key[len(start) :]: value for key, value in state_dict.items() if key.startswith(start)}
-        if low_rank:
-            self.load_low_rank(low_rank)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        unexpected: list[str] = args[3]
-        unexpected[:] = [key for key in unexpected if not key.startswith(start)]
 
 
 def _stacked(ids: Sequence[int], shards: Sequence[LowRankShard]) -> dict[str, Tensor]:

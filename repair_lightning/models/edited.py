@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from repair_lightning.errors import RepairError, counted
 from repair_lightning.memory.query import Check, Choice, Query
 from repair_lightning.memory.routers import Router
-from repair_lightning.memory.side_memory import Selection, SideMemory
+from repair_lightning.memory.shards import Selection
+from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.models.forms import Forms, stop_ids
 from repair_lightning.models.prefix import Capture, SplitModel, pad_left, stack_left
 from repair_lightning.models.prefix_cache import PrefixCache, canonical_batches, capture_rows

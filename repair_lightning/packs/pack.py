@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from repair_lightning.edits.ledger import Ledger
 from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.memory.routers import make_router
-from repair_lightning.memory.side_memory import SideMemory, shard_from
+from repair_lightning.memory.shards import shard_from
+from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.models.architectures import architecture_of, value_shape
 from repair_lightning.models.base import Base, files_hash, load_base
 from repair_lightning.models.edited import EditedModel

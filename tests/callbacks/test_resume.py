@@ -10,8 +10,8 @@ from helpers_runs import fit, hard_edits, world_editor, world_stream, write_edit
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks import ErrorSampleMonitor, LossAwareTiesMerge, PruneAndRetrigger, Scoreboard
-from repair_lightning.commands.run_dir import DurableCheckpointIO
-from repair_lightning.edits.segments import Segments
+from repair_lightning.edits.checkpoints import JournaledCheckpointIO
+from repair_lightning.edits.journal import Journal
 from repair_lightning.packs.pack import read_pack, save_pack
 
 
@@ -34,7 +34,6 @@ def run(
     saver = ModelCheckpoint(folder, filename="last", every_n_epochs=1, enable_version_counter=False)
     loop = [ErrorSampleMonitor(), feedback, Scoreboard(live=2), merge, saver]
     path = str(ckpt_path) if ckpt_path else None
-    editor.rows_apart = editor.memory.rows_apart = "plugins" in options
     fit(editor, stream, loop, folder, path, max_epochs=epochs, enable_checkpointing=True, **options)
     return editor, stream, feedback
 
@@ -43,21 +42,22 @@ def run(
     ("router", "stop", "form"), [("key", 3, "dense"), ("hybrid", 2, "dense"), ("key", 1, "low_rank")]
 )
 def test_stopped_and_resumed_is_the_same(tmp_path, router, stop, form):
-    """Low-rank shards and keys lie in segments beside the checkpoint, as they do in a run directory."""
+    """Low-rank shards and keys lie in the journal beside the checkpoint, as they do in a run directory."""
+    checkpoint = tmp_path / "part" / "last.ckpt"
+    journal = Journal(tmp_path / "journal.sqlite")
 
-    def durable(name: str) -> dict:
-        plugin = DurableCheckpointIO(lambda sha256: None, Segments(tmp_path / name / "segments"))
+    def durable() -> dict:
+        plugin = JournaledCheckpointIO(checkpoint, lambda sha256, rows: journal.save(sha256, 0, rows), journal.tables)
         return {"plugins": [plugin]} if form == "low_rank" else {}
 
     whole, stream, feedback = run(tmp_path / "whole", router, form=form)
     assert feedback.retriggered, "the premise: the loop acted"
     assert stream.windows > stop
-    run(tmp_path / "part", router, epochs=stop, form=form, **durable("part"))
-    checkpoint = tmp_path / "part" / "last.ckpt"
+    run(tmp_path / "part", router, epochs=stop, form=form, **durable())
     if form == "low_rank":
-        saved = torch.load(checkpoint, weights_only=True)
-        assert not [name for name in saved["state_dict"] if "low_rank" in name]
-    resumed, again, loop = run(tmp_path / "rest", router, ckpt_path=checkpoint, form=form, **durable("part"))
+        assert "rows" not in torch.load(checkpoint, weights_only=True)
+        assert journal.tables()["shards"]
+    resumed, again, loop = run(tmp_path / "rest", router, ckpt_path=checkpoint, form=form, **durable())
     assert again.ledger == stream.ledger
     assert (again.windows, again.arrived) == (stream.windows, stream.arrived)
     assert (loop.pruned, loop.retriggered) == (feedback.pruned, feedback.retriggered)

@@ -21,7 +21,7 @@ from repair_lightning.editors.inner_loop import OpenCoordinates, TargetRows
 from repair_lightning.editors.repair import Distillation, Routing, Writing
 from repair_lightning.editors.shards import Steps
 from repair_lightning.memory.query import Query
-from repair_lightning.memory.side_memory import Shard
+from repair_lightning.memory.shards import Shard
 from repair_lightning.models.prefix import Capture
 from repair_lightning.models.tokenizing import Encoded
 from repair_lightning.types import EditBatch

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import random
 import sqlite3
 import subprocess
 import sys
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from repair_lightning.edits.journal import RESUMED, VERSION, Journal, JournalError
+from repair_lightning.edits.journal import RESUMED, VERSION, Checkpoint, Journal, JournalError
 from repair_lightning.edits.ledger import EditStatus, Ledger
 from repair_lightning.errors import RepairError, UnknownEditError
 from repair_lightning.types import Edit, EditReport, Probe
@@ -150,8 +152,8 @@ class Run:
 
     def _checkpoint(self):
         sha = f"{len(self.kept)}-{self.journal.last}"
-        self.journal.checkpoint(sha, len(self.kept))
-        assert self.journal.seq_of(sha) == (self.journal.last, len(self.kept))
+        self.journal.save(sha, len(self.kept))
+        assert self.journal.checkpoint == Checkpoint(sha, self.journal.last, len(self.kept))
         self.kept.append((self.journal.last, self.ledger.state_dict()))
 
     def _rewind(self, back):
@@ -207,17 +209,15 @@ def test_the_events_make_the_ledger_whatever_was_done(tmp_path_factory, steps):
 
 def test_a_rewind_keeps_what_it_takes_back_readable(ledger, journal):
     fill(ledger)
-    journal.checkpoint("good", 1)
+    journal.save("good", 1)
     kept = ledger.state_dict()
     ledger.quarantine(["b"], "hopeless")
-    journal.checkpoint("later", 2)
-    assert journal.rewind(journal.seq_of("good")[0], "resumed behind window 1") == 1
+    assert journal.rewind(journal.checkpoint.seq, "resumed after window 1") == 1
     ledger.load_state_dict(kept)
     assert journal.rebuild() == ledger
     *_, taken_back, resumed = journal.events()
     assert (taken_back["kind"], taken_back["void"]) == ("quarantined", 1)
-    assert (resumed["kind"], resumed["void"], resumed["back_to"]) == (RESUMED, 0, journal.seq_of("good")[0])
-    assert journal.seq_of("later") is None  # a state that did not come to pass: nothing goes on from it
+    assert (resumed["kind"], resumed["void"], resumed["back_to"]) == (RESUMED, 0, journal.checkpoint.seq)
 
 
 # -- the disk ----------------------------------------------------------------------------------------------------------
@@ -289,7 +289,7 @@ def test_what_is_no_journal_is_refused_in_one_line(tmp_path, how, read_only):
         assert f"has version {VERSION + 1}; this release reads {VERSION}" in message
 
 
-@pytest.mark.parametrize("command", ["append", "checkpoint", "rewind", "note"])
+@pytest.mark.parametrize("command", ["append", "save", "rewind", "note"])
 def test_a_full_disk_takes_the_transaction_back(ledger, journal, command):
     """SQLite's own limit on pages answers as a full disk does: `database or disk is full`."""
     fill(ledger)
@@ -299,7 +299,7 @@ def test_a_full_disk_takes_the_transaction_back(ledger, journal, command):
     many = [Edit(f"m{i}", "x" * 500, "y") for i in range(200)]
     calls = {
         "append": lambda: ledger.arrive(many, 1),
-        "checkpoint": lambda: [journal.checkpoint(f"{i}" * 64, i) for i in range(1000)],
+        "save": lambda: journal.save("0" * 64, 1, {"t": {i: {"what": torch.ones(1000)} for i in range(1000)}}),
         "rewind": lambda: journal.rewind(3, "x" * 100_000),
         "note": lambda: journal.note("note", "x" * 100_000),
     }
@@ -307,12 +307,68 @@ def test_a_full_disk_takes_the_transaction_back(ledger, journal, command):
         calls[command]()
     assert ledger.state_dict() == state
     assert list(journal.events()) == events
+    assert (journal.checkpoint, journal.tables()) == (None, {})
     other = reader(journal)
     assert other.rebuild() == ledger
     other.close()
     journal._db.execute("PRAGMA max_page_count = 1000000")
     ledger.arrive(many, 1)  # with room it goes on
     assert journal.rebuild() == ledger
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+def rows_of(numbers) -> dict[int, dict[str, torch.Tensor]]:
+    """Rows that say their own number."""
+    return {number: {"what": torch.full((3,), float(number))} for number in numbers}
+
+
+def stored(journal: Journal) -> list[int]:
+    """The numbers of the rows that are stored; every row says its own."""
+    found = journal.tables().get("t", {})
+    assert all(bool((row["what"] == number).all()) for number, row in found.items())
+    return list(found)
+
+
+@settings(max_examples=6, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_rows_come_and_go_and_come_back(tmp_path_factory, seed):
+    """Also such as were gone when the last checkpoint was written: a rollback brings them back."""
+    draw, journal = random.Random(seed), Journal(tmp_path_factory.mktemp("s") / "journal.sqlite")
+    live, gone, following = set(), set(), 0
+    for window in range(20):
+        coming = range(following, following + draw.randint(0, 12))
+        following = coming.stop
+        leaving = set(draw.sample(sorted(live), draw.choice([0, 0, 0, len(live) // 3, len(live)])))
+        back = set(draw.sample(sorted(gone), min(len(gone), draw.choice([0, 0, 0, 3]))))
+        live, gone = (live | set(coming) | back) - leaving, (gone | leaving) - back
+        journal.save(f"{window}", window, {"t": rows_of(live)} if live else {})
+        assert stored(journal) == sorted(live)
+        if draw.random() < 0.3:
+            journal.close()
+            journal = Journal(journal.path)
+            journal.check_rows()
+    journal.close()
+
+
+def test_a_row_is_written_once(journal):
+    """A row that is stored is not looked at again."""
+
+    class Unread(dict):
+        def items(self):
+            raise AssertionError("read again")
+
+    journal.save("a", 1, {"t": rows_of(range(5))})
+    journal.save("b", 2, {"t": {number: Unread() for number in range(5)} | rows_of([7])})
+    assert stored(journal) == [0, 1, 2, 3, 4, 7]
+
+
+def test_a_damaged_row_is_named_in_one_line(journal):
+    journal.save("a", 1, {"t": rows_of(range(5))})
+    journal._db.execute("UPDATE rows SET content = zeroblob(length(content)) WHERE number = 3")
+    with pytest.raises(JournalError, match=r"is damaged: row 3 of t is not as it was written; restore it from a copy"):
+        journal.check_rows()
 
 
 # -- as a table --------------------------------------------------------------------------------------------------------

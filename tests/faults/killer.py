@@ -58,18 +58,16 @@ def arm(moment: str) -> None:
         if os.environ.get("RANK", "0") != rank:
             return
     import torch
-    from lightning.pytorch.callbacks import ModelCheckpoint
 
     import repair_lightning.commands.cli
     from callbacks import LossAwareTiesMerge, Scoreboard
     from repair_lightning.editors import Keyed
+    from repair_lightning.edits import journal
+    from repair_lightning.edits.checkpoints import SaveEachWindow
     from repair_lightning.edits.journal import Journal
 
     def is_checkpoint(source: Any, target: Any) -> bool:
         return str(target).endswith("last.ckpt")
-
-    def is_segment(source: Any, target: Any) -> bool:
-        return str(target).endswith(".safetensors") and "segments" in str(target)
 
     def always(*args: Any, **kwargs: Any) -> bool:
         return True
@@ -83,9 +81,9 @@ def arm(moment: str) -> None:
         "behind the second checkpoint's rename": lambda: after(os, "replace", is_checkpoint, 2),
         "while the second checkpoint is written": lambda: after(torch, "save", always, 2),
         "in the third window": lambda: after(Keyed, "write", always, 3),
-        "beside the second checkpoint": lambda: before(ModelCheckpoint, "on_train_epoch_end", always, 2),
-        "before the third checkpoint's segment has its name": lambda: before(os, "replace", is_segment, 5),
-        "behind the third checkpoint's segments": lambda: after(os, "replace", is_segment, 6),
+        "beside the second checkpoint": lambda: before(SaveEachWindow, "on_train_epoch_end", always, 2),
+        "before the third checkpoint's rows": lambda: before(Journal, "save", always, 3),
+        "amid the second checkpoint's rows": lambda: after(journal, "_encoded", always, 20),
         "before the merge": lambda: before(LossAwareTiesMerge, "merge", always),
         "during the merge": lambda: before(Journal, "append", merged),
         "behind the merge": lambda: after(LossAwareTiesMerge, "merge", always),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from pathlib import Path
 
 import malformed
 import pytest
@@ -33,7 +32,7 @@ def test_killed_before_a_checkpoint_has_its_name(bench):
 
 
 def test_killed_before_the_merge_and_then_the_checkpoint_rots(bench):
-    survived(torture.damaged_checkpoint(bench, torture.flip_a_bit, "that rotted"))
+    survived(torture.damaged(bench, torture.CHECKPOINT, torture.flip_a_bit, "that rotted"))
 
 
 def test_killed_during_the_merge(tmp_path):
@@ -41,12 +40,12 @@ def test_killed_during_the_merge(tmp_path):
     survived(torture.killed_at(bench, "during the merge"))
 
 
-def test_killed_between_the_segments_and_their_checkpoint(bench):
-    survived(torture.killed_at(bench, "behind the third checkpoint's segments"))
+def test_killed_amid_the_rows_of_a_checkpoint(bench):
+    survived(torture.killed_at(bench, "amid the second checkpoint's rows"))
 
 
-def test_a_segment_that_is_missing(bench):
-    survived(torture.damaged_checkpoint(bench, Path.unlink, "that is missing", which=torture.SEGMENT))
+def test_a_row_that_rots(bench):
+    survived(torture.damaged(bench, "journal.sqlite", torture.flip_a_row, "that rotted"))
 
 
 def test_two_runs_on_one_directory(bench):

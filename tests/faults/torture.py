@@ -14,11 +14,12 @@ import pickle
 import random
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,8 +38,8 @@ MOMENTS = (
     "before the third checkpoint's rename",
     "behind the second checkpoint's rename",
     "while the second checkpoint is written",
-    "before the third checkpoint's segment has its name",
-    "behind the third checkpoint's segments",
+    "before the third checkpoint's rows",
+    "amid the second checkpoint's rows",
     "before the merge",
     "behind the merge",
     "during the final scoring",
@@ -130,28 +131,33 @@ def killed_at(bench: Bench, moment: str) -> Row:
     return Row(f"killed {moment}", 1, int(good), lost)
 
 
-def damaged_checkpoint(
-    bench: Bench,
-    damage: Callable[[Path], None],
-    how: str,
-    moment: str = "before the merge",
-    which: str = "last.ckpt",
-) -> Row:
-    """A killed run whose checkpoint, or one of its segments, was damaged is refused; with that restored it goes on."""
-    name = f"checkpoint-{which.split('/')[0]}-{how}"
-    code, output = finish(bench.command(name), kill_at=moment)
+def damaged(bench: Bench, file: str, damage: Callable[[Path], None], how: str) -> Row:
+    """A killed run of which a file was damaged is refused; with that restored it goes on."""
+    name = f"{Path(file).stem}-{how}"
+    code, output = finish(bench.command(name), kill_at="before the merge")
     assert code == -signal.SIGKILL, output
-    path = min((bench.folder / name / "checkpoints").glob(which))
+    with closing(Journal(bench.folder / name / "journal.sqlite")) as journal:
+        journal.check_rows()  # and folds what the killed process left beside it
+    path = bench.folder / name / file
     whole = path.read_bytes()
     damage(path)
     code, output = finish(bench.command(name))
     refused = code == 2 and "is damaged" in output and "Traceback" not in output
     path.write_bytes(whole)
     good, lost = bench.ends(name)
-    return Row(f"{'checkpoint' if which == 'last.ckpt' else 'segment'} {how}", 1, int(refused and good), lost)
+    return Row(f"{file} {how}", 1, int(refused and good), lost)
 
 
-SEGMENT = "segments/shards-*.safetensors"
+CHECKPOINT = "checkpoints/last.ckpt"
+
+
+def flip_a_row(path: Path) -> None:
+    """Change one bit of a row that a journal holds."""
+    with closing(sqlite3.connect(path)) as database:
+        (content,) = database.execute("SELECT content FROM rows WHERE name = 'router' LIMIT 1").fetchone()
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(content[-64:]) + 63] ^= 1
+    path.write_bytes(whole)
 
 
 def truncate(path: Path) -> None:
@@ -350,11 +356,10 @@ def main() -> None:
         ]
         rows += [killed_at(bench, moment) for moment in MOMENTS]
         rows += [
-            damaged_checkpoint(bench, truncate, "truncated"),
-            damaged_checkpoint(bench, flip_a_bit, "with a flipped bit"),
-            damaged_checkpoint(bench, truncate, "truncated", which=SEGMENT),
-            damaged_checkpoint(bench, flip_a_bit, "with a flipped bit", which=SEGMENT),
-            damaged_checkpoint(bench, Path.unlink, "that is missing", which=SEGMENT),
+            damaged(bench, CHECKPOINT, truncate, "truncated"),
+            damaged(bench, CHECKPOINT, flip_a_bit, "with a flipped bit"),
+            damaged(bench, CHECKPOINT, Path.unlink, "that is missing"),
+            damaged(bench, "journal.sqlite", flip_a_row, "with a flipped bit in a row"),
         ]
         rows += [two_runs(bench)]
         disk = full_disk(bench)

@@ -14,7 +14,6 @@ from test_routers import read, space
 
 from repair_lightning.memory.query import Choice, Query
 from repair_lightning.memory.routers import Anchor, KeyRouter
-from repair_lightning.memory.rows import Part
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.types import BASE
 
@@ -205,19 +204,13 @@ class TestStorage:
     )
 
     def test_stored_in_rows_and_put_together_again(self):
-        """Rows that were stored once and are gone since are passed over."""
         router = with_edits(*self.EDITS)
-        rows = router.rows()
-        stored = [
-            {**rows.take(start, stop), "numbers": rows.numbers[start:stop]} for start, stop in ((0, 2), (2, 5), (5, 6))
-        ]
         router.forget(["e1", "e3"])
-        kept = [torch.isin(part["numbers"], router.numbers) for part in stored]
-        parts = [Part(part, mask) for part, mask in zip(stored, kept, strict=True)]
+        state = {name: value for name, value in router.state_dict().items() if name not in router.per_edit}
         fresh = KeyRouter()
-        fresh.load_state_dict(KeyRouter.state_of_rows(router.state_beside_rows(), parts))
+        fresh.load_state_dict(state | KeyRouter.from_rows(router.rows()))
         fresh.read = read
-        assert (fresh.ids, fresh.known) == (router.ids, router.known)
+        assert (fresh.ids, fresh.names.known) == (router.ids, router.names.known)
         assert same(fresh.route(self.ASKED, NOWHERE), router.route(self.ASKED, NOWHERE))
         for either in (router, fresh):
             add(either, PAUL, first=9)

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from repair_lightning.errors import RepairError
-from repair_lightning.memory.rows import Part
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.types import BASE
 
@@ -113,6 +112,9 @@ class TestStorage:
         memory.shards["0"] = bank(1, 1.0)[0]
         memory.add(torch.randn(SHAPE[0], 1), torch.randn(1, SHAPE[1]))
         fresh = bank(4, 0.3)
+        with pytest.raises(RepairError, match=r"lacks 2 low-rank shards; set `offered` to the `rows` beside it"):
+            fresh.load_state_dict(memory.state_dict())
+        fresh.offered = memory.rows()
         fresh.load_state_dict(memory.state_dict())
         assert fresh.ids == memory.ids == [0, 1, 2, 3]
         assert [type(fresh[i]) for i in fresh.ids] == [type(memory[i]) for i in memory.ids]
@@ -172,23 +174,19 @@ class TestRows:
             memory.add(torch.full((4, rank), 1.0 + shard), torch.full((rank, 6), 2.0 + shard))
         return memory
 
-    def test_stored_in_parts_and_put_together_again(self):
+    def test_stored_apart_and_put_together_again(self):
         memory = self.bank([1, 3, 2, 1, 2])
-        rows = memory.rows()
-        parts = [
-            Part({**rows.take(start, stop), "numbers": rows.numbers[start:stop]}, torch.tensor(kept))
-            for start, stop, kept in ((0, 2, [True, False]), (2, 5, [True, True, False]))
-        ]
-        memory.rows_apart = True
+        memory.drop([1, 4])
         state = memory.state_dict()
-        assert not [name for name in state if name.startswith("low_rank")]
+        assert not [name for name, value in state.items() if isinstance(value, torch.Tensor)]
         fresh = SideMemory((4, 6))
-        fresh.load_state_dict({**state, **SideMemory.state_of_rows(parts)})
+        fresh.offered = memory.rows()
+        fresh.load_state_dict(state)
         assert fresh.ids == [0, 2, 3]
         assert all(fresh[shard].fingerprint() == memory[shard].fingerprint() for shard in fresh.ids)
-        assert fresh.rows().numbers.tolist() == [0, 2, 3]
+        assert list(fresh.rows()) == [0, 2, 3]
         fresh.add(torch.ones(4, 1), torch.ones(1, 6))
-        assert fresh.rows().numbers.tolist() == [0, 2, 3, 5]
+        assert list(fresh.rows()) == [0, 2, 3, 5]
 
     def test_an_id_that_is_given_again_is_another_row(self):
         memory = self.bank([1, 1])
@@ -197,4 +195,4 @@ class TestRows:
         memory.restore(before)
         memory.add(torch.zeros(4, 1), torch.ones(1, 6))
         assert memory.ids == [0, 1, 2]
-        assert memory.rows().numbers.tolist() == [0, 1, 3]
+        assert list(memory.rows()) == [0, 1, 3]

@@ -25,7 +25,8 @@ from repair_lightning.functional import (
 from repair_lightning.functional.routing import Pool
 from repair_lightning.memory.query import Choice, Query
 from repair_lightning.memory.routers.base import Router
-from repair_lightning.memory.side_memory import AnyShard, SideMemory
+from repair_lightning.memory.shards import AnyShard
+from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.types import BASE
 
 

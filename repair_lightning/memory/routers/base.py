@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from repair_lightning.memory.query import Choice, Query
-from repair_lightning.memory.rows import Part, Rows
 from repair_lightning.memory.side_memory import SideMemory
 
 Read = Callable[[Sequence[str]], Tensor]
@@ -42,6 +41,8 @@ class Router(ABC):
     """Whether it compares what is asked in a space of the base's states, its `space`."""
     read: Read | None = None
     """Gives the states of further texts, where a model holds the router."""
+    per_edit: ClassVar[tuple[str, ...]] = ()
+    """The entries of its state that :meth:`rows` hold too."""
     prefaces: ClassVar[bool] = False
     """Whether the base reads something before a prompt that a memory answers, see :meth:`preface`."""
 
@@ -103,15 +104,12 @@ class Router(ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
 
-    def rows(self) -> Rows | None:
-        """What of its state is said once per edit and never changed; None where nothing is."""
-        return None
-
-    def state_beside_rows(self) -> dict[str, Any]:
-        """:meth:`state_dict` without what :meth:`rows` hold."""
-        return self.state_dict()
+    def rows(self) -> dict[int, dict[str, Tensor]]:
+        """What of its state is said once per edit and never changes, as tensors under a number that no other edit ever
+        has; nothing by default."""
+        return {}
 
     @staticmethod
-    def state_of_rows(state: Mapping[str, Any], parts: Sequence[Part]) -> dict[str, Any]:
-        """The whole :meth:`state_dict` from :meth:`state_beside_rows` and stored :meth:`rows`."""
-        return dict(state)
+    def from_rows(rows: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Any]:
+        """The entries `per_edit` of a :meth:`state_dict` whose :meth:`rows` these were."""
+        return {}

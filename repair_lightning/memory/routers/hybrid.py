@@ -69,10 +69,6 @@ class HybridRouter(KeyRouter):
         """Both states."""
         return super().state_dict() | self.gate.state_dict()
 
-    def state_beside_rows(self) -> dict[str, Any]:
-        """Both states, without the keys' rows."""
-        return super().state_beside_rows() | self.gate.state_dict()
-
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Both states."""
         super().load_state_dict(state)

@@ -1,0 +1,239 @@
+"""Shards, and how they change the value matrix's output.
+
+REPAIR (arXiv 2510.01879), Sec. 2.2. A shard stands for `delta = W'_i - W_v` in float32, in the layout (D, F) whatever
+the base's own storage order, and is applied to the value matrix's output: `y + A(x) delta^T`. It is stored dense (the
+paper's, with its mask), or as two factors (ours). Rows that no shard answers are not touched, so their bits stay the
+base's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from repair_lightning.errors import RepairError
+from repair_lightning.functional import pack_mask, pack_values, unpack_mask, unpack_values
+
+
+def content_hash(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes."""
+    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(values.numpy().data).hexdigest()
+
+
+class Shard(nn.Module):
+    """One side memory: `delta` (D, F), trainable where `mask` (D, F) is open, zero elsewhere.
+
+    `generation` counts the re-initialisations; each draws a fresh mask.
+    """
+
+    delta: nn.Parameter
+    mask: Tensor
+
+    def __init__(self, shape: tuple[int, int], mask: Tensor | None = None, generation: int = 0) -> None:
+        super().__init__()
+        self.delta = nn.Parameter(torch.zeros(shape))
+        self.register_buffer("mask", mask if mask is not None else torch.ones(0, dtype=torch.bool))
+        self.generation = generation
+
+    @property
+    def open(self) -> Tensor | None:
+        """The mask (D, F), or None where every coordinate is open."""
+        return self.mask if self.mask.numel() else None
+
+    def product(self, activations: Tensor) -> Tensor:
+        """`A delta^T` (..., D) for float32 activations (..., F)."""
+        return nn.functional.linear(activations, self.delta)
+
+    def fingerprint(self) -> str:
+        """A hash of what it holds."""
+        return content_hash(self.delta)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Of a masked shard only what the mask opens is stored, beside the mask in bits."""
+        delta = self.delta if keep_vars else self.delta.detach()
+        if self.open is None:
+            destination[f"{prefix}delta"] = delta
+        else:
+            destination[f"{prefix}mask"] = pack_mask(self.mask)
+            destination[f"{prefix}values"] = pack_values(delta, self.mask)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *_: object) -> None:
+        if f"{prefix}delta" in state_dict:
+            self.mask = torch.ones(0, dtype=torch.bool, device=self.delta.device)
+            found = state_dict[f"{prefix}delta"]
+        else:
+            self.mask = unpack_mask(state_dict[f"{prefix}mask"], self.delta.shape).to(self.delta.device)
+            found = unpack_values(state_dict[f"{prefix}values"].to(self.delta.device), self.mask)
+        with torch.no_grad():
+            self.delta.copy_(found)
+
+
+class LowRankShard(nn.Module):
+    """A side memory `delta = left right` of rank R, with `left` (D, R) and `right` (R, F). It never changes.
+
+    `number` tells it from every other shard of its bank, also from those that had its id before a rollback. On the
+    `host` it stays in the CPU's memory wherever the bank goes, and is brought to the device when it answers.
+    """
+
+    left: Tensor
+    right: Tensor
+    open = None
+    generation = 0
+
+    def __init__(self, left: Tensor, right: Tensor, number: int, host: bool = False) -> None:
+        super().__init__()
+        self.number, self.host = number, host
+        place = torch.device("cpu") if host else left.device
+        self.register_buffer("left", left.detach().to(place, torch.float32))
+        self.register_buffer("right", right.detach().to(place, torch.float32))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LowRankShard:
+        """What moves modules to devices leaves one on the host alone."""
+        return self if self.host else super()._apply(fn, recurse)  # type: ignore[return-value]
+
+    @property
+    def delta(self) -> Tensor:
+        """The whole matrix (D, F), computed anew each time."""
+        return self.left @ self.right
+
+    def product(self, activations: Tensor) -> Tensor:
+        """`A delta^T` (..., D) for float32 activations (..., F)."""
+        left, right = self.left.to(activations.device), self.right.to(activations.device)
+        return nn.functional.linear(nn.functional.linear(activations, right), left)
+
+    def fingerprint(self) -> str:
+        """A hash of what it holds."""
+        return content_hash(self.left) + content_hash(self.right)
+
+    @property
+    def row(self) -> dict[str, Tensor]:
+        """Its factors (D, R) and (R, F), by name."""
+        return {"left": self.left, "right": self.right}
+
+    def _save_to_state_dict(self, *_: object) -> None:
+        """The bank gives its low-rank shards apart, see `SideMemory.rows`."""
+
+    def _load_from_state_dict(self, *_: object) -> None:
+        """They were loaded when they were made."""
+
+
+class ValueShard(nn.Module):
+    """A side memory that is one output: `value` (D,) takes the place of the value matrix's output at every token.
+
+    It never changes.
+    """
+
+    value: Tensor
+    open = None
+    generation = 0
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value.detach().float())
+
+    @property
+    def delta(self) -> Tensor:
+        """It has none.
+
+        Raises:
+            RepairError: always.
+        """
+        raise RepairError("a shard that replaces the output has no delta: it cannot be merged or scored by activation")
+
+    def product(self, activations: Tensor) -> Tensor:
+        """It adds nothing, so this is refused too."""
+        return activations @ self.delta.T
+
+    def fingerprint(self) -> str:
+        """A hash of what it holds."""
+        return content_hash(self.value)
+
+
+AnyShard = Shard | LowRankShard | ValueShard
+
+
+def shard_from(shape: tuple[int, int], state: Mapping[str, Tensor], generation: int = 0) -> Shard | ValueShard:
+    """A shard for a value matrix of (D, F) from its own `state_dict`, trainable where its kind is."""
+    if "value" in state:
+        return ValueShard(state["value"])
+    shard = Shard(shape, generation=generation)
+    shard.load_state_dict(dict(state))
+    return shard
+
+
+class Factors(nn.Module):
+    """The low-rank shards of some rows, gathered: `left` (n, D, R) and `right` (n, R, F), each row with its own."""
+
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        super().__init__()
+        self.left, self.right = left, right
+
+    @classmethod
+    def of(cls, shards: Sequence[LowRankShard], device: torch.device) -> Factors:
+        """Shards of any ranks, filled up with zeros to the highest, on a device."""
+        left = pad_sequence([shard.left.T for shard in shards], batch_first=True).mT
+        right = pad_sequence([shard.right for shard in shards], batch_first=True)
+        return cls(left.to(device), right.to(device))
+
+    def product(self, activations: Tensor) -> Tensor:
+        """`A_n delta_n^T` (n, T, D) for float32 activations (n, T, F)."""
+        return activations @ self.right.mT @ self.left.mT
+
+
+class Adds(Protocol):
+    """What can be added to the value matrix's output."""
+
+    def product(self, activations: Tensor) -> Tensor:
+        """`A delta^T` (..., D) for float32 activations (..., F)."""
+
+
+class Selection:
+    """The shards that answer the rows of a batch, sorted out once and applied at every token.
+
+    Args:
+        size: B, the number of rows.
+        parts: what is added to which rows; None stands for all of them.
+        replaced: values (n, D) that take the output's place, at every token, in the rows (n,).
+    """
+
+    def __init__(
+        self,
+        size: int,
+        parts: Sequence[tuple[Adds, Tensor | None]],
+        replaced: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        self.size = size
+        self._parts = parts
+        self._replaced = replaced
+
+    def __bool__(self) -> bool:
+        """Whether any row is a shard's."""
+        return bool(self._parts) or self._replaced is not None
+
+    def __call__(self, output: Tensor, activations: Tensor) -> Tensor:
+        """Add each row's shard to the value matrix's output; rows routed to the base keep their bits.
+
+        Args:
+            output: (B, T, D), the base's own output.
+            activations: (B, T, F), the value matrix's input.
+        """
+        changed = output
+        for shard, rows in self._parts:
+            if rows is None:
+                return output + shard.product(activations.float()).to(output.dtype)
+            changed = output.clone() if changed is output else changed
+            pushed = shard.product(activations.index_select(0, rows).float())
+            changed.index_add_(0, rows, pushed.to(output.dtype))
+        return changed if self._replaced is None else _replace(changed, *self._replaced)
+
+
+def _replace(output: Tensor, values: Tensor, rows: Tensor) -> Tensor:
+    """An output (B, ..., D) that is values (n, D) throughout its rows (n,)."""
+    spread = values.to(output.dtype).view(len(values), *[1] * (output.ndim - 2), values.shape[-1])
+    return output.index_copy(0, rows, spread.expand(len(values), *output.shape[1:]))
