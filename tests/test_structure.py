@@ -173,3 +173,19 @@ def test_a_light_import():
     assert {node.module for node in eager if isinstance(node, ast.ImportFrom)} <= {"__future__", "typing"}
     assert not [node for node in eager if isinstance(node, ast.Import)]
     assert "torch" not in names
+
+
+MOST_LINES, MOST_METHODS = 250, 25
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_classes_stay_small(path):
+    """One class, one reason to exist: over these it is two."""
+    large = {}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ClassDef):
+            methods = sum(isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef) for part in node.body)
+            size = node.end_lineno - node.lineno + 1
+            if size > MOST_LINES or methods > MOST_METHODS:
+                large[node.name] = (size, methods)
+    assert large == {}

@@ -2,81 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from repair_lightning.editors.adapt import AUTO, Adapted, adapt
-from repair_lightning.editors.base import Editor, make_editor
+from repair_lightning.editors.adaptive import OPTIMIZERS, AdaptiveEditor, Steps
 from repair_lightning.editors.inner_loop import Tail, TargetRows
-from repair_lightning.editors.normalized import NormalizedGradient
-from repair_lightning.errors import ConfigError, RepairError
+from repair_lightning.errors import RepairError
 from repair_lightning.memory.query import Query
 from repair_lightning.memory.routers import Anchor
 from repair_lightning.models.tokenizing import Encoded
 from repair_lightning.types import Edit, EditBatch
 
-log = logging.getLogger(__name__)
 
-OPTIMIZERS = {
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "sgd": torch.optim.SGD,
-    "normalized": NormalizedGradient,
-}
-Optimizer = Literal["adam", "adamw", "sgd", "normalized"]
-
-
-@dataclass
-class Steps:
-    """The inner steps of a write.
-
-    Attributes:
-        optimizer: `adam`, `adamw`, `sgd`, or `normalized` (each position's gradient at a fixed length); None takes what
-            the editor works best with.
-        lr: its learning rate, relative to the base: at 1, one Adam step may move each coordinate of the layer's output
-            by the root mean square of what enters the layer. `auto` finds it by probe edits.
-        steps: most steps per batch (n_iter); as many again for each earlier attempt of its hardest edit.
-        stop_margin: stop once every target token leads its best rival by this many nats; None takes all steps, `auto`
-            finds it by probe edits.
-        batch_tokens: most target tokens of a batch: long targets make smaller batches.
-    """
-
-    optimizer: Optimizer | None = None
-    lr: float | str = 1.0
-    steps: int = 150
-    stop_margin: float | str | None = 2.0
-    batch_tokens: int = 1024
-
-    @property
-    def rate(self) -> float:
-        """`lr`; while `auto` has not found it, the default."""
-        return 1.0 if isinstance(self.lr, str) else self.lr
-
-    @property
-    def margin(self) -> float | None:
-        """`stop_margin`; while `auto` has not found it, the default."""
-        return 2.0 if isinstance(self.stop_margin, str) else self.stop_margin
-
-    def check(self) -> None:
-        """Refuse what cannot be."""
-        for name in ("lr", "stop_margin"):
-            value = getattr(self, name)
-            if isinstance(value, str) and value != AUTO:
-                raise ConfigError(f"writing.{name} must be a number or 'auto', got '{value}'")
-        if self.steps < 1:
-            raise ConfigError(f"writing.steps must be at least 1, got {self.steps}")
-        if not self.rate > 0:
-            raise ConfigError(f"writing.lr must be positive, got {self.lr}")
-
-
-class ShardEditor(Editor):
+class ShardEditor(AdaptiveEditor):
     """An editor whose edits live in shards of the side memory, found by a router.
 
     Args:
@@ -86,11 +29,8 @@ class ShardEditor(Editor):
     """
 
     can_prune = True
-    can_adapt = True
     can_undo = True
     can_share = True
-
-    writing: Steps
 
     def __init__(self, base: str = "", seed: int = 0, **common: Any) -> None:
         super().__init__(base, **common)
@@ -99,40 +39,6 @@ class ShardEditor(Editor):
         self.tail: Tail = "model"
 
     # -- settings -----------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def trial(self, layer: int) -> Iterator[ShardEditor]:
-        """Another editor of the same base, with a ledger, a memory and a router of its own; afterwards it is gone."""
-        assert self.base is not None
-        other: Any = make_editor(self.editor_name, self.options() | {"base": "", "layer": layer})  # type: ignore[arg-type]
-        other.writing = replace(self.writing, lr=self.writing.rate, stop_margin=self.writing.margin)
-        other.build(self.base, layer)
-        try:
-            yield other
-        finally:
-            other.edited.release()
-
-    def adopt(self, found: Adapted) -> None:
-        """Go on with the layer, the learning rate and the margin that were found; another layer has an empty memory."""
-        assert self.base is not None
-        self.adapted, self.layer_option = found, found.layer
-        if found.layer != self.layer:
-            self.build(self.base, found.layer)
-        self.writing = replace(self.writing, lr=found.lr, stop_margin=found.stop_margin)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Besides, what was found for the options that were `auto`."""
-        super().on_save_checkpoint(checkpoint)
-        if self.adapted is not None:
-            checkpoint["adapted"] = self.adapted.as_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Settings are not chosen again: the shards belong to those that were chosen."""
-        self.load()
-        assert self.base is not None
-        if "adapted" in checkpoint and checkpoint["base"]["sha256"] == self.base.sha256:
-            self.adopt(Adapted.from_dict(checkpoint["adapted"]))
-        super().on_load_checkpoint(checkpoint)
 
     @property
     def stepping(self) -> str:
@@ -145,9 +51,7 @@ class ShardEditor(Editor):
 
     def prepare(self, background: Sequence[str], held_out: Sequence[str]) -> None:
         """Besides the router's part, find what is left to `auto`, and measure the base."""
-        if AUTO in (self.layer_option, self.writing.lr, self.writing.stop_margin):
-            self.adopt(self._adapted(background, held_out))
-            log.info("%s", self.adapted)
+        self.choose_settings(background, held_out)
         super().prepare(background, held_out)
         self.tail = "model"
         if self.cache_mib:
@@ -157,13 +61,6 @@ class ShardEditor(Editor):
         reach = prompts.activations.float().abs().sum(-1)
         self.lr_unit = float((size / reach.clamp_min(1e-12)).mean())
         self.value_rate = self.writing.rate * float(size.mean())
-
-    def _adapted(self, background: Sequence[str], held_out: Sequence[str]) -> Adapted:
-        """What the first rank finds for the options that are `auto`."""
-        if not self.team.deals:
-            raise ConfigError("'auto' needs the whole base on one rank; give layer, writing.lr and writing.stop_margin")
-        found = adapt(self, background, held_out).as_dict() if self.team.rank == 0 else {}
-        return Adapted.from_dict(self.team.first(found))
 
     # -- inner steps --------------------------------------------------------------------------------------------------
 
@@ -314,3 +211,6 @@ class ShardEditor(Editor):
     @abstractmethod
     def rewrite(self, batch: EditBatch, shard: int) -> list[Any]:
         """Write edits of an emptied shard again; one report per edit."""
+
+
+__all__ = ["ShardEditor", "Steps"]

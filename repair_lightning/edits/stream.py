@@ -8,30 +8,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import lightning.pytorch as pl
 import numpy as np
 from torch.utils.data import DataLoader
 
 from repair_lightning.edits.clustering import form_batches
-from repair_lightning.edits.joining import Joined, apply, join, log_joined
+from repair_lightning.edits.joining import Joined
 from repair_lightning.edits.ledger import EditStatus, Ledger, LedgerEntry
-from repair_lightning.edits.records import RecordSet, check_lengths, load_irrelevant, load_records
-from repair_lightning.errors import ConfigError, RepairError, counted
+from repair_lightning.edits.source import EditSource, WritesTexts
+from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.models.tokenizing import Encoded
 from repair_lightning.training.team import Team
 from repair_lightning.types import Edit, EditBatch
-from repair_lightning.world import WORLD, edits_path, irrelevant_path
+from repair_lightning.world import WORLD
 
 if TYPE_CHECKING:
-    from repair_lightning.models.forms import Forms
+    pass
 
 log = logging.getLogger(__name__)
 
 
-class WindowEditor(Protocol):
+class WindowEditor(WritesTexts, Protocol):
     """What the stream asks of an editor to form and deal out a window's batches."""
 
     team: Team
@@ -39,10 +37,6 @@ class WindowEditor(Protocol):
     @property
     def shares(self) -> bool:
         """Whether the ranks write different batches of a window."""
-        ...
-
-    def base_texts(self, number: int) -> Sequence[str]:
-        """Texts that the base wrote by itself."""
         ...
 
     def batch_limit(self, edits: Sequence[Edit]) -> int:
@@ -62,7 +56,7 @@ class WindowEditor(Protocol):
         ...
 
 
-class EditStream(pl.LightningDataModule):
+class EditStream(EditSource):
     """Edits in the order in which they arrive, `window` of them at a time.
 
     Args:
@@ -103,137 +97,35 @@ class EditStream(pl.LightningDataModule):
         sample_seed: int | None = None,
         singles: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            path, format, max_edits, on_bad_record, irrelevant, irrelevant_prefix, max_irrelevant, split, sample_seed
+        )
         for name, value in (("window", window), ("batch_size", batch_size), ("max_irrelevant", max_irrelevant)):
             if value < 1:
                 raise ConfigError(f"data.{name} must be at least 1, got {value}")
-        self.path, self.format, self.split = path, format, split
-        self.max_edits, self.sample_seed, self.on_bad_record = max_edits, sample_seed, on_bad_record
         self.window, self.batch_size = 1 if singles else window, batch_size
         self.singles = singles
         self.clustering, self.max_regroups = clustering, max_regroups
-        self.irrelevant, self.irrelevant_prefix, self.max_irrelevant = irrelevant, irrelevant_prefix, max_irrelevant
-        self.also_scored: tuple[str, ...] = ()
-        """Further prompts that score the model: like the edits' own they may serve for nothing else."""
-        self.ledger = Ledger()
-        self.records: RecordSet | None = None
-        self.joined: Joined | None = None
-        """How the records follow an earlier model's edits, where there is one."""
-        self._own_records: RecordSet | None = None
         self.arrived = 0
         self.windows = 0
         self._open: list[EditBatch] = []  # handed out; still the same as long as nothing of it was written
         self._open_entries: dict[str, LedgerEntry] = {}
 
-    # -- loading ------------------------------------------------------------------------------------------------------
-
-    @property
-    def file(self) -> str:
-        """Where the records lie."""
-        return str(edits_path()) if self.path == WORLD else self.path
-
-    def setup(self, stage: str = "fit") -> None:
-        """Read and check every record before the first write; does nothing the second time."""
-        if self.records is not None:
-            return
-        chosen = (self.max_edits, self.on_bad_record, self.split, self.sample_seed)
-        self.records = load_records(self.file, self.format, *chosen)
-        if not self.records.edits:
-            raise ConfigError(f"'{self.file}' holds no edit that can be written; see the messages above")
-
-    @property
-    def edits(self) -> tuple[Edit, ...]:
-        """All edits of the stream in their order; superseded ones and duplicates are not among them."""
-        self.setup()
-        assert self.records is not None
-        return self.records.edits
-
-    def check_fit(self, forms: Forms, max_tokens: int) -> None:
-        """Refuse edits that are too long for the base, or leave them out where bad records are skipped."""
-        too_long = check_lengths(self.edits, forms, max_tokens)
-        if not too_long:
-            return
-        if self.on_bad_record == "stop" or len(too_long) == len(self.edits):
-            raise RepairError(
-                f"{self.path}: {next(iter(too_long.values()))} ({counted(len(too_long), 'such edit')} in all)"
-            )
-        assert self.records is not None
-        found = self.records
-        kept = tuple(edit for edit in found.edits if edit.id not in too_long)
-        orphans = {old: new for old, new in found.superseded.items() if new in too_long}
-        lost = [f"edit '{old}': its successor '{new}' is too long; give one that fits" for old, new in orphans.items()]
-        self.records = replace(
-            found,
-            edits=kept,
-            bad=(*found.bad, *too_long.values(), *lost),
-            superseded={old: new for old, new in found.superseded.items() if old not in orphans},
-            superseded_edits=tuple(edit for edit in found.superseded_edits if edit.id not in orphans),
-        )
-
     def join(self, earlier: Ledger) -> None:
-        """Go on behind the edits of a pack: drop what it says already, and supersede what it says otherwise.
+        """Go on after the edits of a pack: drop what it says already, and supersede what it says otherwise.
 
         Raises:
-            ConfigError: there is nothing that the pack does not say.
+            ConfigError: there is nothing that the pack does not say, or edits are to be written one by one.
         """
         if self.singles:
             raise ConfigError("data.singles begins with the plain base for every edit; leave --from_pack out")
-        self.setup()
-        assert self.records is not None
-        joined = join(self.records, earlier)
-        if len(joined.known) == len(self.records.edits):
-            raise ConfigError(
-                f"'{self.path}' holds no edit that the pack lacks: all {len(joined.known)} are its own already; give "
-                "new records"
-            )
-        log_joined(joined)
-        self._follow(joined)
+        super().join(earlier)
 
     def inherit(self, earlier: Ledger) -> None:
         """Start with the ledger of the pack that was joined."""
+        super().inherit(earlier)
         assert self.joined is not None
-        self.ledger.inherit(earlier)
         self.windows = self.joined.windows
-
-    def _follow(self, joined: Joined) -> None:
-        self.setup()
-        assert self.records is not None
-        self._own_records = self._own_records or self.records
-        self.joined, self.records = joined, apply(self._own_records, joined)
-
-    @property
-    def inherited(self) -> list[str]:
-        """The ids of the edits that came with a pack."""
-        return list(self.ledger)[: self.joined.inherited] if self.joined else []
-
-    def written(self) -> list[str]:
-        """The ids of the stream's own edits that a shard holds."""
-        before = set(self.inherited)
-        return [id for id in self.ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED) if id not in before]
-
-    def unrelated(self, texts: Sequence[str]) -> list[str]:
-        """Those texts, once each, that no edit's record asks and `also_scored` does not hold."""
-        known = (*self.edits, *map(self.ledger.edit, self.inherited))
-        asked = {_folded(text) for edit in known for text in _prompts_of(edit)}
-        asked |= {_folded(text) for text in self.also_scored}
-        return [text for text in dict.fromkeys(texts) if _folded(text) not in asked]
-
-    def irrelevant_parts(self, editor: WindowEditor) -> tuple[list[str], list[str], list[str]]:
-        """Irrelevant prompts in three parts, so that what guards can fail: half for losses and centring, a quarter for
-        thresholds, and a quarter that the gate and the merge guard alone ask."""
-        if self.irrelevant is None:
-            found: Sequence[str] = editor.base_texts(self.max_irrelevant)
-        else:
-            path = irrelevant_path() if self.irrelevant == WORLD else self.irrelevant
-            found = load_irrelevant(path, self.irrelevant_prefix)
-        texts = self.unrelated(found)
-        if len(texts) < len(found):
-            left_out = counted(len(found) - len(texts), "irrelevant prompt")
-            log.info("left out: %s that another repeats or scoring asks", left_out)
-        texts = texts[: self.max_irrelevant]
-        if len(texts) < 4:
-            raise ConfigError(f"data.irrelevant: at least 4 unrelated prompts are needed, got {len(texts)}")
-        return list(texts[::2]), list(texts[1::4]), list(texts[3::4])
 
     # -- the worklist -------------------------------------------------------------------------------------------------
 
@@ -365,17 +257,8 @@ class EditStream(pl.LightningDataModule):
         self._open, self._open_entries = [], {}
 
 
-def _prompts_of(edit: Edit) -> list[str]:
-    """Everything that an edit's record asks: none of it may serve as an irrelevant prompt."""
-    return [edit.prompt, *edit.rephrases, *(probe.prompt for probe in (*edit.locality, *edit.near))]
-
-
 def _said(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {status}" for status, count in counts.items() if count) or "none"
-
-
-def _folded(text: str) -> str:
-    return " ".join(text.casefold().split())
 
 
 def _as_it_is(batch: EditBatch) -> EditBatch:

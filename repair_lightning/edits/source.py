@@ -1,0 +1,184 @@
+"""Where a stream's edits come from: their records, the pack that they follow, and irrelevant prompts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import lightning.pytorch as pl
+
+from repair_lightning.edits.joining import Joined, apply, join, log_joined
+from repair_lightning.edits.ledger import EditStatus, Ledger
+from repair_lightning.edits.records import RecordSet, check_lengths, load_irrelevant, load_records
+from repair_lightning.errors import ConfigError, RepairError, counted
+from repair_lightning.types import Edit
+from repair_lightning.world import WORLD, edits_path, irrelevant_path
+
+if TYPE_CHECKING:
+    from repair_lightning.models.forms import Forms
+
+log = logging.getLogger(__name__)
+
+
+class WritesTexts(Protocol):
+    """What writes irrelevant texts where no file gives any."""
+
+    def base_texts(self, number: int) -> Sequence[str]:
+        """Texts that the base wrote by itself."""
+        ...
+
+
+class EditSource(pl.LightningDataModule):
+    """Records and irrelevant prompts, read and checked once.
+
+    Args:
+        path: a local file, a hub data set, or `world` for the embedded one.
+        format: of the records, see `repair_lightning.edits.formats`.
+        max_edits: take the first so many good records.
+        on_bad_record: `stop` writes nothing when a record is bad, `skip` writes the good ones and lists the bad ones.
+        irrelevant: file of unrelated questions, `world` for the embedded ones; None lets the base write its own.
+        irrelevant_prefix: put before each of them.
+        max_irrelevant: take so many of them.
+        split: of a hub data set.
+        sample_seed: draw `max_edits` of the good records at random with this seed.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        format: str,
+        max_edits: int | None,
+        on_bad_record: Literal["stop", "skip"],
+        irrelevant: str | None,
+        irrelevant_prefix: str,
+        max_irrelevant: int,
+        split: str,
+        sample_seed: int | None,
+    ) -> None:
+        super().__init__()
+        self.path, self.format, self.split = path, format, split
+        self.max_edits, self.sample_seed, self.on_bad_record = max_edits, sample_seed, on_bad_record
+        self.irrelevant, self.irrelevant_prefix, self.max_irrelevant = irrelevant, irrelevant_prefix, max_irrelevant
+        self.also_scored: tuple[str, ...] = ()
+        """Further prompts that score the model: like the edits' own they may serve for nothing else."""
+        self.ledger = Ledger()
+        self.records: RecordSet | None = None
+        self.joined: Joined | None = None
+        """How the records follow an earlier model's edits, where there is one."""
+        self._own_records: RecordSet | None = None
+
+    @property
+    def file(self) -> str:
+        """Where the records lie."""
+        return str(edits_path()) if self.path == WORLD else self.path
+
+    def setup(self, stage: str = "fit") -> None:
+        """Read and check every record before the first write; does nothing the second time."""
+        if self.records is not None:
+            return
+        chosen = (self.max_edits, self.on_bad_record, self.split, self.sample_seed)
+        self.records = load_records(self.file, self.format, *chosen)
+        if not self.records.edits:
+            raise ConfigError(f"'{self.file}' holds no edit that can be written; see the messages above")
+
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """All edits of the stream in their order; superseded ones and duplicates are not among them."""
+        self.setup()
+        assert self.records is not None
+        return self.records.edits
+
+    def check_fit(self, forms: Forms, max_tokens: int) -> None:
+        """Refuse edits that are too long for the base, or leave them out where bad records are skipped."""
+        too_long = check_lengths(self.edits, forms, max_tokens)
+        if not too_long:
+            return
+        if self.on_bad_record == "stop" or len(too_long) == len(self.edits):
+            raise RepairError(
+                f"{self.path}: {next(iter(too_long.values()))} ({counted(len(too_long), 'such edit')} in all)"
+            )
+        assert self.records is not None
+        found = self.records
+        kept = tuple(edit for edit in found.edits if edit.id not in too_long)
+        orphans = {old: new for old, new in found.superseded.items() if new in too_long}
+        lost = [f"edit '{old}': its successor '{new}' is too long; give one that fits" for old, new in orphans.items()]
+        self.records = replace(
+            found,
+            edits=kept,
+            bad=(*found.bad, *too_long.values(), *lost),
+            superseded={old: new for old, new in found.superseded.items() if old not in orphans},
+            superseded_edits=tuple(edit for edit in found.superseded_edits if edit.id not in orphans),
+        )
+
+    def join(self, earlier: Ledger) -> None:
+        """Go on behind the edits of a pack: drop what it says already, and supersede what it says otherwise.
+
+        Raises:
+            ConfigError: there is nothing that the pack does not say.
+        """
+        self.setup()
+        assert self.records is not None
+        joined = join(self.records, earlier)
+        if len(joined.known) == len(self.records.edits):
+            raise ConfigError(
+                f"'{self.path}' holds no edit that the pack lacks: all {len(joined.known)} are its own already; give "
+                "new records"
+            )
+        log_joined(joined)
+        self._follow(joined)
+
+    def inherit(self, earlier: Ledger) -> None:
+        """Start with the ledger of the pack that was joined."""
+        assert self.joined is not None
+        self.ledger.inherit(earlier)
+
+    def _follow(self, joined: Joined) -> None:
+        self.setup()
+        assert self.records is not None
+        self._own_records = self._own_records or self.records
+        self.joined, self.records = joined, apply(self._own_records, joined)
+
+    @property
+    def inherited(self) -> list[str]:
+        """The ids of the edits that came with a pack."""
+        return list(self.ledger)[: self.joined.inherited] if self.joined else []
+
+    def written(self) -> list[str]:
+        """The ids of the stream's own edits that a shard holds."""
+        before = set(self.inherited)
+        return [id for id in self.ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED) if id not in before]
+
+    def unrelated(self, texts: Sequence[str]) -> list[str]:
+        """Those texts, once each, that no edit's record asks and `also_scored` does not hold."""
+        known = (*self.edits, *map(self.ledger.edit, self.inherited))
+        asked = {_folded(text) for edit in known for text in _prompts_of(edit)}
+        asked |= {_folded(text) for text in self.also_scored}
+        return [text for text in dict.fromkeys(texts) if _folded(text) not in asked]
+
+    def irrelevant_parts(self, editor: WritesTexts) -> tuple[list[str], list[str], list[str]]:
+        """Irrelevant prompts in three parts, so that what guards can fail: half for losses and centring, a quarter for
+        thresholds, and a quarter that the gate and the merge guard alone ask."""
+        if self.irrelevant is None:
+            found: Sequence[str] = editor.base_texts(self.max_irrelevant)
+        else:
+            path = irrelevant_path() if self.irrelevant == WORLD else self.irrelevant
+            found = load_irrelevant(path, self.irrelevant_prefix)
+        texts = self.unrelated(found)
+        if len(texts) < len(found):
+            left_out = counted(len(found) - len(texts), "irrelevant prompt")
+            log.info("left out: %s that another repeats or scoring asks", left_out)
+        texts = texts[: self.max_irrelevant]
+        if len(texts) < 4:
+            raise ConfigError(f"data.irrelevant: at least 4 unrelated prompts are needed, got {len(texts)}")
+        return list(texts[::2]), list(texts[1::4]), list(texts[3::4])
+
+
+def _prompts_of(edit: Edit) -> list[str]:
+    """Everything that an edit's record asks: none of it may serve as an irrelevant prompt."""
+    return [edit.prompt, *edit.rephrases, *(probe.prompt for probe in (*edit.locality, *edit.near))]
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.casefold().split())
