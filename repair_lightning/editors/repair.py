@@ -258,7 +258,7 @@ class Repair(ShardEditor):
         """
         owned = self.ledger.sizes()
         load = {shard: owned.get(shard, 0) for shard in self.memory.ids if self.memory.own(shard)}
-        limit = max(self.batch_limit(batch.edits), len(batch.edits))
+        limit = max(self.writing.capacity >> 2 * self.attempts(batch.edits), len(batch.edits))
         room = [shard for shard in load if load[shard] + len(batch.edits) <= limit]
         if not room:
             shard = self.memory.open_shard()

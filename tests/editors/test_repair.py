@@ -108,6 +108,14 @@ class TestAssignment:
         assert self.assign(editor, edits[7]) == 2, "all are full: a new one opens"
         assert editor.memory.ids == [0, 1, 2]
 
+    def test_a_shard_holds_its_capacity_however_small_batches_are(self, editor_of, edits):
+        """Long targets make small batches, not small shards."""
+        editor = editor_of(writing=dense(shards=1, capacity=8, batch_tokens=1))
+        editor.ledger.arrive(edits, 0)
+        assert editor.batch_limit(edits) == 1
+        editor.ledger.written(own(0, *(f"e{i}" for i in range(7))))
+        assert self.assign(editor, edits[7]) == 0
+
 
 class TestRollback:
     @pytest.mark.parametrize(("model_type", "mask_ratio"), [("llama", 1.0), ("gpt2", 0.5)])
