@@ -30,6 +30,7 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
     call = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(target), str(source)]
     built = subprocess.run(call, capture_output=True, text=True)
     assert built.returncode == 0, (built.stdout + built.stderr)[-3000:]
+    assert "would be ignored" not in built.stdout + built.stderr  # a folder that no list of packages names
     (file,) = target.glob("*.whl")
     return zipfile.ZipFile(file)
 

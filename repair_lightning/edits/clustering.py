@@ -6,18 +6,15 @@ matrix, and the seed is just the nearest point to the query `S / m`.
 
 Where this goes beyond the paper:
 
-- Up to `exact_limit` points the result is exact: FAISS proposes candidates in float32, they are scored again in
-  float64, and the search widens until nothing outside can win.
+- The result is exact: FAISS proposes candidates in float32, they are scored again in float64, and the search widens
+  until nothing outside can win.
 - Ties have an order: cosines are compared rounded to 9 decimals, equal ones by index.
-- Above `exact_limit` an IVF index proposes neighbours out of its nearest cells, and the seed order is renewed only
-  after every 1/64 of the points; the exact rule takes over for the last `exact_limit` points. The recall of the index
-  is measured and logged.
+- More than `limit` points are taken in parts of so many, in their order: the work grows with the square of a part.
 - A zero vector has cosine 0 to everything, itself included.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -27,42 +24,34 @@ import numpy as np
 
 from repair_lightning.errors import ConfigError, RepairError
 
-logger = logging.getLogger(__name__)
-
 DECIMALS = 9
 """Cosines that agree to so many decimals are tied."""
 _CHUNK = 4096
 _SLACK = 32
-_PROBED_CELLS = 32
-_REFRESHES = 64
-_RECALL_SAMPLE = 64
 
 
-def form_batches(features: np.ndarray, batch_size: int, exact_limit: int = 10_000) -> list[list[int]]:
+def form_batches(features: np.ndarray, batch_size: int, limit: int = 10_000) -> list[list[int]]:
     """Groups points into batches of similar ones.
 
     Args:
         features: Shape (n, D), float32; any length per row, only directions count.
         batch_size: Members per batch (the last batch may have fewer), at least 1.
-        exact_limit: Up to so many points the result is exact, above it neighbours are approximate.
+        limit: Most points that are grouped together.
 
     Returns:
         Batches of indices into `features`, in the order they were formed. A batch's first member is its seed (the
         teacher), the others follow by falling cosine to it. Every index occurs once.
 
     Raises:
-        ConfigError: if `batch_size` or `exact_limit` is below 1.
+        ConfigError: if `batch_size` or `limit` is below 1.
         RepairError: if `features` is not (n, D) or holds a value that is not finite.
     """
-    for name, value in (("batch_size", batch_size), ("exact_limit", exact_limit)):
+    for name, value in (("batch_size", batch_size), ("limit", limit)):
         if value < 1:
             raise ConfigError(f"{name} must be 1 or more, got {value}")
     features = _checked(features)
-    if len(features) <= exact_limit:
-        return [batch.tolist() for batch in _exact_batches(features, batch_size)]
-    batches = _approximate_batches(features, batch_size, exact_limit)
-    rest = np.setdiff1d(np.arange(len(features)), np.concatenate(batches))
-    return batches + [rest[batch].tolist() for batch in _exact_batches(features[rest], batch_size)]
+    parts = range(0, len(features), limit)
+    return [(at + b).tolist() for at in parts for b in _exact_batches(features[at : at + limit], batch_size)]
 
 
 def unit_vectors(features: np.ndarray) -> np.ndarray:
@@ -76,23 +65,6 @@ def unit_vectors(features: np.ndarray) -> np.ndarray:
     for part in _chunks(np.arange(len(features))):
         units[part] = _directions(features[part])
     return units
-
-
-def neighbour_recall(features: np.ndarray, k: int, sample: int = _RECALL_SAMPLE) -> float:
-    """Measures the approximate index: the share of the true `k` nearest that it finds.
-
-    Args:
-        features: Shape (n, D), float32.
-        k: Neighbours per query, at least 1; a point is no neighbour of itself.
-        sample: Number of queries, taken at even distances from `features`.
-
-    Returns:
-        Recall in [0, 1]; 1.0 where there is nothing to find.
-    """
-    units = unit_vectors(features)
-    if len(units) < 2 or k < 1:
-        return 1.0
-    return _measure_recall(units, _flat_index(units), _ivf_index(units), k, sample)
 
 
 def _checked(features: np.ndarray) -> np.ndarray:
@@ -140,11 +112,11 @@ class _Pool:
         self.left -= len(ids)
         self.total -= self.directions(ids).sum(axis=0)
 
-    def search(self, query: np.ndarray, k: int, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """FAISS's `k` best remaining points for `query` (D,), or as many as it finds: float32 scores and ids."""
         selector = faiss.IDSelectorBitmap(np.packbits(self.alive, bitorder="little"))  # type: ignore[call-arg, arg-type]
-        kind = faiss.SearchParametersIVF if options else faiss.SearchParameters
-        scores, ids = self.index.search(query[None].astype(np.float32), k, params=kind(sel=selector, **options))  # type: ignore[call-arg]
+        options = faiss.SearchParameters(sel=selector)  # type: ignore[call-arg]
+        scores, ids = self.index.search(query[None].astype(np.float32), k, params=options)
         found = ids[0] >= 0
         return scores[0][found], ids[0][found]
 
@@ -160,17 +132,6 @@ def _flat_index(units: np.ndarray) -> Any:
     index = faiss.IndexFlatIP(max(units.shape[1], 1))
     if len(units):
         index.add(units)
-    return index
-
-
-def _ivf_index(units: np.ndarray) -> Any:
-    """An inverted file with about 4 sqrt(n) cells, trained with FAISS's fixed seed."""
-    n, dim = units.shape
-    cells = max(1, min(int(4 * math.sqrt(n)), n // 39))
-    index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, cells, faiss.METRIC_INNER_PRODUCT)
-    index.train(units)
-    index.add(units)
-    index.nprobe = min(_PROBED_CELLS, cells)
     return index
 
 
@@ -202,51 +163,3 @@ def _exact_batches(features: np.ndarray, batch_size: int) -> Iterator[np.ndarray
         nearest = _exact_top(pool, query, min(batch_size - 1, pool.left))
         pool.remove(nearest)
         yield np.concatenate([seed, nearest])
-
-
-def _approximate_batches(features: np.ndarray, batch_size: int, until: int) -> list[list[int]]:
-    """Batches from an IVF index until at most `until` points remain."""
-    units = unit_vectors(features)
-    pool = _Pool(features, _ivf_index(units))
-    if batch_size > 1:
-        recall = _measure_recall(units, _flat_index(units), pool.index, batch_size - 1, _RECALL_SAMPLE)
-        logger.info("approximate clustering of %d points: recall@%d is %.3f", len(units), batch_size - 1, recall)
-    batches: list[list[int]] = []
-    while pool.left > until:
-        renew_at = max(until, pool.left - max(1, len(units) // _REFRESHES))
-        for seed in _seed_order(pool):
-            if pool.left <= renew_at:
-                break
-            if pool.alive[seed]:
-                batches.append(_approximate_batch(pool, seed, batch_size))
-    return batches
-
-
-def _seed_order(pool: _Pool) -> Iterator[int]:
-    """The remaining points by falling mean cosine, as it stands now."""
-    ids, _ = pool.ranked(pool.total / pool.left, np.flatnonzero(pool.alive))
-    return iter(ids.tolist())
-
-
-def _approximate_batch(pool: _Pool, seed: int, batch_size: int) -> list[int]:
-    """The batch of `seed` with neighbours out of its nearest cells, or of more cells where those have too few left."""
-    query = pool.directions(np.array([seed]))[0]
-    pool.remove(np.array([seed]))
-    k, cells = min(batch_size - 1, pool.left), pool.index.nprobe
-    nearest = np.empty(0, dtype=np.int64)
-    while len(nearest) < k and cells < 4 * pool.index.nlist:
-        _, nearest = pool.search(query, k, nprobe=min(cells, pool.index.nlist))
-        cells *= 4
-    nearest, _ = pool.ranked(query, nearest)
-    pool.remove(nearest)
-    return [seed, *nearest.tolist()]
-
-
-def _measure_recall(units: np.ndarray, exact: Any, approximate: Any, k: int, sample: int) -> float:
-    """Share of the exact index's `k` nearest (by score, so ties do not count as misses) that the other index finds."""
-    k = min(k, len(units) - 1)
-    queries = units[np.linspace(0, len(units) - 1, min(sample, len(units))).astype(int)]
-    worst_true = exact.search(queries, k + 1)[0][:, -1:]
-    found = approximate.search(queries, k + 1)[0]
-    hits = (found >= worst_true - 1e-6).sum(axis=1) - 1
-    return float(np.clip(hits, 0, k).mean() / k)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 
 import numpy as np
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from repair_lightning.edits import clustering
-from repair_lightning.edits.clustering import form_batches, neighbour_recall, unit_vectors
+from repair_lightning.edits.clustering import form_batches, unit_vectors
 from repair_lightning.errors import ConfigError, RepairError
 
 
@@ -106,7 +105,7 @@ def test_zero_vectors_come_last_in_order():
     ("features", "options", "error", "message"),
     [
         (np.zeros((3, 2)), {"batch_size": 0}, ConfigError, "batch_size must be 1 or more, got 0"),
-        (np.zeros((3, 2)), {"batch_size": 2, "exact_limit": 0}, ConfigError, "exact_limit must be 1 or more, got 0"),
+        (np.zeros((3, 2)), {"batch_size": 2, "limit": 0}, ConfigError, "limit must be 1 or more, got 0"),
         (np.zeros(3), {"batch_size": 2}, RepairError, r"must have shape \(points, dimensions\), got \(3,\)"),
         (np.zeros((3, 0)), {"batch_size": 2}, RepairError, r"must have shape .* got \(3, 0\)"),
         (np.array([[1.0], [np.nan], [np.inf]]), {"batch_size": 2}, RepairError, r"2 of 3 points .* \(points 1, 2\)"),
@@ -128,30 +127,9 @@ def test_unit_vectors_of_any_length(size):
 # -- approximate -----------------------------------------------------------------------------------------------------
 
 
-def test_above_the_limit_every_point_is_still_in_one_batch(caplog):
-    features = mixture(2000, 16, 40)
-    with caplog.at_level(logging.INFO):
-        batches = form_batches(features, 10, exact_limit=300)
-    assert flat(batches) == list(range(2000))
-    assert {len(batch) for batch in batches} == {10}
-    assert "recall@9 is " in caplog.text
-    assert form_batches(features, 10, exact_limit=300) == batches
-
-
-def test_the_approximation_costs_little_cohesion():
-    features = mixture(2000, 16, 40)
-    exact, approximate = (cohesion(features, form_batches(features, 10, limit)) for limit in (2000, 300))
-    by_order = cohesion(features, np.arange(2000).reshape(-1, 10).tolist())
-    assert by_order < 0.8 * exact
-    assert approximate > 0.98 * exact
-
-
-def test_recall_matches_a_count_by_hand(monkeypatch):
-    monkeypatch.setattr(clustering, "_PROBED_CELLS", 1)
-    units = unit_vectors(np.random.default_rng(1).normal(size=(500, 8)))
-    index, hits = clustering._ivf_index(units), 0
-    for i in range(500):
-        true = [j for j in np.argsort(-(units @ units[i]), kind="stable")[:11] if j != i]
-        hits += len(set(true) & set(index.search(units[i : i + 1], 11)[1][0].tolist()))
-    assert 0.2 < hits / 5000 < 0.9
-    assert neighbour_recall(units, 10, sample=500) == pytest.approx(hits / 5000, abs=1e-3)
+def test_above_the_limit_points_are_taken_in_parts():
+    features = np.random.default_rng(0).normal(size=(1000, 16)).astype(np.float32)
+    batches = form_batches(features, 10, limit=300)
+    parts = [form_batches(features[at : at + 300], 10) for at in range(0, 1000, 300)]
+    assert batches == [[300 * i + member for member in batch] for i, part in enumerate(parts) for batch in part]
+    assert sorted(member for batch in batches for member in batch) == [*range(1000)]
