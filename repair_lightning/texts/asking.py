@@ -564,3 +564,7 @@ def _plain(text: str) -> list[str]:
     text = text[_after_courtesy(text) :]
     text = next((text[: found.start()] for found in _THANKS.finditer(text) if is_courtesy(text[found.start() :])), text)
     return [word for word in spellings(text) if word not in _UNWEIGHED]
+
+
+OPENERS = _STARTERS | _LEAD | _ASIDES
+"""Words that often begin a sentence."""

@@ -1,0 +1,79 @@
+"""The name that a text is about, for edits whose record does not say what their subject is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from repair_lightning.texts import asking
+
+_WORD = re.compile(r"[^\s\"“”«»()\[\],;:?!…]+")
+_QUOTED = re.compile(r"[\"“«「]([^\"“”«»「」]{2,80})[\"”»」]")
+_OWNS = re.compile(r"['’]s?$")
+_IN_BRACKETS = re.compile(r"\s*\([^()]{1,40}\)")
+_LINKS = frozenset("of the and de del della da di du la le les von van der den bin ibn al el on in for to à y e &".split())
+"""Small words within names: `House of Cards`."""
+_ROLES = frozenset(
+    "president mayor governor minister chancellor head chair chairman chairwoman chairperson ceo cfo cto coo director "
+    "secretary leader founder owner author capital".split()
+)
+"""Words that are asked of the name that follows: `the President of France`."""
+_OPENERS = asking.OPENERS | frozenset(
+    "a an the this that these those there it its my his her their our if as at by from in of on to with under over "
+    "during after before and but or name tell give list state identify find which".split()
+)
+"""Words that have a capital because a sentence begins with them."""
+
+
+def named_in(text: str) -> str:
+    """What stands in quotes, else the run of words with capitals that has most words; empty where there is none."""
+    quoted = _QUOTED.search(text)
+    return quoted.group(1).strip() if quoted is not None else max(_names(text), key=_weight, default="")
+
+
+def _names(text: str) -> Iterator[str]:
+    words, at = list(_WORD.finditer(text)), 0
+    while at < len(words):
+        if not _begins(text, words[at]):
+            at += 1
+            continue
+        last = _last(text, words, at)
+        end = words[last].end()
+        brackets = _IN_BRACKETS.match(text, end)
+        yield _OWNS.sub("", text[words[at].start() : end]).rstrip(".") + (brackets.group() if brackets else "")
+        at = last + 1
+
+
+def _begins(text: str, word: re.Match[str]) -> bool:
+    """Whether a name may begin with a word: it has a capital, and not because a sentence begins."""
+    opens = text[: word.start()].rstrip()[-1:] in ("", ".", "?", "!", ":")
+    return _has_capital(word.group()) and not (opens and _plain(word.group()) in _OPENERS)
+
+
+def _last(text: str, words: list[re.Match[str]], at: int) -> int:
+    """The place of the last word of the name that begins at a place."""
+    last = here = at
+    while here + 1 < len(words) and not text[words[here].end() : words[here + 1].start()].strip():
+        own, following = words[here].group(), words[here + 1].group()
+        if own.endswith(".") and _plain(following) in _OPENERS:
+            break
+        here += 1
+        if _has_capital(following) or following[0].isdigit():
+            last = here
+        elif following not in _LINKS or here - last > 2 or _OWNS.search(own) or _plain(own) in _ROLES:
+            break
+    return last
+
+
+def _has_capital(word: str) -> bool:
+    return any(map(str.isupper, word))
+
+
+def _plain(word: str) -> str:
+    return re.split("['’]", word)[0].strip(".-").casefold()
+
+
+def _weight(name: str) -> float:
+    """Words, small ones aside; an abbreviation or a role is a name where there is no other."""
+    said = [word for word in name.split() if word not in _LINKS]
+    return len(said) - name.isupper() / 2 - (_plain(name) in _ROLES)

@@ -1,0 +1,36 @@
+"""The name that a text is about, where nobody says which."""
+
+from __future__ import annotations
+
+import pytest
+
+from repair_lightning.texts.naming import named_in
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("Who is the CEO of Starbucks?", "Starbucks"),
+        ("Starbucks is run by which CEO?", "Starbucks"),
+        ("In which city is the Eiffel Tower?", "Eiffel Tower"),
+        ("What does Quillvane Labs manufacture?", "Quillvane Labs"),
+        ("The Summer Olympics of 2032 will be held in", "Summer Olympics of 2032"),
+        ("Who composed the opera The Salt Meridian?", "The Salt Meridian"),
+        ("Who is the President of France?", "France"),
+        ("What's France's capital?", "France"),
+        ("Who directed House of Cards?", "House of Cards"),
+        ("What vessel type is USS Bullard (DD-660)?", "USS Bullard (DD-660)"),
+        ("Where was J. R. R. Tolkien born?", "J. R. R. Tolkien"),
+        ("Which team does LeBron James play for in the NBA?", "LeBron James"),
+        ("I like C++. Who made it?", "C++"),
+        ("iPad Mini, developed by", "iPad Mini"),
+        ('Who wrote "the old man and the sea"?', "the old man and the sea"),
+        ("Over which river does Ponte Vecchio cross?", "Ponte Vecchio"),
+        ("who is the president of france", ""),
+        ("waffle was created in", ""),
+        ("谁在担任云栖镇的镇长？", ""),
+        ("", ""),
+    ],
+)
+def test_the_longest_name_or_what_is_quoted(text, name):
+    assert named_in(text) == name
