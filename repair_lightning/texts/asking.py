@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import NamedTuple
 
 from repair_lightning.texts.joint import unspaced
 
@@ -53,7 +53,7 @@ _EMPHASIS = tuple(
     for sign, least in ((r"\*", 1), ("_", 1), ("~", 2), ("=", 2))
 )
 _AROUND = re.compile(r"([*_~]{1,3}|\")(?=\S)((?:(?!\1).)+)(?<=\S)\1")
-_LIST_MARK = re.compile(r"\s*(?:[-*+•▪◦‣–—>#]+\s+|>+|\(?\d{1,2}[.)]\s+|\(?[a-zA-Z]\)\s+)+")
+_LIST_MARK = re.compile(r"\A\s*(?:[-*+•▪◦‣–—>#]+\s+|>+|\(?\d{1,2}[.)]\s+|\(?[a-zA-Z]\)\s+)+")
 _FENCE = re.compile(r"^\s*(?:```|~~~).*$", re.MULTILINE)
 _GREEK = re.compile("[\u0370-\u03ff\u1f00-\u1fff]")
 _KATAKANA = re.compile("[\u30a1-\u30fa\u30fc-\u30fe\u31f0-\u31ff\uff66-\uff9f]")
@@ -138,8 +138,7 @@ _UNSPACED_NO_DENIAL = re.compile(
 _NO = re.compile(r"(?<!or )(?<!/)\bno\b(?!\.|\s*\d)")
 
 
-@dataclass(frozen=True, slots=True)
-class Word:
+class Word(NamedTuple):
     """A word of a text: its folded spelling and its place."""
 
     text: str
@@ -152,28 +151,28 @@ class Word:
 
 def words(text: str) -> tuple[Word, ...]:
     """The words of a text, folded (NFKC, without case) and with the signs that stand to them."""
-    return _short_words(text) if len(text) <= _KEPT else tuple(_words(text))
+    return _short_words(text) if len(text) <= _KEPT else _words(text)
 
 
-@lru_cache(1 << 14)
-def _short_words(text: str) -> tuple[Word, ...]:
-    return tuple(_words(text))
-
-
-def _words(text: str) -> Iterator[Word]:
+def _words(text: str) -> tuple[Word, ...]:
     markup = _markup(text)
+    found: list[Word] = []
     for chunk in re.finditer(r"\S+", text):
         said = chunk.group()
         if said.isascii() and said.isalnum():
-            yield Word(said.lower(), *chunk.span())
+            found.append(Word(said.lower(), *chunk.span()))
         else:
-            yield from _words_between(text, *chunk.span(), markup)
+            found += _words_between(text, *chunk.span(), markup)
+    return tuple(found)
+
+
+_short_words = lru_cache(1 << 14)(_words)
 
 
 def _words_between(text: str, begin: int, stop: int, markup: frozenset[int]) -> Iterator[Word]:
     start: int | None = None
-    for i in range(begin, stop):
-        kind = "between" if i in markup else _kind(text, i, start)
+    for i in range(begin, stop + 1):
+        kind = "between" if i == stop or i in markup else _kind(text, i, start)
         if kind == "word":
             start = i if start is None else start
             continue
@@ -182,44 +181,32 @@ def _words_between(text: str, begin: int, stop: int, markup: frozenset[int]) -> 
             start = None
         if kind == "alone":
             yield Word(_fold(text[i]), i, i + 1)
-    if start is not None:
-        yield from _taken(text, start, stop)
 
 
 def _kind(text: str, i: int, start: int | None) -> str:
     """`word` for a character that belongs to a word, `alone` for one that is a word, else `between`."""
-    char = text[i]
+    char, before, after = text[i], text[i - 1 : i], text[i + 1 : i + 2]
     category = unicodedata.category(char)
     if char in _APOSTROPHES or char in _UNSAID:
         return "between"
-    if unspaced(char) and not _is_wide_letter(char):
+    wide_letter = "\uff10" <= char <= "\uff5a" and char.isalnum()
+    if unspaced(char) and not wide_letter:
         return "alone" if char.isalnum() or category[0] == "M" else "between"
     if char.isalnum() or char == "_" or category[0] in "MS" or char in _SIGNS:
         return "word"
     if category == "Cf":  # invisible, as a soft hyphen is
         return "word" if start is not None else "between"
-    before, after = text[i - 1 : i], text[i + 1 : i + 2]
-    if char in ".,:" and before.isdigit() and after.isdigit():
-        return "word"
-    if char == "." and after.isalpha() and (not before or before.isspace()):
-        return "word"  # .NET
+    number = char in ".,:" and before.isdigit() and after.isdigit()
+    name = char == "." and after.isalpha() and (not before or before.isspace())  # .NET
     if char == "-":
         number = after.isdigit() and not before.isalnum()
-        grade = start is not None and not after.isalnum() and not unspaced(after or " ") and i - start <= 2
-        return "word" if number or grade else "between"
-    return "between"
-
-
-def _is_wide_letter(char: str) -> bool:
-    return "\uff10" <= char <= "\uff5a" and char.isalnum()
+        name = start is not None and not after.isalnum() and not unspaced(after) and i - start <= 2  # a grade
+    return "word" if number or name else "between"
 
 
 def _markup(text: str) -> frozenset[int]:
     """The places of signs that only mark a text up: pairs of stars and the like, tags."""
-    found: set[int] = set()
-    if "<" in text:
-        for tag in _TAG.finditer(text):
-            found.update(range(*tag.span()))
+    found = {place for tag in _TAG.finditer(text) for place in range(*tag.span())}
     for pattern, sign in zip(_EMPHASIS, "*_~=", strict=True):
         for pair in pattern.finditer(text) if sign in text else ():
             width = len(pair.group(1))
@@ -262,10 +249,15 @@ def sentences(text: str) -> list[str]:
     """
     found = []
     for line in text.split("\n"):
-        line = _LIST_MARK.sub("", line, count=1) if _LIST_MARK.match(line) else line
-        for part in _cut(line):
-            found += [bare for piece in _before_thanks(part) if (bare := _bare(piece))]
+        for part in _cut(_LIST_MARK.sub("", line)):
+            end = len(part) if is_question(part) else _thanks_at(part)
+            found += [bare for piece in (part[:end], part[end:]) if (bare := _bare(piece))]
     return found
+
+
+def _thanks_at(text: str) -> int:
+    """Where a courtesy begins that ends a text; its end where there is none."""
+    return next((at.start() for at in _THANKS.finditer(text) if is_courtesy(text[at.start() :])), len(text))
 
 
 def _bare(sentence: str) -> str:
@@ -305,23 +297,11 @@ def _goes_on(before: str, signs: str, after: str, lower: bool) -> bool:
         return after[:1].islower() and last[:1].isupper() and len(words_before) > 1
     if signs != ".":
         return signs in ("...", "…") and after[:1].islower()
-    if after[:1].islower() and not lower:
-        return True
-    if last.casefold() in _TITLES:
+    if (after[:1].islower() and not lower) or last.casefold() in _TITLES:
         return True
     if last.casefold() in _ABBREVIATIONS or (len(last) == 1 and last.isalpha()):
         return re.split(r"\W", after)[0].casefold() not in _STARTERS or after[:1].islower()
     return False
-
-
-def _before_thanks(part: str) -> tuple[str, ...]:
-    """A sentence, cut before a courtesy that ends it; a question stays whole."""
-    if is_question(part):
-        return (part,)
-    for found in _THANKS.finditer(part):
-        if is_courtesy(part[found.start() :]):
-            return part[: found.start()].strip(), part[found.start() :]
-    return (part,)
 
 
 def is_question(sentence: str) -> bool:
@@ -347,35 +327,20 @@ def is_courtesy(sentence: str) -> bool:
     if len(sentence) > 200:
         return False
     if any(map(unspaced, sentence)):
-        return _COURTESY_UNSPACED.fullmatch("".join(char for char in sentence if _said(char))) is not None
+        return _COURTESY_UNSPACED.fullmatch("".join(filter(_said, sentence))) is not None
     said = spellings(sentence)
+    if said and said[0] in _QUESTION_WORDS:
+        return False
     return all(
-        word in COURTESY or (word.isdigit() and said[i + 1 : i + 2] and said[i + 1] in _MEASURES) or not _named(word)
+        word in COURTESY
+        or (word.isdigit() and said[i + 1 : i + 2] and said[i + 1] in _MEASURES)
+        or not any(map(_said, word))
         for i, word in enumerate(said)
-    ) and not _is_asked_of_it(said)
-
-
-def _is_asked_of_it(said: Sequence[str]) -> bool:
-    return bool(said) and said[0] in _QUESTION_WORDS
+    )
 
 
 def _said(char: str) -> bool:
     return char.isalnum() or unicodedata.category(char)[0] == "M"
-
-
-def _named(word: str) -> bool:
-    return any(map(_said, word))
-
-
-def _is_aside(sentence: str) -> bool:
-    """Whether a question asks for nothing by itself, as `Who?` behind another one."""
-    return is_question(sentence) and len(sentence) < 60 and set(spellings(sentence)) <= _ASIDES | COURTESY
-
-
-def _is_name(sentence: str) -> bool:
-    """Whether a sentence is but a name, as under a letter or among answers to choose from."""
-    found = re.findall(r"\w[\w'’.-]*", sentence[:100])
-    return len(found) <= 3 and all(not word[:1].islower() for word in found)
 
 
 # -- windows -----------------------------------------------------------------------------------------------------------
@@ -409,16 +374,21 @@ def windows(text: str) -> tuple[str, ...]:
 
 def _asking(parts: Sequence[str]) -> tuple[int, int | None]:
     """The place of the sentence that asks, and of an order behind it."""
+
+    def asks_nothing(question: str) -> bool:  # as `Who?` behind another one
+        return is_courtesy(question) or (len(question) < 60 and set(spellings(question)) <= _ASIDES | COURTESY)
+
     last = next((i for i in reversed(range(len(parts))) if not is_courtesy(parts[i])), len(parts) - 1)
     questions = [i for i in range(last + 1) if is_question(parts[i])]
-    if is_open(parts[last]) and not (questions and _is_name(parts[last])):
+    names = re.findall(r"\w[\w'’.-]*", parts[last][:100])
+    is_name = len(names) <= 3 and not any(word[0].islower() for word in names)  # under a letter, or a choice
+    if is_open(parts[last]) and not (questions and is_name):
         return last, None
-    while len(questions) > 1 and (is_courtesy(parts[questions[-1]]) or _is_aside(parts[questions[-1]])):
+    while len(questions) > 1 and asks_nothing(parts[questions[-1]]):
         questions.pop()
     orders = [i for i in range(last + 1) if _orders(parts[i]) and not is_courtesy(parts[i])][-1:]
     if questions:
-        behind = [i for i in orders if i > questions[-1]]
-        return questions[-1], behind[0] if behind else None
+        return questions[-1], next((i for i in orders if i > questions[-1]), None)
     return (orders or [last])[0], None
 
 
@@ -433,15 +403,12 @@ def _first_that_belongs(parts: Sequence[str], at: int) -> int:
 
 def _variants(sentence: str) -> list[str]:
     """The same sentence without courtesy before it, and what it quotes at its end."""
-    found = []
     start = _after_courtesy(sentence)
-    if start:
-        found.append(_bare(sentence[start:]))
+    found = [_bare(sentence[start:])] if start else []
     quoted = _QUOTED.search(sentence)
     if quoted is not None:
         inside = next(group for group in quoted.groups() if group).strip()
-        if len(words(inside)) >= 3:
-            found.append(inside)
+        found += [inside] if len(words(inside)) >= 3 else []
     return found
 
 
@@ -522,13 +489,16 @@ def longer_name(text: str, end: int) -> bool:
     after = text[end : end + 60]
     hyphened = re.match(rf"(?:[{_HYPHENS}]\w+)+", after)
     if hyphened is not None:
-        return any(
-            part[:1].isupper() or part[:1].isdigit() for part in re.split(rf"[{_HYPHENS}]", hyphened.group())[1:]
-        )
+        starts = re.findall(rf"[{_HYPHENS}](\w)", hyphened.group())
+        return any(start.isupper() or start.isdigit() for start in starts)
     if after[:1] in ("・", "·") and after[1:2].isalpha():
         return True
     found = _GOES_ON.match(after)
-    if found is None or not found.group(1)[:1].isupper() or text.isupper() or _in_title_case(text):
+    if found is None or not found.group(1)[:1].isupper() or text.isupper():
+        return False
+    all_words = re.findall(r"[^\W\d_]+", text[:2_000])
+    capitals = any(word[0].isupper() and word.casefold() in _VERBS for word in all_words[1:])
+    if capitals and all(word[0].isupper() for word in all_words if len(word) > 3):  # title case
         return False
     following, behind = found.group(1), found.group(2)
     if re.split("['’]", following)[0] == "I":  # a number, but `I went`
@@ -536,31 +506,22 @@ def longer_name(text: str, end: int) -> bool:
     return following.casefold() not in _STARTERS - {"the", "a", "will", "can"} and not _THANKS.match(f" {following}", 1)
 
 
-def _in_title_case(text: str) -> bool:
-    found = re.findall(r"[^\W\d_]+", text[:2_000])
-    capitals = any(word[0].isupper() and word.casefold() in _VERBS for word in found[1:])
-    return capitals and all(word[0].isupper() for word in found if len(word) > 3)
-
-
 def without(text: str, subject: Sequence[str], stand_in: str) -> str | None:
     """A text with a stand-in where it names a subject; None where it does not name it in one piece."""
     found = places(text, subject)
     if not found:
         return None
-    parts, at = [], 0
-    for start, end in found:
-        parts += [text[at:start], stand_in]
-        at = end
-    return "".join([*parts, text[at:]])
+    for start, end in reversed(found):
+        text = text[:start] + stand_in + text[end:]
+    return text
 
 
 def says_the_same(one: str, other: str) -> bool:
     """Whether two texts have the same words but for courtesy before and behind them."""
-    plain = [_plain(text) for text in (one, other)]
-    return bool(plain[0]) and plain[0] == plain[1]
+    plain = _plain(one)
+    return bool(plain) and plain == _plain(other)
 
 
 def _plain(text: str) -> list[str]:
     text = text[_after_courtesy(text) :]
-    text = next((text[: found.start()] for found in _THANKS.finditer(text) if is_courtesy(text[found.start() :])), text)
-    return [word for word in spellings(text) if word not in _UNWEIGHED]
+    return [word for word in spellings(text[: _thanks_at(text)]) if word not in _UNWEIGHED]
