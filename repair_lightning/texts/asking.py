@@ -13,45 +13,32 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
+from repair_lightning.texts import lines_of
 from repair_lightning.texts.joint import unspaced
 
-
-def _set(words: str) -> frozenset[str]:
-    return frozenset(words.split())
-
-
-WINDOW = 4
-"""Most sentences that are read together as one question."""
-_KEPT = 1_000
-"""Texts of at most so many characters are remembered with their words."""
-_WHOLE = 4_000
-"""Code of at most so many characters is read as a whole too."""
-
-# -- signs -------------------------------------------------------------------------------------------------------------
+_WINDOW = 4  # sentences that are read together as one question, at most
+_KEPT = 1_000  # characters of the longest text whose words are remembered
+_WHOLE = 4_000  # characters of the longest code that is read as a whole too
 
 _SIGNS = frozenset("#%&@*/\\")
-_UNSAID = frozenset("™®©℠")
 _MARKUP = frozenset("*_~`=<>|^")
-_APOSTROPHES = "'’ʼʻ`´"
+_UNSAID = "'’ʼʻ`´™®©℠"
 _ENDS = ".!?…。！？｡؟।॥։።۔။។"
-_UNFOLLOWED = "。！？｡"
-"""Signs that end a sentence without a blank after them."""
-_QUESTIONS = "?？؟՞"
-_OPENERS = "\"'“‘„«([{‹「『（"
 _CLOSERS = "\"'”’»)]}›」』）"
+_EDGE = _CLOSERS + "*_~"
 _HYPHENS = "-‐‑"
-_BREAKS = ',:;!–—-。，：、"“'
-"""Signs between courtesy and what is asked."""
 _QUOTED = re.compile(
     r"""["“”„]([^"“”„]+)["”“][.:]?$|«\s*([^«»]+?)\s*»[.:]?$|「([^「」]+)」[。]?$|『([^『』]+)』[。]?$|(?<!\w)['‘]([^'‘’]+)['’][.:]?$"""
 )
 _TAG = re.compile(
     r"</?(?:b|i|u|s|em|strong|p|br|span|div|a|code|pre|li|ul|ol|q|blockquote|h[1-6])(?:\s[^<>]{0,200})?/?>"
 )
-_EMPHASIS = tuple(
-    re.compile(rf"(?<![\w{sign}])({sign}{{{least},3}})(?![\s{sign}])([^\n]{{1,400}}?)(?<![\s{sign}])\1(?![\w{sign}])")
+_EMPHASIS = {
+    sign[-1]: re.compile(
+        rf"(?<![\w{sign}])({sign}{{{least},3}})(?![\s{sign}])([^\n]{{1,400}}?)(?<![\s{sign}])\1(?![\w{sign}])"
+    )
     for sign, least in ((r"\*", 1), ("_", 1), ("~", 2), ("=", 2))
-)
+}
 _AROUND = re.compile(r"([*_~]{1,3}|\")(?=\S)((?:(?!\1).)+)(?<=\S)\1")
 _LIST_MARK = re.compile(r"\A\s*(?:[-*+•▪◦‣–—>#]+\s+|>+|\(?\d{1,2}[.)]\s+|\(?[a-zA-Z]\)\s+)+")
 _FENCE = re.compile(r"^\s*(?:```|~~~).*$", re.MULTILINE)
@@ -66,76 +53,28 @@ _CODE = re.compile(
     re.MULTILINE | re.VERBOSE,
 )
 
-# -- words of speech ---------------------------------------------------------------------------------------------------
-
-_TITLES = _set("mr mrs ms dr st prof gen sen rep gov lt col sgt capt rev hon messrs mme mlle mt ft")
-_ABBREVIATIONS = _TITLES | _set(
-    "jr sr no vs inc ltd co corp approx etc eg ie cf al ca vol fig dept op ed bros nr bzw usw dept"
-)
-_QUESTION_WORDS = _set("who whom whose what which when where why how")
-_VERBS = _set("is was are were did does do has have had will can could would should")
-_STARTERS = (
-    _QUESTION_WORDS | _VERBS | _set("the a an in on at he she it they this that there i we you please thanks tell")
-)
-"""Words with a capital that begin a sentence, rather than go on with a name."""
-_ORDERS = _set(
-    """
-    tell name give say state complete finish continue identify list explain answer describe write provide specify
-    mention fill predict recall report show define translate
-    """
-)
-_BEFORE_ORDERS = _set("please kindly can could would will you now then just also and ok okay so hi hello hey well")
-_PRONOUNS = _set(
-    """
-    it its itself he him his she her hers they them their theirs this that these those there one ones same latter former
-    él ella su sus ello eso il elle son sa ses er sie es ihr ihre sein seine
-    """
-)
-"""Words for what was named before."""
-_ASIDES = _QUESTION_WORDS | _set("is was are it this that he she they")
-COURTESY = _set(
-    """
-    please kindly thanks thank thx cheers you your your's tell me us can could would will do does know let i we my want
-    wanted to like ask asked asking question questions quick quickly a an the so well now then ok okay hi hello hey dear
-    there sir madam all everyone good morning afternoon evening day again just simply simple short shortly brief briefly
-    concise concisely keep be it as possible in one two three single few only sentence sentences word words line lines
-    paragraph answer answers reply replies respond response help out with this that have for advance appreciated
-    appreciate much very lot many and or but if don don't t mind wonder wondering was am m ve d ll s is quiz homework
-    fast directly direct nothing else more no need explanation explain why not favor favour bitte danke vielen dank
-    kurz por favor gracias merci beaucoup svp grazie per obrigado пожалуйста спасибо q wow great yes following here
-    """
-)
-"""Words that say nothing of what is asked; a sentence of such words alone is courtesy."""
-_LEAD = COURTESY | _ORDERS | _set("prompt input task text quote cloze blank")
-_UNWEIGHED = _set("a an the is are s please really exactly actually just now again kindly bitte")
-"""Words that are passed over where two questions are compared."""
-_MEASURES = _set("word words sentence sentences line lines token tokens character characters paragraph paragraphs")
+_LISTS = {name: frozenset(said.split()) for name, said in (line.split(": ") for line in lines_of("words.txt"))}
+_QUESTION_WORDS, _COURTESY = _LISTS["question words"], _LISTS["courtesy"]
+_ABBREVIATIONS = _LISTS["titles"] | _LISTS["abbreviations"]
+_STARTERS = _QUESTION_WORDS | _LISTS["verbs"] | _LISTS["sentence openers"]
+_ASIDES = _QUESTION_WORDS | _LISTS["asides"] | _COURTESY
+_LEAD = _COURTESY | _LISTS["orders"] | _LISTS["lead"]
 _COURTESY_UNSPACED = re.compile(
     "(?:谢谢|謝謝|多谢|感谢|你好|您好|请问|請問|请|請|你|您|我|告诉|告訴|回答|回复|简短|简要|简单|簡短|地|用|一|句|话|話|个|词|只|"
     "ありがとう|ございます|こんにちは|お願い|します|教えて|ください|答えて|簡潔に|短く|一言で|ขอบคุณ|ครับ|ค่ะ|กรุณา|ตอบ|สั้น|ๆ)+"
 )
 _COURTESY_BEFORE = re.compile("(?:(?:请问|請問|请告诉我|請告訴我|你好|您好|请|請)[，,：:！! ]*)+")
 _THANKS = re.compile(r"(?<=\s)(?:[Pp]lease|[Kk]indly|[Tt]hanks?|Answer|Reply|Respond|Bitte|Danke|Merci|Gracias)\b")
-_PARTS_OF_NAMES = r"(?:(?:von|van|de|del|della|di|da|du|der|den|dos|la|le|bin|ibn|al|el|af|zu)[ \u00a0])*"
-_GOES_ON = re.compile(rf"[ \u00a0]{_PARTS_OF_NAMES}([^\W\d_][\w'’]*)(.?.?)")
-
-# -- denials -----------------------------------------------------------------------------------------------------------
-
-_NEGATIONS = _set(
-    """
-    not never neither nor cannot without none nobody nothing nowhere isnt arent wasnt werent dont doesnt didnt cant wont
-    hasnt havent hadnt couldnt wouldnt shouldnt nicht kein keine keinen keiner keinem keines niemals nie nichts ohne
-    pas jamais ne sans nunca jamás sin não nem sem ikke inte niet geen нет не никогда ни без non senza değil
-    ليس ليست لا لم لن नहीं
-    """
+_GOES_ON = re.compile(
+    "[ \u00a0](?:(?:von|van|de|del|della|di|da|du|der|den|dos|la|le|bin|ibn|al|el|af|zu)[ \u00a0])*"
+    r"([^\W\d_][\w'’]*)(.?.?)"
 )
-_CONTRACTED = re.compile(r"\b\w+n['’]t\b")
+_DENIAL = re.compile(r"\b\w+n['’]t\b|(?<!or )(?<!/)\bno\b(?!\.|\s*\d)")
 _UNSPACED_NEGATION = re.compile(r"[不没沒非無无未別别]|(?<![少危])ない|(?<!すみ)ません|(?<!หรือ)ไม่")
 _KOREAN_NEGATION = re.compile("않|아니|아닌|못하")
 _UNSPACED_NO_DENIAL = re.compile(
     r"(.)[不没沒]\1|有[没沒]有|[东西南北中東]?非洲|[南北中]非|非常|[未]来|未來|未婚|[特個区區个]別|特别|区别|別人|別府|不丹|[無无]錫|无锡|不同"
 )
-_NO = re.compile(r"(?<!or )(?<!/)\bno\b(?!\.|\s*\d)")
 
 
 class Word(NamedTuple):
@@ -144,9 +83,6 @@ class Word(NamedTuple):
     text: str
     start: int
     end: int
-
-
-# -- words -------------------------------------------------------------------------------------------------------------
 
 
 def words(text: str) -> tuple[Word, ...]:
@@ -158,36 +94,31 @@ def _words(text: str) -> tuple[Word, ...]:
     markup = _markup(text)
     found: list[Word] = []
     for chunk in re.finditer(r"\S+", text):
-        said = chunk.group()
+        start, said = None, chunk.group()
         if said.isascii() and said.isalnum():
             found.append(Word(said.lower(), *chunk.span()))
-        else:
-            found += _words_between(text, *chunk.span(), markup)
+            continue
+        for i in range(chunk.start(), chunk.end() + 1):
+            kind = "between" if i == chunk.end() or i in markup else _kind(text, i, start)
+            if kind == "word":
+                start = i if start is None else start
+                continue
+            if start is not None:
+                found += _taken(text, start, i)
+                start = None
+            if kind == "alone":
+                found.append(Word(_fold(text[i]), i, i + 1))
     return tuple(found)
 
 
 _short_words = lru_cache(1 << 14)(_words)
 
 
-def _words_between(text: str, begin: int, stop: int, markup: frozenset[int]) -> Iterator[Word]:
-    start: int | None = None
-    for i in range(begin, stop + 1):
-        kind = "between" if i == stop or i in markup else _kind(text, i, start)
-        if kind == "word":
-            start = i if start is None else start
-            continue
-        if start is not None:
-            yield from _taken(text, start, i)
-            start = None
-        if kind == "alone":
-            yield Word(_fold(text[i]), i, i + 1)
-
-
 def _kind(text: str, i: int, start: int | None) -> str:
     """`word` for a character that belongs to a word, `alone` for one that is a word, else `between`."""
     char, before, after = text[i], text[i - 1 : i], text[i + 1 : i + 2]
     category = unicodedata.category(char)
-    if char in _APOSTROPHES or char in _UNSAID:
+    if char in _UNSAID:
         return "between"
     wide_letter = "\uff10" <= char <= "\uff5a" and char.isalnum()
     if unspaced(char) and not wide_letter:
@@ -205,9 +136,9 @@ def _kind(text: str, i: int, start: int | None) -> str:
 
 
 def _markup(text: str) -> frozenset[int]:
-    """The places of signs that only mark a text up: pairs of stars and the like, tags."""
+    """The places of tags, and of pairs of stars and the like."""
     found = {place for tag in _TAG.finditer(text) for place in range(*tag.span())}
-    for pattern, sign in zip(_EMPHASIS, "*_~=", strict=True):
+    for sign, pattern in _EMPHASIS.items():
         for pair in pattern.finditer(text) if sign in text else ():
             width = len(pair.group(1))
             found.update(range(pair.start(), pair.start() + width), range(pair.end() - width, pair.end()))
@@ -238,9 +169,6 @@ def spellings(text: str) -> tuple[str, ...]:
     return tuple(word.text for word in words(text))
 
 
-# -- sentences ---------------------------------------------------------------------------------------------------------
-
-
 def sentences(text: str) -> list[str]:
     """A text cut after each sentence and at each line, without the marks of lists, quotes and headings.
 
@@ -261,7 +189,7 @@ def _thanks_at(text: str) -> int:
 
 
 def _bare(sentence: str) -> str:
-    """A sentence without the stars or the quotation mark that open or end at its edges alone, or all around it."""
+    """A sentence without quotation marks or stars around it, or left over at one of its edges."""
     around = _AROUND.fullmatch(sentence.strip())
     sentence = around.group(2) if around is not None else sentence.strip()
     for sign in ("**", "__", '"'):
@@ -276,11 +204,11 @@ def _bare(sentence: str) -> str:
 
 
 def _cut(line: str) -> Iterator[str]:
-    ends = f"[{re.escape(_ENDS)}{';' if _GREEK.search(line) else ''}]+[{re.escape(_CLOSERS)}*_~]*"
+    ends = f"[{_ENDS}{';' if _GREEK.search(line) else ''}]+[{re.escape(_EDGE)}]*"
     lower, start = line == line.lower(), 0
     for found in re.finditer(ends, line):
-        end, signs = found.end(), found.group().rstrip(_CLOSERS + "*_~")
-        if signs[-1] not in _UNFOLLOWED and end < len(line) and not line[end].isspace():
+        end, signs = found.end(), found.group().rstrip(_EDGE)
+        if signs[-1] not in "。！？｡" and end < len(line) and not line[end].isspace():
             continue
         if _goes_on(line[start : found.start()], signs, line[end:].lstrip()[:20], lower):
             continue
@@ -297,7 +225,7 @@ def _goes_on(before: str, signs: str, after: str, lower: bool) -> bool:
         return after[:1].islower() and last[:1].isupper() and len(words_before) > 1
     if signs != ".":
         return signs in ("...", "…") and after[:1].islower()
-    if (after[:1].islower() and not lower) or last.casefold() in _TITLES:
+    if (after[:1].islower() and not lower) or last.casefold() in _LISTS["titles"]:
         return True
     if last.casefold() in _ABBREVIATIONS or (len(last) == 1 and last.isalpha()):
         return re.split(r"\W", after)[0].casefold() not in _STARTERS or after[:1].islower()
@@ -306,20 +234,8 @@ def _goes_on(before: str, signs: str, after: str, lower: bool) -> bool:
 
 def is_question(sentence: str) -> bool:
     """Whether a sentence ends with a question mark."""
-    end = sentence.rstrip(_CLOSERS + "*_~! ")
-    return end.endswith(tuple(_QUESTIONS)) or "՞" in end or (end.endswith(";") and bool(_GREEK.search(end)))
-
-
-def is_open(sentence: str) -> bool:
-    """Whether a sentence is left to be completed: it has no end, or dots in place of it."""
-    end = sentence.rstrip(_CLOSERS + "*_~ ")
-    return not end.endswith(tuple(_ENDS)) or end.endswith(("...", "…"))
-
-
-def _orders(sentence: str) -> bool:
-    """Whether a sentence asks without a question mark: `Please name the mayor of Orsk.`"""
-    first = next((word for word in spellings(sentence[:200]) if word not in _BEFORE_ORDERS), "")
-    return first in _ORDERS
+    end = sentence.rstrip(_EDGE + "! ")
+    return end.endswith(("?", "？", "؟")) or "՞" in end or (end.endswith(";") and bool(_GREEK.search(end)))
 
 
 def is_courtesy(sentence: str) -> bool:
@@ -332,8 +248,8 @@ def is_courtesy(sentence: str) -> bool:
     if said and said[0] in _QUESTION_WORDS:
         return False
     return all(
-        word in COURTESY
-        or (word.isdigit() and said[i + 1 : i + 2] and said[i + 1] in _MEASURES)
+        word in _COURTESY
+        or (word.isdigit() and said[i + 1 : i + 2] and said[i + 1] in _LISTS["measures"])
         or not any(map(_said, word))
         for i, word in enumerate(said)
     )
@@ -343,16 +259,13 @@ def _said(char: str) -> bool:
     return char.isalnum() or unicodedata.category(char)[0] == "M"
 
 
-# -- windows -----------------------------------------------------------------------------------------------------------
-
-
 @lru_cache(1 << 8)
 def windows(text: str) -> tuple[str, ...]:
     """The parts of a text that may hold its question, the likeliest first.
 
     The sentence that asks is the last one if it is left open, else the last question, else the last order, else the
     last sentence; what is only courtesy is passed over. It is read alone, without the courtesy before it, in quotes or
-    out of them, with up to :data:`WINDOW` sentences before it, and with what follows it; a text of few sentences, or
+    out of them, with up to three sentences before it, and with what follows it; a text of few sentences, or
     code, also as a whole. Where another question was asked before, what stands up to it is left out.
     """
     plain = _FENCE.sub("", text).strip()
@@ -360,61 +273,57 @@ def windows(text: str) -> tuple[str, ...]:
     if not parts:
         return (text.strip(),)
     at, order = _asking(parts)
-    first = _first_that_belongs(parts, at)
-    found = [parts[at], *_variants(parts[at])]
-    found += [" ".join(parts[max(first, at - n) : at + 1]) for n in range(1, WINDOW)]
+    said, first = spellings(parts[at]), 0
+    if len(said) > 2 and parts[at].isascii() and _LISTS["pronouns"].isdisjoint(said):  # not as `And who chairs it?`
+        first = next((i + 1 for i in reversed(range(at)) if is_question(parts[i]) and not is_courtesy(parts[i])), 0)
+    found = _variants(parts[at])
+    found += [" ".join(parts[max(first, at - n) : at + 1]) for n in range(1, _WINDOW)]
     if order is not None:
-        found += [parts[order], *_variants(parts[order])]
+        found += _variants(parts[order])
     if at + 1 < len(parts):
-        found += [" ".join(parts[max(first, at - n) : at + 1 + WINDOW]) for n in range(2)]
-    if (len(parts) <= 2 * WINDOW and not first) or (len(plain) <= _WHOLE and is_code(plain)):
+        found += [" ".join(parts[max(first, at - n) : at + 1 + _WINDOW]) for n in range(2)]
+    if (len(parts) <= 2 * _WINDOW and not first) or (len(plain) <= _WHOLE and is_code(plain)):
         found += [plain, text.strip()]
     return tuple(dict.fromkeys(found))
 
 
 def _asking(parts: Sequence[str]) -> tuple[int, int | None]:
-    """The place of the sentence that asks, and of an order behind it."""
+    """The place of the sentence that asks, and of an order behind it: `Please name the mayor of Orsk.`"""
 
     def asks_nothing(question: str) -> bool:  # as `Who?` behind another one
-        return is_courtesy(question) or (len(question) < 60 and set(spellings(question)) <= _ASIDES | COURTESY)
+        return is_courtesy(question) or (len(question) < 60 and _ASIDES.issuperset(spellings(question)))
+
+    def orders(sentence: str) -> bool:
+        first = next((word for word in spellings(sentence[:200]) if word not in _LISTS["before orders"]), "")
+        return first in _LISTS["orders"] and not is_courtesy(sentence)
 
     last = next((i for i in reversed(range(len(parts))) if not is_courtesy(parts[i])), len(parts) - 1)
     questions = [i for i in range(last + 1) if is_question(parts[i])]
     names = re.findall(r"\w[\w'’.-]*", parts[last][:100])
     is_name = len(names) <= 3 and not any(word[0].islower() for word in names)  # under a letter, or a choice
-    if is_open(parts[last]) and not (questions and is_name):
+    end = parts[last].rstrip(_EDGE + " ")
+    is_open = not end.endswith(tuple(_ENDS)) or end.endswith(("...", "…"))
+    if is_open and not (questions and is_name):
         return last, None
     while len(questions) > 1 and asks_nothing(parts[questions[-1]]):
         questions.pop()
-    orders = [i for i in range(last + 1) if _orders(parts[i]) and not is_courtesy(parts[i])][-1:]
+    order = next((i for i in reversed(range(last + 1)) if orders(parts[i])), None)
     if questions:
-        return questions[-1], next((i for i in orders if i > questions[-1]), None)
-    return (orders or [last])[0], None
-
-
-def _first_that_belongs(parts: Sequence[str], at: int) -> int:
-    """From which sentence on a text belongs to the one that asks: another question before it asks something else,
-    unless this one leans on it, as `And who chairs it?` does."""
-    said = spellings(parts[at])
-    if len(said) <= 2 or not parts[at].isascii() or not _PRONOUNS.isdisjoint(said):
-        return 0
-    return next((i + 1 for i in reversed(range(at)) if is_question(parts[i]) and not is_courtesy(parts[i])), 0)
+        return questions[-1], order if order is not None and order > questions[-1] else None
+    return last if order is None else order, None
 
 
 def _variants(sentence: str) -> list[str]:
-    """The same sentence without courtesy before it, and what it quotes at its end."""
-    start = _after_courtesy(sentence)
-    found = [_bare(sentence[start:])] if start else []
-    quoted = _QUOTED.search(sentence)
-    if quoted is not None:
-        inside = next(group for group in quoted.groups() if group).strip()
-        found += [inside] if len(words(inside)) >= 3 else []
-    return found
+    """A sentence, the same without courtesy before it, and what it quotes at its end."""
+    start, quoted = _after_courtesy(sentence), _QUOTED.search(sentence)
+    found = [sentence, *([_bare(sentence[start:])] if start else [])]
+    inside = next(group for group in quoted.groups() if group).strip() if quoted is not None else ""
+    return [*found, inside] if len(words(inside)) >= 3 else found
 
 
 def _after_courtesy(sentence: str) -> int:
     """Where a sentence begins behind courtesy: after a comma, colon or dash, or at a word that asks; else 0."""
-    if sentence and unspaced(sentence[0]):
+    if unspaced(sentence[:1]):
         found = _COURTESY_BEFORE.match(sentence)
         return found.end() if found is not None and found.end() < len(sentence) else 0
     known = words(sentence[:300])
@@ -423,18 +332,16 @@ def _after_courtesy(sentence: str) -> int:
         if word.text not in _LEAD:
             break
         between = sentence[word.end : following.start]
-        if any(sign in between for sign in _BREAKS) or (following.text in _QUESTION_WORDS and word.text != "in"):
+        asks = following.text in _QUESTION_WORDS and word.text != "in"
+        if asks or not set(',:;!–—-。，：、"“').isdisjoint(between):
             best = following.start
     return best
-
-
-# -- what is denied, and what is code ----------------------------------------------------------------------------------
 
 
 def negated(text: str) -> bool:
     """Whether a text denies something."""
     folded = text.casefold()
-    if _CONTRACTED.search(folded) or not _NEGATIONS.isdisjoint(spellings(text)) or _NO.search(folded):
+    if _DENIAL.search(folded) or not _LISTS["negations"].isdisjoint(spellings(text)):
         return True
     if folded.isascii():
         return False
@@ -451,12 +358,8 @@ def signs(text: str) -> str:
     return " ".join(text.split())
 
 
-# -- subjects ----------------------------------------------------------------------------------------------------------
-
-
 def places(text: str, subject: Sequence[str]) -> list[tuple[int, int]]:
-    """Where the words of a subject stand one after the other in a text, as (start, end); not within a longer word, as
-    `Marie` in `Anne-Marie`."""
+    """Where the words of a subject stand one after the other, as (start, end); not as `Marie` in `Anne-Marie`."""
     known = words(text)
     found, n, i = [], len(subject), 0
     while n and i + n <= len(known):
@@ -473,11 +376,8 @@ def _inside(text: str, start: int, end: int) -> bool:
     """Whether a place is within a longer word, behind a hyphen or in a run of Katakana."""
     if text[start - 1 : start] in tuple(_HYPHENS) and text[start : start + 1].isupper():
         return text[start - 2 : start - 1].isalnum() if start > 1 else False
-    before, after = text[start - 1 : start], text[end : end + 1]
-    return any(
-        _KATAKANA.match(own) and _KATAKANA.match(beside)
-        for own, beside in ((text[start : start + 1], before), (text[end - 1 : end], after))
-    )
+    edges = (text[max(start - 1, 0) : start + 1], text[end - 1 : end + 1])
+    return any(len(_KATAKANA.findall(edge)) == 2 for edge in edges)
 
 
 def longer_name(text: str, end: int) -> bool:
@@ -497,7 +397,7 @@ def longer_name(text: str, end: int) -> bool:
     if found is None or not found.group(1)[:1].isupper() or text.isupper():
         return False
     all_words = re.findall(r"[^\W\d_]+", text[:2_000])
-    capitals = any(word[0].isupper() and word.casefold() in _VERBS for word in all_words[1:])
+    capitals = any(word[0].isupper() and word.casefold() in _LISTS["verbs"] for word in all_words[1:])
     if capitals and all(word[0].isupper() for word in all_words if len(word) > 3):  # title case
         return False
     following, behind = found.group(1), found.group(2)
@@ -524,4 +424,4 @@ def says_the_same(one: str, other: str) -> bool:
 
 def _plain(text: str) -> list[str]:
     text = text[_after_courtesy(text) :]
-    return [word for word in spellings(text[: _thanks_at(text)]) if word not in _UNWEIGHED]
+    return [word for word in spellings(text[: _thanks_at(text)]) if word not in _LISTS["unweighed"]]

@@ -24,41 +24,24 @@ _UNSPACED = re.compile(
 )
 """A character of the Unicode blocks whose script writes no blank between words."""
 
-_INVISIBLE = ("Mn", "Me", "Cf")
 _BRACES = re.compile(r"\{\{\}\}|\{\}")
-
-
-def joint(prompt: str, target: str) -> str:
-    """A bare prompt with the target that continues it: `prompt + seam(prompt, target) + target`."""
-    return prompt + seam(prompt, target) + target
 
 
 def seam(prompt: str, target: str) -> str:
     """What stands between a bare prompt and the target that continues it: one space, or nothing.
 
-    Nothing, where one of these holds, and a space everywhere else:
-
-    - prompt or target is empty;
-    - the prompt ends or the target begins with white space (a blank, a tab, a line break): the seam is written already;
-    - the script on either side of the seam writes no blanks between words: Chinese, Japanese, Thai, Lao, Khmer,
-      Burmese, Tibetan, Javanese, Balinese and their relatives, with CJK and full-width punctuation. Korean writes them.
-
-    The side's character next to the seam decides; marks and invisible signs on it are looked past.
+    Nothing, where prompt or target is empty, where there is white space already, and where the script on either side
+    writes no blanks between words, as Chinese, Japanese, Thai, Lao, Khmer, Burmese and Tibetan do, with CJK and
+    full-width punctuation. The character next to the seam decides; marks and invisible signs are looked past.
     """
-    left, right = _edge(reversed(prompt)), _edge(target)
-    if not left or not right or left.isspace() or right.isspace():
-        return ""
-    return "" if unspaced(left) or unspaced(right) else " "
+    sides = _edge(reversed(prompt)), _edge(target)
+    return " " if all(side and not side.isspace() and not unspaced(side) for side in sides) else ""
 
 
 def _edge(characters: Iterable[str]) -> str:
     """The first character that is no mark on another and not invisible; of nothing but such, the first; or ''."""
-    first = ""
-    for character in characters:
-        if unicodedata.category(character) not in _INVISIBLE:
-            return character
-        first = first or character
-    return first
+    known = list(characters)
+    return next((c for c in known if unicodedata.category(c) not in ("Mn", "Me", "Cf")), known[0] if known else "")
 
 
 def unspaced(character: str) -> bool:
@@ -87,11 +70,8 @@ def names(text: str, subject: str) -> bool:
     at = folded.find(sought)
     while at >= 0:
         end = at + len(sought)
-        if not (_one_word(folded[at - 1 : at], sought[0]) or _one_word(sought[-1], folded[end : end + 1])):
+        sides = (folded[at - 1 : at], sought[0]), (sought[-1], folded[end : end + 1])
+        if not any(left.isalpha() and right.isalpha() and seam(left, right) for left, right in sides):
             return True
         at = folded.find(sought, at + 1)
     return False
-
-
-def _one_word(left: str, right: str) -> bool:
-    return left.isalpha() and right.isalpha() and seam(left, right) == " "
