@@ -127,11 +127,12 @@ def _kind(text: str, i: int, start: int | None) -> str:
         return "word"
     if category == "Cf":  # invisible, as a soft hyphen is
         return "word" if start is not None else "between"
-    number = char in ".,:" and before.isdigit() and after.isdigit()
-    name = char == "." and after.isalpha() and (not before or before.isspace())  # .NET
     if char == "-":
         number = after.isdigit() and not before.isalnum()
-        name = start is not None and not after.isalnum() and not unspaced(after) and i - start <= 2  # a grade
+        grade = start is not None and not after.isalnum() and not unspaced(after) and i - start <= 2
+        return "word" if number or grade else "between"
+    number = char in ".,:" and before.isdigit() and after.isdigit()
+    name = char == "." and after.isalpha() and (not before or before.isspace())  # .NET
     return "word" if number or name else "between"
 
 
