@@ -13,7 +13,7 @@ import logging
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -91,16 +91,14 @@ def load_records(
     split: str = "train",
     sample_seed: int | None = None,
 ) -> RecordSet:
-    """Reads, checks and converts the edits of a local file or of a hub data set.
-
-    Every record of the source is checked, also those past `max_edits`.
+    """Reads, checks and converts the edits of a local file or of a hub data set, also those past `max_edits`.
 
     Args:
         path_or_hub_name: A file (`.jsonl`, `.json` with a list or with one object per line, `.csv`, `.tsv`,
             `.parquet`) or a hub name (`org/name`) where no such file exists.
         format: A name of :data:`formats.FORMATS`.
         max_edits: Stop after so many edits, not counting duplicates; None for all.
-        on_bad_record: `stop` raises for the first bad record, `skip` leaves bad records out and lists them in `bad`.
+        on_bad_record: `stop` raises for the first bad record, `skip` lists bad records in `bad`.
         split: The hub data set's split.
         sample_seed: Draw the `max_edits` edits at random with this seed and keep the source's order; what repeats a
             drawn edit, or was superseded by it, comes along. None takes the first.
@@ -127,14 +125,8 @@ def load_records(
     if sample_seed is not None and max_edits is not None:
         good, repeated = _draw(good, repeated, max_edits, sample_seed)
         max_edits = None  # all that is said of the drawn prompts counts, also after the last of them has come up
-    found = _settle(good, max_edits)
-    prompts = {edit.id: edit.prompt for edit in good}
-    found = replace(
-        found,
-        bad=tuple(str(RecordError.at(source, number, error)) for number, error in bad),
-        duplicates=(*(edit.id for edit in repeated), *found.duplicates),
-        alike=(*((edit.id, edit.id) for edit in repeated if edit.prompt != prompts[edit.id]), *found.alike),
-    )
+    messages = tuple(str(RecordError.at(source, number, error)) for number, error in bad)
+    found = _settle(good, repeated, messages, max_edits)
     _log_summary(source, found)
     return found
 
@@ -346,12 +338,13 @@ def named(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMED_AT_MOST]) + (f" and {more:,} more" if more > 0 else "")
 
 
-def _settle(edits: Sequence[Edit], max_edits: int | None) -> RecordSet:
+def _settle(edits: Sequence[Edit], repeated: Sequence[Edit], bad: tuple[str, ...], max_edits: int | None) -> RecordSet:
     """Drops duplicates and lets later edits supersede earlier ones, over the first records that yield `max_edits`."""
     live: dict[str, int] = {}
     replaced: dict[int, str] = {}
-    duplicates: list[str] = []
-    alike: list[tuple[str, str]] = []
+    prompts = {edit.id: edit.prompt for edit in edits}
+    duplicates = [edit.id for edit in repeated]
+    alike = [(edit.id, edit.id) for edit in repeated if edit.prompt != prompts[edit.id]]
     for i, edit in enumerate(edits):
         if len(live) == max_edits:
             break
@@ -371,7 +364,7 @@ def _settle(edits: Sequence[Edit], max_edits: int | None) -> RecordSet:
     kept = tuple(map(Edit.from_dict, Dataset.from_list(records, features=features).to_list()))
     superseded = {edits[old].id: edits[live[key]].id for old, key in replaced.items()}
     older = tuple(edits[old] for old in sorted(replaced))
-    return RecordSet(kept, (), superseded, tuple(duplicates), older, tuple(alike))
+    return RecordSet(kept, bad, superseded, tuple(duplicates), older, tuple(alike))
 
 
 def _draw(good: Sequence[Edit], repeated: Sequence[Edit], number: int, seed: int) -> tuple[list[Edit], list[Edit]]:

@@ -6,7 +6,6 @@ Newer versions of torch ship the same method as ``torch.optim.Muon``; this one r
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Decay every matrix that has a gradient and move it along its momentum; takes no closure."""
         for group in self.param_groups:
             for matrix in group["params"]:
