@@ -116,17 +116,17 @@ _short_words = lru_cache(1 << 14)(_words)
 
 def _kind(text: str, i: int, start: int | None) -> str:
     """`word` for a character that belongs to a word, `alone` for one that is a word, else `between`."""
-    char, before, after = text[i], text[i - 1 : i], text[i + 1 : i + 2]
+    char = text[i]
     category = unicodedata.category(char)
     if char in _UNSAID:
         return "between"
-    wide_letter = "\uff10" <= char <= "\uff5a" and char.isalnum()
-    if unspaced(char) and not wide_letter:
+    if unspaced(char) and not ("\uff10" <= char <= "\uff5a" and char.isalnum()):  # full-width letters are letters
         return "alone" if char.isalnum() or category[0] == "M" else "between"
     if char.isalnum() or char == "_" or category[0] in "MS" or char in _SIGNS:
         return "word"
     if category == "Cf":  # invisible, as a soft hyphen is
         return "word" if start is not None else "between"
+    before, after = text[i - 1 : i], text[i + 1 : i + 2]
     if char == "-":
         number = after.isdigit() and not before.isalnum()
         grade = start is not None and not after.isalnum() and not unspaced(after) and i - start <= 2
