@@ -1,36 +1,34 @@
-"""Record formats: one pure converter per data set, from its own fields to the project's `jsonl` record.
+"""Record formats: how each data set names its fields, and what its records say as the project's `jsonl` records.
 
 A `jsonl` record is `{id, subject, prompt, target, rephrases, locality, near}`: `rephrases` is a list of texts,
 `locality` and `near` are lists of `{prompt, answer}`. `id` is None where the source has none.
 
 The project's own format keeps prompts, targets and answers as they were written: an indentation, a blank or a line
 break at an end belongs to the text. Each of its prompts may be messages, carried as one text (see `dialogue`), and may
-leave the place of the subject open (see `text.fill`). The published sets have stray blanks at the ends of their fields
-that mean nothing, so theirs are stripped. What stands between prompt and target, `text.seam` says.
+leave the place of the subject open (see `joint.fill`). The published sets have stray blanks at the ends of their fields
+that mean nothing, so theirs are stripped.
 
-To add a format: write `<name>(record) -> dict` and one entry in `FORMATS`.
+To add a format: write one entry in `_ALL`.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from repair_lightning.errors import ConfigError, FieldError
-from repair_lightning.texts import dialogue
-from repair_lightning.texts import joint as text
+from repair_lightning.texts import dialogue, joint
 
 Record = Mapping[str, Any]
 
-PROMPT_REMEDY = "give the question or the beginning of the sentence that the model should complete"
-TARGET_REMEDY = "give the text the model should answer"
-TEXT_REMEDY = "write a text in quotes, or leave the field out"
-PROBE_REMEDY = "give the prompt that must keep its answer"
-OPEN_PROBE_REMEDY = "write the subject that the probe asks about, or {{}} for the two signs themselves"
-OPEN_REMEDY = "give 'subject', or write {{}} for the two signs themselves"
+_PROMPT_REMEDY = "give the question or the beginning of the sentence that the model should complete"
+_TARGET_REMEDY = "give the text the model should answer"
+_TEXT_REMEDY = "write a text in quotes, or leave the field out"
+_OPEN_REMEDY = "give 'subject', or write {{}} for the two signs themselves"
+_LOCALITY = ("locality_prompt", "locality_ground_truth")
 _KINDS = {str: "a text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
 
 
@@ -39,22 +37,25 @@ class Format:
     """How one data set writes its records.
 
     Attributes:
-        name: What the user writes in `data.format`.
-        convert: A source record to a `jsonl` record (id may be None). Raises `FieldError`.
-        description: One line for the documentation.
-        required: Alternative layouts; a record has this format if it has all fields of one of them.
-        optional: Further fields that are read where present.
+        name: what the user writes in `data.format`.
+        required: alternative layouts; a record has this format if it has all fields of one of them. The first begins
+            with the names of prompt and target.
+        optional: further fields by which a record is recognised.
+        rephrases: fields that hold one rephrase or a list of them.
+        locality: the fields of the locality prompt and its answer.
+        neighbours: locality prompts ask the same of another subject, and count as `near` too.
     """
 
     name: str
-    convert: Callable[[Record], dict[str, Any]]
-    description: str
     required: tuple[tuple[str, ...], ...]
     optional: tuple[str, ...] = ()
+    rephrases: tuple[str, ...] = ()
+    locality: tuple[str, str] = _LOCALITY
+    neighbours: bool = False
 
     @property
     def fields(self) -> frozenset[str]:
-        """Every field that the converter reads."""
+        """Every field of the format."""
         return frozenset(self.optional).union(*self.required)
 
     def fits(self, record: Record) -> bool:
@@ -67,12 +68,8 @@ def kind_of(value: Any) -> str:
     return "null" if value is None else _KINDS.get(type(value), f"a {type(value).__name__}")
 
 
-def as_text(value: Any, field: str, remedy: str = TEXT_REMEDY) -> str:
-    """The text of a field as it was written; may be empty.
-
-    Raises:
-        FieldError: if the value is no text, or holds half of a surrogate pair (it cannot be encoded as UTF-8).
-    """
+def as_text(value: Any, field: str, remedy: str = _TEXT_REMEDY) -> str:
+    """A text as it was written. Raises `FieldError` where it is none, or holds half of a surrogate pair."""
     if not isinstance(value, str):
         raise FieldError(field, f"is {kind_of(value)}, not a text", remedy)
     try:
@@ -82,7 +79,7 @@ def as_text(value: Any, field: str, remedy: str = TEXT_REMEDY) -> str:
     return value
 
 
-def required_text(record: Record, field: str, remedy: str = TEXT_REMEDY) -> str:
+def required_text(record: Record, field: str, remedy: str = _TEXT_REMEDY) -> str:
     """The text of a field. Raises `FieldError` where it is missing, null, no text, or nothing but white space."""
     if record.get(field) is None:
         raise FieldError(field, "is missing", remedy)
@@ -92,92 +89,53 @@ def required_text(record: Record, field: str, remedy: str = TEXT_REMEDY) -> str:
     return found
 
 
-def optional_text(record: Record, field: str) -> str | None:
-    """The text of a field, or None where it is missing, null or blank. Raises `FieldError` where it is no text."""
+def _optional_text(record: Record, field: str) -> str | None:
     value = record.get(field)
     found = "" if value is None else as_text(value, field)
     return found if found.strip() else None
 
 
-def required_prompt(
-    record: Record, field: str, remedy: str, subject: str | None, open_remedy: str = OPEN_REMEDY
-) -> str:
-    """The prompt of a field, a text or messages (in JSON too), with the subject where it was left open by `{}`.
+def _prompt(record: Record, field: str, remedy: str, subject: str | None, open_remedy: str = _OPEN_REMEDY) -> str:
+    """A prompt, text or messages, with the subject where it was left open by `{}`; of messages, in the last turn."""
 
-    Of messages, the last turn is filled. Messages come back as one canonical text, see `dialogue.dump`.
+    def filled(prompt: str, name: str) -> str:
+        if subject is None and joint.is_open(prompt):
+            raise FieldError(name, "holds {}, which nothing fills here", open_remedy)
+        return joint.fill(prompt, subject)
 
-    Raises:
-        FieldError: it is missing, empty, or neither; or it is open and there is no subject.
-    """
     messages = dialogue.given(record.get(field), field)
     if messages is None:
-        return _filled(required_text(record, field, remedy), field, subject, open_remedy)
+        return filled(required_text(record, field, remedy), field)
     *before, last = messages
-    content = _filled(last["content"], f"{field}[{len(before)}].content", subject, open_remedy)
+    content = filled(last["content"], f"{field}[{len(before)}].content")
     return as_text(dialogue.dump([*before, {**last, "content": content}]), field)
 
 
-def _filled(prompt: str, field: str, subject: str | None, open_remedy: str) -> str:
-    if subject is None and text.is_open(prompt):
-        raise FieldError(field, "holds {}, which nothing fills here", open_remedy)
-    return text.fill(prompt, subject)
-
-
-def texts(record: Record, *fields: str) -> list[str]:
-    """All texts of fields that hold one text or a list of texts each; missing ones count as empty.
-
-    A text that is the JSON of such a list, as in a cell of a CSV file, counts as the list.
-
-    Raises:
-        FieldError: if a field is neither, or an item of its list is no text or empty.
-    """
-    items = {name: item for field in fields for name, item in _items(record, field).items()}
-    return [required_text(items, name) for name in items]
-
-
-def prompts(record: Record, field: str, subject: str | None) -> list[str]:
-    """All prompts of a field that holds one or a list of them, each a text or messages; see `required_prompt`.
-
-    One list of messages is one prompt, a list of such lists is several.
-    """
-    items = _items(record, field)
-    if items and all(isinstance(item, Mapping) for item in items.values()):
-        items = {field: list(items.values())}
-    return [required_prompt(items, name, TEXT_REMEDY, subject) for name in items]
-
-
 def _items(record: Record, field: str) -> dict[str, Any]:
-    """The items of a field that holds a text or a list, each under its own name."""
+    """The items of a field that holds a text, a list or the JSON of one, each under its own name."""
     value = record.get(field)
     if value is None or (isinstance(value, str) and not as_text(value, field).strip()):
         return {}
-    found = _listed(value) if isinstance(value, str) else value
+    found = value
+    if isinstance(value, str):  # of texts, messages or dialogues; another list's JSON is a text
+        found = dialogue.as_list(value)
+        if found is None or (found and not any(isinstance(item, str | Mapping | list) for item in found)):
+            found = [value]
     if not isinstance(found, list):
         raise FieldError(field, f"is {kind_of(value)}, not a list of texts", 'write ["...", "..."] or leave it out')
     return {field: value} if found == [value] else {f"{field}[{i}]": item for i, item in enumerate(found)}
 
 
-def _listed(value: str) -> list[Any]:
-    """The list of texts, messages or dialogues whose JSON a text is, or the text as the only item of a list."""
-    found = dialogue.as_list(value)
-    meant = found is not None and (not found or any(isinstance(item, str | Mapping | list) for item in found))
-    return found if found is not None and meant else [value]
+def _texts(record: Record, *fields: str) -> list[str]:
+    """The texts of fields that hold one or a list of them each, stripped."""
+    items = {name: item for field in fields for name, item in _items(record, field).items()}
+    return [required_text(items, name).strip() for name in items]
 
 
-def probe(record: Record, prompt_field: str, answer_field: str) -> list[dict[str, Any]]:
-    """One probe from two fields as a list of one, or an empty list where there is no prompt."""
-    prompt = optional_text(record, prompt_field)
-    answer = optional_text(record, answer_field)
-    return [] if prompt is None else [{"prompt": prompt, "answer": answer}]
-
-
-def probes(record: Record, field: str) -> list[dict[str, Any]]:
+def _probes(record: Record, field: str) -> list[dict[str, Any]]:
     """The probes of a field that holds a list (or the JSON of one) of `{prompt, answer}` or of plain prompts.
 
-    A prompt is a text or messages. It may not be left open by `{}`: another subject than the record's belongs there.
-
-    Raises:
-        FieldError: if the field holds something else.
+    They may not be left open by `{}`: another subject than the record's belongs there.
     """
     value = record.get(field)
     if value is None or value == "":
@@ -185,195 +143,121 @@ def probes(record: Record, field: str) -> list[dict[str, Any]]:
     found = dialogue.as_list(value) if isinstance(value, str) else value
     if not isinstance(found, list):
         raise FieldError(field, f"is {kind_of(value)}, not a list", 'write [{"prompt": "...", "answer": "..."}]')
-    return [_probe_of(item, f"{field}[{i}]") for i, item in enumerate(found)]
+    probes = []
+    for i, item in enumerate(found):
+        named, place = item if isinstance(item, Mapping) else {"prompt": item}, f"{field}[{i}]"
+        flat = {f"{place}.{key}": value for key, value in named.items()}
+        open_remedy = "write the subject that the probe asks about, or {{}} for the two signs themselves"
+        prompt = _prompt(flat, f"{place}.prompt", "give the prompt that must keep its answer", None, open_remedy)
+        probes.append({"prompt": prompt, "answer": _optional_text(flat, f"{place}.answer")})
+    return probes
 
 
-def _probe_of(item: Any, field: str) -> dict[str, Any]:
-    named = item if isinstance(item, Mapping) else {"prompt": item}
-    flat = {f"{field}.{key}": value for key, value in named.items()}
-    return {
-        "prompt": required_prompt(flat, f"{field}.prompt", PROBE_REMEDY, None, OPEN_PROBE_REMEDY),
-        "answer": optional_text(flat, f"{field}.answer"),
-    }
+def _identity(record: Record) -> dict[str, str | None]:
+    """The id, text or whole number, and the subject, both stripped; None where there is none."""
+    name = "id" if record.get("id") is not None else "case_id"
+    id, subject = record.get(name), _optional_text(record, "subject")
+    if type(id) is int:
+        id = str(id)
+    elif id is not None:
+        remedy = "give each record its own id, or leave the field out everywhere"
+        id = required_text(record, name, remedy).strip()
+    return {"id": id, "subject": subject and subject.strip()}
 
 
-def record_id(record: Record, *fields: str) -> str | None:
-    """The id in the first of `fields` that is there, as text; None where none is.
-
-    Raises:
-        FieldError: if the id is neither text nor a whole number, or empty.
-    """
-    for field in fields:
-        value = record.get(field)
-        if type(value) is int:
-            return str(value)
-        if value is not None:
-            remedy = "give each record its own id, or leave the field out everywhere"
-            return required_text(record, field, remedy).strip()
-    return None
-
-
-def subject_of(record: Record) -> str | None:
-    """The subject, stripped; None where there is none."""
-    found = optional_text(record, "subject")
-    return None if found is None else found.strip()
-
-
-def jsonl(record: Record) -> dict[str, Any]:
-    """The project's own format. A field that is nearly one of its names is an error, other extra fields are ignored."""
+def _own(record: Record) -> dict[str, Any]:
+    """A record of the project's own format. A field that is nearly one of its names is an error, others are ignored."""
     known = FORMATS["jsonl"].fields
-    for field in record:
+    for field in (field for field in record if field not in known):
         close = difflib.get_close_matches(str(field).lower(), sorted(known - record.keys()), n=1, cutoff=0.85)
-        if field not in known and close:
+        if close:
             raise FieldError(str(field), "is not a field of format 'jsonl'", f"did you mean '{close[0]}'?")
-    subject = subject_of(record)
+    found: dict[str, Any] = _identity(record)
+    subject = found["subject"]
+    found["prompt"] = _prompt(record, "prompt", _PROMPT_REMEDY, subject)
+    found["target"] = required_text(record, "target", _TARGET_REMEDY)
+    rephrases = _items(record, "rephrases")
+    if rephrases and all(isinstance(item, Mapping) for item in rephrases.values()):  # one dialogue
+        rephrases = {"rephrases": list(rephrases.values())}
+    found["rephrases"] = [_prompt(rephrases, name, _TEXT_REMEDY, subject) for name in rephrases]
+    return found | {name: _probes(record, name) for name in ("locality", "near")}
+
+
+def _published(record: Record, chosen: Format, neighbours: list[Any] | None = None) -> dict[str, Any]:
+    """A record of a published set, all its texts stripped; its probes are `neighbours`, where these are given."""
+    rephrases, (prompt, target) = _texts(record, *chosen.rephrases), chosen.required[0][:2]
+    question, answer = (_optional_text(record, field) for field in chosen.locality)
+    probes = [] if question is None else [{"prompt": question.strip(), "answer": answer and answer.strip()}]
+    probes = probes if neighbours is None else neighbours
     return {
-        "id": record_id(record, "id", "case_id"),
-        "subject": subject,
-        "prompt": required_prompt(record, "prompt", PROMPT_REMEDY, subject),
-        "target": required_text(record, "target", TARGET_REMEDY),
-        "rephrases": prompts(record, "rephrases", subject),
-        "locality": probes(record, "locality"),
-        "near": probes(record, "near"),
+        **_identity(record),
+        "prompt": required_text(record, prompt, _PROMPT_REMEDY).strip(),
+        "target": required_text(record, target, _TARGET_REMEDY).strip(),
+        "rephrases": rephrases,
+        "locality": probes,
+        "near": probes if chosen.neighbours else [],
     }
 
 
-def _published(
-    record: Record,
-    prompt: str,
-    target: str,
-    *,
-    rephrases: list[str],
-    locality: list[Any],
-    near: list[Any] | None = None,
-) -> dict[str, Any]:
-    """The record of a published set, all texts stripped."""
-    return {
-        "id": record_id(record, "id", "case_id"),
-        "subject": subject_of(record),
-        "prompt": required_text(record, prompt, PROMPT_REMEDY).strip(),
-        "target": required_text(record, target, TARGET_REMEDY).strip(),
-        "rephrases": [rephrase.strip() for rephrase in rephrases],
-        "locality": [_stripped(probe) for probe in locality],
-        "near": [_stripped(probe) for probe in near or ()],
-    }
-
-
-def _stripped(probe: Mapping[str, str | None]) -> dict[str, str | None]:
-    return {name: None if found is None else found.strip() for name, found in probe.items()}
-
-
-def zsre(record: Record) -> dict[str, Any]:
-    """ZsRE as prepared for MEND and WISE; the locality prompt is `loc` as it stands (`nq question: ...`)."""
-    rephrases, locality = texts(record, "rephrase"), probe(record, "loc", "loc_ans")
-    return _published(record, "src", "alt", rephrases=rephrases, locality=locality)
-
-
-def counterfact(record: Record) -> dict[str, Any]:
-    """CounterFact, flat or in ROME's nested layout; its locality prompts are neighbours and count as both."""
-    if record.get("requested_rewrite") is not None:
-        return _counterfact_nested(record)
-    near = probe(record, "locality_prompt", "locality_ground_truth")
-    rephrases = texts(record, "rephrase_prompt")
-    return _published(record, "prompt", "target_new", rephrases=rephrases, locality=near, near=near)
-
-
-def _counterfact_nested(record: Record) -> dict[str, Any]:
+def _nested_counterfact(record: Record, chosen: Format) -> dict[str, Any]:
+    """CounterFact in ROME's own layout; its neighbourhood prompts share the answer that is to be replaced."""
     name, rewrite = "requested_rewrite", record["requested_rewrite"]
     flat = {f"{name}.{key}": value for key, value in rewrite.items()} if isinstance(rewrite, Mapping) else {}
     for side in ("target_new", "target_true"):
         value = flat.get(f"{name}.{side}")
         flat[f"{name}.{side}.str"] = value.get("str") if isinstance(value, Mapping) else value
     subject = required_text(flat, f"{name}.subject").strip()
-    answer = optional_text(flat, f"{name}.target_true.str")
+    answer = _optional_text(flat, f"{name}.target_true.str")
     source = {
-        **record,
+        "id": record.get("id"),
+        "case_id": record.get("case_id"),
         "subject": subject,
-        "prompt": required_text(flat, f"{name}.prompt", PROMPT_REMEDY).replace("{}", subject),
-        "target": required_text(flat, f"{name}.target_new.str", TARGET_REMEDY),
+        "prompt": required_text(flat, f"{name}.prompt", _PROMPT_REMEDY).replace("{}", subject),
+        "target_new": required_text(flat, f"{name}.target_new.str", _TARGET_REMEDY),
+        "rephrase_prompt": _texts(record, "paraphrase_prompts"),
     }
-    near = [{"prompt": prompt, "answer": answer} for prompt in texts(record, "neighborhood_prompts")]
-    rephrases = texts(record, "paraphrase_prompts")
-    return _published(source, "prompt", "target", rephrases=rephrases, locality=near, near=near)
+    asked = _texts(record, "neighborhood_prompts")
+    return _published(source, chosen, [{"prompt": prompt, "answer": answer and answer.strip()} for prompt in asked])
 
 
-def wikibigedit(record: Record) -> dict[str, Any]:
-    """WikiBigEdit; the persona's way of asking counts as a rephrase, the multi-hop question is not read."""
-    rephrases = texts(record, "rephrase", "personas")
-    return _published(record, "update", "ans", rephrases=rephrases, locality=probe(record, "loc", "loc_ans"))
-
-
-def hallucination(record: Record) -> dict[str, Any]:
-    """SelfCheckGPT's WikiBio passages with the sentence that should follow; locality from RedPajama."""
-    locality = probe(record, "locality_prompt", "locality_ground_truth")
-    return _published(record, "prompt", "target_new", rephrases=[], locality=locality)
-
-
-def temporal(record: Record) -> dict[str, Any]:
-    """WISE's out-of-distribution set: recent facts, with a rephrase from the wild."""
-    locality = probe(record, "locality_prompt", "locality_ground_truth")
-    return _published(record, "prompt", "target_new", rephrases=texts(record, "ood_rephrase"), locality=locality)
-
-
-_LOCALITY = ("locality_prompt", "locality_ground_truth")
-
-FORMATS: Mapping[str, Format] = MappingProxyType(
-    {
-        entry.name: entry
-        for entry in (
-            Format(
-                "jsonl",
-                jsonl,
-                "the project's own: prompt, target and, where known, id, subject, rephrases, locality, near",
-                (("prompt", "target"),),
-                ("id", "subject", "rephrases", "locality", "near"),
-            ),
-            Format(
-                "zsre",
-                zsre,
-                "ZsRE as prepared for MEND and WISE",
-                (("src", "alt"),),
-                ("subject", "rephrase", "loc", "loc_ans"),
-            ),
-            Format(
-                "counterfact",
-                counterfact,
-                "CounterFact, flat (prompt, target_new, rephrase_prompt, ...) or ROME's own (requested_rewrite, ...)",
-                (("prompt", "target_new", "rephrase_prompt"), ("requested_rewrite",)),
-                ("case_id", "subject", "ground_truth", "paraphrase_prompts", "neighborhood_prompts", *_LOCALITY),
-            ),
-            Format(
-                "wikibigedit",
-                wikibigedit,
-                "WikiBigEdit: changes of Wikidata over time",
-                (("update", "ans"),),
-                ("subject", "rephrase", "personas", "mhop", "mhop_ans", "loc", "loc_ans", "tag"),
-            ),
-            Format(
-                "hallucination",
-                hallucination,
-                "SelfCheckGPT WikiBio with RedPajama locality",
-                (("prompt", "target_new", "locality_prompt"),),
-                ("subject", "locality_ground_truth"),
-            ),
-            Format(
-                "temporal",
-                temporal,
-                "WISE's out-of-distribution set of recent facts",
-                (("prompt", "target_new", "ood_rephrase"),),
-                ("subject", *_LOCALITY),
-            ),
-        )
-    }
+_ALL = (
+    Format("jsonl", (("prompt", "target"),), ("id", "subject", "rephrases", "locality", "near")),
+    Format(  # as prepared for MEND and WISE; the locality prompt is `loc` as it stands (`nq question: ...`)
+        "zsre",
+        (("src", "alt"),),
+        ("subject", "rephrase", "loc", "loc_ans"),
+        rephrases=("rephrase",),
+        locality=("loc", "loc_ans"),
+    ),
+    Format(  # flat, or in ROME's own layout
+        "counterfact",
+        (("prompt", "target_new", "rephrase_prompt"), ("requested_rewrite",)),
+        ("case_id", "subject", "ground_truth", "paraphrase_prompts", "neighborhood_prompts", *_LOCALITY),
+        rephrases=("rephrase_prompt",),
+        neighbours=True,
+    ),
+    Format(  # changes of Wikidata over time; a persona's way of asking counts as a rephrase
+        "wikibigedit",
+        (("update", "ans"),),
+        ("subject", "rephrase", "personas", "mhop", "mhop_ans", "loc", "loc_ans", "tag"),
+        rephrases=("rephrase", "personas"),
+        locality=("loc", "loc_ans"),
+    ),
+    Format(  # SelfCheckGPT's WikiBio passages with the sentence that should follow; locality from RedPajama
+        "hallucination", (("prompt", "target_new", "locality_prompt"),), ("subject", "locality_ground_truth")
+    ),
+    Format(  # WISE's out-of-distribution set: recent facts, with a rephrase from the wild
+        "temporal",
+        (("prompt", "target_new", "ood_rephrase"),),
+        ("subject", *_LOCALITY),
+        rephrases=("ood_rephrase",),
+    ),
 )
+FORMATS: Mapping[str, Format] = MappingProxyType({entry.name: entry for entry in _ALL})
 
 
 def get_format(name: str) -> Format:
-    """The format called `name`.
-
-    Raises:
-        ConfigError: if there is none: `unknown data format 'zrse': did you mean 'zsre'? known: ...`.
-    """
+    """The format called `name`. Raises `ConfigError` if there is none, naming the nearest."""
     if name in FORMATS:
         return FORMATS[name]
     close = difflib.get_close_matches(str(name), FORMATS, n=1)
@@ -383,13 +267,12 @@ def get_format(name: str) -> Format:
 
 def guess_format(record: Record) -> str | None:
     """The format whose fields look most like the record's (largest share in common), or None where none fits."""
+
+    def likeness(entry: Format) -> float:
+        return len(entry.fields & record.keys()) / len(entry.fields | record.keys())
+
     fitting = [entry for entry in FORMATS.values() if entry.fits(record)]
-    return max(fitting, key=lambda entry: _likeness(entry.fields, record)).name if fitting else None
-
-
-def _likeness(fields: frozenset[str], record: Iterable[str]) -> float:
-    present = set(record)
-    return len(fields & present) / len(fields | present)
+    return max(fitting, key=likeness).name if fitting else None
 
 
 def convert(record: Any, name: str) -> dict[str, Any]:
@@ -403,17 +286,15 @@ def convert(record: Any, name: str) -> dict[str, Any]:
     if not isinstance(record, Mapping):
         raise FieldError(None, f"is {kind_of(record)}, not an object", 'write each record as {"prompt": ..., ...}')
     if not chosen.fits(record):
-        _explain_misfit(record, chosen)
-    return chosen.convert(record)
-
-
-def _explain_misfit(record: Record, chosen: Format) -> None:
-    guess = guess_format(record)
-    if guess:
-        raise FieldError(
-            None, f"is not in format '{chosen.name}'", f"its fields look like format '{guess}': choose that"
-        )
-    if not any(field in record for layout in chosen.required for field in layout):
-        needed = " or ".join(", ".join(layout) for layout in chosen.required)
-        found = ", ".join(map(str, record)) or "none"
-        raise FieldError(None, f"is not in format '{chosen.name}'", f"it needs the fields {needed}; found: {found}")
+        guess, problem = guess_format(record), f"is not in format '{name}'"
+        if guess:
+            raise FieldError(None, problem, f"its fields look like format '{guess}': choose that")
+        if not any(field in record for layout in chosen.required for field in layout):
+            needed = " or ".join(", ".join(layout) for layout in chosen.required)
+            found = ", ".join(map(str, record)) or "none"
+            raise FieldError(None, problem, f"it needs the fields {needed}; found: {found}")
+    if name == "jsonl":
+        return _own(record)
+    if record.get("requested_rewrite") is not None and name == "counterfact":
+        return _nested_counterfact(record, chosen)
+    return _published(record, chosen)

@@ -12,8 +12,8 @@ import json
 import logging
 import random
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,25 +32,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FILE_SUFFIXES = (
-    ".json",
-    ".jsonl",
-    ".ndjson",
-    ".csv",
-    ".tsv",
-    ".parquet",
-    ".txt",
-    ".gz",
-    ".zip",
-    ".arrow",
-    ".yaml",
-    ".pt",
-)
 IRRELEVANT_FIELDS = ("question", "locality_prompt", "loc", "prompt")
 NAMED_AT_MOST = 10
 """How many ids or pairs of ids a warning names before it counts the rest."""
 
 _CODE = re.compile(r"[\n\r(){}\[\]=<>_;`\\]")
+_FILE = re.compile(r"\.(?:jsonl?|ndjson|csv|tsv|parquet|txt|gz|zip|arrow|yaml|pt)$", re.IGNORECASE)
 _FINAL = "?.？。｡؟"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -96,13 +83,6 @@ def same_question_key(prompt: str) -> str:
     return " ".join(prompt.casefold().split()).rstrip(f"{_FINAL} ") or prompt
 
 
-def to_dataset(records: Iterable[Mapping[str, Any]]) -> Dataset:
-    """Checked `jsonl` records as a `datasets.Dataset` in memory, with declared (never guessed) column types."""
-    text, probes = Value("string"), [{"prompt": Value("string"), "answer": Value("string")}]
-    features = Features(id=text, subject=text, prompt=text, target=text, rephrases=[text], locality=probes, near=probes)
-    return Dataset.from_list([dict(record) for record in records], features=features)
-
-
 def load_records(
     path_or_hub_name: str | Path,
     format: str = "jsonl",
@@ -111,19 +91,17 @@ def load_records(
     split: str = "train",
     sample_seed: int | None = None,
 ) -> RecordSet:
-    """Reads, checks and converts the edits of a local file or of a hub data set.
-
-    Every record of the source is checked, also those past `max_edits`.
+    """Reads, checks and converts the edits of a local file or of a hub data set, also those past `max_edits`.
 
     Args:
         path_or_hub_name: A file (`.jsonl`, `.json` with a list or with one object per line, `.csv`, `.tsv`,
             `.parquet`) or a hub name (`org/name`) where no such file exists.
         format: A name of :data:`formats.FORMATS`.
         max_edits: Stop after so many edits, not counting duplicates; None for all.
-        on_bad_record: `stop` raises for the first bad record, `skip` leaves bad records out and lists them in `bad`.
+        on_bad_record: `stop` raises for the first bad record, `skip` lists bad records in `bad`.
         split: The hub data set's split.
-        sample_seed: Draw the `max_edits` edits at random with this seed, from what the whole source comes to, and keep
-            the source's order; what repeats a drawn edit, or was superseded by it, comes along. None takes the first.
+        sample_seed: Draw the `max_edits` edits at random with this seed and keep the source's order; what repeats a
+            drawn edit, or was superseded by it, comes along. None takes the first.
 
     Raises:
         RecordError: for a file or record that is bad (in mode `skip`: where nothing good is left).
@@ -131,7 +109,10 @@ def load_records(
         RepairError: where the source cannot be read at all.
     """
     chosen = formats.get_format(format)
-    _check_settings(max_edits, on_bad_record)
+    if max_edits is not None and max_edits < 1:
+        raise ConfigError(f"max_edits must be 1 or more, or null for all, got {max_edits}")
+    if on_bad_record not in ("stop", "skip"):
+        raise ConfigError(f"on_bad_record must be 'stop' or 'skip', got '{on_bad_record}'")
     source, rows = str(path_or_hub_name), read_rows(path_or_hub_name, split)
     if not rows:
         raise RecordError(source, None, None, "holds no records", f"give at least one record in format '{format}'")
@@ -141,29 +122,22 @@ def load_records(
         if on_bad_record == "stop":
             raise first
         raise RecordError(source, None, None, f"skipping bad records leaves none: {first}", "mend at least one")
-    messages = tuple(str(RecordError.at(source, number, error)) for number, error in bad)
     if sample_seed is not None and max_edits is not None:
         good, repeated = _draw(good, repeated, max_edits, sample_seed)
         max_edits = None  # all that is said of the drawn prompts counts, also after the last of them has come up
-    found = _settle(good, max_edits)
-    prompts = {edit.id: edit.prompt for edit in good}
-    alike = ((edit.id, edit.id) for edit in repeated if edit.prompt != prompts[edit.id])
-    duplicates = (*(edit.id for edit in repeated), *found.duplicates)
-    result = replace(found, bad=messages, duplicates=duplicates, alike=(*alike, *found.alike))
-    _log_summary(source, result)
-    return result
+    messages = tuple(str(RecordError.at(source, number, error)) for number, error in bad)
+    found = _settle(good, repeated, messages, max_edits)
+    _log_summary(source, found)
+    return found
 
 
 def load_irrelevant(path: str | Path, prefix: str = "") -> tuple[str, ...]:
-    """Reads prompts that no edit should touch, for calibrating and training the router.
+    """Reads prompts that no edit should touch, in the file's order, for calibrating and training the router.
 
     Args:
         path: A file of records with one of the fields `question`, `locality_prompt`, `loc`, `prompt` (the first that
             the record has counts), or a hub name.
         prefix: Put before each prompt as it stands, such as `nq question: `; of messages, before the last turn.
-
-    Returns:
-        The prompts in the file's order.
 
     Raises:
         RecordError: for the first bad record, saying how many more there are.
@@ -175,25 +149,22 @@ def load_irrelevant(path: str | Path, prefix: str = "") -> tuple[str, ...]:
     prompts, bad = _attempt(rows, _irrelevant_prompt)
     if bad:
         raise RecordError.at(source, *bad[0], more=len(bad) - 1)
-    return tuple(dialogue.with_question(prompt, prefix + dialogue.question_of(prompt)) for _, prompt in prompts)
+    return tuple(dialogue.with_question(prompt, prefix + dialogue.question_of(prompt)) for prompt in prompts)
 
 
 def check_lengths(edits: Sequence[Edit], forms: Forms, max_tokens: int) -> dict[str, str]:
-    """Finds edits with a text that is too long for the model: prompt or rephrase with target and EOS, or a probe.
+    """Finds edits with a text of more than `max_tokens` tokens, or a dialogue that the base cannot be asked.
 
-    A dialogue that the base cannot be asked is found too.
-
-    Args:
-        edits: The edits to check.
-        forms: how the base is asked.
-        max_tokens: Most tokens a sequence may have, in tokens.
-
-    Returns:
-        Id of each offending edit -> a message that names its first over-long field; in the order of `edits`.
+    Prompt and rephrases count with target and EOS. Returns, in the order of `edits`, the id of each offending edit and
+    a message that names the first such field.
     """
     messages: dict[str, str] = {}
     for edit in edits:
-        for name, prompt, target in _model_texts(edit):
+        asked = [("prompt and target", edit.prompt, edit.target)]
+        asked += [(f"rephrases[{i}] and target", text, edit.target) for i, text in enumerate(edit.rephrases)]
+        for name in ("locality", "near"):
+            asked += [(f"{name}[{i}]", probe.prompt, probe.answer or "") for i, probe in enumerate(getattr(edit, name))]
+        for name, prompt, target in asked:
             problem = _unfit(forms, prompt, target, max_tokens)
             if problem is not None:
                 messages.setdefault(edit.id, f"edit '{edit.id}', field '{name}': {problem}")
@@ -217,61 +188,48 @@ def read_rows(path_or_hub_name: str | Path, split: str = "train") -> list[Any]:
         RepairError: where there is no such file, or it cannot be read.
     """
     path = Path(path_or_hub_name).expanduser()
-    if not path.exists() and _is_hub_name(str(path_or_hub_name)):
-        return _read_hub(str(path_or_hub_name), split)
+    name = str(path_or_hub_name)
+    looks_like_file = _FILE.search(name) or Path(name).parent.exists()
+    if _HUB_NAME.fullmatch(name) and not looks_like_file and not path.exists():
+        return _read_hub(name, split)
     if not path.is_file():
         problem = "is a folder, not a file" if path.is_dir() else "no such file"
-        raise RepairError(
-            f"{path_or_hub_name}: {problem}; give a .jsonl, .json, .csv or .parquet file, or a hub name org/name"
-        )
+        raise RepairError(f"{name}: {problem}; give a .jsonl, .json, .csv or .parquet file, or a hub name org/name")
     readers = {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet}
     try:
-        return readers.get(path.suffix.lower(), _read_json)(path, str(path_or_hub_name))
+        return readers.get(path.suffix.lower(), _read_json)(path)
+    except FieldError as error:
+        raise RecordError(name, None, None, error.problem, error.remedy) from None
     except OSError as error:
-        raise RepairError(f"{path_or_hub_name}: cannot be read ({error.strerror or error}); check the file") from error
-
-
-def _check_settings(max_edits: int | None, on_bad_record: str) -> None:
-    if max_edits is not None and max_edits < 1:
-        raise ConfigError(f"max_edits must be 1 or more, or null for all, got {max_edits}")
-    if on_bad_record not in ("stop", "skip"):
-        raise ConfigError(f"on_bad_record must be 'stop' or 'skip', got '{on_bad_record}'")
-
-
-def _is_hub_name(name: str) -> bool:
-    """True for `org/name` unless it looks like a file: a file's suffix, or a folder `org` that exists here."""
-    looks_like_file = name.lower().endswith(FILE_SUFFIXES) or Path(name).parent.exists()
-    return bool(_HUB_NAME.fullmatch(name)) and not looks_like_file
+        raise RepairError(f"{name}: cannot be read ({error.strerror or error}); check the file") from error
 
 
 def _read_hub(name: str, split: str) -> list[Any]:
     try:
         return list(load_dataset(name, split=split))
     except Exception as error:  # the hub client raises a dozen unrelated types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RepairError(
             f"{name}: no such file here, and the hub data set (split '{split}') could not be loaded: {reason}; "
             "check name, split and network"
         ) from error
 
 
-def _read_text(path: Path, source: str) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        remedy = "save it as UTF-8 text"
-        raise RecordError(source, None, None, f"is not UTF-8 text (byte {error.start})", remedy) from None
+        raise FieldError(None, f"is not UTF-8 text (byte {error.start})", "save it as UTF-8 text") from None
 
 
-def _read_json(path: Path, source: str) -> list[Any]:
+def _read_json(path: Path) -> list[Any]:
     """A JSON list, or one JSON value per line; which of them it is, the content says."""
-    text = _read_text(path, source)
+    text = _read_text(path)
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError) as error:
         if text.lstrip().startswith("[") and path.suffix.lower() == ".json":
-            problem, remedy = f"is not valid JSON ({_json_reason(error)})", "correct the file at that line"
-            raise RecordError(source, None, None, problem, remedy) from None
+            raise FieldError(None, _json_problem(error), "correct the file at that line") from None
         lines = enumerate(text.split("\n"), start=1)  # not splitlines: U+2028 may stand inside a JSON string
         return [_parse_line(number, line) for number, line in lines if line.strip()]
     return whole if isinstance(whole, list) else [whole]
@@ -281,55 +239,54 @@ def _parse_line(number: int, line: str) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        reason = _json_reason(error, number)
-        return FieldError(None, f"is not valid JSON ({reason})", "correct or remove that line")
+        return FieldError(None, _json_problem(error, number), "correct or remove that line")
 
 
-def _json_reason(error: Exception, line: int | None = None) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"line {line or error.lineno}, column {error.colno}: {error.msg}"
+def _json_problem(error: Exception, line: int | None = None) -> str:
     reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-    return f"line {line}: {reason}" if line else reason
+    if isinstance(error, json.JSONDecodeError):
+        reason = f"line {line or error.lineno}, column {error.colno}: {error.msg}"
+    elif line:
+        reason = f"line {line}: {reason}"
+    return f"is not valid JSON ({reason})"
 
 
-def _read_csv(path: Path, source: str) -> list[Any]:
+def _read_csv(path: Path) -> list[Any]:
     """CSV or TSV with a header line; every cell is a text, an empty one counts as missing."""
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    lines = csv.reader(io.StringIO(_read_text(path, source), newline=""), delimiter=delimiter, strict=True)
+    lines = csv.reader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter, strict=True)
     try:
         header, *cells = [line for line in lines if line] or [[]]
     except csv.Error as error:
         problem = f"is not valid CSV (line {lines.line_num}: {error})"
-        raise RecordError(source, None, None, problem, "correct the file at that line") from None
-    return [_csv_row(header, row) for row in cells]
+        raise FieldError(None, problem, "correct the file at that line") from None
+    remedy = "put cells with commas in quotes"
+    return [
+        {name: cell or None for name, cell in zip_longest(header, row)}
+        if len(row) <= len(header)
+        else FieldError(None, f"has {len(row)} cells, the header has {len(header)}", remedy)
+        for row in cells
+    ]
 
 
-def _csv_row(header: list[str], row: list[str]) -> Any:
-    if len(row) > len(header):
-        return FieldError(
-            None, f"has {len(row)} cells, the header has {len(header)}", "put cells with commas in quotes"
-        )
-    return {name: cell or None for name, cell in zip_longest(header, row)}
-
-
-def _read_parquet(path: Path, source: str) -> list[Any]:
+def _read_parquet(path: Path) -> list[Any]:
     try:
         return pq.read_table(path).to_pylist()
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         if isinstance(error, OSError) and error.errno:  # the file's, not its content's
             raise
         problem = f"is not a readable Parquet file ({str(error).splitlines()[0]})"
-        raise RecordError(source, None, None, problem, "write it again") from None
+        raise FieldError(None, problem, "write it again") from None
 
 
 def _attempt(rows: list[Any], convert: Callable[[int, Any], Any]) -> tuple[list[Any], list[tuple[int, FieldError]]]:
-    """`convert(number, row)` for each row, numbered from 1: the numbered results, and the numbered errors."""
+    """`convert(number, row)` for each row, numbered from 1: the results, and the errors with their numbers."""
     good, bad = [], []
     for number, row in enumerate(rows, start=1):
         try:
             if isinstance(row, FieldError):
                 raise row
-            good.append((number, convert(number, row)))
+            good.append(convert(number, row))
         except FieldError as error:
             bad.append((number, error))
     return good, bad
@@ -347,69 +304,32 @@ def _irrelevant_prompt(_: int, row: Any) -> str:
     return prompt if name == "prompt" else prompt.strip()  # the other names are those of published sets
 
 
-class _Checker:
-    """Converts the rows of one source in order, and remembers which ids and questions it has met."""
-
-    def __init__(self, chosen: formats.Format) -> None:
-        self.format = chosen
-        self.first_with_id: dict[str, tuple[int, Edit]] = {}
-        self.latest_target: dict[str, str] = {}
-
-    def __call__(self, number: int, row: Any) -> tuple[Edit, bool]:
-        """The edit, and whether it repeats the record that has its id already. Raises `FieldError`."""
-        record = formats.convert(row, self.format.name)
-        edit = Edit.from_dict({**record, "id": record["id"] or f"{self.format.name}-{number}"})
-        key = same_question_key(edit.prompt)
-        first, known = self.first_with_id.setdefault(edit.id, (number, edit))
-        if known is edit:
-            self.latest_target[key] = edit.target
-            return edit, False
-        if same_question_key(known.prompt) == key and known.target == edit.target == self.latest_target[key]:
-            return edit, True
-        raise FieldError("id", f"'{edit.id}' already belongs to record {first}", "give each record its own id")
-
-
 def _check_rows(
     source: str, rows: list[Any], chosen: formats.Format
 ) -> tuple[list[Edit], list[tuple[int, FieldError]], list[Edit]]:
     """The good edits, the numbered errors, and the records that repeat an earlier one, id included."""
-    _warn_of_better_format(source, rows[0], chosen)
-    checked, bad = _attempt(rows, _Checker(chosen))
-    good = [edit for _, (edit, repeats) in checked if not repeats]
-    return good, bad, [edit for _, (edit, repeats) in checked if repeats]
-
-
-def _warn_of_better_format(source: str, row: Any, chosen: formats.Format) -> None:
-    guess = formats.guess_format(row) if isinstance(row, Mapping) and chosen.fits(row) else None
+    guess = formats.guess_format(rows[0]) if isinstance(rows[0], Mapping) and chosen.fits(rows[0]) else None
     if guess and guess != chosen.name:
         logger.warning("%s: read as format '%s', though its fields look more like '%s'", source, chosen.name, guess)
+    first_with_id: dict[str, tuple[int, Edit]] = {}
+    latest_target: dict[str, str] = {}
+    repeated: list[Edit] = []
 
+    def check(number: int, row: Any) -> Edit | None:
+        record = formats.convert(row, chosen.name)
+        edit = Edit.from_dict({**record, "id": record["id"] or f"{chosen.name}-{number}"})
+        key = same_question_key(edit.prompt)
+        first, known = first_with_id.setdefault(edit.id, (number, edit))
+        if known is edit:
+            latest_target[key] = edit.target
+            return edit
+        if same_question_key(known.prompt) == key and known.target == edit.target == latest_target[key]:
+            repeated.append(edit)
+            return None
+        raise FieldError("id", f"'{edit.id}' already belongs to record {first}", "give each record its own id")
 
-def _warn_of_alike(source: str, alike: Sequence[tuple[str, str]]) -> None:
-    if alike:
-        logger.warning(
-            "%s: %s with the same question but for case, blanks or the final mark: %s; the later of two is dropped "
-            "where its target is the same, and supersedes the earlier where it is another",
-            source,
-            counted(len(alike), "pair"),
-            named([f"'{earlier}' and '{later}'" for earlier, later in alike]),
-        )
-
-
-def _warn_of_absent_subjects(source: str, edits: Sequence[Edit]) -> None:
-    absent = [f"'{edit.id}'" for edit in edits if edit.subject and not _holds(edit.prompt, edit.subject)]
-    if absent:
-        logger.warning(
-            "%s: %s a subject that does not stand in the prompt: %s; such an edit is found by its whole prompt alone; "
-            "write the subject as the prompt does, or leave it out",
-            source,
-            f"{counted(len(absent), 'edit')} {'has' if len(absent) == 1 else 'have'}",
-            named(absent),
-        )
-
-
-def _holds(prompt: str, subject: str) -> bool:
-    return subject.casefold() in dialogue.shown(prompt).casefold()
+    checked, bad = _attempt(rows, check)
+    return [edit for edit in checked if edit is not None], bad, repeated
 
 
 def named(names: Sequence[str]) -> str:
@@ -418,12 +338,13 @@ def named(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMED_AT_MOST]) + (f" and {more:,} more" if more > 0 else "")
 
 
-def _settle(edits: Sequence[Edit], max_edits: int | None) -> RecordSet:
+def _settle(edits: Sequence[Edit], repeated: Sequence[Edit], bad: tuple[str, ...], max_edits: int | None) -> RecordSet:
     """Drops duplicates and lets later edits supersede earlier ones, over the first records that yield `max_edits`."""
     live: dict[str, int] = {}
     replaced: dict[int, str] = {}
-    duplicates: list[str] = []
-    alike: list[tuple[str, str]] = []
+    prompts = {edit.id: edit.prompt for edit in edits}
+    duplicates = [edit.id for edit in repeated]
+    alike = [(edit.id, edit.id) for edit in repeated if edit.prompt != prompts[edit.id]]
     for i, edit in enumerate(edits):
         if len(live) == max_edits:
             break
@@ -437,11 +358,13 @@ def _settle(edits: Sequence[Edit], max_edits: int | None) -> RecordSet:
         if earlier is not None:
             replaced[earlier] = key
         live[key] = i
-    dataset = to_dataset(edit.as_dict() for edit in edits).select(sorted(live.values()))
-    kept = tuple(Edit.from_dict(record) for record in dataset.to_list())
+    text, probes = Value("string"), [{"prompt": Value("string"), "answer": Value("string")}]
+    features = Features(id=text, subject=text, prompt=text, target=text, rephrases=[text], locality=probes, near=probes)
+    records = [edits[i].as_dict() for i in sorted(live.values())]
+    kept = tuple(map(Edit.from_dict, Dataset.from_list(records, features=features).to_list()))
     superseded = {edits[old].id: edits[live[key]].id for old, key in replaced.items()}
     older = tuple(edits[old] for old in sorted(replaced))
-    return RecordSet(kept, (), superseded, tuple(duplicates), older, tuple(alike))
+    return RecordSet(kept, bad, superseded, tuple(duplicates), older, tuple(alike))
 
 
 def _draw(good: Sequence[Edit], repeated: Sequence[Edit], number: int, seed: int) -> tuple[list[Edit], list[Edit]]:
@@ -457,17 +380,24 @@ def _draw(good: Sequence[Edit], repeated: Sequence[Edit], number: int, seed: int
 
 
 def _log_summary(source: str, found: RecordSet) -> None:
-    _warn_of_alike(source, found.alike)
-    _warn_of_absent_subjects(source, found.edits)
+    if found.alike:
+        logger.warning(
+            "%s: %s with the same question but for case, blanks or the final mark: %s; the later of two is dropped "
+            "where its target is the same, and supersedes the earlier where it is another",
+            source,
+            counted(len(found.alike), "pair"),
+            named([f"'{earlier}' and '{later}'" for earlier, later in found.alike]),
+        )
+    subjects = [(edit, edit.subject.casefold()) for edit in found.edits if edit.subject]
+    absent = [f"'{edit.id}'" for edit, subject in subjects if subject not in dialogue.shown(edit.prompt).casefold()]
+    if absent:
+        logger.warning(
+            "%s: %s a subject that does not stand in the prompt: %s; such an edit is found by its whole prompt alone; "
+            "write the subject as the prompt does, or leave it out",
+            source,
+            f"{counted(len(absent), 'edit')} {'has' if len(absent) == 1 else 'have'}",
+            named(absent),
+        )
     parts = [counted(len(found.edits), "edit"), f"{counted(len(found.bad), 'bad record')} skipped"]
     parts += [f"{counted(len(found.duplicates), 'duplicate')} dropped", f"{len(found.superseded)} superseded"]
     logger.info("%s: %s", source, ", ".join(parts))
-
-
-def _model_texts(edit: Edit) -> Iterable[tuple[str, str, str]]:
-    yield "prompt and target", edit.prompt, edit.target
-    for i, rephrase in enumerate(edit.rephrases):
-        yield f"rephrases[{i}] and target", rephrase, edit.target
-    for name in ("locality", "near"):
-        for i, probe in enumerate(getattr(edit, name)):
-            yield f"{name}[{i}]", probe.prompt, probe.answer or ""

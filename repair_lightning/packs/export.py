@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from repair_lightning.packs.pack import (
     BASE_FOLDER,
     CONFIG_FILE,
     PackedModel,
-    base_in,
+    base_of,
     check_base,
     fold_into,
     load_ledger,
@@ -70,32 +70,25 @@ def export_pack(
     Raises:
         RepairError: the pack is damaged, the folder is taken or cannot be written, or there is nothing to merge.
     """
+    pack, to = Path(pack), Path(to)
     if max_edits is not None and max_edits < 1:
         raise ConfigError(f"max_edits must be at least 1, got {max_edits}; leave it out to ask all")
-    _check_target(Path(to), overwrite)
+    taken = to.exists() and not (to.is_dir() and not any(to.iterdir()))
+    if taken and not (to / REPORT_FILE).is_file():
+        raise ConfigError(f"'{to}' is not empty and no export; give --to a new folder")
+    if taken and not overwrite:
+        raise ConfigError(f"'{to}' is not empty; give --to a new folder, or --overwrite to replace that export")
     config, tensors = read_pack(pack)
     if not merged:
-        return _export_whole(Path(pack), Path(to), config, base)
+        return _export_whole(pack, to, config, base)
     model = open_pack(pack, config, tensors, base, precision)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return _export_merged(model, tensors, Path(to), max_edits)
+    return _export_merged(model, tensors, to, max_edits)
 
 
-def _check_target(to: Path, overwrite: bool) -> None:
-    if not to.exists() or (to.is_dir() and not any(to.iterdir())):
-        return
-    if not (to / REPORT_FILE).is_file():
-        raise ConfigError(f"'{to}' is not empty and no export; give --to a new folder")
-    if not overwrite:
-        raise ConfigError(f"'{to}' is not empty; give --to a new folder, or --overwrite to replace that export")
-
-
-# -- with the base -----------------------------------------------------------------------------------------------------
-
-
-def _export_whole(pack: Path, to: Path, config: Mapping[str, Any], base: str | None) -> dict[str, Any]:
+def _export_whole(pack: Path, to: Path, config: dict[str, Any], base: str | None) -> dict[str, Any]:
     """Nothing is loaded: the files are copied as they are, and what came over is checked."""
-    files = base_files(base or base_in(pack) or config["base"]["name"])
+    files = base_files(base or base_of(pack, config))
     check_base(config, str(files[0].parent), weights_hash_of(files[0].parent))
     report = {"kind": "with its base", "base": config["base"], "live_edits": len(live_edits(load_ledger(pack)))}
 
@@ -113,9 +106,6 @@ def _export_whole(pack: Path, to: Path, config: Mapping[str, Any], base: str | N
     return report
 
 
-# -- merged ------------------------------------------------------------------------------------------------------------
-
-
 def live_edits(ledger: Ledger) -> list[Edit]:
     """The edits that a model holds, in order of arrival."""
     held = ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED)
@@ -127,8 +117,11 @@ def _export_merged(model: PackedModel, tensors: dict[str, Tensor], to: Path, max
     if not edits:
         raise RepairError("the pack holds no live edit: there is nothing to merge; export without --merged")
     model.prefixes = PrefixCache(model.split)
-    scorer, kept = _scorer(model, edits[:max_edits], irrelevant["held_out"][1::2])
-    owners = torch.tensor([_owner(model, question.edit) for question in scorer.questions])
+    asked = edits[:max_edits]
+    if not any(edit.locality for edit in asked):  # irrelevant prompts that the merge does not look at stand in
+        asked[0] = replace(asked[0], locality=tuple(map(Probe, irrelevant["held_out"][1::2])))
+    scorer = Scorer(model, asked)
+    owners = torch.tensor([model.ledger.owner_of(question.edit) for question in scorer.questions])
     nobody = torch.full((len(owners),), BASE)
     log.info("measuring the routed model: %d prompts", len(scorer.questions))
     scorer.score("before", oracle_choice(scorer.questions, nobody), nobody)  # the base, before anything changes it
@@ -141,7 +134,7 @@ def _export_merged(model: PackedModel, tensors: dict[str, Tensor], to: Path, max
         "kind": "merged",
         "base": model.card["base"],
         "live_edits": len(edits),
-        "asked": {"edits": len(edits[:max_edits]), "unrelated": kept},
+        "asked": {"edits": len(asked), "unrelated": sum(len(edit.locality) for edit in asked)},
         "keep": keep,
         "routed": routed,
         "merged": after,
@@ -156,34 +149,14 @@ def _export_merged(model: PackedModel, tensors: dict[str, Tensor], to: Path, max
     return report
 
 
-def _scorer(model: PackedModel, edits: Sequence[Edit], unrelated: Sequence[str]) -> tuple[Scorer, int]:
-    """Asks the edits' prompts with all that belongs to them, and how many unrelated prompts; where the edits bring
-    none, irrelevant ones that the merge does not look at stand in."""
-    asked = list(edits)
-    if not any(edit.locality for edit in asked):
-        asked[0] = replace(asked[0], locality=tuple(Probe(prompt) for prompt in unrelated))
-    return Scorer(model, asked), sum(len(edit.locality) for edit in asked)
-
-
-def _owner(model: PackedModel, id: str) -> int:
-    owner = model.ledger.owner_of(id)
-    return BASE if owner is None else owner
-
-
 @torch.no_grad()
 def merge_into_base(
     model: PackedModel, edits: Sequence[Edit], background: Sequence[str], guard: Sequence[str]
 ) -> float:
-    """Fuse all shards into the base's W_v, so that the base alone says the edits as far as one matrix can.
+    """Fuse what the shards add for live edits into the base's W_v, so that the base alone says them.
 
-    Args:
-        model: what its shards add for the edits is fused; the shards stay.
-        edits: live edits; only their prompts and targets are read.
-        background: unrelated prompts that should keep their answers.
-        guard: other unrelated prompts, by which the weight of what must stay is chosen.
-
-    Returns:
-        that weight.
+    Unrelated prompts of the `background` should keep their answers, as far as one matrix can; by those of the `guard`
+    the weight of what must stay is chosen, which is returned.
     """
     keys, values = _said(model, edits)
     rows = [row for row in map(model.forms.ids, background) if row]
@@ -213,10 +186,10 @@ def _said(model: PackedModel, edits: Sequence[Edit]) -> tuple[Tensor, Tensor]:
     captures = model.captures([row.ids for row in rows])
     for edit, row, capture in zip(edits, rows, captures, strict=True):
         key = capture.activations[len(row.prompt) - 1 : len(row.ids) - 1].float()
-        owner = _owner(model, edit.id)
+        owner = model.ledger.owner_of(edit.id)
         keys.append(key)
         nothing = key.new_zeros(len(key), model.memory.shape[0])  # an earlier merge wrote it into W_v
-        values.append(nothing if owner == BASE else model.memory[owner].product(key))
+        values.append(nothing if owner in (None, BASE) else model.memory[owner].product(key))
     return torch.cat(keys), torch.cat(values)
 
 

@@ -12,28 +12,20 @@ from repair_lightning.errors import RepairError
 from repair_lightning.storage.folders import whereabouts
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-
-PATTERNS = ("*.json", "*.safetensors", "*.parquet")
+PATTERNS = ["*.json", "*.safetensors", "*.parquet"]
 """What is downloaded and uploaded: nothing that could run."""
 
 
 def download(name_or_path: str, **options: Any) -> Path:
-    """The folder of a pack: the one that is named, or what the hub holds under that name.
+    """The folder of a pack: the one that is named, or what the hub holds under the name `org/name`.
 
-    Args:
-        name_or_path: a folder, or a hub name `org/name`.
-        options: as `snapshot_download` takes them.
-
-    Raises:
-        RepairError: neither is there.
+    `options` are those of `snapshot_download`. Raises `RepairError` where the hub does not give it.
     """
     path = Path(name_or_path).expanduser()
     if not _HUB_NAME.fullmatch(name_or_path) or whereabouts(path).exists() or path.parent.exists():
         return path
     try:
-        return Path(
-            snapshot_download(name_or_path, allow_patterns=list(PATTERNS), ignore_patterns="merged/*", **options)
-        )
+        return Path(snapshot_download(name_or_path, allow_patterns=PATTERNS, ignore_patterns="merged/*", **options))
     except Exception as error:  # the hub client raises a dozen unrelated types
         raise RepairError(
             f"'{name_or_path}' is no folder here, and the hub does not give it ({_first_line(error)}); give the folder "
@@ -41,34 +33,20 @@ def download(name_or_path: str, **options: Any) -> Path:
         ) from error
 
 
-def upload(
-    folder: Path,
-    repo_id: str,
-    private: bool | None = None,
-    token: str | None = None,
-    revision: str | None = None,
-    commit_message: str = "Upload a REPAIR-Lightning pack",
-) -> str:
+def upload(folder: Path, repo_id: str, private: bool | None = None, token: str | None = None, **options: Any) -> str:
     """Upload a pack and return its address; the repository is made where it is missing.
 
-    Raises:
-        RepairError: the hub refuses it or cannot be reached.
+    `options` are those of `upload_folder`. Raises `RepairError` where the hub refuses it or cannot be reached.
     """
+    options = {"commit_message": "Upload a REPAIR-Lightning pack"} | options
     api = HfApi(token=token)
     try:
         name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        done = api.upload_folder(
-            repo_id=name,
-            folder_path=folder,
-            revision=revision,
-            commit_message=commit_message,
-            allow_patterns=list(PATTERNS),
-        )
+        return str(api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=PATTERNS, **options))
     except Exception as error:  # the hub client raises a dozen unrelated types
         raise RepairError(
             f"the pack cannot be uploaded to '{repo_id}' ({_first_line(error)}); check name, token and network"
         ) from error
-    return str(done)
 
 
 def _first_line(error: Exception) -> str:

@@ -28,7 +28,7 @@ from repair_lightning.memory.routers import make_router
 from repair_lightning.memory.shards import shard_from
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.models.architectures import architecture_of, value_shape
-from repair_lightning.models.base import Base, files_hash, load_base
+from repair_lightning.models.base import files_hash, load_base
 from repair_lightning.models.edited import EditedModel
 from repair_lightning.packs.hub import download, upload
 from repair_lightning.storage.folders import replace_folder, whereabouts
@@ -39,30 +39,19 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 3
-FOLDED = "base.value_weight."
-"""What the names of the base's W_v begin with where they were written into; the layer's number follows."""
-OWN, ROUTER = "own.", "router."
-"""What the names of the tensors begin with that the method itself remembers."""
-LOW_RANK = "low_rank."
-"""What the names of the low-rank shards' tensors begin with."""
-CONFIG_FILE, WEIGHTS_FILE, LEDGER_FILE, MERGED_FOLDER = (
-    "repair_config.json",
-    "side_memory.safetensors",
-    "ledger.parquet",
-    "merged",
-)
-JOURNAL_FILE = "journal.parquet"
-BASE_FOLDER = "base"
-"""Where a self-contained pack holds its base; see `repair_lightning.packs.export`."""
+CONFIG_FILE, WEIGHTS_FILE, LEDGER_FILE = "repair_config.json", "side_memory.safetensors", "ledger.parquet"
+JOURNAL_FILE, MERGED_FOLDER = "journal.parquet", "merged"
 OURS = (CONFIG_FILE, WEIGHTS_FILE, LEDGER_FILE, JOURNAL_FILE, MERGED_FOLDER)
 """What saving a pack replaces; other files in its folder are kept."""
+BASE_FOLDER = "base"
+"""Where a self-contained pack holds its base; see `repair_lightning.packs.export`."""
 SEAL = "config_sha256"
+FOLDED, OWN, ROUTER, LOW_RANK = "base.value_weight.", "own.", "router.", "low_rank."
+"""What the names of tensors begin with: of the W_v that were written into (the layer follows), of what the method and
+the router remember, and of the low-rank shards."""
 
 Put = Callable[[Path], object]
 """Writes a file or a folder at the path that it is given."""
-
-
-# -- saving ------------------------------------------------------------------------------------------------------------
 
 
 def save_pack(
@@ -107,8 +96,7 @@ def _write(
     also: Mapping[str, Put],
 ) -> Path:
     """Write a pack: what `config` says of its origin, and the memory, the router and the weights as they are."""
-    state, memory = edited.router.state_dict(), edited.memory
-    tensors = written_tensors(edited, own)
+    router, memory, tensors = edited.router, edited.memory, written_tensors(edited, own)
     content = {
         "format_version": FORMAT_VERSION,
         **config,
@@ -116,37 +104,28 @@ def _write(
         "mask_ratio": memory.mask_ratio,
         "next_shard": memory.next_id,
         "shards": {str(shard): memory[shard].generation for shard in memory.ids},
-        "router": {"name": edited.router.name, "options": edited.router.options(), "state": _plain(state)},
+        "router": {"name": router.name, "options": router.options(), "state": _plain(router.state_dict())},
         "own": _plain(own),
     }
 
     def fill(part: Path) -> None:
-        _save_tensors(tensors, part / WEIGHTS_FILE)
+        try:
+            save_file(tensors, part / WEIGHTS_FILE)
+        except SafetensorError as error:  # it reports a full disk too
+            raise OSError(str(error)) from error
+        (part / WEIGHTS_FILE).chmod(0o644)  # safetensors writes for the owner alone
         ledger.to_parquet(part / LEDGER_FILE)
         for name, put in also.items():
             put(part / name)
         files = {file.name: files_hash([file]) for file in sorted(part.iterdir()) if file.is_file()}
-        config = sealed({**content, "files": files})
-        (part / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        _verify(part, tensors, ledger)
+        text = json.dumps(sealed({**content, "files": files}), indent=1)
+        (part / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        _, found = read_pack(part)
+        same = found.keys() == tensors.keys() and all(_same_bits(found[key], tensors[key]) for key in tensors)
+        if not same or load_ledger(part) != ledger:
+            raise RepairError(f"pack '{part}': what is read back is not what was written; check the disk")
 
     return replace_folder(folder, fill, OURS, "pack")
-
-
-def _save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    try:
-        save_file(tensors, file)
-    except SafetensorError as error:  # it reports a full disk too
-        raise OSError(str(error)) from error
-    file.chmod(0o644)  # safetensors writes for the owner alone
-
-
-def _verify(folder: Path, tensors: Mapping[str, Tensor], ledger: Ledger) -> None:
-    """Read back what was written."""
-    _, found = read_pack(folder)
-    same = found.keys() == tensors.keys() and all(_same_bits(found[key], tensors[key]) for key in tensors)
-    if not same or load_ledger(folder) != ledger:
-        raise RepairError(f"pack '{folder}': what is read back is not what was written; check the disk")
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
@@ -161,13 +140,19 @@ def sealed(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def written_tensors(edited: EditedModel, own: Mapping[str, Any]) -> dict[str, Tensor]:
-    """All that editing has left: the shards, what the router knows, each W_v that was written into, and what the method
-    remembers."""
-    router = edited.router.state_dict()
-    weights = {f"{ROUTER}{key}": value for key, value in router.items() if isinstance(value, Tensor)}
-    weights |= {f"{FOLDED}{layer}": value for layer, value in edited.weights.state().items()}
-    weights |= {f"{OWN}{key}": value for key, value in own.items() if isinstance(value, Tensor)}
-    return shard_tensors(edited.memory) | {key: value.cpu().contiguous() for key, value in weights.items()}
+    """All that editing has left, by name: shards, router, each W_v that was written into, what the method remembers."""
+    state = {f"{ROUTER}{key}": value for key, value in edited.router.state_dict().items()}
+    state |= {f"{FOLDED}{layer}": value for layer, value in edited.weights.state().items()}
+    state |= {f"{OWN}{key}": value for key, value in own.items()}
+    tensors = {key: value.cpu().contiguous() for key, value in state.items() if isinstance(value, Tensor)}
+    return shard_tensors(edited.memory) | tensors
+
+
+def shard_tensors(memory: SideMemory) -> dict[str, Tensor]:
+    """The shards: dense deltas, masks in bits with the values that they open, and low-rank factors."""
+    found = {f"shard.{id}.{key}": value for id in memory.ids for key, value in memory[id].state_dict().items()}
+    found |= {f"{LOW_RANK}{key}": value for key, value in memory.low_rank_tensors().items()}
+    return {key: value.cpu().contiguous() for key, value in found.items()}
 
 
 def bytes_left(editor: Editor) -> int:
@@ -189,18 +174,6 @@ def _part(tensors: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
     return {key[len(start) :]: value for key, value in tensors.items() if key.startswith(start)}
 
 
-def shard_tensors(memory: SideMemory) -> dict[str, Tensor]:
-    """The dense shards' deltas, a masked one as its bit-packed mask and the values that the mask opens; the low-rank
-    shards' factors."""
-    states = ((shard, memory[shard].state_dict()) for shard in memory.ids)
-    found = {f"shard.{shard}.{key}": value for shard, state in states for key, value in state.items()}
-    found |= {f"{LOW_RANK}{key}": value for key, value in memory.low_rank_tensors().items()}
-    return {key: value.cpu().contiguous() for key, value in found.items()}
-
-
-# -- loading -----------------------------------------------------------------------------------------------------------
-
-
 def read_pack(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A pack's configuration and tensors; every file of it is checked against its hash first.
 
@@ -216,27 +189,32 @@ def read_pack(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if version != FORMAT_VERSION:
             words = f"pack '{folder}' has format version {version}; this release reads {FORMAT_VERSION}"
             raise RepairError(f"{words}: train.py writes the edits of its {LEDGER_FILE} again")
-        _check_hashes(folder, place, config)
+        if sealed(config) != config:
+            raise ValueError(f"{CONFIG_FILE} is not as it was written")
+        files = config.get("files")
+        if not isinstance(files, dict) or not {WEIGHTS_FILE, LEDGER_FILE} <= files.keys():
+            raise ValueError(f"{CONFIG_FILE} does not list its files")
+        for name, sha256 in files.items():
+            if Path(name).name != name:
+                raise ValueError(f"{CONFIG_FILE} names a file elsewhere, {name!r}")
+            if files_hash([place / name]) != sha256:
+                raise ValueError(f"{name} is not the file that {CONFIG_FILE} was written for")
         return config, load_file(place / WEIGHTS_FILE)
     except (ValueError, RecursionError, SafetensorError, OSError) as error:
         raise _damaged(folder, str(error)) from error
 
 
-def _check_hashes(folder: str | Path, place: Path, config: Mapping[str, Any]) -> None:
-    if sealed(config) != config:
-        raise _damaged(folder, f"{CONFIG_FILE} is not as it was written")
-    files = config.get("files")
-    if not isinstance(files, dict) or not {WEIGHTS_FILE, LEDGER_FILE} <= files.keys():
-        raise _damaged(folder, f"{CONFIG_FILE} does not list its files")
-    for name, sha256 in files.items():
-        if Path(name).name != name:
-            raise _damaged(folder, f"{CONFIG_FILE} names a file elsewhere, {name!r}")
-        if files_hash([place / name]) != sha256:
-            raise _damaged(folder, f"{name} is not the file that {CONFIG_FILE} was written for")
-
-
 def _damaged(folder: str | Path, problem: str) -> RepairError:
     return RepairError(f"pack '{folder}' is damaged: {problem.splitlines()[0]}; restore it from a copy")
+
+
+@contextmanager
+def _fits(folder: str | Path) -> Iterator[None]:
+    """What goes wrong inside is the fault of the pack's configuration."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise _damaged(folder, f"{CONFIG_FILE} does not fit ({type(error).__name__}: {error})") from error
 
 
 class PackedModel(EditedModel):
@@ -266,14 +244,11 @@ class PackedModel(EditedModel):
         """The model of a pack in a folder or on the Hugging Face hub; its `tokenizer` is with it.
 
         Args:
-            name_or_path: the folder, or a hub name `org/name`; of a hub repository only JSON, safetensors and Parquet
-                files are downloaded.
-            base: the base's folder or hub name; None takes the one in the pack's folder, else the name that it
-                remembers.
+            name_or_path: the folder, or a hub name `org/name`; only JSON, safetensors and Parquet files are downloaded.
+            base: the base's folder or hub name; None takes the one in the pack's folder, else the one it remembers.
             precision: of the base.
             trust_remote_code: let the base's repository run its own code.
-            hub: `revision`, `token`, `cache_dir`, `local_files_only`, as `huggingface_hub.snapshot_download` takes
-                them.
+            hub: as `huggingface_hub.snapshot_download` takes it: `revision`, `token`, `cache_dir`.
 
         Raises:
             RepairError: no such pack, or it is damaged or belongs to another base.
@@ -283,19 +258,15 @@ class PackedModel(EditedModel):
         model = open_pack(folder, config, tensors, base, precision, trust_remote_code)
         fold_into(model, tensors)
         if not any(model.ledger.owner_of(id) is not None for id in model.ledger):
-            log.warning("pack '%s' holds no written edit (%s): the base answers every prompt", folder, _counts(model))
+            counts = ", ".join(f"{n:,} {status}" for status, n in model.ledger.counts().items() if n) or "none at all"
+            log.warning("pack '%s' holds no written edit (%s): the base answers every prompt", folder, counts)
         return model
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **hub: Any) -> Path:
-        """Write the pack; returns the folder. The base is not in it.
+        """Write the pack, without its base; returns the folder.
 
-        Args:
-            save_directory: where.
-            push_to_hub: also upload it, see :meth:`push_to_hub`.
-            hub: for the upload; `repo_id` is the folder's name unless given.
-
-        Raises:
-            RepairError: it cannot be written or uploaded.
+        With `push_to_hub` it is uploaded too, `hub` as :meth:`push_to_hub` takes it; the default `repo_id` is the
+        folder's name. Raises `RepairError` where it cannot be written or uploaded.
         """
         origin = {key: self.card[key] for key in ("editor", "options", "base", "layer", "irrelevant", "provenance")}
         also = {name: partial(Path.write_bytes, data=content) for name, content in self.more.items()}
@@ -305,38 +276,18 @@ class PackedModel(EditedModel):
         return folder
 
     def push_to_hub(self, repo_id: str, **hub: Any) -> str:
-        """Upload the pack to the Hugging Face hub; returns the address.
+        """Upload the pack to the Hugging Face hub as `org/name`, made where it is missing; returns the address.
 
-        Args:
-            repo_id: `org/name`; made where it is missing.
-            hub: `private`, `token`, `revision`, `commit_message`.
-
-        Raises:
-            RepairError: it cannot be uploaded.
+        `hub` holds `private`, `token`, `revision`, `commit_message`. Raises `RepairError` where it cannot be uploaded.
         """
         with tempfile.TemporaryDirectory() as folder:
             return upload(self.save_pretrained(Path(folder) / "pack"), repo_id=repo_id, **hub)
 
 
-def _counts(model: PackedModel) -> str:
-    return ", ".join(f"{n:,} {status}" for status, n in model.ledger.counts().items() if n) or "none at all"
-
-
 def load_edited(
     folder: str | Path, base: str | None = None, precision: str = "auto", trust_remote_code: bool = False
 ) -> tuple[PackedModel, Any]:
-    """An edited model and its tokenizer from a pack and the base that it was made with.
-
-    Args:
-        folder: the pack, or the name of one on the Hugging Face hub.
-        base: the base's folder or hub name; None takes the one in the pack's folder, else the name that the pack
-            remembers.
-        precision: of the base.
-        trust_remote_code: let the base's repository run its own code.
-
-    Raises:
-        RepairError: the pack is damaged or belongs to another base.
-    """
+    """An edited model and its tokenizer; for arguments and errors see :meth:`PackedModel.from_pretrained`."""
     model = PackedModel.from_pretrained(folder, base, precision, trust_remote_code)
     return model, model.tokenizer
 
@@ -352,154 +303,29 @@ def open_pack(
     """The model of a pack that was read, before :func:`fold_into`: its base still has its own weights."""
     ledger = load_ledger(folder)
     with _fits(folder):
-        loaded = _base_of(config, base or base_in(folder), precision, trust_remote_code)
-        model = _edited_from(config, tensors, loaded)
-        further = [name for name in config["files"] if name not in (WEIGHTS_FILE, LEDGER_FILE)]
-        more = {name: (whereabouts(folder) / name).read_bytes() for name in further}
-        model.own = _own_state(config, tensors)
-    model.card, model.ledger, model.more = dict(config), ledger, more
+        layer, router = config["layer"], make_router(config["router"]["name"], **config["router"]["options"])
+        loaded = load_base(base or base_of(folder, config), precision, trust_remote_code)
+        check_base(config, loaded.name, loaded.sha256)
+        memory = memory_from(config, tensors)
+        found = value_shape(architecture_of(loaded.model).value_module(loaded.model, layer))
+        if found != memory.shape:
+            raise ValueError(f"its shards are {memory.shape}, the value matrix of layer {layer} is {found}")
+        router.load_state_dict(config["router"]["state"] | _part(tensors, ROUTER))
+        forms = loaded.forms(config["options"].get("template", "auto"))
+        memory = memory.to(loaded.model.device)
+        model = PackedModel(loaded.model, loaded.tokenizer, memory, router, layer, forms)
+        more = [name for name in config["files"] if name not in (WEIGHTS_FILE, LEDGER_FILE)]
+        model.more = {name: (whereabouts(folder) / name).read_bytes() for name in more}
+        model.own = config["own"] | _part(tensors, OWN)
+    model.card, model.ledger = dict(config), ledger
     model.target_of = lambda id: ledger.edit(id).target if id in ledger else None
     return model.eval()
 
 
-@contextmanager
-def _fits(folder: str | Path) -> Iterator[None]:
-    """What goes wrong inside is the fault of the pack's configuration."""
-    try:
-        yield
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise _damaged(folder, f"{CONFIG_FILE} does not fit ({type(error).__name__}: {error})") from error
-
-
-def base_in(folder: str | Path) -> str | None:
-    """The base that a self-contained pack holds."""
+def base_of(folder: str | Path, config: Mapping[str, Any]) -> str:
+    """The base that a self-contained pack holds, else the name of the one that it was made with."""
     inside = whereabouts(folder) / BASE_FOLDER
-    return str(inside) if (inside / "config.json").is_file() else None
-
-
-def fold_into(model: PackedModel, tensors: Mapping[str, Tensor]) -> bool:
-    """Write each W_v that the pack holds into the base; returns whether it holds any."""
-    model.weights.load(changed_weights(tensors))
-    return bool(model.weights)
-
-
-def changed_weights(tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
-    """Each W_v that a pack holds, by layer."""
-    return {int(layer): value for layer, value in _part(tensors, FOLDED).items()}
-
-
-@dataclass(frozen=True)
-class PackContent:
-    """A pack that was read: its configuration, its tensors and its ledger."""
-
-    folder: str
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]
-    ledger: Ledger
-
-    @classmethod
-    def read(cls, folder: str) -> PackContent:
-        """Raises `RepairError` where there is no pack or it is damaged."""
-        config, tensors = read_pack(folder)
-        return cls(folder, config, tensors, load_ledger(folder))
-
-    def model_options(self) -> dict[str, Any]:
-        """The editor as the command line configures one."""
-        from repair_lightning.editors import editor_class
-
-        with _fits(self.folder):
-            name = editor_class(self.config["editor"]).__name__
-            chosen = {"base": base_in(self.folder) or self.config["base"]["name"], "layer": self.config["layer"]}
-            return {"class_path": f"repair_lightning.editors.{name}", "init_args": self.config["options"] | chosen}
-
-
-# -- an editor ---------------------------------------------------------------------------------------------------------
-
-
-def restore_editor(
-    folder: str | Path, base: str | None = None, precision: str | None = None, trust_remote_code: bool | None = None
-) -> Editor:
-    """The editor that wrote a pack, as it was then: it can write, forget, calibrate, merge and be saved again.
-
-    Args:
-        folder: the pack.
-        base: the base's folder or hub name; None takes the one in the pack's folder, else the name that it remembers.
-        precision: of the base; None takes the one that the pack was written with.
-        trust_remote_code: let the base's repository run its own code; None does as when the pack was written.
-
-    Raises:
-        RepairError: the pack is damaged, belongs to another base, or its editor is not known.
-    """
-    from repair_lightning.editors import make_editor
-
-    config, tensors = read_pack(folder)
-    with _fits(folder):
-        given = {"precision": precision, "trust_remote_code": trust_remote_code}
-        chosen = {name: value for name, value in given.items() if value is not None}
-        chosen |= {"base": base or base_in(folder) or config["base"]["name"], "layer": config["layer"]}
-        editor = make_editor(config["editor"], config["options"] | chosen)
-    editor.load()
-    editor.ledger = load_ledger(folder)
-    with _fits(folder):
-        irrelevant = config["irrelevant"]
-        if irrelevant["background"]:
-            editor.prepare(irrelevant["background"], irrelevant["held_out"])
-    restore_into(editor, folder, config, tensors)
-    editor.change_base()
-    return editor
-
-
-def restore_into(editor: Editor, folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Give a loaded editor what a pack holds; each W_v that was written into waits for `Editor.change_base`.
-
-    Raises:
-        RepairError: the pack belongs to another base, layer, editor or router, or is damaged.
-    """
-    assert editor.base is not None
-    check_base(config, editor.base.name, editor.base.sha256)
-    asked = {"editor": editor.editor_name, "layer": editor.layer, "router": editor.router.name}  # type: ignore[attr-defined]
-    with _fits(folder):
-        made = {"editor": config["editor"], "layer": config["layer"], "router": config["router"]["name"]}
-        for name, value in made.items():
-            if asked[name] != value:
-                raise ConfigError(
-                    f"pack '{folder}' was made with {name} {value}, got {asked[name]}; leave that option out"
-                )
-        memory = memory_from(config, tensors).requires_grad_(True).to(editor.memory.device)
-        if memory.shape != editor.memory.shape:
-            raise ValueError(f"its shards are {memory.shape}, the value matrix is {editor.memory.shape}")
-        editor.memory.restore((dict(memory.shards.items()), memory.next_id))
-        editor.router.load_state_dict(_router_state(config, tensors))
-        editor.load_own_state(_own_state(config, tensors))
-        editor.changed_weights = changed_weights(tensors)
-
-
-def _router_state(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    return config["router"]["state"] | _part(tensors, ROUTER)
-
-
-def _own_state(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    return config["own"] | _part(tensors, OWN)
-
-
-# -- parts -------------------------------------------------------------------------------------------------------------
-
-
-def _edited_from(config: Mapping[str, Any], tensors: Mapping[str, Tensor], loaded: Base) -> PackedModel:
-    memory = memory_from(config, tensors)
-    found = value_shape(architecture_of(loaded.model).value_module(loaded.model, config["layer"]))
-    if found != memory.shape:
-        raise ValueError(f"its shards are {memory.shape}, the value matrix of layer {config['layer']} is {found}")
-    router = make_router(config["router"]["name"], **config["router"]["options"])
-    router.load_state_dict(_router_state(config, tensors))
-    forms = loaded.forms(config["options"].get("template", "auto"))
-    return PackedModel(loaded.model, loaded.tokenizer, memory.to(loaded.model.device), router, config["layer"], forms)
-
-
-def _base_of(config: Mapping[str, Any], base: str | None, precision: str, trust: bool) -> Base:
-    loaded = load_base(base or config["base"]["name"], precision, trust)
-    check_base(config, loaded.name, loaded.sha256)
-    return loaded
+    return str(inside) if (inside / "config.json").is_file() else config["base"]["name"]
 
 
 def check_base(config: Mapping[str, Any], name: str, sha256: str) -> None:
@@ -534,3 +360,96 @@ def memory_from(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Sid
 def load_ledger(folder: str | Path) -> Ledger:
     """The ledger that travels with a pack."""
     return Ledger.from_parquet(whereabouts(folder) / LEDGER_FILE)
+
+
+def fold_into(model: PackedModel, tensors: Mapping[str, Tensor]) -> bool:
+    """Write each W_v that the pack holds into the base; returns whether it holds any."""
+    model.weights.load(changed_weights(tensors))
+    return bool(model.weights)
+
+
+def changed_weights(tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """Each W_v that a pack holds, by layer."""
+    return {int(layer): value for layer, value in _part(tensors, FOLDED).items()}
+
+
+@dataclass(frozen=True)
+class PackContent:
+    """A pack that was read: its configuration, its tensors and its ledger."""
+
+    folder: str
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    ledger: Ledger
+
+    @classmethod
+    def read(cls, folder: str) -> PackContent:
+        """Raises `RepairError` where there is no pack or it is damaged."""
+        return cls(folder, *read_pack(folder), load_ledger(folder))
+
+    def model_options(self) -> dict[str, Any]:
+        """The editor as the command line configures one."""
+        from repair_lightning.editors import editor_class
+
+        with _fits(self.folder):
+            name = editor_class(self.config["editor"]).__name__
+            chosen = {"base": base_of(self.folder, self.config), "layer": self.config["layer"]}
+            return {"class_path": f"repair_lightning.editors.{name}", "init_args": self.config["options"] | chosen}
+
+
+def restore_editor(
+    folder: str | Path, base: str | None = None, precision: str | None = None, trust_remote_code: bool | None = None
+) -> Editor:
+    """The editor that wrote a pack, as it was then: it can write, forget, calibrate, merge and be saved again.
+
+    Args:
+        folder: the pack.
+        base: the base's folder or hub name; None takes the one in the pack's folder, else the one it remembers.
+        precision: of the base; None takes the one that the pack was written with.
+        trust_remote_code: let the base's repository run its own code; None does as when the pack was written.
+
+    Raises:
+        RepairError: the pack is damaged, belongs to another base, or its editor is not known.
+    """
+    from repair_lightning.editors import make_editor
+
+    config, tensors = read_pack(folder)
+    with _fits(folder):
+        given = {"precision": precision, "trust_remote_code": trust_remote_code}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        chosen |= {"base": base or base_of(folder, config), "layer": config["layer"]}
+        editor = make_editor(config["editor"], config["options"] | chosen)
+    editor.load()
+    editor.ledger = load_ledger(folder)
+    with _fits(folder):
+        irrelevant = config["irrelevant"]
+        if irrelevant["background"]:
+            editor.prepare(irrelevant["background"], irrelevant["held_out"])
+    restore_into(editor, folder, config, tensors)
+    editor.change_base()
+    return editor
+
+
+def restore_into(editor: Editor, folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Give a loaded editor what a pack holds; each W_v that was written into waits for `Editor.change_base`.
+
+    Raises:
+        RepairError: the pack belongs to another base, layer, editor or router, or is damaged.
+    """
+    assert editor.base is not None
+    check_base(config, editor.base.name, editor.base.sha256)
+    asked = {"editor": editor.editor_name, "layer": editor.layer, "router": editor.router.name}  # type: ignore[attr-defined]
+    with _fits(folder):
+        made = {"editor": config["editor"], "layer": config["layer"], "router": config["router"]["name"]}
+        for name, value in made.items():
+            if asked[name] != value:
+                raise ConfigError(
+                    f"pack '{folder}' was made with {name} {value}, got {asked[name]}; leave that option out"
+                )
+        memory = memory_from(config, tensors).requires_grad_(True).to(editor.memory.device)
+        if memory.shape != editor.memory.shape:
+            raise ValueError(f"its shards are {memory.shape}, the value matrix is {editor.memory.shape}")
+        editor.memory.restore((dict(memory.shards.items()), memory.next_id))
+        editor.router.load_state_dict(config["router"]["state"] | _part(tensors, ROUTER))
+        editor.load_own_state(config["own"] | _part(tensors, OWN))
+        editor.changed_weights = changed_weights(tensors)

@@ -44,7 +44,8 @@ def replace_folder(
         settle(folder, ours)
         part.mkdir()
         fill(part)
-        _sync_tree(part)
+        for path in (*part.rglob("*"), part):
+            sync(path)
         os.rename(part, new)
         if folder.exists():
             os.rename(folder, old)
@@ -79,11 +80,6 @@ def settle(folder: Path, ours: Collection[str] | None = None) -> None:
 
 def _aside(folder: Path, name: str) -> Path:
     return folder.with_name(f".{folder.name}.{name}")
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in (*folder.rglob("*"), folder):
-        sync(path)
 
 
 def sync(path: Path) -> None:

@@ -9,51 +9,38 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import NamedTuple
 
+from repair_lightning.texts import lines_of
 from repair_lightning.texts.joint import unspaced
 
-
-def _set(words: str) -> frozenset[str]:
-    return frozenset(words.split())
-
-
-WINDOW = 4
-"""Most sentences that are read together as one question."""
-_KEPT = 1_000
-"""Texts of at most so many characters are remembered with their words."""
-_WHOLE = 4_000
-"""Code of at most so many characters is read as a whole too."""
-
-# -- signs -------------------------------------------------------------------------------------------------------------
+_WINDOW = 4  # sentences that are read together as one question, at most
+_KEPT = 1_000  # characters of the longest text whose words are remembered
+_WHOLE = 4_000  # characters of the longest code that is read as a whole too
 
 _SIGNS = frozenset("#%&@*/\\")
-_UNSAID = frozenset("™®©℠")
 _MARKUP = frozenset("*_~`=<>|^")
-_APOSTROPHES = "'’ʼʻ`´"
+_UNSAID = "'’ʼʻ`´™®©℠"
 _ENDS = ".!?…。！？｡؟।॥։።۔။។"
-_UNFOLLOWED = "。！？｡"
-"""Signs that end a sentence without a blank after them."""
-_QUESTIONS = "?？؟՞"
-_OPENERS = "\"'“‘„«([{‹「『（"
 _CLOSERS = "\"'”’»)]}›」』）"
+_EDGE = _CLOSERS + "*_~"
 _HYPHENS = "-‐‑"
-_BREAKS = ',:;!–—-。，：、"“'
-"""Signs between courtesy and what is asked."""
 _QUOTED = re.compile(
     r"""["“”„]([^"“”„]+)["”“][.:]?$|«\s*([^«»]+?)\s*»[.:]?$|「([^「」]+)」[。]?$|『([^『』]+)』[。]?$|(?<!\w)['‘]([^'‘’]+)['’][.:]?$"""
 )
 _TAG = re.compile(
     r"</?(?:b|i|u|s|em|strong|p|br|span|div|a|code|pre|li|ul|ol|q|blockquote|h[1-6])(?:\s[^<>]{0,200})?/?>"
 )
-_EMPHASIS = tuple(
-    re.compile(rf"(?<![\w{sign}])({sign}{{{least},3}})(?![\s{sign}])([^\n]{{1,400}}?)(?<![\s{sign}])\1(?![\w{sign}])")
+_EMPHASIS = {
+    sign[-1]: re.compile(
+        rf"(?<![\w{sign}])({sign}{{{least},3}})(?![\s{sign}])([^\n]{{1,400}}?)(?<![\s{sign}])\1(?![\w{sign}])"
+    )
     for sign, least in ((r"\*", 1), ("_", 1), ("~", 2), ("=", 2))
-)
+}
 _AROUND = re.compile(r"([*_~]{1,3}|\")(?=\S)((?:(?!\1).)+)(?<=\S)\1")
-_LIST_MARK = re.compile(r"\s*(?:[-*+•▪◦‣–—>#]+\s+|>+|\(?\d{1,2}[.)]\s+|\(?[a-zA-Z]\)\s+)+")
+_LIST_MARK = re.compile(r"\A\s*(?:[-*+•▪◦‣–—>#]+\s+|>+|\(?\d{1,2}[.)]\s+|\(?[a-zA-Z]\)\s+)+")
 _FENCE = re.compile(r"^\s*(?:```|~~~).*$", re.MULTILINE)
 _GREEK = re.compile("[\u0370-\u03ff\u1f00-\u1fff]")
 _KATAKANA = re.compile("[\u30a1-\u30fa\u30fc-\u30fe\u31f0-\u31ff\uff66-\uff9f]")
@@ -66,80 +53,33 @@ _CODE = re.compile(
     re.MULTILINE | re.VERBOSE,
 )
 
-# -- words of speech ---------------------------------------------------------------------------------------------------
-
-_TITLES = _set("mr mrs ms dr st prof gen sen rep gov lt col sgt capt rev hon messrs mme mlle mt ft")
-_ABBREVIATIONS = _TITLES | _set(
-    "jr sr no vs inc ltd co corp approx etc eg ie cf al ca vol fig dept op ed bros nr bzw usw dept"
-)
-_QUESTION_WORDS = _set("who whom whose what which when where why how")
-_VERBS = _set("is was are were did does do has have had will can could would should")
-_STARTERS = (
-    _QUESTION_WORDS | _VERBS | _set("the a an in on at he she it they this that there i we you please thanks tell")
-)
-"""Words with a capital that begin a sentence, rather than go on with a name."""
-_ORDERS = _set(
-    """
-    tell name give say state complete finish continue identify list explain answer describe write provide specify
-    mention fill predict recall report show define translate
-    """
-)
-_BEFORE_ORDERS = _set("please kindly can could would will you now then just also and ok okay so hi hello hey well")
-_PRONOUNS = _set(
-    """
-    it its itself he him his she her hers they them their theirs this that these those there one ones same latter former
-    él ella su sus ello eso il elle son sa ses er sie es ihr ihre sein seine
-    """
-)
-"""Words for what was named before."""
-_ASIDES = _QUESTION_WORDS | _set("is was are it this that he she they")
-COURTESY = _set(
-    """
-    please kindly thanks thank thx cheers you your your's tell me us can could would will do does know let i we my want
-    wanted to like ask asked asking question questions quick quickly a an the so well now then ok okay hi hello hey dear
-    there sir madam all everyone good morning afternoon evening day again just simply simple short shortly brief briefly
-    concise concisely keep be it as possible in one two three single few only sentence sentences word words line lines
-    paragraph answer answers reply replies respond response help out with this that have for advance appreciated
-    appreciate much very lot many and or but if don don't t mind wonder wondering was am m ve d ll s is quiz homework
-    fast directly direct nothing else more no need explanation explain why not favor favour bitte danke vielen dank
-    kurz por favor gracias merci beaucoup svp grazie per obrigado пожалуйста спасибо q wow great yes following here
-    """
-)
-"""Words that say nothing of what is asked; a sentence of such words alone is courtesy."""
-_LEAD = COURTESY | _ORDERS | _set("prompt input task text quote cloze blank")
-_UNWEIGHED = _set("a an the is are s please really exactly actually just now again kindly bitte")
-"""Words that are passed over where two questions are compared."""
-_MEASURES = _set("word words sentence sentences line lines token tokens character characters paragraph paragraphs")
+_LISTS = {name: frozenset(said.split()) for name, said in (line.split(": ") for line in lines_of("words.txt"))}
+_QUESTION_WORDS, _COURTESY = _LISTS["question words"], _LISTS["courtesy"]
+_ABBREVIATIONS = _LISTS["titles"] | _LISTS["abbreviations"]
+_STARTERS = _QUESTION_WORDS | _LISTS["verbs"] | _LISTS["sentence openers"]
+_ASIDES = _QUESTION_WORDS | _LISTS["asides"] | _COURTESY
+_LEAD = _COURTESY | _LISTS["orders"] | _LISTS["lead"]
+OPENERS = _STARTERS | _LEAD | _ASIDES
+"""Words that often begin a sentence."""
 _COURTESY_UNSPACED = re.compile(
     "(?:谢谢|謝謝|多谢|感谢|你好|您好|请问|請問|请|請|你|您|我|告诉|告訴|回答|回复|简短|简要|简单|簡短|地|用|一|句|话|話|个|词|只|"
     "ありがとう|ございます|こんにちは|お願い|します|教えて|ください|答えて|簡潔に|短く|一言で|ขอบคุณ|ครับ|ค่ะ|กรุณา|ตอบ|สั้น|ๆ)+"
 )
 _COURTESY_BEFORE = re.compile("(?:(?:请问|請問|请告诉我|請告訴我|你好|您好|请|請)[，,：:！! ]*)+")
 _THANKS = re.compile(r"(?<=\s)(?:[Pp]lease|[Kk]indly|[Tt]hanks?|Answer|Reply|Respond|Bitte|Danke|Merci|Gracias)\b")
-_PARTS_OF_NAMES = r"(?:(?:von|van|de|del|della|di|da|du|der|den|dos|la|le|bin|ibn|al|el|af|zu)[ \u00a0])*"
-_GOES_ON = re.compile(rf"[ \u00a0]{_PARTS_OF_NAMES}([^\W\d_][\w'’]*)(.?.?)")
-
-# -- denials -----------------------------------------------------------------------------------------------------------
-
-_NEGATIONS = _set(
-    """
-    not never neither nor cannot without none nobody nothing nowhere isnt arent wasnt werent dont doesnt didnt cant wont
-    hasnt havent hadnt couldnt wouldnt shouldnt nicht kein keine keinen keiner keinem keines niemals nie nichts ohne
-    pas jamais ne sans nunca jamás sin não nem sem ikke inte niet geen нет не никогда ни без non senza değil
-    ليس ليست لا لم لن नहीं
-    """
+_GOES_ON = re.compile(
+    "[ \u00a0](?:(?:von|van|de|del|della|di|da|du|der|den|dos|la|le|bin|ibn|al|el|af|zu)[ \u00a0])*"
+    r"([^\W\d_][\w'’]*)(.?.?)"
 )
-_CONTRACTED = re.compile(r"\b\w+n['’]t\b")
+_DENIAL = re.compile(r"\b\w+n['’]t\b|(?<!or )(?<!/)\bno\b(?!\.|\s*\d)")
 _UNSPACED_NEGATION = re.compile(r"[不没沒非無无未別别]|(?<![少危])ない|(?<!すみ)ません|(?<!หรือ)ไม่")
 _KOREAN_NEGATION = re.compile("않|아니|아닌|못하")
 _UNSPACED_NO_DENIAL = re.compile(
     r"(.)[不没沒]\1|有[没沒]有|[东西南北中東]?非洲|[南北中]非|非常|[未]来|未來|未婚|[特個区區个]別|特别|区别|別人|別府|不丹|[無无]錫|无锡|不同"
 )
-_NO = re.compile(r"(?<!or )(?<!/)\bno\b(?!\.|\s*\d)")
 
 
-@dataclass(frozen=True, slots=True)
-class Word:
+class Word(NamedTuple):
     """A word of a text: its folded spelling and its place."""
 
     text: str
@@ -147,80 +87,61 @@ class Word:
     end: int
 
 
-# -- words -------------------------------------------------------------------------------------------------------------
-
-
 def words(text: str) -> tuple[Word, ...]:
     """The words of a text, folded (NFKC, without case) and with the signs that stand to them."""
-    return _short_words(text) if len(text) <= _KEPT else tuple(_words(text))
+    return _short_words(text) if len(text) <= _KEPT else _words(text)
 
 
-@lru_cache(1 << 14)
-def _short_words(text: str) -> tuple[Word, ...]:
-    return tuple(_words(text))
-
-
-def _words(text: str) -> Iterator[Word]:
+def _words(text: str) -> tuple[Word, ...]:
     markup = _markup(text)
+    found: list[Word] = []
     for chunk in re.finditer(r"\S+", text):
-        said = chunk.group()
+        start, said = None, chunk.group()
         if said.isascii() and said.isalnum():
-            yield Word(said.lower(), *chunk.span())
-        else:
-            yield from _words_between(text, *chunk.span(), markup)
-
-
-def _words_between(text: str, begin: int, stop: int, markup: frozenset[int]) -> Iterator[Word]:
-    start: int | None = None
-    for i in range(begin, stop):
-        kind = "between" if i in markup else _kind(text, i, start)
-        if kind == "word":
-            start = i if start is None else start
+            found.append(Word(said.lower(), *chunk.span()))
             continue
-        if start is not None:
-            yield from _taken(text, start, i)
-            start = None
-        if kind == "alone":
-            yield Word(_fold(text[i]), i, i + 1)
-    if start is not None:
-        yield from _taken(text, start, stop)
+        for i in range(chunk.start(), chunk.end() + 1):
+            kind = "between" if i == chunk.end() or i in markup else _kind(text, i, start)
+            if kind == "word":
+                start = i if start is None else start
+                continue
+            if start is not None:
+                found += _taken(text, start, i)
+                start = None
+            if kind == "alone":
+                found.append(Word(_fold(text[i]), i, i + 1))
+    return tuple(found)
+
+
+_short_words = lru_cache(1 << 14)(_words)
 
 
 def _kind(text: str, i: int, start: int | None) -> str:
     """`word` for a character that belongs to a word, `alone` for one that is a word, else `between`."""
     char = text[i]
     category = unicodedata.category(char)
-    if char in _APOSTROPHES or char in _UNSAID:
+    if char in _UNSAID:
         return "between"
-    if unspaced(char) and not _is_wide_letter(char):
+    if unspaced(char) and not ("\uff10" <= char <= "\uff5a" and char.isalnum()):  # full-width letters are letters
         return "alone" if char.isalnum() or category[0] == "M" else "between"
     if char.isalnum() or char == "_" or category[0] in "MS" or char in _SIGNS:
         return "word"
     if category == "Cf":  # invisible, as a soft hyphen is
         return "word" if start is not None else "between"
     before, after = text[i - 1 : i], text[i + 1 : i + 2]
-    if char in ".,:" and before.isdigit() and after.isdigit():
-        return "word"
-    if char == "." and after.isalpha() and (not before or before.isspace()):
-        return "word"  # .NET
     if char == "-":
         number = after.isdigit() and not before.isalnum()
-        grade = start is not None and not after.isalnum() and not unspaced(after or " ") and i - start <= 2
+        grade = start is not None and not after.isalnum() and not unspaced(after) and i - start <= 2
         return "word" if number or grade else "between"
-    return "between"
-
-
-def _is_wide_letter(char: str) -> bool:
-    return "\uff10" <= char <= "\uff5a" and char.isalnum()
+    number = char in ".,:" and before.isdigit() and after.isdigit()
+    name = char == "." and after.isalpha() and (not before or before.isspace())  # .NET
+    return "word" if number or name else "between"
 
 
 def _markup(text: str) -> frozenset[int]:
-    """The places of signs that only mark a text up: pairs of stars and the like, tags."""
-    found: set[int] = set()
-    if "<" in text:
-        for tag in _TAG.finditer(text):
-            found.update(range(*tag.span()))
-    for pattern, sign in zip(_EMPHASIS, "*_~=", strict=True):
+    """The places of tags, and of pairs of stars and the like."""
+    found = {place for tag in _TAG.finditer(text) for place in range(*tag.span())}
+    for sign, pattern in _EMPHASIS.items():
         for pair in pattern.finditer(text) if sign in text else ():
             width = len(pair.group(1))
             found.update(range(pair.start(), pair.start() + width), range(pair.end() - width, pair.end()))
@@ -251,9 +172,6 @@ def spellings(text: str) -> tuple[str, ...]:
     return tuple(word.text for word in words(text))
 
 
-# -- sentences ---------------------------------------------------------------------------------------------------------
-
-
 def sentences(text: str) -> list[str]:
     """A text cut after each sentence and at each line, without the marks of lists, quotes and headings.
 
@@ -262,14 +180,19 @@ def sentences(text: str) -> list[str]:
     """
     found = []
     for line in text.split("\n"):
-        line = _LIST_MARK.sub("", line, count=1) if _LIST_MARK.match(line) else line
-        for part in _cut(line):
-            found += [bare for piece in _before_thanks(part) if (bare := _bare(piece))]
+        for part in _cut(_LIST_MARK.sub("", line)):
+            end = len(part) if is_question(part) else _thanks_at(part)
+            found += [bare for piece in (part[:end], part[end:]) if (bare := _bare(piece))]
     return found
 
 
+def _thanks_at(text: str) -> int:
+    """Where a courtesy begins that ends a text; its end where there is none."""
+    return next((at.start() for at in _THANKS.finditer(text) if is_courtesy(text[at.start() :])), len(text))
+
+
 def _bare(sentence: str) -> str:
-    """A sentence without the stars or the quotation mark that open or end at its edges alone, or all around it."""
+    """A sentence without quotation marks or stars around it, or left over at one of its edges."""
     around = _AROUND.fullmatch(sentence.strip())
     sentence = around.group(2) if around is not None else sentence.strip()
     for sign in ("**", "__", '"'):
@@ -284,11 +207,11 @@ def _bare(sentence: str) -> str:
 
 
 def _cut(line: str) -> Iterator[str]:
-    ends = f"[{re.escape(_ENDS)}{';' if _GREEK.search(line) else ''}]+[{re.escape(_CLOSERS)}*_~]*"
+    ends = f"[{_ENDS}{';' if _GREEK.search(line) else ''}]+[{re.escape(_EDGE)}]*"
     lower, start = line == line.lower(), 0
     for found in re.finditer(ends, line):
-        end, signs = found.end(), found.group().rstrip(_CLOSERS + "*_~")
-        if signs[-1] not in _UNFOLLOWED and end < len(line) and not line[end].isspace():
+        end, signs = found.end(), found.group().rstrip(_EDGE)
+        if signs[-1] not in "。！？｡" and end < len(line) and not line[end].isspace():
             continue
         if _goes_on(line[start : found.start()], signs, line[end:].lstrip()[:20], lower):
             continue
@@ -305,41 +228,17 @@ def _goes_on(before: str, signs: str, after: str, lower: bool) -> bool:
         return after[:1].islower() and last[:1].isupper() and len(words_before) > 1
     if signs != ".":
         return signs in ("...", "…") and after[:1].islower()
-    if after[:1].islower() and not lower:
-        return True
-    if last.casefold() in _TITLES:
+    if (after[:1].islower() and not lower) or last.casefold() in _LISTS["titles"]:
         return True
     if last.casefold() in _ABBREVIATIONS or (len(last) == 1 and last.isalpha()):
         return re.split(r"\W", after)[0].casefold() not in _STARTERS or after[:1].islower()
     return False
 
 
-def _before_thanks(part: str) -> tuple[str, ...]:
-    """A sentence, cut before a courtesy that ends it; a question stays whole."""
-    if is_question(part):
-        return (part,)
-    for found in _THANKS.finditer(part):
-        if is_courtesy(part[found.start() :]):
-            return part[: found.start()].strip(), part[found.start() :]
-    return (part,)
-
-
 def is_question(sentence: str) -> bool:
     """Whether a sentence ends with a question mark."""
-    end = sentence.rstrip(_CLOSERS + "*_~! ")
-    return end.endswith(tuple(_QUESTIONS)) or "՞" in end or (end.endswith(";") and bool(_GREEK.search(end)))
-
-
-def is_open(sentence: str) -> bool:
-    """Whether a sentence is left to be completed: it has no end, or dots in place of it."""
-    end = sentence.rstrip(_CLOSERS + "*_~ ")
-    return not end.endswith(tuple(_ENDS)) or end.endswith(("...", "…"))
-
-
-def _orders(sentence: str) -> bool:
-    """Whether a sentence asks without a question mark: `Please name the mayor of Orsk.`"""
-    first = next((word for word in spellings(sentence[:200]) if word not in _BEFORE_ORDERS), "")
-    return first in _ORDERS
+    end = sentence.rstrip(_EDGE + "! ")
+    return end.endswith(("?", "？", "؟")) or "՞" in end or (end.endswith(";") and bool(_GREEK.search(end)))
 
 
 def is_courtesy(sentence: str) -> bool:
@@ -347,38 +246,20 @@ def is_courtesy(sentence: str) -> bool:
     if len(sentence) > 200:
         return False
     if any(map(unspaced, sentence)):
-        return _COURTESY_UNSPACED.fullmatch("".join(char for char in sentence if _said(char))) is not None
+        return _COURTESY_UNSPACED.fullmatch("".join(filter(_said, sentence))) is not None
     said = spellings(sentence)
+    if said and said[0] in _QUESTION_WORDS:
+        return False
     return all(
-        word in COURTESY or (word.isdigit() and said[i + 1 : i + 2] and said[i + 1] in _MEASURES) or not _named(word)
+        word in _COURTESY
+        or (word.isdigit() and said[i + 1 : i + 2] and said[i + 1] in _LISTS["measures"])
+        or not any(map(_said, word))
         for i, word in enumerate(said)
-    ) and not _is_asked_of_it(said)
-
-
-def _is_asked_of_it(said: Sequence[str]) -> bool:
-    return bool(said) and said[0] in _QUESTION_WORDS
+    )
 
 
 def _said(char: str) -> bool:
     return char.isalnum() or unicodedata.category(char)[0] == "M"
-
-
-def _named(word: str) -> bool:
-    return any(map(_said, word))
-
-
-def _is_aside(sentence: str) -> bool:
-    """Whether a question asks for nothing by itself, as `Who?` behind another one."""
-    return is_question(sentence) and len(sentence) < 60 and set(spellings(sentence)) <= _ASIDES | COURTESY
-
-
-def _is_name(sentence: str) -> bool:
-    """Whether a sentence is but a name, as under a letter or among answers to choose from."""
-    found = re.findall(r"\w[\w'’.-]*", sentence[:100])
-    return len(found) <= 3 and all(not word[:1].islower() for word in found)
-
-
-# -- windows -----------------------------------------------------------------------------------------------------------
 
 
 @lru_cache(1 << 8)
@@ -387,7 +268,7 @@ def windows(text: str) -> tuple[str, ...]:
 
     The sentence that asks is the last one if it is left open, else the last question, else the last order, else the
     last sentence; what is only courtesy is passed over. It is read alone, without the courtesy before it, in quotes or
-    out of them, with up to :data:`WINDOW` sentences before it, and with what follows it; a text of few sentences, or
+    out of them, with up to three sentences before it, and with what follows it; a text of few sentences, or
     code, also as a whole. Where another question was asked before, what stands up to it is left out.
     """
     plain = _FENCE.sub("", text).strip()
@@ -395,59 +276,57 @@ def windows(text: str) -> tuple[str, ...]:
     if not parts:
         return (text.strip(),)
     at, order = _asking(parts)
-    first = _first_that_belongs(parts, at)
-    found = [parts[at], *_variants(parts[at])]
-    found += [" ".join(parts[max(first, at - n) : at + 1]) for n in range(1, WINDOW)]
+    said, first = spellings(parts[at]), 0
+    if len(said) > 2 and parts[at].isascii() and _LISTS["pronouns"].isdisjoint(said):  # not as `And who chairs it?`
+        first = next((i + 1 for i in reversed(range(at)) if is_question(parts[i]) and not is_courtesy(parts[i])), 0)
+    found = _variants(parts[at])
+    found += [" ".join(parts[max(first, at - n) : at + 1]) for n in range(1, _WINDOW)]
     if order is not None:
-        found += [parts[order], *_variants(parts[order])]
+        found += _variants(parts[order])
     if at + 1 < len(parts):
-        found += [" ".join(parts[max(first, at - n) : at + 1 + WINDOW]) for n in range(2)]
-    if (len(parts) <= 2 * WINDOW and not first) or (len(plain) <= _WHOLE and is_code(plain)):
+        found += [" ".join(parts[max(first, at - n) : at + 1 + _WINDOW]) for n in range(2)]
+    if (len(parts) <= 2 * _WINDOW and not first) or (len(plain) <= _WHOLE and is_code(plain)):
         found += [plain, text.strip()]
     return tuple(dict.fromkeys(found))
 
 
 def _asking(parts: Sequence[str]) -> tuple[int, int | None]:
-    """The place of the sentence that asks, and of an order behind it."""
+    """The place of the sentence that asks, and of an order behind it: `Please name the mayor of Orsk.`"""
+
+    def asks_nothing(question: str) -> bool:  # as `Who?` behind another one
+        return is_courtesy(question) or (len(question) < 60 and _ASIDES.issuperset(spellings(question)))
+
+    def orders(sentence: str) -> bool:
+        first = next((word for word in spellings(sentence[:200]) if word not in _LISTS["before orders"]), "")
+        return first in _LISTS["orders"] and not is_courtesy(sentence)
+
     last = next((i for i in reversed(range(len(parts))) if not is_courtesy(parts[i])), len(parts) - 1)
     questions = [i for i in range(last + 1) if is_question(parts[i])]
-    if is_open(parts[last]) and not (questions and _is_name(parts[last])):
+    names = re.findall(r"\w[\w'’.-]*", parts[last][:100])
+    is_name = len(names) <= 3 and not any(word[0].islower() for word in names)  # under a letter, or a choice
+    end = parts[last].rstrip(_EDGE + " ")
+    is_open = not end.endswith(tuple(_ENDS)) or end.endswith(("...", "…"))
+    if is_open and not (questions and is_name):
         return last, None
-    while len(questions) > 1 and (is_courtesy(parts[questions[-1]]) or _is_aside(parts[questions[-1]])):
+    while len(questions) > 1 and asks_nothing(parts[questions[-1]]):
         questions.pop()
-    orders = [i for i in range(last + 1) if _orders(parts[i]) and not is_courtesy(parts[i])][-1:]
+    order = next((i for i in reversed(range(last + 1)) if orders(parts[i])), None)
     if questions:
-        behind = [i for i in orders if i > questions[-1]]
-        return questions[-1], behind[0] if behind else None
-    return (orders or [last])[0], None
-
-
-def _first_that_belongs(parts: Sequence[str], at: int) -> int:
-    """From which sentence on a text belongs to the one that asks: another question before it asks something else,
-    unless this one leans on it, as `And who chairs it?` does."""
-    said = spellings(parts[at])
-    if len(said) <= 2 or not parts[at].isascii() or not _PRONOUNS.isdisjoint(said):
-        return 0
-    return next((i + 1 for i in reversed(range(at)) if is_question(parts[i]) and not is_courtesy(parts[i])), 0)
+        return questions[-1], order if order is not None and order > questions[-1] else None
+    return last if order is None else order, None
 
 
 def _variants(sentence: str) -> list[str]:
-    """The same sentence without courtesy before it, and what it quotes at its end."""
-    found = []
-    start = _after_courtesy(sentence)
-    if start:
-        found.append(_bare(sentence[start:]))
-    quoted = _QUOTED.search(sentence)
-    if quoted is not None:
-        inside = next(group for group in quoted.groups() if group).strip()
-        if len(words(inside)) >= 3:
-            found.append(inside)
-    return found
+    """A sentence, the same without courtesy before it, and what it quotes at its end."""
+    start, quoted = _after_courtesy(sentence), _QUOTED.search(sentence)
+    found = [sentence, *([_bare(sentence[start:])] if start else [])]
+    inside = next(group for group in quoted.groups() if group).strip() if quoted is not None else ""
+    return [*found, inside] if len(words(inside)) >= 3 else found
 
 
 def _after_courtesy(sentence: str) -> int:
     """Where a sentence begins behind courtesy: after a comma, colon or dash, or at a word that asks; else 0."""
-    if sentence and unspaced(sentence[0]):
+    if unspaced(sentence[:1]):
         found = _COURTESY_BEFORE.match(sentence)
         return found.end() if found is not None and found.end() < len(sentence) else 0
     known = words(sentence[:300])
@@ -456,18 +335,16 @@ def _after_courtesy(sentence: str) -> int:
         if word.text not in _LEAD:
             break
         between = sentence[word.end : following.start]
-        if any(sign in between for sign in _BREAKS) or (following.text in _QUESTION_WORDS and word.text != "in"):
+        asks = following.text in _QUESTION_WORDS and word.text != "in"
+        if asks or not set(',:;!–—-。，：、"“').isdisjoint(between):
             best = following.start
     return best
-
-
-# -- what is denied, and what is code ----------------------------------------------------------------------------------
 
 
 def negated(text: str) -> bool:
     """Whether a text denies something."""
     folded = text.casefold()
-    if _CONTRACTED.search(folded) or not _NEGATIONS.isdisjoint(spellings(text)) or _NO.search(folded):
+    if _DENIAL.search(folded) or not _LISTS["negations"].isdisjoint(spellings(text)):
         return True
     if folded.isascii():
         return False
@@ -484,12 +361,8 @@ def signs(text: str) -> str:
     return " ".join(text.split())
 
 
-# -- subjects ----------------------------------------------------------------------------------------------------------
-
-
 def places(text: str, subject: Sequence[str]) -> list[tuple[int, int]]:
-    """Where the words of a subject stand one after the other in a text, as (start, end); not within a longer word, as
-    `Marie` in `Anne-Marie`."""
+    """Where the words of a subject stand one after the other, as (start, end); not as `Marie` in `Anne-Marie`."""
     known = words(text)
     found, n, i = [], len(subject), 0
     while n and i + n <= len(known):
@@ -506,11 +379,8 @@ def _inside(text: str, start: int, end: int) -> bool:
     """Whether a place is within a longer word, behind a hyphen or in a run of Katakana."""
     if text[start - 1 : start] in tuple(_HYPHENS) and text[start : start + 1].isupper():
         return text[start - 2 : start - 1].isalnum() if start > 1 else False
-    before, after = text[start - 1 : start], text[end : end + 1]
-    return any(
-        _KATAKANA.match(own) and _KATAKANA.match(beside)
-        for own, beside in ((text[start : start + 1], before), (text[end - 1 : end], after))
-    )
+    edges = (text[max(start - 1, 0) : start + 1], text[end - 1 : end + 1])
+    return any(len(_KATAKANA.findall(edge)) == 2 for edge in edges)
 
 
 def longer_name(text: str, end: int) -> bool:
@@ -522,13 +392,16 @@ def longer_name(text: str, end: int) -> bool:
     after = text[end : end + 60]
     hyphened = re.match(rf"(?:[{_HYPHENS}]\w+)+", after)
     if hyphened is not None:
-        return any(
-            part[:1].isupper() or part[:1].isdigit() for part in re.split(rf"[{_HYPHENS}]", hyphened.group())[1:]
-        )
+        starts = re.findall(rf"[{_HYPHENS}](\w)", hyphened.group())
+        return any(start.isupper() or start.isdigit() for start in starts)
     if after[:1] in ("・", "·") and after[1:2].isalpha():
         return True
     found = _GOES_ON.match(after)
-    if found is None or not found.group(1)[:1].isupper() or text.isupper() or _in_title_case(text):
+    if found is None or not found.group(1)[:1].isupper() or text.isupper():
+        return False
+    all_words = re.findall(r"[^\W\d_]+", text[:2_000])
+    capitals = any(word[0].isupper() and word.casefold() in _LISTS["verbs"] for word in all_words[1:])
+    if capitals and all(word[0].isupper() for word in all_words if len(word) > 3):  # title case
         return False
     following, behind = found.group(1), found.group(2)
     if re.split("['’]", following)[0] == "I":  # a number, but `I went`
@@ -536,35 +409,22 @@ def longer_name(text: str, end: int) -> bool:
     return following.casefold() not in _STARTERS - {"the", "a", "will", "can"} and not _THANKS.match(f" {following}", 1)
 
 
-def _in_title_case(text: str) -> bool:
-    found = re.findall(r"[^\W\d_]+", text[:2_000])
-    capitals = any(word[0].isupper() and word.casefold() in _VERBS for word in found[1:])
-    return capitals and all(word[0].isupper() for word in found if len(word) > 3)
-
-
 def without(text: str, subject: Sequence[str], stand_in: str) -> str | None:
     """A text with a stand-in where it names a subject; None where it does not name it in one piece."""
     found = places(text, subject)
     if not found:
         return None
-    parts, at = [], 0
-    for start, end in found:
-        parts += [text[at:start], stand_in]
-        at = end
-    return "".join([*parts, text[at:]])
+    for start, end in reversed(found):
+        text = text[:start] + stand_in + text[end:]
+    return text
 
 
 def says_the_same(one: str, other: str) -> bool:
     """Whether two texts have the same words but for courtesy before and behind them."""
-    plain = [_plain(text) for text in (one, other)]
-    return bool(plain[0]) and plain[0] == plain[1]
+    plain = _plain(one)
+    return bool(plain) and plain == _plain(other)
 
 
 def _plain(text: str) -> list[str]:
     text = text[_after_courtesy(text) :]
-    text = next((text[: found.start()] for found in _THANKS.finditer(text) if is_courtesy(text[found.start() :])), text)
-    return [word for word in spellings(text) if word not in _UNWEIGHED]
-
-
-OPENERS = _STARTERS | _LEAD | _ASIDES
-"""Words that often begin a sentence."""
+    return [word for word in spellings(text[: _thanks_at(text)]) if word not in _LISTS["unweighed"]]

@@ -1,7 +1,6 @@
 """Prompts that are dialogues: messages in the usual conversational form, carried as one canonical JSON text.
 
-A prompt is a text everywhere in the project. Where it was given as messages, that text is their JSON, so that ledger,
-journal, records and reports need not know; only what turns a prompt into token ids or shows it to a person asks here.
+Ledger, journal, records and reports need not know; only what turns a prompt into token ids or shows it asks here.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ Messages: TypeAlias = list[dict[str, str]]
 """Turns of a dialogue in their order, each with `role` and `content`."""
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-
-MESSAGE_REMEDY = 'write each turn as {"role": "user", "content": "..."}'
+_REMEDY = 'write each turn as {"role": "user", "content": "..."}'
 
 
 def is_messages(value: Any) -> bool:
@@ -26,31 +24,10 @@ def is_messages(value: Any) -> bool:
         isinstance(value, Sequence)
         and not isinstance(value, str)
         and len(value) > 0
-        and all(_is_message(item) for item in value)
+        and all(isinstance(item, Mapping) and item.keys() == {"role", "content"} for item in value)
+        and all(item["role"] in ROLES and isinstance(item["content"], str) for item in value)
         and value[-1]["role"] == "user"
     )
-
-
-def _is_message(item: Any) -> bool:
-    return (
-        isinstance(item, Mapping)
-        and item.keys() == {"role", "content"}
-        and item["role"] in ROLES
-        and isinstance(item["content"], str)
-    )
-
-
-def given(value: Any, field: str) -> Messages | None:
-    """The messages that a user gave as the value of a field, or None where it is no list and no JSON text of messages.
-
-    Raises:
-        FieldError: it is a list, or the JSON text of a list of objects with roles, and something of it is wrong.
-    """
-    if isinstance(value, str):
-        value = as_list(value)
-        if not value or not all(isinstance(item, Mapping) and "role" in item for item in value):
-            return None
-    return check(value, field) if isinstance(value, list) else None
 
 
 def as_list(text: str) -> list[Any] | None:
@@ -64,14 +41,21 @@ def as_list(text: str) -> list[Any] | None:
     return found if isinstance(found, list) else None
 
 
-def check(value: list[Any], field: str) -> Messages:
-    """The messages that a list holds, in plain form.
+def given(value: Any, field: str) -> Messages | None:
+    """The messages that a user gave as the value of a field, or None where it is no list and no JSON text of messages.
 
     Raises:
-        FieldError: the list is empty, a turn is no message, or the last is not the user's or asks nothing.
+        FieldError: it is a list, or the JSON text of a list of objects with roles, and it is empty, a turn is no
+            message, or the last is not the user's or asks nothing.
     """
+    if isinstance(value, str):
+        value = as_list(value)
+        if not value or not all(isinstance(item, Mapping) and "role" in item for item in value):
+            return None
+    if not isinstance(value, list):
+        return None
     if not value:
-        raise FieldError(field, "is an empty list", f"{MESSAGE_REMEDY}, the user's last, or give a text")
+        raise FieldError(field, "is an empty list", f"{_REMEDY}, the user's last, or give a text")
     messages = [_checked(item, f"{field}[{i}]") for i, item in enumerate(value)]
     last, name = messages[-1], f"{field}[{len(messages) - 1}]"
     if last["role"] != "user":
@@ -83,25 +67,26 @@ def check(value: list[Any], field: str) -> Messages:
 
 
 def _checked(item: Any, field: str) -> dict[str, str]:
+    def wrong(value: Any, problem: str, remedy: str, name: str = "") -> FieldError:
+        said = "null" if value is None else repr(value)
+        said = said if len(said) <= 40 else f"{said[:37]}..."
+        return FieldError(field + name, f"is {said}, {problem}", remedy)
+
     if not isinstance(item, Mapping):
-        raise FieldError(field, f"is {_brief(item)}, not a message", MESSAGE_REMEDY)
+        raise wrong(item, "not a message", _REMEDY)
     there = {str(key): value for key, value in item.items() if value is not None}
     for name in ("role", "content"):
         if name not in there:
-            raise FieldError(f"{field}.{name}", "is missing", MESSAGE_REMEDY)
-    if there["role"] not in ROLES:
-        raise FieldError(f"{field}.role", f"is {_brief(there['role'])}, no known role", f"choose of {', '.join(ROLES)}")
-    if not isinstance(there["content"], str):
-        raise FieldError(f"{field}.content", f"is {_brief(there['content'])}, not a text", "write a text in quotes")
-    for name in sorted(there.keys() - {"role", "content"}):
+            raise FieldError(f"{field}.{name}", "is missing", _REMEDY)
+    role, content = there.pop("role"), there.pop("content")
+    if role not in ROLES:
+        raise wrong(role, "no known role", f"choose of {', '.join(ROLES)}", ".role")
+    if not isinstance(content, str):
+        raise wrong(content, "not a text", "write a text in quotes", ".content")
+    for name in sorted(there):
         remedy = "leave it out: a message has 'role' and 'content' alone"
-        raise FieldError(f"{field}.{name}", f"is {_brief(there[name])}, which is not read", remedy)
-    return {"role": there["role"], "content": there["content"]}
-
-
-def _brief(value: Any) -> str:
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+        raise wrong(there[name], "which is not read", remedy, f".{name}")
+    return {"role": role, "content": content}
 
 
 def dump(messages: Sequence[Mapping[str, str]]) -> str:
@@ -137,8 +122,6 @@ def behind(context: str, prompt: str) -> str:
 def shown(prompt: str) -> str:
     """A prompt for a person."""
     messages = parse(prompt)
-    if messages is None:
-        return prompt
-    if len(messages) == 1:
-        return messages[0]["content"]
+    if messages is None or len(messages) == 1:
+        return question_of(prompt)
     return "\n".join(f"{message['role']}: {message['content']}" for message in messages)

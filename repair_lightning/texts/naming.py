@@ -11,7 +11,9 @@ _WORD = re.compile(r"[^\s\"“”«»()\[\],;:?!…]+")
 _QUOTED = re.compile(r"[\"“«「]([^\"“”«»「」]{2,80})[\"”»」]")
 _OWNS = re.compile(r"['’]s?$")
 _IN_BRACKETS = re.compile(r"\s*\([^()]{1,40}\)")
-_LINKS = frozenset("of the and de del della da di du la le les von van der den bin ibn al el on in for to à y e &".split())
+_LINKS = frozenset(
+    "of the and de del della da di du la le les von van der den bin ibn al el on in for to à y e &".split()
+)
 """Small words within names: `House of Cards`."""
 _ROLES = frozenset(
     "president mayor governor minister chancellor head chair chairman chairwoman chairperson ceo cfo cto coo director "

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from functools import lru_cache
-from pathlib import Path
 
+from repair_lightning.texts import lines_of
 from repair_lightning.texts.asking import spellings
 
 STAND_IN = "this"
@@ -18,20 +18,9 @@ STEM = 5
 @lru_cache(1)
 def bank() -> tuple[tuple[str, ...], tuple[int, ...]]:
     """All wordings, with the stand-in as their subject, and the relation that each belongs to."""
-    found = [
-        (relation, wording.strip().replace("{}", STAND_IN))
-        for relation, line in enumerate(_lines())
-        for wording in line.split(" | ")
-    ]
-    return tuple(wording for _, wording in found), tuple(relation for relation, _ in found)
-
-
-@lru_cache(1)
-def word_weights() -> dict[str, float]:
-    """Squared inverse document frequency of the bank's word stems."""
-    wordings = bank()[0]
-    counts = Counter(stem for wording in wordings for stem in stems(wording))
-    return {stem: math.log((len(wordings) + 1) / (count + 0.5)) ** 2 for stem, count in counts.items()}
+    relations = [line.replace("{}", STAND_IN).split(" | ") for line in lines_of("relations.txt")]
+    places = tuple(place for place, wordings in enumerate(relations) for _ in wordings)
+    return tuple(wording.strip() for wordings in relations for wording in wordings), places
 
 
 @lru_cache(1 << 13)
@@ -40,18 +29,19 @@ def stems(text: str) -> frozenset[str]:
     return frozenset(word[:STEM] for word in spellings(text) if word != STAND_IN)
 
 
+@lru_cache(1)
+def _counts() -> Counter[str]:
+    return Counter(stem for wording in bank()[0] for stem in stems(wording))
+
+
 def stem_weight(stem: str) -> float:
-    """The weight of a stem; one that the bank does not know counts as one that it holds three times."""
-    known = word_weights()
-    return known.get(stem, math.log(len(bank()[0]) / 3) ** 2)
+    """Squared inverse document frequency of a stem in the bank; one that is not in it counts as if it were there three
+    times."""
+    number, count = len(bank()[0]), _counts()[stem]
+    return math.log((number + 1) / (count + 0.5) if count else number / 3) ** 2
 
 
 def share_in_common(one: frozenset[str], other: frozenset[str]) -> float:
     """The weighted share of the stems of either text that both have, in [0, 1]."""
-    whole = sum(stem_weight(stem) for stem in one | other)
-    return sum(stem_weight(stem) for stem in one & other) / whole if whole else 0.0
-
-
-def _lines() -> list[str]:
-    text = Path(__file__).with_name("relations.txt").read_text(encoding="utf-8")
-    return [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    whole = math.fsum(map(stem_weight, one | other))  # exact, in whatever order a set gives its members
+    return math.fsum(map(stem_weight, one & other)) / whole if whole else 0.0

@@ -6,21 +6,16 @@ WORLD = "world"
 """Stands for the embedded base, edits or irrelevant prompts wherever a path or a hub name is asked for."""
 
 
-def world_dir() -> Path:
-    """The folder that holds the shipped world."""
-    return Path(__file__).parent
-
-
 def base_dir() -> Path:
     """The folder of the base model and its tokenizer, in Hugging Face format."""
-    return world_dir() / "base-model"
+    return Path(__file__).with_name("base-model")
 
 
 def edits_path() -> Path:
     """The edits, one JSON object per line."""
-    return world_dir() / "edits.jsonl"
+    return Path(__file__).with_name("edits.jsonl")
 
 
 def irrelevant_path() -> Path:
     """Questions about neither edits nor locality prompts, one JSON object per line."""
-    return world_dir() / "irrelevant.jsonl"
+    return Path(__file__).with_name("irrelevant.jsonl")

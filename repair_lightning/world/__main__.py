@@ -9,16 +9,31 @@ from pathlib import Path
 
 import torch
 
-from repair_lightning.world import base_dir, world_dir
+from repair_lightning.world import base_dir
 from repair_lightning.world.base import Recipe, build_base
-from repair_lightning.world.check import Score, check_base
+from repair_lightning.world.check import check_base
 from repair_lightning.world.edits import make_edits, make_irrelevant, write_jsonl
 from repair_lightning.world.facts import build_world
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(prog="python -m repair_lightning.world", description=__doc__)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--seed", type=int, default=0, help="the world's seed (default: %(default)s)")
+    common.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    commands = parser.add_subparsers(required=True)
+    builder = commands.add_parser("build", parents=[common], help="rebuild tokenizer, base, edits and irrelevant")
+    builder.add_argument(
+        "--out", type=Path, default=base_dir().parent, help="folder to write to (default: the package's)"
+    )
+    builder.add_argument("--epochs", type=int, default=Recipe.epochs, help="training epochs (default: %(default)s)")
+    builder.set_defaults(command=build)
+    checker = commands.add_parser("check", parents=[common], help="measure the accuracies of the base")
+    checker.add_argument("--dir", type=Path, default=base_dir(), help="the base's folder (default: the package's)")
+    checker.add_argument("--sample", type=int, default=1_000, help="questions of each kind (default: %(default)s)")
+    checker.set_defaults(command=check)
+    options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
     return options.command(options)
@@ -41,32 +56,9 @@ def check(options: argparse.Namespace) -> int:
     scores = check_base(options.dir, build_world(options.seed), options.sample, random.Random(options.seed))
     print(f"{'questions':<12}{'exact':>12}{'accuracy':>10}{'required':>10}")
     for score in scores:
-        print(_row(score))
+        exact = f"{score.correct}/{score.total}"
+        print(f"{score.kind:<12}{exact:>12}{score.accuracy:>10.2%}{score.required:>10.0%}")
     return int(any(score.accuracy < score.required for score in scores))
-
-
-def _row(score: Score) -> str:
-    """One line of the table."""
-    exact = f"{score.correct}/{score.total}"
-    return f"{score.kind:<12}{exact:>12}{score.accuracy:>10.2%}{score.required:>10.0%}"
-
-
-def _parser() -> argparse.ArgumentParser:
-    """The command line of both commands."""
-    parser = argparse.ArgumentParser(prog="python -m repair_lightning.world", description=__doc__)
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--seed", type=int, default=0, help="the world's seed (default: %(default)s)")
-    common.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    commands = parser.add_subparsers(required=True)
-    builder = commands.add_parser("build", parents=[common], help="rebuild tokenizer, base, edits and irrelevant")
-    builder.add_argument("--out", type=Path, default=world_dir(), help="folder to write to (default: the package's)")
-    builder.add_argument("--epochs", type=int, default=Recipe.epochs, help="training epochs (default: %(default)s)")
-    builder.set_defaults(command=build)
-    checker = commands.add_parser("check", parents=[common], help="measure the accuracies of the base")
-    checker.add_argument("--dir", type=Path, default=base_dir(), help="the base's folder (default: the package's)")
-    checker.add_argument("--sample", type=int, default=1_000, help="questions of each kind (default: %(default)s)")
-    checker.set_defaults(command=check)
-    return parser
 
 
 if __name__ == "__main__":

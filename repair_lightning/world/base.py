@@ -12,9 +12,8 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -31,42 +30,38 @@ T = TypeVar("T")
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 PAD_ID = 0
+VOCABULARY = 2_560
+DOUBLING_EPOCHS = 2
+"""The pace of the :func:`curriculum`."""
+WARMUP = 0.02
+"""The share of all steps in which the learning rate rises."""
+PROMPT_WEIGHT = 0.05
+"""The weight of a prompt token in the loss, where an answer token counts 1."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The size of the base model and how it is trained.
+    """The size of the base model and how it is trained; an epoch asks for as many facts as the world has."""
 
-    An epoch asks for as many facts as the world has. ``doubling_epochs`` is the pace of the :func:`curriculum`,
-    ``warmup`` the share of all steps in which the learning rate rises, ``prompt_weight`` the weight of a prompt token
-    in the loss, where an answer token counts 1.
-    """
-
-    vocab_size: int = 2_560
     hidden_size: int = 192
     intermediate_size: int = 576
     layers: int = 12
     heads: int = 6
     kv_heads: int = 2
     epochs: int = 32
-    doubling_epochs: int = 2
     batch_size: int = 128
     learning_rate: float = 2e-3
-    weight_decay: float = 0.05
-    warmup: float = 0.02
-    prompt_weight: float = 0.05
     bfloat16: bool = True
 
 
-@dataclass(frozen=True)
-class Example:
+class Example(NamedTuple):
     """One training sequence (BOS, prompt, answer, EOS) and the number of its tokens before the answer."""
 
     ids: list[int]
     prompt_length: int
 
 
-def train_tokenizer(world: World, vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(world: World, vocab_size: int = VOCABULARY) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on the sentences of ``world``; encoding prepends BOS."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -114,13 +109,13 @@ def encode_world(world: World, tokenizer: PreTrainedTokenizerFast) -> list[list[
     return [[example(fact.ask(phrasing), fact.answer) for phrasing in fact.trained] for fact in world.facts]
 
 
-def curriculum(facts: Sequence[T], epoch: int, doubling_epochs: int) -> list[T]:
+def curriculum(facts: Sequence[T], epoch: int) -> list[T]:
     """The facts of one epoch: the first eighth again and again, then a quarter, a half, and at last all of them.
 
     A model that knows how to recall few facts picks up further ones far sooner than one that meets all at once. Every
     epoch has the same length.
     """
-    count = math.ceil(len(facts) * min(1.0, 2.0 ** (epoch // doubling_epochs) / 8))
+    count = math.ceil(len(facts) * min(1.0, 2.0 ** (epoch // DOUBLING_EPOCHS) / 8))
     return list(itertools.islice(itertools.cycle(facts[:count]), len(facts)))
 
 
@@ -137,7 +132,7 @@ def epoch_batches(facts: Sequence[Sequence[Example]], batch_size: int, rng: rand
     yield from batches
 
 
-def collate(batch: Sequence[Example], prompt_weight: float) -> tuple[Tensor, Tensor]:
+def collate(batch: Sequence[Example]) -> tuple[Tensor, Tensor]:
     """Right-padded token ids and the loss weight of each: 1 in the answer and EOS, 0 in the padding."""
     length = max(len(example.ids) for example in batch)
     ids = torch.full((len(batch), length), PAD_ID)
@@ -145,36 +140,9 @@ def collate(batch: Sequence[Example], prompt_weight: float) -> tuple[Tensor, Ten
     for row, example in enumerate(batch):
         end = len(example.ids)
         ids[row, :end] = torch.tensor(example.ids)
-        weights[row, : example.prompt_length] = prompt_weight
+        weights[row, : example.prompt_length] = PROMPT_WEIGHT
         weights[row, example.prompt_length : end] = 1.0
     return ids, weights
-
-
-def weighted_loss(model: nn.Module, ids: Tensor, weights: Tensor) -> Tensor:
-    """Next-token cross entropy, averaged with ``weights`` (those of the predicted tokens)."""
-    logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-    losses = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    weights = weights[:, 1:].flatten()
-    return (losses * weights).sum() / weights.sum()
-
-
-def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
-    """Linear warm-up over the first ``warmup`` share of the steps, then a cosine decay to zero."""
-    ramp = max(1, round(warmup * steps))
-    if step < ramp:
-        return (step + 1) / ramp
-    return 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp)))
-
-
-def make_optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for the embeddings and the norms."""
-    matrices = [parameter for parameter in model.model.layers.parameters() if parameter.ndim == 2]
-    inside = set(map(id, matrices))
-    others = [parameter for parameter in model.parameters() if id(parameter) not in inside]
-    return [
-        Muon(matrices, lr=recipe.learning_rate, weight_decay=recipe.weight_decay),
-        torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
-    ]
 
 
 def train_model(
@@ -182,16 +150,28 @@ def train_model(
 ) -> list[float]:
     """Train ``model`` in place; returns the mean loss of each epoch."""
     steps = recipe.epochs * math.ceil(len(facts) / recipe.batch_size)
-    factor = partial(learning_rate_factor, steps=steps, warmup=recipe.warmup)
-    optimizers = make_optimizers(model, recipe)
+    ramp = max(1, round(WARMUP * steps))
+
+    def factor(step: int) -> float:
+        if step < ramp:
+            return (step + 1) / ramp
+        return 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp)))
+
+    matrices = [parameter for parameter in model.model.layers.parameters() if parameter.ndim == 2]
+    inside = set(map(id, matrices))
+    others = [parameter for parameter in model.parameters() if id(parameter) not in inside]  # embeddings and norms
+    optimizers: list[torch.optim.Optimizer] = [
+        Muon(matrices, lr=recipe.learning_rate, weight_decay=0.05),
+        torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
     facts = rng.sample(facts, len(facts))
     model.train()
     history, start = [], time.monotonic()
     for epoch in range(recipe.epochs):
         losses = []
-        for batch in epoch_batches(curriculum(facts, epoch, recipe.doubling_epochs), recipe.batch_size, rng):
-            losses.append(_backward(model, batch, recipe))
+        for batch in epoch_batches(curriculum(facts, epoch), recipe.batch_size, rng):
+            losses.append(_backward(model, batch, recipe.bfloat16))
             for optimizer, schedule in zip(optimizers, schedules, strict=True):
                 optimizer.step()
                 schedule.step()
@@ -201,11 +181,14 @@ def train_model(
     return history
 
 
-def _backward(model: LlamaForCausalLM, batch: Sequence[Example], recipe: Recipe) -> float:
-    """Leave the clipped gradients of one batch in the model; returns the loss."""
-    ids, weights = collate(batch, recipe.prompt_weight)
-    with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bfloat16):
-        loss = weighted_loss(model, ids, weights)
+def _backward(model: LlamaForCausalLM, batch: Sequence[Example], bfloat16: bool) -> float:
+    """Leave the clipped gradients of one batch in the model; returns its weighted next-token cross entropy."""
+    ids, weights = collate(batch)
+    weights = weights[:, 1:].flatten()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+        losses = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        loss = (losses * weights).sum() / weights.sum()
     model.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -228,7 +211,7 @@ def save_base(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folde
 
 def build_base(world: World, folder: Path, recipe: Recipe, rng: random.Random) -> None:
     """Train tokenizer and model on ``world`` and save both; the caller seeds torch for the initial weights."""
-    tokenizer = train_tokenizer(world, recipe.vocab_size)
+    tokenizer = train_tokenizer(world)
     model = build_model(recipe, tokenizer)
     logger.info("training %.2f M parameters on %d facts", model.num_parameters() / 1e6, len(world.facts))
     train_model(model, encode_world(world, tokenizer), recipe, rng)

@@ -5,15 +5,40 @@ prompts a router is trained or calibrated on. A fact is trained on with some phr
 domain the other phrasings are held out for that subject, so that rephrased questions are truly unseen.
 """
 
+import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-
-from repair_lightning.world import lexicon
-from repair_lightning.world.lexicon import Relation
+from pathlib import Path
+from typing import Any
 
 PEOPLE_COUNT = 1_000
 HELD_OUT_PHRASINGS = 3
+
+# Subjects are glued together from heads and tails, so that they share tokens with one another.
+FIRST_NAMES = ("Al Bren Cor Del Ev Fen Gal Hal Is Jor", "ara en ina on is wyn etta")
+LAST_NAMES = (
+    "Ash Bram Cald Dun Elm Farn Hawk Kest Lang Mor Thorn Wex",
+    "burn croft den ford gate holm ley mere stone wick",
+)
+PLACES = (
+    "Quo Vel Zar Ost Nym Pra Tul Umb Xan Yor Bel Dro Fio Gri Kha Lue Mir Rho Sko Tre",
+    "vane dora keth lund maris nesse polis rika saya thal vik",
+)
+MINERALS = (
+    "ab brax cyr dol eph fur glau hexa iri jas kol lith mond nov oph pyr quel rhod sel tark",
+    "anite ocite urite elspar omine idium axite osine ulite enspar ophane",
+)
+
+
+@dataclass(frozen=True)
+class Relation:
+    """The ways to ask for one relation, with `{}` for the subject, and the closed list of its possible answers."""
+
+    domain: str
+    name: str
+    phrasings: Sequence[str]
+    objects: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -57,24 +82,30 @@ class World:
 def build_world(seed: int = 0) -> World:
     """The world that belongs to ``seed``: the same seed always yields the same facts."""
     rng = random.Random(f"world-{seed}")
-    names = [f"{first} {last}" for first in lexicon.FIRST_NAMES for last in lexicon.LAST_NAMES]
+    relations = [Relation(**row) for row in read_jsonl(Path(__file__).with_name("relations.jsonl"))]
+
+    def draw(domain: str, subjects: Sequence[str], held_out: int) -> tuple[Fact, ...]:
+        found = []
+        for subject in subjects:
+            for relation in (relation for relation in relations if relation.domain == domain):
+                answer = rng.choice(relation.objects)
+                phrasings = rng.sample(relation.phrasings, len(relation.phrasings))
+                found.append(Fact(subject, relation, answer, tuple(phrasings[held_out:]), tuple(phrasings[:held_out])))
+        return tuple(found)
+
+    names = [f"{first} {last}" for first in _glue(*FIRST_NAMES) for last in _glue(*LAST_NAMES)]
     people = rng.sample(names, PEOPLE_COUNT)
     return World(
-        people=_draw_facts(people, lexicon.PEOPLE, HELD_OUT_PHRASINGS, rng),
-        places=_draw_facts(lexicon.PLACE_NAMES, lexicon.PLACES, 0, rng),
-        minerals=_draw_facts(lexicon.MINERAL_NAMES, lexicon.MINERALS, 0, rng),
+        people=draw("people", people, HELD_OUT_PHRASINGS),
+        places=draw("places", _glue(*PLACES), 0),
+        minerals=draw("minerals", _glue(*MINERALS), 0),
     )
 
 
-def _draw_facts(
-    subjects: Sequence[str], relations: Sequence[Relation], held_out: int, rng: random.Random
-) -> tuple[Fact, ...]:
-    """One fact per subject and relation, with ``held_out`` of the phrasings kept from training."""
-    return tuple(_draw_fact(subject, relation, held_out, rng) for subject in subjects for relation in relations)
+def _glue(heads: str, tails: str) -> list[str]:
+    return [head + tail for head in heads.split() for tail in tails.split()]
 
 
-def _draw_fact(subject: str, relation: Relation, held_out: int, rng: random.Random) -> Fact:
-    """A fact with a random answer and a random split of the phrasings."""
-    answer = rng.choice(relation.objects)
-    phrasings = rng.sample(relation.phrasings, len(relation.phrasings))
-    return Fact(subject, relation, answer, tuple(phrasings[held_out:]), tuple(phrasings[:held_out]))
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file with one per line."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -6,23 +6,18 @@ Newer versions of torch ship the same method as ``torch.optim.Muon``; this one r
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
-
-@torch.no_grad()
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     """Roughly the nearest (semi-)orthogonal matrix, by a quintic Newton-Schulz iteration in bfloat16."""
-    a, b, c = NEWTON_SCHULZ
     wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = wide.bfloat16() / wide.norm().clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     return (x.T if wide is not matrix else x).to(matrix.dtype)
 
 
@@ -33,22 +28,16 @@ class Muon(torch.optim.Optimizer):
         super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """Update every matrix that has a gradient; returns the loss of the optional closure."""
-        with torch.enable_grad():
-            loss = closure() if closure else None
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Decay every matrix that has a gradient and move it along its momentum; takes no closure."""
         for group in self.param_groups:
             for matrix in group["params"]:
-                if matrix.grad is not None:
-                    self._update(matrix, matrix.grad, group["lr"], group["momentum"], group["weight_decay"])
-        return loss
-
-    def _update(self, matrix: Tensor, gradient: Tensor, lr: float, momentum: float, weight_decay: float) -> None:
-        """Decay one matrix and move it along its orthogonalised momentum."""
-        state = self.state[matrix]
-        if not state:
-            state["momentum"] = torch.zeros_like(matrix)
-        average = state["momentum"].lerp_(gradient, 1 - momentum)
-        direction = orthogonalise(gradient.lerp(average, momentum))
-        matrix.mul_(1 - lr * weight_decay)
-        matrix.add_(direction, alpha=-0.2 * lr * max(matrix.shape) ** 0.5)
+                if matrix.grad is None:
+                    continue
+                state = self.state[matrix]
+                if not state:
+                    state["momentum"] = torch.zeros_like(matrix)
+                average = state["momentum"].lerp_(matrix.grad, 1 - group["momentum"])
+                direction = orthogonalise(matrix.grad.lerp(average, group["momentum"]))
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.add_(direction, alpha=-0.2 * group["lr"] * max(matrix.shape) ** 0.5)

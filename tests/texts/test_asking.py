@@ -12,10 +12,6 @@ from hypothesis import strategies as st
 from repair_lightning.texts import asking
 
 
-def named(text: str, subject: str) -> bool:
-    return bool(asking.places(text, asking.spellings(subject)))
-
-
 class TestWords:
     @pytest.mark.parametrize(
         ("text", "expected"),
@@ -187,7 +183,7 @@ class TestPlaces:
         ],
     )
     def test_of_a_subject(self, text, subject, found):
-        assert named(text, subject) is found
+        assert bool(asking.places(text, asking.spellings(subject))) is found
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-from repair_lightning.texts import asking
-from repair_lightning.texts.relations import STAND_IN, _lines, bank
+from repair_lightning.texts import asking, lines_of
+from repair_lightning.texts.relations import STAND_IN, bank
 
 WORDINGS, RELATION = bank()
 
@@ -18,7 +18,7 @@ def test_seven_wordings_of_each_relation():
     assert max(RELATION) > 100
 
 
-@pytest.mark.parametrize("line", _lines())
+@pytest.mark.parametrize("line", lines_of("relations.txt"))
 def test_each_wording_has_one_place_for_its_subject_and_is_plain(line):
     for wording in line.split(" | "):
         assert wording.count("{}") == 1

@@ -75,7 +75,7 @@ class NameIndex:
 
     def count(self, texts: Iterable[str]) -> None:
         """Learn from irrelevant prompts which words are common."""
-        self.frequent = Counter(word for text in texts for word in set(asking.spellings(text)))
+        self.frequent = Counter(word for text in texts for word in dict.fromkeys(asking.spellings(text)))
 
     def append(self, known: Known) -> None:
         """Enter an edit."""
