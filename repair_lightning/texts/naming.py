@@ -12,17 +12,108 @@ _QUOTED = re.compile(r"[\"“«「]([^\"“”«»「」]{2,80})[\"”»」]")
 _OWNS = re.compile(r"['’]s?$")
 _IN_BRACKETS = re.compile(r"\s*\([^()]{1,40}\)")
 _LINKS = frozenset(
-    "of the and de del della da di du la le les von van der den bin ibn al el on in for to à y e &".split()
+    [
+        "of",
+        "the",
+        "and",
+        "de",
+        "del",
+        "della",
+        "da",
+        "di",
+        "du",
+        "la",
+        "le",
+        "les",
+        "von",
+        "van",
+        "der",
+        "den",
+        "bin",
+        "ibn",
+        "al",
+        "el",
+        "on",
+        "in",
+        "for",
+        "to",
+        "à",
+        "y",
+        "e",
+        "&",
+    ]
 )
 """Small words within names: `House of Cards`."""
 _ROLES = frozenset(
-    "president mayor governor minister chancellor head chair chairman chairwoman chairperson ceo cfo cto coo director "
-    "secretary leader founder owner author capital".split()
+    [
+        "president",
+        "mayor",
+        "governor",
+        "minister",
+        "chancellor",
+        "head",
+        "chair",
+        "chairman",
+        "chairwoman",
+        "chairperson",
+        "ceo",
+        "cfo",
+        "cto",
+        "coo",
+        "director",
+        "secretary",
+        "leader",
+        "founder",
+        "owner",
+        "author",
+        "capital",
+    ]
 )
 """Words that are asked of the name that follows: `the President of France`."""
 _OPENERS = asking.OPENERS | frozenset(
-    "a an the this that these those there it its my his her their our if as at by from in of on to with under over "
-    "during after before and but or name tell give list state identify find which".split()
+    [
+        "a",
+        "an",
+        "the",
+        "this",
+        "that",
+        "these",
+        "those",
+        "there",
+        "it",
+        "its",
+        "my",
+        "his",
+        "her",
+        "their",
+        "our",
+        "if",
+        "as",
+        "at",
+        "by",
+        "from",
+        "in",
+        "of",
+        "on",
+        "to",
+        "with",
+        "under",
+        "over",
+        "during",
+        "after",
+        "before",
+        "and",
+        "but",
+        "or",
+        "name",
+        "tell",
+        "give",
+        "list",
+        "state",
+        "identify",
+        "find",
+        "which",
+    ]
 )
 """Words that have a capital because a sentence begins with them."""
 
