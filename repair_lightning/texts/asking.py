@@ -59,8 +59,10 @@ _ABBREVIATIONS = _LISTS["titles"] | _LISTS["abbreviations"]
 _STARTERS = _QUESTION_WORDS | _LISTS["verbs"] | _LISTS["sentence openers"]
 _ASIDES = _QUESTION_WORDS | _LISTS["asides"] | _COURTESY
 _LEAD = _COURTESY | _LISTS["orders"] | _LISTS["lead"]
-OPENERS = _STARTERS | _LEAD | _ASIDES
-"""Words that often begin a sentence."""
+OPENERS = _STARTERS | _LEAD | _ASIDES | _LISTS["openers"]
+"""Words that have a capital because they begin a sentence."""
+NAME_LINKS, ROLES = _LISTS["name links"], _LISTS["roles"]
+"""Small words within names, as in `House of Cards`, and words that are asked of a name: `the President of France`."""
 _COURTESY_UNSPACED = re.compile(
     "(?:谢谢|謝謝|多谢|感谢|你好|您好|请问|請問|请|請|你|您|我|告诉|告訴|回答|回复|简短|简要|简单|簡短|地|用|一|句|话|話|个|词|只|"
     "ありがとう|ございます|こんにちは|お願い|します|教えて|ください|答えて|簡潔に|短く|一言で|ขอบคุณ|ครับ|ค่ะ|กรุณา|ตอบ|สั้น|ๆ)+"

@@ -11,111 +11,6 @@ _WORD = re.compile(r"[^\s\"“”«»()\[\],;:?!…]+")
 _QUOTED = re.compile(r"[\"“«「]([^\"“”«»「」]{2,80})[\"”»」]")
 _OWNS = re.compile(r"['’]s?$")
 _IN_BRACKETS = re.compile(r"\s*\([^()]{1,40}\)")
-_LINKS = frozenset(
-    [
-        "of",
-        "the",
-        "and",
-        "de",
-        "del",
-        "della",
-        "da",
-        "di",
-        "du",
-        "la",
-        "le",
-        "les",
-        "von",
-        "van",
-        "der",
-        "den",
-        "bin",
-        "ibn",
-        "al",
-        "el",
-        "on",
-        "in",
-        "for",
-        "to",
-        "à",
-        "y",
-        "e",
-        "&",
-    ]
-)
-"""Small words within names: `House of Cards`."""
-_ROLES = frozenset(
-    [
-        "president",
-        "mayor",
-        "governor",
-        "minister",
-        "chancellor",
-        "head",
-        "chair",
-        "chairman",
-        "chairwoman",
-        "chairperson",
-        "ceo",
-        "cfo",
-        "cto",
-        "coo",
-        "director",
-        "secretary",
-        "leader",
-        "founder",
-        "owner",
-        "author",
-        "capital",
-    ]
-)
-"""Words that are asked of the name that follows: `the President of France`."""
-_OPENERS = asking.OPENERS | frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "this",
-        "that",
-        "these",
-        "those",
-        "there",
-        "it",
-        "its",
-        "my",
-        "his",
-        "her",
-        "their",
-        "our",
-        "if",
-        "as",
-        "at",
-        "by",
-        "from",
-        "in",
-        "of",
-        "on",
-        "to",
-        "with",
-        "under",
-        "over",
-        "during",
-        "after",
-        "before",
-        "and",
-        "but",
-        "or",
-        "name",
-        "tell",
-        "give",
-        "list",
-        "state",
-        "identify",
-        "find",
-        "which",
-    ]
-)
-"""Words that have a capital because a sentence begins with them."""
 
 
 def named_in(text: str) -> str:
@@ -140,7 +35,7 @@ def _names(text: str) -> Iterator[str]:
 def _begins(text: str, word: re.Match[str]) -> bool:
     """Whether a name may begin with a word: it has a capital, and not because a sentence begins."""
     opens = text[: word.start()].rstrip()[-1:] in ("", ".", "?", "!", ":")
-    return _has_capital(word.group()) and not (opens and _plain(word.group()) in _OPENERS)
+    return _has_capital(word.group()) and not (opens and _plain(word.group()) in asking.OPENERS)
 
 
 def _last(text: str, words: list[re.Match[str]], at: int) -> int:
@@ -148,12 +43,12 @@ def _last(text: str, words: list[re.Match[str]], at: int) -> int:
     last = here = at
     while here + 1 < len(words) and not text[words[here].end() : words[here + 1].start()].strip():
         own, following = words[here].group(), words[here + 1].group()
-        if own.endswith(".") and _plain(following) in _OPENERS:
+        if own.endswith(".") and _plain(following) in asking.OPENERS:
             break
         here += 1
         if _has_capital(following) or following[0].isdigit():
             last = here
-        elif following not in _LINKS or here - last > 2 or _OWNS.search(own) or _plain(own) in _ROLES:
+        elif following not in asking.NAME_LINKS or here - last > 2 or _OWNS.search(own) or _plain(own) in asking.ROLES:
             break
     return last
 
@@ -168,5 +63,5 @@ def _plain(word: str) -> str:
 
 def _weight(name: str) -> float:
     """Words, small ones aside; an abbreviation or a role is a name where there is no other."""
-    said = [word for word in name.split() if word not in _LINKS]
-    return len(said) - name.isupper() / 2 - (_plain(name) in _ROLES)
+    said = [word for word in name.split() if word not in asking.NAME_LINKS]
+    return len(said) - name.isupper() / 2 - (_plain(name) in asking.ROLES)
