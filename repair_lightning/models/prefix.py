@@ -10,9 +10,8 @@ in the same slots, and a pre-hook feeds the stored state.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,17 @@ from repair_lightning.models.architectures import architecture_of
 
 
 class _Stop(Exception):
-    """Ends a forward pass once the edited layer's activations are known."""
+    """Ends a forward pass once all that is wanted of it is known."""
+
+
+@contextmanager
+def _hooked(*handles: Any) -> Iterator[None]:
+    """Inside, hooks are at work; they are removed however it ends."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _PassThrough(nn.Module):
@@ -64,53 +73,28 @@ class SplitModel:
         self.index = layer
         self.layers = self.arch.decoder_layers(model)
         self.value = self.arch.value_module(model, layer)
-        parameters = inspect.signature(model.forward).parameters
-        self._takes_positions = "position_ids" in parameters
         self._as_tuple = getattr(getattr(model, "config", None), "model_type", "") == "gptj"
 
     def inputs(self, ids: Tensor, mask: Tensor) -> dict[str, Any]:
         """Keyword arguments of a forward pass over padded rows (B, T), without a key-value cache."""
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-        if self._takes_positions:
-            inputs["position_ids"] = positions(mask)
-        return inputs
+        return {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask), "use_cache": False}
 
     @torch.no_grad()
     def capture(self, ids: Tensor, mask: Tensor) -> Capture:
         """Run layers 0..L to the value matrix; returns its input and the layer's (ids and mask are (B, T))."""
-        seen = self._seen(ids, mask, to_value=True)
-        return Capture(seen["hidden"], seen["activations"].reshape(*ids.shape, -1))
-
-    @torch.no_grad()
-    def states(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Run the layers below L; returns what enters it, (B, T, D)."""
-        return self._seen(ids, mask, to_value=False)["hidden"]
-
-    def _seen(self, ids: Tensor, mask: Tensor, to_value: bool) -> dict[str, Tensor]:
-        """What enters the edited layer, and its value matrix if asked; the pass ends there."""
         seen: dict[str, Tensor] = {}
 
         def at_layer(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            seen["hidden"] = args[0] if args else kwargs["hidden_states"]
-            if not to_value:
-                raise _Stop
+            seen["hidden"] = _entering(args, kwargs)
 
         def at_value(_: nn.Module, args: tuple) -> None:
-            seen["activations"] = args[0]
+            seen["activations"] = args[0].reshape(*ids.shape, -1)
             raise _Stop
 
-        handles = [
-            self.layers[self.index].register_forward_pre_hook(at_layer, with_kwargs=True),
-            self.value.register_forward_pre_hook(at_value),
-        ]
-        try:
+        layer = self.layers[self.index].register_forward_pre_hook(at_layer, with_kwargs=True)
+        with suppress(_Stop), _hooked(layer, self.value.register_forward_pre_hook(at_value)):
             self.model(**self.inputs(ids, mask), logits_to_keep=1)
-        except _Stop:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
-        return seen
+        return Capture(**seen)
 
     @contextmanager
     def skipping(self, whole: bool = False) -> Iterator[None]:
@@ -145,23 +129,9 @@ class SplitModel:
         logits, features = self._run(0, hidden[:, None], inputs, 1)
         return logits[:, 0], features[:, 0]
 
-    @torch.no_grad()
     def layer_output(self, ids: Tensor, mask: Tensor, hidden: Tensor) -> Tensor:
-        """What leaves the edited layer, (B, T, D), from what enters it; inside :meth:`skipping`."""
-        seen: list[Tensor] = []
-
-        def behind(_: nn.Module, __: tuple, output: Any) -> None:
-            seen.append(output[0] if isinstance(output, tuple) else output)
-            raise _Stop
-
-        handle = self.layers[self.index].register_forward_hook(behind)
-        try:
-            self.tail(ids, mask, hidden, 1)
-        except _Stop:
-            pass
-        finally:
-            handle.remove()
-        return seen[0]
+        """What leaves the edited layer, (B, T, D), from what enters it."""
+        return self.through(ids, mask, hidden, self.index)[2]
 
     @torch.no_grad()
     def through(
@@ -177,27 +147,21 @@ class SplitModel:
         left: list[Tensor] = []
 
         def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            entering.append(args[0] if args else kwargs["hidden_states"])
+            entering.append(_entering(args, kwargs))
 
         def at_value(_: nn.Module, args: tuple) -> None:
             activations.append(args[0].reshape(*ids.shape, -1))
 
-        def behind(_: nn.Module, __: tuple, output: Any) -> None:
+        def after(_: nn.Module, __: tuple, output: Any) -> None:
             left.append(output[0] if isinstance(output, tuple) else output)
             raise _Stop
 
-        handles = [self.layers[upto].register_forward_hook(behind)]
+        handles = [self.layers[upto].register_forward_hook(after)]
         for i in range(self.index, upto + 1):
             handles.append(self.layers[i].register_forward_pre_hook(before, with_kwargs=True))
             handles.append(self.arch.value_module(self.model, i).register_forward_pre_hook(at_value))
-        try:
-            with self.skipping():
-                self.tail(ids, mask, hidden, 1)
-        except _Stop:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
+        with suppress(_Stop), _hooked(*handles), self.skipping():
+            self.tail(ids, mask, hidden, 1)
         return entering, activations, left[0]
 
     @torch.no_grad()
@@ -205,7 +169,7 @@ class SplitModel:
         """Whether the edited layer is the last one and its value matrix's output is simply added to what leaves it.
 
         Then a shard's effect on the logits needs no attention: only the positions that are read. Measured, not assumed:
-        some architectures normalise behind the feed-forward network.
+        some architectures normalise after the feed-forward network.
         """
         if self.index != len(self.layers) - 1:
             return False
@@ -215,13 +179,9 @@ class SplitModel:
         hidden = self.capture(ids, mask).hidden
         push = torch.linspace(-1, 1, hidden.shape[-1], device=hidden.device) * float(hidden.abs().max())
         push = push.to(hidden.dtype)
-        with self.skipping():
-            before = self.layer_output(ids, mask, hidden)
-            handle = self.value.register_forward_hook(lambda _, __, output: output + push)
-            try:
-                after = self.layer_output(ids, mask, hidden)
-            finally:
-                handle.remove()
+        before = self.layer_output(ids, mask, hidden)
+        with _hooked(self.value.register_forward_hook(lambda _, __, output: output + push)):
+            after = self.layer_output(ids, mask, hidden)
         tolerance = 8 * torch.finfo(hidden.dtype).eps * (before.abs() + push.abs().max())
         return bool(((after.float() - before.float() - push.float()).abs() <= tolerance.float()).all())
 
@@ -244,16 +204,16 @@ class SplitModel:
                 return (hidden, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": hidden}
 
-        handles = [
-            self.layers[at].register_forward_pre_hook(feed, with_kwargs=True),
-            self.model.get_output_embeddings().register_forward_pre_hook(at_head),  # type: ignore[operator]
-        ]
-        try:
+        head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+        layer = self.layers[at].register_forward_pre_hook(feed, with_kwargs=True)
+        with _hooked(layer, head.register_forward_pre_hook(at_head)):
             logits = self.model(**inputs, logits_to_keep=keep).logits
-        finally:
-            for handle in handles:
-                handle.remove()
         return logits, features[0]
+
+
+def _entering(args: tuple, kwargs: dict) -> Tensor:
+    """The hidden states that a layer is called with."""
+    return args[0] if args else kwargs["hidden_states"]
 
 
 def pad_left(sequences: Sequence[Sequence[int]], fill: int = 0, device: Any = None) -> tuple[Tensor, Tensor]:

@@ -9,18 +9,17 @@ Legend for shapes: T tokens, D = d_model, F = d_ffn.
 from __future__ import annotations
 
 import logging
-import re
 import tempfile
-import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
-import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from repair_lightning.errors import RepairError
@@ -33,9 +32,6 @@ Key: TypeAlias = tuple[str, tuple[int, ...]]
 
 LANES = 16
 """Widths are multiples of this, the floats in a vector of 512 bits: rows of like lengths have one shape."""
-
-SEGMENTS = 16
-"""Into so many files the budget on disk is divided."""
 
 
 def canonical_width(length: int, limit: int | None = None) -> int:
@@ -93,11 +89,6 @@ def capture_rows(split: SplitModel, rows: Sequence[Sequence[int]], batch_size: i
     return captures
 
 
-def nbytes(entry: Capture) -> int:
-    """The size of a capture in bytes."""
-    return entry.hidden.nbytes + entry.activations.nbytes
-
-
 class PrefixCache:
     """Hidden states at the edited layer by token ids: least recently used entries leave when the budget is full.
 
@@ -108,9 +99,9 @@ class PrefixCache:
     Args:
         split: the model, cut at the edited layer.
         budget: most bytes in memory (the model's device); an entry that is larger alone is not kept there.
-        spill: a folder for scratch files, made when first needed; None goes without.
-        spill_budget: most bytes on disk; the oldest sixteenth leaves when they are full.
-        identity: names what computes the states: the base, the layer and the dtype. A part of every key; set it anew
+        spill: a folder for a scratch file, made when first needed; None goes without.
+        spill_budget: most bytes on disk; the oldest are written over when they are full.
+        identity: names what computes the states: the base, the layer and the dtype. A part of every key; set it again
             and nothing known before is found.
 
     Attributes:
@@ -130,12 +121,7 @@ class PrefixCache:
         self.identity = identity
         self.used = 0
         self._entries: OrderedDict[Key, Capture] = OrderedDict()
-        prefix = re.sub(r"[^\w.-]+", "-", identity or "prefix")
-        self._disk = None if spill is None else Spill(Path(spill), spill_budget, prefix)
-
-    def __len__(self) -> int:
-        """The number of entries in memory."""
-        return len(self._entries)
+        self._disk = None if spill is None else Spill(Path(spill), spill_budget)
 
     @property
     def spilled(self) -> int:
@@ -157,20 +143,22 @@ class PrefixCache:
             RepairError: a sequence is empty.
         """
         keys = [(self.identity, tuple(sequence)) for sequence in sequences]
-        found = {key: self._entries[key] for key in dict.fromkeys(keys) if key in self._entries}
+        wanted = dict.fromkeys(keys)
+        found = {key: self._entries[key] for key in wanted if key in self._entries}
         for key in found:
             self._entries.move_to_end(key)
-        for key, entry in self._read([key for key in dict.fromkeys(keys) if key not in found]):
-            found[key] = entry
-            self._keep(key, entry)
-        missing = [key for key in dict.fromkeys(keys) if key not in found]
+        for key in [key for key in wanted if key not in found]:
+            if (entry := self._read(key)) is not None:
+                found[key] = entry
+                self._keep(key, entry)
+        missing = [key for key in wanted if key not in found]
         for key, entry in zip(missing, capture_rows(self.split, [ids for _, ids in missing], batch_size), strict=True):
             found[key] = entry
             self._keep(key, entry)
         return [found[key] for key in keys]
 
     def close(self) -> None:
-        """Forget everything and remove the files. The cache may be used further, in memory alone."""
+        """Forget everything and remove the scratch file. The cache may be used further, in memory alone."""
         self._entries.clear()
         self.used = 0
         if self._disk is not None:
@@ -179,13 +167,13 @@ class PrefixCache:
 
     def _keep(self, key: Key, entry: Capture) -> None:
         """Keep an entry in memory, or on disk where it is larger than the whole budget; others make room."""
-        size = nbytes(entry)
+        size = _nbytes(entry)
         if size > self.budget:
             self._write(key, entry)
             return
         while self.used + size > self.budget:
             old, oldest = self._entries.popitem(last=False)
-            self.used -= nbytes(oldest)
+            self.used -= _nbytes(oldest)
             self._write(old, oldest)
         self._entries[key] = entry
         self.used += size
@@ -197,146 +185,92 @@ class PrefixCache:
             except OSError as error:
                 self._give_up(self._disk, error)
 
-    def _read(self, keys: Sequence[Key]) -> Iterator[tuple[Key, Capture]]:
-        """Those of the entries that are on disk."""
-        for key in keys:
-            if self._disk is None:
-                return
-            try:
-                entry = self._disk.get(key)
-            except (OSError, ValueError) as error:  # numpy's word for a file that is shorter than it was
-                self._give_up(self._disk, error)
-                return
-            if entry is not None:
-                yield key, entry
+    def _read(self, key: Key) -> Capture | None:
+        try:
+            return None if self._disk is None else self._disk.get(key)
+        except (OSError, SafetensorError) as error:  # the latter where the file is shorter than it was
+            self._give_up(self._disk, error)
+            return None
 
     def _give_up(self, disk: Spill, error: Exception) -> None:
         """Go on without the disk, and give back what was taken of it: something else may need the room."""
-        log.warning("the prefix cache goes on without '%s' and computes anew what it held: %s", disk.folder, error)
+        log.warning("the prefix cache goes on without '%s' and computes again what it held: %s", disk.folder, error)
         disk.close()
         self._disk = None
 
 
-@dataclass(slots=True, eq=False)
-class _Segment:
-    """A file, the bytes in it, and the entries that go when it goes."""
-
-    file: IO[bytes]
-    size: int = 0
-    keys: list[Key] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where an entry lies, and tensors that know its shapes, dtypes and device but have no content."""
-
-    segment: _Segment
-    offset: int
-    hidden: Tensor
-    activations: Tensor
-    device: torch.device
+def _nbytes(entry: Capture) -> int:
+    return entry.hidden.nbytes + entry.activations.nbytes
 
 
 class Spill:
-    """Captures on disk, as raw bytes in memory-mapped files; the oldest file leaves when the budget is full.
+    """Captures in a scratch file, written round and round: where it is full, the oldest are written over.
 
-    The files have no name where the system allows that (`tempfile.TemporaryFile`), so nobody else can open them and
-    they are gone with the process, even if it is killed. Data is written with `write` and not through the map, where a
-    full disk would end the process instead of raising an error.
+    The file has no name where the system allows that (`tempfile.TemporaryFile`), so nobody else can open it and it is
+    gone with the process, even if it is killed.
 
     Args:
         folder: made when the first entry comes.
-        budget: most bytes in all files.
-        prefix: how the files' names begin where they have one.
+        budget: most bytes in the file.
     """
 
-    def __init__(self, folder: Path, budget: int, prefix: str) -> None:
+    def __init__(self, folder: Path, budget: int) -> None:
         self.folder = folder
         self.budget = budget
-        self.prefix = prefix
-        self._segments: list[_Segment] = []
-        self._places: dict[Key, _Place] = {}
-        self._finalizer = weakref.finalize(self, _close, self._segments)
+        self._file: IO[bytes] | None = None
+        self._places: OrderedDict[Key, tuple[int, int, torch.device]] = OrderedDict()  # the oldest first
+        self._end = 0  # of the newest
 
     @property
     def used(self) -> int:
-        """Bytes in all files."""
-        return sum(segment.size for segment in self._segments)
+        """Bytes of all entries."""
+        return sum(size for _, size, _ in self._places.values())
 
     def put(self, key: Key, entry: Capture) -> None:
         """Write an entry unless it is there already or larger than the budget.
 
         Raises:
-            OSError: the disk is full or fails; what was there before can still be read.
+            OSError: the disk is full or fails.
         """
-        size = nbytes(entry)
-        if key in self._places or size > self.budget:
+        if key in self._places:
             return
-        while self.used + size > self.budget:
-            self._drop_oldest()
-        segment = self._segment_for(size)
-        segment.file.seek(segment.size)
-        for tensor in (entry.hidden, entry.activations):
-            _write_all(segment.file, _flat(tensor.cpu().contiguous()))
-        like = (entry.hidden.to("meta"), entry.activations.to("meta"))
-        self._places[key] = _Place(segment, segment.size, *like, entry.hidden.device)
-        segment.keys.append(key)
-        segment.size += size
+        data = save({"hidden": entry.hidden.contiguous(), "activations": entry.activations.contiguous()})
+        if len(data) > self.budget:
+            return
+        if self._file is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115
+        if self._end + len(data) > self.budget:  # another round
+            self._forget(self._end, self.budget)
+            self._end = 0
+        self._forget(self._end, self._end + len(data))
+        self._file.seek(self._end)
+        self._file.write(data)
+        self._file.flush()
+        self._places[key] = (self._end, len(data), entry.hidden.device)
+        self._end += len(data)
 
     def get(self, key: Key) -> Capture | None:
         """A copy of an entry on the device that it came from, or None.
 
         Raises:
             OSError: the disk fails.
-            ValueError: the file is shorter than what was written into it.
+            SafetensorError: the file is shorter than what was written into it.
         """
-        place = self._places.get(key)
-        if place is None:
+        if key not in self._places or self._file is None:
             return None
-        size = place.hidden.nbytes + place.activations.nbytes
-        data: np.ndarray = np.memmap(place.segment.file, np.uint8, "r", place.offset, (size,))
-        parts = []
-        for like in (place.hidden, place.activations):
-            parts.append(torch.empty_like(like, device="cpu"))
-            _flat(parts[-1])[:] = data[: like.nbytes]
-            data = data[like.nbytes :]
-        return Capture(parts[0].to(place.device), parts[1].to(place.device))
+        start, size, device = self._places[key]
+        self._file.seek(start)
+        return Capture(**{name: tensor.to(device) for name, tensor in load(self._file.read(size)).items()})
 
     def close(self) -> None:
-        """Remove the files, as the end of this object and that of the process do."""
+        """Remove the file, as the end of this object and that of the process do."""
         self._places.clear()
-        self._finalizer()
+        if self._file is not None:
+            with suppress(OSError):  # a full disk refuses once more what it has refused to take
+                self._file.close()
 
-    def _segment_for(self, size: int) -> _Segment:
-        """The newest file if it has room for `size` bytes more, or a new one."""
-        if not self._segments or self._segments[-1].size + size > max(size, self.budget // SEGMENTS):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            file = tempfile.TemporaryFile(buffering=0, prefix=f"{self.prefix}-", dir=self.folder)  # noqa: SIM115
-            self._segments.append(_Segment(file))
-        return self._segments[-1]
-
-    def _drop_oldest(self) -> None:
-        oldest = self._segments.pop(0)
-        for key in oldest.keys:
-            del self._places[key]
-        _close([oldest])
-
-
-def _close(segments: list[_Segment]) -> None:
-    """Close files, which removes them."""
-    while segments:
-        try:
-            segments.pop().file.close()
-        except OSError as error:  # a network's file system may report a full disk here
-            log.debug("a scratch file of the prefix cache: %s", error)
-
-
-def _flat(tensor: Tensor) -> np.ndarray:
-    """The bytes of a contiguous tensor on the CPU, in its own memory."""
-    return tensor.view(-1).view(torch.uint8).numpy()
-
-
-def _write_all(file: IO[bytes], data: Any) -> None:
-    """Write all of `data`, which an unbuffered file may take in pieces."""
-    while len(data):
-        data = data[file.write(data) :]
+    def _forget(self, start: int, end: int) -> None:
+        """Forget the oldest entries as long as they begin in this part of the file."""
+        while self._places and start <= next(iter(self._places.values()))[0] < end:
+            self._places.popitem(last=False)

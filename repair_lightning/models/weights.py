@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from repair_lightning.models.architectures import architecture_of
@@ -70,12 +71,8 @@ class BaseWeights:
 
     def fingerprint(self) -> str:
         """A hash of what the changed matrices hold; empty where none is."""
-        digest = hashlib.sha256()
-        for layer in self.layers:
-            digest.update(str(layer).encode())
-            values = self.parameter(layer).detach().cpu().contiguous().view(torch.uint8)
-            digest.update(values.numpy().data)
-        return digest.hexdigest() if self else ""
+        state = {str(layer): value for layer, value in self.state().items()}
+        return hashlib.sha256(save(state)).hexdigest() if state else ""
 
     def state(self) -> dict[int, Tensor]:
         """Copies of the changed matrices in their storage order, to go back to with :meth:`load`."""
@@ -91,7 +88,7 @@ class BaseWeights:
             found = self.parameter(layer).shape
             if value.shape != found:
                 raise ValueError(f"W_v of layer {layer} is {tuple(found)}, got {tuple(value.shape)}")
-        for layer in [layer for layer in self.layers if layer not in state]:
+        for layer in self._originals.keys() - state.keys():
             self.parameter(layer).data.copy_(self._originals.pop(layer))
         for layer, value in state.items():
             self._take(layer, value)

@@ -150,9 +150,9 @@ import os, torch
 from pathlib import Path
 from repair_lightning.models.prefix import Capture
 from repair_lightning.models.prefix_cache import Spill
-spill = Spill(Path({str(tmp_path)!r}), 1 << 20, "x")
+spill = Spill(Path({str(tmp_path)!r}), 1 << 20)
 spill.put(("", (1,)), Capture(torch.rand(2, 8), torch.rand(2, 8)))
-assert spill.used == 128
+assert spill.used > 128
 {end}
 """
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -188,5 +188,5 @@ class TestFailingDisk:
     def test_a_file_that_was_cut(self, cache, tmp_path, caplog):
         cache = cache(tokens=2, spill=tmp_path)
         cache.get(ROWS)
-        os.ftruncate(cache._disk._segments[0].file.fileno(), 10)
+        os.ftruncate(cache._disk._file.fileno(), 10)
         self.check(cache, caplog)
