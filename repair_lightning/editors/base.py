@@ -208,7 +208,7 @@ class Editor(pl.LightningModule):
 
     def _prefix_cache(self) -> PrefixCache:
         scratch = self.scratch if self.cache_mib and self.cache_disk_mib else None
-        return PrefixCache(self.edited.split, self.cache_mib << 20, scratch, self.cache_disk_mib << 20, self._identity)
+        return PrefixCache(self.edited.split, self.cache_mib << 20, scratch, self.cache_disk_mib << 20)
 
     @property
     def _identity(self) -> str:

@@ -1,4 +1,4 @@
-"""Hooks in a base's own modules: through them a memory answers sequences, from the prompt to the end of what is said."""
+"""Hooks in a base's own modules, through which a memory answers sequences from the prompt on."""
 
 from __future__ import annotations
 

@@ -12,6 +12,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
+from os.path import commonprefix
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -27,13 +29,13 @@ class Spelling:
     Control tokens are the special ones, and the added ones that the chat template writes. Other added tokens (runs of
     blanks, say) are text.
 
-    Args:
-        tokenizer: the base's.
+    Attributes:
         guards: whether text that looks like a control token stays text; else the tokenizer decides.
+        signs: the private character of each control token's id.
     """
 
-    def __init__(self, tokenizer: Any, guards: bool) -> None:
-        self.tokenizer, self.guards = tokenizer, guards
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.guards = tokenizer, False
         added = getattr(tokenizer, "added_tokens_decoder", {})
         template = str(getattr(tokenizer, "chat_template", None) or "")
         written = {
@@ -46,23 +48,17 @@ class Spelling:
     def read(self, ids: Sequence[int]) -> tuple[str, list[str]]:
         """The text that token ids spell, with one private character for each control token and no other such, and what
         each of its characters says: itself, or nothing."""
-        spelled: list[str] = []
-        said: list[str] = []
-        run: list[int] = []
-        for id in [*ids, None]:
-            sign = "" if id is None else self.signs.get(int(id))
-            if sign is None:
-                run.append(int(id))  # type: ignore[arg-type]
-                continue
-            if run:
-                text = self.tokenizer.decode(run, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-                spelled.append(_SIGN.sub("\ufffd", text))
+        spelled, said = "", []
+        for are_controls, run in groupby(map(int, ids), key=self.signs.__contains__):
+            if are_controls:
+                text = "".join(self.signs[id] for id in run)
+                said += [""] * len(text)
+            else:
+                text = self.tokenizer.decode(list(run), skip_special_tokens=False, clean_up_tokenization_spaces=False)
                 said += text
-                run = []
-            if sign:
-                spelled.append(sign)
-                said.append("")
-        return "".join(spelled), said
+                text = _SIGN.sub("\ufffd", text)
+            spelled += text
+        return spelled, said
 
     def spelled(self, ids: Sequence[int]) -> str:
         """The first of :meth:`read`."""
@@ -166,44 +162,40 @@ class Marks:
         return begin, len(spelled) if end < 0 else end
 
 
-def marks_of(
-    once: Sequence[str], twice: Sequence[str], told: Sequence[str] | None, signs: Mapping[int, str]
-) -> Marks | None:
-    """The marks in what stands around contents; None where turns cannot be told apart.
+def marks_of(once: Sequence[str], twice: Sequence[str], told: Sequence[str] | None, signs: Mapping[int, str]) -> Marks:
+    """The marks in what stands around contents.
 
     Args:
         once: around the one turn of the user: before and after it.
         twice: around turns of the user, of the base and of the user.
         told: around a system message and a turn of the user; None where there is none.
         signs: how control tokens are spelled.
+
+    Raises:
+        ValueError: turns cannot be told apart.
     """
     (before, after), (head, first, second, _) = once, twice
     opens = [before, head, second]
     user = _user_marks(opens, others=[first, *(told or ())[:1]])
     answer = _common_start([after, first])
-    close = _closing(answer)
+    closing = _SIGN.search(answer)
+    close = closing.group() if closing else answer.strip()
     if not user or not close:
-        return None
+        raise ValueError("its turns cannot be told apart")
     system, starts = ("", ""), [_start_of(before, user)]
     if told is not None:
         prefix, between, _ = told
         starts.append(_start_of(prefix, user))
-        mark = next((m for m in user if prefix.find(m) >= 0), None)
+        mark = next((m for m in user if m in prefix), None)
         if not between.endswith(user) and mark is not None:
             system = (prefix.split(mark, 1)[1], between) if between.strip() else ("", "")
         elif not between.endswith(user):
-            extended = _user_marks([*opens, between], others=[first, prefix])
-            user = extended or user
+            user = _user_marks([*opens, between], others=[first, prefix]) or user
     said = second.lstrip()
     ending = "" if not said or said.startswith(user) else said[0]
     end = next((id for id, sign in signs.items() if sign == ending), None)
     blank = first[len(after) :] if first.startswith(after) and not first[len(after) :].strip() else ""
     return Marks(tuple(dict.fromkeys(filter(None, starts))), user, system, close, end, answer, blank)
-
-
-def _stands_in(token: str, template: str) -> bool:
-    """Whether a template writes a token; blanks stand in its source for other reasons."""
-    return bool(token.strip()) and token in template
 
 
 def _user_marks(opens: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:
@@ -213,7 +205,7 @@ def _user_marks(opens: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:
     Where only text is shared but a control token stands before it, that token belongs to the mark: else a user could
     type it.
     """
-    shared = _common_end(opens)
+    shared = _common_start([text[::-1] for text in opens])[::-1]
     for found in reversed(list(_SIGN.finditer(shared))):
         if not any(other.endswith(shared[found.start() :]) for other in others):
             return (shared[found.start() :],)
@@ -231,26 +223,13 @@ def _start_of(before: str, user: Sequence[str]) -> str:
     return before if before in user else ""
 
 
-def _closing(close: str) -> str:
-    """The first control token of what ends a turn, or the words of it."""
-    found = _SIGN.search(close)
-    return found.group() if found else close.strip()
-
-
 def parts(text: str, *words: str) -> list[str]:
-    """What stands before, between and after words, each of which stands in the text once and in this order."""
-    found = []
-    for word in words:
-        before, text = text.split(word, 1)
-        found.append(before)
-    return [*found, text]
+    """What stands before, between and after words; ValueError unless each is in the text once and in this order."""
+    either = "|".join(words)
+    if re.findall(either, text) != list(words):
+        raise ValueError("it changes what is said")
+    return re.split(either, text)
 
 
-def _common_start(texts: Sequence[str]) -> str:
-    first, *others = texts
-    same = (i for i, char in enumerate(first) if any(other[i : i + 1] != char for other in others))
-    return first[: next(same, len(first))]
-
-
-def _common_end(texts: Sequence[str]) -> str:
-    return _common_start([text[::-1] for text in texts])[::-1]
+def _common_start(texts: list[str]) -> str:
+    return commonprefix(texts)  # noqa: RUF071  its characters are what is meant

@@ -2,21 +2,22 @@
 
 Legend for shapes: B sequences, T tokens, D = d_model, F = d_ffn, V vocabulary.
 
-`capture` runs the model up to the edited layer's value matrix and stops there; `tail` runs the edited layer and those
-above it from a stored hidden state. The model's own code still builds masks, position embeddings, the final norm and
-the head, so both are exact on every architecture of the table: the lower layers are swapped for pass-through modules
-in the same slots, and a pre-hook feeds the stored state.
+`capture` runs the model up to the edited layer and stops there; `tail` runs the edited layer and those above it from a
+stored hidden state. The model's own code still builds masks, position embeddings, the final norm and the head, so both
+are exact on every architecture of the table: the lower layers are swapped for pass-through modules in the same slots,
+and a pre-hook feeds the stored state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from repair_lightning.models.architectures import architecture_of
 
@@ -54,11 +55,6 @@ class Capture:
     activations: Tensor
 
 
-def positions(mask: Tensor) -> Tensor:
-    """Position ids (B, T) that count real tokens only, whatever the padding side."""
-    return (mask.long().cumsum(-1) - 1).clamp_min(0)
-
-
 class SplitModel:
     """A causal LM cut at the input of one layer: `capture` runs what is below, `tail` the rest.
 
@@ -68,33 +64,21 @@ class SplitModel:
     """
 
     def __init__(self, model: nn.Module, layer: int) -> None:
-        self.model = model
+        self.model, self.index = model, layer
         self.arch = architecture_of(model)
-        self.index = layer
         self.layers = self.arch.decoder_layers(model)
         self.value = self.arch.value_module(model, layer)
-        self._as_tuple = getattr(getattr(model, "config", None), "model_type", "") == "gptj"
+        self._as_tuple = model.config.model_type == "gptj"  # type: ignore[union-attr]
 
     def inputs(self, ids: Tensor, mask: Tensor) -> dict[str, Any]:
-        """Keyword arguments of a forward pass over padded rows (B, T), without a key-value cache."""
-        return {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask), "use_cache": False}
+        """Keyword arguments of a forward pass over rows (B, T) padded on either side, without a key-value cache."""
+        positions = (mask.long().cumsum(-1) - 1).clamp_min(0)  # real tokens alone are counted
+        return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": False}
 
-    @torch.no_grad()
     def capture(self, ids: Tensor, mask: Tensor) -> Capture:
-        """Run layers 0..L to the value matrix; returns its input and the layer's (ids and mask are (B, T))."""
-        seen: dict[str, Tensor] = {}
-
-        def at_layer(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            seen["hidden"] = _entering(args, kwargs)
-
-        def at_value(_: nn.Module, args: tuple) -> None:
-            seen["activations"] = args[0].reshape(*ids.shape, -1)
-            raise _Stop
-
-        layer = self.layers[self.index].register_forward_pre_hook(at_layer, with_kwargs=True)
-        with suppress(_Stop), _hooked(layer, self.value.register_forward_pre_hook(at_value)):
-            self.model(**self.inputs(ids, mask), logits_to_keep=1)
-        return Capture(**seen)
+        """Run layers 0..L over rows (B, T)."""
+        entering, activations, _ = self.through(ids, mask, None, self.index)
+        return Capture(entering[0], activations[0])
 
     @contextmanager
     def skipping(self, whole: bool = False) -> Iterator[None]:
@@ -135,9 +119,9 @@ class SplitModel:
 
     @torch.no_grad()
     def through(
-        self, ids: Tensor, mask: Tensor, hidden: Tensor, upto: int
+        self, ids: Tensor, mask: Tensor, hidden: Tensor | None, upto: int
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Run the layers from the edited one to `upto` from what enters the first, (B, T, D).
+        """Run the layers from the edited one to `upto` from what enters the first, (B, T, D), or for None from the ids.
 
         Returns:
             what enters each of them, (B, T, D); what enters its value matrix, (B, T, F); what leaves the last one.
@@ -146,21 +130,21 @@ class SplitModel:
         activations: list[Tensor] = []
         left: list[Tensor] = []
 
-        def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            entering.append(_entering(args, kwargs))
+        def at_layer(layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            entering.append(args[0] if args else kwargs["hidden_states"])
+            left[:] = [output[0] if isinstance(output, tuple) else output]
+            if layer is self.layers[upto]:
+                raise _Stop
 
         def at_value(_: nn.Module, args: tuple) -> None:
             activations.append(args[0].reshape(*ids.shape, -1))
 
-        def after(_: nn.Module, __: tuple, output: Any) -> None:
-            left.append(output[0] if isinstance(output, tuple) else output)
-            raise _Stop
-
-        handles = [self.layers[upto].register_forward_hook(after)]
+        handles = []
         for i in range(self.index, upto + 1):
-            handles.append(self.layers[i].register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(self.layers[i].register_forward_hook(at_layer, with_kwargs=True))
             handles.append(self.arch.value_module(self.model, i).register_forward_pre_hook(at_value))
-        with suppress(_Stop), _hooked(*handles), self.skipping():
+        lower = nullcontext() if hidden is None else self.skipping()
+        with suppress(_Stop), _hooked(*handles), lower:
             self.tail(ids, mask, hidden, 1)
         return entering, activations, left[0]
 
@@ -173,8 +157,7 @@ class SplitModel:
         """
         if self.index != len(self.layers) - 1:
             return False
-        weight = next(self.model.parameters())
-        ids = torch.arange(4, device=weight.device)[None]
+        ids = torch.arange(4, device=next(self.model.parameters()).device)[None]
         mask = torch.ones_like(ids)
         hidden = self.capture(ids, mask).hidden
         push = torch.linspace(-1, 1, hidden.shape[-1], device=hidden.device) * float(hidden.abs().max())
@@ -200,20 +183,13 @@ class SplitModel:
         def feed(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
             if hidden is None:
                 return None
-            if args:
-                return (hidden, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": hidden}
+            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
         head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
         layer = self.layers[at].register_forward_pre_hook(feed, with_kwargs=True)
         with _hooked(layer, head.register_forward_pre_hook(at_head)):
             logits = self.model(**inputs, logits_to_keep=keep).logits
         return logits, features[0]
-
-
-def _entering(args: tuple, kwargs: dict) -> Tensor:
-    """The hidden states that a layer is called with."""
-    return args[0] if args else kwargs["hidden_states"]
 
 
 def pad_left(sequences: Sequence[Sequence[int]], fill: int = 0, device: Any = None) -> tuple[Tensor, Tensor]:
@@ -226,5 +202,4 @@ def pad_left(sequences: Sequence[Sequence[int]], fill: int = 0, device: Any = No
 
 def stack_left(rows: Sequence[Tensor]) -> Tensor:
     """Rows (T_i, D) padded on the left with zeros to (B, max T, D)."""
-    width = max(len(row) for row in rows)
-    return torch.stack([nn.functional.pad(row, (0, 0, width - len(row), 0)) for row in rows])
+    return pad_sequence(list(rows), batch_first=True, padding_side="left")

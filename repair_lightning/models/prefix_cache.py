@@ -27,33 +27,21 @@ from repair_lightning.models.prefix import Capture, SplitModel
 
 log = logging.getLogger(__name__)
 
-Key: TypeAlias = tuple[str, tuple[int, ...]]
-"""The identity of what computes, and the token ids."""
+Key: TypeAlias = tuple[int, ...]
+"""Token ids."""
 
 LANES = 16
 """Widths are multiples of this, the floats in a vector of 512 bits: rows of like lengths have one shape."""
 
 
-def canonical_width(length: int, limit: int | None = None) -> int:
-    """The padded width of a row of `length` tokens: the next multiple of `LANES`, in a base of `limit` positions."""
-    width = -(-length // LANES) * LANES
-    return width if limit is None else max(length, min(width, limit))
-
-
 def canonical_batches(
     split: SplitModel, rows: Sequence[Sequence[int]], batch_size: int = 64
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Token rows in passes in which each has its own canonical width, whatever rows are there beside it.
+    """Token rows in passes in which each has its own width, whatever rows are there beside it.
 
-    Rows share a pass with rows of their own :func:`canonical_width` alone. They are padded on the right, which a causal
-    model cannot see, so no mask is needed: the pass is the one of unpadded rows. The same batch run again gives the
-    same bits. A row in another batch gives the same states up to rounding: libraries choose their sums by the shapes,
-    the processor and the threads.
-
-    Args:
-        split: the model, cut at the edited layer.
-        rows: token ids, at least one in each row.
-        batch_size: most rows in one pass.
+    The width is the next multiple of `LANES`. Rows are padded on the right, which a causal model cannot see, so no mask
+    is needed. The same batch run again gives the same bits; in another batch a row's states are equal up to rounding:
+    libraries choose their sums by the shapes, the processor and the threads.
 
     Yields:
         the indices of a pass's rows, and its token ids (B, width).
@@ -63,10 +51,13 @@ def canonical_batches(
     """
     if not all(len(row) for row in rows):
         raise RepairError("a sequence without tokens has no hidden state; give each at least one token")
-    limit = getattr(split.model.config, "max_position_embeddings", None)
+    limit = getattr(split.model.config, "max_position_embeddings", 1 << 30)
     device = next(split.model.parameters()).device
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for width, group in groupby(order, key=lambda i: canonical_width(len(rows[i]), limit)):
+
+    def width_of(i: int) -> int:
+        return max(len(rows[i]), min(-(-len(rows[i]) // LANES) * LANES, limit))
+
+    for width, group in groupby(sorted(range(len(rows)), key=lambda i: len(rows[i])), key=width_of):
         alike = list(group)
         for start in range(0, len(alike), batch_size):
             index = alike[start : start + batch_size]
@@ -75,11 +66,7 @@ def canonical_batches(
 
 
 def capture_rows(split: SplitModel, rows: Sequence[Sequence[int]], batch_size: int = 64) -> list[Capture]:
-    """Capture token rows, each in its canonical form; see :func:`canonical_batches`.
-
-    Returns:
-        per row its capture without padding: `hidden` (T, D), `activations` (T, F).
-    """
+    """The capture of each token row without padding: `hidden` (T, D), `activations` (T, F)."""
     captures: list[Any] = [None] * len(rows)
     for index, ids in canonical_batches(split, rows, batch_size):
         found = split.capture(ids, torch.ones_like(ids))
@@ -90,69 +77,45 @@ def capture_rows(split: SplitModel, rows: Sequence[Sequence[int]], batch_size: i
 
 
 class PrefixCache:
-    """Hidden states at the edited layer by token ids: least recently used entries leave when the budget is full.
+    """Captures by token ids: the least recently used leave when the budget is full.
 
-    They leave for the disk if there is a place on it, and come back from there bit by bit; else they are computed again
-    when they are asked for, equal up to rounding. A disk that fails or is full costs nothing but time: one warning, and
-    the cache goes on without it. Not for use by several threads.
+    They leave for the disk if there is a place on it; else they are computed again when they are asked for. A disk that
+    fails or is full costs time alone: one warning, and the cache goes on without it. Not for several threads.
 
     Args:
         split: the model, cut at the edited layer.
-        budget: most bytes in memory (the model's device); an entry that is larger alone is not kept there.
+        budget: most bytes in memory (the model's device).
         spill: a folder for a scratch file, made when first needed; None goes without.
-        spill_budget: most bytes on disk; the oldest are written over when they are full.
-        identity: names what computes the states: the base, the layer and the dtype. A part of every key; set it again
-            and nothing known before is found.
+        spill_budget: most bytes on disk.
 
     Attributes:
         used: bytes in memory, never more than `budget`.
     """
 
     def __init__(
-        self,
-        split: SplitModel,
-        budget: int = 2 << 30,
-        spill: Path | None = None,
-        spill_budget: int = 8 << 30,
-        identity: str = "",
+        self, split: SplitModel, budget: int = 2 << 30, spill: Path | None = None, spill_budget: int = 8 << 30
     ) -> None:
-        self.split = split
-        self.budget = budget
-        self.identity = identity
-        self.used = 0
+        self.split, self.budget, self.used = split, budget, 0
+        self.disk = None if spill is None else Spill(spill, spill_budget)
         self._entries: OrderedDict[Key, Capture] = OrderedDict()
-        self._disk = None if spill is None else Spill(Path(spill), spill_budget)
-
-    @property
-    def spilled(self) -> int:
-        """Bytes on disk, never more than `spill_budget`."""
-        return 0 if self._disk is None else self._disk.used
 
     @torch.inference_mode(False)  # entries outlive the call, and what inference mode makes cannot be trained upon
     @torch.no_grad()
-    def get(self, sequences: Sequence[Sequence[int]], batch_size: int = 64) -> list[Capture]:
-        """The captures of token sequences, each without padding: `hidden` (T, D), `activations` (T, F).
+    def get(self, sequences: Sequence[Sequence[int]]) -> list[Capture]:
+        """What :func:`capture_rows` gives, for sequences of which some may be the same.
 
         They are the cache's own tensors: keep them as long as you like, but do not write into them.
-
-        Args:
-            sequences: token ids; the same sequence may come twice.
-            batch_size: most sequences in one pass of the model.
-
-        Raises:
-            RepairError: a sequence is empty.
         """
-        keys = [(self.identity, tuple(sequence)) for sequence in sequences]
-        wanted = dict.fromkeys(keys)
-        found = {key: self._entries[key] for key in wanted if key in self._entries}
+        keys = [tuple(sequence) for sequence in sequences]
+        found = {key: self._entries[key] for key in dict.fromkeys(keys) if key in self._entries}
         for key in found:
             self._entries.move_to_end(key)
-        for key in [key for key in wanted if key not in found]:
+        for key in dict.fromkeys(key for key in keys if key not in found):
             if (entry := self._read(key)) is not None:
                 found[key] = entry
                 self._keep(key, entry)
-        missing = [key for key in wanted if key not in found]
-        for key, entry in zip(missing, capture_rows(self.split, [ids for _, ids in missing], batch_size), strict=True):
+        missing = list(dict.fromkeys(key for key in keys if key not in found))
+        for key, entry in zip(missing, capture_rows(self.split, missing), strict=True):
             found[key] = entry
             self._keep(key, entry)
         return [found[key] for key in keys]
@@ -161,42 +124,35 @@ class PrefixCache:
         """Forget everything and remove the scratch file. The cache may be used further, in memory alone."""
         self._entries.clear()
         self.used = 0
-        if self._disk is not None:
-            self._disk.close()
-            self._disk = None
+        if self.disk is not None:
+            self.disk.close()
+            self.disk = None
 
     def _keep(self, key: Key, entry: Capture) -> None:
-        """Keep an entry in memory, or on disk where it is larger than the whole budget; others make room."""
-        size = _nbytes(entry)
-        if size > self.budget:
-            self._write(key, entry)
-            return
-        while self.used + size > self.budget:
+        self._entries[key] = entry
+        self.used += _nbytes(entry)
+        while self.used > self.budget:
             old, oldest = self._entries.popitem(last=False)
             self.used -= _nbytes(oldest)
-            self._write(old, oldest)
-        self._entries[key] = entry
-        self.used += size
-
-    def _write(self, key: Key, entry: Capture) -> None:
-        if self._disk is not None:
-            try:
-                self._disk.put(key, entry)
-            except OSError as error:
-                self._give_up(self._disk, error)
+            if self.disk is not None:
+                try:
+                    self.disk.put(old, oldest)
+                except OSError as error:
+                    self._give_up(self.disk, error)
 
     def _read(self, key: Key) -> Capture | None:
-        try:
-            return None if self._disk is None else self._disk.get(key)
-        except (OSError, SafetensorError) as error:  # the latter where the file is shorter than it was
-            self._give_up(self._disk, error)
-            return None
+        if self.disk is not None:
+            try:
+                return self.disk.get(key)
+            except (OSError, SafetensorError) as error:  # the latter where the file is shorter than it was
+                self._give_up(self.disk, error)
+        return None
 
     def _give_up(self, disk: Spill, error: Exception) -> None:
         """Go on without the disk, and give back what was taken of it: something else may need the room."""
         log.warning("the prefix cache goes on without '%s' and computes again what it held: %s", disk.folder, error)
         disk.close()
-        self._disk = None
+        self.disk = None
 
 
 def _nbytes(entry: Capture) -> int:
@@ -204,19 +160,14 @@ def _nbytes(entry: Capture) -> int:
 
 
 class Spill:
-    """Captures in a scratch file, written round and round: where it is full, the oldest are written over.
+    """Captures in a scratch file of at most `budget` bytes: where it is full, the oldest are written over.
 
     The file has no name where the system allows that (`tempfile.TemporaryFile`), so nobody else can open it and it is
     gone with the process, even if it is killed.
-
-    Args:
-        folder: made when the first entry comes.
-        budget: most bytes in the file.
     """
 
     def __init__(self, folder: Path, budget: int) -> None:
-        self.folder = folder
-        self.budget = budget
+        self.folder, self.budget = folder, budget
         self._file: IO[bytes] | None = None
         self._places: OrderedDict[Key, tuple[int, int, torch.device]] = OrderedDict()  # the oldest first
         self._end = 0  # of the newest
@@ -227,14 +178,10 @@ class Spill:
         return sum(size for _, size, _ in self._places.values())
 
     def put(self, key: Key, entry: Capture) -> None:
-        """Write an entry unless it is there already or larger than the budget.
-
-        Raises:
-            OSError: the disk is full or fails.
-        """
+        """Write an entry unless it is there already or larger than the budget; raises OSError where the disk fails."""
         if key in self._places:
             return
-        data = save({"hidden": entry.hidden.contiguous(), "activations": entry.activations.contiguous()})
+        data = save({"hidden": entry.hidden, "activations": entry.activations})
         if len(data) > self.budget:
             return
         if self._file is None:
@@ -250,13 +197,14 @@ class Spill:
         self._places[key] = (self._end, len(data), entry.hidden.device)
         self._end += len(data)
 
-    def get(self, key: Key) -> Capture | None:
-        """A copy of an entry on the device that it came from, or None.
+    def _forget(self, start: int, end: int) -> None:
+        """Forget the oldest entries as long as they begin in this part of the file."""
+        while self._places and start <= next(iter(self._places.values()))[0] < end:
+            self._places.popitem(last=False)
 
-        Raises:
-            OSError: the disk fails.
-            SafetensorError: the file is shorter than what was written into it.
-        """
+    def get(self, key: Key) -> Capture | None:
+        """A copy of an entry on the device that it came from, or None; raises OSError or SafetensorError where the file
+        is not as it was."""
         if key not in self._places or self._file is None:
             return None
         start, size, device = self._places[key]
@@ -269,8 +217,3 @@ class Spill:
         if self._file is not None:
             with suppress(OSError):  # a full disk refuses once more what it has refused to take
                 self._file.close()
-
-    def _forget(self, start: int, end: int) -> None:
-        """Forget the oldest entries as long as they begin in this part of the file."""
-        while self._places and start <= next(iter(self._places.values()))[0] < end:
-            self._places.popitem(last=False)

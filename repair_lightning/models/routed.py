@@ -1,7 +1,7 @@
 """A base with its side memory and its router: which memory answers a prompt, and what a prompt is to the router.
 
-The choice is made from what the last turn of the user asks. A shard that is known by its edit says that edit's target or
-nothing: where what it would say is anything else, the base answers.
+The choice is made from what the last turn of the user asks. A shard that is known by its edit says that edit's target
+or nothing: where what it would say is anything else, the base answers.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from repair_lightning.memory.query import Choice, Query
 from repair_lightning.memory.routers import Router
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.models.edited import EditedModel
-from repair_lightning.models.prefix import pad_left, positions
+from repair_lightning.models.prefix import pad_left
 from repair_lightning.texts import dialogue
 from repair_lightning.types import BASE, Edit
 
@@ -201,7 +201,7 @@ class TestRoute:
         query = edited.query([prompt, "some longer text for the padding"])
         ids, mask = batch(edited, [prompt, "some longer text for the padding"])
         with torch.no_grad():
-            edited(ids, mask, position_ids=positions(mask))
+            edited(**edited.split.inputs(ids, mask))
         edited.tokenizer.clean_up_tokenization_spaces = before
         seen = edited.router.asked[-1]
         assert seen.texts == query.texts

@@ -206,19 +206,19 @@ class TestMarks:
 
     def test_a_turn_of_the_user_alone_opens_one(self, forms):
         tokenizer = forms.tokenizer
-        assert forms.opens_turn(rendered(forms, [user(QUESTION)]))
-        assert not forms.opens_turn(tokenizer("Mara Kelstrom was born in Oslo.")["input_ids"])
-        assert not forms.opens_turn([])
+        assert forms.turns(rendered(forms, [user(QUESTION)]))
+        assert not forms.turns(tokenizer("Mara Kelstrom was born in Oslo.")["input_ids"])
+        assert not forms.turns([])
         whole, shorter = (rendered(forms, messages, False) for messages in ([user("a"), base("b")], [user("a")]))
-        assert not forms.opens_turn(whole[len(shorter) :]), "a turn of the base"
+        assert not forms.turns(whole[len(shorter) :]), "a turn of the base"
         assert [forms.turns(rendered(forms, [*d, user("a")])) for d in DIALOGUES.values()] == [1, 2, 3]
 
     @pytest.mark.parametrize(
         ("template", "message"),
         [
             (IGNORES, "only bare prompts are understood"),
-            ("{{ raise_exception('never\nof use') }}", "cannot be rendered"),
-            ("{% for", "cannot be rendered"),
+            ("{{ raise_exception('never\nof use') }}", "cannot be read"),
+            ("{% for", "cannot be read"),
         ],
     )
     def test_broken(self, made, caplog, template, message):

@@ -35,7 +35,7 @@ class TestRows:
         assert tuple(rows) == FORMS
         for name, row in rows.items():
             assert row is not None
-            assert edits[0].prompt in forms.spelled(row), name
+            assert edits[0].prompt in forms.spelling.spelled(row), name
             assert forms.turns(row) == {"bare": 0, "second_turn": 2}.get(name, 1), name
             assert edits[0].prompt in forms.asked_in(row), name
             assert own._EARLIER[0] not in forms.asked_in(row)
