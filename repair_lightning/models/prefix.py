@@ -11,7 +11,7 @@ and a pre-hook feeds the stored state.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,17 +23,7 @@ from repair_lightning.models.architectures import architecture_of
 
 
 class _Stop(Exception):
-    """Ends a forward pass once all that is wanted of it is known."""
-
-
-@contextmanager
-def _hooked(*handles: Any) -> Iterator[None]:
-    """Inside, hooks are at work; they are removed however it ends."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    """Ends a forward pass."""
 
 
 class _PassThrough(nn.Module):
@@ -95,17 +85,13 @@ class SplitModel:
     def tail(self, ids: Tensor, mask: Tensor, hidden: Tensor | None, keep: int) -> tuple[Tensor, Tensor]:
         """Run layers L.. from `hidden` (B, T, D), inside :meth:`skipping`; for None the whole model, outside of it.
 
-        Returns:
-            logits (B, keep, V) of the last `keep` positions, and the features (B, keep, D) that enter the head.
+        Returns logits (B, keep, V) of the last positions, and the features (B, keep, D) that enter the head.
         """
         return self._run(self.index, hidden, self.inputs(ids, mask), keep)
 
     def readout(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """What follows the last layer, for states (M, D) that leave it; inside :meth:`skipping` the whole.
-
-        Returns:
-            logits (M, V), and the features (M, D) that enter the head.
-        """
+        """Logits (M, V) and head inputs (M, D) of states (M, D) that leave the last layer; inside :meth:`skipping` the
+        whole."""
         ids = torch.zeros(len(hidden), 1, dtype=torch.long, device=hidden.device)
         inputs = self.inputs(ids, torch.ones_like(ids))
         # No layer reads the mask; with four dimensions it is taken as it is, unread: a look waits for the device.
@@ -139,12 +125,11 @@ class SplitModel:
         def at_value(_: nn.Module, args: tuple) -> None:
             activations.append(args[0].reshape(*ids.shape, -1))
 
-        handles = []
-        for i in range(self.index, upto + 1):
-            handles.append(self.layers[i].register_forward_hook(at_layer, with_kwargs=True))
-            handles.append(self.arch.value_module(self.model, i).register_forward_pre_hook(at_value))
         lower = nullcontext() if hidden is None else self.skipping()
-        with suppress(_Stop), _hooked(*handles), lower:
+        with suppress(_Stop), lower, ExitStack() as hooks:
+            for i in range(self.index, upto + 1):
+                hooks.enter_context(self.layers[i].register_forward_hook(at_layer, with_kwargs=True))
+                hooks.enter_context(self.arch.value_module(self.model, i).register_forward_pre_hook(at_value))
             self.tail(ids, mask, hidden, 1)
         return entering, activations, left[0]
 
@@ -152,8 +137,8 @@ class SplitModel:
     def adds_up(self) -> bool:
         """Whether the edited layer is the last one and its value matrix's output is simply added to what leaves it.
 
-        Then a shard's effect on the logits needs no attention: only the positions that are read. Measured, not assumed:
-        some architectures normalise after the feed-forward network.
+        Then a shard's effect on the logits needs only the positions that are read. Measured: some architectures
+        normalise after the feed-forward network.
         """
         if self.index != len(self.layers) - 1:
             return False
@@ -163,17 +148,13 @@ class SplitModel:
         push = torch.linspace(-1, 1, hidden.shape[-1], device=hidden.device) * float(hidden.abs().max())
         push = push.to(hidden.dtype)
         before = self.layer_output(ids, mask, hidden)
-        with _hooked(self.value.register_forward_hook(lambda _, __, output: output + push)):
+        with self.value.register_forward_hook(lambda _, __, output: output + push):
             after = self.layer_output(ids, mask, hidden)
         tolerance = 8 * torch.finfo(hidden.dtype).eps * (before.abs() + push.abs().max())
         return bool(((after.float() - before.float() - push.float()).abs() <= tolerance.float()).all())
 
     def _run(self, at: int, hidden: Tensor | None, inputs: dict[str, Any], keep: int) -> tuple[Tensor, Tensor]:
-        """A forward pass in which layer `at` is fed `hidden` or what comes from below it.
-
-        Returns:
-            logits and head inputs of the last `keep` positions.
-        """
+        """Logits and head inputs of a pass in which layer `at` is fed `hidden`, or for None what comes from below."""
         features: list[Tensor] = []
 
         def at_head(_: nn.Module, args: tuple) -> tuple:
@@ -186,8 +167,8 @@ class SplitModel:
             return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
         head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
-        layer = self.layers[at].register_forward_pre_hook(feed, with_kwargs=True)
-        with _hooked(layer, head.register_forward_pre_hook(at_head)):
+        fed = self.layers[at].register_forward_pre_hook(feed, with_kwargs=True)
+        with fed, head.register_forward_pre_hook(at_head):
             logits = self.model(**inputs, logits_to_keep=keep).logits
         return logits, features[0]
 

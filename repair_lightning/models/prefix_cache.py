@@ -79,8 +79,8 @@ def capture_rows(split: SplitModel, rows: Sequence[Sequence[int]], batch_size: i
 class PrefixCache:
     """Captures by token ids: the least recently used leave when the budget is full.
 
-    They leave for the disk if there is a place on it; else they are computed again when they are asked for. A disk that
-    fails or is full costs time alone: one warning, and the cache goes on without it. Not for several threads.
+    They leave for the disk if there is a place on it; else they are computed again when they are asked for. Not for
+    use by several threads.
 
     Args:
         split: the model, cut at the edited layer.
@@ -96,7 +96,7 @@ class PrefixCache:
         self, split: SplitModel, budget: int = 2 << 30, spill: Path | None = None, spill_budget: int = 8 << 30
     ) -> None:
         self.split, self.budget, self.used = split, budget, 0
-        self.disk = None if spill is None else Spill(spill, spill_budget)
+        self.disk = Spill(spill or Path(), spill_budget if spill else 0)
         self._entries: OrderedDict[Key, Capture] = OrderedDict()
 
     @torch.inference_mode(False)  # entries outlive the call, and what inference mode makes cannot be trained upon
@@ -111,7 +111,7 @@ class PrefixCache:
         for key in found:
             self._entries.move_to_end(key)
         for key in dict.fromkeys(key for key in keys if key not in found):
-            if (entry := self._read(key)) is not None:
+            if (entry := self.disk.get(key)) is not None:
                 found[key] = entry
                 self._keep(key, entry)
         missing = list(dict.fromkeys(key for key in keys if key not in found))
@@ -124,9 +124,7 @@ class PrefixCache:
         """Forget everything and remove the scratch file. The cache may be used further, in memory alone."""
         self._entries.clear()
         self.used = 0
-        if self.disk is not None:
-            self.disk.close()
-            self.disk = None
+        self.disk.close()
 
     def _keep(self, key: Key, entry: Capture) -> None:
         self._entries[key] = entry
@@ -134,25 +132,7 @@ class PrefixCache:
         while self.used > self.budget:
             old, oldest = self._entries.popitem(last=False)
             self.used -= _nbytes(oldest)
-            if self.disk is not None:
-                try:
-                    self.disk.put(old, oldest)
-                except OSError as error:
-                    self._give_up(self.disk, error)
-
-    def _read(self, key: Key) -> Capture | None:
-        if self.disk is not None:
-            try:
-                return self.disk.get(key)
-            except (OSError, SafetensorError) as error:  # the latter where the file is shorter than it was
-                self._give_up(self.disk, error)
-        return None
-
-    def _give_up(self, disk: Spill, error: Exception) -> None:
-        """Go on without the disk, and give back what was taken of it: something else may need the room."""
-        log.warning("the prefix cache goes on without '%s' and computes again what it held: %s", disk.folder, error)
-        disk.close()
-        self.disk = None
+            self.disk.put(old, oldest)
 
 
 def _nbytes(entry: Capture) -> int:
@@ -163,7 +143,8 @@ class Spill:
     """Captures in a scratch file of at most `budget` bytes: where it is full, the oldest are written over.
 
     The file has no name where the system allows that (`tempfile.TemporaryFile`), so nobody else can open it and it is
-    gone with the process, even if it is killed.
+    gone with the process, even if it is killed. A disk that fails or is full costs time alone: one warning, and nothing
+    is kept any more.
     """
 
     def __init__(self, folder: Path, budget: int) -> None:
@@ -178,24 +159,26 @@ class Spill:
         return sum(size for _, size, _ in self._places.values())
 
     def put(self, key: Key, entry: Capture) -> None:
-        """Write an entry unless it is there already or larger than the budget; raises OSError where the disk fails."""
-        if key in self._places:
+        """Write an entry unless it is there already or larger than the budget."""
+        if key in self._places or _nbytes(entry) > self.budget:
             return
         data = save({"hidden": entry.hidden, "activations": entry.activations})
-        if len(data) > self.budget:
-            return
-        if self._file is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115
         if self._end + len(data) > self.budget:  # another round
             self._forget(self._end, self.budget)
             self._end = 0
         self._forget(self._end, self._end + len(data))
-        self._file.seek(self._end)
-        self._file.write(data)
-        self._file.flush()
-        self._places[key] = (self._end, len(data), entry.hidden.device)
-        self._end += len(data)
+        try:
+            if self._file is None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115
+            self._file.seek(self._end)
+            self._file.write(data)
+            self._file.flush()
+        except OSError as error:
+            self._give_up(error)
+        else:
+            self._places[key] = (self._end, len(data), entry.hidden.device)
+            self._end += len(data)
 
     def _forget(self, start: int, end: int) -> None:
         """Forget the oldest entries as long as they begin in this part of the file."""
@@ -203,17 +186,26 @@ class Spill:
             self._places.popitem(last=False)
 
     def get(self, key: Key) -> Capture | None:
-        """A copy of an entry on the device that it came from, or None; raises OSError or SafetensorError where the file
-        is not as it was."""
+        """A copy of an entry on the device that it came from, or None."""
         if key not in self._places or self._file is None:
             return None
         start, size, device = self._places[key]
-        self._file.seek(start)
-        return Capture(**{name: tensor.to(device) for name, tensor in load(self._file.read(size)).items()})
+        try:
+            self._file.seek(start)
+            found = load(self._file.read(size))
+        except (OSError, SafetensorError) as error:  # the latter where the file is shorter than it was
+            self._give_up(error)
+            return None
+        return Capture(**{name: tensor.to(device) for name, tensor in found.items()})
+
+    def _give_up(self, error: Exception) -> None:
+        log.warning("the prefix cache goes on without '%s' and computes again what it held: %s", self.folder, error)
+        self.close()
 
     def close(self) -> None:
-        """Remove the file, as the end of this object and that of the process do."""
+        """Remove the file, as the end of this object and that of the process do, and keep nothing more."""
         self._places.clear()
+        self.budget = 0
         if self._file is not None:
             with suppress(OSError):  # a full disk refuses once more what it has refused to take
                 self._file.close()

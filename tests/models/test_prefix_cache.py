@@ -121,9 +121,9 @@ class TestOtherBatches:
             found = small.get([rows[i] for i in wanted])
             assert_close(found, [every[i] for i in wanted])
             assert small.used <= 100 * TOKEN
-            assert small.disk is None or small.disk.used <= 300 * TOKEN
+            assert small.disk.used <= 300 * TOKEN
         assert len(seen) > 3, "some were computed again"
-        assert bool(small.disk and small.disk.used) == spills
+        assert bool(small.disk.used) == spills
 
 
 class TestSpill:
@@ -168,7 +168,7 @@ class TestFailingDisk:
             assert_close(cache.get(ROWS), expected)
         (record,) = caplog.records
         assert (record.levelname, "goes on without" in record.message) == ("WARNING", True)
-        assert cache.disk is None
+        assert (cache.disk.used, cache.disk.budget) == (0, 0)
         assert cache.used <= cache.budget
 
     def test_a_file_that_may_not_grow(self, cache, tmp_path, caplog):
