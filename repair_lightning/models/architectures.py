@@ -1,7 +1,6 @@
 """Where each supported architecture keeps its decoder layers and the value matrix of its feed-forward network.
 
-One row per `config.model_type`; a new architecture is one more row. Paths are attribute paths: `layers` from the causal
-LM, `value` from one decoder layer.
+One row per `config.model_type`; a new architecture is one more row.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from repair_lightning.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """Where the layers and the value (down-projection) matrix are.
+    """Attribute paths: `layers` from the causal LM, `value` (down-projection) from one decoder layer.
 
     `published` maps a number of layers to the layer that the paper edited in the base of that size.
     """
@@ -54,11 +53,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 
 def architecture_of(model: nn.Module) -> Architecture:
-    """The table's row for a loaded causal LM.
-
-    Raises:
-        ConfigError: the model type is not in the table.
-    """
+    """The table's row for a loaded causal LM; ConfigError where it is not in the table."""
     model_type: str = getattr(getattr(model, "config", None), "model_type", "")
     if model_type not in ARCHITECTURES:
         close = difflib.get_close_matches(model_type, ARCHITECTURES, n=1)
@@ -71,9 +66,6 @@ def resolve_layer(model: nn.Module, layer: int | None) -> int:
     """The index of the layer to edit; negative numbers count from the end.
 
     None takes the layer that the paper published for a base of this architecture and depth, else the last.
-
-    Raises:
-        ConfigError: the layer does not exist.
     """
     arch = architecture_of(model)
     depth = len(arch.decoder_layers(model))

@@ -25,11 +25,11 @@ from repair_lightning.world import WORLD, base_dir
 
 log = logging.getLogger(__name__)
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NAMED_BASES: Mapping[str, Callable[[], Path]] = {WORLD: base_dir, "smollm2": smollm2_file}
 """Where the bases are that have a name of their own."""
 A_BASE = "a folder in Hugging Face format, a hub name, a .gguf file, 'smollm2' or 'world'"
 """What a base may be, for errors."""
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PROBE_TEXT = "In 1984, Zoë's 2 cats weren't at 51 Rue d'Été. 日本"
 
 
@@ -65,7 +65,10 @@ def load_base(name: str, precision: str = "auto", trust_remote_code: bool = Fals
     Raises:
         ConfigError: there is no such base, it cannot be loaded or used, or a package is missing.
     """
-    given, dtype = name, resolve_dtype(precision)
+    if precision != "auto" and precision not in _DTYPES:
+        raise ConfigError(f"precision must be one of auto, {', '.join(_DTYPES)}, got '{precision}'")
+    dtype = _DTYPES.get(precision, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    given = name
     name, sha256 = _resolve(name)
     local = Path(name).is_dir()
     if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
@@ -123,15 +126,6 @@ def can_stop(model: PreTrainedModel, tokenizer: Any, end: int | None = None, ste
     return False
 
 
-def resolve_dtype(precision: str) -> torch.dtype:
-    """The dtype that a precision's name stands for on this machine."""
-    if precision == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    if precision not in _DTYPES:
-        raise ConfigError(f"precision must be one of auto, {', '.join(_DTYPES)}, got '{precision}'")
-    return _DTYPES[precision]
-
-
 def load_tokenizer(name: str, **options: Any) -> Any:
     """The base's tokenizer, checked against its raw `tokenizer.json`: left padding, a padding token, true ids.
 
@@ -156,11 +150,21 @@ def weights_hash_of(folder: Path) -> str:
     return source_hash(folder, files) or files_hash(files)
 
 
+def base_files(name: str) -> list[Path]:
+    """The files of a base that loading it needs: configuration, tokenizer and safetensors, none of them code."""
+    folder = _folder(_resolve(name)[0])
+    weights = _weight_files(folder)
+    if not weights or any(file.suffix != ".safetensors" for file in weights):
+        raise ConfigError(
+            f"base '{name}' has no safetensors weights in '{folder}'; save it with `save_pretrained` and edit that"
+        )
+    plain = (".json", ".txt", ".jinja", ".model")
+    return [*weights, *(file for file in sorted(folder.iterdir()) if file.suffix in plain and file.is_file())]
+
+
 def _folder(name: str) -> Path:
     """Where a base's files are: the folder itself, or a hub model's snapshot in the local cache."""
-    if Path(name).is_dir():
-        return Path(name)
-    cached = try_to_load_from_cache(name, "config.json")
+    cached = None if Path(name).is_dir() else try_to_load_from_cache(name, "config.json")
     return Path(cached).parent if isinstance(cached, str) else Path(name)
 
 
@@ -170,20 +174,3 @@ def _weight_files(folder: Path) -> list[Path]:
         return sorted({folder / file for file in json.loads(index.read_text())["weight_map"].values()})
     single = folder / "model.safetensors"
     return [single] if single.is_file() else sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-
-
-def base_files(name: str) -> list[Path]:
-    """The files of a base that loading it needs: configuration, tokenizer and weights, none of them code.
-
-    Raises:
-        ConfigError: its weights are not in safetensors.
-    """
-    folder = _folder(_resolve(name)[0])
-    weights = _weight_files(folder)
-    if not weights or any(file.suffix != ".safetensors" for file in weights):
-        raise ConfigError(
-            f"base '{name}' has no safetensors weights in '{folder}'; save it with `save_pretrained` and edit that"
-        )
-    plain = (".json", ".txt", ".jinja", ".model")
-    rest = [file for file in sorted(folder.iterdir()) if file.suffix in plain and file.is_file()]
-    return [*weights, *rest]

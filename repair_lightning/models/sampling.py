@@ -15,12 +15,7 @@ _BATCH = 64
 
 @torch.no_grad()
 def own_texts(model: Any, tokenizer: Any, number: int, length: int = 12) -> list[str]:
-    """The base's greedy continuations of its BOS token, one per first token in order of probability.
-
-    Args:
-        number: how many texts; at most the vocabulary.
-        length: most tokens of a text.
-    """
+    """The base's greedy continuations of its BOS token in at most `length` tokens, from the likeliest first token on."""
     named = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     start = next((int(token) for token in named if token is not None), 0)
     ids = torch.tensor([[start]], device=model.device)
@@ -43,11 +38,8 @@ def greedy_answers(model: Any, forms: Forms, prompts: Sequence[str]) -> list[str
 def greedy_rows(
     model: Any, forms: Forms, prompts: Sequence[str], length: int = 8
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Token ids of prompts, each with those of what the base says to it, with an end where it ended by itself.
-
-    Args:
-        length: most tokens of an answer, the end included.
-    """
+    """Token ids of prompts, each with those of what the base says to it: at most `length`, with an end where it ended
+    by itself."""
     asked = [forms.ids(prompt) for prompt in prompts]
     found = []
     for ids, said in zip(asked, _continued(model, forms.tokenizer, asked, length), strict=True):

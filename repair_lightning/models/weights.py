@@ -1,7 +1,6 @@
 """The base's own value matrices where edits are written into them: changed in place, put back bit by bit.
 
-Matrices are taken and given as (D, F) in float32, whatever the base's storage order and type; what is kept, stored and
-put back is in the base's own.
+Matrices are taken and given as (D, F) in float32, whatever the base's storage order and type.
 """
 
 from __future__ import annotations
@@ -75,8 +74,7 @@ class BaseWeights:
     def load(self, state: Mapping[int, Tensor]) -> None:
         """Go back to a :meth:`state`, bit by bit; every other matrix becomes the base's own again.
 
-        Raises:
-            ValueError: a matrix of another shape.
+        ValueError where a matrix has another shape.
         """
         for layer, value in state.items():
             found = self.parameter(layer).shape
