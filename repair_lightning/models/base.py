@@ -19,8 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from repair_lightning.errors import ConfigError
 from repair_lightning.models.architectures import architecture_of
 from repair_lightning.models.forms import Forms, Template, stop_ids
-from repair_lightning.models.gguf import converted, first_line, gguf_file, smollm2_file, source_hash
-from repair_lightning.models.hashes import files_hash
+from repair_lightning.models.gguf import converted, files_hash, first_line, gguf_file, smollm2_file, source_hash
 from repair_lightning.world import WORLD, base_dir
 
 log = logging.getLogger(__name__)

@@ -20,8 +20,6 @@ from repair_lightning.models.routed import Prompts, RoutedModel, prompts_of
 
 ROOM = 64
 """Positions that stay free for an answer where a prompt is put after other texts."""
-_MARK = 16
-"""Most tokens of what opens a turn of the user."""
 _HELD = "_repair_turn"
 """The attribute of a key-value cache that remembers which memory its sequences chose."""
 
@@ -66,16 +64,9 @@ class EditedModel(RoutedModel):
         if held is None or len(held.rows) != len(rows):
             return self._new_turn(rows)
         known, held.rows = held.rows, [[*before, *now] for before, now in zip(held.rows, rows, strict=True)]
-        if any(self._asks_again(before, row) for before, row in zip(known, held.rows, strict=True)):
+        if any(self.forms.asks_again(before, row) for before, row in zip(known, held.rows, strict=True)):
             return self._new_turn(held.rows)
         return held
-
-    def _asks_again(self, before: Sequence[int], row: Sequence[int]) -> bool:
-        """Whether a turn of the user has begun since a row was `before`, or was not yet over; it may come in pieces."""
-        tail = before[-_MARK:]
-        if self.forms.turns([*tail, *row[len(before) :]]) > self.forms.turns(tail):
-            return True
-        return self.forms.turn_is_open(before)
 
     def _new_turn(self, rows: list[list[int]], texts: Sequence[str] | None = None) -> Turn:
         choice = self.choose_rows(rows, texts)

@@ -10,8 +10,7 @@ from functools import cached_property
 from typing import Any, Literal, get_args
 
 from repair_lightning.errors import ConfigError
-from repair_lightning.models.marks import Spelling
-from repair_lightning.models.template import CLOSED, OPENED, WORDS, ChatTemplate
+from repair_lightning.models.template import CLOSED, OPENED, WORDS, ChatTemplate, Spelling
 from repair_lightning.models.tokenizing import Encoded
 from repair_lightning.texts import dialogue
 from repair_lightning.texts.joint import seam
@@ -28,6 +27,10 @@ LEAD = (
 COURTESY = "I have a question. {} Thank you."
 
 
+_MARK = 16
+"""Most tokens of what opens a turn of the user."""
+
+
 class Forms:
     """The forms in which one base is asked.
 
@@ -40,11 +43,7 @@ class Forms:
         marks: the template's; None where there is none whose turns can be told apart.
         chat: whether plain texts are put through the template.
         stops: ids at which an answer ends: the given ones, and the one that ends a turn of the template.
-        bare_end: the id that ends a bare answer.
-        chat_end: the id that ends an answer in a dialogue.
-
-    Raises:
-        ConfigError: `chat` for a tokenizer without a template that can be read, an unknown value, or no end at all.
+        bare_end: the id that ends a bare answer; `chat_end`, one in a dialogue.
     """
 
     def __init__(self, tokenizer: Any, stops: Sequence[int] = (), template: Template = "auto") -> None:
@@ -77,8 +76,7 @@ class Forms:
     def rendered(self, prompt: str) -> tuple[tuple[int, ...], bool]:
         """The token ids of a prompt, and whether they went through the template.
 
-        Raises:
-            ConfigError: a dialogue for a base without a template, or one that its template does not take.
+        ConfigError for a dialogue that the base has no template for, or that its template does not take.
         """
         if dialogue.parse(prompt) is None:
             if self.is_rendered(prompt):
@@ -123,7 +121,6 @@ class Forms:
 
     @cached_property
     def _head(self) -> int:
-        """How many tokens stand before the first turn of the user where there is no system message."""
         assert self.marks is not None
         ids = self.in_chat([_user(WORDS[0])])
         starts = [i for i in range(len(ids)) if self.spelling.spelled(ids[i:]).startswith(self.marks.user)]
@@ -165,7 +162,6 @@ class Forms:
 
     @cached_property
     def _thought(self) -> tuple[str, str]:
-        """How the signs around a thought are spelled."""
         opened, closed = (self.spelling.spelled(self.spelling.marked(text)) for text in (OPENED, CLOSED))
         return opened, closed
 
@@ -182,8 +178,8 @@ class Forms:
     def variants(self, prompt: str, target: str) -> list[Encoded]:
         """An edit in the forms in which it is written: as it was given first, then the others that this base knows.
 
-        Bare and through the template, with and without a thought, and after other text; made here, never from what
-        scores the model.
+        Bare and through the template, with and without a thought, and after other text; never from what scores the
+        model.
         """
         question, found = self.asked(prompt), [self.encode(prompt, target)]
         if self.marks is not None:
@@ -200,7 +196,7 @@ class Forms:
 
     def checks(self, prompt: str, target: str) -> list[Encoded]:
         """An edit in a form that it was not written in, to ask it back: after a system message and another turn, and
-        inside courtesy. Of our own making too."""
+        inside courtesy."""
         if self.marks is None:
             return []
         messages = [{"role": "system", "content": SYSTEM}] if self.takes_system else []
@@ -234,9 +230,13 @@ class Forms:
         spelled = self.spelling.spelled(ids)
         return sum(spelled.count(mark) for mark in self.marks.user)
 
-    def turn_is_open(self, ids: Sequence[int]) -> bool:
-        """Whether token ids end in or after a turn of the user, before the base's answer begins."""
-        return self.marks is not None and self.marks.is_open(self.spelling.spelled(ids))
+    def asks_again(self, before: Sequence[int], row: Sequence[int]) -> bool:
+        """Whether a turn of the user has begun since a row was `before`, or was not yet over; it may come in pieces."""
+        if self.marks is None:
+            return False
+        tail = before[-_MARK:]
+        begun = self.turns([*tail, *row[len(before) :]]) > self.turns(tail)
+        return begun or self.marks.is_open(self.spelling.spelled(before))
 
     def said(self, ids: Sequence[int]) -> str:
         """What a base said, as text: up to the id at which it stopped, without a thought before the answer."""

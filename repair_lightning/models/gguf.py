@@ -7,11 +7,12 @@ folder still goes by the GGUF file's hash.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from transformers.utils import is_accelerate_available, is_gguf_available
 
 from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.models.architectures import architecture_of
-from repair_lightning.models.hashes import files_hash
 from repair_lightning.storage.folders import replace_folder, settle
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,16 @@ def cache_dir() -> Path:
         return Path(own).expanduser().absolute()
     user = os.environ.get("XDG_CACHE_HOME")
     return (Path(user) if user else Path.home() / ".cache").absolute() / "repair-lightning"
+
+
+def files_hash(files: Iterable[Path]) -> str:
+    """SHA-256 over the bytes of files, one after the other."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def gguf_file(name: str) -> Path | None:

@@ -1,7 +1,7 @@
-"""The prefix cache: hidden states of texts that come again, in memory and behind it on disk, both bounded.
+"""The prefix cache: hidden states of texts that come again, in memory and after it on disk, both bounded.
 
 What was kept or read back is bitwise identical to what was computed. What was dropped is computed again in another
-batch, and may differ from the first time by rounding; see :func:`canonical_batches`.
+batch, and may differ by rounding.
 
 Legend for shapes: T tokens, D = d_model, F = d_ffn.
 """
@@ -28,8 +28,6 @@ from repair_lightning.models.prefix import Capture, SplitModel
 log = logging.getLogger(__name__)
 
 Key: TypeAlias = tuple[int, ...]
-"""Token ids."""
-
 LANES = 16
 """Widths are multiples of this, the floats in a vector of 512 bits: rows of like lengths have one shape."""
 
@@ -43,11 +41,7 @@ def canonical_batches(
     is needed. The same batch run again gives the same bits; in another batch a row's states are equal up to rounding:
     libraries choose their sums by the shapes, the processor and the threads.
 
-    Yields:
-        the indices of a pass's rows, and its token ids (B, width).
-
-    Raises:
-        RepairError: a row is empty.
+    Yields the indices of a pass's rows, and its token ids (B, width). RepairError where a row is empty.
     """
     if not all(len(row) for row in rows):
         raise RepairError("a sequence without tokens has no hidden state; give each at least one token")
@@ -77,19 +71,13 @@ def capture_rows(split: SplitModel, rows: Sequence[Sequence[int]], batch_size: i
 
 
 class PrefixCache:
-    """Captures by token ids: the least recently used leave when the budget is full.
-
-    They leave for the disk if there is a place on it; else they are computed again when they are asked for. Not for
-    use by several threads.
+    """Captures by token ids: the least recently used leave for the disk when the budget is full. For one thread.
 
     Args:
         split: the model, cut at the edited layer.
-        budget: most bytes in memory (the model's device).
+        budget: most bytes in memory (the model's device); `used` says how many there are.
         spill: a folder for a scratch file, made when first needed; None goes without.
         spill_budget: most bytes on disk.
-
-    Attributes:
-        used: bytes in memory, never more than `budget`.
     """
 
     def __init__(
@@ -186,7 +174,7 @@ class Spill:
             self._places.popitem(last=False)
 
     def get(self, key: Key) -> Capture | None:
-        """A copy of an entry on the device that it came from, or None."""
+        """A copy of an entry, or None."""
         if key not in self._places or self._file is None:
             return None
         start, size, device = self._places[key]

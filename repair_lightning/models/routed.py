@@ -64,7 +64,7 @@ class RoutedModel(nn.Module):
         self.move_to(layer, memory)
 
     def move_to(self, layer: int, memory: SideMemory) -> None:
-        """Edit another layer, with another memory; the caller fits the router again, and replaces the prefixes."""
+        """Edit another layer, with another memory; the caller fits the router again and replaces the prefixes."""
         self.release()
         self.layer, self.memory = layer, memory
         self.split = SplitModel(self.base, layer)
@@ -132,7 +132,7 @@ class RoutedModel(nn.Module):
     def held(self, choice: Choice, rows: Sequence[Sequence[int]]) -> Choice:
         """The choice where the memory would say its edit's target to the very prompt (B rows of ids), else the base.
 
-        Only where the router vouches for the edit that it names, and its target is known.
+        Where the router does not vouch for the edit that it names, the choice stays.
         """
         if not self.router.vouches:
             return choice
@@ -162,7 +162,7 @@ class RoutedModel(nn.Module):
         self, rows: Sequence[Encoded], memory: Tensor, read: Callable[[Tensor, Tensor], list[Any]], batch_size: int = 64
     ) -> list[Any]:
         """Feed prompts with their targets, each with its memory (B,); `read(logits (B, T, V), labels (B, T))` says what
-        to keep per row. The layers below the edited one run once per row where there is a prefix cache."""
+        to keep per row."""
         found: list[Any] = [None] * len(rows)
         order = sorted(range(len(rows)), key=lambda i: (len(rows[i].ids), i))
         for start in range(0, len(order), batch_size):
@@ -189,11 +189,7 @@ class RoutedModel(nn.Module):
         return self._query([self.forms.asked(p) for p in prompts], [self.forms.ids(p) for p in prompts])
 
     def query_of(self, texts: Sequence[str], rows: Sequence[Sequence[int]], captures: Sequence[Capture]) -> Query:
-        """Prompts, given as what they ask and as token ids with their states, as routers see them.
-
-        States may go on after the prompt; what follows is cut off. Where the router reads last tokens alone, the
-        others are left out.
-        """
+        """Prompts, given as what they ask and as token ids with their states, which may go on after the prompt."""
         first = 0 if self.router.reads_all_tokens else -1
         hidden = [capture.hidden[: len(row)][first:] for row, capture in zip(rows, captures, strict=True)]
         activations = [capture.activations[: len(row)][first:] for row, capture in zip(rows, captures, strict=True)]
@@ -207,8 +203,8 @@ class RoutedModel(nn.Module):
 
     @torch.no_grad()
     def last_states(self, texts: Sequence[str]) -> Tensor:
-        """The state (n, D) of each text's last token where it enters the edited layer, float32 on the CPU: the cheapest
-        look at what a text asks. It is put as a turn of the user, or bare where there is no template."""
+        """The state (n, D) of each text's last token where it enters the edited layer, float32 on the CPU; the text is
+        put as a turn of the user, or bare where there is no template."""
         rows = [self.forms.turn(text) for text in texts]
         hidden: list[Any] = [None] * len(rows)
         with self.forced(None), self.weights.originals():

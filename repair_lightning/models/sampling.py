@@ -15,7 +15,7 @@ _BATCH = 64
 
 @torch.no_grad()
 def own_texts(model: Any, tokenizer: Any, number: int, length: int = 12) -> list[str]:
-    """The base's greedy continuations of its BOS token in at most `length` tokens, from the likeliest first token on."""
+    """The base's greedy continuations of its BOS token, of at most `length` tokens, likeliest first tokens first."""
     named = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     start = next((int(token) for token in named if token is not None), 0)
     ids = torch.tensor([[start]], device=model.device)

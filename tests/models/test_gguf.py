@@ -21,8 +21,7 @@ from repair_lightning.editors import REGISTRY
 from repair_lightning.editors.shards import Steps
 from repair_lightning.errors import ConfigError
 from repair_lightning.models.base import load_base
-from repair_lightning.models.gguf import CACHE_VARIABLE, SOURCE_FILE, converted
-from repair_lightning.models.hashes import files_hash
+from repair_lightning.models.gguf import CACHE_VARIABLE, SOURCE_FILE, converted, files_hash
 from repair_lightning.packs.export import export_pack, live_edits
 from repair_lightning.packs.pack import load_edited, save_pack
 
