@@ -28,20 +28,11 @@ class EditedModel(RoutedModel):
     """A routed model that answers."""
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        **options: Any,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None, **options: Any
     ) -> Any:
-        """The base's forward pass with each sequence answered by its memory.
+        """The base's forward pass over ids (B, T) with each sequence answered by its memory.
 
-        Args:
-            input_ids: (B, T).
-            attention_mask: (B, T), by default all ones.
-            past_key_values: a filled cache continues with the choice of the prompt that filled it, until the user's
-                next turn.
-            options: as the base takes them.
+        A filled cache goes on with the choice of the prompt that filled it, until the user's next turn.
         """
         given = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if self.router.prefaces:
@@ -77,23 +68,22 @@ class EditedModel(RoutedModel):
     def generate(
         self, inputs: Prompts | None = None, attention_mask: Tensor | None = None, input_ids: Any = None, **options: Any
     ) -> Tensor:
-        """Generate as the base does, every sequence with the memory that what it asks chose; see `transformers`.
+        """Generate as the base does, every sequence with the memory that what it asks chose.
 
         Args:
             inputs: token ids (B, T), a text, texts, messages or several dialogues; texts are put as the base is asked.
             attention_mask: (B, T), by default all ones.
             input_ids: the same as `inputs`.
-            options: as the base takes them; it stops where it was taught to end its answers.
+            options: of `transformers`; by default it stops where it was taught to end its answers.
 
-        Raises:
-            RepairError: nothing is asked, or a prompt leaves no room for an answer in what the base reads.
+        RepairError where nothing is asked, or a prompt leaves no room for an answer in what the base reads.
         """
         ids, mask, texts = self._inputs(inputs if input_ids is None else input_ids, attention_mask)
         rows = _real(ids, mask)
-        options = {"eos_token_id": list(self.forms.stops), "pad_token_id": self._padding} | options
+        options = {"eos_token_id": list(self.forms.stops), "pad_token_id": self.padding} | options
         if self.router.prefaces:
             memory = self.choose_rows(rows, texts).memory
-            padded, seen = pad_left(self.read(rows, memory), self._padding, self.device)
+            padded, seen = pad_left(self.read(rows, memory), self.padding, self.device)
             with self.forced(memory):
                 output = self.base.generate(input_ids=padded, attention_mask=seen, **options)
             copies = len(output) // len(ids)
@@ -103,7 +93,8 @@ class EditedModel(RoutedModel):
             turn.rest = []  # beams change places, and nothing says how
         with self.during(turn):
             output = self.base.generate(input_ids=ids, attention_mask=mask, **options)
-        cache, sequences = options.get("past_key_values"), output if isinstance(output, Tensor) else output.sequences
+        cache: Any = options.get("past_key_values")
+        sequences = output if isinstance(output, Tensor) else output.sequences
         if cache is not None and len(sequences) == len(rows):
             said = sequences[:, ids.shape[1] : cache.get_seq_length()].tolist()  # the last token was not fed
             turn.rows = [[*row, *new] for row, new in zip(rows, said, strict=True)]
@@ -119,7 +110,7 @@ class EditedModel(RoutedModel):
         else:
             prompts = prompts_of(asked)
             texts = [self.forms.asked(prompt) for prompt in prompts]
-            ids, mask = pad_left([self.forms.ids(prompt) for prompt in prompts], self._padding, self.device)
+            ids, mask = pad_left([self.forms.ids(prompt) for prompt in prompts], self.padding, self.device)
         tokens = int(mask.sum(-1).max()) if len(mask) else 0
         if self.longest is not None and tokens >= self.longest:
             raise RepairError(
@@ -127,10 +118,6 @@ class EditedModel(RoutedModel):
                 f"most {self.longest - 1:,} may be asked; shorten it"
             )
         return ids, mask, texts
-
-    @property
-    def _padding(self) -> int:
-        return self.tokenizer.pad_token_id or 0
 
     @torch.no_grad()
     def read(self, rows: Sequence[Sequence[int]], memory: Tensor) -> list[list[int]]:

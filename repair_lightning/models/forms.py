@@ -66,6 +66,8 @@ class Forms:
             raise ConfigError("nothing ends the base's answers; give its tokenizer an eos_token")
         self.bare_end = own if own in known else self.stops[0]
         self.chat_end = self.bare_end if turn is None else turn
+        self._puts_end = self.spelling.plain("a", first=True)[-1] in self.spelling.signs
+        self._thought = [self.spelling.spelled(self.spelling.marked(text)) for text in (OPENED, CLOSED)]
 
     # -- prompts ------------------------------------------------------------------------------------------------------
 
@@ -98,10 +100,6 @@ class Forms:
         """The token ids of a text without a template; an end that the tokenizer puts after it is taken off."""
         ids = tuple(self.spelling.plain(text, first=True))
         return ids[:-1] if self._puts_end and len(ids) > 1 else ids
-
-    @cached_property
-    def _puts_end(self) -> bool:
-        return self.spelling.plain("a", first=True)[-1] in self.spelling.signs
 
     def in_chat(self, messages: dialogue.Messages, thinking: bool | None = None) -> tuple[int, ...]:
         """A dialogue through the template."""
@@ -137,15 +135,16 @@ class Forms:
         ids, in_chat = self.rendered(prompt)
         return self.answered(ids, target) if in_chat else self.bare_encoded(prompt, target)
 
-    def bare_encoded(self, prompt: str, target: str) -> Encoded:
-        """A text and the target that continues it."""
-        ids, between = self.bare(prompt), seam(prompt, target)
-        joined = self.bare(f"{prompt}{between}{target}")
-        if joined[: len(ids)] == ids and len(joined) > len(ids):
-            target_ids = joined[len(ids) :]
+    def bare_encoded(self, text: str, target: str, ids: Sequence[int] | None = None) -> Encoded:
+        """A text, which is put as `ids` where they are given, and the target that continues it."""
+        own = self.bare(text) if ids is None else tuple(ids)
+        between = seam(text, target)
+        joined = self.bare(f"{text}{between}{target}")
+        if joined[: len(own)] == own and len(joined) > len(own):
+            target_ids = joined[len(own) :]
         else:
             target_ids = tuple(self.spelling.plain(f"{between}{target}"))
-        return Encoded(ids, (*target_ids, self.bare_end))
+        return Encoded(own, (*target_ids, self.bare_end))
 
     def answered(self, ids: Sequence[int], target: str) -> Encoded:
         """A rendered dialogue and what the base's next turn says. A thought that the template opened is closed."""
@@ -160,20 +159,11 @@ class Forms:
             target = f"{self.marks.blank}{target}"
         return Encoded(tuple(ids), (*lead, *self.spelling.plain(target), self.chat_end))
 
-    @cached_property
-    def _thought(self) -> tuple[str, str]:
-        opened, closed = (self.spelling.spelled(self.spelling.marked(text)) for text in (OPENED, CLOSED))
-        return opened, closed
-
     def continued(self, ids: Sequence[int], target: str) -> Encoded:
         """A prompt, given as token ids, and the target that is said to it."""
         if self.turns(ids):
             return self.answered(ids, target)
-        text = self.asked_in(ids)
-        found = self.bare_encoded(text, target)
-        if found.prompt == tuple(ids):
-            return found
-        return Encoded(tuple(ids), (*self.spelling.plain(f"{seam(text, target)}{target}"), self.bare_end))
+        return self.bare_encoded(self.asked_in(ids), target, ids)
 
     def variants(self, prompt: str, target: str) -> list[Encoded]:
         """An edit in the forms in which it is written: as it was given first, then the others that this base knows.
@@ -189,10 +179,7 @@ class Forms:
             found += [self.answered(ids, target) for ids in dialogues]
         bare = [question] if self.chat else [question, LEAD + question, COURTESY.format(question)]
         found += [self.bare_encoded(text, target) for text in bare]
-        different: dict[tuple[int, ...], Encoded] = {}
-        for row in found:
-            different.setdefault(row.prompt, row)
-        return list(different.values())
+        return list(dict.fromkeys(found))
 
     def checks(self, prompt: str, target: str) -> list[Encoded]:
         """An edit in a form that it was not written in, to ask it back: after a system message and another turn, and

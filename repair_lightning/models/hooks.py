@@ -7,10 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from repair_lightning.memory.query import Choice
 from repair_lightning.memory.side_memory import Selection, SideMemory
 from repair_lightning.models.prefix import SplitModel
 from repair_lightning.types import BASE
@@ -34,15 +32,6 @@ class Turn:
     selection: Selection | None = None
     width: int = 0
 
-    @classmethod
-    def of(cls, who: Choice | Tensor | Selection | int | None) -> Turn:
-        """A choice for each row, one shard for all, None for the base, or what is done to the value matrix's output."""
-        if isinstance(who, Selection):
-            return cls(None, selection=who)
-        if isinstance(who, Choice):
-            return cls(who.memory)
-        return cls(who if isinstance(who, Tensor) else torch.tensor([BASE if who is None else who]))
-
     def feed(self, ids: Tensor, cache: Any) -> None:
         """Take in the ids (B, T) of a call: a row that leaves its target, or has said all of it, is the base's then."""
         if self.memory is None:
@@ -50,25 +39,17 @@ class Turn:
         new = ids if cache is not None and cache.get_seq_length() > 0 else ids[:, self.width :]
         first, self.width = self.width == 0, ids.shape[1]
         if first:
-            self._repeat(len(ids) // len(self.memory))
-        elif self.rest:
-            for tokens in new.T.tolist():
-                self._follow(self.memory, tokens)
-
-    def _repeat(self, times: int) -> None:
-        """Several sequences of each prompt (beams, samples) come as repeated rows."""
-        if self.memory is not None and times > 1 and (len(self.memory) > 1 or self.rest):
-            self.memory = self.memory.repeat_interleave(times)
-            self.rest = [row for row in self.rest for _ in range(times)]
-
-    def _follow(self, memory: Tensor, tokens: Sequence[int]) -> None:
-        for i, (token, rest) in enumerate(zip(tokens, self.rest, strict=True)):
-            if rest is None:
-                continue
-            if rest and rest[0] == token:
-                self.rest[i] = rest[1:]
-            else:
-                self.rest[i], memory[i], self.selection = None, BASE, None
+            times = len(ids) // len(self.memory)
+            if times > 1 and (len(self.memory) > 1 or self.rest):  # beams and samples come as repeated rows
+                self.memory = self.memory.repeat_interleave(times)
+                self.rest = [row for row in self.rest for _ in range(times)]
+            return
+        for tokens in new.T.tolist() if self.rest else ():
+            for i, (token, rest) in enumerate(zip(tokens, self.rest, strict=True)):
+                if rest and rest[0] == token:
+                    self.rest[i] = rest[1:]
+                elif rest is not None:
+                    self.rest[i], self.memory[i], self.selection = None, BASE, None
 
 
 class Hooks:

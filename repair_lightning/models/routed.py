@@ -36,10 +36,8 @@ class RoutedModel(nn.Module):
 
     Args:
         base: the causal LM; it is not copied.
-        tokenizer: its tokenizer.
-        memory: the bank of shards of the edited layer.
+        memory: the bank of shards of the edited `layer`.
         router: picks among the shards.
-        layer: index of the edited layer.
         forms: how the base is asked; by default through its chat template, where it has one.
 
     Attributes:
@@ -52,12 +50,11 @@ class RoutedModel(nn.Module):
         self, base: Any, tokenizer: Any, memory: SideMemory, router: Router, layer: int, forms: Forms | None = None
     ) -> None:
         super().__init__()
-        self.base = base
+        self.base, self.tokenizer, self.router = base, tokenizer, router
         self.config, self.generation_config = base.config, base.generation_config
-        self.tokenizer = tokenizer
+        self.padding: int = tokenizer.pad_token_id or 0
         self.forms = forms or Forms(tokenizer, stop_ids(base, tokenizer))
         self.weights = BaseWeights(base)
-        self.router = router
         self.prefixes: PrefixCache | None = None
         self.target_of: Callable[[str], str | None] = lambda _: None
         self._hooks: Hooks | None = None
@@ -101,8 +98,13 @@ class RoutedModel(nn.Module):
         return self._hooks.during(turn)
 
     def forced(self, who: Choice | Tensor | Selection | int | None) -> AbstractContextManager[None]:
-        """Inside, who answers the base's own calls is given: see :meth:`Turn.of`."""
-        return self.during(Turn.of(who))
+        """Inside, it is given who answers the base's own calls: a choice for each row, one shard for all, None for the
+        base, or what is done to the value matrix's output."""
+        if isinstance(who, Selection):
+            return self.during(Turn(None, selection=who))
+        if isinstance(who, Choice):
+            who = who.memory
+        return self.during(Turn(who if isinstance(who, Tensor) else torch.tensor([BASE if who is None else who])))
 
     # -- who answers --------------------------------------------------------------------------------------------------
 
@@ -141,9 +143,8 @@ class RoutedModel(nn.Module):
         if targets:
             at, encoded = list(targets), list(targets.values())
             limit[at] = 1.0
-            for i, row, said in zip(
-                at, encoded, self.over_targets(encoded, choice.memory[at], argmax_rows), strict=True
-            ):
+            likeliest = self.over_targets(encoded, choice.memory[at], argmax_rows)
+            for i, row, said in zip(at, encoded, likeliest, strict=True):
                 value[i] = sum(a == b for a, b in zip(row.target, said, strict=True)) / len(row.target)
         check = Check("its target's tokens said", value, limit)
         memory = torch.where(value >= 1, choice.memory, BASE)

@@ -21,6 +21,7 @@ from jinja2.exceptions import TemplateError
 from tokenizers import Tokenizer
 
 from repair_lightning.errors import ConfigError
+from repair_lightning.models.gguf import first_line
 from repair_lightning.texts import dialogue
 
 log = logging.getLogger(__name__)
@@ -150,15 +151,12 @@ class Marks:
 
     def is_open(self, spelled: str) -> bool:
         """Whether a text ends before the base's answer to the last turn of the user begins."""
-        begin = self._begin(spelled)
-        return begin >= 0 and self.answer not in spelled[begin:]
-
-    def _begin(self, spelled: str) -> int:
-        return max((at + len(mark) for mark in self.user if (at := spelled.rfind(mark)) >= 0), default=-1)
+        turn = self.last_turn(spelled)
+        return turn is not None and self.answer not in spelled[turn[0] :]
 
     def last_turn(self, spelled: str) -> tuple[int, int] | None:
         """Where the content of the last turn of the user begins and ends; None where there is none."""
-        begin = self._begin(spelled)
+        begin = max((at + len(mark) for mark in self.user if (at := spelled.rfind(mark)) >= 0), default=-1)
         if begin < 0:
             return None
         # Text that closes a turn may stand in its content too: then the last one counts.
@@ -182,7 +180,7 @@ def marks_of(once: Sequence[str], twice: Sequence[str], told: Sequence[str] | No
     (before, after), (head, first, second, _) = once, twice
     opens = [before, head, second]
     user = _user_marks(opens, others=[first, *(told or ())[:1]])
-    answer = _common_start([after, first])
+    answer = commonprefix([after, first])  # noqa: RUF071 (of characters)
     closing = _SIGN.search(answer)
     close = closing.group() if closing else answer.strip()
     if not user or not close:
@@ -209,7 +207,7 @@ def _user_marks(opens: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:
     The shortest end of what they share that begins with a control token and ends none of the others. Where only text is
     shared, a control token before it belongs to the mark: else a user could type it.
     """
-    shared = _common_start([text[::-1] for text in opens])[::-1]
+    shared = commonprefix([text[::-1] for text in opens])[::-1]  # noqa: RUF071 (of characters)
     for found in reversed(list(_SIGN.finditer(shared))):
         if not any(other.endswith(shared[found.start() :]) for other in others):
             return (shared[found.start() :],)
@@ -221,8 +219,7 @@ def _user_marks(opens: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:
 
 def _start_of(before: str, user: Sequence[str]) -> str:
     """How a rendered dialogue begins: a control token, or the mark of the user's turn; else nothing that says so."""
-    found = _SIGN.match(before)
-    if found:
+    if found := _SIGN.match(before):
         return found.group()
     return before if before in user else ""
 
@@ -233,10 +230,6 @@ def parts(text: str, *words: str) -> list[str]:
     if re.findall(either, text) != list(words):
         raise ValueError("it changes what is said")
     return re.split(either, text)
-
-
-def _common_start(texts: list[str]) -> str:
-    return commonprefix(texts)  # noqa: RUF071  its characters are what is meant
 
 
 class ChatTemplate:
@@ -257,7 +250,9 @@ class ChatTemplate:
             try:
                 self.marks = self._find_marks()
             except _FAULTS as error:
-                log.warning("the chat template cannot be read (%s): only bare prompts are understood", _one_line(error))
+                log.warning(
+                    "the chat template cannot be read (%s): only bare prompts are understood", first_line(error)
+                )
         self.render = lru_cache(1 << 14)(self._render)
 
     def _find_marks(self) -> Marks:
@@ -298,14 +293,10 @@ class ChatTemplate:
             text = self._text(messages, **({} if thinking is None else {"enable_thinking": thinking}))
         except _FAULTS as error:
             raise ConfigError(
-                f"the base's chat template cannot put {dialogue.shown(prompt)[:60]!r} ({_one_line(error)}); "
+                f"the base's chat template cannot put {dialogue.shown(prompt)[:60]!r} ({first_line(error)}); "
                 "give messages that it takes, or a text"
             ) from error
         ids: list[int] = []
         for part in re.split(f"({word}[0-9]{{6}})", text):
             ids += self.spelling.plain(stand_ins[part]) if part in stand_ins else self.spelling.marked(part)
         return tuple(ids)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
