@@ -112,7 +112,7 @@ class EditedModel(RoutedModel):
             texts = [self.forms.asked(prompt) for prompt in prompts]
             ids, mask = pad_left([self.forms.ids(prompt) for prompt in prompts], self.padding, self.device)
         tokens = int(mask.sum(-1).max()) if len(mask) else 0
-        if self.longest is not None and tokens >= self.longest:
+        if tokens >= self.longest:
             raise RepairError(
                 f"a prompt has {counted(tokens, 'token')}, and the base reads {self.longest:,} with its answer: at "
                 f"most {self.longest - 1:,} may be asked; shorten it"
@@ -131,7 +131,7 @@ class EditedModel(RoutedModel):
         found = []
         for row, preface in zip(rows, prefaces, strict=True):
             start = 1 if len(row) > 1 and row[0] == self.tokenizer.bos_token_id else 0
-            room = max(0, (self.longest or 1 << 20) - ROOM - len(row))
+            room = max(0, self.longest - ROOM - len(row))
             found.append([*row[:start], *preface[max(0, len(preface) - room) :], *row[start:]])
         return found
 

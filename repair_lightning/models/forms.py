@@ -35,7 +35,6 @@ class Forms:
     """The forms in which one base is asked.
 
     Args:
-        tokenizer: the base's.
         stops: ids at which its generation stops; by default the tokenizer's end of a text.
         template: whether plain texts are put through the chat template: `chat`, `none`, or `auto`, where there is one.
 

@@ -53,12 +53,7 @@ class Turn:
 
 
 class Hooks:
-    """What a memory adds to a base's value matrix; outside of :meth:`during` nothing.
-
-    Args:
-        split: the base, cut at the edited layer.
-        memory: the bank of shards of that layer.
-    """
+    """What a memory adds to a base's value matrix; outside of :meth:`during` nothing."""
 
     def __init__(self, split: SplitModel, memory: SideMemory) -> None:
         self._memory = memory

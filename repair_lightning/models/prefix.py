@@ -46,12 +46,7 @@ class Capture:
 
 
 class SplitModel:
-    """A causal LM cut at the input of one layer: `capture` runs what is below, `tail` the rest.
-
-    Args:
-        model: a causal LM of a supported architecture.
-        layer: index of the edited layer.
-    """
+    """A causal LM cut at the input of the edited layer: `capture` runs what is below, `tail` the rest."""
 
     def __init__(self, model: nn.Module, layer: int) -> None:
         self.model, self.index = model, layer

@@ -45,7 +45,7 @@ def canonical_batches(
     """
     if not all(len(row) for row in rows):
         raise RepairError("a sequence without tokens has no hidden state; give each at least one token")
-    limit = getattr(split.model.config, "max_position_embeddings", 1 << 30)
+    limit: int = split.model.config.max_position_embeddings  # type: ignore[union-attr, assignment]
     device = next(split.model.parameters()).device
 
     def width_of(i: int) -> int:

@@ -77,10 +77,9 @@ class RoutedModel(nn.Module):
             self.prefixes.close()
 
     @property
-    def longest(self) -> int | None:
-        """The longest text that the base reads, in tokens; None where its configuration does not say."""
-        names = ("max_position_embeddings", "n_positions", "n_ctx")
-        return min([number for name in names if (number := getattr(self.config, name, None))], default=None)
+    def longest(self) -> int:
+        """The longest text that the base reads, in tokens."""
+        return self.config.max_position_embeddings
 
     @property
     def value_weight(self) -> Tensor:
