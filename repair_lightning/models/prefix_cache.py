@@ -141,11 +141,6 @@ class Spill:
         self._places: OrderedDict[Key, tuple[int, int, torch.device]] = OrderedDict()  # the oldest first
         self._end = 0  # of the newest
 
-    @property
-    def used(self) -> int:
-        """Bytes of all entries."""
-        return sum(size for _, size, _ in self._places.values())
-
     def put(self, key: Key, entry: Capture) -> None:
         """Write an entry unless it is there already or larger than the budget."""
         if key in self._places or _nbytes(entry) > self.budget:
