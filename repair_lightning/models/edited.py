@@ -78,7 +78,9 @@ class EditedModel(RoutedModel):
 
         RepairError where nothing is asked, or a prompt leaves no room for an answer in what the base reads.
         """
-        ids, mask, texts = self._inputs(inputs if input_ids is None else input_ids, attention_mask)
+        asked = inputs if input_ids is None else input_ids
+        ids, mask = self._inputs(asked, attention_mask)
+        texts = None if isinstance(asked, Tensor) else [self.forms.asked(prompt) for prompt in prompts_of(asked)]
         rows = _real(ids, mask)
         options = {"eos_token_id": list(self.forms.stops), "pad_token_id": self.padding} | options
         if self.router.prefaces:
@@ -101,23 +103,21 @@ class EditedModel(RoutedModel):
             setattr(cache, _HELD, turn)
         return output
 
-    def _inputs(self, asked: Any, mask: Tensor | None) -> tuple[Tensor, Tensor, list[str] | None]:
-        """Token ids and mask (B, T) of what is asked, and what that is where it was not given as ids."""
+    def _inputs(self, asked: Any, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Token ids and mask (B, T) of what is asked."""
         if asked is None:
             raise RepairError("nothing is asked: give token ids, texts or messages")
         if isinstance(asked, Tensor):
-            ids, mask, texts = asked, torch.ones_like(asked) if mask is None else mask, None
+            ids, mask = asked, torch.ones_like(asked) if mask is None else mask
         else:
-            prompts = prompts_of(asked)
-            texts = [self.forms.asked(prompt) for prompt in prompts]
-            ids, mask = pad_left([self.forms.ids(prompt) for prompt in prompts], self.padding, self.device)
+            ids, mask = pad_left([self.forms.ids(prompt) for prompt in prompts_of(asked)], self.padding, self.device)
         tokens = int(mask.sum(-1).max()) if len(mask) else 0
         if tokens >= self.longest:
             raise RepairError(
                 f"a prompt has {counted(tokens, 'token')}, and the base reads {self.longest:,} with its answer: at "
                 f"most {self.longest - 1:,} may be asked; shorten it"
             )
-        return ids, mask, texts
+        return ids, mask
 
     @torch.no_grad()
     def read(self, rows: Sequence[Sequence[int]], memory: Tensor) -> list[list[int]]:
