@@ -144,7 +144,7 @@ def stream(context: Context, number: int, window: int, warm: bool = False, **opt
     editor = Keyed(context.base, seed=context.seed, **options)
     written.setup()
     editor.load()
-    written.check_fit(editor.edited.forms, editor.max_tokens)
+    written.check_fit(editor.edited.forms, editor.edited.longest)
     fit(editor, written, [ErrorSampleMonitor(seed=context.seed), PruneAndRetrigger()], context.work)
     written.mark()
     return {

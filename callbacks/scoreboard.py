@@ -186,7 +186,7 @@ class Scoreboard(pl.Callback):
             return
         self.beside["same_subject"] = same_subject(editor.edited, stream.edits, editor.base_changed)
         if self.forms:
-            found = form_scores(editor.edited, stream.edits, self.forms, editor.max_tokens)
+            found = form_scores(editor.edited, stream.edits, self.forms, editor.edited.longest)
             self.beside["forms"], self.form_rows = found
 
     def state_dict(self) -> dict[str, Any]:

@@ -271,7 +271,7 @@ class EditCLI(LightningCLI):
         self.model.scratch = self.run_dir / "scratch"
         self.model.join(self.team)  # the base's own score, before the first edit, is dealt out too
         self.model.load()
-        self.datamodule.check_fit(self.model.edited.forms, self.model.max_tokens)
+        self.datamodule.check_fit(self.model.edited.forms, self.model.edited.longest)
         return None if resumes else self._start_from_pack()
 
     @contextmanager

@@ -29,11 +29,6 @@ class AskedModel(HeldModel):
 
     background: Query
 
-    @property
-    def max_tokens(self) -> int:
-        """The longest text that the base reads, in tokens."""
-        return self.edited.longest or 1 << 20
-
     def encode(self, edit: Edit) -> Encoded:
         """An edit's prompt and target as token ids."""
         return self._encode(edit.prompt, edit.target)

@@ -18,7 +18,7 @@ from repair_lightning.errors import ConfigError
 from repair_lightning.memory.routers import Router, make_router
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.models.architectures import architecture_of, resolve_layer, value_shape
-from repair_lightning.models.base import Base, load_base
+from repair_lightning.models.base import A_BASE, Base, load_base
 from repair_lightning.models.forms import Template
 from repair_lightning.models.prefix_cache import PrefixCache
 from repair_lightning.training.sharing import SharedModel
@@ -119,10 +119,7 @@ class HeldModel(pl.LightningModule):
         if self.base is not None:
             return
         if not self.base_option:
-            raise ConfigError(
-                "no base: give --model.base a folder in Hugging Face format, a hub name, a .gguf file, 'smollm2' or "
-                "'world'"
-            )
+            raise ConfigError(f"no base: give --model.base {A_BASE}")
         base = load_base(self.base_option, self.precision_option, self.trust_remote_code)
         asked = None if isinstance(self.layer_option, str) else self.layer_option
         self.build(base, resolve_layer(base.model, asked))
@@ -142,7 +139,7 @@ class HeldModel(pl.LightningModule):
         self.base = base
         scratch = self.scratch if self.cache_mib and self.cache_disk_mib else None
         memory_bytes, disk_bytes = self.cache_mib << 20, self.cache_disk_mib << 20
-        self.edited.prefixes = PrefixCache(self.edited.split, memory_bytes, scratch, disk_bytes, self.identity)
+        self.edited.prefixes = PrefixCache(self.edited.split, memory_bytes, scratch, disk_bytes)
         self.join(self.team)
 
     def join(self, team: Team) -> None:

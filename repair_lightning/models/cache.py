@@ -31,10 +31,10 @@ def kept_space(depends_on: Sequence[str], learn: Callable[[], RelationSpace]) ->
     space = learn()
     part = file.with_name(f".{name}.{os.getpid()}")
     limit = torch.tensor(space.limit, dtype=torch.float64)  # to the bit: the first run must route as those after it
-    tensors = {"centre": space.centre, "projection": space.projection, "limit": limit}
+    tensors = {"centre": space.centre.contiguous(), "projection": space.projection.contiguous(), "limit": limit}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({key: value.contiguous() for key, value in tensors.items()}, part)
+        save_file(tensors, part)
         part.replace(file)
     except (SafetensorError, OSError) as error:
         log.warning("the cache '%s' cannot be written (%s): this is learnt again the next time", file.parent, error)

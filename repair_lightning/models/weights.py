@@ -1,7 +1,6 @@
 """The base's own value matrices where edits are written into them: changed in place, put back bit by bit.
 
-Matrices are taken and given as (D, F) in float32, whatever the base's storage order and type; what is kept, stored and
-put back is in the base's own.
+Matrices are taken and given as (D, F) in float32, whatever the base's storage order and type.
 """
 
 from __future__ import annotations
@@ -12,17 +11,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from repair_lightning.models.architectures import architecture_of
 
 
 class BaseWeights:
-    """The value matrices W_v of a base, by layer. The original of each is kept from its first change on.
-
-    Args:
-        model: the causal LM whose matrices they are.
-    """
+    """The value matrices W_v of a causal LM, by layer. The original of each is kept from its first change on."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -57,9 +53,7 @@ class BaseWeights:
 
     def add(self, layer: int, delta: Tensor) -> None:
         """Add a delta (D, F) to a layer's matrix."""
-        parameter = self.parameter(layer)
-        oriented = self._oriented(layer, delta).to(parameter.device, torch.float32)
-        self._take(layer, parameter.detach().float() + oriented)
+        self.put(layer, self.matrix(layer) + delta.to(self.parameter(layer).device, torch.float32))
 
     def deviations(self) -> dict[int, float]:
         """How far each changed matrix is from the base's own, `||W - W_0|| / ||W_0||` in the Frobenius norm."""
@@ -70,12 +64,8 @@ class BaseWeights:
 
     def fingerprint(self) -> str:
         """A hash of what the changed matrices hold; empty where none is."""
-        digest = hashlib.sha256()
-        for layer in self.layers:
-            digest.update(str(layer).encode())
-            values = self.parameter(layer).detach().cpu().contiguous().view(torch.uint8)
-            digest.update(values.numpy().data)
-        return digest.hexdigest() if self else ""
+        state = {str(layer): value for layer, value in self.state().items()}
+        return hashlib.sha256(save(state)).hexdigest() if state else ""
 
     def state(self) -> dict[int, Tensor]:
         """Copies of the changed matrices in their storage order, to go back to with :meth:`load`."""
@@ -84,14 +74,13 @@ class BaseWeights:
     def load(self, state: Mapping[int, Tensor]) -> None:
         """Go back to a :meth:`state`, bit by bit; every other matrix becomes the base's own again.
 
-        Raises:
-            ValueError: a matrix of another shape.
+        ValueError where a matrix has another shape.
         """
         for layer, value in state.items():
             found = self.parameter(layer).shape
             if value.shape != found:
                 raise ValueError(f"W_v of layer {layer} is {tuple(found)}, got {tuple(value.shape)}")
-        for layer in [layer for layer in self.layers if layer not in state]:
+        for layer in self._originals.keys() - state.keys():
             self.parameter(layer).data.copy_(self._originals.pop(layer))
         for layer, value in state.items():
             self._take(layer, value)

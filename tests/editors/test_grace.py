@@ -62,10 +62,11 @@ def test_the_value_is_what_leaves_the_matrix(editor_of, write, edits, model_type
     editor = editor_of(model_type, "grace", **FEW)
     write(editor, edits[:2])
     ids = torch.tensor(editor.tokenizer([edits[1].prompt] * 3)["input_ids"])
+    choices = (None, editor.edited.choose([edits[0].prompt, "no such thing", edits[1].prompt]))
     seen = []
     handle = editor.edited.split.value.register_forward_hook(lambda _, __, output: seen.append(output))
     with torch.no_grad():
-        for choice in (None, editor.edited.choose([edits[0].prompt, "no such thing", edits[1].prompt])):
+        for choice in choices:
             with editor.edited.forced(choice):
                 editor.base.model(input_ids=ids)
     handle.remove()

@@ -62,7 +62,7 @@ class TestMissing:
     @pytest.mark.parametrize("name", ["./nothing", "~/nothing", "runs/nothing/base"])
     def test_no_such_folder_is_said_at_once(self, name):
         started = time.monotonic()
-        with pytest.raises(ConfigError, match=r"no such folder; give a folder in Hugging Face format or a hub name"):
+        with pytest.raises(ConfigError, match=r"no such folder; give a folder in Hugging Face format, a hub"):
             load_base(name, "float32")
         assert time.monotonic() - started < 2
 

@@ -18,7 +18,7 @@ from repair_lightning.memory.query import Choice, Query
 from repair_lightning.memory.routers import Router
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.models.edited import EditedModel
-from repair_lightning.models.prefix import pad_left, positions
+from repair_lightning.models.prefix import pad_left
 from repair_lightning.texts import dialogue
 from repair_lightning.types import BASE, Edit
 
@@ -114,21 +114,6 @@ class TestForward:
             own = mask.bool()
             torch.testing.assert_close(found[own], expected[own], rtol=1e-4, atol=1e-4)
 
-    def test_the_router_sees_the_prompt_and_not_the_target(self, edited):
-        """Scoring prompt and target in one pass: the target's words and states are masked from the router."""
-        prompt, target = "Tobin Quill was", " Mara spider born"
-        n = len(edited.tokenizer(prompt)["input_ids"])
-        ids = torch.tensor([edited.tokenizer(prompt + target)["input_ids"]])
-        prompt_mask = (torch.arange(ids.shape[1]) < n).long()[None]
-        with torch.no_grad():
-            edited(ids, prompt_mask=prompt_mask)
-            (query,) = edited.router.asked
-            edited(ids[:, :n])
-        alone = edited.router.asked[-1]
-        assert query.texts == alone.texts == (prompt,)
-        assert query.mask.sum() == n
-        torch.testing.assert_close(query.last_hidden(), alone.last_hidden())
-
     def test_the_base_alone_is_untouched(self, edited):
         ids, mask = batch(edited)
         before = base_logits(edited, ids, mask)
@@ -201,7 +186,7 @@ class TestRoute:
         query = edited.query([prompt, "some longer text for the padding"])
         ids, mask = batch(edited, [prompt, "some longer text for the padding"])
         with torch.no_grad():
-            edited(ids, mask, position_ids=positions(mask))
+            edited(**edited.split.inputs(ids, mask))
         edited.tokenizer.clean_up_tokenization_spaces = before
         seen = edited.router.asked[-1]
         assert seen.texts == query.texts

@@ -98,16 +98,10 @@ IGNORES = "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message['r
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of template.
+    """A kind of template, with the tokens that it writes: `special` ones, and `added` ones that are not called so.
 
-    Attributes:
-        template: in Jinja.
-        special: control tokens that it writes.
-        added: tokens that it writes and the tokenizer does not call special.
-        end: what ends a turn of the base.
-        system: `own` for a turn of its own, `folded` into the user's with visible marks, `lost` into it without any,
-            `refused`.
-        guarded: whether its marks hold control tokens, which no user can type.
+    Its system message is a turn of its own, `folded` into the user's with visible marks, `lost` into it without any, or
+    `refused`. It is guarded where its marks hold control tokens, which no user can type.
     """
 
     template: str
@@ -206,19 +200,19 @@ class TestMarks:
 
     def test_a_turn_of_the_user_alone_opens_one(self, forms):
         tokenizer = forms.tokenizer
-        assert forms.opens_turn(rendered(forms, [user(QUESTION)]))
-        assert not forms.opens_turn(tokenizer("Mara Kelstrom was born in Oslo.")["input_ids"])
-        assert not forms.opens_turn([])
+        assert forms.turns(rendered(forms, [user(QUESTION)]))
+        assert not forms.turns(tokenizer("Mara Kelstrom was born in Oslo.")["input_ids"])
+        assert not forms.turns([])
         whole, shorter = (rendered(forms, messages, False) for messages in ([user("a"), base("b")], [user("a")]))
-        assert not forms.opens_turn(whole[len(shorter) :]), "a turn of the base"
+        assert not forms.turns(whole[len(shorter) :]), "a turn of the base"
         assert [forms.turns(rendered(forms, [*d, user("a")])) for d in DIALOGUES.values()] == [1, 2, 3]
 
     @pytest.mark.parametrize(
         ("template", "message"),
         [
             (IGNORES, "only bare prompts are understood"),
-            ("{{ raise_exception('never\nof use') }}", "cannot be rendered"),
-            ("{% for", "cannot be rendered"),
+            ("{{ raise_exception('never\nof use') }}", "cannot be read"),
+            ("{% for", "cannot be read"),
         ],
     )
     def test_broken(self, made, caplog, template, message):
@@ -263,6 +257,10 @@ class TestAsked:
         assert forms.asked_in(rendered(forms, messages, prompt)) == expected
         assert forms.asked(dialogue.dump(messages)) == QUESTION
         assert forms.ids(dialogue.dump(messages)) == rendered(forms, messages)
+        text = text_of(forms, messages, prompt)
+        assert forms.is_rendered(text)
+        assert forms.ids(text) == rendered(forms, messages, prompt)
+        assert forms.asked(text) == expected
 
     @pytest.mark.parametrize("text", TRICKY.values(), ids=list(TRICKY))
     def test_whatever_is_asked(self, forms, text):
@@ -272,19 +270,6 @@ class TestAsked:
         assert forms.asked_in(ids) == text.strip()
         assert forms.ids(text) == rendered(forms, [user(text)])
         assert forms.asked(text) == text
-
-
-class TestRendered:
-    @pytest.mark.parametrize("prompt", [True, False], ids=["prompt", "no prompt"])
-    @pytest.mark.parametrize("told", [False, True], ids=["", "system"])
-    def test_a_rendered_text_is_known(self, forms, family, prompt, told):
-        if told and family.system == "refused":
-            pytest.skip("the template takes no system message")
-        messages = [*([system("Be brief.")] if told else []), *EARLIER, user(QUESTION)]
-        text = text_of(forms, messages, prompt)
-        assert forms.is_rendered(text)
-        assert forms.ids(text) == rendered(forms, messages, prompt)
-        assert forms.asked(text) == QUESTION
 
 
 class TestImitation:

@@ -21,8 +21,7 @@ from repair_lightning.editors import REGISTRY
 from repair_lightning.editors.shards import Steps
 from repair_lightning.errors import ConfigError
 from repair_lightning.models.base import load_base
-from repair_lightning.models.gguf import CACHE_VARIABLE, SOURCE_FILE, converted
-from repair_lightning.models.hashes import files_hash
+from repair_lightning.models.gguf import CACHE_VARIABLE, SOURCE_FILE, converted, files_hash
 from repair_lightning.packs.export import export_pack, live_edits
 from repair_lightning.packs.pack import load_edited, save_pack
 
@@ -127,40 +126,31 @@ def process(file: Path, before: str = "") -> subprocess.Popen:
     return subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-class TestLoading:
-    def test_is_the_model_that_was_written(self, made, tiny):
-        base = load_base(str(made), "float32")
-        ids = torch.tensor([[1, 17, 99, 300, 8]])
-        torch.testing.assert_close(base.model(ids).logits, tiny("llama")(ids).logits, atol=1e-5, rtol=1e-5)
-        assert not any(p.requires_grad for p in base.model.parameters())
-        assert not hasattr(base.model.config, "quantization_config")
-
-    def test_the_tokenizer_is_the_files(self, made, tokenizer):
-        direct = AutoTokenizer.from_pretrained(str(made.parent), gguf_file=made.name)
-        found = load_base(str(made), "float32").tokenizer
-        assert found(PROBE)["input_ids"] == direct(PROBE)["input_ids"]
-        assert found(PROBE)["input_ids"] == tokenizer(PROBE)["input_ids"]
-        assert found.decode(found(PROBE)["input_ids"], skip_special_tokens=True) == PROBE
-        assert (found.pad_token_id, found.bos_token_id, found.eos_token_id) == (0, 1, 2)
-        chat = [{"role": "user", "content": "Mara"}]
-        assert found.apply_chat_template(chat, tokenize=False) == "<s>user: Mara</s>"
+def test_is_the_model_and_the_tokenizer_that_were_written(made, tiny, tokenizer):
+    base = load_base(str(made), "float32")
+    ids = torch.tensor([[1, 17, 99, 300, 8]])
+    torch.testing.assert_close(base.model(ids).logits, tiny("llama")(ids).logits, atol=1e-5, rtol=1e-5)
+    assert not any(p.requires_grad for p in base.model.parameters())
+    assert not hasattr(base.model.config, "quantization_config")
+    found, direct = base.tokenizer, AutoTokenizer.from_pretrained(str(made.parent), gguf_file=made.name)
+    assert found(PROBE)["input_ids"] == direct(PROBE)["input_ids"] == tokenizer(PROBE)["input_ids"]
+    assert found.decode(found(PROBE)["input_ids"], skip_special_tokens=True) == PROBE
+    assert (found.pad_token_id, found.bos_token_id, found.eos_token_id) == (0, 1, 2)
+    chat = [{"role": "user", "content": "Mara"}]
+    assert found.apply_chat_template(chat, tokenize=False) == "<s>user: Mara</s>"
 
 
-class TestCache:
-    @pytest.mark.parametrize(
-        ("file", "damage"),
-        [("model.safetensors", "truncated"), ("tokenizer.json", "missing"), (SOURCE_FILE, "truncated")],
-    )
-    def test_a_damaged_folder_is_converted_again(self, made, file, damage, caplog):
-        folder, _ = converted(made)
-        before = content(folder)
-        if damage == "missing":
-            (folder / file).unlink()
-        else:
-            (folder / file).write_bytes((folder / file).read_bytes()[:-9])
-        assert converted(made)[0] == folder
-        assert "is damaged or incomplete: converting 'tiny.gguf' again" in caplog.text
-        assert content(folder) == before
+@pytest.mark.parametrize("file", ["model.safetensors", SOURCE_FILE, "tokenizer.json"])
+def test_a_damaged_folder_is_converted_again(made, file, caplog):
+    folder, _ = converted(made)
+    before = content(folder)
+    if file == "tokenizer.json":
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes((folder / file).read_bytes()[:-9])
+    assert converted(made)[0] == folder
+    assert "is damaged or incomplete: converting 'tiny.gguf' again" in caplog.text
+    assert content(folder) == before
 
 
 @pytest.mark.slow
@@ -172,7 +162,7 @@ class TestProcesses:
         with process(large, limit) as running:
             _, err = running.communicate()
         assert f"RepairError: converted base (${CACHE_VARIABLE} moves it) '{cache}" in err.strip().splitlines()[-1]
-        assert [path.name for path in cache.iterdir() if path.is_dir()] == ["hashes"]
+        assert [path.name for path in cache.iterdir() if path.is_dir()] == []
 
     @pytest.mark.parametrize("moment", ["*.lock", ".*.part/model.safetensors", f".*.part/{SOURCE_FILE}"])
     def test_killed_at_any_moment_it_leaves_nothing_half(self, large, cache, moment):
@@ -222,22 +212,20 @@ class TestErrors:
             load_base(str(file), "float32")
 
 
-class TestIdentity:
+def test_a_pack_with_its_base_needs_neither_file_nor_cache(made, cache, tmp_path, edits, irrelevant, write):
     """A converted folder goes by its file's hash wherever it is, as long as its weights are those."""
-
-    def test_a_pack_with_its_base_needs_neither_file_nor_cache(self, made, cache, tmp_path, edits, irrelevant, write):
-        file = Path(shutil.copy(made, tmp_path / "gone.gguf"))
-        editor = REGISTRY["keyed"](str(file), precision="float32", writing=Steps(steps=2))
-        editor.load()
-        editor.prepare(irrelevant[:8], irrelevant[8:])
-        write(editor, edits[:2])
-        pack = save_pack(editor, tmp_path / "pack", {})
-        export_pack(pack, tmp_path / "export")
-        file.unlink()
-        shutil.rmtree(cache)
-        model, _ = load_edited(tmp_path / "export", precision="float32")
-        assert len(live_edits(model.ledger)) == 2
-        assert json.loads((tmp_path / "export" / "export.json").read_text())["base"]["sha256"] == files_hash([made])
+    file = Path(shutil.copy(made, tmp_path / "gone.gguf"))
+    editor = REGISTRY["keyed"](str(file), precision="float32", writing=Steps(steps=2))
+    editor.load()
+    editor.prepare(irrelevant[:8], irrelevant[8:])
+    write(editor, edits[:2])
+    pack = save_pack(editor, tmp_path / "pack", {})
+    export_pack(pack, tmp_path / "export")
+    file.unlink()
+    shutil.rmtree(cache)
+    model, _ = load_edited(tmp_path / "export", precision="float32")
+    assert len(live_edits(model.ledger)) == 2
+    assert json.loads((tmp_path / "export" / "export.json").read_text())["base"]["sha256"] == files_hash([made])
 
 
 def test_a_package_that_is_missing_is_named_with_its_command(monkeypatch):

@@ -16,10 +16,7 @@ ROWS = [[5, 2, 0, 0], [9, 0, 0, 0], [5, 5, 5, 5], [2, 0, 0, 0]]
 def base(monkeypatch):
     """A base that says `ROWS`, whatever it is asked."""
 
-    def said(model, tokenizer, rows, length, batch_size):
-        return [[*row, *found] for row, found in zip(rows, ROWS, strict=True)]
-
-    monkeypatch.setattr(sampling, "_continued", said)
+    monkeypatch.setattr(sampling, "_continued", lambda *_: ROWS)
     return SimpleNamespace()
 
 

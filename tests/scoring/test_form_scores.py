@@ -25,7 +25,7 @@ def bare_editor(editor_of, write, edits) -> Any:
 
 @pytest.fixture(scope="module")
 def in_chat(chat_editor, edits) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    return form_scores(chat_editor.edited, edits[:4], longest=chat_editor.max_tokens)
+    return form_scores(chat_editor.edited, edits[:4], longest=chat_editor.edited.longest)
 
 
 class TestRows:
@@ -35,7 +35,7 @@ class TestRows:
         assert tuple(rows) == FORMS
         for name, row in rows.items():
             assert row is not None
-            assert edits[0].prompt in forms.spelled(row), name
+            assert edits[0].prompt in forms.spelling.spelled(row), name
             assert forms.turns(row) == {"bare": 0, "second_turn": 2}.get(name, 1), name
             assert edits[0].prompt in forms.asked_in(row), name
             assert own._EARLIER[0] not in forms.asked_in(row)
@@ -68,7 +68,7 @@ class TestDamage:
         shards = [chat_editor.memory[shard] for shard in chat_editor.memory.ids]
         for shard in shards:
             shard.left.neg_()
-        scores, rows = form_scores(chat_editor.edited, edits[:4], longest=chat_editor.max_tokens)
+        scores, rows = form_scores(chat_editor.edited, edits[:4], longest=chat_editor.edited.longest)
         for shard in shards:
             shard.left.neg_()
         for form, found in scores.items():
@@ -85,7 +85,7 @@ class TestDamage:
             for value in editor.memory[shard].state_dict().values():
                 if value.is_floating_point():
                     value.copy_(3 * value.abs().max() * torch.randn(value.shape))
-        scores, rows = form_scores(editor.edited, edits[:4], longest=editor.max_tokens)
+        scores, rows = form_scores(editor.edited, edits[:4], longest=editor.edited.longest)
         assert scores["bare"]["fires"] == 1.0
         assert scores["bare"]["rel"] == 0.0
         assert scores["bare"]["garbled"] > 0

@@ -1,39 +1,54 @@
-"""What a chat template puts around turns, and token ids as text in which nothing that a user types looks like it.
+"""A base's chat template: what it puts around turns, and dialogues in which no content can be taken for that.
 
-Token ids are turned into text in which every control token is one private character: marks and dialogues are compared
-as such texts. Where a template marks its turns with ordinary text alone, a user can imitate it; so he can for the base
-itself.
+The template is not known by name: what stands around words of our own, once rendered, are its marks. Token ids are
+compared as text in which every control token is one private character, so nothing that a user types looks like one.
+Where a template marks its turns with ordinary text alone, a user can imitate it, for the base too.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import groupby
+from os.path import commonprefix
 from typing import Any
 
+from jinja2.exceptions import TemplateError
 from tokenizers import Tokenizer
 
+from repair_lightning.errors import ConfigError
+from repair_lightning.models.gguf import first_line
+from repair_lightning.texts import dialogue
+
+log = logging.getLogger(__name__)
+
+OPENED, CLOSED = "<think>", "</think>"
+"""What stands around a thought of the base."""
+WORDS = ("Alpharede", "Betamond", "Gammelin", "Deltory")
+"""Contents to render a template with; words that no template holds."""
+_FAULTS = (TemplateError, ValueError, TypeError, KeyError, AttributeError, IndexError)
+"""What a template may raise."""
 _PRIVATE = 0xF0000
-"""The first of the private characters that stand for control tokens."""
 _SIGN = re.compile("[\U000f0000-\U0010fffd]")
+"""The private characters that stand for control tokens."""
 
 
 class Spelling:
     """Texts as token ids and back, where control tokens are told apart from text that only looks like them.
 
-    Control tokens are the special ones, and the added ones that the chat template writes. Other added tokens (runs of
-    blanks, say) are text.
+    Control tokens are the special ones, and the added ones that the chat template writes.
 
-    Args:
-        tokenizer: the base's.
+    Attributes:
         guards: whether text that looks like a control token stays text; else the tokenizer decides.
+        signs: the private character of each control token's id.
     """
 
-    def __init__(self, tokenizer: Any, guards: bool) -> None:
-        self.tokenizer, self.guards = tokenizer, guards
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.guards = tokenizer, False
         added = getattr(tokenizer, "added_tokens_decoder", {})
         template = str(getattr(tokenizer, "chat_template", None) or "")
         written = {
@@ -46,23 +61,17 @@ class Spelling:
     def read(self, ids: Sequence[int]) -> tuple[str, list[str]]:
         """The text that token ids spell, with one private character for each control token and no other such, and what
         each of its characters says: itself, or nothing."""
-        spelled: list[str] = []
-        said: list[str] = []
-        run: list[int] = []
-        for id in [*ids, None]:
-            sign = "" if id is None else self.signs.get(int(id))
-            if sign is None:
-                run.append(int(id))  # type: ignore[arg-type]
-                continue
-            if run:
-                text = self.tokenizer.decode(run, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-                spelled.append(_SIGN.sub("\ufffd", text))
+        spelled, said = "", []
+        for are_controls, run in groupby(map(int, ids), key=self.signs.__contains__):
+            if are_controls:
+                text = "".join(self.signs[id] for id in run)
+                said += [""] * len(text)
+            else:
+                text = self.tokenizer.decode(list(run), skip_special_tokens=False, clean_up_tokenization_spaces=False)
                 said += text
-                run = []
-            if sign:
-                spelled.append(sign)
-                said.append("")
-        return "".join(spelled), said
+                text = _SIGN.sub("\ufffd", text)
+            spelled += text
+        return spelled, said
 
     def spelled(self, ids: Sequence[int]) -> str:
         """The first of :meth:`read`."""
@@ -73,11 +82,9 @@ class Spelling:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
     def plain(self, text: str, first: bool = False) -> list[int]:
-        """Token ids of a text in which none is a control token.
+        """Token ids of a text, as a user wrote it, in which none is a control token.
 
-        Args:
-            text: as a user wrote it.
-            first: whether it begins a row: the tokenizer puts before and after it what it puts around every text.
+        Where it is the `first` of a row, the tokenizer puts around it what it puts around every text.
         """
         if not text and not first:
             return []
@@ -120,8 +127,7 @@ class Marks:
     Attributes:
         starts: what a rendered dialogue begins with, one of these.
         user: what opens a turn of the user, one of these.
-        system: what stands before and after a system message that is a part of the user's turn; empty where the
-            template has none such, or nothing visible is there.
+        system: what stands before and after a system message in the user's turn; empty where nothing does.
         close: what ends a turn of the user.
         end: the token id that ends a turn of the base; None where it is none.
         answer: what stands between a turn of the user and the base's answer.
@@ -145,16 +151,12 @@ class Marks:
 
     def is_open(self, spelled: str) -> bool:
         """Whether a text ends before the base's answer to the last turn of the user begins."""
-        begin = self._begin(spelled)
-        return begin >= 0 and self.answer not in spelled[begin:]
-
-    def _begin(self, spelled: str) -> int:
-        """Where the last turn of the user begins; -1 where there is none."""
-        return max((at + len(mark) for mark in self.user if (at := spelled.rfind(mark)) >= 0), default=-1)
+        turn = self.last_turn(spelled)
+        return turn is not None and self.answer not in spelled[turn[0] :]
 
     def last_turn(self, spelled: str) -> tuple[int, int] | None:
         """Where the content of the last turn of the user begins and ends; None where there is none."""
-        begin = self._begin(spelled)
+        begin = max((at + len(mark) for mark in self.user if (at := spelled.rfind(mark)) >= 0), default=-1)
         if begin < 0:
             return None
         # Text that closes a turn may stand in its content too: then the last one counts.
@@ -166,13 +168,11 @@ class Marks:
         return begin, len(spelled) if end < 0 else end
 
 
-def marks_of(
-    once: Sequence[str], twice: Sequence[str], told: Sequence[str] | None, signs: Mapping[int, str]
-) -> Marks | None:
-    """The marks in what stands around contents; None where turns cannot be told apart.
+def marks_of(once: Sequence[str], twice: Sequence[str], told: Sequence[str] | None, signs: Mapping[int, str]) -> Marks:
+    """The marks in what stands around contents; ValueError where turns cannot be told apart.
 
     Args:
-        once: around the one turn of the user: before and after it.
+        once: around one turn of the user.
         twice: around turns of the user, of the base and of the user.
         told: around a system message and a turn of the user; None where there is none.
         signs: how control tokens are spelled.
@@ -180,20 +180,20 @@ def marks_of(
     (before, after), (head, first, second, _) = once, twice
     opens = [before, head, second]
     user = _user_marks(opens, others=[first, *(told or ())[:1]])
-    answer = _common_start([after, first])
-    close = _closing(answer)
+    answer = commonprefix([after, first])  # noqa: RUF071 (of characters)
+    closing = _SIGN.search(answer)
+    close = closing.group() if closing else answer.strip()
     if not user or not close:
-        return None
+        raise ValueError("its turns cannot be told apart")
     system, starts = ("", ""), [_start_of(before, user)]
     if told is not None:
         prefix, between, _ = told
         starts.append(_start_of(prefix, user))
-        mark = next((m for m in user if prefix.find(m) >= 0), None)
+        mark = next((m for m in user if m in prefix), None)
         if not between.endswith(user) and mark is not None:
             system = (prefix.split(mark, 1)[1], between) if between.strip() else ("", "")
         elif not between.endswith(user):
-            extended = _user_marks([*opens, between], others=[first, prefix])
-            user = extended or user
+            user = _user_marks([*opens, between], others=[first, prefix]) or user
     said = second.lstrip()
     ending = "" if not said or said.startswith(user) else said[0]
     end = next((id for id, sign in signs.items() if sign == ending), None)
@@ -201,19 +201,13 @@ def marks_of(
     return Marks(tuple(dict.fromkeys(filter(None, starts))), user, system, close, end, answer, blank)
 
 
-def _stands_in(token: str, template: str) -> bool:
-    """Whether a template writes a token; blanks stand in its source for other reasons."""
-    return bool(token.strip()) and token in template
-
-
 def _user_marks(opens: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:
     """What opens a turn of the user, from what stands before several such turns and before others.
 
-    With a control token in what they share, the shortest end of it that begins with one and ends none of the others.
-    Where only text is shared but a control token stands before it, that token belongs to the mark: else a user could
-    type it.
+    The shortest end of what they share that begins with a control token and ends none of the others. Where only text is
+    shared, a control token before it belongs to the mark: else a user could type it.
     """
-    shared = _common_end(opens)
+    shared = commonprefix([text[::-1] for text in opens])[::-1]  # noqa: RUF071 (of characters)
     for found in reversed(list(_SIGN.finditer(shared))):
         if not any(other.endswith(shared[found.start() :]) for other in others):
             return (shared[found.start() :],)
@@ -225,32 +219,84 @@ def _user_marks(opens: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:
 
 def _start_of(before: str, user: Sequence[str]) -> str:
     """How a rendered dialogue begins: a control token, or the mark of the user's turn; else nothing that says so."""
-    found = _SIGN.match(before)
-    if found:
+    if found := _SIGN.match(before):
         return found.group()
     return before if before in user else ""
 
 
-def _closing(close: str) -> str:
-    """The first control token of what ends a turn, or the words of it."""
-    found = _SIGN.search(close)
-    return found.group() if found else close.strip()
-
-
 def parts(text: str, *words: str) -> list[str]:
-    """What stands before, between and after words, each of which stands in the text once and in this order."""
-    found = []
-    for word in words:
-        before, text = text.split(word, 1)
-        found.append(before)
-    return [*found, text]
+    """What stands before, between and after words; ValueError unless each is in the text once and in this order."""
+    either = "|".join(words)
+    if re.findall(either, text) != list(words):
+        raise ValueError("it changes what is said")
+    return re.split(either, text)
 
 
-def _common_start(texts: Sequence[str]) -> str:
-    first, *others = texts
-    same = (i for i, char in enumerate(first) if any(other[i : i + 1] != char for other in others))
-    return first[: next(same, len(first))]
+class ChatTemplate:
+    """What a tokenizer's chat template puts around turns, and dialogues as it renders them.
 
+    Attributes:
+        source: the template; empty where there is none.
+        marks: None where there is no template, or one whose turns cannot be told apart.
+        takes_system: whether it has a place for a system message.
+    """
 
-def _common_end(texts: Sequence[str]) -> str:
-    return _common_start([text[::-1] for text in texts])[::-1]
+    def __init__(self, tokenizer: Any, spelling: Spelling) -> None:
+        self.tokenizer, self.spelling = tokenizer, spelling
+        self.source = str(getattr(tokenizer, "chat_template", None) or "")
+        self.marks: Marks | None = None
+        self.takes_system = False
+        if self.source:
+            try:
+                self.marks = self._find_marks()
+            except _FAULTS as error:
+                log.warning(
+                    "the chat template cannot be read (%s): only bare prompts are understood", first_line(error)
+                )
+        self.render = lru_cache(1 << 14)(self._render)
+
+    def _find_marks(self) -> Marks:
+        a, b, c, d = WORDS
+        once = parts(self._spelled(("user", a)), a)
+        twice = parts(self._spelled(("user", a), ("assistant", b), ("user", c)), a, b, c)
+        try:
+            told = parts(self._spelled(("system", d), ("user", a)), d, a)
+        except _FAULTS:  # it has no place for a system message
+            told = None
+        self.takes_system = told is not None
+        return marks_of(once, twice, told, self.spelling.signs)
+
+    def _spelled(self, *turns: tuple[str, str]) -> str:
+        text = self._text([{"role": role, "content": content} for role, content in turns])
+        return self.spelling.spelled(self.spelling.marked(text))
+
+    def _text(self, messages: dialogue.Messages, **options: Any) -> str:
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
+
+    def _render(self, prompt: str, thinking: bool | None = None) -> tuple[int, ...]:
+        """A dialogue as token ids, its contents as plain text whatever they look like.
+
+        While the template renders, a word stands in for each text that looks like a control token. Thoughts of the
+        base's own turns stay: templates leave them out of later ones.
+        """
+        word = WORDS[0]
+        while word in prompt:
+            word += "e"
+        longest_first = sorted(self.spelling.controls, key=len, reverse=True)
+        stand_ins = {f"{word}{i:06d}": token for i, token in enumerate(longest_first)}
+        messages = dialogue.parse(prompt) or []
+        for message in messages:
+            for name, token in stand_ins.items():
+                if message["role"] != "assistant" or token not in (OPENED, CLOSED):
+                    message["content"] = message["content"].replace(token, name)
+        try:
+            text = self._text(messages, **({} if thinking is None else {"enable_thinking": thinking}))
+        except _FAULTS as error:
+            raise ConfigError(
+                f"the base's chat template cannot put {dialogue.shown(prompt)[:60]!r} ({first_line(error)}); "
+                "give messages that it takes, or a text"
+            ) from error
+        ids: list[int] = []
+        for part in re.split(f"({word}[0-9]{{6}})", text):
+            ids += self.spelling.plain(stand_ins[part]) if part in stand_ins else self.spelling.marked(part)
+        return tuple(ids)

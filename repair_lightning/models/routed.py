@@ -1,0 +1,235 @@
+"""A base with its side memory and its router: which memory answers a prompt, and what a prompt is to the router.
+
+The choice is made from what the last turn of the user asks. A shard that is known by its edit says that edit's target
+or nothing: where what it would say is anything else, the base answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repair_lightning.errors import RepairError
+from repair_lightning.memory.query import Check, Choice, Query
+from repair_lightning.memory.routers import Router
+from repair_lightning.memory.shards import Selection
+from repair_lightning.memory.side_memory import SideMemory
+from repair_lightning.models.forms import Forms, stop_ids
+from repair_lightning.models.hooks import Hooks, Turn
+from repair_lightning.models.prefix import Capture, SplitModel, pad_left, stack_left
+from repair_lightning.models.prefix_cache import PrefixCache, canonical_batches, capture_rows
+from repair_lightning.models.tokenizing import Encoded, target_labels
+from repair_lightning.models.weights import BaseWeights
+from repair_lightning.texts import dialogue
+from repair_lightning.types import BASE, Route
+
+Prompts = str | Sequence[str] | Sequence[Mapping[str, str]] | Sequence[Sequence[Mapping[str, str]]] | Tensor
+"""What may be asked: a text, texts, messages, several dialogues, or token ids."""
+
+
+class RoutedModel(nn.Module):
+    """A frozen causal LM, its shards and its router.
+
+    Args:
+        base: the causal LM; it is not copied.
+        memory: the bank of shards of the edited `layer`.
+        router: picks among the shards.
+        forms: how the base is asked; by default through its chat template, where it has one.
+
+    Attributes:
+        weights: the base's own value matrices, for what is written into them.
+        prefixes: where the states of prompts that come again are kept; None runs the base again each time.
+        target_of: from an edit's id what it is to say; None where that is not known.
+    """
+
+    def __init__(
+        self, base: Any, tokenizer: Any, memory: SideMemory, router: Router, layer: int, forms: Forms | None = None
+    ) -> None:
+        super().__init__()
+        self.base, self.tokenizer, self.router = base, tokenizer, router
+        self.config, self.generation_config = base.config, base.generation_config
+        self.padding: int = tokenizer.pad_token_id or 0
+        self.forms = forms or Forms(tokenizer, stop_ids(base, tokenizer))
+        self.weights = BaseWeights(base)
+        self.prefixes: PrefixCache | None = None
+        self.target_of: Callable[[str], str | None] = lambda _: None
+        self._hooks: Hooks | None = None
+        self.move_to(layer, memory)
+
+    def move_to(self, layer: int, memory: SideMemory) -> None:
+        """Edit another layer, with another memory; the caller fits the router again and replaces the prefixes."""
+        self.release()
+        self.layer, self.memory = layer, memory
+        self.split = SplitModel(self.base, layer)
+        self._hooks = Hooks(self.split, memory)
+        self.router.read = self.last_states
+
+    def release(self) -> None:
+        """Take hooks and edits out of the base and forget its states; this model is used up."""
+        if self._hooks is not None:
+            self._hooks.remove()
+        self.weights.restore()
+        if self.prefixes is not None:
+            self.prefixes.close()
+
+    @property
+    def longest(self) -> int:
+        """The longest text that the base reads, in tokens."""
+        return self.config.max_position_embeddings
+
+    @property
+    def value_weight(self) -> Tensor:
+        """W_v of the edited layer in the base, in its storage order."""
+        return self.weights.parameter(self.layer)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base is."""
+        return self.base.device
+
+    def during(self, turn: Turn) -> AbstractContextManager[None]:
+        """Inside, the base's own calls are those of a turn."""
+        assert self._hooks is not None
+        return self._hooks.during(turn)
+
+    def forced(self, who: Choice | Tensor | Selection | int | None) -> AbstractContextManager[None]:
+        """Inside, it is given who answers the base's own calls: a choice for each row, one shard for all, None for the
+        base, or what is done to the value matrix's output."""
+        if isinstance(who, Selection):
+            return self.during(Turn(None, selection=who))
+        if isinstance(who, Choice):
+            who = who.memory
+        return self.during(Turn(who if isinstance(who, Tensor) else torch.tensor([BASE if who is None else who])))
+
+    # -- who answers --------------------------------------------------------------------------------------------------
+
+    def route(self, prompts: Prompts) -> list[Route]:
+        """Which memory answers each prompt, and why. A prompt is a text, messages, or a row of token ids."""
+        if isinstance(prompts, Tensor):
+            return self.choose_rows(prompts.tolist()).routes()
+        return self.choose(prompts_of(prompts)).routes()
+
+    def choose(self, prompts: Sequence[str], batch_size: int = 64) -> Choice:
+        """Who answers prompts."""
+        parts = []
+        for start in range(0, len(prompts), batch_size):
+            part = prompts[start : start + batch_size]
+            parts.append(self.choose_rows([self.forms.ids(p) for p in part], [self.forms.asked(p) for p in part]))
+        return Choice.join(parts) if parts else Choice.base(0)
+
+    @torch.no_grad()
+    def choose_rows(self, rows: Sequence[Sequence[int]], texts: Sequence[str] | None = None) -> Choice:
+        """Who answers prompts, given as token ids, and as what they ask where that is known."""
+        if not all(rows):
+            raise RepairError("a prompt without tokens cannot be routed; give each sequence at least one token")
+        texts = [self.forms.asked_in(row) for row in rows] if texts is None else texts
+        query = self._query(texts, rows) if self.router.reads_states else Query.of_texts(texts)
+        return self.held(self.router.route(query, self.memory), rows)
+
+    def held(self, choice: Choice, rows: Sequence[Sequence[int]]) -> Choice:
+        """The choice where the memory would say its edit's target to the very prompt (B rows of ids), else the base.
+
+        Where the router does not vouch for the edit that it names, the choice stays.
+        """
+        if not self.router.vouches:
+            return choice
+        targets = {i: row for i, row in enumerate(self.targets(choice, rows)) if row is not None}
+        value, limit = torch.ones(len(rows)), torch.full((len(rows),), -torch.inf)
+        if targets:
+            at, encoded = list(targets), list(targets.values())
+            limit[at] = 1.0
+            likeliest = self.over_targets(encoded, choice.memory[at], argmax_rows)
+            for i, row, said in zip(at, encoded, likeliest, strict=True):
+                value[i] = sum(a == b for a, b in zip(row.target, said, strict=True)) / len(row.target)
+        check = Check("its target's tokens said", value, limit)
+        memory = torch.where(value >= 1, choice.memory, BASE)
+        return replace(choice, memory=memory, checks=(*choice.checks, check))
+
+    def targets(self, choice: Choice, rows: Sequence[Sequence[int]]) -> list[Encoded | None]:
+        """Each row with what its memory is to say there; None where that is not known, or the base answers."""
+        found: list[Encoded | None] = []
+        for row, memory, id in zip(rows, choice.memory.tolist(), choice.nearest, strict=True):
+            target = self.target_of(id) if memory != BASE and id is not None else None
+            found.append(None if target is None else self.forms.continued(row, target))
+        return found
+
+    @torch.no_grad()
+    def over_targets(
+        self, rows: Sequence[Encoded], memory: Tensor, read: Callable[[Tensor, Tensor], list[Any]], batch_size: int = 64
+    ) -> list[Any]:
+        """Feed prompts with their targets, each with its memory (B,); `read(logits (B, T, V), labels (B, T))` says what
+        to keep per row."""
+        found: list[Any] = [None] * len(rows)
+        order = sorted(range(len(rows)), key=lambda i: (len(rows[i].ids), i))
+        for start in range(0, len(order), batch_size):
+            index = order[start : start + batch_size]
+            ids, mask = pad_left([rows[i].ids for i in index], device=self.device)
+            labels = target_labels([rows[i] for i in index], device=self.device)
+            hidden = stack_left([capture.hidden for capture in self.captures([rows[i].ids for i in index])])
+            with self.forced(memory[index]), self.split.skipping():
+                logits, _ = self.split.tail(ids, mask, hidden, labels.shape[1] + 1)
+            for i, value in zip(index, read(logits[:, :-1].float(), labels), strict=True):
+                found[i] = value
+        return found
+
+    # -- what a prompt is ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def captures(self, rows: Sequence[Sequence[int]]) -> list[Capture]:
+        """The states of token rows at the edited layer, each without padding."""
+        with self.forced(None):
+            return capture_rows(self.split, rows) if self.prefixes is None else self.prefixes.get(rows)
+
+    def query(self, prompts: Sequence[str]) -> Query:
+        """Prompts as routers see them."""
+        return self._query([self.forms.asked(p) for p in prompts], [self.forms.ids(p) for p in prompts])
+
+    def query_of(self, texts: Sequence[str], rows: Sequence[Sequence[int]], captures: Sequence[Capture]) -> Query:
+        """Prompts, given as what they ask and as token ids with their states, which may go on after the prompt."""
+        first = 0 if self.router.reads_all_tokens else -1
+        hidden = [capture.hidden[: len(row)][first:] for row, capture in zip(rows, captures, strict=True)]
+        activations = [capture.activations[: len(row)][first:] for row, capture in zip(rows, captures, strict=True)]
+        mask = stack_left([torch.ones(len(part), dtype=torch.bool, device=self.device) for part in hidden])
+        return Query(tuple(texts), mask, stack_left(hidden), stack_left(activations))
+
+    def _query(self, texts: Sequence[str], rows: Sequence[Sequence[int]]) -> Query:
+        """What prompts ask, in the one form in which the base is asked plainly: no system message, no history."""
+        plain = [self.forms.plainly(text, row) for text, row in zip(texts, rows, strict=True)]
+        return self.query_of(texts, plain, self.captures(plain))
+
+    @torch.no_grad()
+    def last_states(self, texts: Sequence[str]) -> Tensor:
+        """The state (n, D) of each text's last token where it enters the edited layer, float32 on the CPU; the text is
+        put as a turn of the user, or bare where there is no template."""
+        rows = [self.forms.turn(text) for text in texts]
+        hidden: list[Any] = [None] * len(rows)
+        with self.forced(None), self.weights.originals():
+            for index, ids in canonical_batches(self.split, rows):
+                states = self.split.capture(ids, torch.ones_like(ids)).hidden
+                for i, row in zip(index, states, strict=True):
+                    hidden[i] = row[len(rows[i]) - 1].float().cpu()
+        return torch.stack(hidden)
+
+
+def argmax_rows(logits: Tensor, labels: Tensor) -> list[list[int]]:
+    """The likeliest token at each label, row by row, from logits (B, T, V) and labels (B, T)."""
+    return [row[keep].tolist() for row, keep in zip(logits.argmax(-1), labels >= 0, strict=True)]
+
+
+def prompts_of(asked: Any) -> list[str]:
+    """Prompts from a text, texts, messages or several dialogues."""
+    if isinstance(asked, str):
+        return [asked]
+    if dialogue.is_messages(asked):
+        return [dialogue.dump(asked)]
+    found = [dialogue.dump(item) if dialogue.is_messages(item) else item for item in asked]
+    if not all(isinstance(item, str) for item in found):
+        raise RepairError(
+            "a prompt must be a text, or messages such as [{'role': 'user', 'content': '...'}] that end with the user's"
+        )
+    return found
