@@ -73,7 +73,6 @@ class EditStream(pl.LightningDataModule):
         window: edits that arrive and are handled together; 1 is the paper's strict stream.
         batch_size: most edits of a batch.
         clustering: form batches by the similarity of the base's features; else in the order of arrival.
-        max_regroups: an edit that left this many batches is written alone.
         irrelevant: file of unrelated questions, `world` for the embedded ones; None lets the base write its own.
         irrelevant_prefix: put before each of them.
         max_irrelevant: take so many of them; half train, a quarter calibrates the router, a
@@ -86,6 +85,9 @@ class EditStream(pl.LightningDataModule):
             editor goes back to the model that it began with. Scores are then means over single edits (N = 1).
     """
 
+    max_regroups = 2
+    """An edit that left this many batches is written alone."""
+
     def __init__(
         self,
         path: str = WORLD,
@@ -95,7 +97,6 @@ class EditStream(pl.LightningDataModule):
         window: int = 128,
         batch_size: int = 128,
         clustering: bool = True,
-        max_regroups: int = 2,
         irrelevant: str | None = None,
         irrelevant_prefix: str = "",
         max_irrelevant: int = 1000,
@@ -111,7 +112,7 @@ class EditStream(pl.LightningDataModule):
         self.max_edits, self.sample_seed, self.on_bad_record = max_edits, sample_seed, on_bad_record
         self.window, self.batch_size = 1 if singles else window, batch_size
         self.singles = singles
-        self.clustering, self.max_regroups = clustering, max_regroups
+        self.clustering = clustering
         self.irrelevant, self.irrelevant_prefix, self.max_irrelevant = irrelevant, irrelevant_prefix, max_irrelevant
         self.also_scored: tuple[str, ...] = ()
         """Further prompts that score the model: like the edits' own they may serve for nothing else."""

@@ -60,7 +60,8 @@ def test_a_run_that_is_resumed_scores_the_rest_on_a_fresh_base(tmp_path):
     path = write_edits(tmp_path / "edits.jsonl", world_edits(3))
 
     def run(epochs: int, ckpt: str | None = None) -> Scoreboard:
-        board = Scoreboard(max_new_tokens=12)
+        board = Scoreboard()
+        board.max_new_tokens = 12
         saver = ModelCheckpoint(tmp_path, filename="last", every_n_epochs=1, enable_version_counter=False)
         options = {"max_epochs": epochs, "enable_checkpointing": True}
         fit(world_editor(), world_stream(path, singles=True), [board, saver], tmp_path, ckpt, **options)
@@ -81,7 +82,8 @@ def test_nothing_of_one_edit_is_left_for_the_next_in_the_base(name, tmp_path):
         path = write_edits(tmp_path / "edits.jsonl", edits)
         editor = REGISTRY[name]("world", precision="float32", **SMALL[name])
         editor.load()
-        board = Scoreboard(max_new_tokens=4)
+        board = Scoreboard()
+        board.max_new_tokens = 4
         fit(editor, world_stream(path, singles=True), [board], tmp_path)
         assert not editor.base_changed
         return board.singles
