@@ -55,32 +55,23 @@ _ALIASES = {"ddp": "data_parallel", "ModelParallelStrategy": "model_parallel", "
 
 
 def config_path(name: str, folders: Sequence[Path]) -> Path:
-    """A configuration by path, or by name (with or without `.yaml`) in one of the folders.
-
-    Raises:
-        ConfigError: there is none; the message lists those that exist.
-    """
-    if Path(name).is_file():
-        return Path(name)
-    for folder in folders:
-        for candidate in (folder / name, folder / f"{name}.yaml"):
-            if candidate.is_file():
-                return candidate
+    """A configuration by path, or by name (with or without `.yaml`) in one of the folders."""
+    found = [Path(name), *(folder / file for folder in folders for file in (name, f"{name}.yaml"))]
+    for candidate in found:
+        if candidate.is_file():
+            return candidate
     known = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
     raise ConfigError(f"no configuration '{name}'; give a file or one of: {', '.join(known)}")
 
 
 def resolve_configs(argv: Sequence[str], folders: Sequence[Path]) -> tuple[list[str], list[Path]]:
     """The arguments with each `--config NAME` as a path, and those paths."""
-    resolved: list[str] = []
-    found: list[Path] = []
-    expect = False
-    for argument in argv:
-        if expect or argument.startswith("--config="):
-            found.append(config_path(argument.removeprefix("--config="), folders))
-            argument = str(found[-1]) if expect else f"--config={found[-1]}"
-        expect = argument == "--config"
-        resolved.append(argument)
+    resolved, found = list(argv), []
+    for i, argument in enumerate(argv):
+        start = "--config=" if argument.startswith("--config=") else ""
+        if start or (i and argv[i - 1] == "--config"):
+            found.append(config_path(argument.removeprefix(start), folders))
+            resolved[i] = f"{start}{found[-1]}"
     return resolved, found
 
 
@@ -176,10 +167,9 @@ class EditCLI(LightningCLI):
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
         for option, unset in (("max_steps", -1), ("max_time", None)):
             if trainer.world_size > 1 and options[option] not in (unset, None):
-                raise ConfigError(
-                    f"trainer.{option} {options[option]} would stop each of {trainer.world_size} ranks at a place of "
-                    "its own; give trainer.max_epochs, the number of windows"
-                )
+                words = f"would stop each of {trainer.world_size} ranks at a place of its own"
+                remedy = "give trainer.max_epochs, the number of windows"
+                raise ConfigError(f"trainer.{option} {options[option]} {words}; {remedy}")
         return trainer
 
     def _choose_strategy(self, trainer: Any) -> None:
@@ -203,9 +193,8 @@ class EditCLI(LightningCLI):
             for name in (*OURS, "lightning.pytorch", "lightning.fabric", "py.warnings"):
                 logging.getLogger(name).setLevel(logging.CRITICAL)
             warnings.simplefilter("ignore")
-        for name in self.forced:
-            if hasattr(self.part(name), "seed"):
-                self.part(name).seed = self.seed
+        for name in ("monitor", "scoreboard", "dashboard"):
+            self.part(name).seed = self.seed
         if self.config.quiet:
             self.part("progress").disable()
         with self._among_ranks():
@@ -214,7 +203,7 @@ class EditCLI(LightningCLI):
 
     def _load(self) -> None:
         """Each step is done by all ranks or by none; only between the steps do they speak to each other."""
-        first, together = self.team.rank == 0, self.team.together
+        first, together, stream = self.team.rank == 0, self.team.together, self.datamodule
 
         def on_first(step: Callable[[], None]) -> None:
             together(step if first else lambda: None)
@@ -226,22 +215,17 @@ class EditCLI(LightningCLI):
         on_first(self.run.begin)
         self.run.checkpoint = self.team.first(self.run.checkpoint)
         if earlier is not None:
-            self.datamodule.inherit(earlier)
+            stream.inherit(earlier)
         if self.run.checkpoint is not None:
-            self.datamodule.ledger = self._history()
+            stream.ledger = together(self.run.history if first else Ledger)  # SQLite's log is for one machine
+            if self.team.size > 1:
+                state = self.team.first(stream.ledger.state_dict())
+                if not first:
+                    stream.ledger.load_state_dict(state)
         if first:
-            self.run.journal.follow(self.datamodule.ledger)
+            self.run.journal.follow(stream.ledger)
         else:
-            self.datamodule.ledger.journal = KeptElsewhere()
-
-    def _history(self) -> Ledger:
-        """The ledger of the run that is resumed. One rank reads the journal: SQLite's log is for one machine."""
-        found = self.team.together(self.run.history if self.team.rank == 0 else Ledger)
-        if self.team.size > 1:
-            state = self.team.first(found.state_dict())
-            if self.team.rank:
-                found.load_state_dict(state)
-        return found
+            stream.ledger.journal = KeptElsewhere()
 
     def _read(self) -> None:
         pack = self.config.from_pack
@@ -252,8 +236,7 @@ class EditCLI(LightningCLI):
         self.datamodule.also_scored = tuple(probe.prompt for probe in self.part("scoreboard").probes)
 
     def _load_base(self, resumes: bool) -> Ledger | None:
-        """The editor's base, and what a pack that the run starts from holds: returns the pack's ledger. Nothing is
-        written."""
+        """Nothing is written. Returns the ledger of the pack that the run starts from."""
         self.model.scratch, self.model.rows_apart = self.run_dir / "scratch", True
         self.model.join(self.team)  # the base's own score, before the first edit, is dealt out too
         self.model.load()
@@ -322,7 +305,7 @@ def finish(cli: EditCLI) -> None:
     if cli.team.rank:
         return
     run_dir, editor, stream, board = cli.run_dir, cli.model, cli.datamodule, cli.part("scoreboard")
-    metrics = collect_metrics(cli)
+    metrics = _metrics(cli)
     cli.config.overwrite = False  # said once, for this run
     if editor.adapted is not None:  # what `auto` came to
         chosen = cli.config.model.init_args
@@ -343,12 +326,12 @@ def finish(cli: EditCLI) -> None:
         Console().print(verdict(metrics, run_dir), markup=False, highlight=False, soft_wrap=True)
     else:
         print_report(metrics, run_dir)
-    why = None if board.singles else nothing_written(stream.ledger, [edit.id for edit in stream.edits])
+    why = None if board.singles else _nothing_written(stream.ledger, [edit.id for edit in stream.edits])
     if why is not None:
         raise NothingWritten(f"{why}; {run_dir / 'report.html'} says more, and another base, layer or lr may do better")
 
 
-def nothing_written(ledger: Ledger, ids: Sequence[str]) -> str | None:
+def _nothing_written(ledger: Ledger, ids: Sequence[str]) -> str | None:
     """Why none of some edits is written, in words; None where one is."""
     entries = [ledger.entry(id) for id in ids if id in ledger]
     if any(entry.shard is not None for entry in entries):
@@ -359,7 +342,7 @@ def nothing_written(ledger: Ledger, ids: Sequence[str]) -> str | None:
     return f"nothing was written: of {counted(len(ids), 'edit')} {words}{rest}"
 
 
-def collect_metrics(cli: EditCLI) -> dict[str, Any]:
+def _metrics(cli: EditCLI) -> dict[str, Any]:
     """The content of `metrics.json`; figures that do not apply are None."""
     board, feedback, outcome = cli.part("scoreboard"), cli.part("feedback"), cli.part("merge").outcome
     editor, stream, results = cli.model, cli.datamodule, board.results
@@ -402,32 +385,28 @@ def collect_metrics(cli: EditCLI) -> dict[str, Any]:
         "edits": stream.ledger.counts(),
         "method": editor.figures(),
     }
-    return metrics | _memory(cli) | _where_they_apply(cli)
+    return metrics | _more_metrics(cli)
 
 
-def _memory(cli: EditCLI) -> dict[str, Any]:
-    """What the edits left and what editing took at its peak, in bytes; of single edits the mean of what each left."""
-    editor, board = cli.model, cli.part("scoreboard")
-    left = board.singles.figures()["memory_bytes"] if board.singles else bytes_left(editor)
-    one = left if board.singles else left / max(len(cli.datamodule.edits), 1)
-    found = {"shards": len(editor.memory), "memory_bytes": left, "bytes_per_edit": one}
-    return found | {"peak_bytes": board.peak.figures()}
-
-
-def _where_they_apply(cli: EditCLI) -> dict[str, Any]:
-    board, editor, singles = cli.part("scoreboard"), cli.model, cli.part("scoreboard").singles
-    replaced = len(cli.datamodule.joined.replaced) if board.earlier else 0
+def _more_metrics(cli: EditCLI) -> dict[str, Any]:
+    """What the edits left, in bytes, and what not every run has."""
+    editor, stream, board = cli.model, cli.datamodule, cli.part("scoreboard")
+    means = board.singles.figures() if board.singles else {}  # the editor at the end holds none of the single edits
+    left = means["memory_bytes"] if means else bytes_left(editor)
+    replaced = len(stream.joined.replaced) if board.earlier else 0
     found = {
+        "shards": len(editor.memory),
+        "memory_bytes": left,
+        "bytes_per_edit": left / (1 if means else max(len(stream.edits), 1)),
+        "peak_bytes": board.peak.figures(),
         "adapted": editor.adapted.as_dict() if editor.adapted else None,
         "ranks": [pace.as_dict() for pace in editor.paces] or None,
         "perplexity": board.perplexity,
         "probes": board.kept,
         "earlier": board.earlier.report() | {"superseded": replaced} if board.earlier else None,
+        "singles": means.get("number"),
+        "method": {"deviation": means["deviation"]} if "deviation" in means else None,
     }
-    if singles is not None:  # the editor at the end holds none of them
-        means = singles.figures()
-        found["singles"] = means["number"]
-        found["method"] = {"deviation": means["deviation"]} if "deviation" in means else None
     return {name: figures for name, figures in found.items() if figures is not None}
 
 
@@ -448,12 +427,7 @@ def _stop(signum: int, frame: Any) -> None:
 
 def guarded(main: Callable[[], Any], resumes: bool = False) -> None:
     """Run a command; a mistake of the user's becomes one line and exit code 2, a run that wrote nothing likewise 1,
-    SIGTERM one line and 143, Ctrl-C 130. With `--debug` among the arguments the traceback is shown.
-
-    Args:
-        main: the command.
-        resumes: the same command goes on where it was stopped.
-    """
+    SIGTERM one line and 143, Ctrl-C 130, with the way on where the same command resumes. `--debug` shows tracebacks."""
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     again = shlex.join(["python", *sys.argv])  # before the configurations become paths
