@@ -20,9 +20,6 @@ from repair_lightning.types import BASE
 
 log = logging.getLogger(__name__)
 
-ANSWER_TOKENS = 8
-"""Most tokens of a probe's answer."""
-
 
 class ProbeGate(pl.Callback):
     """Rolls a window back that breaks too many probes; its edits are written again, or quarantined.
@@ -102,11 +99,11 @@ class ProbeGate(pl.Callback):
         """Index of each probe that is not answered as by the base -> the memory that answers it."""
         chosen = editor.choose(self.prompts).memory.cpu()
         ask = [i for i, memory in enumerate(chosen.tolist()) if memory != BASE or editor.base_changed]
-        found = answers(editor.edited, [self.prompts[i] for i in ask], chosen[ask], ANSWER_TOKENS)
+        found = answers(editor.edited, [self.prompts[i] for i in ask], chosen[ask], max_new_tokens=8)
         new = [i for i in ask if i not in self.expected]
         with editor.edited.weights.originals():
             by_base = torch.full((len(new),), BASE)
-            said = answers(editor.edited, [self.prompts[i] for i in new], by_base, ANSWER_TOKENS)
+            said = answers(editor.edited, [self.prompts[i] for i in new], by_base, max_new_tokens=8)
         self.expected |= dict(zip(new, said, strict=True))
         return {i: int(chosen[i]) for i, answer in zip(ask, found, strict=True) if answer != self.expected[i]}
 

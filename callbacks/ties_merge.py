@@ -24,9 +24,6 @@ from repair_lightning.types import BASE, Decision
 
 log = logging.getLogger(__name__)
 
-GUARD_SAMPLE = 256
-"""Most edits, and most irrelevant prompts, that the guard asks."""
-
 
 def mean_loss(ledger: Ledger, shard: int) -> float:
     """Average last edit loss, in nats, of the edits that a shard owns; 0 for a shard without edits."""
@@ -153,7 +150,7 @@ class MergeGuard:
         into_base: the merge will change the base itself, so that prompts which no shard answers must be asked too.
     """
 
-    def __init__(self, editor: Any, sample: int = GUARD_SAMPLE, into_base: bool = False) -> None:
+    def __init__(self, editor: Any, sample: int = 256, into_base: bool = False) -> None:
         self.editor, self.into_base = editor, into_base
         ledger = editor.ledger
         written = [ledger.edit(id) for id in ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED)]

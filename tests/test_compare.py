@@ -42,10 +42,6 @@ fake = options.get("fake", {})
 with open(home / "starts.jsonl", "a") as log:
     log.write(json.dumps({"run": str(run), "argv": argv, "threads": os.environ["OMP_NUM_THREADS"], "pid": os.getpid()}))
     log.write(chr(10))
-if "alone" in fake:
-    (home / "alone").touch(exist_ok=False)
-    time.sleep(0.2)
-    (home / "alone").unlink()
 if "together" in fake:
     (home / f"here-{seed}").touch()
     until = time.time() + 30
@@ -143,7 +139,7 @@ def test_each_variant_runs_with_each_size_and_seed(bench, capsys):
     assert lines[0].startswith("8 runs, 0 of them finished before; ")
     assert [line.split("]")[0] for line in lines[1:9]] == [f"[{i}/8" for i in range(1, 9)]
     assert all("OP " in line and line.endswith(" left") for line in lines[1:9])
-    assert lines[8].endswith("; 0 s left")
+    assert lines[8].endswith("; 0:00:00 left")
 
 
 def test_workers_run_at_the_same_time(bench):
@@ -276,12 +272,11 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM])
-def test_a_comparison_that_is_ended_ends_its_runs_and_goes_on_later(bench, number):
+def test_a_comparison_that_is_ended_ends_its_runs_and_goes_on_later(bench):
     process = process_of(bench)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
+    assert process.returncode == 128 + signal.SIGTERM
     assert "not there yet: waits (30)" in out
     assert not [start for start in bench.starts if alive(start["pid"])]
     assert {run["variant"] for run in json.loads(bench.text("json"))["runs"]} == {"done"}
@@ -348,17 +343,13 @@ LESS = {
 }
 
 
-@pytest.fixture
-def ablations(tmp_path, monkeypatch) -> dict[str, dict[str, Any]]:
+def test_the_ablations_take_away_what_their_names_say(tmp_path, monkeypatch):
+    """Each variant, read by train.py's own parser, has its options, and differs from its parent in no other."""
     comparison = read_comparison(ABLATIONS)
     common = ["--model.base", "some/base", "--data.path", "some.json", "--data.format", "zsre"]
     runs = [run for run in plan(comparison, common, tmp_path) if run.size == 30 and run.seed == 1]
-    return {run.variant.name: settings_of(run, monkeypatch) for run in runs}
-
-
-def test_the_ablations_take_away_what_their_names_say(ablations):
-    """Each variant, read by train.py's own parser, has its options, and differs from its parent in no other."""
-    variants = {variant.name: variant for variant in read_comparison(ABLATIONS).variants}
+    ablations = {run.variant.name: settings_of(run, monkeypatch) for run in runs}
+    variants = {variant.name: variant for variant in comparison.variants}
     assert set(variants) == set(ablations) == {"keyed", "repair", "paper", "wise", *LESS}
     for name, found in ablations.items():
         assert variants[name].options.items() <= found.items()

@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from itertools import product
 from pathlib import Path
 from typing import Any, NoReturn
@@ -358,7 +359,8 @@ class Schedule:
         op = result.figure(("final", "autoregressive", "op"))
         words = "done" if op is None else f"OP {100 * op:.1f}"
         words = {"failed": f"FAILED: {result.error}", "stopped": f"stopped {result.error}"}.get(result.status, words)
-        say(f"[{self.done}/{self.total}] {run.title}: {words}, {_time(seconds)}; {_time(remaining)} left")
+        took, more = (timedelta(seconds=round(time)) for time in (seconds, remaining))
+        say(f"[{self.done}/{self.total}] {run.title}: {words}, {took}; {more} left")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -385,11 +387,6 @@ def failure(folder: Path, code: int) -> str | None:
 def say(text: str) -> None:
     """A line as it is, however long."""
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _time(seconds: float) -> str:
-    minutes = seconds / 60
-    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
