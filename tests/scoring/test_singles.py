@@ -17,7 +17,8 @@ def singled(tmp_path_factory):
     """Two edits by themselves, the second of which can never be written."""
     folder = tmp_path_factory.mktemp("singles")
     path = write_edits(folder / "edits.jsonl", hard_edits(2))
-    editor, stream, board = world_editor(), world_stream(path, singles=True), Scoreboard(max_new_tokens=12)
+    editor, stream, board = world_editor(), world_stream(path, singles=True), Scoreboard()
+    board.max_new_tokens = 12
     seen: list[tuple[str, ...]] = []
     write = editor.write
 
