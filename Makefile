@@ -30,7 +30,7 @@ real: $(INSTALLED) $(SMOLLM2)
 	$(BIN)/python -m pytest -m real -n 0
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope --durations=10
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -21,11 +21,10 @@ from torch import Tensor
 from benchmarks.context import Context
 from benchmarks.report import Rows, percent
 from benchmarks.streams import prepared, records, write
-from callbacks import LossAwareTiesMerge
-from callbacks.ties_merge import MergeGuard, accept
+from callbacks.ties_merge import MergeGuard, accept, mean_loss
 from repair_lightning.editors import Repair
 from repair_lightning.editors.repair import Writing
-from repair_lightning.functional import Normalize
+from repair_lightning.functional import Normalize, loss_weights, ties_merge, trim
 from repair_lightning.scoring.protocols import AUTOREGRESSIVE, TEACHER_FORCED
 from repair_lightning.scoring.scorer import Scorer, oracle_choice
 
@@ -54,7 +53,9 @@ class Rule:
             return editor.memory.stacked(shards).detach().sum(0)
         if self.kind == "least squares":
             return least_squares(editor, shards)
-        return LossAwareTiesMerge(True, self.alpha, self.normalize, self.density).fused_delta(shards, editor)
+        deltas = torch.stack([trim(delta, self.density) for delta in editor.memory.stacked(shards).detach()])
+        weights = loss_weights(torch.tensor([mean_loss(editor.ledger, shard) for shard in shards]), self.alpha)
+        return ties_merge(deltas, weights.to(deltas), self.normalize)
 
 
 REFERENCES = (Rule(kind="sum"), Rule(kind="least squares"))

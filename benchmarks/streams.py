@@ -145,7 +145,9 @@ def stream(context: Context, number: int, window: int, warm: bool = False, **opt
     written.setup()
     editor.load()
     written.check_fit(editor.edited.forms, editor.edited.longest)
-    fit(editor, written, [ErrorSampleMonitor(seed=context.seed), PruneAndRetrigger()], context.work)
+    monitor = ErrorSampleMonitor()
+    monitor.seed = context.seed
+    fit(editor, written, [monitor, PruneAndRetrigger()], context.work)
     written.mark()
     return {
         "edits": len(written.edits),

@@ -30,20 +30,19 @@ class ErrorSampleMonitor(pl.Callback):
     Args:
         tau_correct: least score that counts as right, in (0, 1] (Err_Thresh in the paper).
         protocol: `autoregressive` (exact answer, 0 or 1) or `teacher_forced` (share of tokens).
-        older: how many earlier edits are asked again.
-        seed: of the sample.
     """
 
+    older = 64
+    """Earlier edits that are asked again after each window."""
+    seed = 0
+    """Of their sample; `train.py` sets it to the run's."""
+
     def __init__(
-        self,
-        tau_correct: float = 0.85,
-        protocol: Literal["autoregressive", "teacher_forced"] = "autoregressive",
-        older: int = 64,
-        seed: int = 0,
+        self, tau_correct: float = 0.85, protocol: Literal["autoregressive", "teacher_forced"] = "autoregressive"
     ) -> None:
         if not 0 < tau_correct <= 1:
             raise ConfigError(f"monitor.tau_correct must be in (0, 1], got {tau_correct}")
-        self.tau_correct, self.protocol, self.older, self.seed = tau_correct, protocol, older, seed
+        self.tau_correct, self.protocol = tau_correct, protocol
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Ask, and tell the ledger."""
@@ -54,5 +53,5 @@ class ErrorSampleMonitor(pl.Callback):
         stream.ledger.evaluated(scores, self.tau_correct)
         if scores:
             failed = sum(score < self.tau_correct for score in scores.values())
-            pl_module.log("monitor/error_rate", failed / len(scores), batch_size=len(scores))
-            pl_module.log("monitor/checked", float(len(scores)), batch_size=len(scores))
+            figures = {"monitor/error_rate": failed / len(scores), "monitor/checked": float(len(scores))}
+            pl_module.log_dict(figures, batch_size=len(scores))

@@ -7,7 +7,6 @@ merge finds nothing that has not passed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -30,29 +29,21 @@ class ProbeGate(pl.Callback):
         probes: file of unrelated questions, in the form that `scoreboard.probes` takes; None asks the part of the
             irrelevant prompts that nothing else sees.
         max_probe_loss: highest share of probes, in [0, 1], that may lose the base's answer.
-        sample: most probes that are asked.
-        max_attempts: writes of an edit whose window was rolled back before it is quarantined.
 
     Attributes:
         rolled_back: how many windows were.
     """
 
-    def __init__(
-        self,
-        enabled: bool = True,
-        probes: str | None = None,
-        max_probe_loss: float = 0.02,
-        sample: int = 256,
-        max_attempts: int = 4,
-    ) -> None:
+    sample = 256
+    """Most probes that are asked."""
+    max_attempts = 4
+    """Writes of an edit whose window was rolled back before it is quarantined."""
+
+    def __init__(self, enabled: bool = True, probes: str | None = None, max_probe_loss: float = 0.02) -> None:
         if not 0 <= max_probe_loss <= 1:
             raise ConfigError(f"gate.max_probe_loss must be in [0, 1], got {max_probe_loss}")
-        for name, value in (("sample", sample), ("max_attempts", max_attempts)):
-            if value < 1:
-                raise ConfigError(f"gate.{name} must be at least 1, got {value}")
-        self.enabled, self.max_probe_loss, self.max_attempts = enabled, max_probe_loss, max_attempts
-        self.sample = sample
-        self.given = [probe.prompt for probe in load_probes(probes)][:sample] if probes else []
+        self.enabled, self.max_probe_loss = enabled, max_probe_loss
+        self.given = [probe.prompt for probe in load_probes(probes)] if probes else []
         if probes and not self.given:
             raise ConfigError(f"gate.probes '{probes}' holds no questions; give some, or null for irrelevant prompts")
         self.expected: dict[int, str] = {}
@@ -62,14 +53,16 @@ class ProbeGate(pl.Callback):
         """Remember how things stand, and what is broken already."""
         if not self.enabled:
             return
+        stream: Any = trainer.datamodule  # type: ignore[attr-defined]
         self.before = pl_module.snapshot()
-        self.attempts = attempts_of(trainer.datamodule.ledger)  # type: ignore[attr-defined]
+        self.attempts = {id: stream.ledger.entry(id).attempts for id in stream.ledger}
         if not hasattr(self, "prompts"):
-            given = trainer.datamodule.unrelated(self.given)  # type: ignore[attr-defined]
-            if len(given) < len(self.given):
-                left_out = len(self.given) - len(given)
-                log.warning("gate: %d of %d probes are asked in scoring: left out", left_out, len(self.given))
-            self.prompts = given or list(pl_module.guard_prompts[: self.sample])
+            probes = self.given[: self.sample]
+            unasked = stream.unrelated(probes)
+            if len(unasked) < len(probes):
+                left_out = len(probes) - len(unasked)
+                log.warning("gate: %d of %d probes are asked in scoring: left out", left_out, len(probes))
+            self.prompts = unasked or list(pl_module.guard_prompts[: self.sample])
         self.broken = self._broken(pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -81,17 +74,11 @@ class ProbeGate(pl.Callback):
         pl_module.log("gate/probe_loss", share, batch_size=len(self.prompts))
         pl_module.team.same("which probes lost their answer", str(sorted(broken.items())))
         if share > self.max_probe_loss and len(broken) > len(self.broken):
-            self.roll_back(broken, f"{share:.3f} of the probes lost their answer", pl_module)
+            self._roll_back(broken, f"{share:.3f} of the probes lost their answer", pl_module)
         del self.before
 
-    def roll_back(self, broken: dict[int, int], reason: str, editor: Any) -> None:
-        """Undo the window's writes. Its edits wait again; those that broke the probes, only so many times.
-
-        Args:
-            broken: index of each broken probe -> the memory that answered it.
-            reason: for the ledger.
-            editor: whose window it is.
-        """
+    def _roll_back(self, broken: dict[int, int], reason: str, editor: Any) -> None:
+        """Undo the window's writes. Its edits wait again; those that broke the probes, only so many times."""
         ledger: Ledger = editor.ledger
         stored = ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED)
         written = [id for id in stored if ledger.entry(id).attempts > self.attempts.get(id, 0)]
@@ -105,28 +92,20 @@ class ProbeGate(pl.Callback):
         ledger.quarantine(spent, f"{reason} in each of {self.max_attempts} attempts")
         editor.finish_window()
         self.rolled_back += 1
-        log.warning(
-            "window rolled back: %s, more than %s; %s to be written again, %d quarantined",
-            reason,
-            self.max_probe_loss,
-            counted(len(again), "edit"),
-            len(spent),
-        )
+        said = f"{reason}, more than {self.max_probe_loss}; {counted(len(again), 'edit')} to be written again"
+        log.warning("window rolled back: %s, %d quarantined", said, len(spent))
 
     def _broken(self, editor: Any) -> dict[int, int]:
         """Index of each probe that is not answered as by the base -> the memory that answers it."""
         chosen = editor.choose(self.prompts).memory.cpu()
         ask = [i for i, memory in enumerate(chosen.tolist()) if memory != BASE or editor.base_changed]
-        found = self._answers(editor, ask, chosen[ask])
+        found = answers(editor.edited, [self.prompts[i] for i in ask], chosen[ask], max_new_tokens=8)
         new = [i for i in ask if i not in self.expected]
         with editor.edited.weights.originals():
-            said = self._answers(editor, new, torch.full((len(new),), BASE))
+            by_base = torch.full((len(new),), BASE)
+            said = answers(editor.edited, [self.prompts[i] for i in new], by_base, max_new_tokens=8)
         self.expected |= dict(zip(new, said, strict=True))
         return {i: int(chosen[i]) for i, answer in zip(ask, found, strict=True) if answer != self.expected[i]}
-
-    def _answers(self, editor: Any, index: Sequence[int], memory: torch.Tensor) -> list[str]:
-        prompts = [self.prompts[i] for i in index]
-        return answers(editor.edited, prompts, memory, max_new_tokens=8) if prompts else []
 
     def state_dict(self) -> dict[str, Any]:
         """How often it acted."""
@@ -135,8 +114,3 @@ class ProbeGate(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self.rolled_back = state_dict["rolled_back"]
-
-
-def attempts_of(ledger: Ledger) -> dict[str, int]:
-    """How often each edit was written so far."""
-    return {id: ledger.entry(id).attempts for id in ledger}

@@ -13,64 +13,58 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Column
 
 _SHOWN = {"live/rel": "Rel", "live/gen": "Gen", "live/loc": "Loc", "live/near": "Near", "live/op": "OP"}
-_BESIDE_A_BAR = 120
-"""Columns that a terminal needs for a bar beside the words."""
 
 
 class StreamProgress(ProgressBar):
     """The window, edits written out of all, live scores in per cent, edits per minute and the time left.
 
     Pace and time left are those of this process: what a resumed run wrote before it was stopped does not count.
-
-    Args:
-        quiet: show nothing.
     """
 
-    def __init__(self, quiet: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.quiet = quiet
+        self._quiet = False
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
 
     def disable(self) -> None:
-        """Lightning turns the bar off on all ranks but the first."""
-        self.quiet = True
-
-    def enable(self) -> None:
-        """Lightning turns the bar on."""
-        self.quiet = False
+        """Show nothing; Lightning asks for this on all ranks but the first."""
+        self._quiet = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Open the bar where there is a terminal."""
         self._start, self._had = time.perf_counter(), self._written(trainer)
-        if self.quiet or not self._console.is_terminal:
+        if self._quiet or not self._console.is_terminal:
             return
-        bar = (BarColumn(bar_width=20),) if self._console.width >= _BESIDE_A_BAR else ()
+        bar = (BarColumn(bar_width=20),) if self._console.width >= 120 else ()  # no room beside the words
         words = TextColumn("{task.description}", table_column=Column(ratio=1))  # wraps where it must
         self._bar = Progress(SpinnerColumn(), *bar, words, console=self._console, expand=True)
         self._bar.start()
         total = len(trainer.datamodule.edits)  # type: ignore[attr-defined]
-        self._task = self._bar.add_task(self.words(trainer), total=total, completed=self._had)
+        self._task = self._bar.add_task(self._words(trainer), total=total, completed=self._had)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
         """Move the bar."""
-        self._move(trainer)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._written(trainer), description=self._words(trainer))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Show the live scores; without a terminal, one line."""
-        self._move(trainer)
-        if self._bar is None and not self.quiet:
-            self._console.print(self.words(trainer), highlight=False, soft_wrap=True)
+        self.on_train_batch_end(trainer, pl_module)
+        if self._bar is None and not self._quiet:
+            self._console.print(self._words(trainer), highlight=False, soft_wrap=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Close the bar."""
-        self._close()
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Close the bar, so that the terminal is usable."""
-        self._close()
+        self.on_train_end(trainer, pl_module)
 
-    def words(self, trainer: pl.Trainer) -> str:
+    def _words(self, trainer: pl.Trainer) -> str:
         """Where the stream stands: `window 2: 256/300 edits  Rel 100.0  ...  950 edits/min  0:00:03 left`."""
         stream: Any = trainer.datamodule  # type: ignore[attr-defined]
         written, total = self._written(trainer), len(stream.edits)
@@ -82,15 +76,6 @@ class StreamProgress(ProgressBar):
             parts += [f"{60 * pace:.0f} edits/min"]
             parts += [f"{timedelta(seconds=round((total - written) / pace))} left"] if written < total else []
         return "  ".join(parts)
-
-    def _move(self, trainer: pl.Trainer) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._written(trainer), description=self.words(trainer))
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
 
     def _written(self, trainer: pl.Trainer) -> int:
         stream: Any = trainer.datamodule  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Prune the worst shard and write its edits anew.
+"""Prune the worst shard and write its edits again.
 
 REPAIR (arXiv 2510.01879), Sec. 2.4 and RETRIGGER of Alg. 4. Deviations: the error rate is failed over evaluated among
 the edits that a shard owns; with a pruned shard **every** edit it owned is requeued, the right ones included; what
@@ -23,23 +23,16 @@ ErrorRates = Mapping[int, tuple[float, int]]
 """Per shard: the error rate and the number of edits that it was measured on."""
 
 
-def worst_shard(rates: ErrorRates) -> int | None:
-    """The shard with the highest error rate; the lowest id among equals; None without shards."""
-    return max(rates, key=lambda shard: (rates[shard][0], -shard), default=None)
+def worst_shard(rates: ErrorRates) -> int:
+    """The shard with the highest error rate; the lowest id among equals."""
+    return max(rates, key=lambda shard: (rates[shard][0], -shard))
 
 
 def should_prune(rates: ErrorRates, pool: int, tau_prune: float, tau_pool: int) -> Decision:
-    """Whether the closed loop must act: a shard fails too often, or too many failed edits wait.
-
-    Args:
-        rates: error rate and number of evaluated edits per shard.
-        pool: size of the feedback pool.
-        tau_prune: highest error rate that a shard may have.
-        tau_pool: most edits that may wait in the feedback pool.
-    """
-    worst = worst_shard(rates)
-    if worst is None:
+    """Whether the closed loop must act: a shard fails too often, or too many failed edits wait in the pool."""
+    if not rates:
         return Decision(False, "no shard was evaluated")
+    worst = worst_shard(rates)
     rate, evaluated = rates[worst]
     if rate > tau_prune:
         return Decision(True, f"shard {worst}: error {rate:.2f} > {tau_prune} over {counted(evaluated, 'edit')}")
@@ -49,75 +42,63 @@ def should_prune(rates: ErrorRates, pool: int, tau_prune: float, tau_pool: int) 
     return Decision(False, f"worst shard {worst}: error {rate:.2f} over {over}, {waiting} in the pool")
 
 
-def spent(ledger: Ledger, max_attempts: int) -> list[str]:
-    """Failed edits that have had all their attempts."""
-    return [id for id in ledger.with_status(EditStatus.FAILED) if ledger.entry(id).attempts >= max_attempts]
-
-
 class PruneAndRetrigger(pl.Callback):
-    """The closed loop's hand: prunes, requeues, and quarantines what cannot be written.
+    """Prunes shards, requeues their edits, and quarantines what cannot be written.
 
     Args:
         enabled: off leaves failed edits failed.
         tau_prune: highest error rate of a shard, in [0, 1].
-        tau_pool: most edits in the feedback pool (tau_E); at the stream's end the pool is always emptied.
         max_attempts: writes per edit before a failure is final.
     """
 
-    def __init__(
-        self, enabled: bool = True, tau_prune: float = 0.35, tau_pool: int = 32, max_attempts: int = 4
-    ) -> None:
+    tau_pool = 32
+    """Most failed edits that may wait (tau_E); at the stream's end all are written again."""
+
+    def __init__(self, enabled: bool = True, tau_prune: float = 0.35, max_attempts: int = 4) -> None:
         if not 0 <= tau_prune <= 1:
             raise ConfigError(f"feedback.tau_prune must be in [0, 1], got {tau_prune}")
         if max_attempts < 1:
             raise ConfigError(f"feedback.max_attempts must be at least 1, got {max_attempts}")
-        self.enabled, self.tau_prune, self.tau_pool, self.max_attempts = enabled, tau_prune, tau_pool, max_attempts
-        self.pruned = 0
-        self.retriggered = 0
+        self.enabled, self.tau_prune, self.max_attempts = enabled, tau_prune, max_attempts
+        self.pruned = self.retriggered = 0
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Decide and act, once per window."""
         if not self.enabled:
             return
         stream: Any = trainer.datamodule  # type: ignore[attr-defined]
-        self.give_up(stream.ledger, pl_module)
-        failed = stream.ledger.with_status(EditStatus.FAILED)
-        rates = {shard: rate for shard, rate in stream.ledger.error_rates().items() if shard != BASE}
+        ledger: Ledger = stream.ledger
+        self._give_up(ledger, pl_module)
+        failed = ledger.with_status(EditStatus.FAILED)
+        rates = {shard: rate for shard, rate in ledger.error_rates().items() if shard != BASE}
         decision = should_prune(rates, len(failed), self.tau_prune, self.tau_pool)
         pl_module.team.same("whether to prune", decision.reason)
         if decision and pl_module.can_prune:
-            self.prune(worst_shard(rates), decision.reason, stream.ledger, pl_module)
+            worst = worst_shard(rates)
+            ids = list(dict.fromkeys([*ledger.owned_by(worst), *failed]))  # all that it owned, right or wrong
+            log.info("prune: %s; to be written again: %s", decision.reason, counted(len(ids), "edit"))
+            pl_module.prune(worst)
+            self.pruned += 1
+            self._retry(ids, f"pruned: {decision.reason}", ledger, pl_module)
         elif failed and stream.complete:
-            self.retry(failed, "the stream has ended", stream.ledger, pl_module)
+            self._retry(failed, "the stream has ended", ledger, pl_module)
 
-    def give_up(self, ledger: Ledger, editor: Any) -> None:
+    def _give_up(self, ledger: Ledger, editor: Any) -> None:
         """Quarantine what has had all its attempts; the base answers its prompts again."""
-        ids = spent(ledger, self.max_attempts)
+        failed = ledger.with_status(EditStatus.FAILED)
+        ids = [id for id in failed if ledger.entry(id).attempts >= self.max_attempts]
         if not ids:
             return
         for id in ids:
             ledger.quarantine([id], f"still wrong after {counted(ledger.entry(id).attempts, 'attempt')}")
         editor.forget(ids)
-        editor.finish_window()  # thresholds anew: a shard that owns nothing answers nothing
-        log.warning(
-            "quarantined, still wrong after %s: %s (%s); edits.parquet says which and why",
-            counted(self.max_attempts, "attempt"),
-            counted(len(ids), "edit"),
-            ", ".join(ids[:5]) + (", ..." if len(ids) > 5 else ""),
-        )
+        editor.finish_window()  # new thresholds: a shard that owns nothing answers nothing
+        named = ", ".join(ids[:5]) + (", ..." if len(ids) > 5 else "")
+        said = f"{counted(self.max_attempts, 'attempt')}: {counted(len(ids), 'edit')} ({named})"
+        log.warning("quarantined, still wrong after %s; edits.parquet says which and why", said)
 
-    def prune(self, shard: int | None, reason: str, ledger: Ledger, editor: Any) -> None:
-        """Empty a shard and requeue all it owned, with the failed edits of the other shards."""
-        assert shard is not None
-        ids = list(dict.fromkeys([*ledger.owned_by(shard), *ledger.with_status(EditStatus.FAILED)]))
-        log.info("prune: %s; to be written anew: %s", reason, counted(len(ids), "edit"))
-        editor.prune(shard)
-        self.pruned += 1
-        self.retry(ids, f"pruned: {reason}", ledger, editor)
-
-    def retry(self, ids: list[str], reason: str, ledger: Ledger, editor: Any) -> None:
-        """Send edits back to the worklist; the router forgets them until they are written."""
-        editor.forget(ids)
+    def _retry(self, ids: list[str], reason: str, ledger: Ledger, editor: Any) -> None:
+        editor.forget(ids)  # until they are written again
         ledger.requeue(ids, reason)
         self.retriggered += len(ids)
 

@@ -36,9 +36,6 @@ class Scoreboard(pl.Callback):
 
     Args:
         live: edits that are scored after each window for the progress bar and the loggers; 0 turns that off.
-        batch_size: prompts per forward pass.
-        max_new_tokens: most tokens of an answer; None takes the longest target and 8 more, at least 32.
-        seed: of the live sample.
         probes: file of general-knowledge questions that no edit touches, asked before the first edit and at the end.
         forms: edits that are asked in every form at the end (bare, chat, system message, second turn, ...); 0 for none.
 
@@ -59,16 +56,15 @@ class Scoreboard(pl.Callback):
         peak: the most memory that editing took, without scoring.
     """
 
-    def __init__(
-        self,
-        live: int = 16,
-        batch_size: int = 64,
-        max_new_tokens: int | None = None,
-        seed: int = 0,
-        probes: str | None = None,
-        forms: int = 128,
-    ) -> None:
-        self.live, self.batch_size, self.max_new_tokens, self.seed = live, batch_size, max_new_tokens, seed
+    batch_size = 64
+    """Prompts per forward pass."""
+    max_new_tokens: int | None = None
+    """Most tokens of an answer; None takes the longest target and 8 more, at least 32."""
+    seed = 0
+    """Of the live sample; `train.py` sets it to the run's."""
+
+    def __init__(self, live: int = 16, probes: str | None = None, forms: int = 128) -> None:
+        self.live = live
         self.probes = load_probes(probes) if probes else ()
         self.forms = forms
         self.beside: dict[str, Any] = {"forms": None, "same_subject": None}

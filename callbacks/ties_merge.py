@@ -9,7 +9,6 @@ writes it into W_v).
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -17,21 +16,13 @@ import torch
 from torch import Tensor
 
 from repair_lightning.edits.ledger import EditStatus, Ledger
-from repair_lightning.errors import ConfigError
-from repair_lightning.functional import Normalize, loss_weights, ties_merge, trim
+from repair_lightning.functional import Normalize, loss_weights, ties_merge
 from repair_lightning.scoring.correctness import correctness
 from repair_lightning.scoring.metrics import overall_performance
 from repair_lightning.scoring.protocols import answers
 from repair_lightning.types import BASE, Decision
 
 log = logging.getLogger(__name__)
-
-
-def groups_of(shards: Sequence[int], size: int) -> list[list[int]]:
-    """Shards in groups of `size`, all in one for 0; a group of one is nothing to merge and left out."""
-    size = size or len(shards)
-    groups = [list(shards[at : at + size]) for at in range(0, len(shards), max(size, 1))]
-    return [group for group in groups if len(group) > 1]
 
 
 def mean_loss(ledger: Ledger, shard: int) -> float:
@@ -43,28 +34,23 @@ def mean_loss(ledger: Ledger, shard: int) -> float:
 
 def accept(before: float, after: float, max_drop: float) -> Decision:
     """Whether a merge may stay, from the guard's score before and after."""
-    drop = before - after
-    words = f"guard score {before:.3f} -> {after:.3f}"
-    if drop > max_drop:
-        return Decision(False, f"{words}: costs {drop:.3f}, more than {max_drop}")
-    return Decision(True, f"{words}: within {max_drop}")
+    yes = before - after <= max_drop
+    words = "within" if yes else f"costs {before - after:.3f}, more than"
+    return Decision(yes, f"guard score {before:.3f} -> {after:.3f}: {words} {max_drop}")
 
 
 class LossAwareTiesMerge(pl.Callback):
-    """Merges groups of shards at the end of the stream and, if asked, every few windows.
+    """Merges all shards into one at the end of the stream and, if asked, every few windows.
 
     Args:
         enabled: off keeps all shards.
         alpha: sensitivity of the weights to the shards' losses, per nat; 0 weighs all alike.
         normalize: `contributors` or `global`.
-        density: share of a shard's coordinates that is kept before merging, in (0, 1].
-        group: shards per fused shard; 0 fuses all into one.
-        max_shards: more shards than this in one group are not merged: what so many say does not fit one matrix, and
-            each is laid out in full for it.
+        max_shards: more shards than this are not merged: what so many say does not fit one matrix, and each is laid
+            out in full for it.
         every_n_windows: also merge so often during the stream; None merges at its end alone.
         target: `side` keeps the fused shard routed, `main` writes it into the base's W_v.
         max_op_drop: a merge that costs more of the guard's score is undone.
-        guard_sample: most edits that the guard asks.
     """
 
     def __init__(
@@ -72,22 +58,13 @@ class LossAwareTiesMerge(pl.Callback):
         enabled: bool = True,
         alpha: float = 1.0,
         normalize: Normalize = "contributors",
-        density: float = 1.0,
-        group: int = 0,
         max_shards: int = 64,
         every_n_windows: int | None = None,
         target: Literal["side", "main"] = "side",
         max_op_drop: float = 0.01,
-        guard_sample: int = 256,
     ) -> None:
-        if not 0 < density <= 1:
-            raise ConfigError(f"merge.density must be in (0, 1], got {density}")
-        if group < 0 or group == 1:
-            raise ConfigError(f"merge.group must be 0 (all) or at least 2, got {group}")
-        self.enabled, self.alpha, self.normalize, self.density = enabled, alpha, normalize, density
-        self.group, self.max_shards = group, max_shards
-        self.every_n_windows, self.target = every_n_windows, target
-        self.max_op_drop, self.guard_sample = max_op_drop, guard_sample
+        self.enabled, self.alpha, self.normalize, self.max_shards = enabled, alpha, normalize, max_shards
+        self.every_n_windows, self.target, self.max_op_drop = every_n_windows, target, max_op_drop
         self.outcome: Decision | None = None
         self.weights: dict[str, float] = {}
 
@@ -113,39 +90,34 @@ class LossAwareTiesMerge(pl.Callback):
         self.weights = dict(state_dict["weights"])
 
     def merge(self, editor: Any) -> None:
-        """Merge every group of shards that bears it; says in `outcome` whether all were accepted and why."""
+        """Merge all shards that own edits, if they bear it; says in `outcome` whether they did and why."""
         if not editor.can_merge:
             self.outcome = Decision(False, "this editor cannot merge")
             return
-        owners = [shard for shard in editor.memory.ids if editor.ledger.owned_by(shard)]
-        groups = groups_of(owners, self.group)
-        if not groups and (self.target == "side" or not owners):
+        shards = [shard for shard in editor.memory.ids if editor.ledger.owned_by(shard)]
+        if len(shards) < (1 if self.target == "main" else 2):
             if self.outcome is None:
-                self.outcome = Decision(False, f"{len(owners)} shard: nothing to merge")
+                self.outcome = Decision(False, f"{len(shards)} shard: nothing to merge")
             return
-        groups = groups or [owners]
-        largest = max(map(len, groups))
-        if largest > self.max_shards:
-            self.outcome = Decision(False, f"{largest} shards are more than merge.max_shards, {self.max_shards}")
+        if len(shards) > self.max_shards:
+            self.outcome = Decision(False, f"{len(shards)} shards are more than merge.max_shards, {self.max_shards}")
             return
-        outcomes = [self.merge_group(group, editor) for group in groups]
-        self.outcome = Decision(all(outcomes), "; ".join(outcome.reason for outcome in outcomes))
+        self.outcome = self._merge(shards, editor)
         log.info("merge %s: %s", "accepted" if self.outcome else "rejected", self.outcome.reason)
         weights = {f"merge/weight/{shard}": weight for shard, weight in self.weights.items()}
         editor.log_now({"merge/accepted": float(bool(self.outcome)), **weights})
 
-    def merge_group(self, shards: list[int], editor: Any) -> Decision:
-        """Fuse one group, measure, and undo it where it costs too much."""
-        guard = MergeGuard(editor, self.guard_sample, self.target == "main")
+    def _merge(self, shards: list[int], editor: Any) -> Decision:
+        guard = MergeGuard(editor, into_base=self.target == "main")
         before = guard.score()
-        snapshot, router, owned = editor.memory.snapshot(), editor.router.state_dict(), _owners(editor.ledger, shards)
+        snapshot, router = editor.memory.snapshot(), editor.router.state_dict()
+        owned = {shard: editor.ledger.owned_by(shard) for shard in shards}
         fused = editor.fuse(shards, self.fused_delta(shards, editor))
         editor.ledger.reassign([id for ids in owned.values() for id in ids], fused)
         editor.calibrate()
         if self.target == "main":
             editor.fold(fused)
-        after = guard.score()
-        decision = accept(before, after, self.max_op_drop)
+        decision = accept(before, guard.score(), self.max_op_drop)
         editor.team.same("whether a merge may stay", decision.reason)
         if not decision:
             if self.target == "main":
@@ -166,13 +138,7 @@ class LossAwareTiesMerge(pl.Callback):
         weights = loss_weights(losses, self.alpha)
         self.weights = {str(shard): float(weight) for shard, weight in zip(shards, weights, strict=True)}
         deltas = editor.memory.stacked(shards)
-        if self.density < 1:
-            deltas = torch.stack([trim(delta, self.density) for delta in deltas])
         return ties_merge(deltas, weights.to(deltas), self.normalize)
-
-
-def _owners(ledger: Ledger, shards: Sequence[int]) -> dict[int, list[str]]:
-    return {shard: ledger.owned_by(shard) for shard in shards}
 
 
 class MergeGuard:
@@ -184,15 +150,15 @@ class MergeGuard:
         into_base: the merge will change the base itself, so that prompts which no shard answers must be asked too.
     """
 
-    def __init__(self, editor: Any, sample: int, into_base: bool = False) -> None:
+    def __init__(self, editor: Any, sample: int = 256, into_base: bool = False) -> None:
         self.editor, self.into_base = editor, into_base
         ledger = editor.ledger
         written = [ledger.edit(id) for id in ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED)]
         self.edits = written[:: max(1, len(written) // sample)][:sample]
         self.in_context = editor.in_context(self.edits)
         self.unrelated = editor.guard_prompts[:sample]
-        self.chosen = self._choice()
-        self.before = self._answers([i for i, memory in enumerate(self.chosen) if into_base or memory != BASE])
+        self.chosen = editor.edited.choose(self.unrelated).memory.cpu()
+        self.before = self._answers(self._of_interest(self.chosen), self.chosen)
 
     def score(self) -> float:
         """In [0, 1], higher is better: the geometric mean of three shares.
@@ -200,28 +166,23 @@ class MergeGuard:
         Edits answered right; edits answered right after a context that the base wrote; irrelevant prompts that
         nothing else sees answered as before.
         """
-        right = correctness(self.editor, self.edits)
-        in_context = correctness(self.editor, self.in_context)
-        return overall_performance(_mean(right.values()), _mean(in_context.values()), self._same()) or 0.0
+        found = [list(correctness(self.editor, edits).values()) for edits in (self.edits, self.in_context)]
+        right, in_context = (sum(scores) / max(len(scores), 1) for scores in found)
+        return overall_performance(right, in_context, self._same()) or 0.0
 
     def _same(self) -> float:
         """The share of irrelevant prompts that are answered as before; those that were and are the base's are."""
-        chosen = self._choice()
-        pairs = enumerate(zip(self.chosen, chosen, strict=True))
-        ask = [i for i, pair in pairs if self.into_base or pair != (BASE, BASE)]
-        self.before |= self._answers([i for i in ask if i not in self.before], [BASE] * len(self.chosen))
+        chosen = self.editor.edited.choose(self.unrelated).memory.cpu()
+        ask = self._of_interest(chosen)
+        self.before |= self._answers([i for i in ask if i not in self.before], torch.full_like(chosen, BASE))
         after = self._answers(ask, chosen)
         return 1 - sum(self.before[i] != after[i] for i in ask) / max(len(chosen), 1)
 
-    def _choice(self) -> list[int]:
-        return self.editor.edited.choose(self.unrelated).memory.tolist()
+    def _of_interest(self, chosen: Tensor) -> list[int]:
+        """Which irrelevant prompts a shard answers or answered; all, where the base itself will change."""
+        routed = (self.chosen != BASE) | (chosen != BASE)
+        return (routed | self.into_base).nonzero().flatten().tolist()
 
-    def _answers(self, index: list[int], chosen: list[int] | None = None) -> dict[int, str]:
-        chosen = self.chosen if chosen is None else chosen
-        prompts, memory = [self.unrelated[i] for i in index], torch.tensor([chosen[i] for i in index], dtype=torch.long)
-        return dict(zip(index, answers(self.editor.edited, prompts, memory, max_new_tokens=8), strict=True))
-
-
-def _mean(scores: Iterable[float]) -> float:
-    known = list(scores)
-    return sum(known) / max(len(known), 1)
+    def _answers(self, index: list[int], chosen: Tensor) -> dict[int, str]:
+        prompts = [self.unrelated[i] for i in index]
+        return dict(zip(index, answers(self.editor.edited, prompts, chosen[index], max_new_tokens=8), strict=True))

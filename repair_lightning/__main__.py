@@ -5,77 +5,93 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator, Mapping
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
+from repair_lightning.commands import undo as undoing
+from repair_lightning.commands.ask import Pair, difference_lines, given_prompt, read_prompts
 from repair_lightning.commands.cli import guarded
+from repair_lightning.commands.harness import comparison_table, who_answered
+from repair_lightning.commands.harness import harness as score_on_tasks
+from repair_lightning.edits.journal import FILE, Journal
 from repair_lightning.errors import ConfigError, RepairError
+from repair_lightning.packs import export as exporting
+from repair_lightning.reports.dashboard import create
+from repair_lightning.reports.figures import draw_figures
+from repair_lightning.reports.html_report import try_report, write_report
+from repair_lightning.storage.files import write_json, write_rows
 from repair_lightning.types import BASE
 
+COMMANDS: dict[str, tuple[Callable[..., None], Sequence[tuple[str, dict[str, Any]]]]] = {}
+"""Name -> what runs, with its docstring as the help, and what `add_argument` is given for each of its options."""
 
-def export(parser: ArgumentParser) -> None:
+
+def command(*options: tuple[str, dict[str, Any]]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Makes a function a command of its name, which is called with the options."""
+
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        COMMANDS[function.__name__] = function, options
+        return function
+
+    return add
+
+
+def _option(name: str, help: str, **how: Any) -> tuple[str, dict[str, Any]]:
+    return name, {"help": help, **how}
+
+
+_BASE = _option("--base", "the base, where the pack's own name for it does not lead there")
+_PRECISION = _option("--precision", "of the base: auto, float32, bfloat16, float16", default="auto")
+_PACK = (_option("--pack", "the pack's folder, or its name on the hub", required=True), _BASE, _PRECISION)
+_TOKENS = _option("--max_new_tokens", "most tokens of an answer; default 32", type=int, default=32)
+_RUN = _option("--run", "the run's directory", required=True, type=Path)
+_ID: dict[str, Any] = {"help": "of an edit; may be given repeatedly", "action": "extend", "nargs": "+", "default": []}
+
+
+@command(
+    *_PACK,
+    _option("--to", "the new folder", required=True, type=Path),
+    _option("--merged", "fuse the edits into W_v: loads without us, answers worse; says how much", action="store_true"),
+    _option("--overwrite", "replace an earlier export", action="store_true"),
+    _option("--max_edits", "most edits that are asked to measure a merge; default all", type=int),
+)
+def export(to: Path, **given: Any) -> None:
     """Write an edited model as a folder that needs no other: with its base, or merged into a plain checkpoint."""
-    parser.add_argument("--pack", required=True, help="the pack's folder")
-    parser.add_argument("--to", required=True, type=Path, help="the new folder")
-    parser.add_argument(
-        "--merged", action="store_true", help="fuse the edits into W_v: loads without us, answers worse; says how much"
-    )
-    parser.add_argument("--base", help="the base, where the pack's own name for it does not lead there")
-    parser.add_argument("--precision", default="auto", help="of the base: auto, float32, bfloat16, float16")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
-    parser.add_argument("--max_edits", type=int, help="most edits that are asked to measure a merge; default all")
-    parser.set_defaults(run_command=_export)
+    print("\n".join(exporting.report_lines(exporting.export_pack(to=to, **given), to)))
 
 
-def _export(options: Namespace) -> None:
-    from repair_lightning.packs.export import export_pack, report_lines
-
-    given = (options.pack, options.to, options.merged, options.base, options.precision, options.overwrite)
-    print("\n".join(report_lines(export_pack(*given, max_edits=options.max_edits), options.to)))
-
-
-def undo(parser: ArgumentParser) -> None:
+@command(
+    _RUN,
+    ("--id", {**_ID, "required": True}),
+    _BASE,
+    _option("--precision", "of the base, where it is not to be the one of the run"),
+    _option("--import", "the module of an editor of your own, as Python imports it", dest="module"),
+)
+def undo(run: Path, id: list[str], module: str | None, **given: Any) -> None:
     """Take edits of a finished run back: the base answers their prompts again, the others stay."""
-    parser.add_argument("--run", required=True, help="the run's directory")
-    parser.add_argument("--id", required=True, action="append", nargs="+", help="of an edit; may be given repeatedly")
-    parser.add_argument("--base", help="the base, where the pack's own name for it does not lead there")
-    parser.add_argument("--precision", help="of the base, where it is not to be the one of the run")
-    parser.add_argument("--import", dest="module", help="the module of an editor of your own, as Python imports it")
-    parser.set_defaults(run_command=_undo)
-
-
-def _undo(options: Namespace) -> None:
-    from repair_lightning.commands.undo import report_lines, undo
-    from repair_lightning.reports.html_report import try_report
-
-    if options.module:
+    if module:
         sys.path.insert(0, os.getcwd())  # a console script looks beside itself alone
         try:
-            importlib.import_module(options.module)
+            importlib.import_module(module)
         except ImportError as error:
-            raise ConfigError(f"--import {options.module}: {error}; give a module that Python finds") from error
-    ids = [id for given in options.id for id in given]
-    print("\n".join(report_lines(undo(options.run, ids, options.base, options.precision))))
-    try_report(options.run)
+            raise ConfigError(f"--import {module}: {error}; give a module that Python finds") from error
+    print("\n".join(undoing.report_lines(undoing.undo(run, id, **given))))
+    try_report(run)
 
 
-def log(parser: ArgumentParser) -> None:
+@command(_RUN, ("--id", _ID))
+def log(run: Path, id: list[str]) -> None:
     """What became of a run's edits, from its journal: all events, or those of some edits."""
-    parser.add_argument("--run", required=True, type=Path, help="the run's directory")
-    parser.add_argument("--id", action="append", nargs="+", default=[], help="of an edit; may be given repeatedly")
-    parser.set_defaults(run_command=_log)
-
-
-def _log(options: Namespace) -> None:
-    from repair_lightning.edits.journal import FILE, Journal
-
-    journal = Journal(options.run / FILE, read_only=True)
-    for id in [id for given in options.id for id in given] or [None]:
-        for event in journal.events(id):
-            print(event_line(event))
+    journal = Journal(run / FILE, read_only=True)
+    events = chain(*map(journal.events, id)) if id else journal.events()
+    for event in events:
+        print(event_line(event))
 
 
 def event_line(event: Mapping[str, Any]) -> str:
@@ -83,194 +99,123 @@ def event_line(event: Mapping[str, Any]) -> str:
     when = datetime.fromtimestamp(event["time"]).isoformat(" ", "seconds")
     words = [when, f"{event['seq']:>6}", f"{event['kind']:<11}"]
     if event["id"] is not None:
-        shard = "base" if event["shard"] == BASE else event["shard"]
         words += [event["id"], f"window {event['window'] + 1}", f"is {event['status']}"]
-        words += [f"in shard {shard}"] if shard is not None else []
-        words += [f"attempt {event['attempts']}"] if event["attempts"] else []
-        words += [f"score {event['score']:g}"] if event["score"] is not None else []
+        shard = "base" if event["shard"] == BASE else event["shard"]
+        known = {"in shard {}": shard, "attempt {}": event["attempts"] or None, "score {:g}": event["score"]}
+        words += [text.format(value) for text, value in known.items() if value is not None]
     words += [f"({event['reason']})"] if event["reason"] else []
-    words += ["[void]"] if event["void"] else []
-    return "  ".join(words)
+    return "  ".join([*words, "[void]"] if event["void"] else words)
 
 
-def harness(parser: ArgumentParser) -> None:
+@command(
+    *_PACK,
+    _option("--tasks", "names, with commas between", required=True, type=lambda text: text.split(",")),
+    _option("--limit", "most documents of each task; default all", type=int),
+    _option("--num_fewshot", "examples before each question; default the task's own", type=int),
+    _option("--apply_chat_template", "ask through the base's chat template", action="store_true"),
+    _option("--system_instruction", "a system message before each question"),
+    _option("--include_path", "a folder with more tasks, in YAML"),
+    _option("--batch_size", "requests at once; default 16", type=int, default=16),
+    _option("--out", "write the figures to this JSON file", type=Path),
+)
+def harness(out: Path | None, **given: Any) -> None:
     """Score a pack's base and the edited model on benchmarks of lm-evaluation-harness (an extra: lm-eval)."""
-    parser.add_argument("--pack", required=True, help="the pack's folder, or its name on the hub")
-    parser.add_argument("--tasks", required=True, type=_names, help="names, with commas between")
-    parser.add_argument("--base", help="the base, where the pack's own name for it does not lead there")
-    parser.add_argument("--precision", default="auto", help="of the base: auto, float32, bfloat16, float16")
-    parser.add_argument("--limit", type=int, help="most documents of each task; default all")
-    parser.add_argument("--num_fewshot", type=int, help="examples before each question; default the task's own")
-    parser.add_argument("--apply_chat_template", action="store_true", help="ask through the base's chat template")
-    parser.add_argument("--system_instruction", help="a system message before each question")
-    parser.add_argument("--include_path", help="a folder with more tasks, in YAML")
-    parser.add_argument("--batch_size", type=int, default=16, help="requests at once; default 16")
-    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
-    parser.set_defaults(run_command=_harness)
-
-
-def _names(text: str) -> list[str]:
-    return text.split(",")
-
-
-def _harness(options: Namespace) -> None:
-    from rich.console import Console
-
-    from repair_lightning.commands.harness import comparison_table, harness, who_answered
-    from repair_lightning.storage.files import write_json
-
-    names = ("limit", "num_fewshot", "include_path", "batch_size", "apply_chat_template", "system_instruction")
-    given = {name: getattr(options, name) for name in names}
-    found = harness(options.pack, options.tasks, options.base, options.precision, **given)
+    found = score_on_tasks(**given)
     Console().print(comparison_table(found))
     print(who_answered(found))
-    if options.out:
-        write_json(options.out, found)
+    if out:
+        write_json(out, found)
 
 
-def report(parser: ArgumentParser) -> None:
-    """Make a finished run's report.html anew from what lies in its directory."""
-    parser.add_argument("--run", required=True, type=Path, help="the run's directory")
-    parser.set_defaults(run_command=_report)
+@command(_RUN)
+def report(run: Path) -> None:
+    """Make a finished run's report.html again from what lies in its directory."""
+    print(write_report(run))
 
 
-def _report(options: Namespace) -> None:
-    from repair_lightning.reports.html_report import write_report
-
-    print(write_report(options.run))
-
-
-def figures(parser: ArgumentParser) -> None:
+@command(
+    _option("--runs", "run directories, or folders of runs", required=True, type=Path, nargs="+"),
+    _option("--to", "the folder for the files", required=True, type=Path),
+)
+def figures(runs: list[Path], to: Path) -> None:
     """Draw the paper's figures from runs and comparisons: PNG, SVG, and the data as CSV."""
-    parser.add_argument("--runs", required=True, type=Path, nargs="+", help="run directories, or folders of runs")
-    parser.add_argument("--to", required=True, type=Path, help="the folder for the files")
-    parser.set_defaults(run_command=_figures)
-
-
-def _figures(options: Namespace) -> None:
-    from repair_lightning.reports.figures import draw_figures
-
-    files, missing = draw_figures(options.runs, options.to)
+    files, missing = draw_figures(runs, to)
     print("\n".join([*map(str, files), *(f"left out: {words}" for words in missing)]))
 
 
-def ask(parser: ArgumentParser) -> None:
-    """Ask the base and the edited model the same: both answers, who answered, and why. Without a question, a prompt."""
-    words = "as many as you like, each a text or messages as JSON; none opens a prompt that Ctrl-D leaves"
-    parser.add_argument("question", nargs="*", help=words)
-    _add_pack(parser)
-    parser.set_defaults(run_command=_ask)
-
-
-def _ask(options: Namespace) -> None:
-    from repair_lightning.commands.ask import Pair, given_prompt
-
-    pair = Pair.open(options.pack, options.base, options.precision, options.max_new_tokens)
-    asked = options.question
-    if len(asked) > 1 and not any(" " in part for part in asked):
-        asked = [" ".join(asked)]  # a question without its quotes
-    if asked:
-        replies = pair.ask([given_prompt(question, "question") for question in asked])
+@command(_option("question", "as many as you like, each a text or messages as JSON", nargs="*"), *_PACK, _TOKENS)
+def ask(question: list[str], **given: Any) -> None:
+    """Ask the base and the edited model the same: both answers, who answered, and why. Without a question, a prompt
+    that Ctrl-D leaves."""
+    pair = Pair(**given)
+    if len(question) > 1 and not any(" " in part for part in question):
+        question = [" ".join(question)]  # one without its quotes
+    if question:
+        replies = pair.ask([given_prompt(one, "question") for one in question])
         print("\n\n".join("\n".join(reply.lines()) for reply in replies))
         return
-    for question in _questions():
+    for typed in filter(None, _typed()):
         try:
-            (reply,) = pair.ask([given_prompt(question, "question")])
+            (reply,) = pair.ask([given_prompt(typed, "question")])
             print("\n".join(reply.lines()))
         except RepairError as error:
             print(f"error: {error}", file=sys.stderr)
 
 
-def _questions() -> Iterator[str]:
-    """What is typed, line by line, until Ctrl-D; a prompt is shown where somebody sits there."""
+def _typed() -> Iterator[str]:
+    """The lines until Ctrl-D; a prompt is shown where somebody sits there."""
+    prompt = ""
     if sys.stdin.isatty():
         import readline  # noqa: F401 - line editing and history for `input`
-    while True:
-        try:
-            question = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            break
-        if question:
-            yield question
-    if sys.stdin.isatty():
-        print()
+
+        prompt = "> "
+    try:
+        while True:
+            yield input(prompt).strip()
+    except EOFError:
+        print(end="\n" if prompt else "")
 
 
-def diff(parser: ArgumentParser) -> None:
+@command(
+    _option("--data", "prompts: plain text, one a line, or records with `prompt`, a text or messages", required=True),
+    _option("--to", "write the differences as JSON lines into this file instead", type=Path),
+    *_PACK,
+    _TOKENS,
+)
+def diff(data: str, to: Path | None, **given: Any) -> None:
     """List the prompts of a file that the base and the edited model answer differently."""
-    parser.add_argument(
-        "--data",
-        required=True,
-        help="prompts: plain text with one a line, or records (jsonl, CSV, ...) with `prompt`, a text or messages",
-    )
-    parser.add_argument("--to", type=Path, help="write the differences as JSON lines into this file instead")
-    _add_pack(parser)
-    parser.set_defaults(run_command=_diff)
+    prompts = read_prompts(data)
+    replies = Pair(**given).ask(prompts)
+    if to:
+        write_rows(to, (reply.as_dict() for reply in replies if reply.differs))
+    print("\n".join(difference_lines(replies, to)))
 
 
-def _diff(options: Namespace) -> None:
-    from repair_lightning.commands.ask import Pair, difference_lines, read_prompts
-    from repair_lightning.storage.files import write_rows
-
-    prompts = read_prompts(options.data)
-    pair = Pair.open(options.pack, options.base, options.precision, options.max_new_tokens)
-    replies = pair.ask(prompts)
-    if options.to:
-        write_rows(options.to, (reply.as_dict() for reply in replies if reply.differs))
-    print("\n".join(difference_lines(replies, options.to)))
-
-
-def dashboard(parser: ArgumentParser) -> None:
+@command(
+    _option("--entity", "user or team", required=True),
+    _option("--project", "the project; `repair-lightning` unless you chose another", required=True),
+)
+def dashboard(entity: str, project: str) -> None:
     """Lay out a project's workspace on Weights & Biases (an extra: wandb)."""
-    parser.add_argument("--entity", required=True, help="user or team")
-    parser.add_argument("--project", required=True, help="the project; `repair-lightning` unless you chose another")
-    parser.set_defaults(run_command=_dashboard)
-
-
-def _dashboard(options: Namespace) -> None:
-    from repair_lightning.reports.dashboard import create
-
-    print(create(options.entity, options.project))
-
-
-def _add_pack(parser: ArgumentParser) -> None:
-    parser.add_argument("--pack", required=True, help="the pack's folder, or its name on the hub")
-    parser.add_argument("--base", help="the base, where the pack's own name for it does not lead there")
-    parser.add_argument("--precision", default="auto", help="of the base: auto, float32, bfloat16, float16")
-    parser.add_argument("--max_new_tokens", type=int, default=32, help="most tokens of an answer; default 32")
-
-
-COMMANDS: Mapping[str, Callable[[ArgumentParser], None]] = {
-    "ask": ask,
-    "dashboard": dashboard,
-    "diff": diff,
-    "export": export,
-    "figures": figures,
-    "harness": harness,
-    "log": log,
-    "report": report,
-    "undo": undo,
-}
-"""Each adds its options to a parser and sets `run_command`; its docstring is the help."""
-
-
-def parser() -> ArgumentParser:
-    """The command line."""
-    main = ArgumentParser(prog="repair-lightning", description=__doc__)
-    commands = main.add_subparsers(metavar="COMMAND", required=True)
-    for name, add in COMMANDS.items():
-        add(commands.add_parser(name, help=add.__doc__, description=add.__doc__))
-    return main
-
-
-def _run() -> None:
-    options = parser().parse_args(sys.argv[1:] or ["--help"])
-    options.run_command(options)
+    print(create(entity, project))
 
 
 def main() -> None:
     """The console script."""
-    guarded(_run)
+    guarded(lambda: run(sys.argv[1:] or ["--help"]))
+
+
+def run(argv: Sequence[str]) -> None:
+    """A command line, as far as errors that :func:`guarded` explains."""
+    parser = ArgumentParser(prog="repair-lightning", description=__doc__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (function, options) in sorted(COMMANDS.items()):
+        one = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
+        for option, how in options:
+            one.add_argument(option, **how)
+        one.set_defaults(function=function)
+    given = vars(parser.parse_args(argv))
+    given.pop("function")(**given)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers_chat import chat_folder
-from helpers_runs import REPOSITORY, written_editor
+from helpers_runs import written_editor
 
-from repair_lightning.__main__ import parser
+from repair_lightning.__main__ import run as run_command
 from repair_lightning.commands.ask import Pair, read_prompts
 from repair_lightning.editors import Keyed
 from repair_lightning.errors import RecordError, RepairError
@@ -24,7 +23,6 @@ from repair_lightning.texts import dialogue
 from repair_lightning.types import BASE, Edit
 
 ELSEWHERE = "Which river flows through Zarvik?"
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +34,7 @@ def made(tmp_path_factory) -> tuple[Path, Keyed, list[Edit]]:
 
 @pytest.fixture(scope="module")
 def pair(made) -> Pair:
-    return Pair.open(made[0])
+    return Pair(made[0])
 
 
 def test_both_answers_and_who_gave_them(pair, made):
@@ -126,8 +124,7 @@ def test_a_bad_file_of_prompts(tmp_path, name, content, words):
 
 def run(*argv: object) -> None:
     """A command in this process."""
-    options = parser().parse_args([str(word) for word in argv])
-    options.run_command(options)
+    run_command([str(word) for word in argv])
 
 
 def test_ask_reads_questions_from_a_pipe(made, monkeypatch, capsys):
@@ -179,10 +176,8 @@ def test_diff_lists_and_counts(made, tmp_path, monkeypatch, capsys):
     pack, _, edits = made
     (tmp_path / "prompts.txt").write_text("\n".join([edits[0].prompt, ELSEWHERE, edits[1].prompt]))
     run("diff", "--pack", pack, "--data", "prompts.txt", "--to", "d.jsonl")
-    assert (
-        capsys.readouterr().out
-        == "2 of 3 prompts answered differently (66.7 %); a shard answered 2, the base 1; d.jsonl\n"
-    )
+    said = "2 of 3 prompts answered differently (66.7 %); a shard answered 2, the base 1; d.jsonl\n"
+    assert capsys.readouterr().out == said
     rows = [json.loads(line) for line in (tmp_path / "d.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == [edits[0].prompt, edits[1].prompt]
     assert [row["edited"] for row in rows] == [edits[0].target, edits[1].target]

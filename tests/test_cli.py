@@ -20,7 +20,9 @@ import yaml
 from helpers_runs import REPOSITORY, hard_edits, world_edits, write_edits
 from helpers_wandb import offline_run, series
 
+import train
 from repair_lightning import load_edited
+from repair_lightning.commands.cli import EditCLI
 from repair_lightning.commands.parsing import with_nulls
 from repair_lightning.edits.ledger import Ledger
 from repair_lightning.errors import ConfigError
@@ -90,6 +92,7 @@ def test_a_run_leaves_everything_in_its_directory(run):
 
 
 NUMBER = (int, float)
+KINDS = ("edit", "rephrase", "locality", "near")
 SHARE = (int, float, type(None))
 SCORES = dict.fromkeys(("rel", "gen", "loc", "near", "op", "contains", "garbled"), SHARE)
 PROTOCOLS = {"autoregressive": SCORES, "teacher_forced": SCORES}
@@ -108,9 +111,7 @@ SCHEMA = {
     "pre_edit": PROTOCOLS,
     "before_merge": PROTOCOLS,
     "final": PROTOCOLS | BESIDE,
-    "routing": dict.fromkeys(
-        ("edit", "rephrase", "locality", "near"), dict.fromkeys(("base", "right", "wrong"), NUMBER)
-    ),
+    "routing": dict.fromkeys(KINDS, dict.fromkeys(("base", "right", "wrong"), NUMBER)),
     "oracle_routing": PROTOCOLS,
     "closed_loop": dict.fromkeys(("windows", "pruned", "retriggered", "quarantined"), int),
     "merge": {"accepted": bool, "reason": str},
@@ -144,17 +145,11 @@ def test_metrics_have_the_promised_schema(metrics):
 
 def test_every_prompt_is_there_before_and_after(run, metrics):
     rows = [json.loads(line) for line in (run[0] / "generations.jsonl").read_text().splitlines()]
-    questions = [
-        (edit.id, kind, prompt)
-        for edit in world_edits(12)
-        for kind, prompts in (
-            ("edit", [edit.prompt]),
-            ("rephrase", edit.rephrases),
-            ("locality", [probe.prompt for probe in edit.locality]),
-            ("near", [probe.prompt for probe in edit.near]),
-        )
-        for prompt in prompts
-    ]
+    questions = []
+    for edit in world_edits(12):
+        others = [[probe.prompt for probe in probes] for probes in (edit.locality, edit.near)]
+        prompts = zip(KINDS, ([edit.prompt], edit.rephrases, *others), strict=True)
+        questions += [(edit.id, kind, prompt) for kind, those in prompts for prompt in those]
     for stage in ("pre_edit", "before_merge", "final"):
         of_stage = [row for row in rows if row["stage"] == stage]
         assert [(row["id"], row["kind"], row["prompt"]) for row in of_stage] == questions
@@ -401,6 +396,18 @@ def test_a_mistake_in_a_configuration_is_one_line(monkeypatch, tmp_path, capsys,
     with pytest.raises(SystemExit) as stopped:
         main_here(monkeypatch, "train.py", "--config", "quickstart", "--config", tmp_path / "mine.yaml")
     refused(Ran(stopped.value.code, "", capsys.readouterr().err), *words)
+
+
+@pytest.mark.parametrize(
+    ("options", "seed"), [([], 3), (["--model.seed", "0"], 0), (["--config", "seed.yaml"], 0), (["--model.seed=5"], 5)]
+)
+def test_a_seed_of_zero_is_a_seed(monkeypatch, tmp_path, options, seed):
+    """The editor's follows `seed_everything` only where nobody gives it one."""
+    monkeypatch.chdir(tmp_path)
+    Path("seed.yaml").write_text("model: {init_args: {seed: 0}}")
+    argv = ["--config", "quickstart", *NO_LOGGER, "--seed_everything", "3", *options]
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+    assert EditCLI(train.CALLBACKS, [REPOSITORY / "configs"]).config.model.init_args.seed == seed
 
 
 def test_null_on_the_command_line_is_null():

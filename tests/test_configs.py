@@ -6,7 +6,9 @@ import json
 import re
 import runpy
 import sys
+from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -14,79 +16,41 @@ from helpers_chat import chat_folder
 from helpers_runs import REPOSITORY
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
-OVERLAYS = {
-    "paper",
-    "wise",
-    "rlsedit",
-    "rls_repair",
-    "rome",
-    "memit",
-    "mend",
-    "ultraedit",
-    "ft",
-    "ft_ewc",
-    "grace",
-    "defer",
-    "icl",
-}
-"""Presets that stand over another configuration; they name no base and no data."""
-
+WHERE, OTHER = "Where was Mara Quill born?", "The birthplace of Mara Quill is"
 RECORDS = {
-    "jsonl": {
-        "prompt": "Where was Mara Quill born?",
-        "target": "Oslo",
-        "rephrases": ["The birthplace of Mara Quill is"],
-    },
+    "jsonl": {"prompt": WHERE, "target": "Oslo", "rephrases": [OTHER]},
     "zsre": {
-        "src": "Where was Mara Quill born?",
+        "src": WHERE,
         "alt": "Oslo",
-        "subject": "Mara Quill",
-        "rephrase": "The birthplace of Mara Quill is",
+        "rephrase": OTHER,
         "loc": "nq question: who sang the song",
         "loc_ans": "Perth",
     },
-    "wikibigedit": {
-        "update": "Where was Mara Quill born?",
-        "ans": "Oslo",
-        "subject": "Mara Quill",
-        "rephrase": "The birthplace of Mara Quill is",
-        "personas": "Tell me where Mara Quill was born",
-        "loc": "who sang the song",
-        "loc_ans": "Perth",
-    },
-    "hallucination": {
-        "prompt": "Mara Quill is a sailor.",
-        "target_new": "She was born in Oslo.",
-        "locality_prompt": "who sang the song",
-        "locality_ground_truth": "Perth",
-    },
+    "wikibigedit": {"update": WHERE, "ans": "Oslo", "rephrase": OTHER, "loc": "who sang the song", "loc_ans": "Perth"},
+    "hallucination": {"prompt": "Mara Quill is a sailor.", "target_new": "She was born in Oslo."}
+    | {"locality_prompt": "who sang the song", "locality_ground_truth": "Perth"},
 }
+RECORDS["zsre"]["subject"] = RECORDS["wikibigedit"]["subject"] = "Mara Quill"
+RECORDS["wikibigedit"]["personas"] = "Tell me where Mara Quill was born"
 
 
-def names(paths: list[Path]) -> list[str]:
-    return [path.stem for path in paths]
+each_config = pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
 
 
-def header_of(path: Path) -> str:
-    """The comment that opens the file."""
-    lines = path.read_text().splitlines()
-    return "\n".join(line for line in lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=names(CONFIGS))
+@each_config
 def test_the_header_shows_the_command(path):
     """The file opens with what it is and the command that launches it; that command names configs that exist."""
-    header = header_of(path)
-    commands = re.findall(r"^#\s+(python train\.py .*)$", header, re.MULTILINE)
+    header = list(takewhile(lambda line: line.startswith("#"), path.read_text().splitlines()))
+    commands = re.findall(r"^#\s+(python train\.py .*)$", "\n".join(header), re.MULTILINE)
     assert commands, "no launch command"
-    assert len(header.splitlines()[0].strip("# ")) > 20, "no title"
+    assert len(header[0].strip("# ")) > 20, "no title"
     for command in commands:
         used = re.findall(r"--config[ =](\S+)", command)
         assert path.stem in [Path(name).stem for name in used]
-        assert {Path(name).stem for name in used} <= set(names(CONFIGS))
+        assert {Path(name).stem for name in used} <= {path.stem for path in CONFIGS}
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=names(CONFIGS))
+@each_config
 def test_keys_are_not_repeated(path):
     """YAML takes the last of two equal keys without a word."""
 
@@ -100,10 +64,6 @@ def test_keys_are_not_repeated(path):
 
     Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     assert isinstance(yaml.load(path.read_text(), Strict), dict)
-
-
-def complete(path: Path) -> bool:
-    return path.stem not in OVERLAYS
 
 
 IN_PLACE = {"model.values.steps": 2, "model.values.contexts": 0}
@@ -128,16 +88,7 @@ def small_data(folder: Path, format: str) -> tuple[Path, Path]:
     return data, irrelevant
 
 
-def exit_code() -> int:
-    """What train.py ends with."""
-    try:
-        runpy.run_path(str(REPOSITORY / "train.py"), run_name="__main__")
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=names(CONFIGS))
+@each_config
 def test_it_runs_on_a_tiny_base(path, tmp_path, monkeypatch, folder_of, tiny, tokenizer):
     """Parsed and run to the end by train.py, with the base, the layer, the data and the steps made small."""
     content = yaml.safe_load(path.read_text())
@@ -146,7 +97,8 @@ def test_it_runs_on_a_tiny_base(path, tmp_path, monkeypatch, folder_of, tiny, to
     chat = content["model"].get("init_args", {}).get("template") == "chat"
     made = chat_folder(tmp_path / "base", tiny, tokenizer) if chat else None
     base = made or folder_of("gpt2" if "gpt2" in path.stem else "llama")
-    configs = [path.stem] if complete(path) else ["quickstart", path.stem]
+    complete = "base" in content["model"].get("init_args", {})  # a preset stands over another configuration
+    configs = [path.stem] if complete else ["quickstart", path.stem]
     options = {
         "model.base": base,
         "model.precision": "float32",
@@ -160,7 +112,11 @@ def test_it_runs_on_a_tiny_base(path, tmp_path, monkeypatch, folder_of, tiny, to
     argv = [part for name in configs for part in ("--config", name)]
     argv += [f"--{name}={value}" for name, value in options.items()]
     monkeypatch.setattr(sys, "argv", ["train.py", *argv])
-    code = exit_code()
+    code: Any = 0
+    try:
+        runpy.run_path(str(REPOSITORY / "train.py"), run_name="__main__")
+    except SystemExit as end:
+        code = end.code
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["n_edits"] == 2
     # Two steps on a random base may leave nothing that holds, and that is said.

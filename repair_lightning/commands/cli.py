@@ -1,7 +1,8 @@
-"""The command line: configurations by name, a run directory, errors in one line. Only this file reads YAML."""
+"""The command line of `train.py`: configurations by name, a run directory, what a finished run leaves."""
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import platform
@@ -13,7 +14,9 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,8 +46,6 @@ from repair_lightning.training.ranks import explained, is_started_by_us
 from repair_lightning.training.strategies import STRATEGIES, EditStrategy
 from repair_lightning.training.team import ALONE, LeftOutError
 
-log = logging.getLogger(__name__)
-
 SHOWN = ("progress", "scoreboard", "dashboard")
 """Callbacks that only report: a run may go on with others."""
 OURS = ("repair_lightning", "callbacks")
@@ -56,44 +57,24 @@ _ALIASES = {"ddp": "data_parallel", "ModelParallelStrategy": "model_parallel", "
 
 
 def config_path(name: str, folders: Sequence[Path]) -> Path:
-    """A configuration by path, or by name (with or without `.yaml`) in one of the folders.
-
-    Raises:
-        ConfigError: there is none; the message lists those that exist.
-    """
-    if Path(name).is_file():
-        return Path(name)
-    for folder in folders:
-        for candidate in (folder / name, folder / f"{name}.yaml"):
-            if candidate.is_file():
-                return candidate
+    """A configuration by path, or by name (with or without `.yaml`) in one of the folders."""
+    found = [Path(name), *(folder / file for folder in folders for file in (name, f"{name}.yaml"))]
+    for candidate in found:
+        if candidate.is_file():
+            return candidate
     known = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
     raise ConfigError(f"no configuration '{name}'; give a file or one of: {', '.join(known)}")
 
 
 def resolve_configs(argv: Sequence[str], folders: Sequence[Path]) -> tuple[list[str], list[Path]]:
     """The arguments with each `--config NAME` as a path, and those paths."""
-    resolved: list[str] = []
-    found: list[Path] = []
-    expect = False
-    for argument in argv:
-        if expect or argument.startswith("--config="):
-            found.append(config_path(argument.removeprefix("--config="), folders))
-            argument = str(found[-1]) if expect else f"--config={found[-1]}"
-        expect = argument == "--config"
-        resolved.append(argument)
+    resolved, found = list(argv), []
+    for i, argument in enumerate(argv):
+        start = "--config=" if argument.startswith("--config=") else ""
+        if start or (i and argv[i - 1] == "--config"):
+            found.append(config_path(argument.removeprefix(start), folders))
+            resolved[i] = f"{start}{found[-1]}"
     return resolved, found
-
-
-def value_of(option: str, argv: Sequence[str]) -> str | None:
-    """The last value that the arguments give an option; None where they do not."""
-    found = None
-    for argument, following in zip(argv, [*argv[1:], None], strict=False):
-        if argument == option:
-            found = following
-        elif argument.startswith(f"{option}="):
-            found = argument.removeprefix(f"{option}=")
-    return found
 
 
 class EditCLI(LightningCLI):
@@ -108,7 +89,9 @@ class EditCLI(LightningCLI):
         self.started = self.loaded = time.perf_counter()
         self.forced = callbacks
         sys.argv[1:], self.config_files = resolve_configs(sys.argv[1:], configs)
-        folder = value_of("--from_pack", sys.argv[1:])
+        early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        early.add_argument("--from_pack", nargs="?")
+        folder = early.parse_known_args()[0].from_pack
         self.started_from = PackContent.read(folder) if folder else None
         super().__init__(
             Editor,
@@ -118,6 +101,7 @@ class EditCLI(LightningCLI):
             parser_kwargs={"exit_on_error": False},
             save_config_callback=None,
             seed_everything_default=0,
+            auto_configure_optimizers=False,  # the editors make their own
             trainer_defaults={
                 "max_epochs": -1,
                 "reload_dataloaders_every_n_epochs": 1,
@@ -130,6 +114,8 @@ class EditCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Lightning's own, with the parser's complaints in one line."""
         self.config = parse(parser, {"model": REGISTRY})
+        given = self.config if self.started_from else parse(parser, {"model": REGISTRY}, defaults=False)
+        self.seed_given = given.get("model.init_args.seed") is not None  # by somebody, or by the pack: 0 is a seed too
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The run directory and the callbacks' own sections."""
@@ -137,9 +123,8 @@ class EditCLI(LightningCLI):
         parser.add_argument("--resume", type=Resume, default="auto", help="'never' refuses to go on with a stopped run")
         parser.add_argument("--quiet", action="store_true", help="only errors, and the score in one last line")
         parser.add_argument("--overwrite", action="store_true", help="remove a run that cannot go on in run_dir")
-        parser.add_argument(
-            "--from_pack", type=str | None, default=None, help="go on with the edited model of this pack"
-        )
+        words = "go on with the edited model of this pack"
+        parser.add_argument("--from_pack", type=str | None, default=None, help=words)
         if self.started_from is not None:
             parser.set_defaults({"model": self.started_from.model_options()})
         for name, callback in self.forced.items():
@@ -148,13 +133,13 @@ class EditCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Everything that a run writes goes to its run directory."""
         name = "-".join(file.stem for file in self.config_files) or ("continued" if self.started_from else "default")
-        self._follow_seed()
+        self.seed = int(self.config.seed_everything)
+        if not self.seed_given and "seed" in self.config.model.init_args:
+            self.config.model.init_args.seed = self.seed
         if self.config.quiet:
-            self.config.progress.quiet = True
             only_errors()
         self.run_dir = Path(self.config.run_dir or Path("runs") / name)
-        self.config.run_dir = str(self.run_dir)
-        self.config.trainer.default_root_dir = str(self.run_dir)
+        self.config.run_dir = self.config.trainer.default_root_dir = str(self.run_dir)
         logger = self.config.trainer.logger
         if hasattr(logger, "init_args") and logger.init_args.get("save_dir") in (None, "."):
             self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -163,56 +148,39 @@ class EditCLI(LightningCLI):
                 if option in logger.init_args and logger.init_args[option] is None:
                     logger.init_args[option] = value
 
-    def _follow_seed(self) -> None:
-        """Seeds that were left at 0 follow `seed_everything`."""
-        sections = (self.config.model.init_args, *(self.config[name] for name in self.forced))
-        for section in sections:
-            if section.get("seed") == 0 and isinstance(self.config.seed_everything, int):
-                section.seed = int(self.config.seed_everything)
-
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer with a durable checkpoint after every window."""
         self.run = RunDirectory(self.run_dir)
-        self._choose_strategy()
+        options = self.config_init.trainer
+        self._choose_strategy(options)
         checkpoint = SaveEachWindow(self.run_dir / CHECKPOINT)
-        own = self.run.checkpoint_io(lambda: self.datamodule.windows, self._tables)
-        plugins = [*(self.config_init.trainer.plugins or []), own]
+        plugins = [*(options.plugins or []), self.run.checkpoint_io(lambda: self.datamodule.windows, self._tables)]
         if SLURMEnvironment.detect() and not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
             plugins.append(SLURMEnvironment(auto_requeue=False))  # the same command goes on, from a whole window
-        if self.config_init.trainer.max_epochs == 0:
+        if options.max_epochs == 0:
             raise ConfigError("trainer.max_epochs is 0: no window would be written; give -1 for the whole stream")
         try:
             trainer = super().instantiate_trainer(**kwargs, callbacks=[checkpoint], plugins=plugins)
             if trainer.world_size > 1 and not isinstance(trainer.strategy, EditStrategy):
-                self.config_init.trainer.strategy = "shard_parallel"  # what 'auto' comes to
+                options.strategy = "shard_parallel"  # what 'auto' comes to
                 trainer = super().instantiate_trainer(**kwargs, callbacks=[checkpoint], plugins=plugins)
         except MisconfigurationException as error:
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
         for option, unset in (("max_steps", -1), ("max_time", None)):
-            value = self.config_init.trainer[option]
-            if trainer.world_size > 1 and value not in (unset, None):
-                raise ConfigError(
-                    f"trainer.{option} {value} would stop each of {trainer.world_size} ranks at a place of its own; "
-                    "give trainer.max_epochs, the number of windows"
-                )
+            if trainer.world_size > 1 and options[option] not in (unset, None):
+                words = f"would stop each of {trainer.world_size} ranks at a place of its own"
+                remedy = "give trainer.max_epochs, the number of windows"
+                raise ConfigError(f"trainer.{option} {options[option]} {words}; {remedy}")
         return trainer
 
-    def _choose_strategy(self) -> None:
-        """Put ours in the place of Lightning's own strategies for several devices.
-
-        Raises:
-            ConfigError: a strategy that an edit stream cannot run under.
-        """
-        trainer = self.config_init.trainer
+    def _choose_strategy(self, trainer: Any) -> None:
+        """Put ours in the place of Lightning's own strategies for several devices."""
         given = trainer.strategy if isinstance(trainer.strategy, str) else type(trainer.strategy).__name__
-        known = _ALIASES.get(given, given)
-        if known != given:
-            trainer.strategy = known
+        if given in _ALIASES:
+            trainer.strategy = _ALIASES[given]
         elif isinstance(trainer.strategy, str) and given not in ("auto", *STRATEGIES):
-            raise ConfigError(
-                f"trainer.strategy '{given}' cannot run an edit stream; give one of: "
-                f"{', '.join(('auto', 'ddp', *STRATEGIES))}"
-            )
+            known = ", ".join(("auto", "ddp", *STRATEGIES))
+            raise ConfigError(f"trainer.strategy '{given}' cannot run an edit stream; give one of: {known}")
 
     def load(self) -> None:
         """Read and check every record, load the base, and check that the edits fit it: all before the first write.
@@ -222,57 +190,68 @@ class EditCLI(LightningCLI):
         """
         strategy = self.trainer.strategy
         self.team = strategy.join() if isinstance(strategy, EditStrategy) else ALONE
-        if self.team.rank:
-            _hush()
+        if self.team.rank:  # what every rank could say, the first one says
+            for name in (*OURS, "lightning.pytorch", "lightning.fabric", "py.warnings"):
+                logging.getLogger(name).setLevel(logging.CRITICAL)
+            warnings.simplefilter("ignore")
+        for name in ("monitor", "scoreboard", "dashboard"):
+            self.part(name).seed = self.seed
+        if self.config.quiet:
+            self.part("progress").disable()
         with self._among_ranks():
             self._load()
         self.loaded = time.perf_counter()
 
     def _load(self) -> None:
         """Each step is done by all ranks or by none; only between the steps do they speak to each other."""
-        first, together = self.team.rank == 0, self.team.together
-        together(self._read)
-        if first:
-            together(lambda: self.run.open(self.settings(), self.config.resume, self.config.overwrite))
-        else:
-            together(lambda: None)
-        resumes = self.team.first(self.run.resumes if first else False)
-        earlier = together(lambda: self._load_base(resumes))
-        together(self.run.begin if first else lambda: None)
-        self.run.checkpoint = self.team.first(self.run.checkpoint if first else None)
-        if earlier is not None:
-            self.datamodule.inherit(earlier)
-        if self.run.checkpoint is not None:
-            self.datamodule.ledger = self._history()
-        if first:
-            self.run.journal.follow(self.datamodule.ledger)
-        else:
-            self.datamodule.ledger.journal = KeptElsewhere()
+        first, together, stream = self.team.rank == 0, self.team.together, self.datamodule
 
-    def _history(self) -> Ledger:
-        """The ledger of the run that is resumed. One rank reads the journal: SQLite's log is for one machine."""
-        found = self.team.together(self.run.history if self.team.rank == 0 else Ledger)
-        if self.team.size > 1:
-            state = self.team.first(found.state_dict())
-            if self.team.rank:
-                found.load_state_dict(state)
-        return found
+        def on_first(step: Callable[[], None]) -> None:
+            together(step if first else lambda: None)
+
+        together(self._read)
+        on_first(lambda: self.run.open(self.settings(), self.config.resume, self.config.overwrite))
+        resumes = self.team.first(first and self.run.resumes)
+        earlier = together(lambda: self._load_base(resumes))
+        on_first(self.run.begin)
+        self.run.checkpoint = self.team.first(self.run.checkpoint)
+        if earlier is not None:
+            stream.inherit(earlier)
+        if self.run.checkpoint is not None:
+            stream.ledger = together(self.run.history if first else Ledger)  # SQLite's log is for one machine
+            if self.team.size > 1:
+                state = self.team.first(stream.ledger.state_dict())
+                if not first:
+                    stream.ledger.load_state_dict(state)
+        if first:
+            self.run.journal.follow(stream.ledger)
+        else:
+            stream.ledger.journal = KeptElsewhere()
 
     def _tables(self) -> Tables:
         """The checkpoint's rows, read by the first rank for all."""
         return self.team.first(self.run.journal.tables() if self.team.rank == 0 else {})
 
     def _read(self) -> None:
-        self._keep_the_pack()
+        pack = self.config.from_pack
+        if pack and Path(pack).resolve() == (self.run_dir / "pack").resolve():
+            words = "lies in the run directory and would be replaced; give another --run_dir"
+            raise ConfigError(f"from_pack '{pack}' {words}")
         self.datamodule.setup()
         self.datamodule.also_scored = tuple(probe.prompt for probe in self.part("scoreboard").probes)
 
     def _load_base(self, resumes: bool) -> Ledger | None:
+        """Nothing is written. Returns the ledger of the pack that the run starts from."""
         self.model.scratch = self.run_dir / "scratch"
         self.model.join(self.team)  # the base's own score, before the first edit, is dealt out too
         self.model.load()
         self.datamodule.check_fit(self.model.edited.forms, self.model.edited.longest)
-        return None if resumes else self._start_from_pack()
+        if resumes or not self.config.from_pack:
+            return None
+        pack = self.started_from or PackContent.read(self.config.from_pack)
+        restore_into(self.model, pack.folder, pack.config, pack.tensors)
+        self.datamodule.join(pack.ledger)
+        return pack.ledger
 
     @contextmanager
     def _among_ranks(self) -> Iterator[None]:
@@ -284,24 +263,6 @@ class EditCLI(LightningCLI):
             if known is error:
                 raise
             raise known from error
-
-    def _keep_the_pack(self) -> None:
-        """A run does not write where the pack lies that it starts from."""
-        if self.config.from_pack and Path(self.config.from_pack).resolve() == (self.run_dir / "pack").resolve():
-            raise ConfigError(
-                f"from_pack '{self.config.from_pack}' lies in the run directory and would be replaced; give another "
-                "--run_dir"
-            )
-
-    def _start_from_pack(self) -> Ledger | None:
-        """Give the editor what the pack holds, and the stream its place behind the pack's edits; returns the pack's
-        ledger, or None where the run starts anew. Nothing is written."""
-        if not self.config.from_pack:
-            return None
-        pack = self.started_from or PackContent.read(self.config.from_pack)
-        restore_into(self.model, pack.folder, pack.config, pack.tensors)
-        self.datamodule.join(pack.ledger)
-        return pack.ledger
 
     def fit(self) -> None:
         """Run the stream, from its start or from where it was stopped."""
@@ -320,8 +281,7 @@ class EditCLI(LightningCLI):
         trainer = {name: config["trainer"][name] for name in DECIDING}
         probes = [config.get(name, {}).get("probes") for name in ("gate", "scoreboard")]
         read = (config["data"]["path"], config["data"]["irrelevant"], *probes)
-        files = [Path(str(name)) for name in read]
-        contents = {str(file): files_hash([file]) for file in files if file.is_file()}
+        contents = {name: files_hash([Path(name)]) for name in read if name and Path(name).is_file()}
         return kept | {"trainer": trainer, "contents": contents, "from_pack": self.config.from_pack}
 
     def part(self, name: str) -> Any:
@@ -341,17 +301,16 @@ class EditCLI(LightningCLI):
         }
 
 
-def finish(cli: EditCLI) -> dict[str, Any]:
-    """Write a finished run's artefacts and print its report, on the first rank; returns the content of
-    `metrics.json`.
+def finish(cli: EditCLI) -> None:
+    """Write a finished run's artefacts and print its report, on the first rank.
 
     Raises:
         NothingWritten: none of the run's edits is written at its end; all artefacts are there.
     """
     if cli.team.rank:
-        return {}
+        return
     run_dir, editor, stream, board = cli.run_dir, cli.model, cli.datamodule, cli.part("scoreboard")
-    metrics = collect_metrics(cli)
+    metrics = _metrics(cli)
     cli.config.overwrite = False  # said once, for this run
     if editor.adapted is not None:  # what `auto` came to
         chosen = cli.config.model.init_args
@@ -360,7 +319,8 @@ def finish(cli: EditCLI) -> dict[str, Any]:
     stream.ledger.to_parquet(run_dir / "edits.parquet")
     cli.run.journal.note("finished", counted(len(stream.edits), "edit"))
     save_pack(editor, run_dir / "pack", cli.provenance(), {JOURNAL_FILE: cli.run.journal.to_parquet})
-    write_rows(run_dir / "generations.jsonl", _all_rows(board))
+    rows = (result.rows for result in board.results.values())
+    write_rows(run_dir / "generations.jsonl", chain(*rows, board.form_rows))
     write_rows(run_dir / "curves.jsonl", board.curve)
     write_rows(run_dir / "features.json", [board.features])
     metrics["seconds"]["total"] = time.perf_counter() - cli.started
@@ -371,116 +331,88 @@ def finish(cli: EditCLI) -> dict[str, Any]:
         Console().print(verdict(metrics, run_dir), markup=False, highlight=False, soft_wrap=True)
     else:
         print_report(metrics, run_dir)
-    why = None if board.singles else nothing_written(stream.ledger, [edit.id for edit in stream.edits])
+    why = None if board.singles else _nothing_written(stream.ledger, [edit.id for edit in stream.edits])
     if why is not None:
         raise NothingWritten(f"{why}; {run_dir / 'report.html'} says more, and another base, layer or lr may do better")
-    return metrics
 
 
-def nothing_written(ledger: Ledger, ids: Sequence[str]) -> str | None:
+def _nothing_written(ledger: Ledger, ids: Sequence[str]) -> str | None:
     """Why none of some edits is written, in words; None where one is."""
     entries = [ledger.entry(id) for id in ids if id in ledger]
     if any(entry.shard is not None for entry in entries):
         return None
-    reasons = Counter((entry.status, entry.reason) for entry in entries)
-    words = [
-        f"{number:,} {status}{f' ({reason})' if reason else ''}" for (status, reason), number in reasons.most_common(3)
-    ]
+    reasons = Counter(f"{entry.status} ({entry.reason})" if entry.reason else str(entry.status) for entry in entries)
+    words = ", ".join(f"{number:,} {reason}" for reason, number in reasons.most_common(3)) or "none arrived"
     rest = f" and {len(reasons) - 3:,} more reasons" if len(reasons) > 3 else ""
-    return f"nothing was written: of {counted(len(ids), 'edit')} {', '.join(words) or 'none arrived'}{rest}"
+    return f"nothing was written: of {counted(len(ids), 'edit')} {words}{rest}"
 
 
-def _all_rows(board: Any) -> Iterator[dict[str, Any]]:
-    """Every prompt with every raw answer, those in other forms last."""
-    for result in board.results.values():
-        yield from result.rows
-    yield from board.form_rows
-
-
-def collect_metrics(cli: EditCLI) -> dict[str, Any]:
+def _metrics(cli: EditCLI) -> dict[str, Any]:
     """The content of `metrics.json`; figures that do not apply are None."""
-    board, feedback, merge = cli.part("scoreboard"), cli.part("feedback"), cli.part("merge")
+    board, feedback, outcome = cli.part("scoreboard"), cli.part("feedback"), cli.part("merge").outcome
     editor, stream, results = cli.model, cli.datamodule, board.results
-    ledger, records = stream.ledger, stream.records
-    pre = results["pre_edit"].rows
-    outcome = merge.outcome
+    records, joined = stream.records, stream.joined
+    reporting = cli.part("dashboard").seconds  # reporting measures, as scoring does
+    editing = board.edit_seconds - reporting
+    right = [row["id"] for row in results["pre_edit"].rows if row["kind"] == "edit" and row["correct"]]
     metrics: dict[str, Any] = {
         "editor": editor.editor_name,
         "base": {"name": editor.base.name, "sha256": editor.base.sha256, "parameters": editor.base.parameters},
         "layer": editor.layer,
         "n_edits": len(stream.edits),
-        **_memory(cli),
         "seed": cli.config.seed_everything,
-        "seconds": (seconds := _seconds(cli)),
-        "edits_per_minute": 60 * len(stream.edits) / max(seconds["edit"], 1e-9),
+        "seconds": {
+            "load": cli.loaded - cli.started,
+            "edit": editing,
+            "prepare": board.prepare_seconds,  # the part of `edit` before the first edit
+            "evaluate": board.seconds + reporting,
+        },
+        "edits_per_minute": 60 * len(stream.edits) / max(editing, 1e-9),
         **{stage: results[stage].scores for stage in ("pre_edit", "before_merge")},
         "final": results["final"].scores | board.beside,
         "routing": results["final"].routing,
         "oracle_routing": board.oracle,
         "closed_loop": {
-            "windows": stream.windows - (stream.joined.windows if stream.joined else 0),
+            "windows": stream.windows - (joined.windows if joined else 0),
             "rolled_back": cli.part("gate").rolled_back,
             "pruned": feedback.pruned,
             "retriggered": feedback.retriggered,
-            "quarantined": len(ledger.with_status(EditStatus.QUARANTINED)),
+            "quarantined": len(stream.ledger.with_status(EditStatus.QUARANTINED)),
         },
         "merge": {"accepted": bool(outcome), "reason": outcome.reason if outcome is not None else "merging is off"},
         "records": {
             "bad": list(records.bad),
             "duplicates": list(records.duplicates),
             "superseded": dict(records.superseded),
-            "renamed": dict(stream.joined.renamed) if stream.joined else {},
-            "already_right": [row["id"] for row in pre if row["kind"] == "edit" and row["correct"]],
+            "renamed": dict(joined.renamed) if joined else {},
+            "already_right": right,
         },
-        "edits": ledger.counts(),
+        "edits": stream.ledger.counts(),
         "method": editor.figures(),
     }
-    earlier = board.earlier.report() | {"superseded": len(stream.joined.replaced)} if board.earlier else None
-    adapted = editor.adapted.as_dict() if editor.adapted else None
+    return metrics | _more_metrics(cli)
+
+
+def _more_metrics(cli: EditCLI) -> dict[str, Any]:
+    """What the edits left, in bytes, and what not every run has."""
+    editor, stream, board = cli.model, cli.datamodule, cli.part("scoreboard")
+    means = board.singles.figures() if board.singles else {}  # the editor at the end holds none of the single edits
+    left = means["memory_bytes"] if means else bytes_left(editor)
+    replaced = len(stream.joined.replaced) if board.earlier else 0
     found = {
-        "adapted": adapted,
+        "shards": len(editor.memory),
+        "memory_bytes": left,
+        "bytes_per_edit": left / (1 if means else max(len(stream.edits), 1)),
+        "peak_bytes": board.peak.figures(),
+        "adapted": editor.adapted.as_dict() if editor.adapted else None,
         "ranks": [pace.as_dict() for pace in editor.paces] or None,
         "perplexity": board.perplexity,
         "probes": board.kept,
-        "earlier": earlier,
+        "earlier": board.earlier.report() | {"superseded": replaced} if board.earlier else None,
+        "singles": means.get("number"),
+        "method": {"deviation": means["deviation"]} if "deviation" in means else None,
     }
-    return metrics | {name: figures for name, figures in found.items() if figures is not None} | _of_singles(board)
-
-
-def _seconds(cli: EditCLI) -> dict[str, float]:
-    """What took how long; `prepare` is that part of `edit` which went before the first edit."""
-    board, reporting = cli.part("scoreboard"), cli.part("dashboard").seconds  # reporting measures, as scoring does
-    return {
-        "load": cli.loaded - cli.started,
-        "edit": board.edit_seconds - reporting,
-        "prepare": board.prepare_seconds,
-        "evaluate": board.seconds + reporting,
-    }
-
-
-def _memory(cli: EditCLI) -> dict[str, Any]:
-    """What the edits left and what editing took at its peak, in bytes; of single edits the mean of what each left."""
-    editor, board = cli.model, cli.part("scoreboard")
-    if board.singles:
-        left = one = board.singles.figures()["memory_bytes"]
-    else:
-        left = bytes_left(editor)
-        one = left / max(len(cli.datamodule.edits), 1)
-    return {
-        "shards": len(editor.memory),
-        "memory_bytes": left,
-        "bytes_per_edit": one,
-        "peak_bytes": board.peak.figures(),
-    }
-
-
-def _of_singles(board: Any) -> dict[str, Any]:
-    """How many single edits the scores are means of, and what the editor at the end, which holds none, cannot say."""
-    if board.singles is None:
-        return {}
-    found = board.singles.figures()
-    method = {"method": {"deviation": found["deviation"]}} if "deviation" in found else {}
-    return {"singles": found["number"], **method}
+    return {name: figures for name, figures in found.items() if figures is not None}
 
 
 STOPS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
@@ -491,10 +423,6 @@ class Stopped(BaseException):
     """Somebody asked to stop: whatever is under way ends here; what is durable stays. No `KeyboardInterrupt`, for which
     the trainer has an end of its own."""
 
-    def __init__(self, signum: int) -> None:
-        self.signum = signal.Signals(signum)
-        super().__init__(STOPS[self.signum])
-
 
 def _stop(signum: int, frame: Any) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # asked once is enough
@@ -504,14 +432,7 @@ def _stop(signum: int, frame: Any) -> None:
 
 def guarded(main: Callable[[], Any], resumes: bool = False) -> None:
     """Run a command; a mistake of the user's becomes one line and exit code 2, a run that wrote nothing likewise 1,
-    SIGTERM one line and 143, Ctrl-C 130.
-
-    With `--debug` among the arguments the traceback is shown.
-
-    Args:
-        main: the command.
-        resumes: the same command goes on where it was stopped.
-    """
+    SIGTERM one line and 143, Ctrl-C 130, with the way on where the same command resumes. `--debug` shows tracebacks."""
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     again = shlex.join(["python", *sys.argv])  # before the configurations become paths
@@ -521,16 +442,17 @@ def guarded(main: Callable[[], Any], resumes: bool = False) -> None:
     try:
         main()
     except Stopped as stopped:
+        (signum,) = stopped.args
         remedy = f"; this goes on from the last full window: {again}" if resumes else ""
         said_elsewhere = is_started_by_us() or bool(getattr(rank_zero_only, "rank", 0))
-        _end("" if said_elsewhere else f"stopped by {stopped}{remedy}", 128 + stopped.signum)
+        _end("" if said_elsewhere else f"stopped by {STOPS[signum]}{remedy}", 128 + signum)
     except BrokenPipeError:  # who read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (RepairError, ValueError) as error:
-        if debug:
-            raise
-        known = _cause(error)
-        if known is None:
+        known: BaseException | None = error
+        while known is not None and not isinstance(known, RepairError):
+            known = known.__cause__  # the parser wraps what a constructor raises
+        if debug or known is None:
             raise
         _end("" if isinstance(known, LeftOutError) else f"error: {known}", known.exit_code)
 
@@ -551,32 +473,6 @@ def _end(words: str, code: int) -> NoReturn:
     raise SystemExit(code) from None
 
 
-def _cause(error: BaseException | None) -> RepairError | None:
-    """The user's mistake behind an error: the parser wraps what a constructor raises."""
-    while error is not None and not isinstance(error, RepairError):
-        error = error.__cause__
-    return error
-
-
-def _hush() -> None:
-    """What every rank could say, the first one says."""
-    for name in (*OURS, "lightning.pytorch", "lightning.fabric", "py.warnings"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    warnings.simplefilter("ignore")
-
-
-class _ToStderr(logging.StreamHandler):
-    """Writes whole lines to what `sys.stderr` is at the moment: above a live bar, while there is one."""
-
-    @property
-    def stream(self) -> Any:
-        return sys.stderr
-
-    @stream.setter
-    def stream(self, _: Any) -> None:
-        """It is looked up."""
-
-
 def only_errors() -> None:
     """Let our loggers say what went wrong alone."""
     for ours in OURS:
@@ -585,7 +481,10 @@ def only_errors() -> None:
 
 def _quiet() -> None:
     """Leave the terminal to the run's own words: other libraries' progress bars, tips and known false alarms go."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_ToStderr()])
+    assert logging.lastResort is not None
+    to_stderr = copy(logging.lastResort)  # writes to what `sys.stderr` is at the moment: above a live bar
+    to_stderr.setLevel(logging.NOTSET)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[to_stderr])
     for ours in OURS:
         logging.getLogger(ours).setLevel(logging.INFO)
     for theirs in ("lightning.pytorch", "lightning.fabric"):
@@ -593,8 +492,11 @@ def _quiet() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each of its retries; what comes of them is said
     transformers.utils.logging.disable_progress_bar()
     os.environ.setdefault("WANDB_SILENT", "true")  # its folder is named in the closing report
-    warnings.filterwarnings("ignore", "Found .* module.* in eval mode")  # the frozen base stays in it on purpose
-    warnings.filterwarnings("ignore", "Checkpoint directory .* exists")  # the last run's is replaced
-    warnings.filterwarnings("ignore", ".*sync_dist=True.*")  # what is logged is the same on all ranks
-    warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")  # inside Lightning
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # a worklist of a few batches in memory
+    for expected in (
+        "Found .* module.* in eval mode",  # the frozen base stays in it on purpose
+        "Checkpoint directory .* exists",  # the last run's is replaced
+        ".*sync_dist=True.*",  # what is logged is the same on all ranks
+        ".*treespec, LeafSpec.*",  # inside Lightning
+        ".*does not have many workers.*",  # a worklist of a few batches in memory
+    ):
+        warnings.filterwarnings("ignore", expected)

@@ -19,9 +19,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from itertools import product
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,14 +36,13 @@ from repair_lightning.errors import ConfigError
 from repair_lightning.reports.comparison import Grid, Result, write_tables
 from repair_lightning.reports.comparison_page import write_comparison_page
 from repair_lightning.reports.figures import draw_costs, draw_grid
+from repair_lightning.storage.files import replace_text
 
 REPOSITORY = Path(__file__).parents[2]
 TRAIN = REPOSITORY / "train.py"
 COMPARISONS = (REPOSITORY / "configs" / "compare", Path(__file__).parents[1] / "configs" / "compare")
 FIXED = ("run_dir", "seed_everything", "data.sample_seed", "data.max_edits", "data.singles", "trainer.logger")
 """Options that a comparison gives to each run itself."""
-OUT_OF_TIME = 1 << 16
-"""Stands for the exit code of a run whose time was over; no process has it."""
 STARTUP = 50
 """What starting a run is worth, in edits, where the time left is estimated."""
 
@@ -50,16 +52,8 @@ STARTUP = 50
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run.
-
-    Attributes:
-        name: as the tables show it.
-        configs: presets over the comparison's own configurations.
-        options: dotted option -> value, over everything else; values may be what a command line cannot say, as null.
-        note: one line for the tables.
-        sizes: the only numbers of edits that it is run with; empty runs it with all.
-        reason: why it is not run with the others.
-    """
+    """One way to run: `configs` over the comparison's own, dotted `options` over everything, also what a command line
+    cannot say. `sizes` are the only numbers of edits that it is run with, for a `reason`; empty runs it with all."""
 
     name: str
     configs: tuple[str, ...] = ()
@@ -67,14 +61,6 @@ class Variant:
     note: str = ""
     sizes: tuple[int, ...] = ()
     reason: str = ""
-
-    def __post_init__(self) -> None:
-        if self.sizes and not self.reason:
-            raise ConfigError(f"variant '{self.name}': say in `reason` why it runs with {list(self.sizes)} alone")
-
-    def runs(self, size: int) -> bool:
-        """Whether it is run with so many edits."""
-        return not self.sizes or size in self.sizes
 
     @property
     def folder(self) -> str:
@@ -84,17 +70,8 @@ class Variant:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The content of a comparison's configuration.
-
-    Attributes:
-        config: of every run.
-        sizes: numbers of edits.
-        seeds: of the draw of edits and of the run.
-        variants: what is compared.
-        grid: of two options, if that is what is compared.
-        singles: over how many edits, each the only one of a fresh base, the scores of one edit are averaged; 0 takes
-            the one that is drawn.
-    """
+    """The content of a comparison's configuration: `config` is every run's, `sizes` are numbers of edits, `singles` is
+    over how many edits, each the only one of a fresh base, the scores of one edit are averaged (0: the one drawn)."""
 
     config: tuple[str, ...]
     sizes: tuple[int, ...]
@@ -104,26 +81,20 @@ class Comparison:
     singles: int = 0
 
     def __post_init__(self) -> None:
-        for name, values, least in (("sizes", self.sizes, 1), ("seeds", self.seeds, 0)):
+        for name, values, least in (("sizes", self.sizes, 1), ("seeds", self.seeds, 0), ("singles", [self.singles], 0)):
             if not values or not all(type(value) is int and value >= least for value in values):
                 raise ConfigError(f"{name} must be whole numbers of at least {least}, got {list(values)}")
-        if type(self.singles) is not int or self.singles < 0:
-            raise ConfigError(f"singles must be a whole number of at least 0, got {self.singles!r}")
         names = [variant.name for variant in self.variants]
         bad = [name for name in names if not re.fullmatch(r"\w[\w .+-]*", name)]
-        folders = {variant.folder for variant in self.variants}
-        if bad or not names or len(folders) < len(names):
-            raise ConfigError(
-                f"variants need names of letters, digits, spaces and + - . that differ, got {bad or names}"
-            )
+        if bad or not names or len({variant.folder for variant in self.variants}) < len(names):
+            words = "letters, digits, spaces and + - . that differ"
+            raise ConfigError(f"variants need names of {words}, got {bad or names}")
 
-    def only(self, names: Sequence[str]) -> Comparison:
-        """The comparison of some of the variants, in its own order."""
-        known = [variant.name for variant in self.variants]
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise ConfigError(f"no variant '{unknown[0]}'; known: {', '.join(known)}")
-        return replace(self, variants=tuple(variant for variant in self.variants if variant.name in names))
+    def cells(self, run: bool = True) -> Iterator[tuple[int, int, Variant]]:
+        """Size, seed and variant of what is run, or of what is left out; the smallest first."""
+        for size, seed, variant in product(self.sizes, self.seeds, self.variants):
+            if (not variant.sizes or size in variant.sizes) is run:
+                yield size, seed, variant
 
 
 def read_comparison(path: Path) -> Comparison:
@@ -133,39 +104,41 @@ def read_comparison(path: Path) -> Comparison:
         ConfigError: where the file says what no comparison has.
     """
     content = _checked(yaml.safe_load(path.read_text(encoding="utf-8")), str(path), Comparison)
-    variants = []
-    named = content.get("variants", {} if content.get("grid") else None)
-    for name, given in _checked(named, f"{path}: variants").items():
-        settings = _checked(given or {}, f"{path}: variant '{name}'", Variant, without="name")
-        options = _checked(settings.get("options") or {}, f"{path}: options of '{name}'")
-        nested = [key for key, value in options.items() if isinstance(value, Mapping)]
-        if nested:
-            raise ConfigError(f"{path}: options of '{name}': write dotted options, {nested[0]}.<option>: value")
-        words = [str(settings.get(key) or "") for key in ("note", "reason")]
-        only = tuple(_listed(settings.get("sizes") or ()))
-        presets = _texts(settings.get("configs") or ())
-        variants.append(Variant(str(name), presets, options, words[0], only, words[1]))
     grid = None if content.get("grid") is None else _grid(content["grid"], f"{path}: grid")
+    named = _checked(content.get("variants", {} if grid else None), f"{path}: variants")
+    variants = [_variant(str(name), given or {}, str(path)) for name, given in named.items()]
     if grid is not None:
         variants += [Variant(name, options=options) for name, options in grid.cells()]
-    sizes, seeds = (tuple(dict.fromkeys(_listed(content.get(name, ())))) for name in ("sizes", "seeds"))
-    return Comparison(_texts(content.get("config", ())), sizes, seeds, tuple(variants), grid, content.get("singles", 0))
+    sizes, seeds = (tuple(dict.fromkeys(_listed(content.get(name)))) for name in ("sizes", "seeds"))
+    configs = tuple(map(str, _listed(content.get("config"))))
+    return Comparison(configs, sizes, seeds, tuple(variants), grid, content.get("singles", 0))
+
+
+def _variant(name: str, given: Any, file: str) -> Variant:
+    found = _checked(given, f"{file}: variant '{name}'", Variant, without="name")
+    options = _checked(found.get("options") or {}, f"{file}: options of '{name}'")
+    for key, value in options.items():
+        if isinstance(value, Mapping):
+            raise ConfigError(f"{file}: options of '{name}': write dotted options, {key}.<option>: value")
+    sizes, reason = tuple(_listed(found.get("sizes"))), str(found.get("reason") or "")
+    if sizes and not reason:
+        raise ConfigError(f"{file}: variant '{name}': say in `reason` why it runs with {list(sizes)} alone")
+    configs = tuple(map(str, _listed(found.get("configs"))))
+    return Variant(name, configs, options, str(found.get("note") or ""), sizes, reason)
 
 
 def _grid(given: Any, place: str) -> Grid:
-    """A grid of two options from what the file says of it."""
     found = _checked(given, place, Grid)
-    options = _checked(found.get("options"), f"{place}: options")
-    default = _checked(found.get("default") or {}, f"{place}: default")
+    options, default, fixed = (
+        _checked(found.get(part) or {}, f"{place}: {part}") for part in ("options", "default", "fixed")
+    )
     if len(options) != 2 or not all(isinstance(values, list) and values for values in options.values()):
         raise ConfigError(f"{place}: options must be two options, each with a list of its values, got {options!r}")
-    outside = [name for name, value in default.items() if value not in options.get(name, ())]
-    if outside:
-        raise ConfigError(f"{place}: default: {outside[0]}: {default[outside[0]]!r} is not among the grid's values")
-    fixed = _checked(found.get("fixed") or {}, f"{place}: fixed")
-    twice = [name for name in fixed if name in options]
-    if twice:
-        raise ConfigError(f"{place}: fixed: {twice[0]} is one of the grid's two options; leave it out")
+    for name, value in default.items():
+        if value not in options.get(name, ()):
+            raise ConfigError(f"{place}: default: {name}: {value!r} is not among the grid's values")
+    for name in options.keys() & fixed.keys():
+        raise ConfigError(f"{place}: fixed: {name} is one of the grid's two options; leave it out")
     return Grid({name: tuple(values) for name, values in options.items()}, default, fixed)
 
 
@@ -181,11 +154,7 @@ def _checked(found: Any, place: str, kind: type | None = None, without: str = ""
 
 
 def _listed(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _texts(value: Any) -> tuple[str, ...]:
-    return tuple(map(str, _listed(value)))
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------
@@ -217,37 +186,32 @@ class Run:
         own = f"--config={self.folder / 'options.yaml'}"
         _, files = resolve_configs([part for part in self.arguments if part != own], [REPOSITORY / "configs"])
         digests = [[file.name, hashlib.sha256(file.read_bytes()).hexdigest()] for file in files]
-        return {"arguments": list(self.arguments), "options": dict(self.variant.options), "configs": digests}
+        found = {"arguments": list(self.arguments), "options": dict(self.variant.options), "configs": digests}
+        return json.loads(json.dumps(found, default=str))  # as it is read again
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Keep what was asked, and how it went, beside the run."""
-        text = json.dumps(record, indent=1, ensure_ascii=False, default=str)
-        (self.folder / "compared.json").write_text(text + "\n", encoding="utf-8")
+        replace_text(self.folder / "compared.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
     def record(self) -> dict[str, Any]:
-        """The inverse of :meth:`write`; empty where there is none, or half of one."""
+        """What was written of what is asked now; empty where that is nothing."""
         try:
-            found: dict[str, Any] = json.loads((self.folder / "compared.json").read_text(encoding="utf-8"))
+            found = json.loads((self.folder / "compared.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        return found
+        return found if found["asked"] == self.asked() else {}
 
-    def result(self, any_command: bool = False) -> Result:
-        """What the run came to; `missing` where it was run under another command, unless any will do."""
-        record = self.record()
-        result = Result(
-            self.variant.name, self.variant.note, self.size, self.seed, "missing", record.get("command", "")
-        )
-        if not record or not (any_command or record["asked"] == json.loads(json.dumps(self.asked(), default=str))):
-            return replace(result, command="")
+    def result(self) -> Result:
+        """What the run came to."""
+        record, metrics = self.record(), self.folder / "metrics.json"
+        found = Result(self.variant.name, self.variant.note, self.size, self.seed, "missing", record.get("command", ""))
         if record.get("stopped"):
-            return replace(result, status="stopped", error=f"after {record['stopped']:g} min")
+            return replace(found, status="stopped", error=f"after {record['stopped']:g} min")
         if record.get("error"):
-            return replace(result, status="failed", error=record["error"])
-        metrics = self.folder / "metrics.json"
-        if not metrics.is_file():
-            return result
-        return replace(result, status="finished", metrics=json.loads(metrics.read_text(encoding="utf-8")))
+            return replace(found, status="failed", error=record["error"])
+        if not record or not metrics.is_file():
+            return found
+        return replace(found, status="finished", metrics=json.loads(metrics.read_text(encoding="utf-8")))
 
     def settled(self, limit: float | None) -> bool:
         """Whether it need not be run: it is finished, or it was stopped though it had as long as it would have now."""
@@ -261,38 +225,20 @@ def plan(comparison: Comparison, common: Sequence[str], out: Path) -> list[Run]:
     Raises:
         ConfigError: where a common option is one that a comparison sets itself.
     """
-    taken = [part for part in common if part.removeprefix("--").split("=")[0] in FIXED]
-    if taken:
-        raise ConfigError(f"{taken[0]} is given to each run by the comparison; see --sizes, --seeds and --out")
-    return [
-        _run(comparison, variant, size, seed, common, out)
-        for size in comparison.sizes
-        for seed in comparison.seeds
-        for variant in comparison.variants
-        if variant.runs(size)
-    ]
-
-
-def not_run(comparison: Comparison) -> list[Result]:
-    """What the comparison leaves out, and why."""
-    return [
-        Result(variant.name, variant.note, size, seed, "not run", error=variant.reason)
-        for size in comparison.sizes
-        for seed in comparison.seeds
-        for variant in comparison.variants
-        if not variant.runs(size)
-    ]
-
-
-def _run(comparison: Comparison, variant: Variant, size: int, seed: int, common: Sequence[str], out: Path) -> Run:
-    folder = out / variant.folder / f"n{size}-seed{seed}"
-    arguments = [*_configs(comparison.config), *common, *_configs(variant.configs)]
-    arguments += [f"--config={folder / 'options.yaml'}"] if variant.options else []
-    arguments += ["--run_dir", str(folder), "--seed_everything", str(seed), "--data.sample_seed", str(seed)]
-    singles = comparison.singles if size == 1 else 0
-    arguments += ["--data.max_edits", str(singles or size)] + ["--data.singles", "true"] * bool(singles)
-    arguments += ["--trainer.logger", "false", "--overwrite"]
-    return Run(variant, size, seed, folder, tuple(arguments))
+    for part in common:
+        if part.removeprefix("--").split("=")[0] in FIXED:
+            raise ConfigError(f"{part} is given to each run by the comparison; see --sizes, --seeds and --out")
+    runs = []
+    for size, seed, variant in comparison.cells():
+        folder = out / variant.folder / f"n{size}-seed{seed}"
+        arguments = [*_configs(comparison.config), *common, *_configs(variant.configs)]
+        arguments += [f"--config={folder / 'options.yaml'}"] if variant.options else []
+        arguments += ["--run_dir", str(folder), "--seed_everything", str(seed), "--data.sample_seed", str(seed)]
+        singles = comparison.singles if size == 1 else 0
+        arguments += ["--data.max_edits", str(singles or size)] + ["--data.singles", "true"] * bool(singles)
+        arguments += ["--trainer.logger", "false", "--overwrite"]
+        runs.append(Run(variant, size, seed, folder, tuple(arguments)))
+    return runs
 
 
 def _configs(names: Sequence[str]) -> list[str]:
@@ -323,52 +269,51 @@ class Schedule:
         runs: those that are not finished.
         workers: at a time.
         done: how many were finished before.
-        console: for the progress lines.
         limit: minutes that a run may take; None lets it take what it takes.
     """
 
-    def __init__(
-        self, runs: Sequence[Run], workers: int, done: int, console: Console, limit: float | None = None
-    ) -> None:
-        self.runs, self.workers, self.done, self.console, self.limit = runs, workers, done, console, limit
+    def __init__(self, runs: Sequence[Run], workers: int, done: int, limit: float | None = None) -> None:
+        self.runs, self.workers, self.done, self.limit = runs, workers, done, limit
         self.total = len(runs) + done
         self.processes: set[subprocess.Popen[bytes]] = set()
         self.stopped = False
         self.spent = 0.0
         self.said: list[tuple[str, str | None]] = []
         """The variants of the runs so far, and what went wrong."""
-        self.waiting = [run.size + STARTUP for run in runs]
+        self.waiting = list(runs)
 
     def run_all(self) -> None:
-        """Run everything; what fails is recorded and does not stop the others, unless nothing can work."""
+        """Run everything; what fails is recorded and does not stop the others.
+
+        Raises:
+            ConfigError: the first runs of two variants were refused alike: their common options are at fault.
+        """
         with ThreadPoolExecutor(self.workers) as pool:
-            futures = {pool.submit(self.execute, run): run for run in self.runs}
+            futures = {pool.submit(self._execute, run): run for run in self.runs}
             try:
                 for future in as_completed(futures):
-                    self.report(futures[future], future.result())
-                    self.refuse_early()
+                    self._report(futures[future], future.result())
+                    if self.done == len(self.said) == 2:  # what was finished before shows that others can work
+                        (one, words), (other, again) = self.said
+                        if one != other and words == again and str(words).endswith("(exit code 2)"):
+                            raise ConfigError(f"the first two runs were refused alike, and so would all: {words}")
             except BaseException:
-                self.stop()
+                self.stopped = True  # what is running ends and counts as not run
+                for end in (subprocess.Popen.terminate, _end):
+                    for process in list(self.processes):
+                        end(process)
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def refuse_early(self) -> None:
-        """Stop where the first runs of two variants were refused alike: their common options are at fault.
-
-        Raises:
-            ConfigError: it says what the runs said.
-        """
-        if self.done > len(self.said) or len(self.said) != 2:
-            return  # what was finished before shows that others can work
-        (one, said), (other, again) = self.said
-        if one != other and said == again and str(said).endswith("(exit code 2)"):
-            raise ConfigError(f"the first two runs were refused alike, and so would all: {said}")
-
-    def execute(self, run: Run) -> float:
+    def _execute(self, run: Run) -> float:
         """Run one process and record how it went; returns the seconds that it took."""
         run.folder.mkdir(parents=True, exist_ok=True)
         with open(run.folder / "log.txt", "a", encoding="utf-8") as log:
-            self.wait_for(run, log)
+            try:
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"{run.title}: waiting for a process that a killed comparison left running in {run.folder}")
+                fcntl.flock(log, fcntl.LOCK_EX)
             if self.stopped or run.settled(self.limit):
                 return 0.0
             started = time.perf_counter()
@@ -377,71 +322,45 @@ class Schedule:
             (run.folder / "metrics.json").unlink(missing_ok=True)
             run.write(record)
             (run.folder / "options.yaml").write_text(yaml.safe_dump(overlay(run.variant.options)), encoding="utf-8")
-            code = self.call(run.command, log)
+            code = self._call(run.command, log)
         seconds = time.perf_counter() - started
         if not self.stopped:
-            over = self.limit if code == OUT_OF_TIME else None
-            error = None if over else failure(run.folder, code)
+            over = self.limit if code is None else None
+            error = None if code is None else failure(run.folder, code)
             run.write(record | {"seconds": seconds, "error": error, "stopped": over})
         return seconds
 
-    def wait_for(self, run: Run, log: Any) -> None:
-        """Wait, and say so, while what a killed comparison left running holds the run's log."""
-        told = False
-        while not self.stopped:
-            try:
-                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if not told:
-                    say(self.console, f"{run.title}: waiting for a process that was left running in {run.folder}")
-                told = True
-                time.sleep(0.5)
-
-    def call(self, command: Sequence[str], log: Any) -> int:
-        """Run a process to its end, in a session of its own: a Ctrl-C reaches it through `stop` alone.
-
-        Returns:
-            Its exit code, or `OUT_OF_TIME` where it was ended because its time was over.
-        """
+    def _call(self, command: Sequence[str], log: Any) -> int | None:
+        """Run a process to its end, in a session of its own: a Ctrl-C reaches it through us alone. Returns its exit
+        code, or None where it was ended because its time was over."""
         env = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | os.environ
-        quiet = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
-        with subprocess.Popen(command, stdout=log, env=env, start_new_session=True, **quiet) as process:  # type: ignore[call-overload]
+        quiet: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
+        with subprocess.Popen(command, stdout=log, env=env, start_new_session=True, **quiet) as process:
             self.processes.add(process)
             if self.stopped:
                 process.terminate()
             try:
-                code: int = process.wait(self.limit and 60 * self.limit)
+                return process.wait(self.limit and 60 * self.limit)
             except subprocess.TimeoutExpired:
                 _end(process)
-                code = OUT_OF_TIME
-        self.processes.discard(process)
-        return code
+                return None
+            finally:
+                self.processes.discard(process)
 
-    def stop(self) -> None:
-        """End what is running; it counts as not run."""
-        self.stopped = True
-        for process in list(self.processes):
-            process.terminate()
-        for process in list(self.processes):
-            _end(process)
-
-    def report(self, run: Run, seconds: float) -> None:
+    def _report(self, run: Run, seconds: float) -> None:
         """One line: how the run went, and the time left if edits go on taking what they took."""
         result = run.result()
         self.done += 1
         self.said.append((run.variant.name, result.error if result.status == "failed" else None))
         self.spent += seconds
-        weight = run.size + STARTUP
-        self.waiting.remove(weight)
-        ran = sum(other.size + STARTUP for other in self.runs) - sum(self.waiting)
-        left = self.spent / ran * sum(self.waiting) / self.workers
+        self.waiting.remove(run)
+        left, whole = (sum(other.size + STARTUP for other in runs) for runs in (self.waiting, self.runs))
+        remaining = self.spent / (whole - left) * left / self.workers
         op = result.figure(("final", "autoregressive", "op"))
-        words = (
-            f"FAILED: {result.error}" if result.status == "failed" else "done" if op is None else f"OP {100 * op:.1f}"
-        )
-        words = f"stopped {result.error}" if result.status == "stopped" else words
-        say(self.console, f"[{self.done}/{self.total}] {run.title}: {words}, {_time(seconds)}; {_time(left)} left")
+        words = "done" if op is None else f"OP {100 * op:.1f}"
+        words = {"failed": f"FAILED: {result.error}", "stopped": f"stopped {result.error}"}.get(result.status, words)
+        took, more = (timedelta(seconds=round(time)) for time in (seconds, remaining))
+        say(f"[{self.done}/{self.total}] {run.title}: {words}, {took}; {more} left")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -465,24 +384,17 @@ def failure(folder: Path, code: int) -> str | None:
     return f"{said or 'it said nothing'} ({how})"
 
 
-def say(console: Console, text: str) -> None:
+def say(text: str) -> None:
     """A line as it is, however long."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _time(seconds: float) -> str:
-    minutes = seconds / 60
-    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
 class _Parser(argparse.ArgumentParser):
-    """Complains in one line."""
-
     def error(self, message: str) -> NoReturn:
-        remedy = "options of train.py stand behind --" if "unrecognized" in message else "--help lists all options"
+        remedy = "options of train.py stand after --" if "unrecognized" in message else "--help lists all options"
         raise ConfigError(f"{message}; {remedy}")
 
 
@@ -493,13 +405,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--config", required=True, help="the comparison: a file, or a name in configs/compare")
     parser.add_argument("--sizes", type=int, nargs="+", help="numbers of edits, instead of the configuration's")
     parser.add_argument("--seeds", type=int, nargs="+", help="likewise")
-    parser.add_argument("--singles", type=int, help="edits over which the scores of one edit are averaged, likewise")
     parser.add_argument("--limit_minutes", type=float, help="end a run that takes longer; the tables say so")
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="run only these; the tables hold all")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time (default: cores)")
     parser.add_argument("--out", type=Path, help="default: runs/<name of the configuration>")
     parser.add_argument("--dry_run", action="store_true", help="print the commands")
-    parser.add_argument("--tables_only", action="store_true", help="write the tables anew from what is there")
     options = parser.parse_args(list(argv[:at]))
     if options.workers < 1:
         raise ConfigError(f"--workers must be at least 1, got {options.workers}")
@@ -512,104 +422,73 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run what is not finished, write the tables; exits with 1 where a run failed."""
     options, common = parse(sys.argv[1:] if argv is None else argv)
     file = config_path(options.config, COMPARISONS)
-    comparison = read_comparison(file)
-    sizes, seeds = (tuple(dict.fromkeys(given or ())) for given in (options.sizes, options.seeds))
-    comparison = replace(comparison, singles=comparison.singles if options.singles is None else options.singles)
-    chosen = comparison.only(options.variants) if options.variants else comparison
-    chosen = replace(chosen, sizes=sizes or comparison.sizes, seeds=seeds or comparison.seeds)
-    known_sizes, known_seeds = ({*comparison.sizes, *chosen.sizes}, {*comparison.seeds, *chosen.seeds})
-    comparison = replace(comparison, sizes=tuple(sorted(known_sizes)), seeds=tuple(sorted(known_seeds)))
     out = options.out or Path("runs") / file.stem
-    runs, console = plan(chosen, common, out), Console()
-    if options.tables_only:
-        if not out.is_dir():
-            raise ConfigError(f"--tables_only: '{out}' is no folder; give the --out of the runs")
-        everything = plan(comparison, common, out)
-        other = sum(run.result(any_command=True).status != run.result().status for run in everything)
-        if other:
-            say(
-                console,
-                f"{other} runs in {out} were made with other options or configurations than these: shown as they are",
-            )
-        _tables(comparison, chosen, common, out, console, any_command=True)
-        return
-    _check(runs)
+    asked, whole = _asked(options, read_comparison(file))
+    runs, everything = plan(asked, common, out), plan(whole, common, out)
+    if not TRAIN.is_file():
+        words = "an installed wheel does not hold it; clone the repository and install it with pip install -e ."
+        raise ConfigError(f"a comparison runs train.py, and {TRAIN} is not there: {words}")
+    for run in runs:
+        run.asked()  # every configuration is there
+        if options.dry_run:
+            say(f"# {run.title}: {json.dumps(dict(run.variant.options))}\n{shlex.join(run.command)}")
     if options.dry_run:
-        for run in runs:
-            say(console, f"# {run.title}: {json.dumps(dict(run.variant.options))}\n{shlex.join(run.command)}")
         return
     todo = [run for run in runs if not run.settled(options.limit_minutes)]
-    say(console, f"{len(runs)} runs, {len(runs) - len(todo)} of them finished before; {options.workers} at a time")
-    again = sum(run.result(any_command=True).status == "finished" for run in todo)
-    if again:
-        say(console, f"{again} of them finished under other options or configurations, and are run anew")
+    say(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished before; {options.workers} at a time")
     try:
-        Schedule(todo, options.workers, len(runs) - len(todo), console, options.limit_minutes).run_all()
+        Schedule(todo, options.workers, len(runs) - len(todo), options.limit_minutes).run_all()
     finally:
-        failed = _tables(comparison, chosen, common, out, console)
+        failed = _tables(whole, everything, runs, out)
     if failed:
         raise SystemExit(1)
 
 
-def _check(runs: Sequence[Run]) -> None:
-    """Refuse before the first run what no run could do."""
-    if not TRAIN.is_file():
-        raise ConfigError(
-            f"a comparison runs train.py, and {TRAIN} is not there: an installed wheel does not hold it; clone the "
-            "repository and install it with pip install -e ."
-        )
-    for run in runs:
-        run.asked()  # every configuration is there
+def _asked(options: argparse.Namespace, known: Comparison) -> tuple[Comparison, Comparison]:
+    """What the options ask for, and all that the tables may show: that and what the configuration says."""
+    names = [variant.name for variant in known.variants]
+    for name in options.variants or ():
+        if name not in names:
+            raise ConfigError(f"no variant '{name}'; known: {', '.join(names)}")
+    chosen = tuple(variant for variant in known.variants if variant.name in (options.variants or names))
+    sizes, seeds = (tuple(dict.fromkeys(given or ())) for given in (options.sizes, options.seeds))
+    asked = replace(known, variants=chosen, sizes=sizes or known.sizes, seeds=seeds or known.seeds)
+    sizes, seeds = (tuple(sorted({*a, *b})) for a, b in ((known.sizes, sizes), (known.seeds, seeds)))
+    return asked, replace(known, sizes=sizes, seeds=seeds)
 
 
-def _tables(
-    comparison: Comparison,
-    chosen: Comparison,
-    common: Sequence[str],
-    out: Path,
-    console: Console,
-    any_command: bool = False,
-) -> int:
-    """Write the tables, the report and the pictures of what was chosen and of all that was run before; returns how many
-    of the chosen failed."""
-    results = [run.result(any_command) for run in plan(comparison, common, out)]
-    failed = [result for result in results if result.status == "failed"]
-    known = {result.variant for result in results if result.status != "missing"}
-    if not known:
-        say(console, f"no run is finished in {out}; no table is written")
+def _tables(whole: Comparison, everything: Sequence[Run], asked: Sequence[Run], out: Path) -> int:
+    """Write the tables, the report and the pictures of what was asked for and of all that was run before; returns how
+    many of those asked for failed."""
+    results = {run.folder: run.result() for run in everything}
+    begun = [result for result in results.values() if result.status != "missing"]
+    if not begun:
+        say(f"no run is finished in {out}; no table is written")
         return 0
-    begun = [result for result in results if result.status != "missing"]
-    sizes = {result.size for result in begun}
-    begun += [result for result in not_run(comparison) if result.variant in known and result.size in sizes]
-    asked = {(run.variant.name, run.size, run.seed) for run in plan(chosen, common, out)}
-    missing = dict.fromkeys(
-        f"{one.variant} ({one.size})"
-        for one in results
-        if one.status == "missing" and (one.variant, one.size, one.seed) in asked
-    )
+    mine = [results[run.folder] for run in asked]
+    missing = dict.fromkeys(f"{one.variant} ({one.size})" for one in mine if one.status == "missing")
     if missing:
-        say(console, f"not there yet: {', '.join(missing)}")
-    write_tables(out, begun, comparison.grid)
-    counts = {status: sum(result.status == status for result in begun) for status in ("finished", "stopped")}
-    said = f"{counts['finished']} runs finished, {len(failed)} failed"
-    said += f", {counts['stopped']} stopped" if counts["stopped"] else ""
-    say(console, f"{said}; tables: {out}/table.md .tex .csv .json")
-    if comparison.grid is None:
+        say(f"not there yet: {', '.join(missing)}")
+    counts = Counter(result.status for result in begun)
+    names, sizes = {result.variant for result in begun}, {result.size for result in begun}
+    for size, seed, variant in whole.cells(run=False):
+        if variant.name in names and size in sizes:
+            begun.append(Result(variant.name, variant.note, size, seed, "not run", error=variant.reason))
+    write_tables(out, begun, whole.grid)
+    stopped = f", {counts['stopped']} stopped" if counts["stopped"] else ""
+    said = f"{counts['finished']} runs finished, {counts['failed']} failed{stopped}"
+    say(f"{said}; tables: {out}/table.md .tex .csv .json")
+    if whole.grid is None:
         page = write_comparison_page(out, begun)
-        drawn = draw_costs(out, begun)
-        words = ", ".join(file.name for file in drawn) or "no run has an OP to draw"
-        say(console, f"report: {page}; the paper's tables: {out}/scores.md .tex .csv; {words}")
+        words = ", ".join(file.name for file in draw_costs(out, begun)) or "no run has an OP to draw"
+        say(f"report: {page}; the paper's tables: {out}/scores.md .tex .csv; {words}")
     else:
-        files = draw_grid(out, comparison.grid, begun)
-        say(
-            console,
-            f"heat map: {', '.join(map(str, files))}" if files else "no heat map: no cell of the grid has an OP",
-        )
-    return sum((one.variant, one.size, one.seed) in asked for one in failed)
+        files = ", ".join(map(str, draw_grid(out, whole.grid, begun)))
+        say(f"heat map: {files}" if files else "no heat map: no cell of the grid has an OP")
+    return sum(one.status == "failed" for one in mine)
 
 
 def command() -> None:
     """The command as a process: a signal that ends it ends its runs too."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda got, _: sys.exit(128 + got))
+    signal.signal(signal.SIGHUP, lambda number, _: sys.exit(128 + number))
     guarded(main)

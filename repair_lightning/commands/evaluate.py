@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,8 @@ import torch
 from torch import Tensor
 
 from repair_lightning.edits.records import load_records
-from repair_lightning.models.edited import EditedModel
 from repair_lightning.models.prefix_cache import PrefixCache
-from repair_lightning.packs.pack import PackedModel, fold_into, load_ledger, open_pack, read_pack
+from repair_lightning.packs.pack import fold_into, load_ledger, open_pack, read_pack
 from repair_lightning.scoring.continuations import longest_text
 from repair_lightning.scoring.forms import form_scores
 from repair_lightning.scoring.same_subject import same_subject
@@ -41,52 +39,38 @@ def evaluate_pack(
     started = time.perf_counter()
     config, tensors = read_pack(pack)
     edits = load_records(str(edits_path()) if path == WORLD else path, format, max_edits, on_bad_record).edits  # type: ignore[arg-type]
-    model = _opened(pack, config, tensors, base, precision)
+    model = open_pack(pack, config, tensors, base, precision)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.prefixes = PrefixCache(model.split)  # prompts come again
     loaded = time.perf_counter() - started
     scorer = Scorer(model, edits)
     owners = _owners(pack, edits, scorer)
     nobody = torch.full_like(owners, BASE)
     before = scorer.score("pre_edit", oracle_choice(scorer.questions, nobody), owners)
-    perplexity = {"pre": scorer.perplexity(nobody)} if format == "hallucination" else None
+    perplexity = scorer.perplexity(nobody) if format == "hallucination" else None
     changed = fold_into(model, tensors)  # only now: the base's own answers are what must be kept
-    choice = scorer.choose()
-    final = scorer.score("final", choice, owners, changed)
+    final = scorer.score("final", choice := scorer.choose(), owners, changed)
     oracle = scorer.score("oracle", oracle_choice(scorer.questions, owners), owners, changed)
-    beside, rows = _beside(model, edits, changed)
+    forms, rows = form_scores(model, edits, longest=longest_text(model))
     if generations is not None:
         write_rows(Path(generations), [*before.rows, *final.rows, *rows])
     metrics: dict[str, Any] = {
         "editor": config["editor"],
-        "base": {"name": config["base"]["name"], "sha256": config["base"]["sha256"]},
+        "base": {key: config["base"][key] for key in ("name", "sha256")},
         "n_edits": len(edits),
         "shards": len(model.memory),
         "pre_edit": before.scores,
-        "final": final.scores | beside,
+        "final": final.scores | {"forms": forms, "same_subject": same_subject(model, edits, changed)},
         "routing": final.routing,
         "oracle_routing": oracle.scores,
         "provenance": config["provenance"],
     }
     if changed:
         metrics["method"] = {"deviation": {str(layer): d for layer, d in model.weights.deviations().items()}}
-    if perplexity:
-        metrics["perplexity"] = perplexity | {"final": scorer.perplexity(choice.memory)}
+    if perplexity is not None:
+        metrics["perplexity"] = {"pre": perplexity, "final": scorer.perplexity(choice.memory)}
     seconds = time.perf_counter() - started
-    metrics["seconds"] = {"load": loaded, "evaluate": seconds - loaded, "total": seconds}
-    return metrics
-
-
-def _opened(pack: str | Path, config: dict[str, Any], tensors: dict[str, Tensor], *how: Any) -> PackedModel:
-    """The pack's model where it computes fastest, and keeping the states of prompts that come again."""
-    model = open_pack(pack, config, tensors, *how)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    model.prefixes = PrefixCache(model.split)
-    return model
-
-
-def _beside(model: EditedModel, edits: Sequence[Edit], changed: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The shares per form and of other questions about edited subjects, and each raw answer of the forms."""
-    forms, rows = form_scores(model, edits, longest=longest_text(model))
-    return {"forms": forms, "same_subject": same_subject(model, edits, changed)}, rows
+    return metrics | {"seconds": {"load": loaded, "evaluate": seconds - loaded, "total": seconds}}
 
 
 def _owners(pack: str | Path, edits: tuple[Edit, ...], scorer: Scorer) -> Tensor:

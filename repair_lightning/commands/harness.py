@@ -37,13 +37,14 @@ def harness(
         base: the base's folder or hub name; None takes the one in the pack's folder, else the name that it remembers.
         precision: of the base.
         include_path: a folder with more tasks, in YAML.
-        options: as :func:`run_tasks` takes them.
+        options: `batch_size`, `limit`, `num_fewshot`, `apply_chat_template` and `system_instruction`.
 
     Returns:
-        `base` and `edited`, each as :func:`run_tasks` returns it, and the version of `lm_eval`.
+        `lm_eval`: its version; `base` and `edited`, each with `scores`: task -> metric -> number, `requests`: how many
+        there were, and `by_shards`: how many a shard answered.
 
     Raises:
-        ConfigError: `lm_eval` is not installed, or there is no such task.
+        ConfigError: `lm_eval` is not installed, there is no such task, or no chat template.
         RepairError: the pack or a task's data cannot be loaded.
     """
     manager = task_manager(tasks, include_path)
@@ -51,58 +52,35 @@ def harness(
     config, tensors = read_pack(folder)
     model = open_pack(folder, config, tensors, base, precision)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    before = run_tasks(model, tasks, manager, routed=False, **options)
+    before = _scores(model, tasks, manager, routed=False, **options)
     fold_into(model, tensors)  # only now: a merged W_v is not the plain base's
-    after = run_tasks(model, tasks, manager, **options)
-    return {"lm_eval": version("lm_eval"), "base": before, "edited": after}
+    return {"lm_eval": version("lm_eval"), "base": before, "edited": _scores(model, tasks, manager, **options)}
 
 
-def run_tasks(
+def _scores(
     model: EditedModel,
     tasks: Sequence[str],
-    manager: Any = None,
+    manager: Any,
     routed: bool = True,
     batch_size: int = 16,
-    limit: int | None = None,
-    num_fewshot: int | None = None,
     apply_chat_template: bool = False,
-    system_instruction: str | None = None,
+    **asked: Any,
 ) -> dict[str, Any]:
-    """Ask a model the requests of tasks.
-
-    Args:
-        model: the edited model.
-        tasks: the harness's names of tasks or groups.
-        manager: knows the tasks, see :func:`task_manager`; None makes one.
-        routed: False leaves every request to the base.
-        batch_size: requests per call.
-        limit: most documents of each task.
-        num_fewshot: examples before each question; None leaves it to the task.
-        apply_chat_template: put questions, and examples as earlier turns, through the base's chat template.
-        system_instruction: a system message before them.
-
-    Returns:
-        `scores`: task -> metric -> number; `requests`: how many there were; `by_shards`: how many a shard answered.
-
-    Raises:
-        ConfigError: `lm_eval` is not installed, there is no such task, or no chat template.
-        RepairError: a task's data cannot be loaded.
-    """
-    manager = manager or task_manager(tasks)
     from lm_eval import simple_evaluate
 
     from repair_lightning.scoring.lm_eval_model import EditedLM
 
     lm = EditedLM(model, routed, batch_size)
-    asked = {"tasks": list(tasks), "num_fewshot": num_fewshot, "limit": limit, "task_manager": manager}
-    asked["system_instruction"] = system_instruction
     asked |= {"apply_chat_template": True, "fewshot_as_multiturn": True} if apply_chat_template else {}
     try:
-        found = simple_evaluate(model=lm, log_samples=False, **asked)
+        found = simple_evaluate(model=lm, tasks=list(tasks), task_manager=manager, log_samples=False, **asked)
     except OSError as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise RepairError(f"{', '.join(tasks)}: {reason}; check the task's data, the network and the disk") from error
-    scores = {task: _numbers(values) for task, values in found["results"].items()}
+    scores = {  # `acc,none` and the like, without the names and notes between them
+        task: {key: value for key, value in values.items() if "," in key and isinstance(value, (int, float))}
+        for task, values in found["results"].items()
+    }
     return {"scores": scores, "requests": lm.requests, "by_shards": lm.by_shards}
 
 
@@ -127,23 +105,17 @@ def task_manager(tasks: Sequence[str], include_path: str | None = None) -> Any:
     return manager
 
 
-def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of a task: `acc,none` and the like, without the names and notes between them."""
-    return {key: value for key, value in values.items() if "," in key and isinstance(value, (int, float))}
-
-
 def comparison_table(found: Mapping[str, Any]) -> Table:
     """A row per task and metric: the base, the edited model, and how far they are apart."""
-    table = Table(header_style="bold")
-    for column, justify in (("task", "left"), ("metric", "left"), ("base", "right"), ("edited", "right")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    table.add_column("change", justify="right")
+    table = Table("task", "metric", header_style="bold")
+    for column in ("base", "edited", "change"):
+        table.add_column(column, justify="right")
     for task, before in found["base"]["scores"].items():
         for metric, value in before.items():
             now = found["edited"]["scores"][task][metric]
-            name = metric.removesuffix(",none")
             change = "" if "_stderr" in metric else f"{now - value:+.4f}"
-            table.add_row(escape(task), escape(name), f"{value:.4f}", f"{now:.4f}", change)
+            name = escape(metric.removesuffix(",none"))
+            table.add_row(escape(task), name, f"{value:.4f}", f"{now:.4f}", change)
     return table
 
 

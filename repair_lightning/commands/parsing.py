@@ -19,29 +19,31 @@ _UNKNOWN_IN_GROUP = re.compile(r"Group '([^']+)' does not accept option '([^']+)
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _EXPECTED = re.compile(r"Expected (?:a )?(?:<class '(\w+)'>|typing\.(Literal\[.*?\])|(one of .*?)\.? )")
 _GOT = re.compile(r"(?:Got|Given) value: (.*)")
-
+_WORDS = {"NoneType": "null", "bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text"}
 
 Classes = Mapping[str, Mapping[str, type]]
 """Option that takes a class -> name -> class: those that may be named there."""
 
 
-def parse(parser: ArgumentParser, classes: Classes | None = None) -> Any:
+def parse(parser: ArgumentParser, classes: Classes | None = None, defaults: bool = True) -> Any:
     """The options of this process; `--help` prints and exits.
 
     Args:
         parser: made with `exit_on_error=False`.
         classes: which options take a class; `--option NAME` takes the one of that name.
+        defaults: False leaves out what nobody gave.
 
     Raises:
         ConfigError: an option is unknown, misses its value, or cannot take it.
     """
+    known = classes or {}
     try:
-        return parser.parse_args(with_nulls(with_paths(sys.argv[1:], classes or {}), classes or {}))
+        return parser.parse_args(with_nulls(_with_paths(sys.argv[1:], known), known), defaults=defaults)
     except ArgumentError as error:
-        raise ConfigError(explained(str(error), parser, classes or {})) from error
+        raise ConfigError(_explained(str(error), parser, known)) from error
 
 
-def with_paths(argv: Sequence[str], classes: Classes) -> list[str]:
+def _with_paths(argv: Sequence[str], classes: Classes) -> list[str]:
     """The arguments, where a class's own name stands for its path."""
     found: list[str] = []
     for before, argument in zip(["", *argv], argv, strict=False):
@@ -63,27 +65,25 @@ def with_nulls(argv: Sequence[str], classes: Iterable[str]) -> list[str]:
         if option in classes and inner and not given and rest[:1] == ["null"]:
             given, value = "=", rest.pop(0)
         if option in classes and inner and value == "null":
-            name, given, value = "--config", "=", _nested([option, "init_args", *inner.split(".")])
+            nested: Any = None
+            for part in reversed([option, "init_args", *inner.split(".")]):
+                nested = {part: nested}
+            name, given, value = "--config", "=", json.dumps(nested)
         found.append(f"{name}{given}{value}")
     return found
 
 
-def _nested(names: Sequence[str]) -> str:
-    value: Any = None
-    for name in reversed(names):
-        value = {name: value}
-    return json.dumps(value)
-
-
-def explained(message: str, parser: ArgumentParser, classes: Classes) -> str:
+def _explained(message: str, parser: ArgumentParser, classes: Classes) -> str:
     """The parser's message in one line, with a remedy."""
-    known = known_options(parser, classes)
+    known = _known_options(parser, classes)
     help = f"{parser.prog} --help"
     if found := _UNKNOWN_IN_GROUP.search(message):
         name = ".".join(found.groups())
         return f"a configuration has the unknown option '{name}'{_alike(name, known)} {help} lists all"
     if found := _UNKNOWN.search(message):
-        name = _as_given(found[1] or found[2])
+        name = (found[1] or found[2]).partition("=")[0].lstrip("-")
+        given = (argument.partition("=")[0] for argument in sys.argv[1:])  # of a class's options we hear the end alone
+        name = next((argument for argument in given if argument.endswith(name)), name)
         if name in known:
             own = f"{parser.prog} --model.help NAME"
             return f"the class that is chosen has no option '{name}'; `{own}` lists its own"
@@ -91,31 +91,23 @@ def explained(message: str, parser: ArgumentParser, classes: Classes) -> str:
     keys, got = _KEY.findall(message), _GOT.search(message)
     if not keys or not got:
         return f"{' '.join(message.split())}; {help} explains the options"
-    expected = _expected(message)
     if len(keys) == 1 and keys[0] in classes and "NestedArg(" not in message:
         names = list(classes[keys[0]])
         similar = _alike(got[1], names)
         takes = f"{'It' if similar.endswith('?') else 'it'} takes one of: {', '.join(names)}"
         return f"--{keys[0]} cannot be '{got[1]}'{similar} {takes}; or the path of a class that can be imported"
-    return f"--{'.'.join(keys)} cannot be '{got[1]}': it takes {' or '.join(expected) or 'something else'}; see {help}"
+    return f"--{'.'.join(keys)} cannot be '{got[1]}': it takes {_expected(message) or 'something else'}; see {help}"
 
 
-def known_options(parser: ArgumentParser, classes: Classes) -> list[str]:
+def _known_options(parser: ArgumentParser, classes: Classes) -> list[str]:
     """The names of all options, those of the classes too."""
-    names = [name for action in parser._actions for name in action.option_strings]
+    parsers = [parser]
     for option, kinds in classes.items():
         for kind in kinds.values():
-            inner = ArgumentParser(exit_on_error=False)
-            inner.add_class_arguments(kind, option)
-            names += [name for action in inner._actions for name in action.option_strings]
+            parsers.append(ArgumentParser(exit_on_error=False))
+            parsers[-1].add_class_arguments(kind, option)
+    names = (name for one in parsers for action in one._actions for name in action.option_strings)
     return list(dict.fromkeys(name for name in names if name.startswith("--")))
-
-
-def _as_given(name: str) -> str:
-    """The option as the user wrote it: of a class's own options the parser tells the end alone."""
-    name = name.partition("=")[0].lstrip("-")
-    given = (argument.partition("=")[0] for argument in sys.argv[1:])
-    return next((argument for argument in given if argument.endswith(name)), name)
 
 
 def _alike(name: str, known: Iterable[str]) -> str:
@@ -128,13 +120,12 @@ def _alike(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(repr(option) for option in names)}?" if names else ";"
 
 
-def _expected(message: str) -> list[str]:
+def _expected(message: str) -> str:
     """What the innermost of the parser's complaints would take."""
     starts = [found.start() for found in _KEY.finditer(message)]
     inner = message[starts[-1] :]
     if len(starts) > 1:  # what would do in place of the class itself
         inner = inner.split("\n    - Expected a <class 'NoneType'>\n  Given value type")[0]
     found = [next(part for part in parts if part) for parts in _EXPECTED.findall(inner + " ")]
-    words = {"NoneType": "null", "bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text"}
     plain = [re.sub(r"^Literal\[(.*)\]$", lambda match: match[1].replace(", ", " or "), name) for name in found]
-    return list(dict.fromkeys(words.get(name, name) for name in plain))
+    return " or ".join(dict.fromkeys(_WORDS.get(name, name) for name in plain))

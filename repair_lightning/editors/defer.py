@@ -50,7 +50,7 @@ class Defer(Editor):
         irrelevant: most irrelevant prompts beside it.
         threshold: the least probability of being in scope that hands a prompt over.
         false_fire_rate: share of held-out irrelevant prompts that may be handed over.
-        seed: of what is drawn; on the command line 0 follows `seed_everything`.
+        seed: of what is drawn; `seed_everything` where a command gives none.
         common: what every editor takes, see `Editor`.
     """
 

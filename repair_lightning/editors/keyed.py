@@ -36,7 +36,7 @@ class Keyed(ShardEditor):
         writing: the inner steps.
         hold: where shards are kept, on the base's `device` or on the `host`, in the CPU's memory: many edits of a large
             base are more than a GPU holds.
-        seed: of samples; on the command line 0 follows `seed_everything`.
+        seed: of samples; `seed_everything` where a command gives none.
         common: what every editor takes, see `Editor`.
     """
 

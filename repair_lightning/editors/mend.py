@@ -180,7 +180,7 @@ class MEND(WeightEditor):
         c_loc: weight of the divergence on irrelevant prompts.
         check_every: training steps between looks at the held-out edits; the best of these is kept.
         patience: training ends after so many steps without a better look.
-        seed: of the first weights and of what is drawn; on the command line 0 follows `seed_everything`.
+        seed: of the first weights and of what is drawn; `seed_everything` where a command gives none.
         common: what every editor takes, see `Editor`.
     """
 

@@ -128,7 +128,7 @@ class Repair(ShardEditor):
         routing: how prompts find their memory.
         writing: how a batch is written.
         distillation: intra-batch distillation.
-        seed: of masks and samples; on the command line 0 follows `seed_everything`.
+        seed: of masks and samples; `seed_everything` where a command gives none.
         common: what every editor takes, see `Editor`.
     """
 

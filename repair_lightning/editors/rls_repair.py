@@ -31,7 +31,7 @@ class RLSRepair(Keyed):
     Args:
         base: folder or hub name of a Hugging Face causal LM.
         writing: how shards are written.
-        seed: of samples; on the command line 0 follows `seed_everything`.
+        seed: of samples; `seed_everything` where a command gives none.
         values: how RLSEdit finds values.
         ridge: RLSEdit's lambda.
         anchoring: RLSEdit's mu.

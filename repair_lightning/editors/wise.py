@@ -73,7 +73,7 @@ class WISE(Repair):
         routing: how prompts find their memory.
         writing: how a batch is written.
         distillation: REPAIR's, off.
-        seed: of masks and samples; on the command line 0 follows `seed_everything`.
+        seed: of masks and samples; `seed_everything` where a command gives none.
         mode: `retrieve` or `merge`.
         subspaces: merge: how many full memories are fused, at least 2.
         density: merge: share of a memory's coordinates that is kept before, in (0, 1].

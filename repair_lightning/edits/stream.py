@@ -67,7 +67,6 @@ class EditStream(EditSource):
         window: edits that arrive and are handled together; 1 is the paper's strict stream.
         batch_size: most edits of a batch.
         clustering: form batches by the similarity of the base's features; else in the order of arrival.
-        max_regroups: an edit that left this many batches is written alone.
         irrelevant: file of unrelated questions, `world` for the embedded ones; None lets the base write its own.
         irrelevant_prefix: put before each of them.
         max_irrelevant: take so many of them; half train, a quarter calibrates the router, a
@@ -80,6 +79,9 @@ class EditStream(EditSource):
             editor goes back to the model that it began with. Scores are then means over single edits (N = 1).
     """
 
+    max_regroups = 2
+    """An edit that left this many batches is written alone."""
+
     def __init__(
         self,
         path: str = WORLD,
@@ -89,7 +91,6 @@ class EditStream(EditSource):
         window: int = 128,
         batch_size: int = 128,
         clustering: bool = True,
-        max_regroups: int = 2,
         irrelevant: str | None = None,
         irrelevant_prefix: str = "",
         max_irrelevant: int = 1000,
@@ -105,7 +106,7 @@ class EditStream(EditSource):
                 raise ConfigError(f"data.{name} must be at least 1, got {value}")
         self.window, self.batch_size = 1 if singles else window, batch_size
         self.singles = singles
-        self.clustering, self.max_regroups = clustering, max_regroups
+        self.clustering = clustering
         self.arrived = 0
         self.windows = 0
         self._open: list[EditBatch] = []  # handed out; still the same as long as nothing of it was written

@@ -315,4 +315,6 @@ def read_tables(folder: Path) -> tuple[list[Result], Grid | None]:
         grid = Grid(**content["grid"]) if content.get("grid") else None
         return [Result(**run) for run in content["runs"]], grid
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RepairError(f"'{file}' is no table of a comparison ({error}); write it again: --tables_only") from error
+        raise RepairError(
+            f"'{file}' is no table of a comparison ({error}); the comparison's command writes it"
+        ) from error

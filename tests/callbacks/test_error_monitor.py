@@ -58,7 +58,8 @@ class Listening(ErrorSampleMonitor):
 def test_after_each_window_the_ledger_knows_who_is_right(tmp_path):
     """Some edits cannot be answered right: some are right, some fail, and the verdict is the router's own answer."""
     editor, stream = world_editor(), world_stream(write_edits(tmp_path / "e.jsonl", hard_edits(12)), window=6)
-    monitor = Listening(older=2)
+    monitor = Listening()
+    monitor.older = 2
     fit(editor, stream, [monitor], tmp_path)
     ledger = stream.ledger
     assert len(monitor.seen) == 2

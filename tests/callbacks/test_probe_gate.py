@@ -89,13 +89,14 @@ class Watch(pl.Callback):
         self.windows[-1].changed = {id: entries[id] for id in changed}
 
 
-def run(tmp_path, form: dict[str, Any], guilty: tuple[int, ...] = (), number: int = 8, **options: Any):
+def run(tmp_path, form: dict[str, Any], guilty: tuple[int, ...] = (), enabled: bool = True):
     """Windows of four edits; those at `guilty` answer every prompt as soon as a shard holds them."""
-    edits = world_edits(number)
+    edits = world_edits(8)
     editor = world_editor(**({"steps": 40} | form))
     let_spoil(editor, *(edits[i].id for i in guilty))
     stream = world_stream(write_edits(tmp_path / "edits.jsonl", edits), window=4, batch_size=4)
-    gate = ProbeGate(**options)
+    gate = ProbeGate(enabled)
+    gate.max_attempts = 3
     watch = Watch(gate)
     fit(editor, stream, [gate, watch, ErrorSampleMonitor(), PruneAndRetrigger()], tmp_path)
     return editor, stream, gate, watch
@@ -104,7 +105,7 @@ def run(tmp_path, form: dict[str, Any], guilty: tuple[int, ...] = (), number: in
 @pytest.fixture(scope="module", params=FORMS, ids=["low_rank", "dense"])
 def broken(request, tmp_path_factory):
     """A run whose sixth edit breaks every probe whenever it is written."""
-    return run(tmp_path_factory.mktemp("gate"), request.param, guilty=(5,), max_attempts=3)
+    return run(tmp_path_factory.mktemp("gate"), request.param, guilty=(5,))
 
 
 def test_a_window_that_breaks_probes_is_taken_back_bit_by_bit_and_its_edits_wait_again(broken):
@@ -192,7 +193,8 @@ def test_given_probes_are_asked(tmp_path):
     questions = irrelevant_texts(48)[40:]
     rows = [{"question": text, "answers": ["anything"]} for text in questions]
     (tmp_path / "probes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    gate = ProbeGate(probes=str(tmp_path / "probes.jsonl"), sample=5)
+    gate = ProbeGate(probes=str(tmp_path / "probes.jsonl"))
+    gate.sample = 5
     window(gate, editor, stream, lambda: None)
     assert gate.prompts == questions[:5]
     assert logged.found == {"gate/probe_loss": 0.0}

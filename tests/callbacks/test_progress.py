@@ -29,6 +29,8 @@ def test_one_plain_line_per_window_where_there_is_no_terminal(tmp_path, capsys):
 
 
 def test_quiet_says_nothing(tmp_path, capsys):
-    run(tmp_path, StreamProgress(quiet=True))
+    progress = StreamProgress()
+    progress.disable()
+    run(tmp_path, progress)
     captured = capsys.readouterr()
     assert "window" not in captured.err + captured.out

@@ -77,7 +77,8 @@ class Bench:
 @given(st.integers(0, 100), st.integers(0, 100), st.integers(1, 100))
 def test_the_pruning_threshold_is_hit_in_time(error, tau, delta):
     """Theorem 6: after at most ceil((r0 - tau)+ / delta) retriggers the error rate is tau or less, and no more come."""
-    bench, feedback = Bench(error, delta), PruneAndRetrigger(tau_prune=tau / 100, tau_pool=1000, max_attempts=1000)
+    bench, feedback = Bench(error, delta), PruneAndRetrigger(tau_prune=tau / 100, max_attempts=1000)
+    feedback.tau_pool = 1000
     bound = math.ceil(Fraction(max(error - tau, 0), delta))
     retriggers = sum(bench.window(feedback) for _ in range(bound + 3))
     assert retriggers == bound

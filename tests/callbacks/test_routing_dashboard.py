@@ -36,7 +36,8 @@ def ran(tmp_path_factory) -> SimpleNamespace:
     start_afresh()
     folder = tmp_path_factory.mktemp("dashboard")
     loggers = [OfflineFirstWandbLogger(save_dir=str(folder), group="g"), CSVLogger(folder, "csv")]
-    dashboard = RoutingDashboard(sample=6)
+    dashboard = RoutingDashboard()
+    dashboard.sample = 6
     done = run(folder, dashboard, loggers)
     loggers[0].experiment.finish()
     done.dashboard, done.records = dashboard, offline_run(folder)

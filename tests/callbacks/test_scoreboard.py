@@ -34,7 +34,9 @@ def test_it_only_reports(tmp_path, scored):
     _, editor, stream, trainer = scored
     assert trainer.acted[0] > 0, "the premise: the closed loop acted"
     save_pack(editor, tmp_path / "with", {})
-    _, silent, _ = run(tmp_path, Scoreboard(live=0, batch_size=7, seed=5, max_new_tokens=20))
+    board = Scoreboard(live=0)
+    board.batch_size, board.seed, board.max_new_tokens = 7, 5, 20
+    _, silent, _ = run(tmp_path, board)
     for name in ("side_memory.safetensors", "repair_config.json"):
         assert (tmp_path / "pack" / name).read_bytes() == (tmp_path / "with" / name).read_bytes(), name
     assert silent.ledger == stream.ledger

@@ -83,18 +83,6 @@ def test_an_accepted_merge_leaves_one_shard_that_owns_all(normalize, mask_ratio)
     assert 2 in chosen
 
 
-def test_groups_are_judged_one_by_one():
-    """Four shards in groups of two: one merged shard per group, and every edit still has an owner."""
-    editor = shards_of(number=8, capacity=2)
-    assert len(editor.memory) == 4
-    merge = LossAwareTiesMerge(max_op_drop=1.0, group=2)
-    merge.merge(editor)
-    assert editor.memory.ids == [4, 5]
-    assert editor.ledger.sizes() == {4: 4, 5: 4}
-    assert "shards [0, 1]" in merge.outcome.reason
-    assert "shards [2, 3]" in merge.outcome.reason
-
-
 @pytest.mark.parametrize("number", [4, 8], ids=["one_shard", "two_shards"])
 def test_into_the_main_weights(tmp_path, number):
     """The fused delta is added to W_v; the bank is empty, no prompt is routed, and a plain checkpoint says the same."""

@@ -162,7 +162,7 @@ def test_requeued_and_residual_edits_come_back_with_the_next_arrivals(tmp_path, 
 
 
 def test_after_max_regroups_an_edit_is_alone(tmp_path, watcher):
-    stream = stream_of(tmp_path, watcher, max_regroups=2, batch_size=8)
+    stream = stream_of(tmp_path, watcher, batch_size=8)
     lonely = stream.edits[0].id
     for _ in range(2):
         worklist = stream.next_window()

@@ -17,7 +17,8 @@ def singled(tmp_path_factory):
     """Two edits by themselves, the second of which can never be written."""
     folder = tmp_path_factory.mktemp("singles")
     path = write_edits(folder / "edits.jsonl", hard_edits(2))
-    editor, stream, board = world_editor(), world_stream(path, singles=True), Scoreboard(max_new_tokens=12)
+    editor, stream, board = world_editor(), world_stream(path, singles=True), Scoreboard()
+    board.max_new_tokens = 12
     seen: list[tuple[str, ...]] = []
     write = editor.write
 
@@ -60,7 +61,8 @@ def test_a_run_that_is_resumed_scores_the_rest_on_a_fresh_base(tmp_path):
     path = write_edits(tmp_path / "edits.jsonl", world_edits(3))
 
     def run(epochs: int, ckpt: str | None = None) -> Scoreboard:
-        board = Scoreboard(max_new_tokens=12)
+        board = Scoreboard()
+        board.max_new_tokens = 12
         saver = ModelCheckpoint(tmp_path, filename="last", every_n_epochs=1, enable_version_counter=False)
         options = {"max_epochs": epochs, "enable_checkpointing": True}
         fit(world_editor(), world_stream(path, singles=True), [board, saver], tmp_path, ckpt, **options)
@@ -81,7 +83,8 @@ def test_nothing_of_one_edit_is_left_for_the_next_in_the_base(name, tmp_path):
         path = write_edits(tmp_path / "edits.jsonl", edits)
         editor = REGISTRY[name]("world", precision="float32", **SMALL[name])
         editor.load()
-        board = Scoreboard(max_new_tokens=4)
+        board = Scoreboard()
+        board.max_new_tokens = 4
         fit(editor, world_stream(path, singles=True), [board], tmp_path)
         assert not editor.base_changed
         return board.singles
