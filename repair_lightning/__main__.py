@@ -228,7 +228,7 @@ def dashboard(parser: ArgumentParser) -> None:
 
 
 def _dashboard(options: Namespace) -> None:
-    from repair_lightning.reports.dashboard import create
+    from repair_lightning.reports.tracking import create
 
     print(create(options.entity, options.project))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,24 +17,21 @@ from repair_lightning.errors import RepairError
 from repair_lightning.reports.artefacts import Artefacts
 from repair_lightning.reports.charts import (
     RUN_CHARTS,
+    components,
     cost,
     costs_of,
+    costs_of_results,
     feature_points,
     first_scores,
     live,
+    result_of,
     retention,
+    scale,
+    sensitivity,
     separation,
     thinned,
 )
 from repair_lightning.reports.comparison import Grid, Result, read_tables, write_tables
-from repair_lightning.reports.comparison_charts import (
-    components,
-    costs_of_results,
-    finished,
-    scale,
-    scored_runs,
-    sensitivity,
-)
 from repair_lightning.reports.drawing import Chart
 from repair_lightning.types import Edit, EditReport
 
@@ -214,15 +212,17 @@ def test_scale_has_a_line_where_the_number_of_edits_differs(tmp_path):
         result("none", 30, 0, 0.1),
     ]
     found += [result("all", size, 0, op, base="large/") for size, op in ((30, 0.95), (300, 0.85))]
-    chart = chart_of(scale(finished(found)))
+    chart = chart_of(scale(found))
     assert [(line["of"], line["edits"], line["OP"]) for line in chart.rows] == [
         ("large", 30, 95.0),
         ("large", 300, 85.0),
         ("small", 30, 80.0),
         ("small", 90, 60.0),
     ]
-    assert isinstance(scale(finished(found[-1:])), str)
-    assert scored_runs([run_in(tmp_path / "run")]).values.tolist() == [["small", "repair", 4, 100 * 0.7937]]
+    assert isinstance(scale(found[-1:]), str)
+    alone = result_of(run_in(tmp_path / "run"))
+    lines = chart_of(scale([alone, replace(alone, size=8, metrics=alone.metrics | {"n_edits": 8})])).rows
+    assert [tuple(line.values()) for line in lines] == [("small", 4, 79.37, None), ("small", 8, 79.37, None)]
 
 
 def test_cost_leaves_out_points_beside_lines():

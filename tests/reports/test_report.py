@@ -80,7 +80,7 @@ def test_the_report_of_a_run(tmp_path, width):
     print_report(METRICS | {"perplexity": {"pre": 30.125, "final": 1.5}}, folder, Console(file=screen, width=width))
     text = screen.getvalue()
     assert "3 edits of org/[x]base[/bold]" in text
-    loop = "Closed loop: 2 windows, 0 rolled back, 1 shard pruned, 7 edits written anew, 1 quarantined."
+    loop = "Closed loop: 2 windows, 0 rolled back, 1 shard pruned, 7 edits written again, 1 quarantined."
     assert {
         f"{loop} Merge: not applied (shards [0, 1]: guard score).",
         "180 edits a minute: 1.0 s editing, 2.0 s scoring, 4.0 s in all.",

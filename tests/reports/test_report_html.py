@@ -18,7 +18,7 @@ from repair_lightning.edits.ledger import Ledger, LedgerEntry
 from repair_lightning.errors import RepairError
 from repair_lightning.reports.artefacts import Artefacts
 from repair_lightning.reports.charts import RUN_CHARTS
-from repair_lightning.reports.html_report import page_of, try_report, write_report
+from repair_lightning.reports.html_report import try_report, write_report
 from repair_lightning.reports.report_tables import EDITS_SHOWN, ROWS_SHOWN, edits_table, problems, why_wrong
 from repair_lightning.texts import dialogue
 from repair_lightning.types import BASE, Edit, EditReport
@@ -77,9 +77,7 @@ def test_its_figures_are_those_of_the_metrics(hard_run, page):
     assert "6 of 12 edits failed; 6 of them were quarantined" in page.text
     assert "quarantined: still wrong after 2 attempts" in page.text
     run = Artefacts.read(hard_run)
-    assert set(problems(run)) == {
-        row["id"] for row in run.rows["final"] if row["kind"] == "edit" and not row["correct"]
-    }
+    assert set(problems(run)) == {row["id"] for row in run.final if row["kind"] == "edit" and not row["correct"]}
     assert "train.py --config" in page.text
     assert "tau_correct: 0.85" in page.text
 
@@ -227,13 +225,14 @@ def test_prompts_that_are_messages_are_shown_as_turns_and_edits_in_other_forms_w
     about = {"forms": FORMS, "same_subject": {"asked": 40, "fires": 0.05, "changed": 0.025}}
     metrics = {"base": {"name": "org/small"}, "n_edits": 1, "seconds": {"edit": 2.0}, **stages}
     (tmp_path / "metrics.json").write_text(json.dumps(metrics | {"final": stages["final"] | about}))
-    text = Page(write_report(tmp_path).read_text()).text
+    html = write_report(tmp_path).read_text()
+    text = Page(html).text
     said = "user: Hello there!\nassistant: Good day.\nuser: Where was Mara Quill born?"
     assert text.count(said) == 3  # failed, others, all
     assert '"role"' not in text
     assert "40 other questions about edited subjects: a shard answers 5.0 %, 2.5 % of the answers changed" in text
-    forms = page_of(Artefacts.read(tmp_path)).sections[0].tables[-1].frame.values.tolist()
-    assert forms == [["bare", "50.0", "75.0", "62.5", "0.0"]]  # a form that the base does not have is left out
+    cells = "".join(f'<td class="number">{share}</td>' for share in ("50.0", "75.0", "62.5", "0.0"))
+    assert f"<tr><td>bare</td>{cells}</tr>\n</tbody>" in html  # a form that the base does not have is left out
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
     html = write_report(tmp_path).read_text()
     assert "forms-table" not in html
