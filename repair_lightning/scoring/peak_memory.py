@@ -7,8 +7,6 @@ from pathlib import Path
 import torch
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-RESET_PEAK = "5"
-"""What tells Linux to begin the peak anew, see `proc_pid_clear_refs(5)`."""
 
 
 class PeakMemory:
@@ -27,7 +25,7 @@ class PeakMemory:
     def begin(self) -> None:
         """A stretch begins."""
         try:
-            CLEAR.write_text(RESET_PEAK)
+            CLEAR.write_text("5")  # begin the peak again, see `proc_pid_clear_refs(5)`
             host = _resident("VmRSS")
         except OSError:
             host = None
@@ -39,9 +37,7 @@ class PeakMemory:
 
     def end(self) -> None:
         """The stretch ends."""
-        if self._floor is None:
-            return
-        host, device = self._floor
+        host, device = self._floor or (None, None)
         if host is not None:
             self.host = max(self.host or 0, _resident("VmHWM") - host)
         if device is not None:

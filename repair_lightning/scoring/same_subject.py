@@ -46,11 +46,8 @@ def questions_about_subjects(edits: Sequence[Edit], number: int = NUMBER) -> lis
     found: dict[str, tuple[str, str]] = {}
     each = max(1, min(len(OWN), -(-number // max(len(named), 1))))
     for edit in dice.sample(named, len(named)):
-        others = [
-            other
-            for other in dice.sample(named, min(len(named), 4 * each))
-            if other.subject != edit.subject and meaning[other.id] != meaning[edit.id]
-        ]
+        drawn = dice.sample(named, min(len(named), 4 * each))
+        others = [o for o in drawn if o.subject != edit.subject and meaning[o.id] != meaning[edit.id]]
         made = [asking.without(o.prompt, asking.spellings(str(o.subject)), str(edit.subject)) for o in others[:each]]
         made += [text.format(edit.subject) for text in dice.sample(OWN, min(_EACH, each) if others else each)]
         for text in made[: 2 * each]:
@@ -89,15 +86,10 @@ def same_subject(model: EditedModel, edits: Sequence[Edit], base_changed: bool =
         return None
     memory = model.choose(questions).memory
     fires = memory != BASE
-    again = torch.ones_like(fires) if base_changed else fires
-    at = again.nonzero()[:, 0].tolist()
+    at = [i for i, fired in enumerate(fires.tolist()) if fired or base_changed]
     asked = [questions[i] for i in at]
     now = protocols.answers(model, asked, memory[at], 16)
     with model.weights.originals():
         before = protocols.answers(model, asked, torch.full((len(at),), BASE), 16)
     changed = sum(a != b for a, b in zip(now, before, strict=True))
-    return {
-        "asked": len(questions),
-        "fires": float(fires.float().mean()),
-        "changed": changed / len(questions),
-    }
+    return {"asked": len(questions), "fires": float(fires.float().mean()), "changed": changed / len(questions)}
