@@ -211,8 +211,6 @@ RUN_CHARTS: Mapping[str, Callable[[Artefacts], Chart | str]] = {
 # -- of several runs ---------------------------------------------------------------------------------------------------
 
 PANELS = ("Rel", "Gen", "Loc", "OP")
-TOLD = 3
-"""Most lines whose every point the words name."""
 COSTS = {
     "seconds": "seconds per edit",
     "kept": "kB per edit that are kept",
@@ -248,11 +246,6 @@ def averaged(frame: pd.DataFrame, by: list[str], value: str) -> pd.DataFrame:
     return found.reset_index().rename(columns={"mean": value, "std": "sd"})
 
 
-def _highest(frame: pd.DataFrame, by: str) -> pd.DataFrame:
-    """The row with the highest OP for each value of a column."""
-    return frame.loc[frame.groupby(by, sort=False)["OP"].idxmax()]
-
-
 def components(results: Sequence[Result]) -> Chart | str:
     """Rel, Gen, Loc and OP of every variant (paper, Fig. 5), at the size at which most variants were run."""
     frame = finished(results)
@@ -265,9 +258,7 @@ def components(results: Sequence[Result]) -> Chart | str:
     if found.empty:
         return "components: no finished variant has a score"
     seeds = shown["seed"].nunique()
-    ops = records(found[found["score"] == "OP"].sort_values("value", ascending=False))
-    words = f"Free generation, mean over {seeds} seed{'s' * (seeds > 1)}. OP: "
-    words += "; ".join(f"{row['variant']} {row['value']:.1f}" for row in ops) + "."
+    words = f"Free generation, mean over {counted(seeds, 'seed')}."
     rows = records(found)
     shown = [{**row, "shown": f"{row['value']:.1f}" + (f" ± {row['sd']:.1f}" if row["sd"] else "")} for row in rows]
     picture = drawing.heat(shown, "score", "variant", "value", "shown", (None, None))
@@ -311,11 +302,8 @@ def scale(results: Sequence[Result]) -> Chart | str:
         return "scale: needs runs of one base with different numbers of edits"
     parts = [name for name in ("base", "variant") if found[name].nunique() > 1] or ["base"]
     found = found.assign(of=found[parts].agg(", ".join, axis=1))[["of", "edits", "OP", "sd"]]
-    found = found.sort_values(["of", "edits"])
-    told = found if found["of"].nunique() <= TOLD else _highest(found, "edits")
-    ends = "; ".join(f"{row['of']}, {row['edits']:,} edits: {row['OP']:.1f}" for row in records(told))
-    words = f"Free generation, final model; {'' if told is found else 'highest: '}{ends}."
-    rows = records(found)
+    rows = records(found.sort_values(["of", "edits"]))
+    words = "Free generation, final model, by the number of edits. Where a line falls, edits get in each other's way."
     picture = drawing.lines(rows, "edits", "OP", "of", ("edits", "OP, per cent"), log="x", spread="sd")
     return Chart("scale", "OP against the number of edits", words, rows, picture)
 
@@ -337,7 +325,7 @@ def op_against(cost: str, results: Sequence[Result]) -> Chart | str:
     found = frame.groupby(["size", "variant"], sort=False)[[cost, "OP"]].mean().round(4).reset_index()
     found = found.rename(columns={"variant": "editor", cost: "cost"})
     found = found.assign(id=found["size"].map(lambda size: f"N = {size:,}"))[["id", "editor", "cost", "OP"]]
-    best = records(_highest(found, "id"))
+    best = records(found.loc[found.groupby("id", sort=False)["OP"].idxmax()])
     said = "; ".join(f"{row['id']}: {row['editor']} {row['OP']:.1f} at {row['cost']:,g}" for row in best)
     said = f"Free generation, a picture per number of edits; upper left is best. Highest OP at {said}."
     rows = records(found)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 
@@ -20,9 +20,6 @@ from repair_lightning.storage.files import replace_text, write_json
 
 TABLE = "table.json"
 """The file with everything that a comparison measured."""
-
-Place = tuple[str, ...]
-"""Where a figure stands in `metrics.json`."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class Result:
     error: str | None = None
     metrics: Mapping[str, Any] | None = None
 
-    def figure(self, path: Place) -> Any:
+    def figure(self, path: Sequence[str]) -> Any:
         """A figure of the run, or one per edit; None where it has none."""
         found: Any = {**costs(self.metrics), **self.metrics} if self.metrics else None
         for name in path:
@@ -56,11 +53,10 @@ class Result:
         return self.size if self.figure(("singles",)) else int(self.figure(("n_edits",)) or self.size)
 
 
-@dataclass(frozen=True)
-class Column:
-    """A figure as a table shows it: its place, its unit and its digits after the point."""
+class Column(NamedTuple):
+    """A figure as a table shows it: its place in `metrics.json`, its unit and its digits after the point."""
 
-    path: Place
+    path: Sequence[str]
     scale: float = 100.0
     digits: int = 1
 
@@ -99,9 +95,7 @@ COLUMNS = {
     "bytes/edit": Column(("bytes_per_edit",), scale=1.0, digits=0),
     "edits/min": Column(("edits_per_minute",), scale=1.0, digits=0),
 }
-"""The columns of the table of one size; scores are autoregressive unless they say otherwise, bytes those
-that the edits left."""
-
+"""The columns of the table of one size; scores are of free generation unless they say otherwise."""
 BEFORE = "(no edit)"
 """The row of the base as it was."""
 COSTS = {
@@ -155,8 +149,7 @@ def cell(results: Sequence[Result], column: Column) -> str:
     return text + (f" ({failed} failed)" if failed else "")
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """One of the tables: its columns, the runs that it is of, and what a reader must know."""
 
     name: str
@@ -201,12 +194,7 @@ def editor_parts(results: Sequence[Result]) -> list[Part]:
     """The paper's Tables 3, 4, 7 and 8 with scores as shares: Rel, Gen, Loc and OP in both protocols; perplexity and
     Loc where targets' perplexity was asked; costs. Their first row is the base as it was."""
     first = {(run.size, run.seed): run for run in reversed(results) if run.status == "finished"}
-    before = [
-        Result(BEFORE, "", size, seed, "finished", metrics=_before(run.metrics))
-        for (size, seed), run in first.items()
-        if run.metrics and "pre_edit" in run.metrics
-    ]
-    both = [*before, *results]
+    both = [*(_before(run) for run in first.values() if run.figure(["pre_edit"])), *results]
     found = []
     for one in PROTOCOLS:
         names = {
@@ -220,9 +208,10 @@ def editor_parts(results: Sequence[Result]) -> list[Part]:
     return [*found, Part("costs", "What editing costs", spent, results, COSTS_IN_WORDS)]
 
 
-def _before(metrics: Mapping[str, Any]) -> dict[str, Any]:
+def _before(run: Result) -> Result:
     """A run's figures before its first edit, in the places of the final ones."""
-    return {"final": metrics["pre_edit"], "perplexity": {"final": (metrics.get("perplexity") or {}).get("pre")}}
+    perplexity = {"final": run.figure(("perplexity", "pre"))}
+    return replace(run, variant=BEFORE, metrics={"final": run.figure(["pre_edit"]), "perplexity": perplexity})
 
 
 def lead(results: Sequence[Result]) -> list[str]:

@@ -136,16 +136,13 @@ def _sections(run: Artefacts) -> list[Section]:
     failed = f"{len(report_tables.problems(run)):,} of {m['n_edits']:,} edits failed"
     quarantined = m.get("closed_loop", {}).get("quarantined", 0)
     failed += f"; {quarantined:,} of them were quarantined, so the base answers them." if quarantined else "."
-    wrong = [
-        make(run) for make in (report_tables.failed_table, report_tables.others_table, report_tables.skipped_table)
-    ]
     counts = f"Failed ones come first. {', '.join(f'{number:,} {status}' for status, number in known.items())}"
+    edits = [report_tables.edits_table(run), report_tables.others_table(run), report_tables.skipped_table(run)]
     texts = [("The command", _provenance(run).get("command")), ("The complete configuration", run.config_text)]
     return [
         Section("scores", "Scores", list(side_words(m)), [Table("", score_frame(m), id="score-table"), forms]),
-        Section("failed", "What failed, and why", [failed], wrong),
+        Section("edits", "The edits, and why some failed", [failed, counts], edits),
         _pictures([make(run) for make in RUN_CHARTS.values()]),
-        Section("edits", "All edits", [counts], [report_tables.edits_table(run)]),
         Section("loop", "What happened", [loop_words(m)], [report_tables.event_table(run)]),
         Section("how", "Configuration", facts=_setup(run), texts=[(name, text) for name, text in texts if text]),
     ]
@@ -162,14 +159,11 @@ def _lead(run: Artefacts) -> list[str]:
     changed, shards = "deviation" in m.get("method", {}), m.get("shards", 0)
     words = f"A language model was wrong about some facts. {m['n_edits']:,} corrections were written into "
     words += f"{base_name(m)}, one after the other, as they would arrive in use. "
-    words += (f"They come from {data}. " if data else "") + "The model itself was not retrained" * (not changed)
-    words += "They change some of its own weights" * changed
-    if changed and not shards:
-        words += ", for every question."
-    else:
-        model = f"the {'changed' if changed else 'unchanged'} model"
-        words += f". Corrections are kept in memories beside it (shards; {shards:,} at the end). For every question a "
-        words += f"router decides, from its words alone, whether one of them or {model} answers."
+    words += f"They come from {data}. " if data else ""
+    words += "They change some of its own weights. " if changed else "The model itself was not retrained. "
+    if shards or not changed:
+        words += f"Corrections are kept in memories beside it (shards; {shards:,} at the end): for every question a "
+        words += "router decides, from its words alone, whether one of them or the model answers."
     undone = sum(entry.status == EditStatus.UNDONE for entry in run.entries.values())
     back = f"{undone} of the edits were taken back after the run; scores and answers are those before that."
     return [words] + [back] * bool(undone)

@@ -49,17 +49,19 @@ def score_frame(metrics: Mapping[str, Any]) -> pd.DataFrame:
 
 def routing_frame(routing: Mapping[str, Mapping[str, float] | None]) -> pd.DataFrame:
     """Which memory answered each kind of prompt, in per cent."""
-    kinds = {kind: shares for kind, shares in routing.items() if shares}
-    rows = [[kind, *(_percent(shares[name]) for name in ("base", "right", "wrong"))] for kind, shares in kinds.items()]
-    return pd.DataFrame(rows, columns=["prompt", "base", "right shard", "wrong shard"])
+    return _share_frame(routing, {"base": "base", "right": "right shard", "wrong": "wrong shard"}, "prompt")
 
 
 def form_frame(forms: Mapping[str, Mapping[str, float | None]] | None) -> pd.DataFrame:
     """How edits hold in each form, in per cent; forms that the base does not have are left out."""
     shown = {form: found for form, found in (forms or {}).items() if found["rel"] is not None}
     names = {"rel": "exact", "contains": "contains", "fires": "fires", "garbled": "garbled"}
-    rows = [[form.replace("_", " "), *(_percent(found[name]) for name in names)] for form, found in shown.items()]
-    return pd.DataFrame(rows, columns=["form", *names.values()])
+    return _share_frame(shown, names, "form")
+
+
+def _share_frame(rows: Mapping[str, Any], names: Mapping[str, str], head: str) -> pd.DataFrame:
+    lines = [[row.replace("_", " "), *(_percent(of[name]) for name in names)] for row, of in rows.items() if of]
+    return pd.DataFrame(lines, columns=[head, *names.values()])
 
 
 def _percent(value: float | None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from itertools import groupby
 from typing import Any
@@ -99,23 +99,13 @@ def skipped_table(run: Artefacts) -> Table:
     return table("skipped-table", "Records that were not written", ("kind", "which"), rows, "metrics.json")
 
 
-def failed_table(run: Artefacts) -> Table:
-    """The edits that failed, with the reason."""
-    why = problems(run)
-    return _edits("failed-table", run, list(why), why, ROWS_SHOWN)
-
-
 def edits_table(run: Artefacts) -> Table:
-    """All edits: failed ones first, then in order of arrival."""
+    """All edits: failed ones first with the reason, then in order of arrival."""
     why = problems(run)
-    return _edits("all-edits", run, list(dict.fromkeys([*why, *run.entries, *_edit_rows(run)])), why, EDITS_SHOWN)
-
-
-def _edits(id: str, run: Artefacts, ids: Sequence[str], why: Mapping[str, str], most: int) -> Table:
     columns = ("edit", "asked", "should say", "says", "before", "now", "answered by", "status", "writes", "why")
     answered, base = _edit_rows(run), "base, changed" if "deviation" in run.metrics.get("method", {}) else "base"
     rows = []
-    for one in ids:
+    for one in dict.fromkeys([*why, *run.entries, *answered]):
         entry, row = run.entries.get(one), answered.get(one, {})
         prompt, target = (entry.edit.prompt, entry.edit.target) if entry else (row["prompt"], row["expected"])
         memory = None if not row else base if row["memory"] == BASE else f"shard {row['memory']}"
@@ -123,7 +113,7 @@ def _edits(id: str, run: Artefacts, ids: Sequence[str], why: Mapping[str, str], 
         said = [dialogue.shown(prompt), target, row.get("answer"), row.get("base_answer"), now, memory]
         place = [str(entry.status), entry.attempts] if entry else [None, None]
         rows.append([one, *said, *place, why.get(one) or (entry.reason if entry else None)])
-    return table(id, "", columns, rows, "edits.parquet and generations.jsonl", most)
+    return table("all-edits", "", columns, rows, "edits.parquet and generations.jsonl", EDITS_SHOWN)
 
 
 def event_table(run: Artefacts) -> Table:

@@ -93,12 +93,8 @@ def test_a_column_that_a_finished_run_lacks_did_not_fail():
 def test_op_against_what_an_edit_costs(results):
     chart = op_against("seconds", results)
     assert isinstance(chart, Chart)
-    points = {(row["editor"], row["id"]): (row["cost"], row["OP"]) for row in chart.rows}
-    assert points == {
-        ("ours", "N = 1"): (2.0, 90.0),
-        ("ours", "N = 30"): (2.0, 85.0),
-        ("rome_1", "N = 1"): (2.0, 50.0),
-    }
+    points = {(row["editor"], row["id"], row["cost"], row["OP"]) for row in chart.rows}
+    assert points == {("ours", "N = 1", 2, 90), ("ours", "N = 30", 2, 85), ("rome_1", "N = 1", 2, 50)}
     assert "Highest OP at N = 1: ours 90.0 at 2; N = 30: ours 85.0 at 2." in chart.words
     assert isinstance(op_against("peak", [results[-1]]), str)
 

@@ -57,9 +57,6 @@ def page(html) -> Page:
     return Page(html)
 
 
-# -- what it says ------------------------------------------------------------------------------------------------------
-
-
 def test_a_run_leaves_it_and_the_verb_makes_it_again(copied_run, html, monkeypatch, capsys):
     (copied_run / "report.html").unlink()
     monkeypatch.setattr(sys, "argv", ["repair-lightning", "report", "--run", str(copied_run)])
@@ -107,8 +104,6 @@ def test_every_picture_has_its_words_and_its_numbers(hard_run, page):
         assert any(table.get("id") == f"table-{name}" for table in page.of("table"))
 
 
-# -- why an edit failed ------------------------------------------------------------------------------------------------
-
 ROW = {"kind": "edit", "memory": BASE, "score": 0.4, "threshold": 0.7, "nearest": "e9", "correct": False}
 ENTRY = LedgerEntry(Edit("e1", "Who?", "She"), 0, 0, shard=3)
 
@@ -123,17 +118,14 @@ ENTRY = LedgerEntry(Edit("e1", "Who?", "She"), 0, 0, shard=3)
         ({"memory": 3, "score": 0.9}, "its own shard answered, in other words than the target"),
         ({"memory": 5}, "another edit's shard answered: 5 (score 0.40, needed 0.70, nearest edit e9)"),
         (
-            {"kind": "near", "memory": 5, "nearest": None},
-            "shard 5 answered in place of the base (score 0.40, needed 0.70)",
+            {"kind": "near", "memory": 5},
+            "shard 5 answered in place of the base (score 0.40, needed 0.70, nearest edit e9)",
         ),
         ({"kind": "locality"}, "the base answered, and its own weights have changed"),
     ],
 )
 def test_why(row, words):
     assert why_wrong(ROW | row, ENTRY) == words
-
-
-# -- runs that are not as they should be -------------------------------------------------------------------------------
 
 
 def test_a_damaged_run_is_one_line(copied_run):
@@ -203,8 +195,6 @@ def test_thousands_of_edits(copied_run):
     assert len(html) < 4 << 20
 
 
-# -- dialogues and forms -----------------------------------------------------------------------------------------------
-
 TURNS = [
     {"role": "user", "content": "Hello there!"},
     {"role": "assistant", "content": "Good day."},
@@ -228,7 +218,7 @@ def test_prompts_that_are_messages_are_shown_as_turns_and_edits_in_other_forms_w
     html = write_report(tmp_path).read_text()
     text = Page(html).text
     said = "user: Hello there!\nassistant: Good day.\nuser: Where was Mara Quill born?"
-    assert text.count(said) == 3  # failed, others, all
+    assert text.count(said) == 2  # the edit, and another prompt
     assert '"role"' not in text
     assert "40 other questions about edited subjects: a shard answers 5.0 %, 2.5 % of the answers changed" in text
     cells = "".join(f'<td class="number">{share}</td>' for share in ("50.0", "75.0", "62.5", "0.0"))
@@ -237,9 +227,6 @@ def test_prompts_that_are_messages_are_shown_as_turns_and_edits_in_other_forms_w
     html = write_report(tmp_path).read_text()
     assert "forms-table" not in html
     assert "about edited subjects" not in html
-
-
-# -- in a browser ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
