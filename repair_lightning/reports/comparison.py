@@ -197,10 +197,8 @@ def editor_parts(results: Sequence[Result]) -> list[Part]:
     both = [*(_before(run) for run in first.values() if run.figure(["pre_edit"])), *results]
     found = []
     for one in PROTOCOLS:
-        names = {
-            name: Column(("final", one, name.lower()), scale=1.0, digits=2) for name in ("Rel", "Gen", "Loc", "OP")
-        }
-        found.append(Part(one, f"Scores, {one.replace('_', ' ')}", names, both))
+        shares = {name: Column(("final", one, name.lower()), 1.0, 2) for name in ("Rel", "Gen", "Loc", "OP")}
+        found.append(Part(one, f"Scores, {one.replace('_', ' ')}", shares, both))
     if any(result.figure(("perplexity",)) for result in results):
         figures = {"PPL": Column(("perplexity", "final"), scale=1.0, digits=2), "Loc": found[0].columns["Loc"]}
         found.append(Part("perplexity", "Perplexity of the targets (lower is better) and Loc", figures, both))
@@ -269,7 +267,7 @@ def write_tables(folder: Path, results: Sequence[Result], grid: Grid | None = No
         tables = [part.table() for part in parts]
         texts |= {
             "scores.csv": scores_frame(parts).to_csv(index=False),
-            "scores.tex": latex(tables, document=True),
+            "scores.tex": latex(tables),
             "scores.md": markdown(tables, lead(results), remarks(results)),
         }
     for name, text in texts.items():

@@ -37,7 +37,8 @@ def _edit_rows(run: Artefacts) -> dict[str, Row]:
 
 def problems(run: Artefacts) -> dict[str, str]:
     """Id -> why, for every edit that is not answered right at the end or whose place in the ledger says so."""
-    rows, found = _edit_rows(run), {}
+    rows = _edit_rows(run)
+    found: dict[str, str] = {}
     for id in dict.fromkeys([*run.entries, *rows]):
         entry, row = run.entries.get(id), rows.get(id)
         wrong = why_wrong(row, entry) if row is not None and not row["correct"] else None

@@ -41,20 +41,17 @@ def markdown(tables: Sequence[Table], lead: Sequence[str], remarks: Sequence[str
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def latex(tables: Sequence[Table], document: bool = False) -> str:
-    """The tables, which need the package booktabs; as `document` one that compiles as it is, and serves a paper by
-    `\\input` where the package `standalone` is loaded."""
-    texts = []
+def latex(tables: Sequence[Table]) -> str:
+    """The tables as a document that compiles as it is, and serves a paper by `\\input` where the packages `standalone`
+    and `booktabs` are loaded."""
+    texts = [
+        r"\documentclass[varwidth=\maxdimen, border=6pt]{standalone}",
+        r"\usepackage{booktabs}",
+        r"\begin{document}",
+    ]
     for table in tables:
         columns = "l" + "r" * (len(table.frame.columns) - 1)
-        caption = None if document else table.title
-        text = table.frame.to_latex(
-            index=False, escape=True, column_format=columns, multicolumn_format="c", caption=caption
-        ).replace("±", r"$\pm$")
-        if document:
-            text = f"\\textbf{{{table.title}}}\\par\\smallskip\n{text}\\par\\bigskip\n"
-        texts.append(text)
-    if document:
-        start = [r"\documentclass[varwidth=\maxdimen, border=6pt]{standalone}", r"\usepackage{booktabs}"]
-        texts = [*start, r"\begin{document}", *texts, r"\end{document}", ""]
-    return "\n".join(texts)
+        cells = table.frame.to_latex(index=False, escape=True, column_format=columns, multicolumn_format="c")
+        texts.append(rf"\textbf{{{table.title}}}\par\smallskip")
+        texts.append(cells.replace("±", r"$\pm$") + r"\par\bigskip" + "\n")
+    return "\n".join([*texts, r"\end{document}", ""])

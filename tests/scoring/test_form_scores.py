@@ -9,18 +9,8 @@ import pytest
 import torch
 
 from repair_lightning.scoring import forms as own
-from repair_lightning.scoring.forms import FIGURES, FORMS, form_rows, form_scores
+from repair_lightning.scoring.forms import FORMS, form_rows, form_scores
 from repair_lightning.types import BASE
-
-NOTHING = dict.fromkeys(FIGURES)
-
-
-@pytest.fixture(scope="module")
-def bare_editor(editor_of, write, edits) -> Any:
-    """Four edits in a base without a chat template, which reads 128 tokens."""
-    editor = editor_of()
-    write(editor, edits[:4])
-    return editor
 
 
 @pytest.fixture(scope="module")
