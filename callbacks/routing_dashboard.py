@@ -47,9 +47,6 @@ class RoutingDashboard(pl.Callback):
         shards: most shards that get series and histograms of their own; where there are more, all are taken together.
         rows: most rows of a table, the latest.
         seed: of the sample.
-
-    Attributes:
-        seconds: spent here.
     """
 
     def __init__(self, enabled: bool = True, sample: int = 32, shards: int = 8, rows: int = 200, seed: int = 0) -> None:
@@ -57,7 +54,7 @@ class RoutingDashboard(pl.Callback):
             if value < least:
                 raise ConfigError(f"dashboard.{name} must be at least {least}, got {value}")
         self.enabled, self.sample, self.shards, self.rows, self.seed = enabled, sample, shards, rows, seed
-        self.seconds = 0.0
+        self.seconds = 0.0  # spent here
         self._before: dict[str, LedgerEntry] | None = None
         self._failed: dict[tuple[str, int], list[Any]] = {}
         self._events: list[list[Any]] = []
@@ -98,7 +95,8 @@ class RoutingDashboard(pl.Callback):
             known = {"edits": float(len(written)), "speed/edits_per_minute": (len(written) - self._had) / minutes}
             known |= _memory_in_use(pl_module) | _shard_errors(rates, self.shards)
             known |= _routing_scores(found) if found else {}
-            tables = self._failures(stream, pl_module) if _has_wandb(trainer) else {}  # asked by all ranks together
+            wanted = any(isinstance(logger, WandbLogger) for logger in trainer.loggers)
+            tables = self._failures(stream, pl_module) if wanted else {}  # asked by all ranks together
             for run in _wandb_runs(trainer):
                 tables |= {"tables/confusion": _confusion(found)} if found else {}
                 run.log(self._histograms(found, rates) | tables | {"edits": known["edits"]})
@@ -209,10 +207,6 @@ def _memory_in_use(editor: Any) -> dict[str, float]:
 
 def _stream(trainer: pl.Trainer) -> Any:
     return trainer.datamodule  # type: ignore[attr-defined]
-
-
-def _has_wandb(trainer: pl.Trainer) -> bool:
-    return any(isinstance(logger, WandbLogger) for logger in trainer.loggers)
 
 
 def _wandb_runs(trainer: pl.Trainer) -> list[Any]:

@@ -42,22 +42,6 @@ class Scoreboard(pl.Callback):
         seed: of the live sample.
         probes: file of general-knowledge questions that no edit touches, asked before the first edit and at the end.
         forms: edits that are asked in every form at the end (bare, chat, system message, second turn, ...); 0 for none.
-
-    Attributes:
-        results: the score per stage: `pre_edit`, `before_merge`, `final`.
-        oracle: the final model's scores under perfect routing.
-        perplexity: of the targets, `pre` and `final`, for hallucination records.
-        kept: what the probes say, see `ProbeScorer.score`.
-        earlier: how the edits of the pack that the run started from are answered; None where it had none.
-        seconds: spent on scoring.
-        edit_seconds: of fitting without the scoring.
-        prepare_seconds: of these, what went before the first edit.
-        curve: how things stood after each window, the lines of `curves.jsonl`.
-        features: where the edits lie, see `feature_map`.
-        beside: of the final model, the shares per form and of other questions about edited subjects.
-        form_rows: each raw answer of the forms.
-        singles: what single edits came to, where the stream gives the model one at a time; else None.
-        peak: the most memory that editing took, without scoring.
     """
 
     def __init__(
@@ -72,18 +56,20 @@ class Scoreboard(pl.Callback):
         self.live, self.batch_size, self.max_new_tokens, self.seed = live, batch_size, max_new_tokens, seed
         self.probes = load_probes(probes) if probes else ()
         self.forms = forms
+        self.results: dict[str, Result] = {}  # by stage: `pre_edit`, `before_merge`, `final`
+        self.oracle: Scores | None = None  # the final model's under perfect routing
+        self.perplexity: dict[str, float] | None = None  # of hallucination records' targets, `pre` and `final`
+        self.kept: dict[str, float | int] | None = None  # what the probes say
+        self.earlier: EarlierEdits | None = None  # how the edits of the pack that the run started from are answered
         self.beside: dict[str, Any] = {"forms": None, "same_subject": None}
-        self.form_rows: list[dict[str, Any]] = []
-        self.kept: dict[str, float | int] | None = None
-        self.earlier: EarlierEdits | None = None
-        self.results: dict[str, Result] = {}
-        self.oracle: Scores | None = None
-        self.perplexity: dict[str, float] | None = None
-        self.seconds = self.edit_seconds = self.prepare_seconds = 0.0
-        self.curve: list[dict[str, Any]] = []
+        self.form_rows: list[dict[str, Any]] = []  # each raw answer of the forms
+        self.seconds = 0.0  # of scoring
+        self.edit_seconds = 0.0  # of fitting without the scoring
+        self.prepare_seconds = 0.0  # of these, what went before the first edit
+        self.curve: list[dict[str, Any]] = []  # the lines of `curves.jsonl`, one per window
         self.features: dict[str, Any] = {}
-        self.singles: Singles | None = None
-        self.peak = PeakMemory()
+        self.singles: Singles | None = None  # what single edits came to, where the stream gives one at a time
+        self.peak = PeakMemory()  # of editing without scoring
         self._before = 0.0  # editing before the run was stopped and resumed
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:

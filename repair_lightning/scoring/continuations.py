@@ -51,12 +51,8 @@ def log_likelihoods(
 ) -> list[tuple[float, bool]]:
     """Per row the log-likelihood of the continuation, summed over its tokens, and whether greedy decoding says it.
 
-    Args:
-        model: the edited model.
-        contexts: token ids, at least one each; of what is too long for the base, the end is read.
-        continuations: token ids; a RepairError where one is longer than the base reads.
-        memory: (B,) shard ids or `BASE`.
-        batch_size: rows per call.
+    Contexts have at least one token; of what is too long for the base, the end is read, and a continuation alone that
+    is too long is a RepairError. `memory` holds (B,) shard ids or `BASE`.
     """
     limit = longest_text(model)
     if (most := max(map(len, continuations), default=0)) > limit:
@@ -108,15 +104,11 @@ def completions(
     max_new_tokens: int = 256,
     batch_size: int = 16,
 ) -> list[str]:
-    """Greedy continuations of contexts, up to a string of `until`, the model's own end or `max_new_tokens`.
+    """Greedy continuations of contexts, up to a string of `until` (not part of them), the model's own end or
+    `max_new_tokens`; a RepairError where these leave no room for a context.
 
-    Args:
-        model: the edited model.
-        contexts: token ids, at least one each; of what is too long for the base, the end is read.
-        memory: (B,) shard ids or `BASE`.
-        until: strings that end a continuation; they are not part of it.
-        max_new_tokens: most tokens of a continuation; a RepairError where they leave no room for a context.
-        batch_size: rows per call.
+    Contexts have at least one token; of what is too long for the base, the end is read. `memory` holds (B,) shard ids
+    or `BASE`.
     """
     room = longest_text(model) - max_new_tokens
     if room < 1:

@@ -59,15 +59,8 @@ def form_rows(forms: Forms, question: str) -> dict[str, list[int] | None]:
 def form_scores(
     model: EditedModel, edits: Sequence[Edit], number: int = 128, longest: int = 1 << 20, batch_size: int = 32
 ) -> tuple[dict[str, dict[str, float | None]], list[dict[str, Any]]]:
-    """Shares per form, and each raw answer as a row.
-
-    Args:
-        model: the edited model.
-        edits: whose questions are asked.
-        number: of them, drawn at random with a fixed seed where there are more.
-        longest: a prompt of more tokens is not asked.
-        batch_size: prompts per pass.
-    """
+    """Shares per form, and each raw answer as a row, of `number` edits, drawn at random with a fixed seed where there
+    are more. A prompt with as many tokens as `longest` is not asked."""
     drawn = random.Random(0).sample(list(edits), number) if len(edits) > number else list(edits)
     asked = [(edit, form_rows(model.forms, model.forms.asked(edit.prompt))) for edit in drawn]
     scores: dict[str, dict[str, float | None]] = {}

@@ -10,12 +10,8 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class PeakMemory:
-    """Peaks over several stretches, above what was taken when the first began.
-
-    Attributes:
-        host: bytes of resident memory; None where the system does not say.
-        device: bytes of the GPU; None without one.
-    """
+    """Peaks over several stretches, above what was taken when the first began: `host`, bytes of resident memory, None
+    where the system does not say; `device`, bytes of the GPU, None without one."""
 
     def __init__(self) -> None:
         self.host: int | None = None

@@ -77,15 +77,8 @@ def answers(
     max_new_tokens: int | Sequence[int],
     batch_size: int = 64,
 ) -> list[str]:
-    """Greedy answers to prompts, each by the memory that was chosen for it, until the model itself stops.
-
-    Args:
-        model: the edited model.
-        prompts: B prompts.
-        memory: (B,) shard ids or `BASE`.
-        max_new_tokens: most tokens of an answer, for all or for each.
-        batch_size: prompts per call.
-    """
+    """Greedy answers to B prompts, each by the memory that was chosen for it ((B,) shard ids or `BASE`), until the
+    model itself stops or at most so many tokens, for all or for each, are said."""
     rows = [model.forms.ids(prompt) for prompt in prompts]
     limits = [max_new_tokens] * len(rows) if isinstance(max_new_tokens, int) else max_new_tokens
     team = team_of(model)

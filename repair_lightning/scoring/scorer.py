@@ -63,13 +63,9 @@ class Result:
 
 
 class Scorer:
-    """Asks a model the prompts of a set of edits, before and after editing.
+    """Asks a model the prompts of a set of edits, before and after editing, `batch_size` in a forward pass.
 
-    Args:
-        model: the edited model.
-        edits: whose prompts are asked.
-        max_new_tokens: most tokens of an answer; None takes the longest target and 8 more, at least 32.
-        batch_size: prompts per forward pass.
+    Answers have at most `max_new_tokens`; None takes the longest target and 8 more, at least 32.
     """
 
     def __init__(
@@ -96,14 +92,8 @@ class Scorer:
         return self._ask(list(range(len(self.questions))), torch.full((len(self.questions),), BASE))
 
     def score(self, stage: str, choice: Choice, owners: Tensor, fresh: bool = False) -> Result:
-        """Score a stage.
-
-        Args:
-            stage: its name in the report.
-            choice: the memory of each question.
-            owners: (n,) the shard that owns each question's edit, or `BASE`.
-            fresh: ask every question again, because the base itself has changed.
-        """
+        """Score a stage, given the memory of each question and `owners` (n,), the shard that owns its edit, or `BASE`.
+        `fresh` asks every question again, because the base itself has changed."""
         marks, rows = [], []
         for i, (said, tokens) in enumerate(self._replies(choice.memory, fresh)):
             question, (own, own_tokens) = self.questions[i], self.base[i]
@@ -113,7 +103,12 @@ class Scorer:
                 right_tokens = list(self.model.forms.encode(question.prompt, self._fed[i]).target)
             exact = protocols.same_answer(said, right)
             marks.append((question.kind, float(exact), protocols.token_share(tokens, right_tokens)))
-            row = {"stage": stage, "id": question.edit, "kind": question.kind, "prompt": question.prompt}
+            row: dict[str, Any] = {
+                "stage": stage,
+                "id": question.edit,
+                "kind": question.kind,
+                "prompt": question.prompt,
+            }
             row |= {"expected": question.expected, "answer": said, "base_answer": own, "correct": exact}
             row |= {"teacher_forced": rounded(marks[-1][2]), "memory": int(choice.memory[i])}
             row |= {"score": rounded(float(choice.score[i])), "threshold": rounded(float(choice.threshold[i]))}
@@ -180,12 +175,9 @@ class Scorer:
 
 
 def confusion(questions: Sequence[Question], memory: Tensor, owners: Tensor) -> dict[str, dict[str, float] | None]:
-    """Who answered, in shares per kind of prompt: the base, the `right` shard or a `wrong` one.
+    """Who answered N prompts, in shares per kind of prompt: the base, the `right` shard or a `wrong` one.
 
-    Args:
-        questions: N prompts.
-        memory: (N,) who answered each.
-        owners: (N,) the shard that owns each question's edit, or `BASE`.
+    `memory` (N,) is who answered each, `owners` (N,) the shard that owns each question's edit, or `BASE`.
     """
     who: dict[str, list[str]] = {kind: [] for kind in KIND_OF_PROMPT}
     for question, chosen, owner in zip(questions, memory.tolist(), owners.tolist(), strict=True):

@@ -20,13 +20,9 @@ if TYPE_CHECKING:
 class Singles:
     """What single edits came to; a score over them is the mean over all their prompts, as over those of one model.
 
-    Attributes:
-        rows: each prompt's line of `generations.jsonl`, asked of the model with its edit alone.
-        owners: the shard that owned the edit of each row.
-        oracle: per prompt of each edit its kind and its two scores under perfect routing.
-        memory_bytes: per edit, what it left.
-        deviations: per edit and layer, how far the base's own weights went.
-        target_losses: per edit of a hallucination record, its target's summed loss and number of tokens.
+    Of each prompt, asked of the model with its edit alone: its line of `generations.jsonl`, the shard that owned its
+    edit, and under perfect routing its kind and two scores. Of each edit: what it left in bytes, how far the base's own
+    weights went by layer, and for a hallucination record its target's summed loss and number of tokens.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -37,14 +33,8 @@ class Singles:
     target_losses: list[tuple[float, int]] = field(default_factory=list)
 
     def take(self, editor: Editor, part: Scorer, memory_bytes: int, losses: bool = False) -> None:
-        """Score one edit, the only one that the editor holds.
-
-        Args:
-            editor: as it is after the edit.
-            part: asks the edit's prompts.
-            memory_bytes: what the edit has left, in a pack.
-            losses: whether that of the target is asked for.
-        """
+        """Score one edit, the only one that the editor holds: `part` asks its prompts, `memory_bytes` is what it has
+        left in a pack, `losses` asks for that of its target."""
         owners = editor.owner_choice([question.edit for question in part.questions])
         choice, fresh = part.choose(), editor.base_changed
         self.rows += part.score("final", choice, owners, fresh).rows
