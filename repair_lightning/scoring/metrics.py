@@ -25,8 +25,9 @@ def scores_of(marks: Iterable[tuple[str, float, float]]) -> Scores:
     A mark is a prompt's kind with its score in each protocol: in free generation, and under teacher forcing.
     """
     marks, found = list(marks), {}
-    for at, protocol in enumerate(PROTOCOLS, 1):
-        means = {name: mean_of(mark[at] for mark in marks if mark[0] == kind) for kind, name in KIND_OF_PROMPT.items()}
+    free, forced = [(kind, mark) for kind, mark, _ in marks], [(kind, mark) for kind, _, mark in marks]
+    for protocol, pairs in zip(PROTOCOLS, (free, forced), strict=True):
+        means = {name: mean_of(mark for of, mark in pairs if of == kind) for kind, name in KIND_OF_PROMPT.items()}
         found[protocol] = means | {"op": overall_performance(means["rel"], means["gen"], means["loc"])}
     return found
 

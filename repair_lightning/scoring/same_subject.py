@@ -37,13 +37,13 @@ _EACH = 4
 """Questions of our own about each subject, at the least one."""
 
 
-def questions_about_subjects(edits: Sequence[Edit], number: int = NUMBER) -> list[tuple[str, str]]:
-    """Edit id and question, at most `number`, the same for the same edits."""
+def questions_about_subjects(edits: Sequence[Edit], number: int = NUMBER) -> list[str]:
+    """At most `number` questions, the same for the same edits."""
     dice = random.Random(0)
     named = [edit for edit in edits if edit.subject and asking.places(edit.prompt, asking.spellings(edit.subject))]
     asked_already = {(edit.subject, _plain(edit.prompt, edit.subject)) for edit in named}
     meaning = _meanings(named)
-    found: dict[str, tuple[str, str]] = {}
+    found: dict[str, None] = {}
     each = max(1, min(len(OWN), -(-number // max(len(named), 1))))
     for edit in dice.sample(named, len(named)):
         drawn = dice.sample(named, min(len(named), 4 * each))
@@ -52,9 +52,8 @@ def questions_about_subjects(edits: Sequence[Edit], number: int = NUMBER) -> lis
         made += [text.format(edit.subject) for text in dice.sample(OWN, min(_EACH, each) if others else each)]
         for text in made[: 2 * each]:
             if text and (edit.subject, _plain(text, edit.subject)) not in asked_already:
-                found.setdefault(text, (edit.id, text))
-    kept = list(found.values())
-    return dice.sample(kept, number) if len(kept) > number else kept
+                found[text] = None
+    return dice.sample(list(found), number) if len(found) > number else list(found)
 
 
 def _meanings(edits: Sequence[Edit]) -> dict[str, str]:
@@ -81,7 +80,7 @@ def _plain(text: str, subject: str | None) -> str:
 def same_subject(model: EditedModel, edits: Sequence[Edit], base_changed: bool = False) -> dict[str, Any] | None:
     """How many were asked, and the shares of them that a shard answered and whose answer changed; None where no edit
     names a subject."""
-    questions = [text for _, text in questions_about_subjects(edits)]
+    questions = questions_about_subjects(edits)
     if not questions:
         return None
     memory = model.choose(questions).memory

@@ -25,7 +25,7 @@ class TestQuestions:
     def test_they_are_other_edits_relations_and_our_own(self, edits):
         """By hand: one asks where, the other what instrument; the subjects change places."""
         pair = [edits[0], edits[2]]
-        found = {text for _, text in questions_about_subjects(pair)}
+        found = set(questions_about_subjects(pair))
         swapped = {"What instrument did Mara Kelstrom play?", "Where was Ilse Vandermeer born?"}
         assert swapped < found
         assert found - swapped <= {text.format(edit.subject) for text in OWN for edit in pair}
@@ -34,7 +34,7 @@ class TestQuestions:
 class TestFigures:
     def test_by_hand(self, editor, edits, monkeypatch):
         """Of all questions every fourth is forced to a shard that is not its own; the rest is the base's."""
-        questions = [text for _, text in questions_about_subjects(edits)]
+        questions = questions_about_subjects(edits)
         memory = torch.tensor([0 if i % 4 == 0 else BASE for i in range(len(questions))])
         real = editor.edited.choose
         monkeypatch.setattr(editor.edited, "choose", lambda asked: replace(real(asked), memory=memory))
