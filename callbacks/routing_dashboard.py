@@ -10,8 +10,7 @@ import random
 import resource
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,23 +32,18 @@ _POOLS = {
     "pool/requeued": EditStatus.REQUEUED,
     "pool/quarantined": EditStatus.QUARANTINED,
 }
-_CHANGES = {EditStatus.REQUEUED: "loop/requeued", EditStatus.QUARANTINED: "loop/quarantined"}
 FAILED = ("window", "edit", "prompt", "target", "answer", "memory", "score", "threshold", "correctness", "why")
-EVENTS = ("window", "edit", "became", "reason")
 
 
 class RoutingDashboard(pl.Callback):
     """Measures routing on a sample of the edits after each window, and says what became of shards and edits.
 
-    It stands behind the error monitor and before the closed loop, so failed edits are still where they failed; what the
+    It stands after the error monitor and before the closed loop, so failed edits are still where they failed; what the
     loop then does is said when the next window begins, or the stream has ended.
 
     Args:
         enabled: off logs none of it.
         shards: most shards that get series and histograms of their own; where there are more, all are taken together.
-
-    Attributes:
-        seconds: spent here.
     """
 
     sample = 32
@@ -63,12 +57,10 @@ class RoutingDashboard(pl.Callback):
         if shards < 0:
             raise ConfigError(f"dashboard.shards must be at least 0, got {shards}")
         self.enabled, self.shards = enabled, shards
-        self.seconds = 0.0
+        self.seconds = 0.0  # spent here
         self._before: dict[str, LedgerEntry] | None = None
         self._failed: dict[tuple[str, int], list[Any]] = {}
         self._events: list[list[Any]] = []
-
-    # -- hooks --------------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Everything is drawn over the number of edits."""
@@ -102,16 +94,19 @@ class RoutingDashboard(pl.Callback):
             draw = random.Random(f"{self.seed}/{stream.windows}").sample(written, min(self.sample, len(written)))
             found = Separation.measure(pl_module, map(stream.ledger.edit, draw)) if draw else None
             rates = {shard: rate for shard, (rate, asked) in stream.ledger.error_rates().items() if asked}
-            known = {"edits": float(len(written))} | self._speed(written) | memory_in_use(pl_module)
-            known |= shard_errors(rates, self.shards) | (routing_scores(found) if found else {})
-            tables = self._failures(stream, pl_module) if _has_wandb(trainer) else {}  # asked by all ranks together
+            minutes = max(time.perf_counter() - self._start, 1e-9) / 60
+            known = {"edits": float(len(written)), "speed/edits_per_minute": (len(written) - self._had) / minutes}
+            known |= _memory_in_use(pl_module) | _shard_errors(rates, self.shards)
+            known |= _routing_scores(found) if found else {}
+            wanted = any(isinstance(logger, WandbLogger) for logger in trainer.loggers)
+            tables = self._failures(stream, pl_module) if wanted else {}  # asked by all ranks together
             for run in _wandb_runs(trainer):
                 tables |= {"tables/confusion": _confusion(found)} if found else {}
                 run.log(self._histograms(found, rates) | tables | {"edits": known["edits"]})
         pl_module.log_dict(known | {"speed/dashboard_seconds": self.seconds}, batch_size=max(len(draw), 1))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """What the closed loop did after the last window, and the merge behind it."""
+        """What the closed loop did after the last window, and the merge after it."""
         self._follow_up(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
@@ -122,21 +117,26 @@ class RoutingDashboard(pl.Callback):
         """The inverse of :meth:`state_dict`."""
         self.seconds = state_dict["seconds"]
 
-    # -- the closed loop ----------------------------------------------------------------------------------------------
-
     def _follow_up(self, trainer: pl.Trainer, editor: Any) -> None:
         """Pools, and what has changed since the window began for other reasons than that it was written."""
         if not self._on(trainer) or self._before is None:
             return
         with self._timed():
             ledger: Ledger = _stream(trainer).ledger
-            now = map(ledger.entry, ledger.with_status(*_CHANGES))
+            now = map(ledger.entry, ledger.with_status(EditStatus.REQUEUED, EditStatus.QUARANTINED))
             acted = [entry for entry in now if self._before.get(entry.edit.id) is not entry]
-            editor.log_now({name: float(len(ledger.with_status(s))) for name, s in _POOLS.items()} | loop_counts(acted))
-            self._events += [[self._window, e.edit.id, e.status.value, e.reason] for e in acted]
+            # Each shard that was pruned and each window that was rolled back has left one reason with all its edits.
+            reasons = {entry.reason for entry in acted}
+            counts = {name: len(ledger.with_status(status)) for name, status in _POOLS.items()}
+            counts["loop/requeued"] = sum(entry.status == EditStatus.REQUEUED for entry in acted)
+            counts["loop/quarantined"] = len(acted) - counts["loop/requeued"]
+            counts["loop/pruned"] = sum(reason.startswith("pruned: ") for reason in reasons)
+            counts["loop/rolled_back"] = sum(reason.startswith("window rolled back: ") for reason in reasons)
+            editor.log_now({name: float(count) for name, count in counts.items()})
+            self._events += [[self._window, entry.edit.id, entry.status.value, entry.reason] for entry in acted]
             self._events = self._events[-self.rows :]
             for run in _wandb_runs(trainer) if acted else ():
-                run.log({"tables/events": _table(EVENTS, self._events)})
+                run.log({"tables/events": _table(("window", "edit", "became", "reason"), self._events)})
             self._before = None
 
     def _failures(self, stream: Any, editor: Any) -> dict[str, Any]:
@@ -154,24 +154,19 @@ class RoutingDashboard(pl.Callback):
             self._failed[edit.id, entry.attempts] = [*row, route.score, route.threshold, entry.score, why]
         return {"tables/failed": _table(FAILED, list(self._failed.values())[-self.rows :])}
 
-    # -- what is drawn ------------------------------------------------------------------------------------------------
-
-    def _speed(self, written: Sequence[str]) -> dict[str, float]:
-        minutes = max(time.perf_counter() - self._start, 1e-9) / 60
-        return {"speed/edits_per_minute": (len(written) - self._had) / minutes}
-
     def _histograms(self, found: Separation | None, rates: dict[int, float]) -> dict[str, Any]:
-        drawn = histograms({"shards/error_rates": torch.tensor(list(rates.values()))})
+        drawn = _histograms({"shards/error_rates": torch.tensor(list(rates.values()))})
         if found is None:
             return drawn
         owners = found.owners.unique().tolist()
         few = len(owners) <= self.shards and 2 * len(owners) <= int(found.of("edit").sum())
         for name, (value, limit) in found.values.items():
-            parts = {f"separation/{name}/{kind}": value[found.of(kind)] for kind in (*MEANT, *OTHERS)}
-            for shard in owners if few else ():
-                for kind in (*MEANT, *OTHERS):
-                    parts[f"separation/shard {shard}/{name}/{kind}"] = value[found.of(kind, shard)]
-            drawn |= histograms(parts | {f"separation/{name}/limit": limit})
+            parts = {f"separation/{name}/limit": limit}
+            for kind in (*MEANT, *OTHERS):
+                parts[f"separation/{name}/{kind}"] = value[found.of(kind)]
+                for shard in owners if few else ():
+                    parts[f"separation/shard {shard}/{name}/{kind}"] = value[found.of(kind) & (found.owners == shard)]
+            drawn |= _histograms(parts)
         return drawn
 
     def _on(self, trainer: pl.Trainer) -> bool:
@@ -184,44 +179,26 @@ class RoutingDashboard(pl.Callback):
         self.seconds += time.perf_counter() - start
 
 
-def routing_scores(found: Separation) -> dict[str, float]:
-    """Overlap as AUROC, and the share of prompts that reached who must answer them, as scalars."""
+def _routing_scores(found: Separation) -> dict[str, float]:
+    """Overlap as AUROC, and the share of prompts that reached who must answer them."""
     areas = {"routing/auroc": found.auroc(), "routing/auroc_near": found.auroc(others=("near",))}
     areas |= {f"routing/auroc {name}": found.auroc(name) for name in found.values if name != SCORE}
     known = {name: area for name, area in areas.items() if area is not None}
     return known | {f"routing/{kind}_right": share for kind, share in found.right().items()}
 
 
-def shard_errors(rates: dict[int, float], most: int) -> dict[str, float]:
-    """The shards' error rates as scalars: how many fail at all, the worst and the mean; each, where they are few."""
+def _shard_errors(rates: dict[int, float], most: int) -> dict[str, float]:
+    """The shards' error rates: how many fail at all, the worst and the mean; each, where they are few."""
     if not rates:
         return {}
     found = list(rates.values())
-    summary = {
-        "shards/number": float(len(found)),
-        "shards/failing": float(sum(rate > 0 for rate in found)),
-        "shards/worst_error": max(found),
-        "shards/mean_error": sum(found) / len(found),
-    }
-    each = {f"shards/error/{shard}": rate for shard, rate in rates.items()} if len(rates) <= most else {}
-    return summary | each
+    failing = float(sum(rate > 0 for rate in found))
+    summary = {"shards/number": float(len(found)), "shards/failing": failing}
+    summary |= {"shards/worst_error": max(found), "shards/mean_error": sum(found) / len(found)}
+    return summary | {f"shards/error/{shard}": rate for shard, rate in rates.items() if len(rates) <= most}
 
 
-def loop_counts(acted: Iterable[LedgerEntry]) -> dict[str, float]:
-    """How often the closed loop acted, from the entries that it changed.
-
-    Each shard that was pruned and each window that was rolled back has left one reason with all its edits.
-    """
-    acted = list(acted)
-    counts = Counter(_CHANGES[entry.status] for entry in acted)
-    reasons = {entry.reason for entry in acted}
-    found = {name: float(counts[name]) for name in _CHANGES.values()}
-    for name, start in (("loop/pruned", "pruned: "), ("loop/rolled_back", "window rolled back: ")):
-        found[name] = float(sum(reason.startswith(start) for reason in reasons))
-    return found
-
-
-def memory_in_use(editor: Any) -> dict[str, float]:
+def _memory_in_use(editor: Any) -> dict[str, float]:
     """MiB: of the shards, the process's peak, and the accelerator's where there is one."""
     shards = sum(tensor.nbytes for tensor in (*editor.memory.parameters(), *editor.memory.buffers()))
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, others KiB
@@ -235,27 +212,20 @@ def _stream(trainer: pl.Trainer) -> Any:
     return trainer.datamodule  # type: ignore[attr-defined]
 
 
-def _has_wandb(trainer: pl.Trainer) -> bool:
-    return any(isinstance(logger, WandbLogger) for logger in trainer.loggers)
-
-
 def _wandb_runs(trainer: pl.Trainer) -> list[Any]:
     """The first rank's."""
     loggers = trainer.loggers if trainer.is_global_zero else []
     return [logger.experiment for logger in loggers if isinstance(logger, WandbLogger)]
 
 
-def histograms(parts: Mapping[str, Tensor]) -> dict[str, Any]:
+def _histograms(parts: Mapping[str, Tensor]) -> dict[str, Any]:
     """Histograms over the same bins, so that they can be compared; what holds no finite value is left out."""
     import wandb
 
     finite = {name: values[values.isfinite()].double().numpy() for name, values in parts.items()}
     edges = np.histogram_bin_edges(np.concatenate(list(finite.values())), bins=32)
-    return {
-        name: wandb.Histogram(np_histogram=np.histogram(values, edges))
-        for name, values in finite.items()
-        if len(values)
-    }
+    kept = {name: np.histogram(values, edges) for name, values in finite.items() if len(values)}
+    return {name: wandb.Histogram(np_histogram=histogram) for name, histogram in kept.items()}
 
 
 def _confusion(found: Separation) -> Any:

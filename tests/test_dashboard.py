@@ -11,8 +11,8 @@ from lightning.pytorch.loggers import CSVLogger
 
 from callbacks import ErrorSampleMonitor, LossAwareTiesMerge, ProbeGate, PruneAndRetrigger, RoutingDashboard, Scoreboard
 from repair_lightning.errors import ConfigError, RepairError
-from repair_lightning.reports import dashboard
-from repair_lightning.reports.dashboard import LINES, create, layout
+from repair_lightning.reports import tracking
+from repair_lightning.reports.tracking import LINES, create, layout
 
 pytest.importorskip("wandb_workspaces", reason="needs the extra: wandb")
 
@@ -20,7 +20,7 @@ pytest.importorskip("wandb_workspaces", reason="needs the extra: wandb")
 def test_every_series_of_the_layout_is_one_that_a_run_logs(tmp_path):
     workspace = layout("us", "facts")
     assert (workspace.entity, workspace.project, workspace.settings.x_axis) == ("us", "facts", "edits")
-    assert workspace._to_model().display_name == dashboard.NAME  # what the server would get
+    assert workspace._to_model().display_name == "REPAIR"  # what the server would get
     panels = [panel for section in workspace.sections for panel in section.panels]
     drawn = {key for panel in panels for key in getattr(panel, "y", ())}
     assert drawn == {key for charts in LINES.values() for keys in charts.values() for key in keys}
@@ -58,9 +58,9 @@ class Server:
 )
 def test_no_network_is_one_line_and_does_not_hang(monkeypatch, server, words):
     monkeypatch.setenv("WANDB_API_KEY", "k")
-    monkeypatch.setattr(dashboard, "PATIENCE", 0.2)
-    monkeypatch.setattr(dashboard, "unreachable", lambda: None)
-    monkeypatch.setattr(dashboard, "layout", lambda *_: server)
+    monkeypatch.setattr(tracking, "PATIENCE", 0.2)
+    monkeypatch.setattr(tracking, "unreachable", lambda: None)
+    monkeypatch.setattr(tracking, "layout", lambda *_: server)
     if words is None:
         assert create("us", "facts") == Server.url
         return

@@ -16,6 +16,8 @@ def _bare(monkeypatch):
         monkeypatch.setenv(name, "")  # put back afterwards, whatever the logger sets
         monkeypatch.delenv(name)
     start_afresh()
+    yield
+    start_afresh()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The pictures of a run: each is a chart, or one line on what is missing for it."""
+"""The pictures of one run and of several: each is a chart, or one line on what is missing for it."""
 
 from __future__ import annotations
 
@@ -7,61 +7,54 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 import torch
-from torchmetrics.functional.classification import binary_auroc
 
 from repair_lightning.errors import counted
-from repair_lightning.reports import drawing
-from repair_lightning.reports.artefacts import Artefacts, Row
+from repair_lightning.reports import comparison, drawing
+from repair_lightning.reports.artefacts import Artefacts, Row, base_name
+from repair_lightning.reports.comparison import COLUMNS, Column, Grid, Result, cell, short
 from repair_lightning.reports.drawing import Chart, records
-from repair_lightning.reports.report import only_in_base, percent
-from repair_lightning.scoring.metrics import KIND_OF_PROMPT
+from repair_lightning.reports.report import SCORES_IN_WORDS, only_in_base, percent
 from repair_lightning.scoring.protocols import AUTOREGRESSIVE
+from repair_lightning.scoring.separation import auroc
 from repair_lightning.types import BASE
 
 KINDS_IN_WORDS = {"edit": "edits", "rephrase": "rephrases", "locality": "unrelated", "near": "neighbours"}
-SCORES_IN_WORDS = {"rel": "Rel", "gen": "Gen", "loc": "Loc", "near": "Near", "op": "OP"}
 MOST_COLOURS = 8
 """Shards that a map can tell apart by colour; more are shown as a scale."""
 
 
 def separation(run: Artefacts, bins: int = 40) -> Chart | str:
     """The routing score of every prompt over its threshold, by kind of prompt (paper, Fig. 4)."""
-    found: dict[str, list[float]] = {}
-    final = [row for row in run.rows.get("final", ()) if row.get("score") is not None]
-    if not any(row.get("threshold") for row in final):
+    frame = pd.DataFrame(run.final, columns=["kind", "score", "threshold"])
+    score, threshold = frame["score"].astype(float), frame["threshold"].astype(float).replace(0, np.nan)
+    if not (score.notna() & threshold.notna()).any():
         return "separation: no routing score with a threshold in generations.jsonl"
-    for row in final:
-        if row.get("threshold") or row["score"] < 0:  # below zero: no edit is about what it names
-            found.setdefault(row["kind"], []).append(max(row["score"], 0.0) / (row.get("threshold") or 1.0))
-    largest = float(np.quantile(np.concatenate([*map(np.asarray, found.values())]), 0.995))
-    edges = np.linspace(0.0, max(1.2, 1.05 * largest), bins + 1)
+    ratio = score.clip(lower=0) / threshold.fillna(1)
+    ratio = ratio[score.notna() & (threshold.notna() | (score < 0))]  # below zero: no edit is about what it names
+    found = {kind: part.to_numpy() for kind, part in ratio.groupby(frame["kind"])}
+    edges = np.linspace(0.0, max(1.2, 1.05 * float(ratio.quantile(0.995))), bins + 1)
     rows, above = [], []
-    for kind in (kind for kind in KIND_OF_PROMPT if kind in found):
-        ratios, name = np.asarray(found[kind]), KINDS_IN_WORDS[kind]
-        above.append(f"{percent(float(np.mean(ratios > 1)))} of the {name}")
-        shares = 100 * np.histogram(ratios.clip(edges[0], edges[-1]), edges)[0] / len(ratios)
+    for kind, name in KINDS_IN_WORDS.items():
+        if kind not in found:
+            continue
+        above.append(f"{percent(float(np.mean(found[kind] > 1)))} of the {name}")
+        shares = 100 * np.histogram(found[kind].clip(edges[0], edges[-1]), edges)[0] / len(found[kind])
         for centre, share in zip((edges[:-1] + edges[1:]) / 2, shares, strict=True):
             place = {"ratio": round(float(centre), 4), "share": round(float(share), 3)}
-            rows.append({"prompts": f"{name} ({len(ratios):,})", **place})
-    words = f"Routing score over threshold: {', '.join(above)} lie above their threshold. {_auroc(found)}"
-    if run.option("model.routing.router", "key") != "activation":
+            rows.append({"prompts": f"{name} ({len(found[kind]):,})", **place})
+    words = f"Routing score over threshold: {', '.join(above)} lie above their threshold. {_overlap(found)}"
+    if run.option("model.routing.router") != "activation":
         words += " A prompt that names no edited subject counts as 0."
     titles = ("routing score over threshold", "% of prompts")
     picture = drawing.histograms(rows, "ratio", "share", "prompts", titles, mark=1.0)
     return Chart("separation", "Are edited and unrelated prompts apart?", words.strip(), rows, picture)
 
 
-def _auroc(ratios: Mapping[str, Sequence[float]]) -> str:
+def _overlap(ratios: Mapping[str, np.ndarray]) -> str:
     """How well the score tells what an edit is about from what it is not, as a sentence."""
-    about = [value for kind in ("edit", "rephrase") for value in ratios.get(kind, ())]
-    words = []
-    for kind in ("locality", "near"):
-        others = ratios.get(kind, ())
-        if about and others:
-            labels = torch.tensor([1] * len(about) + [0] * len(others))
-            scores = torch.tensor([*about, *others], dtype=torch.float64)
-            value = binary_auroc(scores / (1 + scores), labels)  # in [0, 1), in the same order
-            words.append(f"{float(value):.3f} against {KINDS_IN_WORDS[kind]} prompts")
+    about = torch.tensor([value for kind in ("edit", "rephrase") for value in ratios.get(kind, ())])
+    areas = {kind: auroc(about, torch.tensor(ratios.get(kind, ()))) for kind in ("locality", "near")}
+    words = [f"{area:.3f} against {KINDS_IN_WORDS[kind]} prompts" for kind, area in areas.items() if area is not None]
     return f"AUROC of edits and rephrases: {', '.join(words)}." if words else ""
 
 
@@ -70,7 +63,7 @@ def answered_by(run: Artefacts) -> Chart | str:
     routing = {} if only_in_base(run.metrics) else run.metrics.get("routing") or {}
     names = {"right": "the edit's own shard", "wrong": "another shard", "base": "the base"}
     rows = [
-        {"prompts": KINDS_IN_WORDS.get(kind, kind), "memory": words, "share": round(100 * shares[name], 3)}
+        {"prompts": KINDS_IN_WORDS[kind], "memory": words, "share": round(100 * shares[name], 3)}
         for kind, shares in routing.items()
         if shares
         for name, words in names.items()
@@ -79,44 +72,41 @@ def answered_by(run: Artefacts) -> Chart | str:
         return "answered_by: no routing figures in metrics.json, or no shard that could answer"
     right = "; ".join(f"{row['prompts']} {row['share']:.1f} %" for row in rows if row["memory"] == names["right"])
     words = f"Answered by the edit's own shard: {right}. Edits and rephrases should be, all others not."
-    picture = drawing.stacked(rows, "share", "prompts", "memory", "% of prompts")
+    shown = [{**row, "shown": f"{row['share']:.1f}"} for row in rows]
+    picture = drawing.heat(shown, "prompts", "memory", "share", "shown", (None, None))
     return Chart("answered_by", "Who answered?", words, rows, picture)
 
 
 def live(run: Artefacts) -> Chart | str:
     """The live scores along the stream, free generation."""
+    curve = run.objects("curves.jsonl", lines=True)
     rows = [
         {"edits": line["edits"], "score": SCORES_IN_WORDS[kind], "value": round(100 * value, 3)}
-        for line in thinned([line for line in run.curve if line.get("live")])
+        for line in thinned([line for line in curve if line.get("live")])
         for kind, value in line["live"][AUTOREGRESSIVE].items()
         if value is not None and kind in SCORES_IN_WORDS
     ]
     if not rows:
         return "live: no live scores in curves.jsonl (scoreboard.live is 0, or an older run)"
     last = {row["score"]: row["value"] for row in rows}
-    asked = max(line.get("live_edits", 0) for line in run.curve)
+    asked = max(line.get("live_edits", 0) for line in curve)
     ends = ", ".join(f"{name} {value:.1f}" for name, value in last.items())
     words = f"Free generation after each window, on samples of at most {asked} written edits; at the end {ends}."
     picture = drawing.lines(rows, "edits", "value", "score", ("edits written", "per cent"))
     return Chart("live", "Scores while editing", words, rows, picture)
 
 
-_LINES = ("Rel at the end", "Gen at the end", "Rel right after writing")
-
-
 def retention(run: Artefacts, bins: int = 12) -> Chart | str:
-    """The final model's score by the age of the edits, beside the score right after writing.
-
-    An edit's age is the number of edits that arrived after it.
-    """
-    final = [row for row in run.rows.get("final", ()) if row["kind"] in ("edit", "rephrase")]
+    """The final model's score by the age of the edits (the number of edits that arrived after them), beside the score
+    right after writing."""
+    final = [row for row in run.final if row["kind"] in ("edit", "rephrase")]
     asked = {row["id"] for row in final}
     order = [id for id in run.entries if id in asked] or list(dict.fromkeys(row["id"] for row in final))
     if len(order) < 2:
         return "retention: fewer than two scored edits in generations.jsonl"
-    names = {"edit": _LINES[0], "rephrase": _LINES[1]}
-    scores = [(names[row["kind"]], row["id"], float(row["correct"])) for row in final]
-    scores += [(_LINES[2], id, score) for id, score in first_scores(run.events).items()]
+    rel, gen, first = names = "Rel at the end", "Gen at the end", "Rel right after writing"
+    scores = [(rel if row["kind"] == "edit" else gen, row["id"], float(row["correct"])) for row in final]
+    scores += [(first, id, score) for id, score in first_scores(run.events).items()]
     bins, place = min(bins, len(order)), {id: i for i, id in enumerate(order)}
     frame = pd.DataFrame(scores, columns=["score", "id", "value"])
     frame = frame[frame["id"].isin(order)].assign(place=lambda known: known["id"].map(place))
@@ -124,11 +114,11 @@ def retention(run: Artefacts, bins: int = 12) -> Chart | str:
     groups = frame.sort_values("group", kind="stable").groupby(["score", "group"])
     means = groups.agg(age=("age", "mean"), value=("value", "mean"), n=("value", "size")).reset_index()
     means["value"] = (100 * means["value"]).round(3)
-    rows = sorted(records(means[["age", "score", "value", "n"]]), key=lambda row: _LINES.index(row["score"]))
-    rel = [f"{row['value']:.1f} %" for row in rows if row["score"] == names["edit"]]
+    rows = sorted(records(means[["age", "score", "value", "n"]]), key=lambda row: names.index(row["score"]))
+    ends = [f"{row['value']:.1f} %" for row in rows if row["score"] == rel]
     words = (
-        f"Final score by the number of edits that came later, in {bins} groups: Rel is {rel[-1]} for the newest "
-        f"edits and {rel[0]} for the oldest. A line that falls to the right would mean that edits are forgotten."
+        f"Final score by the number of edits that came later, in {bins} groups: Rel is {ends[-1]} for the newest "
+        f"edits and {ends[0]} for the oldest. A line that falls to the right would mean that edits are forgotten."
     )
     picture = drawing.lines(rows, "age", "value", "score", ("edits that came later", "per cent"))
     return Chart("retention", "Are old edits kept?", words, rows, picture)
@@ -147,33 +137,28 @@ def first_scores(events: Sequence[Row]) -> dict[str, float]:
 
 def feature_points(run: Artefacts) -> Chart | str:
     """The edits' features in the frozen base, along two principal components, coloured by the shard that owns them."""
-    places: Mapping[str, Sequence[float]] = run.features.get("edits") or {}
+    features = next(iter(run.objects("features.json")), {})
+    places: Mapping[str, Sequence[float]] = features.get("edits") or {}
     if len(places) < 2:
         return "features: no features.json with two edits (an older run)"
     owners = {id: entry.shard for id, entry in run.entries.items()}
-    shards = {owner for id in places if (owner := owners.get(id)) is not None and owner != BASE}
+    shards = {owners.get(id) for id in places} - {None, BASE}
     many = len(shards) > MOST_COLOURS
+    names = {None: "none", BASE: "base"} | {shard: f"shard {shard}" for shard in shards}
     rows: list[Row] = [
-        {"id": id, "x": x, "y": y, "shard": owners.get(id) if many else _shard(owners.get(id))}
+        {"id": id, "x": x, "y": y, "shard": owners.get(id) if many else names[owners.get(id)]}
         for id, (x, y) in places.items()
     ]
-    first, second = (run.features.get("explained") or [0.0, 0.0])[:2]
+    first, second = features.get("explained") or [0.0, 0.0]
     colour = "The colour is the shard's number, in the order of writing." if many else "Each shard has its colour."
-    held = (
-        f"{counted(len(shards), 'shard')} own{'s' * (len(shards) == 1)} them. {colour}"
-        if shards
-        else "no shard has one."
-    )
+    held = f"{counted(len(shards), 'shard')} own{'s' * (len(shards) == 1)} them. {colour}"
     words = (
         f"{len(rows):,} edits of {run.metrics['n_edits']:,}, each the frozen base's state at its prompt's last token, "
-        f"along the two directions of largest variance ({percent(first)} and {percent(second)} of it); {held}"
+        f"along the two directions of largest variance ({percent(first)} and {percent(second)} of it); "
+        + (held if shards else "no shard has one.")
     )
     picture = drawing.points(rows, "x", "y", "shard", ("first component", "second component"))
     return Chart("features", "Where the edits lie", words, rows, picture)
-
-
-def _shard(shard: int | None) -> str:
-    return "none" if shard is None else "base" if shard < 0 else f"shard {shard}"
 
 
 def thinned(rows: Sequence[Row], most: int = 400) -> list[Row]:
@@ -187,7 +172,10 @@ def costs_of(runs: Sequence[Artefacts]) -> pd.DataFrame:
     rows = []
     for run in runs:
         end = {"edits": run.metrics["n_edits"], "seconds": run.metrics["seconds"]["edit"]}
-        rows += [(run.name, one["edits"], one["seconds"]) for one in thinned(run.curve) or [end]]
+        rows += [
+            (run.name, one["edits"], one["seconds"])
+            for one in thinned(run.objects("curves.jsonl", lines=True)) or [end]
+        ]
     return pd.DataFrame(rows, columns=["of", "edits", "seconds"])
 
 
@@ -218,3 +206,128 @@ RUN_CHARTS: Mapping[str, Callable[[Artefacts], Chart | str]] = {
     "features": feature_points,
 }
 """The charts of a single run, in the order of the report."""
+
+
+# -- of several runs ---------------------------------------------------------------------------------------------------
+
+PANELS = ("Rel", "Gen", "Loc", "OP")
+COSTS = {
+    "seconds": "seconds per edit",
+    "kept": "kB per edit that are kept",
+    "peak": "MiB at the peak of editing, above the base",
+}
+"""What OP is drawn against, in words."""
+FIGURES = {
+    **{name: COLUMNS[name] for name in PANELS},
+    "spent": Column(("seconds", "edit"), scale=1.0),
+    "written": Column(("n_edits",), scale=1),
+    "seconds": comparison.COSTS["s/edit"],
+    "kept": comparison.COSTS["kB/edit"],
+    "device": comparison.COSTS["GPU MiB"],
+    "host": comparison.COSTS["peak MiB"],
+}
+
+
+def finished(results: Sequence[Result]) -> pd.DataFrame:
+    """A row per finished run: `variant`, `size`, `seed`, `base`, `edits`, scores in per cent, what it cost."""
+    rows = [
+        {"variant": run.variant, "size": run.size, "seed": run.seed, "base": base_name(run.metrics or {})}
+        | {"edits": run.edits, **{name: column.of(run) for name, column in FIGURES.items()}}
+        for run in results
+        if run.status == "finished"
+    ]
+    frame = pd.DataFrame(rows, columns=["variant", "size", "seed", "base", "edits", *FIGURES])
+    return frame.assign(peak=frame["device"].combine_first(frame["host"]))
+
+
+def averaged(frame: pd.DataFrame, by: list[str], value: str) -> pd.DataFrame:
+    """The mean of a column in each group, and as `sd` its standard deviation where there are several."""
+    found = frame.dropna(subset=[value]).groupby(by, sort=False)[value].agg(["mean", "std"]).round(3)
+    return found.reset_index().rename(columns={"mean": value, "std": "sd"})
+
+
+def components(results: Sequence[Result]) -> Chart | str:
+    """Rel, Gen, Loc and OP of every variant (paper, Fig. 5), at the size at which most variants were run."""
+    frame = finished(results)
+    variants = frame.groupby("size")["variant"].nunique()
+    if frame["variant"].nunique() < 2:
+        return "components: needs a comparison (python -m repair_lightning.compare) with two finished variants"
+    size = max(variants.index, key=lambda size: (variants[size], size))
+    shown = frame[frame["size"] == size]
+    found = averaged(shown.melt("variant", PANELS, "score", "value"), ["variant", "score"], "value")
+    if found.empty:
+        return "components: no finished variant has a score"
+    seeds = shown["seed"].nunique()
+    words = f"Free generation, mean over {counted(seeds, 'seed')}."
+    rows = records(found)
+    shown = [{**row, "shown": f"{row['value']:.1f}" + (f" ± {row['sd']:.1f}" if row["sd"] else "")} for row in rows]
+    picture = drawing.heat(shown, "score", "variant", "value", "shown", (None, None))
+    return Chart("components", f"Which parts help, {size:,} edits", words, rows, picture)
+
+
+def sensitivity(grid: Grid, results: Sequence[Result], name: str) -> Chart | str:
+    """OP over a grid of two options (paper, Fig. 6), at the largest size; the default has a frame."""
+    row, column = grid.options
+    y, x = short(row), short(column)
+    size = max((run.size for run in results if run.status == "finished"), default=0)
+    rows = []
+    for variant, options in grid.cells():
+        runs = [run for run in results if run.variant == variant and run.size == size]
+        values = comparison.values_of(runs, COLUMNS["OP"])
+        op = round(sum(values) / len(values), 3) if values else None
+        rows.append({x: options[column], y: options[row], "OP": op, "shown": cell(runs, COLUMNS["OP"])})
+    known = [line for line in rows if line["OP"] is not None]
+    if not known:
+        return f"{name}: no cell of the grid has an OP"
+    best, worst = (pick(known, key=lambda line: line["OP"]) for pick in (max, min))
+    said = [f"{line['OP']:.1f} at {y} {line[y]} and {x} {line[x]}" for line in (best, worst)]
+    default = (grid.default[column], grid.default[row]) if len(grid.default) == 2 else None
+    words = f"Best {said[0]}; worst {said[1]}." + " The frame marks the default." * bool(default)
+    titles = [name.replace("_", " ") for name in (x, y)]
+    picture = drawing.heat(rows, x, y, "OP", "shown", titles, default)
+    return Chart(name, f"OP over {size:,} edits", words, rows, picture)
+
+
+def result_of(run: Artefacts) -> Result:
+    """A single run as a comparison has it; the editor's name is the variant."""
+    m = run.metrics
+    return Result(m.get("editor", "run"), "", m["n_edits"], m.get("seed") or 0, "finished", metrics=m)
+
+
+def scale(results: Sequence[Result]) -> Chart | str:
+    """OP against the number of edits, a line per base and variant (paper, Fig. 3)."""
+    found = averaged(finished(results), ["base", "variant", "edits"], "OP")
+    found = found[found.groupby(["base", "variant"])["edits"].transform("nunique") > 1]
+    if found.empty:
+        return "scale: needs runs of one base with different numbers of edits"
+    parts = [name for name in ("base", "variant") if found[name].nunique() > 1] or ["base"]
+    found = found.assign(of=found[parts].agg(", ".join, axis=1))[["of", "edits", "OP", "sd"]]
+    rows = records(found.sort_values(["of", "edits"]))
+    words = "Free generation, final model, by the number of edits. Where a line falls, edits get in each other's way."
+    picture = drawing.lines(rows, "edits", "OP", "of", ("edits", "OP, per cent"), log="x", spread="sd")
+    return Chart("scale", "OP against the number of edits", words, rows, picture)
+
+
+def costs_of_results(results: Sequence[Result], before: str = "") -> pd.DataFrame:
+    """What `cost` draws of a comparison: mean seconds of editing; `before` leads the variants' names."""
+    found = averaged(finished(results), ["variant", "written"], "spent")
+    found = found.rename(columns={"written": "edits", "spent": "seconds"})
+    return found.assign(of=before + found["variant"])[costs_of(()).columns]
+
+
+def op_against(cost: str, results: Sequence[Result]) -> Chart | str:
+    """OP of editors against what an edit costs (`seconds`, `kept` or `peak`), a point for each number of edits: upper
+    left is best."""
+    frame = finished(results).dropna(subset=[cost, "OP"])
+    frame = frame[frame[cost] > 0]
+    if frame.empty:
+        return f"op_against_{cost}: needs a comparison with finished runs that say what an edit cost"
+    found = frame.groupby(["size", "variant"], sort=False)[[cost, "OP"]].mean().round(4).reset_index()
+    found = found.rename(columns={"variant": "editor", cost: "cost"})
+    found = found.assign(id=found["size"].map(lambda size: f"N = {size:,}"))[["id", "editor", "cost", "OP"]]
+    best = records(found.loc[found.groupby("id", sort=False)["OP"].idxmax()])
+    said = "; ".join(f"{row['id']}: {row['editor']} {row['OP']:.1f} at {row['cost']:,g}" for row in best)
+    said = f"Free generation, a picture per number of edits; upper left is best. Highest OP at {said}."
+    rows = records(found)
+    picture = drawing.points(rows, "cost", "OP", "editor", (COSTS[cost], "OP, per cent"), panel="id")
+    return Chart(f"op_against_{cost}", f"OP against {COSTS[cost]}", said, rows, picture)

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 
 from repair_lightning.errors import RepairError
+from repair_lightning.reports.artefacts import base_name
 from repair_lightning.reports.tables import Table, latex, markdown
 from repair_lightning.scoring.protocols import AUTOREGRESSIVE, PROTOCOLS, TEACHER_FORCED
 from repair_lightning.storage.files import replace_text, write_json
 
 TABLE = "table.json"
 """The file with everything that a comparison measured."""
-
-Place = tuple[str, ...]
-"""Where a figure stands in `metrics.json`."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Result:
     error: str | None = None
     metrics: Mapping[str, Any] | None = None
 
-    def figure(self, path: Place) -> float | None:
+    def figure(self, path: Sequence[str]) -> Any:
         """A figure of the run, or one per edit; None where it has none."""
         found: Any = {**costs(self.metrics), **self.metrics} if self.metrics else None
         for name in path:
@@ -55,11 +53,10 @@ class Result:
         return self.size if self.figure(("singles",)) else int(self.figure(("n_edits",)) or self.size)
 
 
-@dataclass(frozen=True)
-class Column:
-    """A figure as a table shows it: its place, its unit and its digits after the point."""
+class Column(NamedTuple):
+    """A figure as a table shows it: its place in `metrics.json`, its unit and its digits after the point."""
 
-    path: Place
+    path: Sequence[str]
     scale: float = 100.0
     digits: int = 1
 
@@ -79,31 +76,26 @@ class Grid:
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
     def cells(self) -> list[tuple[str, dict[str, Any]]]:
-        """Each variant's name and options, row by row."""
+        """Each variant's name (`lr 0.5 stop_margin 2.0`) and options, row by row."""
         found = [dict(zip(self.options, values, strict=True)) for values in product(*self.options.values())]
-        return [(self.name(cell), {**self.fixed, **cell}) for cell in found]
+        words = [" ".join(f"{short(option)} {value}" for option, value in cell.items()) for cell in found]
+        return [(name, {**self.fixed, **cell}) for name, cell in zip(words, found, strict=True)]
 
-    @staticmethod
-    def name(cell: Mapping[str, Any]) -> str:
-        """`lr 0.5 stop_margin 2.0`."""
-        return " ".join(f"{short(option)} {value}" for option, value in cell.items())
+
+def short(option: str) -> str:
+    """An option without the parts before it."""
+    return option.rsplit(".", 1)[-1]
 
 
 COLUMNS = {
-    "Rel": Column(("final", AUTOREGRESSIVE, "rel")),
-    "Gen": Column(("final", AUTOREGRESSIVE, "gen")),
-    "Loc": Column(("final", AUTOREGRESSIVE, "loc")),
-    "Near": Column(("final", AUTOREGRESSIVE, "near")),
-    "OP": Column(("final", AUTOREGRESSIVE, "op")),
+    **{name: Column(("final", AUTOREGRESSIVE, name.lower())) for name in ("Rel", "Gen", "Loc", "Near", "OP")},
     "OP forced": Column(("final", TEACHER_FORCED, "op")),
     "OP oracle": Column(("oracle_routing", AUTOREGRESSIVE, "op")),
     "quarantined": Column(("closed_loop", "quarantined"), scale=1.0),
     "bytes/edit": Column(("bytes_per_edit",), scale=1.0, digits=0),
     "edits/min": Column(("edits_per_minute",), scale=1.0, digits=0),
 }
-"""The columns of the table of one size; scores are autoregressive unless they say otherwise, bytes those
-that the edits left."""
-
+"""The columns of the table of one size; scores are of free generation unless they say otherwise."""
 BEFORE = "(no edit)"
 """The row of the base as it was."""
 COSTS = {
@@ -120,6 +112,17 @@ COSTS_IN_WORDS = (
     "the Frobenius norm of the change of the base's own W_v over its own, mean over the layers written into; a dash "
     "where the base was not touched."
 )
+
+
+def costs(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds of editing per edit and the mean deviation of the base's own weights, where a run has them."""
+    found: dict[str, float] = {}
+    seconds, edits = metrics.get("seconds") or {}, metrics.get("n_edits")
+    if "edit" in seconds and edits:
+        whole = seconds.get("prepare", 0.0) if metrics.get("singles") else 0.0  # each single edit would need it
+        found["seconds_per_edit"] = whole + (seconds["edit"] - whole) / edits
+    deviation = (metrics.get("method") or {}).get("deviation")
+    return found | ({"deviation": mean(deviation.values())} if deviation else {})
 
 
 def standing(results: Sequence[Result]) -> str:
@@ -146,57 +149,31 @@ def cell(results: Sequence[Result], column: Column) -> str:
     return text + (f" ({failed} failed)" if failed else "")
 
 
-def by_variant(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """The results of each variant, in the order in which they first come."""
-    found: dict[str, list[Result]] = {}
-    for result in results:
-        found.setdefault(result.variant, []).append(result)
-    return found
-
-
-def costs(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds of editing per edit and the mean deviation of the base's own weights, where a run has them."""
-    found: dict[str, float] = {}
-    seconds, edits = metrics.get("seconds") or {}, metrics.get("n_edits")
-    if "edit" in seconds and edits:
-        whole = seconds.get("prepare", 0.0) if metrics.get("singles") else 0.0  # each single edit would need it
-        found["seconds_per_edit"] = whole + (seconds["edit"] - whole) / edits
-    deviation = (metrics.get("method") or {}).get("deviation")
-    return found | ({"deviation": mean(deviation.values())} if deviation else {})
-
-
-def short(option: str) -> str:
-    """An option without the parts before it."""
-    return option.rsplit(".", 1)[-1]
-
-
-# -- tables ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Part:
-    """One of the tables: its columns, and where the base as it was has the same figures."""
+class Part(NamedTuple):
+    """One of the tables: its columns, the runs that it is of, and what a reader must know."""
 
     name: str
     title: str
     columns: Mapping[str, Column]
-    before: Mapping[str, Column] = field(default_factory=dict)
+    results: Sequence[Result]
     note: str = ""
 
-    def rows(self, results: Sequence[Result]) -> dict[str, tuple[Mapping[str, Column], list[Result]]]:
-        """Variant -> the columns and the runs of its row; the base first, where a run has measured it."""
-        found = {variant: (self.columns, runs) for variant, runs in by_variant(results).items()}
-        first = {(run.size, run.seed): run for run in reversed(results) if run.status == "finished"}
-        known = any(values_of(results, column) for column in self.before.values())
-        return {BEFORE: (self.before, list(first.values())), **found} if known else found
+    def rows(self) -> dict[str, dict[int, list[Result]]]:
+        """Variant -> number of edits -> its runs, for every number of edits in the table."""
+        sizes = sorted({run.size for run in self.results})
+        found: dict[str, dict[int, list[Result]]] = {}
+        for run in self.results:
+            found.setdefault(run.variant, {size: [] for size in sizes})[run.size].append(run)
+        return found
 
-    def table(self, results: Sequence[Result]) -> Table:
+    def table(self) -> Table:
         """The cells, with a group of columns for each number of edits."""
-        sizes = sorted({result.size for result in results})
+        rows = self.rows()
+        sizes = next(iter(rows.values()))
         heads = [("", "variant"), *((f"N = {size}", name) for size in sizes for name in self.columns)]
         lines = [
-            [name, *(cell([run for run in runs if run.size == n], one) for n in sizes for one in columns.values())]
-            for name, (columns, runs) in self.rows(results).items()
+            [name, *(cell(runs, column) for runs in by_size.values() for column in self.columns.values())]
+            for name, by_size in rows.items()
         ]
         frame = pd.DataFrame(lines, columns=pd.MultiIndex.from_tuples(heads))
         return Table(self.title, frame, self.note, f"table-{self.name}")
@@ -204,49 +181,46 @@ class Part:
 
 def tables_of(results: Sequence[Result]) -> list[Table]:
     """OP of variants against sizes for each protocol, and all columns for the largest size of which a run finished."""
-    tables = [
-        Part(protocol, f"OP, {protocol.replace('_', ' ')}, per cent", {"": Column(("final", protocol, "op"))})
-        for protocol in PROTOCOLS
+    parts = [
+        Part(one, f"OP, {one.replace('_', ' ')}, per cent", {"": Column(("final", one, "op"))}, results)
+        for one in PROTOCOLS
     ]
     largest = max((result.status == "finished", result.size) for result in results)[1]
-    shown = [result for result in results if result.size == largest]
-    return [*(part.table(results) for part in tables), Part("all", "All figures", COLUMNS).table(shown)]
+    parts.append(Part("all", "All figures", COLUMNS, [result for result in results if result.size == largest]))
+    return [part.table() for part in parts]
 
 
 def editor_parts(results: Sequence[Result]) -> list[Part]:
     """The paper's Tables 3, 4, 7 and 8 with scores as shares: Rel, Gen, Loc and OP in both protocols; perplexity and
-    Loc where targets' perplexity was asked; costs."""
-
-    def columns(stage: str, protocol: str) -> dict[str, Column]:
-        names = ("Rel", "Gen", "Loc", "OP")
-        return {name: Column((stage, protocol, name.lower()), scale=1.0, digits=2) for name in names}
-
-    found = [
-        Part(one, f"Scores, {one.replace('_', ' ')}", columns("final", one), columns("pre_edit", one))
-        for one in PROTOCOLS
-    ]
+    Loc where targets' perplexity was asked; costs. Their first row is the base as it was."""
+    first = {(run.size, run.seed): run for run in reversed(results) if run.status == "finished"}
+    both = [*(_before(run) for run in first.values() if run.figure(["pre_edit"])), *results]
+    found = []
+    for one in PROTOCOLS:
+        shares = {name: Column(("final", one, name.lower()), 1.0, 2) for name in ("Rel", "Gen", "Loc", "OP")}
+        found.append(Part(one, f"Scores, {one.replace('_', ' ')}", shares, both))
     if any(result.figure(("perplexity",)) for result in results):
-        pre, final = (Column(("perplexity", stage), scale=1.0, digits=2) for stage in ("pre", "final"))
-        both = {"PPL": final, "Loc": found[0].columns["Loc"]}
-        title = "Perplexity of the targets (lower is better) and Loc"
-        found.append(Part("perplexity", title, both, {"PPL": pre, "Loc": Column(("", ""))}))
+        figures = {"PPL": Column(("perplexity", "final"), scale=1.0, digits=2), "Loc": found[0].columns["Loc"]}
+        found.append(Part("perplexity", "Perplexity of the targets (lower is better) and Loc", figures, both))
     spent = {name: column for name, column in COSTS.items() if name != "GPU MiB" or values_of(results, column)}
-    return [*found, Part("costs", "What editing costs", spent, note=COSTS_IN_WORDS)]
+    return [*found, Part("costs", "What editing costs", spent, results, COSTS_IN_WORDS)]
 
 
-def editor_tables(results: Sequence[Result]) -> list[Table]:
-    """Those tables."""
-    return [part.table(results) for part in editor_parts(results)]
+def _before(run: Result) -> Result:
+    """A run's figures before its first edit, in the places of the final ones."""
+    perplexity = {"final": run.figure(("perplexity", "pre"))}
+    return replace(run, variant=BEFORE, metrics={"final": run.figure(["pre_edit"]), "perplexity": perplexity})
 
 
 def lead(results: Sequence[Result]) -> list[str]:
     """What the numbers are of."""
-    bases = dict.fromkeys(Path(str(run.figure(("base", "name")))).name for run in results if run.metrics)
+    bases = dict.fromkeys(base_name(run.metrics) for run in results if run.metrics)
     seeds = ", ".join(str(seed) for seed in sorted({result.seed for result in results}))
     over = f"mean ± standard deviation over the seeds {seeds}" if "," in seeds else f"seed {seeds}"
     singles = max((int(run.figure(("singles",)) or 0) for run in results), default=0)
     words = f"N = 1 is the mean over {singles:,} single edits, each written into the base as it was."
-    first = f"{len(by_variant(results))} variants of {', '.join(bases) or 'a base'}, {over}: the final model."
+    variants = {run.variant for run in results}
+    first = f"{len(variants)} variants of {', '.join(bases) or 'a base'}, {over}: the final model."
     return [first] + [words] * bool(singles)
 
 
@@ -262,53 +236,46 @@ def remarks(results: Sequence[Result]) -> list[str]:
     return found + [f"The data hold no {size} edits, but {held}." for size, held in few.items() if held != size]
 
 
-# -- files -------------------------------------------------------------------------------------------------------------
-
-
-def csv_text(results: Sequence[Result]) -> str:
-    """One line per run, with all its figures under the names that lead to them: `final.autoregressive.op`."""
-    runs = [{key: value for key, value in asdict(run).items() if key != "metrics"} for run in results]
-    figures = pd.json_normalize([dict(run.metrics or {}) for run in results])
-    return pd.concat([pd.DataFrame(runs), figures], axis=1).to_csv(index=False)
-
-
-def scores_csv(results: Sequence[Result]) -> str:
-    """A line per editor, number of edits, table and column: mean, standard deviation and number of seeds, unrounded."""
+def scores_frame(parts: Sequence[Part]) -> pd.DataFrame:
+    """A row per table, editor, number of edits and column: mean, standard deviation, number of seeds, unrounded."""
     lines = []
-    for part in editor_parts(results):
-        for editor, (columns, runs) in part.rows(results).items():
-            for size, name in product(sorted({result.size for result in results}), columns):
-                same = [run for run in runs if run.size == size]
-                found = values_of(same, columns[name])
+    for part in parts:
+        for editor, by_size in part.rows().items():
+            for (size, runs), (name, column) in product(by_size.items(), part.columns.items()):
+                found = values_of(runs, column)
                 centre = f"{mean(found):.8g}" if found else ""
                 spread = f"{stdev(found):.8g}" if len(found) > 1 else ""
-                lines.append([part.name, editor, size, name, centre, spread, len(found), standing(same)])
-    heads = ["table", "editor", "N", "column", "mean", "sd", "seeds", "status"]
-    return pd.DataFrame(lines, columns=heads).to_csv(index=False)
+                lines.append([part.name, editor, size, name, centre, spread, len(found), standing(runs)])
+    return pd.DataFrame(lines, columns=["table", "editor", "N", "column", "mean", "sd", "seeds", "status"])
 
 
 def write_tables(folder: Path, results: Sequence[Result], grid: Grid | None = None) -> None:
     """Write `table.json` (everything), `table.csv` (a line per run), `table.md` and `table.tex`; without a grid also
     the paper's tables, `scores.md`, `scores.csv` and `scores.tex`."""
-    of_grid = {"grid": asdict(grid)} if grid else {}
-    write_json(folder / TABLE, {"runs": [asdict(result) for result in results], **of_grid})
+    rows = [asdict(result) for result in results]
+    write_json(folder / TABLE, {"runs": rows} | ({"grid": asdict(grid)} if grid else {}))
+    runs = pd.DataFrame(rows).drop(columns="metrics")
+    figures = pd.json_normalize([row["metrics"] or {} for row in rows])  # named `final.autoregressive.op` and so on
     tables, words = tables_of(results), [*lead(results), "Every run's command and figures are in `table.json`."]
-    texts = {"table.csv": csv_text(results), "table.tex": latex(tables)}
-    texts["table.md"] = markdown(tables, words, remarks(results))
+    texts = {
+        "table.csv": pd.concat([runs, figures], axis=1).to_csv(index=False),
+        "table.tex": latex(tables),
+        "table.md": markdown(tables, words, remarks(results)),
+    }
     if grid is None:
-        tables = editor_tables(results)
-        texts |= {"scores.csv": scores_csv(results), "scores.tex": latex(tables, document=True)}
-        texts["scores.md"] = markdown(tables, lead(results), remarks(results))
+        parts = editor_parts(results)
+        tables = [part.table() for part in parts]
+        texts |= {
+            "scores.csv": scores_frame(parts).to_csv(index=False),
+            "scores.tex": latex(tables),
+            "scores.md": markdown(tables, lead(results), remarks(results)),
+        }
     for name, text in texts.items():
         replace_text(folder / name, text)
 
 
 def read_tables(folder: Path) -> tuple[list[Result], Grid | None]:
-    """What `write_tables` wrote to `table.json`.
-
-    Raises:
-        RepairError: there is none, or it is damaged.
-    """
+    """What `write_tables` wrote to `table.json`; a RepairError where there is none, or it is damaged."""
     file = folder / TABLE
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

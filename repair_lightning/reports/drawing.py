@@ -1,4 +1,4 @@
-"""The forms of pictures, drawn by Altair from rows of data. Texts of the user's are data here, never markup."""
+"""The four forms of pictures, drawn by Altair from rows of data. Texts of the user's are data here, never markup."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ Row = Mapping[str, Any]
 
 COLOURS = ["#0b6e99", "#d97706", "#2f855a", "#a23b72", "#6b5fb5", "#b93a20", "#7a8790", "#8a6d1f"]
 SHAPES = ["circle", "triangle-up", "square", "diamond", "cross"]
-MARK = "#b93a20"
 CONFIG = {
     "aria": False,  # the page has the words and the numbers beside each picture
     "font": "Liberation Sans, Arial, sans-serif",
@@ -28,20 +27,13 @@ CONFIG = {
     "legend": {"orient": "bottom", "columns": 3, "labelLimit": 0, "title": None},
     "title": {"anchor": "start"},
 }
-PPI = 130
+WIDTH = 380
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One picture.
-
-    Attributes:
-        name: of its files.
-        title: what it shows.
-        words: what it says, for a reader who does not see it.
-        rows: the data, row by row, all with the same columns; what is unknown is None.
-        picture: as Altair draws it.
-    """
+    """One picture: the name of its files, what it shows, what it says to a reader who does not see it, its data (rows
+    with the same columns; None for what is unknown), and the picture as Altair draws it."""
 
     name: str
     title: str
@@ -55,15 +47,12 @@ class Chart:
         ids = list(dict.fromkeys(re.findall(r'id="((?:gradient_|clip)\d+)"', svg)))  # Vega counts on from the last one
         return re.sub(r'(?<=id=")\w+|(?<=url\(#)\w+', lambda m: f"i{ids.index(m[0])}" if m[0] in ids else m[0], svg)
 
-    def write(self, folder: Path, suffixes: Sequence[str] = ("png", "svg", "csv")) -> list[Path]:
-        """Write `NAME.png`, `NAME.svg` and the data as `NAME.csv`, or some of them; returns the files."""
-        files = [folder / f"{self.name}.{suffix}" for suffix in suffixes]
-        for file in files:
-            if file.suffix == ".png":
-                file.write_bytes(vl_convert.vegalite_to_png(self._spec(titled=True), ppi=PPI))
-            else:
-                table = pd.DataFrame(self.rows, dtype=object)
-                replace_text(file, self.svg(titled=True) if file.suffix == ".svg" else table.to_csv(index=False))
+    def write(self, folder: Path) -> list[Path]:
+        """Write `NAME.png`, `NAME.svg` and the data as `NAME.csv`; returns the files."""
+        png, svg, csv = files = [folder / f"{self.name}.{suffix}" for suffix in ("png", "svg", "csv")]
+        png.write_bytes(vl_convert.vegalite_to_png(self._spec(titled=True), ppi=130))
+        replace_text(svg, self.svg(titled=True))
+        replace_text(csv, pd.DataFrame(self.rows, dtype=object).to_csv(index=False))
         return files
 
     def _spec(self, titled: bool) -> dict[str, Any]:
@@ -74,11 +63,6 @@ class Chart:
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """A frame's rows; what is not a number is None."""
     return frame.astype(object).where(frame.notna(), None).to_dict("records")
-
-
-def values(rows: Sequence[Row], column: str) -> list[Any]:
-    """The different values of a column, in their order."""
-    return list(dict.fromkeys(row[column] for row in rows))
 
 
 def lines(
@@ -93,68 +77,47 @@ def lines(
 ) -> Any:
     """A line for each group. `titles` are those of x and y, `log` names logarithmic axes, `share` says that y is in per
     cent, `spread` is the column with the standard deviation."""
-    few = len(rows) <= 60 * len(values(rows, group))
-    base = alt.Chart(_data(rows), width=380, height=230).encode(
-        x=_scale(alt.X, x, titles[0], "x" in log), y=_scale(alt.Y, y, titles[1], "y" in log, share)
+    few = len(rows) <= 60 * len(_values(rows, group))
+    base = alt.Chart(_data(rows), width=WIDTH, height=230).encode(
+        x=_axis(alt.X, x, titles[0], "x" in log), y=_axis(alt.Y, y, titles[1], "y" in log, share), color=_colour(group)
     )
-    colour = _colour(group)
-    line = base.mark_line(point={"size": 25} if few else False, clip=False).encode(
-        color=colour, strokeDash=alt.StrokeDash(field=group, type="nominal", sort=None, legend=None)
-    )
-    error = [base.mark_errorbar(ticks=True).encode(color=colour, yError=alt.YError(field=spread))] if spread else []
-    return alt.layer(line, *error)
+    dash = alt.StrokeDash(group, type="nominal", sort=None, legend=None)
+    drawn = [base.mark_line(point={"size": 25} if few else False, clip=False).encode(strokeDash=dash)]
+    drawn += [base.mark_errorbar(ticks=True).encode(yError=alt.YError(spread))] if spread else []
+    return alt.layer(*drawn)
 
 
 def histograms(rows: Sequence[Row], x: str, y: str, panel: str, titles: Sequence[str], mark: float) -> Any:
     """Bars y at the numbers x, a small picture for each panel one below the other; a vertical line at `mark`."""
-    width = 380
-    base = alt.Chart(width=width, height=60)
-    bars = base.mark_bar(size=0.8 * width / len(values(rows, x))).encode(
-        x=_scale(alt.X, x, titles[0]),
-        y=alt.Y(field=y, type="quantitative", title=titles[1], axis=alt.Axis(tickCount=3)),
+    base = alt.Chart(width=WIDTH, height=60)
+    bars = base.mark_bar(size=0.8 * WIDTH / len(_values(rows, x))).encode(
+        x=_axis(alt.X, x, titles[0]),
+        y=alt.Y(y, type="quantitative", title=titles[1], axis=alt.Axis(tickCount=3)),
         color=_colour(panel, legend=None),
     )
-    rule = base.mark_rule(color=MARK, strokeDash=[4, 3], strokeWidth=1.5).encode(x=alt.datum(mark))
+    rule = base.mark_rule(color="#b93a20", strokeDash=[4, 3], strokeWidth=1.5).encode(x=alt.datum(mark))
     drawn = alt.layer(bars, rule, data=_data(rows)).facet(facet=_panels(rows, panel), columns=1)
     return drawn.resolve_scale(y="independent")
 
 
-def bars(rows: Sequence[Row], x: str, y: str, panel: str, spread: str, title: str) -> Any:
-    """Lying bars of shares in per cent, the categories y shared by a small picture for each panel."""
-    base = alt.Chart(width=120, height=alt.Step(20)).encode(x=_share(x, title), y=_names(y))
-    bar = base.mark_bar().encode(color=_colour(panel, legend=None))
-    error = base.mark_errorbar().encode(xError=alt.XError(field=spread))
-    number = base.mark_text(align="left", dx=4, fontSize=9).encode(
-        x=alt.datum(0),
-        text=alt.Text(field=x, type="quantitative", format=".1f"),
-        color=alt.condition(alt.datum[x] > 25, alt.value("white"), alt.value("black")),
-    )
-    return alt.layer(bar, error, number, data=_data(rows)).facet(facet=_panels(rows, panel), columns=4)
-
-
-def stacked(rows: Sequence[Row], x: str, y: str, group: str, title: str) -> Any:
-    """Lying bars of shares in per cent, the groups end to end."""
-    order = values(rows, group)
-    placed = [{**row, "place": order.index(row[group])} for row in rows]
-    bar = alt.Chart(_data(placed), width=380, height=alt.Step(30)).mark_bar()
-    return bar.encode(x=_share(x, title), y=_names(y), color=_colour(group), order=alt.Order("place:Q"))
-
-
-def heat(rows: Sequence[Row], x: str, y: str, value: str, text: str, frame: tuple[Any, Any] | None) -> Any:
-    """A colour and a text for each pair of x and y; `frame` is the pair that is framed."""
+def heat(
+    rows: Sequence[Row], x: str, y: str, value: str, text: str, titles: Sequence[str | None], frame: Any = None
+) -> Any:
+    """A colour and a text for each pair of x and y; `frame` is the pair that is framed. Numbers rise upwards, words are
+    read downwards."""
     known = [row[value] for row in rows if row[value] is not None]
-    top = max(known, default=100.0)
+    top, places = max(known), _values(rows, y)
     low = min([*known, top - 20])  # small differences look small
     base = alt.Chart(_data(rows), width=alt.Step(70), height=alt.Step(45)).encode(
-        x=alt.X(field=x, type="ordinal", sort=values(rows, x), title=x.replace("_", " "), axis=alt.Axis(labelAngle=0)),
-        y=alt.Y(field=y, type="ordinal", sort=values(rows, y)[::-1], title=y.replace("_", " ")),
+        x=alt.X(x, type="ordinal", sort=_values(rows, x), title=titles[0], axis=alt.Axis(labelAngle=0)),
+        y=alt.Y(y, type="ordinal", sort=places if isinstance(places[0], str) else places[::-1], title=titles[1]),
     )
     scale = alt.Scale(scheme="viridis", domain=[low, top])
     legend = alt.Legend(orient="right", title="per cent")
-    cells = base.mark_rect().encode(color=alt.Color(field=value, type="quantitative", scale=scale, legend=legend))
+    cells = base.mark_rect().encode(color=alt.Color(value, type="quantitative", scale=scale, legend=legend))
     light = alt.datum[value] < (low + top) / 2
     words = base.mark_text(fontSize=10).encode(
-        text=alt.Text(field=text, type="nominal"),
+        text=alt.Text(text, type="nominal"),
         color=alt.condition((alt.datum[value] != None) & light, alt.value("white"), alt.value("black")),  # noqa: E711
     )
     framed = [row for row in rows if (row[x], row[y]) == frame]
@@ -166,42 +129,39 @@ def points(rows: Sequence[Row], x: str, y: str, group: str, titles: Sequence[str
     """Places: a colour for each name in `group`, or a scale where it holds numbers; a small picture for each panel,
     then with shares in per cent over a logarithmic axis."""
     if any(isinstance(row[group], str) for row in rows):  # colours come again with another mark
-        shapes = [SHAPES[i // len(COLOURS) % len(SHAPES)] for i in range(len(values(rows, group)))]
-        shape = alt.Shape(field=group, type="nominal", sort=None, scale=alt.Scale(range=shapes))
+        shapes = [SHAPES[i // len(COLOURS) % len(SHAPES)] for i in range(len(_values(rows, group)))]
+        shape = alt.Shape(group, type="nominal", sort=None, scale=alt.Scale(range=shapes))
         look: dict[str, Any] = {"color": _colour(group), "shape": shape}
     else:
         legend = alt.Legend(orient="right", title=group)
         look = {"color": alt.Color(f"{group}:Q", scale=alt.Scale(scheme="viridis"), legend=legend)}
-    drawn = alt.Chart(_data(rows), width=280 if panel else 380, height=180 if panel else 280).encode(
-        x=_scale(alt.X, x, titles[0], log=bool(panel), zero=False),
-        y=_scale(alt.Y, y, titles[1], share=bool(panel), zero=False),
+    drawn = alt.Chart(_data(rows), width=280 if panel else WIDTH, height=180 if panel else 280).encode(
+        x=_axis(alt.X, x, titles[0], log=bool(panel), zero=False),
+        y=_axis(alt.Y, y, titles[1], share=bool(panel), zero=False),
         **look,
     )
     drawn = drawn.mark_point(filled=True, size=40)
     return drawn.facet(facet=_panels(rows, panel), columns=2) if panel else drawn
 
 
-def _share(column: str, title: str) -> alt.X:
-    return alt.X(field=column, type="quantitative", title=title, scale=alt.Scale(domain=[0, 100]))
-
-
-def _names(column: str) -> alt.Y:
-    return alt.Y(field=column, type="nominal", sort=None, title=None)
+def _values(rows: Sequence[Row], column: str) -> list[Any]:
+    """The different values of a column, in their order."""
+    return list(dict.fromkeys(row[column] for row in rows))
 
 
 def _panels(rows: Sequence[Row], panel: str) -> alt.Facet:
-    return alt.Facet(field=panel, type="nominal", sort=values(rows, panel), title=None)
+    return alt.Facet(panel, type="nominal", sort=_values(rows, panel), title=None)
 
 
 def _colour(group: str, legend: Any = alt.Undefined) -> alt.Color:
-    return alt.Color(field=group, type="nominal", sort=None, scale=alt.Scale(range=COLOURS), legend=legend)
+    return alt.Color(group, type="nominal", sort=None, scale=alt.Scale(range=COLOURS), legend=legend)
 
 
-def _scale(kind: Any, column: str, title: str, log: bool = False, share: bool = False, zero: bool = True) -> Any:
+def _axis(kind: Any, column: str, title: str, log: bool = False, share: bool = False, zero: bool = True) -> Any:
     """A numeric axis; shares in per cent have room for marks that lie on their limits."""
     limits: dict[str, Any] = {"domain": [-3, 103], "nice": False} if share else {"zero": zero}
     scale = alt.Scale(type="log") if log else alt.Scale(**limits)
-    return kind(field=column, type="quantitative", title=title, scale=scale, axis=alt.Axis(format=",~f"))
+    return kind(column, type="quantitative", title=title, scale=scale, axis=alt.Axis(format=",~f"))
 
 
 def _data(rows: Sequence[Row]) -> alt.InlineData:

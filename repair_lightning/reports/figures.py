@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -11,19 +11,9 @@ from typing import NamedTuple
 import pandas as pd
 
 from repair_lightning.errors import ConfigError
+from repair_lightning.reports import charts
 from repair_lightning.reports.artefacts import Artefacts
-from repair_lightning.reports.charts import RUN_CHARTS, cost, costs_of
 from repair_lightning.reports.comparison import TABLE, Grid, Result, read_tables
-from repair_lightning.reports.comparison_charts import (
-    COSTS,
-    components,
-    costs_of_results,
-    finished,
-    op_against,
-    scale,
-    scored_runs,
-    sensitivity,
-)
 from repair_lightning.reports.drawing import Chart
 
 
@@ -38,11 +28,8 @@ class Comparison(NamedTuple):
 def draw_figures(folders: Sequence[Path], to: Path) -> tuple[list[Path], list[str]]:
     """Draw all figures that some runs, comparisons, or folders of either provide, into a folder, which is made.
 
-    Returns:
-        The files, and a line for every figure that is left out, with what it misses.
-
-    Raises:
-        ConfigError: a folder holds no finished run.
+    Returns the files, and a line for every figure that is left out, with what it misses; a ConfigError where a folder
+    holds no finished run.
     """
     made = list(charts_of(*gather(folders)))
     to.mkdir(parents=True, exist_ok=True)
@@ -52,14 +39,14 @@ def draw_figures(folders: Sequence[Path], to: Path) -> tuple[list[Path], list[st
 
 def draw_costs(folder: Path, results: Sequence[Result]) -> list[Path]:
     """Draw OP against what an edit costs; returns the PNG files."""
-    charts = [op_against(cost, results) for cost in COSTS]
-    return [chart.write(folder)[0] for chart in charts if isinstance(chart, Chart)]
+    drawn = [charts.op_against(cost, results) for cost in charts.COSTS]
+    return [chart.write(folder)[0] for chart in drawn if isinstance(chart, Chart)]
 
 
 def draw_grid(folder: Path, grid: Grid, results: Sequence[Result]) -> list[Path]:
-    """Draw OP over a grid as `heat_map.png` and `heat_map.svg`; returns them, nothing where no cell has an OP."""
-    chart = sensitivity(grid, results, "heat_map")
-    return chart.write(folder, ("png", "svg")) if isinstance(chart, Chart) else []
+    """Draw OP over a grid; returns `heat_map.png` and `heat_map.svg`, or nothing where no cell has an OP."""
+    chart = charts.sensitivity(grid, results, "heat_map")
+    return chart.write(folder)[:2] if isinstance(chart, Chart) else []
 
 
 def gather(folders: Sequence[Path]) -> tuple[list[Artefacts], list[Comparison]]:
@@ -79,28 +66,31 @@ def gather(folders: Sequence[Path]) -> tuple[list[Artefacts], list[Comparison]]:
     return runs, comparisons
 
 
-def charts_of(runs: Sequence[Artefacts], comparisons: Sequence[Comparison]) -> Iterable[Chart | str]:
+def charts_of(runs: Sequence[Artefacts], comparisons: Sequence[Comparison]) -> Iterator[Chart | str]:
     """Every chart, or why there is none: of each run, of each comparison, and of all together."""
+    of_runs = {name: make for name, make in charts.RUN_CHARTS.items() if name != "cost"}
     for run in runs:
-        for name, make in RUN_CHARTS.items():
-            if name != "cost":
-                yield _named(make(run), run.name if len(runs) > 1 else "")
+        yield from (_named(make(run), run.name if len(runs) > 1 else "") for make in of_runs.values())
     if not runs:
-        yield f"{', '.join(name for name in RUN_CHARTS if name != 'cost')}: need the directory of a run"
+        yield f"{', '.join(of_runs)}: need the directory of a run"
     plain = [one for one in comparisons if one.grid is None]
     several = [one for one in plain if len({result.variant for result in one.results}) > 1]
     for one in several:
-        for chart in (components(one.results), *(op_against(spent, one.results) for spent in COSTS)):
+        for chart in (
+            charts.components(one.results),
+            *(charts.op_against(spent, one.results) for spent in charts.COSTS),
+        ):
             yield _named(chart, one.name if len(several) > 1 else "")
     if not several:
-        yield components([])
+        yield charts.components([])
     for one in comparisons:
         if one.grid is not None:
-            yield sensitivity(one.grid, one.results, f"sensitivity-{_plain(one.name)}")
+            yield charts.sensitivity(one.grid, one.results, f"sensitivity-{_plain(one.name)}")
     if len(plain) == len(comparisons):
         yield "sensitivity: needs a comparison over a grid, as configs/compare/shards_mask.yaml"
-    yield scale(pd.concat([scored_runs(runs), *(finished(one.results) for one in plain)]))
-    yield cost(pd.concat([costs_of(runs), *(costs_of_results(one.results, f"{one.name}: ") for one in plain)]))
+    yield charts.scale([*map(charts.result_of, runs), *(result for one in plain for result in one.results)])
+    spent = [charts.costs_of_results(one.results, f"{one.name}: ") for one in plain]
+    yield charts.cost(pd.concat([charts.costs_of(runs), *spent]))
 
 
 def _named(chart: Chart | str, of: str) -> Chart | str:

@@ -1,4 +1,5 @@
-"""`report.html`: a finished run for a reader who never saw the project, in one file that asks nothing of the network.
+"""`report.html`: a finished run, or a comparison, for a reader who never saw the project, in one file that asks nothing
+of the network.
 
 Everything that comes from the data is escaped by Jinja. Pictures are SVG images in the page: in those no script runs.
 """
@@ -10,69 +11,40 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from repair_lightning.edits.ledger import EditStatus
-from repair_lightning.reports.artefacts import Artefacts
-from repair_lightning.reports.charts import RUN_CHARTS
+from repair_lightning.reports import comparison, report_tables
+from repair_lightning.reports.artefacts import Artefacts, base_name
+from repair_lightning.reports.charts import COSTS, RUN_CHARTS, op_against, scale
 from repair_lightning.reports.drawing import Chart
 from repair_lightning.reports.report import form_frame, loop_words, percent, score_frame, side_words
-from repair_lightning.reports.report_tables import (
-    edits_table,
-    event_table,
-    failed_table,
-    others_table,
-    problems,
-    skipped_table,
-    table,
-)
 from repair_lightning.reports.tables import Table
+from repair_lightning.scoring.protocols import AUTOREGRESSIVE
 from repair_lightning.storage.files import replace_text
 
 log = logging.getLogger(__name__)
 
 REPORT_FILE = "report.html"
-POINTS_SHOWN = 60
-"""Rows of a picture's table."""
-UNDONE = "{} of the edits were taken back after the run; scores and answers are those before that."
 
 
-@dataclass(frozen=True)
-class Section:
-    """A part of a page: sentences, tables, pictures, facts by their names, texts to be shown as they are; whether its
-    table can be searched, and whether the terms of scores are explained."""
+class Section(NamedTuple):
+    """A part of a page: sentences, tables, pictures, facts by their names, texts to be shown as they are."""
 
     id: str
     title: str
     words: Sequence[str] = ()
     tables: Sequence[Table] = ()
-    charts: Sequence[tuple[Chart, str, Table]] = ()
+    charts: Sequence[Chart] = ()
     facts: Sequence[tuple[str, str]] = ()
     texts: Sequence[tuple[str, str]] = ()
-    searched: bool = False
-    terms: bool = False
-
-
-@dataclass(frozen=True)
-class Page:
-    """A page: its head and its parts; `tiles` are the headline scores."""
-
-    title: str
-    subtitle: str
-    lead: Sequence[str]
-    sections: Sequence[Section]
-    notices: Sequence[str] = ()
-    tiles: Mapping[str, str] = field(default_factory=dict)
-    made: str = ""
-
-
-# -- making one --------------------------------------------------------------------------------------------------------
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -82,7 +54,18 @@ def write_report(run_dir: str | Path) -> Path:
         RepairError: there is no finished run, or its files are damaged.
     """
     run = Artefacts.read(run_dir)
-    return write_page(run.path, page_of(run))
+    ended = max((event["time"] for event in run.events), default=None)
+    when = f", {datetime.fromtimestamp(ended, timezone.utc):%Y-%m-%d %H:%M} UTC" if ended else ""
+    final = run.metrics["final"].get(AUTOREGRESSIVE, {})
+    return _write(
+        run.path,
+        title=f"{run.metrics['n_edits']:,} corrections of {base_name(run.metrics)}",
+        subtitle=f"Run {run.name}{when}",
+        lead=_lead(run),
+        sections=_sections(run),
+        tiles={kind: percent(final.get(kind)) for kind in ("rel", "gen", "loc", "near", "op")},
+        made=f"Made by REPAIR-Lightning; `repair-lightning report --run {run.path}` makes it again.",
+    )
 
 
 def try_report(run_dir: str | Path) -> Path | None:
@@ -96,98 +79,102 @@ def try_report(run_dir: str | Path) -> Path | None:
         return None
 
 
-def write_page(folder: Path, page: Page) -> Path:
-    """Write a page into a folder; everything that it holds is escaped. Returns the file."""
+def write_comparison_page(folder: Path, results: Sequence[comparison.Result]) -> Path:
+    """Write a comparison's `report.html` beside its tables; returns it."""
+    bases = dict.fromkeys(str(run.figure(("base", "name"))) for run in results if run.metrics)
+    sizes = ", ".join(f"{size:,}" for size in sorted({run.size for run in results}))
+    runs = pd.DataFrame([asdict(run) for run in results]).drop(columns="metrics")
+    tables = [part.table() for part in comparison.editor_parts(results)]
+    return _write(
+        folder,
+        title=f"{len({run.variant for run in results})} editors of {', '.join(bases) or 'a base'}",
+        subtitle=f"{folder.resolve().name}, numbers of edits: {sizes}",
+        lead=comparison.lead(results),
+        sections=[
+            Section("scores", "Scores and costs", comparison.remarks(results), tables),
+            _pictures([scale(results), *(op_against(spent, results) for spent in COSTS)]),
+            Section("how", "What was run", tables=[Table("", runs, id="runs")]),
+        ],
+        tiles={},
+        made="",
+    )
+
+
+def _write(folder: Path, **page: Any) -> Path:
     loader = PackageLoader("repair_lightning.reports")
     pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    pages.filters["shown"] = shown
-    pages.tests["figure"] = lambda cell: re.match(r"[\d.,-]+( ±|$)", shown(cell)) is not None
-    replace_text(folder / REPORT_FILE, pages.get_template("report.html.j2").render(page=page))
+    pages.filters |= {"shown": _shown, "numbers": _numbers}
+    pages.filters["image"] = lambda chart: base64.b64encode(chart.svg().encode()).decode()
+    pages.tests["figure"] = lambda cell: re.match(r"[\d.,-]+( ±|$)", _shown(cell)) is not None
+    replace_text(folder / REPORT_FILE, pages.get_template("report.html.j2").render(page))
     return folder / REPORT_FILE
 
 
-def shown(cell: Any) -> str:
+def _shown(cell: Any) -> str:
     """A cell's text; a dash for nothing."""
     if cell is None or cell == "" or (isinstance(cell, float) and math.isnan(cell)):
         return "-"
     return f"{cell:,.4g}" if isinstance(cell, float) else f"{cell:,}" if isinstance(cell, int) else str(cell)
 
 
-def pictures(drawn: Sequence[Chart | str]) -> Section:
-    """Pictures with their words and their numbers, and a line for each that is left out."""
-    charts = []
-    for chart in (one for one in drawn if isinstance(one, Chart)):
-        rest = "what `repair-lightning figures` writes as CSV"
-        rows = [list(row.values()) for row in chart.rows]
-        numbers = table(f"table-{chart.name}", "", list(chart.rows[0]), rows, rest, POINTS_SHOWN)
-        charts.append((chart, base64.b64encode(chart.svg().encode()).decode(), numbers))
+def _numbers(chart: Chart) -> Table:
+    """The first rows of a picture's data."""
+    rows = [list(row.values()) for row in chart.rows]
+    rest = "what `repair-lightning figures` writes as CSV"
+    return report_tables.table(f"table-{chart.name}", "", list(chart.rows[0]), rows, rest, most=60)
+
+
+def _pictures(drawn: Sequence[Chart | str]) -> Section:
+    """Pictures, and a line for each that is left out."""
     missing = [f"Left out: {words}" for words in drawn if isinstance(words, str)]
-    return Section("pictures", "Pictures", words=missing, charts=charts)
+    return Section("pictures", "Pictures", missing, charts=[chart for chart in drawn if isinstance(chart, Chart)])
 
 
-def page_of(run: Artefacts) -> Page:
-    """The report of a run."""
-    m = run.metrics
-    scores = [
-        Table("", score_frame(m), id="score-table"),
-        Table("Edits in other forms", form_frame(m["final"].get("forms")), id="forms-table"),
+def _sections(run: Artefacts) -> list[Section]:
+    m, known = run.metrics, Counter(str(entry.status) for entry in run.entries.values())
+    forms = Table("Edits in other forms", form_frame(m["final"].get("forms")), id="forms-table")
+    failed = f"{len(report_tables.problems(run)):,} of {m['n_edits']:,} edits failed"
+    quarantined = m.get("closed_loop", {}).get("quarantined", 0)
+    failed += f"; {quarantined:,} of them were quarantined, so the base answers them." if quarantined else "."
+    counts = f"Failed ones come first. {', '.join(f'{number:,} {status}' for status, number in known.items())}"
+    edits = [report_tables.edits_table(run), report_tables.others_table(run), report_tables.skipped_table(run)]
+    texts = [("The command", _provenance(run).get("command")), ("The complete configuration", run.config_text)]
+    return [
+        Section("scores", "Scores", list(side_words(m)), [Table("", score_frame(m), id="score-table"), forms]),
+        Section("edits", "The edits, and why some failed", [failed, counts], edits),
+        _pictures([make(run) for make in RUN_CHARTS.values()]),
+        Section("loop", "What happened", [loop_words(m)], [report_tables.event_table(run)]),
+        Section("how", "Configuration", facts=_setup(run), texts=[(name, text) for name, text in texts if text]),
     ]
-    known = Counter(str(entry.status) for entry in run.entries.values())
-    undone = known[EditStatus.UNDONE]
-    counts = ", ".join(f"{number:,} {status}" for status, number in known.items())
-    texts = [("The command", run.provenance.get("command", "")), ("The complete configuration", run.config_text)]
-    failed = [failed_table(run), others_table(run), skipped_table(run)]
-    sections = [
-        Section("scores", "Scores", list(side_words(m)), scores, terms=True),
-        Section("failed", "What failed, and why", [failed_words(run)], failed),
-        pictures([make(run) for make in RUN_CHARTS.values()]),
-        Section("edits", "All edits", [f"Failed ones come first. {counts}"], [edits_table(run)], searched=True),
-        Section("loop", "What happened", [loop_words(m)], [event_table(run)]),
-        Section("how", "Configuration", facts=setup(run), texts=[one for one in texts if one[1]]),
-    ]
-    ended = [event["time"] for event in run.events]
-    when = f", {datetime.fromtimestamp(max(ended), timezone.utc):%Y-%m-%d %H:%M} UTC" if ended else ""
-    return Page(
-        title=f"{m['n_edits']:,} corrections of {run.base}",
-        subtitle=f"Run {run.name}{when}",
-        lead=[lead(run)],
-        sections=sections,
-        notices=[UNDONE.format(undone)] if undone else [],
-        tiles={kind: percent(run.score(kind)) for kind in ("rel", "gen", "loc", "near", "op")},
-        made=f"Made by REPAIR-Lightning; `repair-lightning report --run {run.path}` makes it again.",
-    )
 
 
-# -- what was asked and what came of it --------------------------------------------------------------------------------
+def _provenance(run: Artefacts) -> dict[str, Any]:
+    """The command, the seed and the versions, from the pack."""
+    return next(iter(run.objects("pack/repair_config.json")), {}).get("provenance", {})
 
 
-def lead(run: Artefacts) -> str:
+def _lead(run: Artefacts) -> list[str]:
     """What was asked and how it was done, in plain words."""
-    m = run.metrics
-    data, changed = run.option("data.path"), "deviation" in m.get("method", {})
-    words = f"A language model was wrong about some facts. {m['n_edits']:,} corrections were written into {run.base}, "
-    words += "one after the other, as they would arrive in use. " + (f"They come from {data}. " if data else "")
-    words += "They change some of its own weights" if changed else "The model itself was not retrained"
-    if changed and not m.get("shards"):
-        return f"{words}, for every question."
-    model = f"the {'changed' if changed else 'unchanged'} model"
-    words += f". Corrections are kept in memories beside it (shards; {m.get('shards', 0):,} at the end). For every "
-    return words + f"question a router decides, from its words alone, whether one of them or {model} answers."
+    m, data = run.metrics, run.option("data.path")
+    changed, shards = "deviation" in m.get("method", {}), m.get("shards", 0)
+    words = f"A language model was wrong about some facts. {m['n_edits']:,} corrections were written into "
+    words += f"{base_name(m)}, one after the other, as they would arrive in use. "
+    words += f"They come from {data}. " if data else ""
+    words += "They change some of its own weights. " if changed else "The model itself was not retrained. "
+    if shards or not changed:
+        words += f"Corrections are kept in memories beside it (shards; {shards:,} at the end): for every question a "
+        words += "router decides, from its words alone, whether one of them or the model answers."
+    undone = sum(entry.status == EditStatus.UNDONE for entry in run.entries.values())
+    back = f"{undone} of the edits were taken back after the run; scores and answers are those before that."
+    return [words] + [back] * bool(undone)
 
 
-def failed_words(run: Artefacts) -> str:
-    """How many edits failed."""
-    failed, quarantined = len(problems(run)), run.metrics.get("closed_loop", {}).get("quarantined", 0)
-    words = f"{failed:,} of {run.metrics['n_edits']:,} edits failed"
-    return words + (f"; {quarantined:,} of them were quarantined, so the base answers them." if quarantined else ".")
-
-
-def setup(run: Artefacts) -> list[tuple[str, str]]:
+def _setup(run: Artefacts) -> list[tuple[str, str]]:
     """What was run, where and with what."""
     m = run.metrics
     found = {name: m.get(name) for name in ("editor", "seed", "layer", "shards", "memory_bytes", "edits_per_minute")}
     found["base"] = f"{m['base']['name']} ({str(m['base'].get('sha256', ''))[:12]})"
-    parts = {"seconds": m.get("seconds", {}), "versions": run.provenance.get("versions", {})}
+    parts = {"seconds": m.get("seconds", {}), "versions": _provenance(run).get("versions", {})}
     parts["change of the base's own weights, by layer"] = m.get("method", {}).get("deviation") or {}
-    found |= {name: ", ".join(f"{part} {shown(one)}" for part, one in each.items()) for name, each in parts.items()}
-    return [(word.replace("_", " "), shown(value)) for word, value in found.items() if value not in (None, "")]
+    found |= {name: ", ".join(f"{part} {_shown(one)}" for part, one in each.items()) for name, each in parts.items()}
+    return [(word.replace("_", " "), _shown(value)) for word, value in found.items() if value not in (None, "")]

@@ -1,4 +1,4 @@
-"""What a run leaves behind: `metrics.json`, `generations.jsonl`, the table that a person reads."""
+"""What a run says at its end: the tables of its scores, and sentences on what was measured besides."""
 
 from __future__ import annotations
 
@@ -8,16 +8,27 @@ from typing import Any
 
 import pandas as pd
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from repair_lightning.errors import counted
+from repair_lightning.reports.tables import Table
 from repair_lightning.scoring.metrics import KINDS
 from repair_lightning.scoring.protocols import AUTOREGRESSIVE, PROTOCOLS
 
 STAGES = {"pre_edit": "before", "before_merge": "before merge", "final": "after", "oracle_routing": "oracle routing"}
-SECONDS = {"edit": "editing", "evaluate": "scoring", "total": "in all"}
-_TITLES = {name: "OP" if name == "op" else name.capitalize() for name in (*KINDS, "op")}
+SCORES_IN_WORDS = {**{name: name.capitalize() for name in KINDS}, "op": "OP"}
+FILES = {
+    "report.html": "everything below for a reader, with pictures: open it in a browser",
+    "metrics.json": "all figures",
+    "generations.jsonl": "every prompt with every answer, before and after",
+    "curves.jsonl": "how things stood after each window",
+    "features.json": "where the edits' features lie, in two dimensions",
+    "edits.parquet": "the ledger: what became of each edit",
+    "journal.sqlite": "every event of every edit: `repair-lightning log --run ...`",
+    "pack": "the edited model: repair_lightning.load_edited('.../pack')",
+    "checkpoints": "the state of the stream",
+    "config.yaml": "the complete configuration",
+    "wandb": "the dashboard's data; `wandb sync` sends it where you want it",
+}
 
 
 def only_in_base(metrics: Mapping[str, Any]) -> bool:
@@ -25,50 +36,32 @@ def only_in_base(metrics: Mapping[str, Any]) -> bool:
     return metrics.get("shards") == 0 and "deviation" in metrics.get("method", {})
 
 
-def stages(metrics: Mapping[str, Any]) -> dict[str, str]:
-    """The stages that have scores, in words; perfect routing only where there is anything to route."""
-    routed = not only_in_base(metrics)
-    return {
-        stage: words for stage, words in STAGES.items() if metrics.get(stage) and (routed or "routing" not in stage)
-    }
-
-
 def score_frame(metrics: Mapping[str, Any]) -> pd.DataFrame:
-    """The scores in per cent: a row per protocol and stage."""
-    return pd.DataFrame(
-        [
-            [protocol.replace("_", " "), words, *(_percent(metrics[stage][protocol][name]) for name in _TITLES)]
-            for protocol in PROTOCOLS
-            for stage, words in stages(metrics).items()
-        ],
-        columns=["protocol", "model", *_TITLES.values()],
-    )
+    """The scores in per cent: a row per protocol and stage; perfect routing only where there is anything to route."""
+    rows = [
+        [protocol.replace("_", " "), words, *(_percent(metrics[stage][protocol][name]) for name in SCORES_IN_WORDS)]
+        for protocol in PROTOCOLS
+        for stage, words in STAGES.items()
+        if metrics.get(stage) and not (stage == "oracle_routing" and only_in_base(metrics))
+    ]
+    return pd.DataFrame(rows, columns=["protocol", "model", *SCORES_IN_WORDS.values()])
 
 
 def routing_frame(routing: Mapping[str, Mapping[str, float] | None]) -> pd.DataFrame:
     """Which memory answered each kind of prompt, in per cent."""
-    kinds = {kind: shares for kind, shares in routing.items() if shares}
-    rows = [[kind, *(_percent(shares[name]) for name in ("base", "right", "wrong"))] for kind, shares in kinds.items()]
-    return pd.DataFrame(rows, columns=["prompt", "base", "right shard", "wrong shard"])
+    return _share_frame(routing, {"base": "base", "right": "right shard", "wrong": "wrong shard"}, "prompt")
 
 
 def form_frame(forms: Mapping[str, Mapping[str, float | None]] | None) -> pd.DataFrame:
     """How edits hold in each form, in per cent; forms that the base does not have are left out."""
     shown = {form: found for form, found in (forms or {}).items() if found["rel"] is not None}
     names = {"rel": "exact", "contains": "contains", "fires": "fires", "garbled": "garbled"}
-    rows = [[form.replace("_", " "), *(_percent(found[name]) for name in names)] for form, found in shown.items()]
-    return pd.DataFrame(rows, columns=["form", *names.values()])
+    return _share_frame(shown, names, "form")
 
 
-def console_table(frame: pd.DataFrame, title: str) -> Table:
-    """A table for the console; a line parts what differs in the first column where that comes again."""
-    table = Table(title=escape(title), title_justify="left", header_style="bold")
-    for column in frame.columns:
-        table.add_column(column, justify="left" if column in ("protocol", "model", "prompt", "form") else "right")
-    for i, row in enumerate(rows := frame.values.tolist()):
-        again = frame.iloc[:, 0].duplicated().any()
-        table.add_row(*row, end_section=again and i + 1 < len(rows) and rows[i + 1][0] != row[0])
-    return table
+def _share_frame(rows: Mapping[str, Any], names: Mapping[str, str], head: str) -> pd.DataFrame:
+    lines = [[row.replace("_", " "), *(_percent(of[name]) for name in names)] for row, of in rows.items() if of]
+    return pd.DataFrame(lines, columns=[head, *names.values()])
 
 
 def _percent(value: float | None) -> str:
@@ -82,27 +75,20 @@ def percent(value: float | None) -> str:
 
 def print_report(metrics: Mapping[str, Any], run_dir: Path | None, console: Console | None = None) -> None:
     """The closing words of a run: scores, routing, what became of the edits, and where everything is."""
-    console = console or Console()
-    base = metrics["base"]["name"]
-    console.print()
     by = f", {metrics['editor']}" if "editor" in metrics else ""
-    console.print(console_table(score_frame(metrics), f"{counted(metrics['n_edits'], 'edit')} of {base}{by}"))
-    if not only_in_base(metrics):
-        console.print(console_table(routing_frame(metrics["routing"]), "Who answered"))
-    if metrics["final"].get("forms"):
-        console.print(console_table(form_frame(metrics["final"]["forms"]), "Edits in other forms"))
-    said = list(side_words(metrics))
+    title = f"{counted(metrics['n_edits'], 'edit')} of {metrics['base']['name']}{by}"
+    tables = [Table(title, score_frame(metrics))]
+    tables += [] if only_in_base(metrics) else [Table("Who answered", routing_frame(metrics["routing"]))]
+    tables.append(Table("Edits in other forms", form_frame(metrics["final"].get("forms"))))
+    said = [f"\n{table.title}\n{table.text('simple')}" for table in tables if len(table.frame)]
+    said += ["", *side_words(metrics)]
     if run_dir is not None:
-        took = ", ".join(f"{metrics['seconds'][key]:.1f} s {word}" for key, word in SECONDS.items())
+        times = {"edit": "editing", "evaluate": "scoring", "total": "in all"}
+        took = ", ".join(f"{metrics['seconds'][key]:.1f} s {word}" for key, word in times.items())
         said += [loop_words(metrics), f"{metrics['edits_per_minute']:.0f} edits a minute: {took}."]
-    for line in said:
-        console.print(escape(line), soft_wrap=not console.is_terminal)  # whoever reads a pipe wants whole lines
-    if run_dir is None:
-        return
-    console.print(f"Everything is in [bold]{escape(str(run_dir))}[/bold]:", highlight=False, soft_wrap=True)
-    for name, words in FILES.items():
-        if (run_dir / name).exists():
-            console.print(f"  {name:<18} {words}", highlight=False, soft_wrap=True)
+        said.append(f"Everything is in {run_dir}:")
+        said += [f"  {name:<18} {words}" for name, words in FILES.items() if (run_dir / name).exists()]
+    (console or Console()).print("\n".join(said), markup=False, highlight=False, soft_wrap=True)
 
 
 def side_words(metrics: Mapping[str, Any]) -> Iterator[str]:
@@ -137,7 +123,7 @@ def loop_words(metrics: Mapping[str, Any]) -> str:
     loop, merge = metrics["closed_loop"], metrics["merge"]
     return (
         f"Closed loop: {counted(loop['windows'], 'window')}, {loop['rolled_back']} rolled back, "
-        f"{counted(loop['pruned'], 'shard')} pruned, {counted(loop['retriggered'], 'edit')} written anew, "
+        f"{counted(loop['pruned'], 'shard')} pruned, {counted(loop['retriggered'], 'edit')} written again, "
         f"{loop['quarantined']} quarantined. "
         f"Merge: {'accepted' if merge['accepted'] else 'not applied'} ({merge['reason']})."
     )
@@ -146,21 +132,6 @@ def loop_words(metrics: Mapping[str, Any]) -> str:
 def verdict(metrics: Mapping[str, Any], place: str | Path) -> str:
     """A finished run, or a scored pack, in one line: the final score in free generation, what became of the edits."""
     final = metrics["final"][AUTOREGRESSIVE]
-    scores = "  ".join(f"{_TITLES[name]} {_percent(final[name])}" for name in _TITLES)
+    scores = "  ".join(f"{words} {_percent(final[name])}" for name, words in SCORES_IN_WORDS.items())
     given_up = f"; {metrics['closed_loop']['quarantined']} quarantined" if "closed_loop" in metrics else ""
     return f"{counted(metrics['n_edits'], 'edit')} of {metrics['base']['name']}: {scores}{given_up}; {place}"
-
-
-FILES = {
-    "report.html": "everything below for a reader, with pictures: open it in a browser",
-    "metrics.json": "all figures",
-    "generations.jsonl": "every prompt with every answer, before and after",
-    "curves.jsonl": "how things stood after each window",
-    "features.json": "where the edits' features lie, in two dimensions",
-    "edits.parquet": "the ledger: what became of each edit",
-    "journal.sqlite": "every event of every edit: `repair-lightning log --run ...`",
-    "pack": "the edited model: repair_lightning.load_edited('.../pack')",
-    "checkpoints": "the state of the stream",
-    "config.yaml": "the complete configuration",
-    "wandb": "the dashboard's data; `wandb sync` sends it where you want it",
-}

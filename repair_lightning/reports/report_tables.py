@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from itertools import groupby
 from typing import Any
@@ -18,56 +18,39 @@ from repair_lightning.types import BASE
 EDITS_SHOWN, ROWS_SHOWN, TEXT_SHOWN = 2000, 200, 240
 """Most edits in the searchable table, rows of another table, characters of a text."""
 
-GONE = (EditStatus.SUPERSEDED, EditStatus.UNDONE)
-
 
 def table(
     id: str, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], rest: str, most: int = ROWS_SHOWN
 ) -> Table:
-    """The first rows as a table, which says how many there are and where the `rest` is."""
-    shown = [[shortened(cell) for cell in row] for row in rows[:most]]
+    """The first rows as a table, long texts cut off, which says how many there are and where the `rest` is."""
+    frame = pd.DataFrame(rows[:most], columns=list(columns), dtype=object)
+    long = frame.map(lambda cell: isinstance(cell, str) and len(cell) > TEXT_SHOWN)
+    frame = frame.mask(long, frame.map(lambda cell: str(cell)[: TEXT_SHOWN - 1].rstrip() + "…"))
     note = f"The first {most:,} of {len(rows):,}; the others are in {rest}." if len(rows) > most else ""
-    return Table(title, pd.DataFrame(shown, columns=list(columns), dtype=object), note, id)
+    return Table(title, frame, note, id)
 
 
-def shortened(cell: Any) -> Any:
-    """A cell; a long text has its end cut off."""
-    if not isinstance(cell, str) or len(cell) <= TEXT_SHOWN:
-        return cell
-    return cell[: TEXT_SHOWN - 1].rstrip() + "…"
-
-
-# -- what failed -------------------------------------------------------------------------------------------------------
-
-
-def edit_rows(run: Artefacts) -> dict[str, Row]:
+def _edit_rows(run: Artefacts) -> dict[str, Row]:
     """Id -> the final model's line for the edit's own prompt."""
-    return {row["id"]: row for row in run.rows.get("final", ()) if row["kind"] == "edit"}
+    return {row["id"]: row for row in run.final if row["kind"] == "edit"}
 
 
 def problems(run: Artefacts) -> dict[str, str]:
     """Id -> why, for every edit that is not answered right at the end or whose place in the ledger says so."""
-    rows, found = edit_rows(run), {}
-    for id, entry in run.entries.items():
-        row = rows.get(id)
-        if entry.status in GONE:
-            continue
-        if entry.status != EditStatus.WRITTEN:
-            found[id] = why_failed(entry)
-            if row is not None and not row["correct"] and entry.shard is not None:
-                found[id] += f"; {why_wrong(row, entry)}"
-        elif row is not None and not row["correct"]:
-            found[id] = why_wrong(row, entry)
-    unknown = {id: row for id, row in rows.items() if id not in run.entries and not row["correct"]}
-    return found | {id: why_wrong(row, None) for id, row in unknown.items()}
-
-
-def why_failed(entry: LedgerEntry) -> str:
-    """Why an edit stands where it stands, from the ledger."""
-    words = f"{entry.status}: {entry.reason}" if entry.reason else str(entry.status)
-    if entry.loss is not None:
-        words += f" (its loss after the last write was {entry.loss:.3g} nats a token)"
-    return words if entry.shard is not None else f"{words}; the base answers it"
+    rows = _edit_rows(run)
+    found: dict[str, str] = {}
+    for id in dict.fromkeys([*run.entries, *rows]):
+        entry, row = run.entries.get(id), rows.get(id)
+        wrong = why_wrong(row, entry) if row is not None and not row["correct"] else None
+        if entry is None or entry.status == EditStatus.WRITTEN:
+            found |= {id: wrong} if wrong else {}
+        elif entry.status not in (EditStatus.SUPERSEDED, EditStatus.UNDONE):
+            words = f"{entry.status}: {entry.reason}" if entry.reason else str(entry.status)
+            if entry.loss is not None:
+                words += f" (its loss after the last write was {entry.loss:.3g} nats a token)"
+            words += "; the base answers it" if entry.shard is None else f"; {wrong}" if wrong else ""
+            found[id] = words
+    return found
 
 
 def why_wrong(row: Row, entry: LedgerEntry | None) -> str:
@@ -94,24 +77,15 @@ def why_wrong(row: Row, entry: LedgerEntry | None) -> str:
     return f"another edit's shard answered: {memory} ({score}{nearest})"
 
 
-# -- tables ------------------------------------------------------------------------------------------------------------
-
-
 def others_table(run: Artefacts) -> Table:
     """Rephrases, unrelated prompts and neighbours that are answered wrong, with the reason."""
-    wrong = [row for row in run.rows.get("final", ()) if row["kind"] != "edit" and not row["correct"]]
     names = {"rephrase": "in other words", "locality": "unrelated", "near": "neighbour"}
-    rows = [
-        [
-            names.get(row["kind"], row["kind"]),
-            row["id"],
-            dialogue.shown(row["prompt"]),
-            row["expected"] if row["kind"] == "rephrase" else row["base_answer"],
-            row["answer"],
-            why_wrong(row, run.entries.get(row["id"])),
-        ]
-        for row in wrong
-    ]
+    rows = []
+    for row in run.final:
+        if row["kind"] != "edit" and not row["correct"]:
+            expected = row["expected"] if row["kind"] == "rephrase" else row["base_answer"]
+            asked = [names[row["kind"]], row["id"], dialogue.shown(row["prompt"]), expected]
+            rows.append([*asked, row["answer"], why_wrong(row, run.entries.get(row["id"]))])
     columns = ("kind", "of edit", "asked", "should say", "says", "why")
     title = "Other prompts that are answered wrong"
     return table("others-table", title, columns, rows, "generations.jsonl")
@@ -123,38 +97,24 @@ def skipped_table(run: Artefacts) -> Table:
     rows = [["bad", words] for words in records.get("bad", ())]
     rows += [["duplicate", words] for words in records.get("duplicates", ())]
     rows += [["superseded", f"{old}, by {new}"] for old, new in records.get("superseded", {}).items()]
-    title = "Records that were not written"
-    return table("skipped-table", title, ("kind", "which"), rows, "metrics.json")
-
-
-def failed_table(run: Artefacts) -> Table:
-    """The edits that failed, with the reason."""
-    why = problems(run)
-    return _edits("failed-table", run, list(why), why, ROWS_SHOWN)
+    return table("skipped-table", "Records that were not written", ("kind", "which"), rows, "metrics.json")
 
 
 def edits_table(run: Artefacts) -> Table:
-    """All edits: failed ones first, then in order of arrival."""
+    """All edits: failed ones first with the reason, then in order of arrival."""
     why = problems(run)
-    return _edits("all-edits", run, list(dict.fromkeys([*why, *run.entries, *edit_rows(run)])), why, EDITS_SHOWN)
-
-
-def _edits(id: str, run: Artefacts, ids: Sequence[str], why: Mapping[str, str], most: int) -> Table:
     columns = ("edit", "asked", "should say", "says", "before", "now", "answered by", "status", "writes", "why")
-    answered = edit_rows(run)
-    rows = [_edit(run, one, answered.get(one, {}), why.get(one)) for one in ids]
-    return table(id, "", columns, rows, "edits.parquet and generations.jsonl", most)
-
-
-def _edit(run: Artefacts, id: str, row: Mapping[str, Any], why: str | None) -> list[Any]:
-    entry = run.entries.get(id)
-    prompt, target = (entry.edit.prompt, entry.edit.target) if entry else (row["prompt"], row["expected"])
-    said = [dialogue.shown(prompt), target, row.get("answer"), row.get("base_answer")]
-    changed = "base, changed" if "deviation" in run.metrics.get("method", {}) else "base"
-    memory = None if not row else changed if row["memory"] == BASE else f"shard {row['memory']}"
-    now = "not asked" if not row else "right" if row["correct"] else "wrong"
-    place = [str(entry.status), entry.attempts, why or entry.reason] if entry else [None, None, why]
-    return [id, *said, now, memory, *place]
+    answered, base = _edit_rows(run), "base, changed" if "deviation" in run.metrics.get("method", {}) else "base"
+    rows = []
+    for one in dict.fromkeys([*why, *run.entries, *answered]):
+        entry, row = run.entries.get(one), answered.get(one, {})
+        prompt, target = (entry.edit.prompt, entry.edit.target) if entry else (row["prompt"], row["expected"])
+        memory = None if not row else base if row["memory"] == BASE else f"shard {row['memory']}"
+        now = "not asked" if not row else "right" if row["correct"] else "wrong"
+        said = [dialogue.shown(prompt), target, row.get("answer"), row.get("base_answer"), now, memory]
+        place = [str(entry.status), entry.attempts] if entry else [None, None]
+        rows.append([one, *said, *place, why.get(one) or (entry.reason if entry else None)])
+    return table("all-edits", "", columns, rows, "edits.parquet and generations.jsonl", EDITS_SHOWN)
 
 
 def event_table(run: Artefacts) -> Table:

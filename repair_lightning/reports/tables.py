@@ -25,32 +25,33 @@ class Table:
         columns = [", ".join(filter(None, one[::-1])) if isinstance(one, tuple) else one for one in self.frame.columns]
         return self.frame.set_axis(columns, axis=1)
 
+    def text(self, form: str = "pipe") -> str:
+        """The cells in a form of `tabulate`'s, Markdown by default; the first column is left-aligned."""
+        cells = self.flat().map(lambda cell: str(cell).replace("|", r"\|"))
+        align = ["left", *["right"] * (len(cells.columns) - 1)]
+        return cells.to_markdown(index=False, disable_numparse=True, colalign=align, tablefmt=form)
 
-def markdown(tables: Sequence[Table], lead: Sequence[str], remarks: Sequence[str] = ()) -> str:
+
+def markdown(tables: Sequence[Table], lead: Sequence[str], remarks: Sequence[str]) -> str:
     """Some sentences, the tables, and remarks as a list."""
     parts = list(lead)
     for table in tables:
-        cells = table.flat().map(lambda cell: str(cell).replace("|", r"\|"))
-        align = ["left", *["right"] * (len(cells.columns) - 1)]
-        parts += [f"## {table.title}", cells.to_markdown(index=False, disable_numparse=True, colalign=align)]
-        parts += [table.note] * bool(table.note)
-    parts += ["\n".join(f"- {remark}" for remark in remarks)] * bool(remarks)
-    return "\n\n".join(parts) + "\n"
+        parts += [f"## {table.title}", table.text(), table.note]
+    parts.append("\n".join(f"- {remark}" for remark in remarks))
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def latex(tables: Sequence[Table], document: bool = False) -> str:
-    """The tables, which need the package booktabs; as `document` one that compiles as it is, and serves a paper by
-    `\\input` where the package `standalone` is loaded."""
-    texts = []
+def latex(tables: Sequence[Table]) -> str:
+    """The tables as a document that compiles as it is, and serves a paper by `\\input` where the packages `standalone`
+    and `booktabs` are loaded."""
+    texts = [
+        r"\documentclass[varwidth=\maxdimen, border=6pt]{standalone}",
+        r"\usepackage{booktabs}",
+        r"\begin{document}",
+    ]
     for table in tables:
         columns = "l" + "r" * (len(table.frame.columns) - 1)
-        caption = None if document else table.title
-        head = rf"\textbf{{{table.title}}}\par\smallskip" + "\n" if document else ""
-        cells = table.frame.to_latex(
-            index=False, escape=True, column_format=columns, multicolumn_format="c", caption=caption
-        )
-        texts.append(head + cells.replace("±", r"$\pm$") + (r"\par\bigskip" + "\n" if document else ""))
-    if not document:
-        return "\n".join(texts)
-    start = [r"\documentclass[varwidth=\maxdimen, border=6pt]{standalone}", r"\usepackage{booktabs}"]
-    return "\n".join([*start, r"\begin{document}", *texts, r"\end{document}", ""])
+        cells = table.frame.to_latex(index=False, escape=True, column_format=columns, multicolumn_format="c")
+        texts.append(rf"\textbf{{{table.title}}}\par\smallskip")
+        texts.append(cells.replace("±", r"$\pm$") + r"\par\bigskip" + "\n")
+    return "\n".join([*texts, r"\end{document}", ""])

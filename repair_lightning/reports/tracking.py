@@ -1,18 +1,54 @@
-"""Weights & Biases for machines that may have no network and no account: on the disk first."""
+"""Weights & Biases for machines that may have no network and no account: on the disk first; and the workspace's layout.
+
+The layout says which of a run's series stand beside each other; it needs an extra, `wandb`.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import threading
 from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import WandbLogger
 
+from repair_lightning.errors import ConfigError, RepairError
+
 log = logging.getLogger(__name__)
 
-WAIT, FINISH = 10.0, 60.0
-"""Seconds that the server has to answer at the start, and to take what is left at the end."""
+WAIT, FINISH, PATIENCE = 10.0, 60.0, 30.0
+"""Seconds that the server has to answer at the start, to take what is left at the end, and to take the layout."""
+_KINDS = ("rel", "gen", "loc", "near", "op")
+LINES = {
+    "Scores": {
+        "free generation": [f"live/{kind}" for kind in _KINDS],
+        "teacher forced": [f"live_forced/{kind}" for kind in _KINDS],
+        "failed among those asked": ["monitor/error_rate"],
+        "unrelated answers lost": ["gate/probe_loss"],
+    },
+    "Routing": {
+        "overlap (AUROC; 1 is none, 0.5 all)": ["routing/auroc", "routing/auroc_near"],
+        "reached who must answer": [f"routing/{kind}_right" for kind in ("edit", "rephrase", "locality", "near")],
+    },
+    "Shards": {
+        "error rate": ["shards/worst_error", "shards/mean_error"],
+        "failing": ["shards/failing"],
+        "number": ["shards/number"],
+    },
+    "Closed loop": {
+        "waiting": ["pool/residual", "pool/feedback", "pool/requeued", "pool/quarantined"],
+        "per window": ["loop/pruned", "loop/requeued", "loop/rolled_back", "loop/quarantined"],
+    },
+    "Writing": {"loss, nats": ["write/loss"], "distillation loss, nats": ["write/kd"], "steps": ["write/steps"]},
+    "Cost": {
+        "edits per minute": ["speed/edits_per_minute"],
+        "memory, MiB": ["memory/peak_mib", "memory/shards_mib", "memory/gpu_peak_mib"],
+    },
+}
+"""Section -> title of a chart over the number of edits -> the series in it."""
+TABLES = {"Scores": "tables/failed", "Routing": "tables/confusion", "Closed loop": "tables/events"}
+HISTOGRAMS = [f"separation/score/{part}" for part in ("edit", "rephrase", "locality", "near", "limit")]
 
 
 def unreachable() -> str | None:
@@ -58,19 +94,66 @@ class OfflineFirstWandbLogger(WandbLogger):
         """The run of W&B; where the server does not answer, one on the disk."""
         import wandb
 
+        reason = None
         if self._experiment is None and not self._offline and "WANDB_MODE" not in os.environ:
-            self._stay(unreachable())
+            reason = unreachable()
         try:
-            return WandbLogger.experiment.fget(self)  # type: ignore[attr-defined]
+            if reason is None:
+                return WandbLogger.experiment.fget(self)  # type: ignore[attr-defined]
         except (wandb.errors.CommError, wandb.errors.UsageError) as error:
             if self._offline:
                 raise
-            self._stay(str(error).splitlines()[0])
-            return WandbLogger.experiment.fget(self)  # type: ignore[attr-defined]
+            reason = str(error).splitlines()[0]
+        log.warning("wandb: no server (%s); the run is kept on the disk", reason)
+        self._offline = True
+        self._wandb_init["mode"] = "offline"
+        return WandbLogger.experiment.fget(self)  # type: ignore[attr-defined]
 
-    def _stay(self, reason: str | None) -> None:
-        """Write to the disk alone, where there is a reason for it."""
-        if reason is not None:
-            log.warning("wandb: no server (%s); the run is kept on the disk", reason)
-            self._offline = True
-            self._wandb_init["mode"] = "offline"
+
+def layout(entity: str, project: str) -> Any:
+    """The workspace; nothing is sent. A ConfigError where the package `wandb-workspaces` is missing."""
+    try:
+        import wandb_workspaces.reports.v2 as panels
+        import wandb_workspaces.workspaces as workspaces
+    except ImportError as error:
+        raise ConfigError('the layout needs wandb-workspaces; pip install -e ".[wandb]"') from error
+
+    sections = []
+    for name, charts in LINES.items():
+        drawn: list[Any] = [panels.LinePlot(title=title, x="edits", y=list(keys)) for title, keys in charts.items()]
+        drawn += [panels.WeavePanelSummaryTable(table_name=TABLES[name])] if name in TABLES else []
+        drawn += [panels.MediaBrowser(title="scores", media_keys=HISTOGRAMS)] if name == "Routing" else []
+        sections.append(workspaces.Section(name=name, panels=drawn, is_open=True))
+    settings = workspaces.WorkspaceSettings(x_axis="edits")
+    return workspaces.Workspace(entity=entity, project=project, name="REPAIR", sections=sections, settings=settings)
+
+
+def create(entity: str, project: str) -> str:
+    """Make the workspace on the server; returns its address.
+
+    Raises:
+        ConfigError: no key, or the package is missing.
+        RepairError: the server does not take it.
+    """
+    if not os.environ.get("WANDB_API_KEY"):
+        raise ConfigError("the layout is made on the server of W&B: set WANDB_API_KEY")
+    workspace = layout(entity, project)
+    problem = unreachable()
+    if problem is not None:
+        raise RepairError(f"W&B did not take the layout ({problem}); check the network")
+    outcome: list[Any] = []
+
+    def send() -> None:
+        try:
+            outcome.append(workspace.save().url)
+        except Exception as error:  # its client raises a dozen unrelated types
+            outcome.append(error)
+
+    thread = threading.Thread(target=send, daemon=True)  # it tries again for minutes where there is no network
+    thread.start()
+    thread.join(PATIENCE)
+    found = outcome[0] if outcome else TimeoutError(f"no answer within {PATIENCE:.0f} s")
+    if isinstance(found, Exception):
+        reason = next(iter(str(found).strip().splitlines()), type(found).__name__)
+        raise RepairError(f"W&B did not take the layout ({reason}); check key, entity, project and network")
+    return str(found)

@@ -7,7 +7,6 @@ edit is meant, and every score would flatter the model; so :func:`route_contexts
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from repair_lightning.errors import RepairError
 from repair_lightning.models.edited import EditedModel
 from repair_lightning.models.prefix import pad_left
-from repair_lightning.scoring.protocols import GREEDY, forced_choice, sorted_batches
+from repair_lightning.scoring.protocols import decoded, forced_choice, sorted_batches
 from repair_lightning.types import BASE
 
 
@@ -38,8 +37,7 @@ def route_contexts(model: EditedModel, contexts: Sequence[Sequence[int]], batch_
     found = dict.fromkeys(rows, BASE)
     for start in range(0, len(asked), batch_size):
         part = asked[start : start + batch_size]
-        choice = model.choose_rows(part)
-        found |= dict(zip(part, choice.memory.tolist(), strict=True))
+        found |= zip(part, model.choose_rows(part).memory.tolist(), strict=True)
     return torch.tensor([found[row] for row in rows], dtype=torch.long)
 
 
@@ -53,15 +51,8 @@ def log_likelihoods(
 ) -> list[tuple[float, bool]]:
     """Per row the log-likelihood of the continuation, summed over its tokens, and whether greedy decoding says it.
 
-    Args:
-        model: the edited model.
-        contexts: token ids, at least one each; of what is too long for the base, the end is read.
-        continuations: token ids.
-        memory: (B,) shard ids or `BASE`.
-        batch_size: rows per call.
-
-    Raises:
-        RepairError: a continuation is longer than the base reads.
+    Contexts have at least one token; of what is too long for the base, the end is read, and a continuation alone that
+    is too long is a RepairError. `memory` holds (B,) shard ids or `BASE`.
     """
     limit = longest_text(model)
     if (most := max(map(len, continuations), default=0)) > limit:
@@ -84,22 +75,24 @@ def log_likelihoods(
 class _Until(StoppingCriteria):
     """A row is done once one of some strings stands in what it says."""
 
-    def __init__(self, tokenizer: Any, until: Sequence[str], start: int) -> None:
-        self.tokenizer, self.until, self.start = tokenizer, until, start
+    def __init__(self, model: EditedModel, until: Sequence[str]) -> None:
+        self.model, self.until, self.start = model, until, 0
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
-        texts = self.tokenizer.batch_decode(input_ids[:, self.start :], skip_special_tokens=True)
-        return torch.tensor([cut(text, self.until) != text for text in texts], device=input_ids.device)
+    def __call__(self, input_ids: Tensor, scores: object, **_: object) -> Tensor:  # type: ignore[override]
+        self.start = self.start or input_ids.shape[1] - 1  # the first call comes with the first token
+        texts = _texts(self.model, input_ids[:, self.start :].tolist())
+        return torch.tensor([_cut(text, self.until) != text for text in texts], device=input_ids.device)
 
 
-def cut(text: str, until: Sequence[str]) -> str:
-    """The text before the first of some strings."""
+def _texts(model: EditedModel, rows: Sequence[Sequence[int]]) -> list[str]:
+    """Rows as texts up to the first stop: not every end of a turn is one that decoding leaves out."""
+    stops = model.forms.stops
+    said = [row[: next((i for i, id in enumerate(row) if id in stops), len(row))] for row in rows]
+    return model.tokenizer.batch_decode(said, skip_special_tokens=True)
+
+
+def _cut(text: str, until: Sequence[str]) -> str:
     return min((text.partition(stop)[0] for stop in until if stop), key=len, default=text)
-
-
-def _before(row: Sequence[int], ends: Sequence[int]) -> list[int]:
-    """A row up to the first of some ids: not every end of a turn is one that decoding leaves out."""
-    return list(row[: next((i for i, id in enumerate(row) if id in ends), len(row))])
 
 
 @torch.no_grad()
@@ -111,36 +104,22 @@ def completions(
     max_new_tokens: int = 256,
     batch_size: int = 16,
 ) -> list[str]:
-    """Greedy continuations of contexts, up to a string of `until`, the model's own end or `max_new_tokens`.
+    """Greedy continuations of contexts, up to a string of `until` (not part of them), the model's own end or
+    `max_new_tokens`; a RepairError where these leave no room for a context.
 
-    Args:
-        model: the edited model.
-        contexts: token ids, at least one each; of what is too long for the base, the end is read.
-        memory: (B,) shard ids or `BASE`.
-        until: strings that end a continuation; they are not part of it.
-        max_new_tokens: most tokens of a continuation.
-        batch_size: rows per call.
-
-    Raises:
-        RepairError: `max_new_tokens` leaves no room for a context.
+    Contexts have at least one token; of what is too long for the base, the end is read. `memory` holds (B,) shard ids
+    or `BASE`.
     """
-    room, tokenizer = longest_text(model) - max_new_tokens, model.tokenizer
+    room = longest_text(model) - max_new_tokens
     if room < 1:
         raise RepairError(
             f"max_gen_toks is {max_new_tokens}, and the base reads {longest_text(model)} tokens, the context's with "
             "them; give fewer"
         )
     rows, found = [context[-room:] for context in contexts], [""] * len(contexts)
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     for index in sorted_batches([len(row) for row in rows], batch_size):
-        ids, mask = pad_left([rows[i] for i in index], fill=pad, device=model.device)
-        ends = list(model.forms.stops)
-        options = {"max_new_tokens": max_new_tokens, "pad_token_id": pad, "eos_token_id": ends, **GREEDY}
-        stop = StoppingCriteriaList([_Until(tokenizer, until, ids.shape[1])])
-        with model.forced(forced_choice(memory[index])):
-            output = model.base.generate(input_ids=ids, attention_mask=mask, stopping_criteria=stop, **options)
-        said = [_before(row, ends) for row in output[:, ids.shape[1] :].tolist()]
-        texts = tokenizer.batch_decode(said, skip_special_tokens=True)
-        for i, text in zip(index, texts, strict=True):
-            found[i] = cut(text, until)
+        stop = StoppingCriteriaList([_Until(model, until)])
+        said = decoded(model, [rows[i] for i in index], memory[index], max_new_tokens, stopping_criteria=stop)
+        for i, text in zip(index, _texts(model, said), strict=True):
+            found[i] = _cut(text, until)
     return found

@@ -18,14 +18,8 @@ if TYPE_CHECKING:
 def correctness(
     editor: Editor, edits: Sequence[Edit], protocol: str = AUTOREGRESSIVE, memory: Tensor | None = None
 ) -> dict[str, float]:
-    """Score in [0, 1] per edit id, on the edit's own prompt through the router.
-
-    Args:
-        editor: with its model loaded.
-        edits: to ask; never their rephrases or other scoring prompts.
-        protocol: `autoregressive` gives 0 or 1, `teacher_forced` the share of right tokens.
-        memory: (n,) a choice to use instead of the router's.
-    """
+    """Score in [0, 1] per edit id, on the edit's own prompt, never a scoring prompt: `autoregressive` gives 0 or 1,
+    `teacher_forced` the share of right tokens. `memory` (n,) is a choice to use instead of the router's."""
     if not edits:
         return {}
     prompts, targets = [edit.prompt for edit in edits], [edit.target for edit in edits]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from repair_lightning.edits.ledger import EditStatus
 from repair_lightning.scoring import protocols
 from repair_lightning.scoring.correctness import correctness
+from repair_lightning.scoring.metrics import mean_of
 
 if TYPE_CHECKING:
     from repair_lightning.editors.base import Editor
@@ -16,17 +17,11 @@ if TYPE_CHECKING:
 Answered = dict[str, dict[str, list[bool]]]
 """Per edit: whether its prompt (`rel`) and its rephrases (`gen`) are answered with its target."""
 
-_GONE = (EditStatus.SUPERSEDED, EditStatus.UNDONE, EditStatus.QUARANTINED)
-
 
 @dataclass
 class EarlierEdits:
-    """How a pack's edits are answered before the run and after it, free generation through the router.
-
-    Attributes:
-        before: when the run started.
-        after: at its end, without those that new records replaced.
-    """
+    """How a pack's edits are answered `before` the run and `after` it, there without those that new records replaced:
+    free generation through the router."""
 
     before: Answered
     after: Answered = field(default_factory=dict)
@@ -34,7 +29,8 @@ class EarlierEdits:
     @classmethod
     def ask(cls, editor: Editor, ids: Sequence[str]) -> EarlierEdits:
         """Ask the live ones among some edits before the run."""
-        return cls(_answered(editor, [id for id in ids if editor.ledger.entry(id).status not in _GONE]))
+        gone = (EditStatus.SUPERSEDED, EditStatus.UNDONE, EditStatus.QUARANTINED)
+        return cls(_answered(editor, [id for id in ids if editor.ledger.entry(id).status not in gone]))
 
     def ask_again(self, editor: Editor) -> None:
         """Ask them after the run."""
@@ -46,27 +42,20 @@ class EarlierEdits:
         the ids of those whose prompt was answered right and no longer is."""
         before = {id: self.before[id] for id in self.after}
         lost = [id for id, found in self.after.items() if before[id]["rel"] == [True] and found["rel"] == [False]]
-        return {
-            "n_edits": len(self.after),
-            "before": _shares(before),
-            "after": _shares(self.after),
-            "lost": lost,
+        shares = {
+            moment: {kind: mean_of(x for found in answered.values() for x in found[kind]) for kind in ("rel", "gen")}
+            for moment, answered in (("before", before), ("after", self.after))
         }
+        return {"n_edits": len(self.after), **shares, "lost": lost}
 
 
 def _answered(editor: Editor, ids: Sequence[str]) -> Answered:
     edits = [editor.ledger.edit(id) for id in ids]
-    rel = correctness(editor, edits)
+    found: Answered = {id: {"rel": [score == 1], "gen": []} for id, score in correctness(editor, edits).items()}
     asked = [(edit.id, prompt, edit.target) for edit in edits for prompt in edit.rephrases]
-    found: Answered = {id: {"rel": [score == 1], "gen": []} for id, score in rel.items()}
     if asked:
         owners, prompts, targets = (list(column) for column in zip(*asked, strict=True))
         chosen = editor.choose(prompts).memory
         for id, right in zip(owners, protocols.answered(editor.edited, prompts, targets, chosen), strict=True):
             found[id]["gen"].append(right)
     return found
-
-
-def _shares(answered: Answered) -> dict[str, float | None]:
-    rows = {kind: [right for found in answered.values() for right in found[kind]] for kind in ("rel", "gen")}
-    return {kind: sum(row) / len(row) if row else None for kind, row in rows.items()}

@@ -1,4 +1,4 @@
-"""How edits hold in other forms than their own: bare, in chat, behind a system message, in a second turn, inside
+"""How edits hold in other forms than their own: bare, in chat, after a system message, in a second turn, inside
 courtesy, and at the end of other text.
 
 The words around the questions are this file's own: no edit is written in them, and no threshold sees them.
@@ -7,15 +7,16 @@ The words around the questions are this file's own: no edit is written in them, 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from repair_lightning.memory.query import Choice
 from repair_lightning.models.edited import EditedModel
 from repair_lightning.models.forms import Forms
 from repair_lightning.scoring import protocols
+from repair_lightning.scoring.metrics import mean_of
 from repair_lightning.types import BASE, Edit
 
 FORMS = ("bare", "chat", "system", "second_turn", "wrapped", "long")
@@ -37,95 +38,62 @@ _LONG = 500
 
 def form_rows(forms: Forms, question: str) -> dict[str, list[int] | None]:
     """A question in each form as token ids; None where this base has no such form."""
-    known = forms.marks is not None
-    said = {"role": "assistant", "content": _EARLIER[1]}
-    wrapped = f"{_BEFORE} {question} {_AFTER}"
+    asked = {"role": "user", "content": question}
+    system = {"role": "system", "content": _SYSTEM}
+    turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), _EARLIER, strict=True)]
+    other_text = " ".join([_PARAGRAPH] * max(_LONG // len(forms.bare(_PARAGRAPH)), 1))
 
     def chat(*messages: dict[str, str]) -> list[int] | None:
-        return list(forms.in_chat(list(messages))) if known else None
+        return list(forms.in_chat(list(messages))) if forms.marks is not None else None
 
     return {
         "bare": list(forms.bare(question)),
-        "chat": chat(_user(question)),
-        "system": chat({"role": "system", "content": _SYSTEM}, _user(question)) if forms.takes_system else None,
-        "second_turn": chat(_user(_EARLIER[0]), said, _user(question)),
-        "wrapped": forms.ids(wrapped),
-        "long": forms.ids(f"{_long_text(forms)} {question}"),
+        "chat": chat(asked),
+        "system": chat(system, asked) if forms.takes_system else None,
+        "second_turn": chat(*turns, asked),
+        "wrapped": forms.ids(f"{_BEFORE} {question} {_AFTER}"),
+        "long": forms.ids(f"{other_text} {question}"),
     }
-
-
-def _user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def _long_text(forms: Forms) -> str:
-    once = len(forms.bare(_PARAGRAPH))
-    return " ".join([_PARAGRAPH] * max(_LONG // once, 1))
 
 
 def form_scores(
     model: EditedModel, edits: Sequence[Edit], number: int = 128, longest: int = 1 << 20, batch_size: int = 32
 ) -> tuple[dict[str, dict[str, float | None]], list[dict[str, Any]]]:
-    """Shares per form, and each raw answer as a row.
-
-    Args:
-        model: the edited model.
-        edits: whose questions are asked.
-        number: of them, drawn at random with a fixed seed where there are more.
-        longest: a prompt of more tokens is not asked.
-        batch_size: prompts per pass.
-    """
+    """Shares per form, and each raw answer as a row, of `number` edits, drawn at random with a fixed seed where there
+    are more. A prompt with as many tokens as `longest` is not asked."""
     drawn = random.Random(0).sample(list(edits), number) if len(edits) > number else list(edits)
     asked = [(edit, form_rows(model.forms, model.forms.asked(edit.prompt))) for edit in drawn]
     scores: dict[str, dict[str, float | None]] = {}
     lines: list[dict[str, Any]] = []
     for form in FORMS:
         rows = [(edit, row) for edit, forms in asked if (row := forms[form]) is not None and len(row) < longest]
-        found = [
-            line
-            for start in range(0, len(rows), batch_size)
-            for line in _answered(model, rows[start : start + batch_size])
-        ]
-        lines += [{"stage": "forms", "form": form, **line} for line in found]
-        scores[form] = {name: _mean(line[name] for line in found) for name in FIGURES}
+        parts = [_answered(model, rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+        found = [{"stage": "forms", "form": form, **line} for part in parts for line in part]
+        scores[form] = {name: mean_of(line[name] for line in found) for name in FIGURES}
+        lines += found
     return scores, lines
 
 
-def _mean(values: Iterable[bool]) -> float | None:
-    found = list(values)
-    return sum(found) / len(found) if found else None
-
-
 def _answered(model: EditedModel, rows: Sequence[tuple[Edit, list[int]]]) -> list[dict[str, Any]]:
-    ids = [row for _, row in rows]
-    choice = model.choose_rows(ids)
     limits = [len(model.forms.continued(row, edit.target).target) + 8 for edit, row in rows]
-    said = _said(model, ids, choice, limits)
-    doubtful = [
-        i
-        for i, (edit, _) in enumerate(rows)
-        if choice.memory[i] != BASE and not protocols.same_answer(said[i], edit.target)
-    ]
-    nobody = torch.full((len(doubtful),), BASE)
-    by_base = protocols.answer_rows(model, [ids[i] for i in doubtful], nobody, [limits[i] for i in doubtful])
-    base_says = dict(zip(doubtful, by_base, strict=True))
+    choice = model.choose_rows([row for _, row in rows])
+    targets = [model.target_of(nearest) or "" if nearest is not None else "" for nearest in choice.nearest]
+
+    def answers(at: list[int], memory: Tensor) -> dict[int, str]:
+        found = protocols.answer_rows(model, [rows[i][1] for i in at], memory, [limits[i] for i in at])
+        return dict(zip(at, found, strict=True))
+
+    fires = (choice.memory != BASE).tolist()
+    # Where the choice has asked the shard for its target already, that is the answer.
+    ask = [i for i, fired in enumerate(fires) if not (fired and model.router.vouches)]
+    said = {i: protocols.shown_answer(target) for i, target in enumerate(targets)} | answers(ask, choice.memory[ask])
+    right = [protocols.same_answer(said[i], edit.target) for i, (edit, _) in enumerate(rows)]
+    doubtful = [i for i, fired in enumerate(fires) if fired and not right[i]]
+    base_says = answers(doubtful, torch.full((len(doubtful),), BASE))
     found = []
-    for i, ((edit, _), memory, answer) in enumerate(zip(rows, choice.memory.tolist(), said, strict=True)):
-        right = protocols.same_answer(answer, edit.target)
-        nearest = choice.nearest[i]
-        of_shard = model.target_of(nearest) if nearest is not None else None
-        strange = i in base_says and answer != base_says[i] and not protocols.same_answer(answer, of_shard or "")
-        line = {"id": edit.id, "expected": edit.target, "answer": answer, "memory": memory, "nearest": nearest}
-        line |= {"rel": right, "contains": protocols.contains(answer, edit.target), "fires": memory != BASE}
-        found.append(line | {"garbled": strange})
+    for i, (edit, _) in enumerate(rows):
+        garbled = i in base_says and said[i] != base_says[i] and not protocols.same_answer(said[i], targets[i])
+        line = {"id": edit.id, "expected": edit.target, "answer": said[i], "memory": int(choice.memory[i])}
+        line |= {"nearest": choice.nearest[i], "rel": right[i], "contains": protocols.contains(said[i], edit.target)}
+        found.append(line | {"fires": fires[i], "garbled": garbled})
     return found
-
-
-def _said(model: EditedModel, ids: Sequence[list[int]], choice: Choice, limits: Sequence[int]) -> list[str]:
-    """Answers to prompts; where the choice has asked the shard for its target already, that is the answer."""
-    settled = model.router.vouches
-    at = [i for i, memory in enumerate(choice.memory.tolist()) if memory == BASE or not settled]
-    said = protocols.answer_rows(model, [ids[i] for i in at], choice.memory[at], [limits[i] for i in at])
-    found = dict(zip(at, said, strict=True))
-    targets = [model.target_of(name) if name is not None else None for name in choice.nearest]
-    return [found[i] if i in found else protocols.shown_answer(targets[i] or "") for i in range(len(ids))]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -26,18 +25,10 @@ MAX_GEN_TOKS = 256
 
 
 class EditedLM(TemplateLM):
-    """An edited model, or the base below it, for `lm_eval.simple_evaluate(model=EditedLM(model), ...)`.
+    """An edited model, or with `routed` False the base below it, for `lm_eval.simple_evaluate(model=..., ...)`.
 
-    A request's memory is chosen from its context alone; a request without context gets the base.
-
-    Args:
-        model: the edited model.
-        routed: False leaves every request to the base.
-        batch_size: requests per call.
-
-    Attributes:
-        requests: how many were answered.
-        by_shards: how many of them a shard answered.
+    A request's memory is chosen from its context alone; a request without context gets the base. `requests` counts
+    those that were answered, `by_shards` those of them that a shard answered.
     """
 
     def __init__(self, model: EditedModel, routed: bool = True, batch_size: int = 16) -> None:
@@ -72,12 +63,10 @@ class EditedLM(TemplateLM):
 
         What the chat template has rendered has its control tokens, and no beginning of a text but the template's own.
         """
-        forms, special = self.edited.forms, True if add_special_tokens is None else add_special_tokens
-        if special and forms.is_rendered(string):
-            return list(forms.rendered(string)[0])
-        if special:
-            return list(forms.bare(string))
-        return self.tokenizer(string, add_special_tokens=False)["input_ids"]
+        if add_special_tokens is False:
+            return self.tokenizer(string, add_special_tokens=False)["input_ids"]
+        forms = self.edited.forms
+        return list(forms.rendered(string)[0] if forms.is_rendered(string) else forms.bare(string))
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """A dialogue keeps the blanks that its template ends with: there the answer begins."""
@@ -110,9 +99,8 @@ class EditedLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any) -> list:
         contexts = [context or [self.prefix_token_id] for _, context, _ in requests]
-        return log_likelihoods(
-            self.edited, contexts, [then for _, _, then in requests], self._memory(contexts), self.batch_size
-        )
+        then = [continuation for _, _, continuation in requests]
+        return log_likelihoods(self.edited, contexts, then, self._memory(contexts), self.batch_size)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of whole texts, by the base: every token is scored, so none is left that may choose."""
@@ -134,9 +122,10 @@ class EditedLM(TemplateLM):
         """Greedy answers, each up to the first of its task's stop strings."""
         asked = [(self.tok_encode(request.args[0]) or [self.prefix_token_id], request.args[1]) for request in requests]
         memory, found = self._memory([context for context, _ in asked]), [""] * len(asked)
-        limits = [self._limits(options) for _, options in asked]
-        for (new, until), group in groupby(sorted(range(len(asked)), key=limits.__getitem__), limits.__getitem__):
-            index = list(group)
+        alike: dict[tuple[int, tuple[str, ...]], list[int]] = {}
+        for i, (_, options) in enumerate(asked):
+            alike.setdefault(self._limits(options), []).append(i)
+        for (new, until), index in alike.items():
             contexts = [asked[i][0] for i in index]
             texts = completions(self.edited, contexts, memory[index], until, new, self.batch_size)
             for i, text in zip(index, texts, strict=True):
@@ -151,7 +140,6 @@ class EditedLM(TemplateLM):
         return asked["max_gen_toks"], tuple(handle_stop_sequences(asked.get("until"), eos=None))
 
     def _memory(self, contexts: Sequence[list[int]]) -> Tensor:
-        """Which memory answers each context."""
         base = torch.full((len(contexts),), BASE)
         memory = route_contexts(self.edited, contexts) if self.routed else base
         self.requests += len(memory)

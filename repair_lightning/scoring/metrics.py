@@ -1,43 +1,35 @@
-"""Rel, Gen, Loc, Near and OP as one torchmetrics metric, so that processes add up their counts by themselves."""
+"""Rel, Gen, Loc, Near and OP: means over the marks of single prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-import torch
-from torch import Tensor
-from torchmetrics import Metric
+from repair_lightning.scoring.protocols import PROTOCOLS
 
 KINDS = ("rel", "gen", "loc", "near")
 KIND_OF_PROMPT: Mapping[str, str] = {"edit": "rel", "rephrase": "gen", "locality": "loc", "near": "near"}
 
+Scores = dict[str, dict[str, float | None]]
+"""Protocol -> kind -> mean score in [0, 1]; None for what was not asked."""
 
-class EditScores(Metric):
-    """Mean score per kind of prompt, and `op = (rel gen loc)^(1/3)`.
 
-    `update` takes a kind (`rel`, `gen`, `loc`, `near`) and scores in [0, 1]. `compute` gives None for what was never
-    asked, and for `op` where one of its three parts is missing.
+def mean_of(values: Iterable[float]) -> float | None:
+    """The mean; None of nothing."""
+    found = list(values)
+    return sum(found) / len(found) if found else None
+
+
+def scores_of(marks: Iterable[tuple[str, float, float]]) -> Scores:
+    """The scores of both protocols: the mean per kind (`rel`, `gen`, `loc`, `near`), and `op`.
+
+    A mark is a prompt's kind with its score in each protocol: in free generation, and under teacher forcing.
     """
-
-    full_state_update = False
-    total: Tensor
-    count: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("total", torch.zeros(len(KINDS), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros(len(KINDS), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, kind: str, scores: Tensor) -> None:
-        """Add scores (n,) of one kind."""
-        at = KINDS.index(kind)
-        self.total[at] += scores.double().sum().to(self.total.device)
-        self.count[at] += scores.numel()
-
-    def compute(self) -> dict[str, float | None]:  # type: ignore[override]
-        """The means so far."""
-        means = {kind: float(self.total[i] / self.count[i]) if self.count[i] else None for i, kind in enumerate(KINDS)}
-        return means | {"op": overall_performance(means["rel"], means["gen"], means["loc"])}
+    marks, found = list(marks), {}
+    free, forced = [(kind, mark) for kind, mark, _ in marks], [(kind, mark) for kind, _, mark in marks]
+    for protocol, pairs in zip(PROTOCOLS, (free, forced), strict=True):
+        means = {name: mean_of(mark for of, mark in pairs if of == kind) for kind, name in KIND_OF_PROMPT.items()}
+        found[protocol] = means | {"op": overall_performance(means["rel"], means["gen"], means["loc"])}
+    return found
 
 
 def overall_performance(rel: float | None, gen: float | None, loc: float | None) -> float | None:

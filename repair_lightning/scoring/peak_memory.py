@@ -7,17 +7,11 @@ from pathlib import Path
 import torch
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-RESET_PEAK = "5"
-"""What tells Linux to begin the peak anew, see `proc_pid_clear_refs(5)`."""
 
 
 class PeakMemory:
-    """Peaks over several stretches, above what was taken when the first began.
-
-    Attributes:
-        host: bytes of resident memory; None where the system does not say.
-        device: bytes of the GPU; None without one.
-    """
+    """Peaks over several stretches, above what was taken when the first began: `host`, bytes of resident memory, None
+    where the system does not say; `device`, bytes of the GPU, None without one."""
 
     def __init__(self) -> None:
         self.host: int | None = None
@@ -27,7 +21,7 @@ class PeakMemory:
     def begin(self) -> None:
         """A stretch begins."""
         try:
-            CLEAR.write_text(RESET_PEAK)
+            CLEAR.write_text("5")  # begin the peak again, see `proc_pid_clear_refs(5)`
             host = _resident("VmRSS")
         except OSError:
             host = None
@@ -39,9 +33,7 @@ class PeakMemory:
 
     def end(self) -> None:
         """The stretch ends."""
-        if self._floor is None:
-            return
-        host, device = self._floor
+        host, device = self._floor or (None, None)
         if host is not None:
             self.host = max(self.host or 0, _resident("VmHWM") - host)
         if device is not None:

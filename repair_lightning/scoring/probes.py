@@ -40,9 +40,8 @@ def _probe(source: str, number: int, row: Any) -> KnownQuestion:
     row = row if isinstance(row, Mapping) else {}
     prompt = row.get("question") or row.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
-        raise RecordError(
-            source, number, "question", "is missing or no text", 'write {"question": ..., "answers": [...]}'
-        )
+        remedy = 'write {"question": ..., "answers": [...]}'
+        raise RecordError(source, number, "question", "is missing or no text", remedy)
     answers = row.get("answers", row.get("answer")) or []
     answers = [answers] if isinstance(answers, str) else answers
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
@@ -51,28 +50,18 @@ def _probe(source: str, number: int, row: Any) -> KnownQuestion:
 
 
 class ProbeScorer:
-    """Asks a model its probes; the base is asked at once, so make it before the first edit.
+    """Asks a model its probes, `batch_size` at once; the base is asked first, so make it before the first edit."""
 
-    Args:
-        model: the edited model.
-        probes: what to ask.
-        max_new_tokens: most tokens of an answer.
-        batch_size: prompts per forward pass.
-    """
-
-    def __init__(
-        self, model: EditedModel, probes: tuple[KnownQuestion, ...], max_new_tokens: int = 32, batch_size: int = 64
-    ) -> None:
-        self.model, self.probes = model, probes
-        self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
-        self.base = self._answers([BASE] * len(probes), range(len(probes)))
+    def __init__(self, model: EditedModel, probes: tuple[KnownQuestion, ...], batch_size: int = 64) -> None:
+        self.model, self.probes, self.batch_size = model, probes, batch_size
+        self.base = self._answers([BASE] * len(probes), list(range(len(probes))))
 
     def score(self, base_changed: bool = False) -> dict[str, float | int]:
         """Shares of right answers before (`pre`) and now (`final`), of unchanged answers (`same`), and of probes that a
         shard answers (`fired`)."""
         chosen = self.model.choose([probe.prompt for probe in self.probes], self.batch_size).memory.tolist()
-        now = dict(self.base)
-        now |= self._answers(chosen, [i for i, memory in enumerate(chosen) if base_changed or memory != BASE])
+        asked = [i for i, memory in enumerate(chosen) if base_changed or memory != BASE]
+        now = self.base | self._answers(chosen, asked)
         number = max(len(self.probes), 1)
         return {
             "number": len(self.probes),
@@ -82,12 +71,10 @@ class ProbeScorer:
             "fired": sum(memory != BASE for memory in chosen) / number,
         }
 
-    def _answers(self, chosen: list[int], index: Any) -> dict[int, str]:
-        ask = list(index)
-        memory = torch.tensor([chosen[i] for i in ask], dtype=torch.long)
-        prompts = [self.probes[i].prompt for i in ask]
-        said = protocols.answers(self.model, prompts, memory, self.max_new_tokens, self.batch_size)
-        return dict(zip(ask, said, strict=True))
+    def _answers(self, chosen: list[int], index: list[int]) -> dict[int, str]:
+        memory = torch.tensor([chosen[i] for i in index], dtype=torch.long)
+        prompts = [self.probes[i].prompt for i in index]
+        return dict(zip(index, protocols.answers(self.model, prompts, memory, 32, self.batch_size), strict=True))
 
     def _right(self, i: int, said: str) -> bool:
         return protocols.normalise(said) in {protocols.normalise(answer) for answer in self.probes[i].answers}

@@ -2,6 +2,8 @@
 
 `autoregressive`: greedy generation from the prompt alone with natural stop, compared after normalisation.
 `teacher_forced`: the share of the expected tokens that are the argmax when the expected text is fed.
+
+What asks prompts deals them out among the model's ranks: all of them must ask the same.
 """
 
 from __future__ import annotations
@@ -24,8 +26,6 @@ from repair_lightning.training.sharing import team_of
 
 AUTOREGRESSIVE, TEACHER_FORCED = "autoregressive", "teacher_forced"
 PROTOCOLS = (AUTOREGRESSIVE, TEACHER_FORCED)
-Read = Callable[[Tensor, Tensor], list[Any]]
-"""From logits (B, T, V) and labels (B, T), the numbers to keep of each row."""
 
 GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 """Greedy decoding, whatever the base's own generation settings say."""
@@ -33,14 +33,13 @@ GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_rep
 
 def normalise(text: str) -> str:
     """Text as answers are compared: Unicode composed, case folded, white space single, no full stop at the end."""
-    folded = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    return folded.rstrip(" .")
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(" .")
 
 
 def shown_answer(text: str) -> str:
     """An answer as it is kept: without white space around it, but for the indentation of its first line."""
-    lines = text.rstrip().lstrip("\n").split("\n")
-    return "\n".join(lines) if len(lines) > 1 or lines[0][:2].isspace() else lines[0].strip()
+    kept = text.rstrip().lstrip("\n")
+    return kept if "\n" in kept or kept[:2].isspace() else kept.strip()
 
 
 def same_answer(said: str, target: str) -> bool:
@@ -71,7 +70,6 @@ def sorted_batches(keys: Sequence[int], batch_size: int) -> Iterator[list[int]]:
         yield order[start : start + batch_size]
 
 
-@torch.no_grad()
 def answers(
     model: EditedModel,
     prompts: Sequence[str],
@@ -79,19 +77,10 @@ def answers(
     max_new_tokens: int | Sequence[int],
     batch_size: int = 64,
 ) -> list[str]:
-    """Greedy answers to prompts, each by the memory that was chosen for it, until the model itself stops.
-
-    Dealt out among the model's ranks, as everything here that asks: all of them must ask the same.
-
-    Args:
-        model: the edited model.
-        prompts: B prompts.
-        memory: (B,) shard ids or `BASE`.
-        max_new_tokens: most tokens of an answer, for all or for each.
-        batch_size: prompts per call.
-    """
+    """Greedy answers to B prompts, each by the memory that was chosen for it ((B,) shard ids or `BASE`), until the
+    model itself stops or at most so many tokens, for all or for each, are said."""
     rows = [model.forms.ids(prompt) for prompt in prompts]
-    limits = [max_new_tokens] * len(rows) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    limits = [max_new_tokens] * len(rows) if isinstance(max_new_tokens, int) else max_new_tokens
     team = team_of(model)
     mine = team.mine_of(prompts)
     own = [rows[i] for i in mine], memory[mine], [limits[i] for i in mine]
@@ -106,19 +95,22 @@ def answer_rows(
     found = [""] * len(rows)
     for index in sorted_batches([len(row) for row in rows], batch_size):
         read = model.read([rows[i] for i in index], memory[index])
-        ids, mask = pad_left(read, fill=model.tokenizer.pad_token_id or 0, device=model.device)
-        with model.forced(forced_choice(memory[index])):
-            output = model.base.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=max(limits[i] for i in index),
-                pad_token_id=model.tokenizer.pad_token_id,
-                eos_token_id=list(model.forms.stops),
-                **GREEDY,
-            )
-        for i, said in zip(index, output[:, ids.shape[1] :].tolist(), strict=True):
-            found[i] = shown_answer(model.forms.said(said))
+        said = decoded(model, read, memory[index], max(limits[i] for i in index))
+        for i, ids in zip(index, said, strict=True):
+            found[i] = shown_answer(model.forms.said(ids))
     return found
+
+
+def decoded(
+    model: EditedModel, rows: Sequence[Sequence[int]], memory: Tensor, limit: int, **options: Any
+) -> list[list[int]]:
+    """The token ids that greedy decoding appends to each row, the base's stops and padding included."""
+    pad = model.tokenizer.pad_token_id
+    ids, mask = pad_left(rows, fill=pad or 0, device=model.device)
+    options |= {"max_new_tokens": limit, "pad_token_id": pad, "eos_token_id": list(model.forms.stops), **GREEDY}
+    with model.forced(forced_choice(memory)):
+        output = model.base.generate(input_ids=ids, attention_mask=mask, **options)
+    return output[:, ids.shape[1] :].tolist()
 
 
 @torch.no_grad()
@@ -127,17 +119,13 @@ def _over_targets(
     prompts: Sequence[str],
     targets: Sequence[str],
     memory: Tensor,
-    read: Read,
+    read: Callable[[Tensor, Tensor], list[Any]],
     batch_size: int,
 ) -> list[Any]:
-    """Feed prompts with their targets; `read(logits (B, T, V), labels (B, T))` says what to keep per row.
-
-    The layers below the edited one run once per row where the model has a prefix cache.
-    """
-    rows = [model.forms.encode(prompt, target) for prompt, target in zip(prompts, targets, strict=True)]
+    """Feed prompts with their targets; `read(logits (B, T, V), labels (B, T))` says what to keep per row."""
     team = team_of(model)
     mine = team.mine_of(prompts)
-    own = [rows[i] for i in mine]
+    own = [model.forms.encode(prompts[i], targets[i]) for i in mine]
     read_as = model.read([row.prompt for row in own], memory[mine])
     own = [replace(row, prompt=tuple(prompt)) for row, prompt in zip(own, read_as, strict=True)]
     return team.items(mine, model.over_targets(own, memory[mine], read, batch_size))
@@ -178,14 +166,12 @@ def answered(
 def _settled(forms: Forms, said: Sequence[int], row: Sequence[int], target: str) -> bool | None:
     """What the argmax tokens at a target's positions say of a greedy answer: right, wrong, or None for not known."""
     wrong = next((i for i, (a, b) in enumerate(zip(said, row, strict=True)) if a != b), None)
-    ends = wrong is None or said[wrong] in forms.stops
     text = forms.said(said if wrong is None else said[: wrong + 1])
-    if ends:
+    if wrong is None or said[wrong] in forms.stops:
         return same_answer(shown_answer(text), target)
-    begun = normalise(text)
     # The last character may still change with what follows it: a part of a letter, an accent, a full stop. So may a
     # space before it, which some tokenizers take away from a sign.
-    whole, begun = (text.replace(" ", "") for text in (normalise(target), begun))
+    whole, begun = (normalise(text).replace(" ", "") for text in (target, text))
     return None if whole.startswith(begun.rstrip("\ufffd")[:-1]) else False
 
 
@@ -209,5 +195,5 @@ def target_loss(
 
 
 def perplexity(losses: Sequence[tuple[float, int]]) -> float:
-    """Token perplexity: exp of the mean over all tokens of what :meth:`target_loss` gave, once or of several parts."""
+    """Token perplexity: exp of the mean over all tokens of what :func:`target_loss` gave, once or of several parts."""
     return math.exp(sum(total for total, _ in losses) / max(sum(tokens for _, tokens in losses), 1))

@@ -37,27 +37,23 @@ _EACH = 4
 """Questions of our own about each subject, at the least one."""
 
 
-def questions_about_subjects(edits: Sequence[Edit], number: int = NUMBER) -> list[tuple[str, str]]:
-    """Edit id and question, at most `number`, the same for the same edits."""
+def questions_about_subjects(edits: Sequence[Edit], number: int = NUMBER) -> list[str]:
+    """At most `number` questions, the same for the same edits."""
     dice = random.Random(0)
     named = [edit for edit in edits if edit.subject and asking.places(edit.prompt, asking.spellings(edit.subject))]
     asked_already = {(edit.subject, _plain(edit.prompt, edit.subject)) for edit in named}
     meaning = _meanings(named)
-    found: dict[str, tuple[str, str]] = {}
+    found: dict[str, None] = {}
     each = max(1, min(len(OWN), -(-number // max(len(named), 1))))
     for edit in dice.sample(named, len(named)):
-        others = [
-            other
-            for other in dice.sample(named, min(len(named), 4 * each))
-            if other.subject != edit.subject and meaning[other.id] != meaning[edit.id]
-        ]
+        drawn = dice.sample(named, min(len(named), 4 * each))
+        others = [o for o in drawn if o.subject != edit.subject and meaning[o.id] != meaning[edit.id]]
         made = [asking.without(o.prompt, asking.spellings(str(o.subject)), str(edit.subject)) for o in others[:each]]
         made += [text.format(edit.subject) for text in dice.sample(OWN, min(_EACH, each) if others else each)]
         for text in made[: 2 * each]:
             if text and (edit.subject, _plain(text, edit.subject)) not in asked_already:
-                found.setdefault(text, (edit.id, text))
-    kept = list(found.values())
-    return dice.sample(kept, number) if len(kept) > number else kept
+                found[text] = None
+    return dice.sample(list(found), number) if len(found) > number else list(found)
 
 
 def _meanings(edits: Sequence[Edit]) -> dict[str, str]:
@@ -84,20 +80,15 @@ def _plain(text: str, subject: str | None) -> str:
 def same_subject(model: EditedModel, edits: Sequence[Edit], base_changed: bool = False) -> dict[str, Any] | None:
     """How many were asked, and the shares of them that a shard answered and whose answer changed; None where no edit
     names a subject."""
-    questions = [text for _, text in questions_about_subjects(edits)]
+    questions = questions_about_subjects(edits)
     if not questions:
         return None
     memory = model.choose(questions).memory
     fires = memory != BASE
-    again = torch.ones_like(fires) if base_changed else fires
-    at = again.nonzero()[:, 0].tolist()
+    at = [i for i, fired in enumerate(fires.tolist()) if fired or base_changed]
     asked = [questions[i] for i in at]
     now = protocols.answers(model, asked, memory[at], 16)
     with model.weights.originals():
         before = protocols.answers(model, asked, torch.full((len(at),), BASE), 16)
     changed = sum(a != b for a, b in zip(now, before, strict=True))
-    return {
-        "asked": len(questions),
-        "fires": float(fires.float().mean()),
-        "changed": changed / len(questions),
-    }
+    return {"asked": len(questions), "fires": float(fires.float().mean()), "changed": changed / len(questions)}

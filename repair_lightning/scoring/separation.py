@@ -25,15 +25,20 @@ MEANT, OTHERS = ("edit", "rephrase"), ("locality", "near")
 SCORE = "score"
 
 
+def auroc(meant: Tensor, others: Tensor) -> float | None:
+    """The probability that one of `meant` (n,) is above one of `others` (m,), a tie counting half; None where either is
+    empty."""
+    if not len(meant) or not len(others):
+        return None
+    ranks = torch.cat([meant, others]).unique(return_inverse=True)[1]  # the metric takes values in [0, 1]
+    labels = torch.arange(len(ranks)) < len(meant)
+    return float(binary_auroc(ranks / max(int(ranks.max()), 1), labels.long()))
+
+
 @dataclass(frozen=True, slots=True)
 class Separation:
-    """What the router makes of some prompts.
-
-    Attributes:
-        questions: N prompts, one of each kind per edit.
-        owners: (N,) the shard that owns each prompt's edit, or `BASE`.
-        choice: the router's.
-    """
+    """What the router makes of some prompts: N questions, one of each kind per edit; `owners` (N,), the shard that owns
+    each prompt's edit, or `BASE`; the router's choice."""
 
     questions: tuple[Question, ...]
     owners: Tensor
@@ -53,33 +58,24 @@ class Separation:
         checks = {check.name: (check.value, check.limit) for check in self.choice.checks}
         return {SCORE: (self.choice.score, self.choice.threshold)} | checks
 
-    def of(self, kind: str, owner: int | None = None) -> Tensor:
-        """Which prompts (N,) are of a kind, and of one shard's edits if asked."""
-        wanted = torch.tensor([question.kind == kind for question in self.questions], dtype=torch.bool)
-        return wanted if owner is None else wanted & (self.owners == owner)
+    def of(self, *kinds: str) -> Tensor:
+        """Which prompts (N,) are of some kinds."""
+        return torch.tensor([question.kind in kinds for question in self.questions], dtype=torch.bool)
 
     def auroc(self, name: str = SCORE, others: Collection[str] = OTHERS) -> float | None:
         """The probability that a prompt which is meant lies higher above its limit than one which is not; 1/2 tells
         nothing apart. None where one of the two sorts is missing, or nothing has a limit.
 
-        A prompt that no edit is about, whose score no limit could meet, lies lowest.
-
-        Args:
-            name: of the measure. Scores count relative to their limits, other values by the distance from theirs.
-            others: the kinds of prompts that are not meant.
+        Scores count relative to their limits, other values by the distance from theirs. A prompt that no edit is about,
+        whose score no limit could meet, lies lowest.
         """
         value, limit = self.values[name]
-        kinds = [question.kind for question in self.questions]
-        meant = torch.tensor([kind in MEANT for kind in kinds], dtype=torch.bool)
         limited = limit.isfinite()
-        counts = limited | ((name == SCORE) & (limit == torch.inf))
-        counts &= meant | torch.tensor([kind in others for kind in kinds], dtype=torch.bool)
-        above = (value / limit if name == SCORE else value - limit).where(limited, torch.tensor(-torch.inf))[counts]
-        meant = meant[counts]
-        if meant.all() or not meant.any() or not limited.any():
+        if not limited.any():
             return None
-        ranks = above.unique(return_inverse=True)[1]  # the metric takes values in [0, 1]
-        return float(binary_auroc(ranks / max(int(ranks.max()), 1), meant.long()))
+        counts = limited | ((name == SCORE) & (limit == torch.inf))
+        above = (value / limit if name == SCORE else value - limit).where(limited, torch.tensor(-torch.inf))
+        return auroc(above[counts & self.of(*MEANT)], above[counts & self.of(*others)])
 
     def confusion(self) -> dict[str, dict[str, float] | None]:
         """Who answered, in shares per kind of prompt."""

@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from repair_lightning.scoring.metrics import KIND_OF_PROMPT, EditScores
-from repair_lightning.scoring.protocols import AUTOREGRESSIVE, TEACHER_FORCED, perplexity
+from repair_lightning.scoring.metrics import Scores, scores_of
+from repair_lightning.scoring.protocols import perplexity
 from repair_lightning.scoring.scorer import Result, Scorer, confusion, oracle_choice
 
 if TYPE_CHECKING:
     from repair_lightning.editors.base import Editor
-
-Scores = dict[str, dict[str, float | None]]
 
 
 @dataclass
 class Singles:
     """What single edits came to; a score over them is the mean over all their prompts, as over those of one model.
 
-    Attributes:
-        rows: each prompt's line of `generations.jsonl`, asked of the model with its edit alone.
-        owners: the shard that owned the edit of each row.
-        oracle: per prompt of each edit its kind and its two scores under perfect routing.
-        memory_bytes: per edit, what it left.
-        deviations: per edit and layer, how far the base's own weights went.
-        target_losses: per edit of a hallucination record, its target's summed loss and number of tokens.
+    Of each prompt, asked of the model with its edit alone: its line of `generations.jsonl`, the shard that owned its
+    edit, and under perfect routing its kind and two scores. Of each edit: what it left in bytes, how far the base's own
+    weights went by layer, and for a hallucination record its target's summed loss and number of tokens.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -41,43 +33,29 @@ class Singles:
     target_losses: list[tuple[float, int]] = field(default_factory=list)
 
     def take(self, editor: Editor, part: Scorer, memory_bytes: int, losses: bool = False) -> None:
-        """Score one edit, the only one that the editor holds.
-
-        Args:
-            editor: as it is after the edit.
-            part: asks the edit's prompts.
-            memory_bytes: what the edit has left, in a pack.
-            losses: whether that of the target is asked for.
-        """
+        """Score one edit, the only one that the editor holds: `part` asks its prompts, `memory_bytes` is what it has
+        left in a pack, `losses` asks for that of its target."""
         owners = editor.owner_choice([question.edit for question in part.questions])
         choice, fresh = part.choose(), editor.base_changed
         self.rows += part.score("final", choice, owners, fresh).rows
         self.owners += owners.tolist()
-        routed = part.score("oracle", oracle_choice(part.questions, owners), owners, fresh).rows
-        self.oracle += [(row["kind"], float(row["correct"]), row["teacher_forced"]) for row in routed]
+        self.oracle += _marks(part.score("oracle", oracle_choice(part.questions, owners), owners, fresh).rows)
         self.memory_bytes.append(memory_bytes)
         self.deviations.append({str(layer): x for layer, x in editor.edited.weights.deviations().items()})
         if losses:
             self.target_losses.append(part.target_loss(choice.memory))
 
     def result(self, stage: str, scorer: Scorer) -> Result:
-        """The score over all of them, as of a stage.
-
-        Args:
-            stage: its name.
-            scorer: of all the edits.
-        """
-        places = {(q.edit, q.kind, q.prompt): i for i, q in enumerate(scorer.questions)}
-        order = [places[row["id"], row["kind"], row["prompt"]] for row in self.rows]
-        memory: Tensor = torch.tensor([row["memory"] for row in self.rows], dtype=torch.long)
-        questions = [scorer.questions[i] for i in order]
+        """The score over all of them, as of a stage; the scorer is that of all the edits."""
+        places = {(q.edit, q.kind, q.prompt): q for q in scorer.questions}
+        questions = [places[row["id"], row["kind"], row["prompt"]] for row in self.rows]
+        memory = torch.tensor([row["memory"] for row in self.rows], dtype=torch.long)
         routing = confusion(questions, memory, torch.tensor(self.owners, dtype=torch.long))
-        marks = [(row["kind"], float(row["correct"]), row["teacher_forced"]) for row in self.rows]
-        return Result(stage, _scores(marks), routing, [row | {"stage": stage} for row in self.rows])
+        return Result(stage, scores_of(_marks(self.rows)), routing, [row | {"stage": stage} for row in self.rows])
 
     def oracle_scores(self) -> Scores:
         """Under perfect routing."""
-        return _scores(self.oracle)
+        return scores_of(self.oracle)
 
     def figures(self) -> dict[str, Any]:
         """Means over the edits for `metrics.json`; the perplexity is over all tokens of all targets."""
@@ -88,18 +66,9 @@ class Singles:
         return found | ({"perplexity": perplexity(self.target_losses)} if self.target_losses else {})
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain types, for checkpoints."""
+        """Plain types, for checkpoints; `Singles(**state)` is the inverse."""
         return asdict(self)
 
-    @classmethod
-    def from_dict(cls, state: Mapping[str, Any]) -> Singles:
-        """The inverse of :meth:`as_dict`."""
-        return cls(**state)
 
-
-def _scores(marks: list[tuple[str, float, float]]) -> Scores:
-    metrics = {AUTOREGRESSIVE: EditScores(), TEACHER_FORCED: EditScores()}
-    for kind, *values in marks:
-        for metric, value in zip(metrics.values(), values, strict=True):
-            metric.update(KIND_OF_PROMPT[kind], torch.tensor([value]))
-    return {name: metric.compute() for name, metric in metrics.items()}
+def _marks(rows: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
+    return [(row["kind"], float(row["correct"]), row["teacher_forced"]) for row in rows]

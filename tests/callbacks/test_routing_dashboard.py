@@ -41,6 +41,7 @@ def ran(tmp_path_factory) -> SimpleNamespace:
     done = run(folder, dashboard, loggers)
     loggers[0].experiment.finish()
     done.dashboard, done.records = dashboard, offline_run(folder)
+    start_afresh()  # else the processes that later tests start would use this one's service
     return done
 
 

@@ -25,18 +25,19 @@ def hard_run(tmp_path_factory) -> Path:
         replace(edit, id=f"<b>{edit.id}</b>", prompt=edit.prompt + HOSTILE) if i < 3 else edit
         for i, edit in enumerate(hard_edits(12))
     ]
-    options = [
+    path = write_edits(folder / "edits.jsonl", edits)
+    options = "--data.window 6 --merge.enabled false --data.max_irrelevant 60 --model.writing.steps 40 "
+    options += "--feedback.max_attempts 2 --trainer.logger false --run_dir runs/hard"
+    call = [
+        sys.executable,
+        str(REPOSITORY / "train.py"),
+        "--config",
+        "quickstart",
         "--data.path",
-        write_edits(folder / "edits.jsonl", edits),
-        "--data.window",
-        "6",
-        "--merge.enabled",
-        "false",
+        path,
+        *options.split(),
     ]
-    options += ["--data.max_irrelevant", "60", "--model.writing.steps", "40", "--feedback.max_attempts", "2"]
-    call = [sys.executable, str(REPOSITORY / "train.py"), "--config", "quickstart", *options]
     env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    call += ["--trainer.logger", "false", "--run_dir", "runs/hard"]
     done = subprocess.run(call, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "runs" / "hard"

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from repair_lightning.reports.report import form_frame, print_report, routing_frame, score_frame, verdict
 from repair_lightning.storage import files
-from repair_lightning.storage.files import rounded, write_json, write_rows
+from repair_lightning.storage.files import write_json, write_rows
 
 SCORES = {"rel": 1.0, "gen": 0.5, "loc": 0.25, "near": None, "op": None}
 BOTH = {"autoregressive": SCORES, "teacher_forced": SCORES}
@@ -28,19 +28,14 @@ METRICS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [(0.12345678, 0.123457), (float("inf"), None), (float("nan"), None), (-float("inf"), None), (3, 3), (True, True)],
-)
-def test_rounded(value, expected):
-    assert rounded({"a": {"b": [value]}, "c": "text", "d": None}) == {"a": {"b": [expected]}, "c": "text", "d": None}
-
-
 def test_json_is_json_and_rows_are_lines(tmp_path):
     """Infinity and NaN are not JSON: a strict reader must take the file."""
-    write_json(tmp_path / "deep" / "m.json", {"a": float("inf"), "b": [float("nan"), 1 / 3], "é": "日本"})
+    infinite = float("inf")
+    values = [float("nan"), -infinite, 1 / 3, 3, True, None]
+    write_json(tmp_path / "deep" / "m.json", {"a": infinite, "b": {"c": values}, "é": "日本"})
     text = (tmp_path / "deep" / "m.json").read_text(encoding="utf-8")
-    assert json.loads(text, parse_constant=pytest.fail) == {"a": None, "b": [None, 0.333333], "é": "日本"}
+    read = {"a": None, "b": {"c": [None, None, 0.333333, 3, True, None]}, "é": "日本"}
+    assert json.loads(text, parse_constant=pytest.fail) == read
     write_rows(tmp_path / "r.jsonl", ({"i": i, "text": "ü\n"} for i in range(3)))
     lines = (tmp_path / "r.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == [{"i": i, "text": "ü\n"} for i in range(3)]
@@ -80,7 +75,7 @@ def test_the_report_of_a_run(tmp_path, width):
     print_report(METRICS | {"perplexity": {"pre": 30.125, "final": 1.5}}, folder, Console(file=screen, width=width))
     text = screen.getvalue()
     assert "3 edits of org/[x]base[/bold]" in text
-    loop = "Closed loop: 2 windows, 0 rolled back, 1 shard pruned, 7 edits written anew, 1 quarantined."
+    loop = "Closed loop: 2 windows, 0 rolled back, 1 shard pruned, 7 edits written again, 1 quarantined."
     assert {
         f"{loop} Merge: not applied (shards [0, 1]: guard score).",
         "180 edits a minute: 1.0 s editing, 2.0 s scoring, 4.0 s in all.",

@@ -18,7 +18,7 @@ from repair_lightning.edits.ledger import Ledger, LedgerEntry
 from repair_lightning.errors import RepairError
 from repair_lightning.reports.artefacts import Artefacts
 from repair_lightning.reports.charts import RUN_CHARTS
-from repair_lightning.reports.html_report import page_of, try_report, write_report
+from repair_lightning.reports.html_report import try_report, write_report
 from repair_lightning.reports.report_tables import EDITS_SHOWN, ROWS_SHOWN, edits_table, problems, why_wrong
 from repair_lightning.texts import dialogue
 from repair_lightning.types import BASE, Edit, EditReport
@@ -57,9 +57,6 @@ def page(html) -> Page:
     return Page(html)
 
 
-# -- what it says ------------------------------------------------------------------------------------------------------
-
-
 def test_a_run_leaves_it_and_the_verb_makes_it_again(copied_run, html, monkeypatch, capsys):
     (copied_run / "report.html").unlink()
     monkeypatch.setattr(sys, "argv", ["repair-lightning", "report", "--run", str(copied_run)])
@@ -77,9 +74,7 @@ def test_its_figures_are_those_of_the_metrics(hard_run, page):
     assert "6 of 12 edits failed; 6 of them were quarantined" in page.text
     assert "quarantined: still wrong after 2 attempts" in page.text
     run = Artefacts.read(hard_run)
-    assert set(problems(run)) == {
-        row["id"] for row in run.rows["final"] if row["kind"] == "edit" and not row["correct"]
-    }
+    assert set(problems(run)) == {row["id"] for row in run.final if row["kind"] == "edit" and not row["correct"]}
     assert "train.py --config" in page.text
     assert "tau_correct: 0.85" in page.text
 
@@ -109,8 +104,6 @@ def test_every_picture_has_its_words_and_its_numbers(hard_run, page):
         assert any(table.get("id") == f"table-{name}" for table in page.of("table"))
 
 
-# -- why an edit failed ------------------------------------------------------------------------------------------------
-
 ROW = {"kind": "edit", "memory": BASE, "score": 0.4, "threshold": 0.7, "nearest": "e9", "correct": False}
 ENTRY = LedgerEntry(Edit("e1", "Who?", "She"), 0, 0, shard=3)
 
@@ -125,17 +118,14 @@ ENTRY = LedgerEntry(Edit("e1", "Who?", "She"), 0, 0, shard=3)
         ({"memory": 3, "score": 0.9}, "its own shard answered, in other words than the target"),
         ({"memory": 5}, "another edit's shard answered: 5 (score 0.40, needed 0.70, nearest edit e9)"),
         (
-            {"kind": "near", "memory": 5, "nearest": None},
-            "shard 5 answered in place of the base (score 0.40, needed 0.70)",
+            {"kind": "near", "memory": 5},
+            "shard 5 answered in place of the base (score 0.40, needed 0.70, nearest edit e9)",
         ),
         ({"kind": "locality"}, "the base answered, and its own weights have changed"),
     ],
 )
 def test_why(row, words):
     assert why_wrong(ROW | row, ENTRY) == words
-
-
-# -- runs that are not as they should be -------------------------------------------------------------------------------
 
 
 def test_a_damaged_run_is_one_line(copied_run):
@@ -205,8 +195,6 @@ def test_thousands_of_edits(copied_run):
     assert len(html) < 4 << 20
 
 
-# -- dialogues and forms -----------------------------------------------------------------------------------------------
-
 TURNS = [
     {"role": "user", "content": "Hello there!"},
     {"role": "assistant", "content": "Good day."},
@@ -227,20 +215,18 @@ def test_prompts_that_are_messages_are_shown_as_turns_and_edits_in_other_forms_w
     about = {"forms": FORMS, "same_subject": {"asked": 40, "fires": 0.05, "changed": 0.025}}
     metrics = {"base": {"name": "org/small"}, "n_edits": 1, "seconds": {"edit": 2.0}, **stages}
     (tmp_path / "metrics.json").write_text(json.dumps(metrics | {"final": stages["final"] | about}))
-    text = Page(write_report(tmp_path).read_text()).text
+    html = write_report(tmp_path).read_text()
+    text = Page(html).text
     said = "user: Hello there!\nassistant: Good day.\nuser: Where was Mara Quill born?"
-    assert text.count(said) == 3  # failed, others, all
+    assert text.count(said) == 2  # the edit, and another prompt
     assert '"role"' not in text
     assert "40 other questions about edited subjects: a shard answers 5.0 %, 2.5 % of the answers changed" in text
-    forms = page_of(Artefacts.read(tmp_path)).sections[0].tables[-1].frame.values.tolist()
-    assert forms == [["bare", "50.0", "75.0", "62.5", "0.0"]]  # a form that the base does not have is left out
+    cells = "".join(f'<td class="number">{share}</td>' for share in ("50.0", "75.0", "62.5", "0.0"))
+    assert f"<tr><td>bare</td>{cells}</tr>\n</tbody>" in html  # a form that the base does not have is left out
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
     html = write_report(tmp_path).read_text()
     assert "forms-table" not in html
     assert "about edited subjects" not in html
-
-
-# -- in a browser ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -23,36 +23,30 @@ from repair_lightning.types import BASE
 HERE = importlib.util.find_spec("lm_eval") is not None
 needs_lm_eval = pytest.mark.skipif(not HERE, reason='needs lm-eval: pip install "repair-lightning[lm-eval]"')
 
-CHOICE = """task: tiny_choice
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{prompt}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: 0
-metric_list: [{{metric: acc}}]
-"""
-SAID = """task: tiny_said
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{{{prompt}}}}"
-doc_to_target: "{{{{choices[0]}}}}"
-generation_kwargs: {{until: ["\\n", "."], max_gen_toks: 12, do_sample: false}}
-filter_list: [{{name: none, filter: [{{function: remove_whitespace}}, {{function: take_first}}]}}]
-metric_list: [{{metric: exact_match}}]
-"""
-ROLLING = """task: tiny_rolling
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{{{prompt}}}}"
-metric_list: [{{metric: word_perplexity}}]
-"""
+TASKS: dict[str, dict[str, Any]] = {
+    "choice": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": 0,
+        "metric_list": [{"metric": "acc"}],
+    },
+    "said": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_target": "{{choices[0]}}",
+        "generation_kwargs": {"until": ["\n", "."], "max_gen_toks": 12, "do_sample": False},
+        "filter_list": [{"name": "none", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}],
+        "metric_list": [{"metric": "exact_match"}],
+    },
+    "rolling": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{prompt}}",
+        "metric_list": [{"metric": "word_perplexity"}],
+    },
+}
+NAMES = tuple(f"tiny_{name}" for name in TASKS)
 
 
 def request(*args: Any) -> Any:
@@ -79,8 +73,9 @@ def tasks(written, tmp_path_factory) -> Path:
         docs += [{"prompt": probe.prompt, "choices": [probe.answer, *others]}]
     data = folder / "docs.jsonl"
     data.write_text("".join(json.dumps(doc) + "\n" for doc in docs))
-    for name, text in (("choice", CHOICE), ("said", SAID), ("rolling", ROLLING)):
-        (folder / f"{name}.yaml").write_text(text.format(data=data))
+    source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test"}
+    for name, task in TASKS.items():
+        (folder / f"{name}.yaml").write_text(json.dumps({"task": f"tiny_{name}"} | source | task))
     return folder
 
 
@@ -123,9 +118,6 @@ class TestRequests:
         assert lm.by_shards == 2
 
 
-NAMES = ("tiny_choice", "tiny_said", "tiny_rolling")
-
-
 @pytest.fixture(scope="module")
 def found(pack, tasks) -> dict[str, Any]:
     return harness(pack, NAMES, batch_size=5, include_path=str(tasks))
@@ -137,9 +129,8 @@ class TestTasks:
         """Half of the documents are edits: right after, wrong before."""
         before, after = found["base"]["scores"], found["edited"]["scores"]
         assert set(before) == set(after) == set(NAMES)
-        assert after["tiny_said"]["exact_match,none"] == pytest.approx(
-            before["tiny_said"]["exact_match,none"] + 0.5, abs=1e-9
-        )
+        said = [scores["tiny_said"]["exact_match,none"] for scores in (before, after)]
+        assert said[1] == pytest.approx(said[0] + 0.5, abs=1e-9)
         assert after["tiny_choice"]["acc,none"] > before["tiny_choice"]["acc,none"]
         assert after["tiny_choice"]["acc,none"] >= 0.9
         assert after["tiny_rolling"] == before["tiny_rolling"]
@@ -152,15 +143,12 @@ class TestTasks:
             task_manager(["tiny_chioce"], str(tasks))
 
 
-class TestWithout:
-    """A process in which `lm_eval` cannot be found."""
-
-    HIDE = "import sys; sys.modules['lm_eval'] = None\n"
-
-    def test_one_line_with_the_remedy(self, pack):
-        words = ["repair-lightning", "harness", "--pack", str(pack), "--tasks", "arc_easy"]
-        code = f"{self.HIDE}sys.argv = {words!r}\nfrom repair_lightning.__main__ import main; main()"
-        done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
-        assert done.returncode == 2
-        assert done.stderr.strip().endswith('pip install "repair-lightning[lm-eval]"')
-        assert len(done.stderr.strip().splitlines()) == 1
+def test_without_lm_eval_one_line_with_the_remedy(pack):
+    """A process in which it cannot be found."""
+    words = ["repair-lightning", "harness", "--pack", str(pack), "--tasks", "arc_easy"]
+    code = f"import sys; sys.modules['lm_eval'] = None; sys.argv = {words!r}\n"
+    code += "from repair_lightning.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith('pip install "repair-lightning[lm-eval]"')
+    assert len(done.stderr.strip().splitlines()) == 1

@@ -5,43 +5,22 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from repair_lightning.memory.query import Choice
 from repair_lightning.scoring.feature_map import feature_map, principal_components
-from repair_lightning.scoring.metrics import EditScores
+from repair_lightning.scoring.metrics import scores_of
 from repair_lightning.scoring.scorer import Question
 from repair_lightning.scoring.separation import Separation
 from repair_lightning.types import BASE
 
 
-def scores_of(**kinds: list[float]) -> EditScores:
-    metric = EditScores()
-    for kind, values in kinds.items():
-        metric.update(kind, torch.tensor(values))
-    return metric
-
-
 def test_means_and_op():
     """Rel 3/4, Gen 1/2, Loc 1: OP = (3/8)^(1/3) = 0.7211."""
-    found = scores_of(rel=[1, 1, 0, 1], gen=[0.5, 0.5], loc=[1.0]).compute()
-    assert found == pytest.approx({"rel": 0.75, "gen": 0.5, "loc": 1.0, "near": None, "op": 0.7211247851537042})
-
-
-SHARES = st.lists(st.floats(0, 1), max_size=5)
-
-
-@pytest.mark.filterwarnings("ignore:The ``compute`` method")
-@given(SHARES, SHARES, SHARES, SHARES)
-def test_states_of_two_processes_add_up(a, b, c, d):
-    """Summed states give what one metric gives that saw all scores: this is what torchmetrics does across ranks."""
-    one, two = scores_of(rel=a, gen=b), scores_of(rel=c, gen=d)
-    merged = EditScores()
-    merged.total, merged.count = one.total + two.total, one.count + two.count
-    whole = scores_of(rel=[*a, *c], gen=[*b, *d]).compute()
-    for kind, value in merged.compute().items():
-        assert value == (None if whole[kind] is None else pytest.approx(whole[kind]))
+    marks = [("edit", 1), ("edit", 1), ("edit", 0), ("edit", 1), ("rephrase", 0.5), ("rephrase", 0.5), ("locality", 1)]
+    found = scores_of([(kind, value, 1 - value) for kind, value in marks])
+    expected = {"rel": 0.75, "gen": 0.5, "loc": 1.0, "near": None, "op": 0.7211247851537042}
+    assert found["autoregressive"] == pytest.approx(expected)
+    assert found["teacher_forced"] == pytest.approx({"rel": 0.25, "gen": 0.5, "loc": 0.0, "near": None, "op": 0.0})
 
 
 @pytest.mark.parametrize(

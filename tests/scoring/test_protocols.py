@@ -14,17 +14,9 @@ from hypothesis import strategies as st
 
 from repair_lightning.editors.shards import Steps
 from repair_lightning.models.forms import Forms
+from repair_lightning.scoring import protocols
 from repair_lightning.scoring.correctness import correctness
-from repair_lightning.scoring.protocols import (
-    answered,
-    answers,
-    contains,
-    forced_tokens,
-    normalise,
-    perplexity,
-    same_answer,
-    target_loss,
-)
+from repair_lightning.scoring.protocols import answered, answers, contains, forced_tokens, normalise, same_answer
 from repair_lightning.types import BASE
 
 
@@ -137,8 +129,7 @@ def test_forced_tokens_are_the_plain_models(written, plain, asked, batch_size):
         assert len(tokens) == len(expected)
 
 
-@pytest.mark.parametrize("batch_size", [5])
-def test_perplexity_is_the_plain_models(written, plain, asked, batch_size):
+def test_perplexity_is_the_plain_models(written, plain, asked):
     """exp of the mean negative log likelihood over all target tokens, not a mean of means."""
     editor, _ = written
     prompts, targets, memory = asked
@@ -148,8 +139,8 @@ def test_perplexity_is_the_plain_models(written, plain, asked, batch_size):
         logs = logits.log_softmax(-1)
         total -= sum(float(logs[i, token]) for i, token in enumerate(expected))
         count += len(expected)
-    whole = target_loss(editor.edited, prompts, targets, memory, batch_size)
-    assert perplexity([whole]) == pytest.approx(math.exp(total / count), rel=1e-4)
+    whole = protocols.target_loss(editor.edited, prompts, targets, memory, batch_size=5)
+    assert protocols.perplexity([whole]) == pytest.approx(math.exp(total / count), rel=1e-4)
 
 
 def test_correctness_is_exact_match_on_the_edits_own_prompt(written, plain):
@@ -169,26 +160,24 @@ def test_correctness_is_exact_match_on_the_edits_own_prompt(written, plain):
 
 SPOKEN = ["Lisbon", "São Paulo", "St. Gallen. North", "3.5", "東京 tower", "naïve café", "x", "Oslo, no 🙂"]
 """What is written and said: words, letters that a byte-level tokenizer takes apart, full stops inside."""
-ALIKE = {
-    "itself": lambda text: text,
-    "capitals": str.upper,
-    "dots and spaces": lambda text: f"{text} . .",
-    "white space": lambda text: f" {text.replace(' ', chr(9) + ' ')} ",
-    "decomposed": lambda text: unicodedata.normalize("NFD", text),
-    "full width": lambda text: "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text),
-}
-"""Other spellings that count as the same answer."""
-UNLIKE = {
-    "another first letter": lambda text: "Q" + text[1:],
-    "too short by a letter": lambda text: text[:-1],
-    "too long by a letter": lambda text: f"{text}s",
-    "a special token": lambda text: f"{text} <pad>",
-    "an end inside": lambda text: f"{text[:1]}</s>{text[1:]}",
-    "something else": lambda _: "Zürich",
-    "nothing": lambda _: "",
-    "another line": lambda text: f"{text[:1]}\n{text[1:]}",
-    "indented": lambda text: f"    {text}",
-}
+CHANGES = (
+    lambda text: text,
+    str.upper,
+    lambda text: f"{text} . .",
+    lambda text: f" {text.replace(' ', chr(9) + ' ')} ",
+    lambda text: unicodedata.normalize("NFD", text),
+    lambda text: "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text),  # full width
+    lambda text: "Q" + text[1:],  # from here on another answer
+    lambda text: text[:-1],
+    lambda text: f"{text}s",
+    lambda text: f"{text} <pad>",
+    lambda text: f"{text[:1]}</s>{text[1:]}",
+    lambda _: "Zürich",
+    lambda _: "",
+    lambda text: f"{text[:1]}\n{text[1:]}",
+    lambda text: f"    {text}",
+)
+"""Other spellings that count as the same answer, and what does not."""
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2"])
@@ -218,7 +207,7 @@ def test_answered_is_what_generation_says_of_any_target(said, data):
     signs = st.text(st.sampled_from("aZß .,é\u0301\u0327ﬁ東🙂İ"), max_size=3)
     targets, memory = [], []
     for text, owner in zip(SPOKEN, owners.tolist(), strict=True):
-        change = data.draw(st.sampled_from([*(ALIKE | UNLIKE).values()]))
+        change = data.draw(st.sampled_from(CHANGES))
         kept = data.draw(st.integers(0, len(text)))
         targets.append(change(text[:kept]) + data.draw(signs) + data.draw(st.sampled_from(["", text[kept:]])))
         memory.append(data.draw(st.sampled_from([owner, owner, owner, BASE, 1])))

@@ -21,40 +21,39 @@ def editor(editor_of, write, edits) -> Any:
     return editor
 
 
-class TestQuestions:
-    def test_they_are_other_edits_relations_and_our_own(self, edits):
-        """By hand: one asks where, the other what instrument; the subjects change places."""
-        pair = [edits[0], edits[2]]
-        found = {text for _, text in questions_about_subjects(pair)}
-        swapped = {"What instrument did Mara Kelstrom play?", "Where was Ilse Vandermeer born?"}
-        assert swapped < found
-        assert found - swapped <= {text.format(edit.subject) for text in OWN for edit in pair}
+def test_they_are_other_edits_relations_and_our_own(edits):
+    """By hand: one asks where, the other what instrument; the subjects change places."""
+    pair = [edits[0], edits[2]]
+    found = set(questions_about_subjects(pair))
+    swapped = {"What instrument did Mara Kelstrom play?", "Where was Ilse Vandermeer born?"}
+    assert swapped < found
+    assert found - swapped <= {text.format(edit.subject) for text in OWN for edit in pair}
 
 
-class TestFigures:
-    def test_by_hand(self, editor, edits, monkeypatch):
-        """Of all questions every fourth is forced to a shard that is not its own; the rest is the base's."""
-        questions = [text for _, text in questions_about_subjects(edits)]
-        memory = torch.tensor([0 if i % 4 == 0 else BASE for i in range(len(questions))])
-        real = editor.edited.choose
-        monkeypatch.setattr(editor.edited, "choose", lambda asked: replace(real(asked), memory=memory))
-        nobody = torch.full_like(memory, BASE)
-        now, before = (protocols.answers(editor.edited, questions, chosen, 16) for chosen in (memory, nobody))
-        changed = sum(a != b for a, b in zip(now, before, strict=True))
-        assert changed > 0, "the premise"
-        assert same_subject(editor.edited, edits) == {
-            "asked": len(questions),
-            "fires": pytest.approx(int((memory != BASE).sum()) / len(questions)),
-            "changed": pytest.approx(changed / len(questions)),
-        }
+def test_by_hand(editor, edits, monkeypatch):
+    """Of all questions every fourth is forced to a shard that is not its own; the rest is the base's."""
+    questions = questions_about_subjects(edits)
+    memory = torch.tensor([0 if i % 4 == 0 else BASE for i in range(len(questions))])
+    real = editor.edited.choose
+    monkeypatch.setattr(editor.edited, "choose", lambda asked: replace(real(asked), memory=memory))
+    nobody = torch.full_like(memory, BASE)
+    now, before = (protocols.answers(editor.edited, questions, chosen, 16) for chosen in (memory, nobody))
+    changed = sum(a != b for a, b in zip(now, before, strict=True))
+    assert changed > 0, "the premise"
+    assert same_subject(editor.edited, edits) == {
+        "asked": len(questions),
+        "fires": pytest.approx(int((memory != BASE).sum()) / len(questions)),
+        "changed": pytest.approx(changed / len(questions)),
+    }
 
-    def test_a_base_that_was_written_into_is_asked_everything(self, editor_of, write, edits):
-        """No shard answers, yet answers change; what the base said before is said by its own weights."""
-        editor = editor_of("llama", "ft", lr=0.02, steps=100, norm_constraint=0.5)
-        write(editor, edits[:4])
-        found = same_subject(editor.edited, edits, editor.base_changed)
-        assert found is not None
-        assert found["fires"] == 0.0
-        assert found["changed"] > 0
-        assert same_subject(editor.edited, edits, base_changed=False)["changed"] == 0.0
-        assert editor.base_changed, "and it is left as it was found"
+
+def test_a_base_that_was_written_into_is_asked_everything(editor_of, write, edits):
+    """No shard answers, yet answers change; what the base said before is said by its own weights."""
+    editor = editor_of("llama", "ft", lr=0.02, steps=100, norm_constraint=0.5)
+    write(editor, edits[:4])
+    found = same_subject(editor.edited, edits, editor.base_changed)
+    assert found is not None
+    assert found["fires"] == 0.0
+    assert found["changed"] > 0
+    assert same_subject(editor.edited, edits, base_changed=False)["changed"] == 0.0
+    assert editor.base_changed, "and it is left as it was found"
