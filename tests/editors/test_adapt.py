@@ -13,7 +13,7 @@ import torch
 from helpers_runs import fit, world_edits, world_stream, write_edits
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from repair_lightning.editors import Keyed, shards
+from repair_lightning.editors import Keyed, adaptive
 from repair_lightning.editors.adapt import Adapted
 from repair_lightning.editors.shards import Steps
 from repair_lightning.errors import ConfigError
@@ -134,11 +134,11 @@ def world_run(folder: Path, epochs: int = -1, ckpt_path: Path | None = None) -> 
 
 def test_a_resumed_run_keeps_what_was_chosen(tmp_path, monkeypatch):
     chosen: Callable[..., Adapted] = lambda *_: CHOSEN  # noqa: E731
-    monkeypatch.setattr(shards, "adapt", chosen)
+    monkeypatch.setattr(adaptive, "adapt", chosen)
     whole = world_run(tmp_path / "whole")
     assert settings_of(whole) == (6, 0.5, 1.0)
     world_run(tmp_path / "part", epochs=1)
-    monkeypatch.setattr(shards, "adapt", None)  # whoever chooses anew fails
+    monkeypatch.setattr(adaptive, "adapt", None)  # whoever chooses anew fails
     resumed = world_run(tmp_path / "rest", ckpt_path=tmp_path / "part" / "last.ckpt")
     assert resumed.adapted == CHOSEN
     assert settings_of(resumed) == (6, 0.5, 1.0)

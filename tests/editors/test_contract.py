@@ -252,8 +252,11 @@ def resumed(editor, fresh, file):
     checkpoint = {"state_dict": editor.state_dict(), "ledger": editor.ledger.state_dict()}
     editor.on_save_checkpoint(checkpoint)
     assert not [key for key in checkpoint["state_dict"] if "base." in key]
-    size = sum(value.numel() for value in checkpoint["state_dict"].values() if isinstance(value, torch.Tensor))
-    assert size == sum(value.numel() for value in shard_tensors(editor.memory).values())
+    rows = checkpoint["rows"]["shards"].values()
+    tensors = [*checkpoint["state_dict"].values(), *(value for row in rows for value in row.values())]
+    size = sum(value.numel() for value in tensors if isinstance(value, torch.Tensor))
+    stored = shard_tensors(editor.memory).items()
+    assert size == sum(value.numel() for name, value in stored if not name.endswith((".ids", ".ranks")))
     torch.save(checkpoint, file)
     loaded = torch.load(file, weights_only=True)
     fresh.on_load_checkpoint(loaded)
