@@ -7,6 +7,7 @@ from .ft_ewc import FTEWC
 from .grace import GRACE
 from .icl import InContext
 from .keyed import Keyed
+from .lookup import Lookup
 from .memit import MEMIT
 from .mend import MEND
 from .repair import Repair
@@ -29,6 +30,7 @@ __all__ = [
     "Editor",
     "InContext",
     "Keyed",
+    "Lookup",
     "RLSEdit",
     "RLSRepair",
     "Repair",

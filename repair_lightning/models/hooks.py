@@ -23,6 +23,7 @@ class Turn:
         memory: (B,) who answers each, or (1,) for all of them.
         rest: what each memory was learnt to say and has not said yet; None follows nothing, so does an empty list.
         rows: the token ids so far.
+        quotes: whether what is left to say is said as it stands, whatever the base would say.
         selection: what the memory does to the value matrix's output.
         width: of the ids that the base was fed last; 0 before the first.
     """
@@ -30,6 +31,7 @@ class Turn:
     memory: Tensor | None
     rest: list[Sequence[int] | None] = field(default_factory=list)
     rows: list[list[int]] = field(default_factory=list)
+    quotes: bool = False
     selection: Selection | None = None
     width: int = 0
 
@@ -62,6 +64,7 @@ class Hooks:
         self._handles = [
             split.model.register_forward_pre_hook(self._at_call, with_kwargs=True),
             split.value.register_forward_hook(self._at_value),
+            split.model.register_forward_hook(self._at_end),
         ]
 
     def remove(self) -> None:
@@ -83,6 +86,13 @@ class Hooks:
         if self._turn is not None and ids is not None:
             self._turn.feed(ids, kwargs.get("past_key_values"))
 
+    def _at_end(self, _: nn.Module, args: tuple, output: Any) -> None:
+        turn = self._turn
+        if turn is not None and turn.quotes:
+            for row, rest in zip(output.logits, turn.rest, strict=True):
+                if rest:
+                    quote(row[-1], rest[0])
+
     def _at_value(self, _: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         turn = self._turn
         if turn is None:
@@ -96,3 +106,8 @@ class Hooks:
         rows = (turn.selection.size, -1) if turn.selection.size > 1 else (1, *output.shape[:-1])
         activations = args[0].reshape(*rows, args[0].shape[-1])
         return turn.selection(output.reshape(*rows, output.shape[-1]), activations).reshape(output.shape)
+
+
+def quote(logits: Tensor, token: int) -> None:
+    """Make a token all but certain in logits (V,), in place."""
+    logits[token] = logits.max() + 30

@@ -20,7 +20,7 @@ from repair_lightning.memory.routers import Router
 from repair_lightning.memory.shards import Selection
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.models.forms import Forms, stop_ids
-from repair_lightning.models.hooks import Hooks, Turn
+from repair_lightning.models.hooks import Hooks, Turn, quote
 from repair_lightning.models.prefix import Capture, SplitModel, pad_left, stack_left
 from repair_lightning.models.prefix_cache import PrefixCache, canonical_batches, capture_rows
 from repair_lightning.models.tokenizing import Encoded, target_labels
@@ -106,6 +106,20 @@ class RoutedModel(nn.Module):
             who = who.memory
         return self.during(Turn(who if isinstance(who, Tensor) else torch.tensor([BASE if who is None else who])))
 
+    def answering(self, memory: Tensor, rows: Sequence[Sequence[int]]) -> AbstractContextManager[None]:
+        """Inside, memories (B,) that some authority chose answer prompts, given as token ids."""
+        return self.during(
+            Turn(memory, self._quoted(memory, rows), quotes=True) if self.router.quotes else Turn(memory)
+        )
+
+    def _quoted(self, memory: Tensor, rows: Sequence[Sequence[int]]) -> list[Sequence[int] | None]:
+        """The target that each memory says after its row, as token ids; None for the base."""
+        found: list[Sequence[int] | None] = []
+        for shard, row in zip(memory.tolist(), rows, strict=True):
+            target = None if shard == BASE else self.target_of(self.router.edit_of(shard))
+            found.append(None if target is None else self.forms.continued(row, target).target)
+        return found
+
     # -- who answers --------------------------------------------------------------------------------------------------
 
     def route(self, prompts: Prompts) -> list[Route]:
@@ -136,7 +150,7 @@ class RoutedModel(nn.Module):
 
         Where the router does not vouch for the edit that it names, the choice stays.
         """
-        if not self.router.vouches:
+        if not self.router.vouches or self.router.quotes:
             return choice
         targets = {i: row for i, row in enumerate(self.targets(choice, rows)) if row is not None}
         value, limit = torch.ones(len(rows)), torch.full((len(rows),), -torch.inf)
@@ -173,9 +187,21 @@ class RoutedModel(nn.Module):
             hidden = stack_left([capture.hidden for capture in self.captures([rows[i].ids for i in index])])
             with self.forced(memory[index]), self.split.skipping():
                 logits, _ = self.split.tail(ids, mask, hidden, labels.shape[1] + 1)
-            for i, value in zip(index, read(logits[:, :-1].float(), labels), strict=True):
+            logits = logits[:, :-1].float()
+            if self.router.quotes:
+                self._quote(logits, labels, memory[index], [rows[i].prompt for i in index])
+            for i, value in zip(index, read(logits, labels), strict=True):
                 found[i] = value
         return found
+
+    def _quote(self, logits: Tensor, labels: Tensor, memory: Tensor, prompts: Sequence[Sequence[int]]) -> None:
+        """Let memories (B,) say their targets in logits (B, T, V), as far as what is fed, `labels`, goes along."""
+        for at, expected, said in zip(logits, labels, self._quoted(memory, prompts), strict=True):
+            fed = [(place, int(expected[place])) for place in (expected >= 0).nonzero()[:, 0].tolist()]
+            for (place, token), own in zip(fed, said or (), strict=False):
+                quote(at[place], own)
+                if token != own:
+                    break
 
     # -- what a prompt is ---------------------------------------------------------------------------------------------
 

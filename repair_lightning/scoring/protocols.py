@@ -108,7 +108,7 @@ def decoded(
     pad = model.tokenizer.pad_token_id
     ids, mask = pad_left(rows, fill=pad or 0, device=model.device)
     options |= {"max_new_tokens": limit, "pad_token_id": pad, "eos_token_id": list(model.forms.stops), **GREEDY}
-    with model.forced(forced_choice(memory)):
+    with model.answering(memory, rows):
         output = model.base.generate(input_ids=ids, attention_mask=mask, **options)
     return output[:, ids.shape[1] :].tolist()
 

@@ -13,6 +13,7 @@ from repair_lightning.memory.routers.base import Anchor, Router
 from repair_lightning.memory.routers.gate import GateRouter
 from repair_lightning.memory.routers.hybrid import HybridRouter
 from repair_lightning.memory.routers.key import KeyRouter
+from repair_lightning.memory.routers.lookup import LookupRouter
 from repair_lightning.memory.routers.nobody import NobodyRouter
 from repair_lightning.memory.routers.retrieval import RetrievalRouter
 
@@ -20,6 +21,7 @@ _KINDS = (
     ActivationRouter,
     KeyRouter,
     HybridRouter,
+    LookupRouter,
     BallRouter,
     GateRouter,
     RetrievalRouter,
@@ -49,6 +51,7 @@ __all__ = [
     "GateRouter",
     "HybridRouter",
     "KeyRouter",
+    "LookupRouter",
     "NobodyRouter",
     "RetrievalRouter",
     "Router",

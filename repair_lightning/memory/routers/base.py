@@ -41,6 +41,8 @@ class Router(ABC):
     """Whether it compares what is asked in a space of the base's states, its `space`."""
     read: Read | None = None
     """Gives the states of further texts, where a model holds the router."""
+    quotes: ClassVar[bool] = False
+    """Whether a memory is its edit's target as a text, which is said as it stands; see :meth:`edit_of`."""
     per_edit: ClassVar[tuple[str, ...]] = ()
     """The entries of its state that :meth:`rows` hold too."""
     prefaces: ClassVar[bool] = False
@@ -87,6 +89,10 @@ class Router(ABC):
     def preface(self, query: Query, memory: Sequence[int]) -> list[list[int]]:
         """Token ids that the base reads before each prompt, given who answers it; only asked where `prefaces`."""
         return [[] for _ in memory]
+
+    def edit_of(self, shard: int) -> str:
+        """The id of the edit that a memory is of; only asked where a router `quotes`."""
+        raise NotImplementedError
 
     def fingerprint(self, shard: int) -> str:
         """Besides what the shard holds, what its answers depend on; empty where nothing is."""
