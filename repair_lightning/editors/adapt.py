@@ -18,7 +18,7 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +27,8 @@ from torch import Tensor
 
 from repair_lightning.errors import ConfigError
 from repair_lightning.functional import IGNORED
-from repair_lightning.memory.query import Choice
 from repair_lightning.models.base import can_stop
-from repair_lightning.models.prefix import pad_left, stack_left
 from repair_lightning.models.sampling import greedy_answers
-from repair_lightning.models.tokenizing import target_labels
 from repair_lightning.types import BASE, Edit, EditBatch
 
 if TYPE_CHECKING:
@@ -71,37 +68,16 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """How one setting fared; `written` and `in_other_words` are shares of the probes, `steps` the most of one."""
-
-    settings: Settings
-    written: float
-    in_other_words: float
-    steps: int
-    seconds: float
-    scores: Tensor = field(repr=False, compare=False)
-    """(n,) the mean of both shares for each probe."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """A row of the table of candidates."""
-        figures = {name: getattr(self, name) for name in ("written", "in_other_words", "steps", "seconds")}
-        return asdict(self.settings) | figures
-
-
-@dataclass(frozen=True)
-class Adapted:
+class Adapted(Settings):
     """What the search found.
 
     Attributes:
-        layer, lr, stop_margin: the settings to write with.
         probes: how many probe edits it took.
         seconds: how long.
-        candidates: what was tried, as `Candidate.as_dict` says it.
+        candidates: what was tried and how it fared: `written` and `in_other_words` are shares of the probes, `steps`
+            the most of one.
     """
 
-    layer: int
-    lr: float
-    stop_margin: float | None
     probes: int
     seconds: float
     candidates: tuple[Mapping[str, Any], ...] = ()
@@ -139,28 +115,27 @@ def adapt(editor: ShardEditor, background: Sequence[str], held_out: Sequence[str
     started = time.perf_counter()
     probes = make_probes(editor, background)
     prompts = (background[:SAMPLE], held_out[:SAMPLE])
-    tried: dict[Settings, Candidate] = {}
+    rows: dict[Settings, dict[str, Any]] = {}
+    scores: dict[Settings, Tensor] = {}
     found = Settings(editor.layer, editor.writing.rate, editor.writing.margin)
     with ExitStack() as stack:
         trial_at = cache(lambda layer: stack.enter_context(editor.trial(layer)))
         for name, values in searched(editor).items():
             settings = [replace(found, **{name: value}) for value in values]
             for one in settings:
-                if one not in tried:
-                    tried[one] = try_out(trial_at(one.layer), one, probes, *prompts)
-            found = first_unbeaten([tried[one] for one in settings]).settings
+                if one not in rows:
+                    rows[one], scores[one] = try_out(trial_at(one.layer), one, probes, *prompts)
+            found = next(one for one in settings if not any(beats(scores[two], scores[one]) for two in settings))
     seconds = time.perf_counter() - started
-    rows = tuple(candidate.as_dict() for candidate in tried.values())
-    return Adapted(found.layer, found.lr, found.stop_margin, len(probes), seconds, rows)
+    return Adapted(found.layer, found.lr, found.stop_margin, len(probes), seconds, tuple(rows.values()))
 
 
 def searched(editor: ShardEditor) -> dict[str, list[Any]]:
     """The options that are `auto`, each with its candidates in the order in which they are liked."""
     depth = len(editor.edited.split.layers)
-    layers = [max(0, round(share * depth) - 1) for share in DEPTHS]
-    written = bool(editor.ledger.sizes())
+    layers = [] if editor.ledger.sizes() else [max(0, round(share * depth) - 1) for share in DEPTHS]
     asked: dict[str, tuple[Any, Sequence[Any]]] = {
-        "layer": (editor.layer_option, [editor.layer] if written else [editor.layer, *layers]),
+        "layer": (editor.layer_option, [editor.layer, *layers]),
         "lr": (editor.writing.lr, RATES),
         "stop_margin": (editor.writing.stop_margin, MARGINS),
     }
@@ -190,8 +165,12 @@ def make_probes(editor: ShardEditor, prompts: Sequence[str]) -> list[Edit]:
 
 def try_out(
     trial: ShardEditor, settings: Settings, probes: Sequence[Edit], background: Sequence[str], held_out: Sequence[str]
-) -> Candidate:
-    """Write the probes under some settings with an editor of the layer, and ask them with the right shard forced."""
+) -> tuple[dict[str, Any], Tensor]:
+    """Write the probes under some settings with an editor of the layer, and ask them with the right shard forced.
+
+    Returns:
+        a row of `Adapted.candidates`, and each probe's score (n,), the mean of both shares.
+    """
     started = time.perf_counter()
     steps = min(STEPS, trial.writing.steps)
     trial.writing = replace(trial.writing, lr=settings.lr, stop_margin=settings.stop_margin, steps=steps)
@@ -201,20 +180,15 @@ def try_out(
     size = trial.batch_limit(probes)
     batches = [EditBatch(tuple(probes[at : at + size])) for at in range(0, len(probes), size)]
     reports = [report for batch in batches for report in trial.write(batch)]
-    shards = [BASE if report.error else report.shard for report in reports]
+    shards = torch.tensor([BASE if report.error else report.shard for report in reports])
     reworded = [(i, edit) for i, probe in enumerate(probes) for edit in other_words(probe, trial.seed)]
-    written = answered(trial, probes, shards)
-    said = answered(trial, [edit for _, edit in reworded], [shards[i] for i, _ in reworded])
     of = torch.tensor([i for i, _ in reworded])
+    written = answered(trial, probes, shards)
+    said = answered(trial, [edit for _, edit in reworded], shards[of])
     others = torch.zeros(len(probes)).index_add(0, of, said) / of.bincount(minlength=len(probes))
-    return Candidate(
-        settings,
-        float(written.mean()),
-        float(others.mean()),
-        max(report.steps for report in reports),
-        time.perf_counter() - started,
-        (written + others) / 2,
-    )
+    row = {"written": float(written.mean()), "in_other_words": float(others.mean())}
+    row |= {"steps": max(report.steps for report in reports), "seconds": time.perf_counter() - started}
+    return asdict(settings) | row, (written + others) / 2
 
 
 def other_words(edit: Edit, seed: int) -> list[Edit]:
@@ -226,37 +200,21 @@ def other_words(edit: Edit, seed: int) -> list[Edit]:
     return [replace(edit, prompt=prompt) for prompt in prompts or [edit.prompt]]
 
 
-@torch.no_grad()
-def answered(editor: ShardEditor, edits: Sequence[Edit], shards: Sequence[int], batch_size: int = 64) -> Tensor:
-    """Of each edit 1 where greedy generation with a shard says its target and ends, else 0; (n,).
+def answered(editor: ShardEditor, edits: Sequence[Edit], shards: Tensor) -> Tensor:
+    """Of each edit 1 where greedy generation with its shard (n,) says its target and ends, else 0; (n,).
 
     It does so where every target token is the likeliest behind those before it; the end of sequence is one of them,
     unless the base cannot say it.
     """
-    found = []
-    end = editor.encode(edits[0]).target[-1] if edits else None
-    ends = can_stop(editor.edited.base, editor.tokenizer, end)
-    for at in range(0, len(edits), batch_size):
-        rows = [editor.encode(edit) for edit in edits[at : at + batch_size]]
-        memory = torch.tensor(shards[at : at + batch_size])
-        none = torch.zeros(len(rows))
-        device = editor.edited.device
-        ids, mask = pad_left([row.ids for row in rows], device=device)
-        hidden = stack_left([capture.hidden for capture in editor.edited.captures([row.ids for row in rows])])
-        labels = target_labels(rows, device=device)
-        if not ends:
-            labels[:, -1] = IGNORED
-        choice = Choice(memory, none, none, (None,) * len(rows))
-        with editor.edited.split.skipping(), editor.edited.forced(choice):
-            logits, _ = editor.edited.split.tail(ids, mask, hidden, labels.shape[1] + 1)
-        right = ((logits[:, :-1].argmax(-1) == labels) | (labels == IGNORED)).all(-1).cpu()
-        found.append((right & (memory != BASE)).float())
-    return torch.cat(found)
+    rows = [editor.encode(edit) for edit in edits]
+    ends = can_stop(editor.edited.base, editor.tokenizer, rows[0].target[-1])
 
+    def right(logits: Tensor, labels: Tensor) -> list[bool]:
+        said = (logits.argmax(-1) == labels) | (labels == IGNORED)
+        return (said if ends else said[:, :-1]).all(-1).tolist()
 
-def first_unbeaten(candidates: Sequence[Candidate]) -> Candidate:
-    """The first candidate that no other beats by more than noise."""
-    return next(one for one in candidates if not any(beats(other.scores, one.scores) for other in candidates))
+    found = torch.tensor(editor.edited.over_targets(rows, shards, right))
+    return (found & (shards != BASE)).float()
 
 
 def beats(scores: Tensor, others: Tensor) -> bool:
