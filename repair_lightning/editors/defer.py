@@ -20,20 +20,18 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from repair_lightning.editors.base import KEPT, Editor, register
-from repair_lightning.editors.inner_loop import Tail, TargetRows, TargetTail
-from repair_lightning.errors import ConfigError
-from repair_lightning.functional import target_cross_entropy, target_margin
+from repair_lightning.editors.checks import at_least, positive, share
+from repair_lightning.editors.inner_loop import TargetRows, TargetTail, descend, in_halves, tail_of
 from repair_lightning.memory.query import Query
 from repair_lightning.memory.routers import Router, make_router
 from repair_lightning.memory.side_memory import Selection, Shard
-from repair_lightning.models.tokenizing import Encoded
-from repair_lightning.types import EditBatch, EditReport
+from repair_lightning.types import Edit, EditBatch, EditReport
 
 
 @register("defer")
@@ -68,17 +66,13 @@ class Defer(Editor):
         **common: Any,
     ) -> None:
         super().__init__(base, **common)
-        if not 0 < lr < math.inf:
-            raise ConfigError(f"lr must be positive and finite, got {lr}")
-        for name, value, least in (("steps", steps, 1), ("replay", replay, 0), ("irrelevant", irrelevant, 0)):
-            if value < least:
-                raise ConfigError(f"{name} must be at least {least}, got {value}")
-        for name, share in (("threshold", threshold), ("false_fire_rate", false_fire_rate)):
-            if not 0 <= share < 1:
-                raise ConfigError(f"{name} must be in [0, 1), got {share}")
         self.lr, self.steps, self.stop_margin, self.seed = lr, steps, stop_margin, seed
         self.replay, self.irrelevant = replay, irrelevant
         self.threshold, self.false_fire_rate = threshold, false_fire_rate
+        positive(self, "lr")
+        at_least(1, self, "steps")
+        at_least(0, self, "replay", "irrelevant")
+        share(self, "threshold", "false_fire_rate")
 
     def build_router(self) -> Router:
         """A trained gate."""
@@ -88,77 +82,57 @@ class Defer(Editor):
         """Besides, take the base's own answers to irrelevant prompts, and find how much of it a step must run."""
         super().prepare(background, held_out)
         self.said = self.said_by_base(self.background_prompts[:KEPT])
-        self.tail: Tail = "model"
-        if self.cache_mib:
-            self.tail = "positions" if self.edited.split.adds_up() else "rows"
+        self.tail = tail_of(self)
 
-    def _copy(self) -> tuple[int, Shard]:
-        """The second matrix, as a shard of the bank; opened with the first batch."""
+    def write(self, batch: EditBatch) -> list[EditReport]:
+        """Train the second matrix, a shard that is opened with the first batch; where it is no longer finite, it is
+        put back."""
+        return in_halves(batch, self._attempt)
+
+    def _attempt(self, batch: EditBatch) -> list[EditReport]:
         shard = self.memory.ids[0] if len(self.memory) else self.memory.open_shard()
         module = self.memory[shard]
         assert isinstance(module, Shard)
-        return shard, module
-
-    def write(self, batch: EditBatch) -> list[EditReport]:
-        """Train the second matrix; where it is no longer finite, it is put back and the batch written in halves, until
-        the edit that spoils it stands alone and is reported."""
-        shard, module = self._copy()
         before = module.delta.detach().clone()
-        steps, losses = self._train(module, self._rows(batch))
-        if all(map(math.isfinite, losses)) and bool(module.delta.isfinite().all()):
-            pairs = zip(batch.ids, losses, strict=True)
-            return [EditReport(id, shard, loss, 0.0, steps) for id, loss in pairs]
-        module.delta.data.copy_(before)
-        if len(batch.edits) > 1:
-            half = len(batch.edits) // 2
-            return [*self.write(EditBatch(batch.edits[:half])), *self.write(EditBatch(batch.edits[half:]))]
-        error = f"the loss or the matrix was not finite after {steps} steps: rolled back"
-        return [EditReport(batch.ids[0], shard, losses[0], 0.0, steps, error=error)]
+        steps, losses = self._train(module, self.rows_beside(batch, shard))
+        error = None
+        if not (all(map(math.isfinite, losses)) and bool(module.delta.isfinite().all())):
+            module.delta.data.copy_(before)
+            error = f"the loss or the matrix was not finite after {steps} steps: rolled back"
+        pairs = zip(batch.ids, losses, strict=True)
+        return [EditReport(id, shard, loss, 0.0, steps, error=error) for id, loss in pairs]
 
-    def _rows(self, batch: EditBatch) -> TargetRows:
+    def rows_beside(self, batch: EditBatch, shard: int) -> TargetRows:
         """The batch's rows, and behind them those of earlier edits and of irrelevant prompts."""
-        shard, _ = self._copy()
         earlier = [id for id in self.ledger.owned_by(shard) if id not in batch.ids]
         draw = random.Random(f"{self.seed}/{batch.ids[0]}")
         again = [self.encode(self.ledger.edit(id)) for id in draw.sample(earlier, min(self.replay, len(earlier)))]
-        other: list[Encoded] = draw.sample(self.said, min(self.irrelevant, len(self.said)))
-        encoded = [*map(self.encode, batch.edits), *again, *other]
-        captures = self.edited.captures([row.ids for row in encoded])
-        return TargetRows(encoded, captures, range(len(encoded)), len(batch.edits))
+        other = draw.sample(self.said, min(self.irrelevant, len(self.said)))
+        return TargetRows.of(self.edited, [*map(self.encode, batch.edits), *again, *other], len(batch.edits))
 
     def _train(self, module: Shard, rows: TargetRows) -> tuple[int, list[float]]:
         """The steps taken and each member's last loss."""
         optimizer = torch.optim.Adam([module.delta], lr=self.lr)
         tail = TargetTail(self.edited.split, rows, self.tail)
-        with torch.enable_grad(), self._cut(), self.edited.forced(Selection(len(rows), [(module, None)])):
-            for step in range(self.steps + 1):  # the last round only looks at what the steps made
-                logits, _ = tail(module.product)
-                losses = rows.per_row(target_cross_entropy(logits[:, None], rows.labels[:, None]))
-                if step == self.steps or self._done(rows, logits.detach()):
-                    break
-                optimizer.zero_grad()
-                losses.mean().backward()
-                optimizer.step()
+
+        def done(_: int, logits: Tensor, losses: Tensor) -> bool:
+            return bool(rows.lead(logits, self.stop_margin).all())
+
+        with tail.cut(), self.edited.forced(Selection(len(rows), [(module, None)])):
+            found = descend(rows, lambda: tail(module.product)[0], optimizer, self.steps, done, torch.mean)
         optimizer.zero_grad()
-        return step, rows.per_member(losses.detach()).tolist()
-
-    def _done(self, rows: TargetRows, logits: torch.Tensor) -> bool:
-        if self.stop_margin is None:
-            return False
-        own = rows.row < rows.members
-        return bool((target_margin(logits[:, None], rows.labels[:, None])[own] >= self.stop_margin).all())
-
-    def _cut(self) -> AbstractContextManager[Any]:
-        """What the steps need not run is out of the way."""
-        return nullcontext() if self.tail == "model" else self.edited.split.skipping(whole=self.tail == "positions")
+        return found
 
     def finish_window(self) -> None:
         """Train the gate anew, on all edits that the second matrix owns."""
-        owned = {shard: self._own_prompts(shard) for shard in self.memory.ids if self.ledger.owned_by(shard)}
+        owned = {}
+        for shard in self.memory.ids:
+            edits = [self.ledger.edit(id) for id in self.ledger.owned_by(shard)]
+            if edits:
+                owned[shard] = self._query_shared(edits)
         self.router.calibrate(self.memory, owned, self.held_out)
 
-    def _own_prompts(self, shard: int) -> Query:
-        edits = [self.ledger.edit(id) for id in self.ledger.owned_by(shard)]
+    def _query_shared(self, edits: Sequence[Edit]) -> Query:
         return self.edited.shared_query(len(edits), lambda index: self.query_of([edits[i] for i in index]))
 
     def forget(self, ids: Iterable[str]) -> None:

@@ -13,21 +13,19 @@ must say them in their order. In a base of lower precision what is rounded is ro
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from repair_lightning.editors.base import register
-from repair_lightning.editors.inner_loop import Tail, TargetRows, TargetTail
+from repair_lightning.editors.checks import at_least, positive
+from repair_lightning.editors.inner_loop import Tail, TargetRows, TargetTail, descend, tail_of
 from repair_lightning.editors.weights import WeightEditor
-from repair_lightning.errors import ConfigError
-from repair_lightning.functional import target_cross_entropy, target_margin
 from repair_lightning.memory.side_memory import Selection, Shard
-from repair_lightning.types import BASE, Edit, EditReport
+from repair_lightning.types import Edit, EditReport
 
 
 def into_ball(weight: Tensor, centre: Tensor, radius: float) -> Tensor:
@@ -57,28 +55,17 @@ class FineTuner(WeightEditor):
     """
 
     def __init__(
-        self,
-        base: str,
-        lr: float,
-        steps: int,
-        stop_loss: float | None,
-        stop_margin: float | None,
-        **common: Any,
+        self, base: str, lr: float, steps: int, stop_loss: float | None, stop_margin: float | None, **common: Any
     ) -> None:
         super().__init__(base, layers=1, **common)
-        if not 0 < lr < math.inf:
-            raise ConfigError(f"lr must be positive and finite, got {lr}")
-        if steps < 1:
-            raise ConfigError(f"steps must be at least 1, got {steps}")
-        self.lr, self.steps = lr, steps
-        self.stop_loss, self.stop_margin = stop_loss, stop_margin
+        self.lr, self.steps, self.stop_loss, self.stop_margin = lr, steps, stop_loss, stop_margin
+        positive(self, "lr")
+        at_least(1, self, "steps")
 
-    def prepare(self, background: Sequence[str], held_out: Sequence[str]) -> None:
-        """Besides, find how much of the model a step must run."""
-        super().prepare(background, held_out)
-        self.tail: Tail = "model"
-        if self.cache_mib:
-            self.tail = "positions" if self.edited.split.adds_up() else "rows"
+    @cached_property
+    def tail(self) -> Tail:
+        """How much of the model a step must run."""
+        return tail_of(self)
 
     def penalty(self, delta: Tensor) -> Tensor:
         """What is added to the mean edit loss for a change (D, F) of the matrix as it was before the batch."""
@@ -91,47 +78,29 @@ class FineTuner(WeightEditor):
         """Write the batch's change (D, F) into the base."""
         self.edited.weights.add(self.layer, delta)
 
-    def rows_of(self, edits: Sequence[Edit]) -> TargetRows:
-        """The edits' training rows, from the prefix cache."""
-        encoded = [self.encode(edit) for edit in edits]
-        captures = self.edited.captures([row.ids for row in encoded])
-        return TargetRows(encoded, captures, range(len(edits)), len(edits))
-
     def change(self, edits: Sequence[Edit]) -> list[EditReport]:
         """Descend on the edits' mean loss."""
-        steps, losses, delta = self._descend(self.rows_of(edits))
-        self.settle(delta)
-        return [EditReport(edit.id, BASE, loss, 0.0, steps) for edit, loss in zip(edits, losses, strict=True)]
-
-    def _descend(self, rows: TargetRows) -> tuple[int, list[float], Tensor]:
-        """The steps taken, each member's last loss, and the change (D, F)."""
+        rows = TargetRows.of(self.edited, [self.encode(edit) for edit in edits])
         trained = Shard(self.memory.shape).to(self.edited.device)
-        optimizer = torch.optim.Adam([trained.delta], lr=self.lr)
         tail = TargetTail(self.edited.split, rows, self.tail)
-        hook = Selection(len(rows), [(trained, None)])
-        with torch.enable_grad(), self.cut(), self.edited.forced(hook):
-            for step in range(self.steps + 1):  # the last round only looks at what the steps made
-                logits, _ = tail(trained.product)
-                losses = rows.per_row(target_cross_entropy(logits[:, None], rows.labels[:, None]))
-                if step == self.steps or self._done(logits.detach(), losses.detach(), rows.labels):
-                    break
-                optimizer.zero_grad()
-                (losses.mean() + self.penalty(trained.delta)).backward()
-                optimizer.step()
-                with torch.no_grad():
-                    self.constrain(trained.delta)
-        return step, rows.per_member(losses.detach()).tolist(), trained.delta.detach()
 
-    def _done(self, logits: Tensor, losses: Tensor, labels: Tensor) -> bool:
-        if self.stop_loss is not None and bool(losses.mean() < self.stop_loss):
-            return True
-        if self.stop_margin is None:
-            return False
-        return bool((target_margin(logits[:, None], labels[:, None]) >= self.stop_margin).all())
+        def done(_: int, logits: Tensor, losses: Tensor) -> bool:
+            if self.stop_loss is not None and bool(losses.mean() < self.stop_loss):
+                return True
+            return bool(rows.lead(logits, self.stop_margin).all())
 
-    def cut(self) -> AbstractContextManager[Any]:
-        """What the steps need not run is out of the way."""
-        return nullcontext() if self.tail == "model" else self.edited.split.skipping(whole=self.tail == "positions")
+        with tail.cut(), self.edited.forced(Selection(len(rows), [(trained, None)])):
+            steps, losses = descend(
+                rows,
+                lambda: tail(trained.product)[0],
+                torch.optim.Adam([trained.delta], lr=self.lr),
+                self.steps,
+                done,
+                lambda losses: losses.mean() + self.penalty(trained.delta),
+                lambda: self.constrain(trained.delta),
+            )
+        self.settle(trained.delta.detach())
+        return self.reports(edits, losses, [steps] * len(edits))
 
 
 @register("ft")
@@ -157,9 +126,9 @@ class FT(FineTuner):
         **common: Any,
     ) -> None:
         super().__init__(base, lr=lr, steps=steps, stop_loss=stop_loss, stop_margin=None, **common)
-        if norm_constraint is not None and not norm_constraint > 0:
-            raise ConfigError(f"norm_constraint must be positive, or null for none, got {norm_constraint}")
         self.norm_constraint = norm_constraint
+        if norm_constraint is not None:
+            positive(self, "norm_constraint")
 
     def change(self, edits: Sequence[Edit]) -> list[EditReport]:
         """Besides, take the ball's centre in what the change is counted from."""

@@ -17,7 +17,6 @@ theirs takes F from the last ten edits, which says nothing of what is unrelated;
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,11 +24,10 @@ import torch
 from torch import Tensor
 
 from repair_lightning.editors.base import KEPT, register
+from repair_lightning.editors.checks import at_least
 from repair_lightning.editors.ft import FineTuner
 from repair_lightning.editors.inner_loop import TargetRows
-from repair_lightning.editors.values import pushing
-from repair_lightning.errors import ConfigError
-from repair_lightning.functional import target_cross_entropy
+from repair_lightning.editors.values import slopes
 from repair_lightning.models.tokenizing import Encoded
 from repair_lightning.types import Edit, EditBatch, EditReport
 
@@ -68,9 +66,8 @@ class FTEWC(FineTuner):
         **common: Any,
     ) -> None:
         super().__init__(base, lr=lr, steps=steps, stop_loss=None, stop_margin=stop_margin, **common)
-        if not 0 <= weight < math.inf:
-            raise ConfigError(f"weight must be at least 0 and finite, got {weight}")
         self.weight, self.accumulate = weight, accumulate
+        at_least(0, self, "weight")
         self.learnt: dict[str, Tensor] = {}
         """With `accumulate`, once a window is over: F as `fisher`, and W* as `anchor`."""
         self.recent: list[Edit] = []
@@ -87,27 +84,11 @@ class FTEWC(FineTuner):
         """The mean over texts of the squared gradient of each one's log likelihood for W_v as it is, (D, F)."""
         total = torch.zeros(self.memory.shape, device=self.edited.device)
         for start in range(0, len(texts), ROWS):
-            part = texts[start : start + ROWS]
-            captures = self.edited.captures([row.ids for row in part])
-            rows = TargetRows(part, captures, range(len(part)), len(part))
-            for at_output, activations in zip(self._gradients(rows), rows.activations.float(), strict=True):
+            rows = TargetRows.of(self.edited, texts[start : start + ROWS])
+            deltas = slopes(self.edited, [self.layer], rows).deltas[self.layer]
+            for at_output, activations in zip(deltas, rows.activations.float(), strict=True):
                 total += (at_output.T @ activations).square_()
         return total / max(len(texts), 1)
-
-    def _gradients(self, rows: TargetRows) -> Tensor:
-        """The gradients (B, T, D) of each row's log likelihood at what W_v puts out."""
-        shape = (*rows.ids.shape, self.memory.shape[0])
-        pushed = torch.zeros(shape, device=rows.ids.device, requires_grad=True)
-        with (
-            torch.enable_grad(),
-            self.edited.forced(None),
-            self.edited.split.skipping(),
-            pushing(self.edited.split, pushed),
-        ):
-            logits, _ = self.edited.split.tail(rows.ids, rows.mask, rows.hidden, rows.span)
-            target_cross_entropy(rows.reading(logits)[:, None], rows.labels[:, None]).sum().backward()
-        assert pushed.grad is not None
-        return pushed.grad
 
     @property
     def fisher(self) -> Tensor:
@@ -116,9 +97,8 @@ class FTEWC(FineTuner):
 
     def change(self, edits: Sequence[Edit]) -> list[EditReport]:
         """Besides, take the anchor from which the penalty counts."""
-        weights = self.edited.weights
-        anchor = self.learnt.get("anchor")
-        self.moved = weights.matrix(self.layer) - (weights.original(self.layer) if anchor is None else anchor)
+        anchor = self.learnt.get("anchor", self.edited.weights.original(self.layer))
+        self.moved = self.edited.weights.matrix(self.layer) - anchor
         return super().change(edits)
 
     def write(self, batch: EditBatch) -> list[EditReport]:

@@ -18,22 +18,21 @@ rate may be relative to the base, because published ones are in units of one bas
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from repair_lightning.editors.base import Editor, register
-from repair_lightning.editors.inner_loop import TargetRows, TargetTail
+from repair_lightning.editors.checks import at_least, positive
+from repair_lightning.editors.inner_loop import TargetRows, TargetTail, descend, in_halves
 from repair_lightning.errors import ConfigError, RepairError
-from repair_lightning.functional import target_cross_entropy, target_margin
 from repair_lightning.functional.codebook import placement, was_cut
 from repair_lightning.memory.routers import BallRouter, make_router
 from repair_lightning.memory.side_memory import Selection, ValueShard
 from repair_lightning.models.architectures import resolve_layer
-from repair_lightning.models.base import Base, load_base
+from repair_lightning.models.base import Base
 from repair_lightning.types import BASE, Edit, EditBatch, EditReport
 
 TOGETHER = 64
@@ -72,31 +71,23 @@ class GRACE(Editor):
         **common: Any,
     ) -> None:
         super().__init__(base, **common)
-        for name, value in (("eps", eps), ("lr", lr)):
-            if not 0 < value < math.inf:
-                raise ConfigError(f"{name} must be positive and finite, got {value}")
-        if steps < 1:
-            raise ConfigError(f"steps must be at least 1, got {steps}")
         self.eps, self.relative, self.lr, self.steps, self.stop_margin = eps, relative, lr, steps, stop_margin
+        positive(self, "eps", "lr")
+        at_least(1, self, "steps")
         self.labels: dict[int, str] = {}
         """What each shard says."""
 
     # -- building -----------------------------------------------------------------------------------------------------
 
-    def load(self) -> None:
-        """Load the base; where no layer was named, it is at a share of the depth."""
-        if self.base is None and self.base_option and self.layer_option is None:
-            base = load_base(self.base_option, self.precision_option, self.trust_remote_code)
-            self.build(base, int(DEPTH * resolve_layer(base.model, -1)))
-        super().load()
-
     def build(self, base: Base, layer: int) -> None:
-        """Besides building, refuse the last layer.
+        """Besides building, take the published share of the depth where no layer was named, and refuse the last.
 
         Raises:
             ConfigError: the layer is the last.
         """
-        if layer == resolve_layer(base.model, -1):
+        last = resolve_layer(base.model, -1)
+        layer = int(DEPTH * last) if self.layer_option is None else layer
+        if layer == last:
             raise ConfigError(
                 f"layer must lie below the last, got {layer}: one value for all tokens, with nothing above it, can say "
                 "one token only; give a lower --model.layer"
@@ -134,13 +125,16 @@ class GRACE(Editor):
 
     def write(self, batch: EditBatch) -> list[EditReport]:
         """Place the edits' keys, then train the values of the entries that they came to; where one is not finite,
-        everything is put back and the batch written in halves, until the edit that spoils it stands alone."""
+        everything is put back."""
+        return in_halves(batch, self._attempt)
+
+    def _attempt(self, batch: EditBatch) -> list[EditReport]:
         before = self.memory.snapshot(writable=True), self.balls.state_dict(), self.labels
         encoded = [self.encode(edit) for edit in batch.edits]
-        captures = self.edited.captures([row.ids for row in encoded])
-        prompts = self.edited.query_of([edit.prompt for edit in batch.edits], [row.prompt for row in encoded], captures)
-        shards = self._place(batch.edits, self.balls.key_of(prompts), self._outputs(prompts.at_last().activations))
-        rows = TargetRows(encoded, captures, range(len(encoded)), len(encoded))
+        rows, prompts = TargetRows.of(self.edited, encoded), self.query_of(batch.edits)
+        outputs = self._outputs(prompts.at_last().activations)
+        self.balls.forget(batch.ids)
+        shards = [self._placed(*one) for one in zip(batch.edits, self.balls.key_of(prompts), outputs, strict=True)]
         steps, losses = self._train(rows, shards)
         if all(map(math.isfinite, losses)) and all(bool(self._value(shard).isfinite().all()) for shard in shards):
             triples = zip(batch.ids, shards, losses, strict=True)
@@ -148,24 +142,17 @@ class GRACE(Editor):
         self.memory.restore(before[0])
         self.balls.load_state_dict(before[1])
         self.labels = before[2]
-        if len(batch.edits) > 1:
-            half = len(batch.edits) // 2
-            return [*self.write(EditBatch(batch.edits[:half])), *self.write(EditBatch(batch.edits[half:]))]
         self.forget(batch.ids)
         error = f"the loss or the value was not finite after {steps} steps: forgotten"
-        return [EditReport(batch.ids[0], BASE, losses[0], 0.0, steps, error=error)]
-
-    def _place(self, edits: Sequence[Edit], keys: Tensor, outputs: Tensor) -> list[int]:
-        """The shard of each edit, by its key (n, F); new ones begin with what the layer puts out, (n, D)."""
-        self.balls.forget([edit.id for edit in edits])
-        return [self._placed(*one) for one in zip(edits, keys, outputs, strict=True)]
+        return [EditReport(id, BASE, losses[0], 0.0, steps, error=error) for id in batch.ids]
 
     def _placed(self, edit: Edit, key: Tensor, output: Tensor) -> int:
-        """The shard of one edit, by its key (F,); a new one begins with `output` (D,)."""
+        """The shard of one edit, by its key (F,); a new one begins with `output` (D,), what the layer puts out."""
         balls = self.balls
         distances = balls.distances(key[None])[0].masked_fill(balls.radii < 0, torch.inf)
-        entry = int(distances.argmin()) if distances.isfinite().any() else None
-        if entry is not None:
+        radius = self.first
+        if distances.isfinite().any():
+            entry = int(distances.argmin())
             owner = int(balls.shards[entry])
             same = self.labels[owner] == edit.target
             found = placement(float(distances[entry]), float(balls.radii[entry]), same, self.first)
@@ -173,9 +160,10 @@ class GRACE(Editor):
             if not found.opens:
                 balls.join(edit.id, entry)
                 return owner
+            radius = found.radius
         shard = self.memory.add_value(output)
         self.labels = {**self.labels, shard: edit.target}
-        balls.open(edit.id, key, self.first if entry is None else found.radius, shard)
+        balls.open(edit.id, key, radius, shard)
         return shard
 
     def _value(self, shard: int) -> Tensor:
@@ -184,46 +172,35 @@ class GRACE(Editor):
         return module.value
 
     def _train(self, rows: TargetRows, shards: Sequence[int]) -> tuple[int, list[float]]:
-        """Train the values of the edits' shards side by side; returns the steps and each edit's last loss."""
+        """Train the values of the edits' shards side by side, each until its edits are said; returns the steps and each
+        edit's last loss."""
         own = list(dict.fromkeys(shards))
         of = torch.tensor([own.index(shard) for shard in shards], device=rows.ids.device)
+        every = torch.arange(len(rows), device=of.device)
         values = nn.Parameter(torch.stack([self._value(shard) for shard in own]).clone())
-        optimizer = torch.optim.Adam([values], lr=self.rate)
         tail = TargetTail(self.edited.split, rows, "rows" if self.cache_mib else "model")
-        with torch.enable_grad(), self._cut():
-            for step in range(self.steps + 1):  # the last round only looks at what the steps made
-                replaced = (values[of], torch.arange(len(rows), device=of.device))
-                with self.edited.forced(Selection(len(rows), [], replaced)):
-                    logits, _ = tail(lambda _: values)
-                losses = rows.per_row(target_cross_entropy(logits[:, None], rows.labels[:, None]))
-                done = self._done(rows, logits.detach(), of, len(own))
-                if step == self.steps or bool(done.all()):
-                    break
-                optimizer.zero_grad()
-                losses.sum().backward()
-                before = values.detach().clone()
-                optimizer.step()
-                values.data[done] = before[done]
+        said, held = torch.zeros(0), values.detach()
+
+        def logits() -> Tensor:
+            with self.edited.forced(Selection(len(rows), [], (values[of], every))):
+                return tail(lambda _: values)[0]
+
+        def done(_: int, logits: Tensor, losses: Tensor) -> bool:
+            nonlocal said, held
+            silent = (~rows.lead(logits, self.stop_margin)).float()
+            said = silent.new_zeros(len(own)).index_add(0, of, silent) == 0
+            held = values.detach().clone()
+            return bool(said.all())
+
+        def hold() -> None:
+            values[said] = held[said]
+
+        with tail.cut():
+            optimizer = torch.optim.Adam([values], lr=self.rate)
+            step, losses = descend(rows, logits, optimizer, self.steps, done, after=hold)
         for i, shard in enumerate(own):
             self.memory.put_value(shard, values[i])
-        return step, rows.per_member(losses.detach()).tolist()
-
-    def _done(self, rows: TargetRows, logits: Tensor, of: Tensor, entries: int) -> Tensor:
-        """(E,) the entries all of whose edits are said with the margin; what is not finite is not helped by steps."""
-        if self.stop_margin is None:
-            return torch.zeros(entries, dtype=torch.bool, device=logits.device)
-        margins = target_margin(logits[:, None], rows.labels[:, None])
-        start = margins.new_full((entries,), torch.inf)
-        return ~(start.scatter_reduce(0, of[rows.row], margins, "amin") < self.stop_margin)
-
-    @contextmanager
-    def _cut(self) -> Iterator[None]:
-        """What lies below the edited layer is out of the way, where its states are known."""
-        if not self.cache_mib:
-            yield
-            return
-        with self.edited.split.skipping():
-            yield
+        return step, losses
 
     # -- what was written ---------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 
 from repair_lightning.editors.base import Editor, register
+from repair_lightning.editors.checks import at_least, share
 from repair_lightning.errors import ConfigError
 from repair_lightning.memory.query import pad_right
 from repair_lightning.memory.routers import Router, make_router
@@ -47,13 +48,11 @@ class InContext(Editor):
         **common: Any,
     ) -> None:
         super().__init__(base, **common)
-        if number < 1:
-            raise ConfigError(f"number must be at least 1, got {number}")
-        if not 0 <= false_fire_rate < 1:
-            raise ConfigError(f"false_fire_rate must be in [0, 1), got {false_fire_rate}")
+        self.number, self.line, self.false_fire_rate = number, line, false_fire_rate
+        at_least(1, self, "number")
+        share(self, "false_fire_rate")
         if "{prompt}" not in line or "{target}" not in line:
             raise ConfigError(f"line must hold {{prompt}} and {{target}}, got {line!r}")
-        self.number, self.line, self.false_fire_rate = number, line, false_fire_rate
 
     def build_router(self) -> Router:
         """It finds the edits that are near a prompt, and holds their lines."""

@@ -19,10 +19,10 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from repair_lightning.editors.base import register
+from repair_lightning.editors.checks import positive
 from repair_lightning.editors.rome import PUBLISHED as ROMES
 from repair_lightning.editors.values import Values
 from repair_lightning.editors.weights import ValueEditor
-from repair_lightning.errors import ConfigError
 from repair_lightning.functional.least_squares import damped_change
 
 PUBLISHED = replace(ROMES, steps=25, clamp=0.75, contexts=5)
@@ -52,9 +52,8 @@ class MEMIT(ValueEditor):
         **common: Any,
     ) -> None:
         super().__init__(base, layers=layers, values=values, **common)
-        if not moment_weight > 0:
-            raise ConfigError(f"moment_weight must be positive, got {moment_weight}")
         self.moment_weight = moment_weight
+        positive(self, "moment_weight")
 
     def prepare(self, background: Sequence[str], held_out: Sequence[str]) -> None:
         """Besides, take the second moments of the keys in the base as it was."""

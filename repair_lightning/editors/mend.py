@@ -25,30 +25,27 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from repair_lightning.editors.base import KEPT, register
-from repair_lightning.editors.inner_loop import TargetRows
-from repair_lightning.editors.values import pushing
+from repair_lightning.editors.checks import at_least, positive
+from repair_lightning.editors.inner_loop import TargetRows, TargetTail
+from repair_lightning.editors.values import Slopes, slopes
 from repair_lightning.editors.weights import WeightEditor
 from repair_lightning.edits.records import load_records
 from repair_lightning.errors import ConfigError
-from repair_lightning.functional import target_cross_entropy
 from repair_lightning.functional.moments import RunningMoments
-from repair_lightning.models.prefix import SplitModel
 from repair_lightning.models.tokenizing import Encoded
-from repair_lightning.types import BASE, Edit, EditReport
+from repair_lightning.types import Edit, EditReport
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +56,9 @@ CLIP = 100.0
 """Longest gradient of a training step."""
 HELD_OUT = (0.1, 64)
 """Share of the training edits that only choose when to stop, and the most of them."""
-
-
-def rank_one_sum(keys: Tensor, deltas: Tensor) -> Tensor:
-    """The sum over all tokens of `delta u^T`, (D, F), of keys (..., F) and deltas (..., D)."""
-    return deltas.flatten(0, -2).T @ keys.flatten(0, -2)
+ELSEWHERE = ("base", "precision", "trust_remote_code", "cache_mib", "cache_disk_mib", "layer", "layers")
+ELSEWHERE += ("train_data", "train_format", "train_cache")
+"""Options on which a hypernetwork does not depend, or which are told by what they name."""
 
 
 class GradientBlock(nn.Module):
@@ -76,7 +71,7 @@ class GradientBlock(nn.Module):
         generator: draws V.
     """
 
-    def __init__(self, size: int, rank: int, layers: int, generator: torch.Generator | None = None) -> None:
+    def __init__(self, size: int, rank: int, layers: int, generator: torch.Generator) -> None:
         super().__init__()
         rank = min(rank, size)
         self.inner = nn.Parameter(torch.randn(rank, size, generator=generator))
@@ -111,11 +106,7 @@ class GradientNetwork(nn.Module):
         self, sizes: tuple[int, int], layers: int, rank: int, step: float, normalise: bool = True, seed: int = 0
     ) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        size = sum(sizes)
-        self.count: Tensor
-        self.mean: Tensor
-        self.spread: Tensor
+        generator, size = torch.Generator().manual_seed(seed), sum(sizes)
         self.sizes, self.normalise = sizes, normalise
         self.blocks = nn.ModuleList([GradientBlock(size, rank, layers, generator) for _ in range(2)])
         self.steps = nn.Parameter(torch.full((layers,), step))
@@ -137,10 +128,9 @@ class GradientNetwork(nn.Module):
     def learn(self, layer: int, factors: Factors) -> None:
         """Take further factors of a layer into the moments."""
         _, pairs = self._pairs(factors)
-        if not len(pairs):
-            return
-        known = self._known(layer).with_(pairs)
-        self.count[layer], self.mean[layer], self.spread[layer] = known.count, known.mean, known.spread
+        if len(pairs):
+            known = self._known(layer).with_(pairs)
+            self.count[layer], self.mean[layer], self.spread[layer] = known.count, known.mean, known.spread
 
     def forward(self, layer: int, factors: Factors) -> Factors:
         """The factors of a layer's update, of the same shapes; tokens without a gradient have none."""
@@ -149,13 +139,9 @@ class GradientNetwork(nn.Module):
             pairs = self._known(layer).normalise(pairs, floor=1e-7)
         for block in self.blocks:
             pairs = block(pairs, layer)
-        keys, deltas = pairs.split(self.sizes, -1)
-        return _laid_out(keys, there), _laid_out(deltas, there)
-
-    def change(self, layer: int, factors: Factors) -> Tensor:
-        """The change (D, F) of a layer's matrix."""
-        keys, deltas = self(layer, factors)
-        return -self.steps[layer] * rank_one_sum(keys, deltas)
+        laid_out = pairs.new_zeros(*there.shape, pairs.shape[-1]).masked_scatter(there[..., None], pairs)
+        keys, deltas = laid_out.split(self.sizes, -1)
+        return keys, deltas
 
 
 @register("mend")
@@ -215,16 +201,10 @@ class MEND(WeightEditor):
         self.alpha, self.rank, self.normalise = alpha, rank, normalise
         self.c_edit, self.c_loc = c_edit, c_loc
         self.check_every, self.patience, self.seed = check_every, patience, seed
-        for name, least in (("steps", 0), ("batch", 1), ("rank", 1), ("check_every", 1), ("patience", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for name in ("lr", "lr_steps", "alpha"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} must be positive and finite, got {getattr(self, name)}")
-        for name in ("c_edit", "c_loc"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
-        self._trained: list[GradientNetwork] = []  # in a list: no module of the checkpoint, own_state carries it
+        at_least(0, self, "steps", "c_edit", "c_loc")
+        at_least(1, self, "batch", "rank", "check_every", "patience")
+        positive(self, "lr", "lr_steps", "alpha")
+        self.network: GradientNetwork | None = None
         self.training_figures: dict[str, Any] = {}
         self.evaluated: tuple[Edit, ...] = ()
         """Edits that must not be trained on."""
@@ -232,8 +212,6 @@ class MEND(WeightEditor):
         """Further texts that must not."""
         self.beside = ("", "")
         """The file that they come from, and its format."""
-
-    # -- training -----------------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
         """Besides, learn what is going to be evaluated, for it must not be trained on."""
@@ -245,48 +223,52 @@ class MEND(WeightEditor):
     def prepare(self, background: Sequence[str], held_out: Sequence[str]) -> None:
         """Besides, train the hypernetwork, unless a checkpoint, a pack or the cache has brought one."""
         super().prepare(background, held_out)
-        if self._trained:
+        if self.network is not None:
             return
+        edits, left_out = self._training_edits()
+        other = self.said_by_base(self.background_prompts[:KEPT])
+        file = self._cache_file(edits, other)
+        if file is not None and file.is_file():
+            log.info("the hypernetwork is taken from %s", file)
+            self.load_own_state(torch.load(file, map_location="cpu", weights_only=True))
+        else:
+            self.network = self.fresh_network()
+            self.training_figures = Training(self, self.network, other).run(edits) | {"left_out": left_out}
+            if file is not None and self.team.rank == 0:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                torch.save(self.own_state(), file.with_suffix(".partial"))
+                file.with_suffix(".partial").replace(file)
+        with torch.no_grad():  # all ranks go on with the first one's
+            for tensor in self._network.state_dict().values():
+                tensor.copy_(self.team.of_first(tensor))
+
+    def _training_edits(self) -> tuple[list[Edit], int]:
+        """What the hypernetwork may be trained on, and how many edits are left out."""
         path, format = (self.train_data, self.train_format) if self.train_data else self.beside
         if not path:
             raise ConfigError(
                 "mend needs edits to train its hypernetwork on: give --model.train_data a file of edits and "
                 "--model.train_format their format; those that the stream asks are left out"
             )
-        found = list(load_records(path, format, on_bad_record="skip").edits)
+        found = load_records(path, format, on_bad_record="skip").edits
         kept, left_out = apart(found, self.evaluated, format, self.also_asked)
         if len(kept) < 2:
             raise ConfigError(
                 f"'{path}' holds {len(kept)} edits that the stream does not ask, at least 2 are needed: "
                 "give --model.train_data another file"
             )
-        self.other = self.said_by_base(self.background_prompts[:KEPT])
-        file = self._cache_file(kept)
-        if file is None or not file.is_file():
-            figures = self.train_on(kept) | {"left_out": left_out}
-            if file is not None and self.team.rank == 0:
-                _keep(file, self._trained[0], figures)
-        else:
-            log.info("the hypernetwork is taken from %s", file)
-            self.load_own_state(_kept(file))
-            figures = self.training_figures
-        with torch.no_grad():  # all ranks go on with the first one's
-            for tensor in self._trained[0].state_dict().values():
-                tensor.copy_(self.team.of_first(tensor))
-        self.training_figures = figures
+        return kept, left_out
 
-    def _cache_file(self, edits: Sequence[Edit]) -> Path | None:
+    def _cache_file(self, edits: Sequence[Edit], other: Sequence[Encoded]) -> Path | None:
         """Where the hypernetwork of these edits, this base and these options is kept."""
         if self.train_cache is None:
             return None
         assert self.base is not None
-        apart_from = {"base", "precision", "trust_remote_code", "cache_mib", "cache_disk_mib", "layer", "layers"}
-        apart_from |= {"train_data", "train_format", "train_cache"}
-        options = {name: value for name, value in self.options().items() if name not in apart_from}
+        options = {name: value for name, value in self.options().items() if name not in ELSEWHERE}
         texts = [[edit.prompt, edit.target, *edit.rephrases] for edit in edits]
         parts = [self.base.sha256, str(self.base.model.dtype), self.written_layers, options, texts]
-        digest = hashlib.sha256(json.dumps([*parts, [row.ids for row in self.other]]).encode()).hexdigest()
-        return Path(self.train_cache).expanduser() / f"hypernetwork-{digest[:32]}.safetensors"
+        digest = hashlib.sha256(json.dumps([*parts, [row.ids for row in other]]).encode()).hexdigest()
+        return Path(self.train_cache).expanduser() / f"hypernetwork-{digest[:32]}.pt"
 
     def fresh_network(self) -> GradientNetwork:
         """An untrained hypernetwork."""
@@ -294,95 +276,145 @@ class MEND(WeightEditor):
         network = GradientNetwork((width, depth), self.layers, self.rank, self.alpha, self.normalise, self.seed)
         return network.to(self.edited.device)
 
-    def train_on(self, edits: Sequence[Edit]) -> dict[str, Any]:
-        """Train a fresh hypernetwork on edits, some of which only choose the best; returns what came of it."""
-        draw = random.Random(self.seed)
-        log.info("training the hypernetwork on %d edits, in at most %d steps", len(edits), self.steps)
-        shuffled = draw.sample(list(edits), len(edits))
+    @property
+    def _network(self) -> GradientNetwork:
+        assert self.network is not None, "prepare() trains it"
+        return self.network
+
+    def factors(self, rows: TargetRows) -> tuple[Slopes, list[Factors]]:
+        """Where the sum of the rows' mean token losses goes, and its factors by written layer, (B, T, .)."""
+        found = slopes(self.edited, self.written_layers, rows, lambda losses: rows.per_row(losses).sum())
+        seen = rows.mask[..., None]
+        return found, [(found.keys[layer], found.deltas[layer] * seen) for layer in self.written_layers]
+
+    @torch.no_grad()
+    def change(self, edits: Sequence[Edit]) -> list[EditReport]:
+        """The updates of some edits, added up."""
+        rows = TargetRows.of(self.edited, [self.encode(edit) for edit in edits])
+        found, factors = self.factors(rows)
+        for place, (layer, pair) in enumerate(zip(self.written_layers, factors, strict=True)):
+            update = rank_one_sum(*self._network(place, pair))
+            self.edited.weights.add(layer, -self._network.steps[place] * update)
+        return self.reports(edits, rows.per_row(found.losses).tolist(), [1] * len(edits))
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Without the hypernetwork, which :meth:`own_state` takes to checkpoints and packs alike."""
+        state = super().state_dict(*args, **kwargs)
+        return {name: value for name, value in state.items() if not name.startswith("network.")}
+
+    def own_state(self) -> dict[str, Any]:
+        """The trained hypernetwork."""
+        if self.network is None:
+            return {}
+        tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
+        return {**tensors, "training": json.dumps(self.training_figures)}
+
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`own_state`."""
+        if state:
+            self.network, self.training_figures = self.fresh_network(), json.loads(state["training"])
+            names = self.network.state_dict()
+            self.network.load_state_dict({name: state[f"network.{name}"] for name in names})
+
+    def figures(self) -> dict[str, Any]:
+        """Besides, what came of the training."""
+        return super().figures() | {"training": self.training_figures}
+
+
+class Training:
+    """Trains a hypernetwork for an editor.
+
+    Args:
+        editor: whose base and options are used.
+        network: which.
+        other: irrelevant prompts with the base's own answers.
+    """
+
+    def __init__(self, editor: MEND, network: GradientNetwork, other: Sequence[Encoded]) -> None:
+        self.editor, self.network, self.other = editor, network, other
+        self.draw = random.Random(editor.seed)
+        own = {"params": [network.steps], "lr": editor.lr_steps}
+        self.optimizer = torch.optim.Adam([{"params": list(network.blocks.parameters()), "lr": editor.lr}, own])
+
+    def run(self, edits: Sequence[Edit]) -> dict[str, Any]:
+        """Train on edits, some of which only choose the best network; returns what came of it."""
+        editor, network = self.editor, self.network
+        log.info("training the hypernetwork on %d edits, in at most %d steps", len(edits), editor.steps)
+        shuffled = self.draw.sample(list(edits), len(edits))
         share, most = HELD_OUT
         aside = max(1, min(most, int(share * len(shuffled))))
         held, rest = shuffled[:aside], shuffled[aside:]
-        network = self.fresh_network()
-        groups = [
-            {"params": list(network.blocks.parameters()), "lr": self.lr},
-            {"params": [network.steps], "lr": self.lr_steps},
-        ]
-        optimizer = torch.optim.Adam(groups)
-        self._learn_moments(network, rest)
-        first = best = self.look(network, held)
+        self._learn_moments(rest)
+        first = best = self._look(held)
         kept, at = _copied(network), 0
-        for step in range(1, self.steps + 1):
-            self._train_step(network, optimizer, draw.sample(rest, min(self.batch, len(rest))), draw)
-            if step % self.check_every and step != self.steps:
+        for step in range(1, editor.steps + 1):
+            self._step(self.draw.sample(rest, min(editor.batch, len(rest))))
+            if step % editor.check_every and step != editor.steps:
                 continue
-            seen = self.look(network, held)
+            seen = self._look(held)
             log.info("training step %d: %.4f on held-out edits, best %.4f", step, seen, best)
             if seen < best:
                 kept, best, at = _copied(network), seen, step
-            if step - at >= self.patience:
+            if step - at >= editor.patience:
                 break
         network.load_state_dict(kept)
-        self._trained = [network]
         log.info("trained on %d edits: %.4f on %d held-out ones, %.4f before", len(rest), best, len(held), first)
         return {"edits": len(rest), "held_out": len(held), "loss_before": first, "loss": best, "steps": at}
 
-    def _learn_moments(self, network: GradientNetwork, edits: Sequence[Edit]) -> None:
+    def _rows(self, encoded: Sequence[Encoded]) -> TargetRows:
+        return TargetRows.of(self.editor.edited, encoded)
+
+    def _learn_moments(self, edits: Sequence[Edit]) -> None:
         """The moments of one pass over (at most `KEPT`) edits, so that the first steps are not of a moving scale."""
         for start in range(0, min(len(edits), KEPT), 64):
-            rows = self._rows([self.encode(edit) for edit in edits[start : start + 64]])
-            for place, factors in enumerate(self.factors(rows)[1]):
-                network.learn(place, factors)
+            rows = self._rows([self.editor.encode(edit) for edit in edits[start : start + 64]])
+            for place, factors in enumerate(self.editor.factors(rows)[1]):
+                self.network.learn(place, factors)
 
-    def _train_step(self, network: GradientNetwork, optimizer: Any, edits: Sequence[Edit], draw: random.Random) -> None:
-        asked = [(edit, draw.choice(edit.rephrases) if edit.rephrases else edit.prompt) for edit in edits]
-        other = [draw.choice(self.other) for _ in edits]
-        optimizer.zero_grad()
+    def _step(self, edits: Sequence[Edit]) -> None:
+        asked = [(edit, self.draw.choice(edit.rephrases or (edit.prompt,))) for edit in edits]
+        other = [self.draw.choice(self.other) for _ in edits]
+        self.optimizer.zero_grad()
         with torch.enable_grad():
-            self._loss(network, asked, other).backward()
-        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], CLIP)
-        optimizer.step()
+            self._loss(asked, other).backward()
+        nn.utils.clip_grad_norm_([*self.network.blocks.parameters(), self.network.steps], CLIP)
+        self.optimizer.step()
 
     @torch.no_grad()
-    def look(self, network: GradientNetwork, edits: Sequence[Edit]) -> float:
+    def _look(self, edits: Sequence[Edit]) -> float:
         """The mean loss over edits, each with its first rephrase and an irrelevant prompt of its own."""
-        total = 0.0
-        for start in range(0, len(edits), self.batch):
-            part = edits[start : start + self.batch]
-            asked = [(edit, edit.rephrases[0] if edit.rephrases else edit.prompt) for edit in part]
+        total, size = 0.0, self.editor.batch
+        for start in range(0, len(edits), size):
+            part = edits[start : start + size]
+            asked = [(edit, (edit.rephrases or (edit.prompt,))[0]) for edit in part]
             other = [self.other[(start + i) % len(self.other)] for i in range(len(part))]
-            total += len(part) * float(self._loss(network, asked, other))
+            total += len(part) * float(self._loss(asked, other))
         return total / len(edits)
 
-    def _loss(self, network: GradientNetwork, asked: Sequence[tuple[Edit, str]], other: Sequence[Encoded]) -> Tensor:
+    def _loss(self, asked: Sequence[tuple[Edit, str]], other: Sequence[Encoded]) -> Tensor:
         """The training loss of edits with their rephrases, each edit's update by itself."""
-        own = [self.encode(edit) for edit, _ in asked]
-        again = [self._encode(text, edit.target) for edit, text in asked]
-        _, factors = self.factors(self._rows(own))
-        updates = [network(place, pair) for place, pair in enumerate(factors)]
+        own = [self.editor.encode(edit) for edit, _ in asked]
+        again = [self.editor.encode(replace(edit, prompt=text)) for edit, text in asked]
+        _, factors = self.editor.factors(self._rows(own))
+        updates = [self.network(place, pair) for place, pair in enumerate(factors)]
         edited, elsewhere = self._rows([*own, *again]), self._rows(other)
         with torch.no_grad():
-            plain = self._log_probabilities(elsewhere)
-        with self._updated(network, updates, len(edited)):
-            logits = self._log_probabilities(edited)
-        with self._updated(network, updates, len(elsewhere)):
-            moved = self._log_probabilities(elsewhere)
-        edit_loss = target_cross_entropy(logits[:, None], edited.labels[:, None])
+            plain = self._logits(elsewhere).log_softmax(-1)
+        with self._updated(updates, len(edited)):
+            edit_loss = edited.per_row(edited.losses(self._logits(edited))).mean()
+        with self._updated(updates, len(elsewhere)):
+            moved = self._logits(elsewhere).log_softmax(-1)
         divergence = (plain.exp() * (plain - moved)).sum(-1)
-        return self.c_edit * edited.per_row(edit_loss).mean() + self.c_loc * divergence.mean()
+        return self.editor.c_edit * edit_loss + self.editor.c_loc * divergence.mean()
 
-    def _rows(self, encoded: Sequence[Encoded]) -> TargetRows:
-        return TargetRows(
-            encoded, self.edited.captures([row.ids for row in encoded]), range(len(encoded)), len(encoded)
-        )
-
-    def _log_probabilities(self, rows: TargetRows) -> Tensor:
+    def _logits(self, rows: TargetRows) -> Tensor:
         """(M, V) where the rows' target tokens are read, from the lowest written layer on."""
-        with self.edited.split.skipping():
-            logits, _ = self.edited.split.tail(rows.ids, rows.mask, rows.hidden, rows.span)
-        return rows.reading(logits).float().log_softmax(-1)
+        tail = TargetTail(self.editor.edited.split, rows, "rows")
+        with tail.cut():
+            return tail(lambda activations: activations)[0].float()
 
     @contextmanager
-    def _updated(self, network: GradientNetwork, updates: Sequence[Factors], rows: int) -> Iterator[None]:
+    def _updated(self, updates: Sequence[Factors], rows: int) -> Iterator[None]:
         """Inside, the matrices answer each row with the update of its edit: that of the row's number, modulo their
         number."""
 
@@ -392,65 +424,17 @@ class MEND(WeightEditor):
 
             def add(_: nn.Module, args: tuple, output: Tensor) -> Tensor:
                 inside = args[0].reshape(rows, -1, keys.shape[-1]).float() @ keys.transpose(1, 2)
-                moved = network.steps[place] * (inside @ deltas)
+                moved = self.network.steps[place] * (inside @ deltas)
                 return output - moved.reshape(output.shape).to(output.dtype)
 
             return add
 
-        values = [self.edited.split.arch.value_module(self.edited.base, layer) for layer in self.written_layers]
+        edited = self.editor.edited
         with ExitStack() as stack:
-            for place, (value, pair) in enumerate(zip(values, updates, strict=True)):
-                stack.callback(value.register_forward_hook(hook(place, *pair)).remove)
+            for place, (layer, pair) in enumerate(zip(self.editor.written_layers, updates, strict=True)):
+                value = edited.split.arch.value_module(edited.base, layer)
+                stack.enter_context(value.register_forward_hook(hook(place, *pair)))
             yield
-
-    # -- writing ------------------------------------------------------------------------------------------------------
-
-    def factors(self, rows: TargetRows) -> tuple[Tensor, list[Factors]]:
-        """Each row's mean token loss (B,), and by written layer the factors of that loss's gradient, (B, T, .)."""
-        size, width = rows.ids.shape
-        seen: dict[int, Tensor] = {}
-        shifts = []
-        with torch.enable_grad(), ExitStack() as stack:
-            stack.enter_context(self.edited.split.skipping())
-            for layer in self.written_layers:
-                split = SplitModel(self.edited.base, layer)
-                shifts.append(rows.hidden.new_zeros(rows.hidden.shape, dtype=torch.float32).requires_grad_())
-                stack.enter_context(pushing(split, shifts[-1]))
-                stack.callback(split.value.register_forward_pre_hook(_noting(seen, layer)).remove)
-            logits, _ = self.edited.split.tail(rows.ids, rows.mask, rows.hidden, rows.span)
-            token_losses = target_cross_entropy(rows.reading(logits)[:, None], rows.labels[:, None])
-            losses = rows.per_row(token_losses)
-            gradients = torch.autograd.grad(losses.sum(), shifts)
-        keys = [seen[layer].reshape(size, width, -1).float() for layer in self.written_layers]
-        return losses.detach(), [(key, g * rows.mask[..., None]) for key, g in zip(keys, gradients, strict=True)]
-
-    @torch.no_grad()
-    def change(self, edits: Sequence[Edit]) -> list[EditReport]:
-        """The updates of some edits, added up."""
-        losses, factors = self.factors(self._rows([self.encode(edit) for edit in edits]))
-        for place, (layer, pair) in enumerate(zip(self.written_layers, factors, strict=True)):
-            self.edited.weights.add(layer, self._trained[0].change(place, pair))
-        return [EditReport(edit.id, BASE, value, 0.0, 1) for edit, value in zip(edits, losses.tolist(), strict=True)]
-
-    def own_state(self) -> dict[str, Any]:
-        """The trained hypernetwork."""
-        if not self._trained:
-            return {}
-        tensors = {f"network.{name}": tensor for name, tensor in self._trained[0].state_dict().items()}
-        return {**tensors, "training": json.dumps(self.training_figures)}
-
-    def load_own_state(self, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`own_state`."""
-        if not state:
-            return
-        network = self.fresh_network()
-        tensors = {name: value for name, value in state.items() if name.startswith("network.")}
-        network.load_state_dict({name.removeprefix("network."): value for name, value in tensors.items()})
-        self._trained, self.training_figures = [network], json.loads(state["training"])
-
-    def figures(self) -> dict[str, Any]:
-        """Besides, what came of the training."""
-        return super().figures() | {"training": self.training_figures}
 
 
 def apart(
@@ -461,56 +445,30 @@ def apart(
     What is `also_asked` counts as their texts. An id that `load_records` made of a record's number says nothing.
     """
     made = re.compile(rf"{re.escape(format)}-\d+")
-    ids = {edit.id for edit in evaluated}
-    subjects = {edit.subject.casefold() for edit in evaluated if edit.subject}
-    texts = {_folded(text) for edit in evaluated for text in _texts(edit)}
-    texts |= {_folded(probe.prompt) for edit in evaluated for probe in (*edit.near, *edit.locality)}
-    texts |= set(map(_folded, also_asked))
+    ids = {edit.id for edit in evaluated if not made.fullmatch(edit.id)}
+    subjects = {_folded(edit.subject) for edit in evaluated if edit.subject}
+    asked = [text for edit in evaluated for text in (edit.prompt, *edit.rephrases)]
+    asked += [probe.prompt for edit in evaluated for probe in (*edit.near, *edit.locality)]
+    texts = {_folded(text) for text in (*asked, *also_asked)}
 
-    def shared(edit: Edit) -> bool:
-        same_id = edit.id in ids and not made.fullmatch(edit.id)
-        same_subject = bool(edit.subject) and str(edit.subject).casefold() in subjects
-        return same_id or same_subject or any(_folded(text) in texts for text in _texts(edit))
+    def shares(edit: Edit) -> bool:
+        about = edit.id in ids or (bool(edit.subject) and _folded(str(edit.subject)) in subjects)
+        return about or any(_folded(text) in texts for text in (edit.prompt, *edit.rephrases))
 
-    kept = [edit for edit in edits if not shared(edit)]
+    kept = [edit for edit in edits if not shares(edit)]
     left_out = len(edits) - len(kept)
     log.info("left out of training: %d of %d edits, whose id, subject or text the stream asks", left_out, len(edits))
     return kept, left_out
 
 
-def _laid_out(found: Tensor, there: Tensor) -> Tensor:
-    """Rows (N, X) at the tokens (n, T) that are marked, zeros elsewhere, (n, T, X)."""
-    return found.new_zeros(*there.shape, found.shape[-1]).masked_scatter(there[..., None], found)
-
-
-def _texts(edit: Edit) -> tuple[str, ...]:
-    return (edit.prompt, *edit.rephrases)
+def rank_one_sum(keys: Tensor, deltas: Tensor) -> Tensor:
+    """The sum over all tokens of `delta u^T`, (D, F), of keys (..., F) and deltas (..., D)."""
+    return deltas.flatten(0, -2).T @ keys.flatten(0, -2)
 
 
 def _folded(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def _noting(seen: dict[int, Tensor], layer: int) -> Any:
-    """A hook that notes what enters a layer's value matrix."""
-    return lambda _, args: seen.update({layer: args[0].detach()})
-
-
 def _copied(network: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
-
-
-def _keep(file: Path, network: nn.Module, figures: Mapping[str, Any]) -> None:
-    """Put a trained hypernetwork on the disk, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {f"network.{name}": tensor.cpu().contiguous() for name, tensor in _copied(network).items()}
-    partial = file.with_suffix(".partial")
-    save_file(tensors, partial, {"training": json.dumps(dict(figures))})
-    partial.replace(file)
-
-
-def _kept(file: Path) -> dict[str, Any]:
-    """The `own_state` of a hypernetwork on the disk."""
-    with safe_open(file, "pt") as opened:
-        training = opened.metadata()["training"]
-    return {**load_file(file), "training": training}

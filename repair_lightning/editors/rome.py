@@ -53,12 +53,7 @@ class ROME(ValueEditor):
     batchable: ClassVar[bool] = False
     default_depth: ClassVar[float | None] = 17 / 47  # layer 17 of GPT-2 XL's 0 to 47
 
-    def __init__(
-        self,
-        base: str = "",
-        values: Values = PUBLISHED,
-        **common: Any,
-    ) -> None:
+    def __init__(self, base: str = "", values: Values = PUBLISHED, **common: Any) -> None:
         super().__init__(base, layers=1, values=values, **common)
 
     def prepare(self, background: Sequence[str], held_out: Sequence[str]) -> None:

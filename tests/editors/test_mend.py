@@ -9,6 +9,7 @@ import torch
 from helpers_runs import REPOSITORY
 
 from repair_lightning.editors import make_editor
+from repair_lightning.editors.inner_loop import TargetRows
 from repair_lightning.editors.mend import apart, rank_one_sum
 from repair_lightning.edits.records import load_irrelevant, load_records
 from repair_lightning.errors import ConfigError
@@ -50,7 +51,7 @@ class TestFactors:
     @pytest.mark.parametrize("model", ["llama", "gpt2"])
     def test_the_gradient_is_their_sum_over_tokens(self, editor_of, edits, few, model):
         editor = editor_of(model, "mend", **QUICK | {"train_data": few})
-        _, factors = editor.factors(editor._rows([editor.encode(edit) for edit in edits[:3]]))
+        _, factors = editor.factors(TargetRows.of(editor.edited, [editor.encode(edit) for edit in edits[:3]]))
         wanted = gradients_by_autograd(editor, edits[:3])
         assert len(factors) == len(wanted) == 2
         for pair, gradient in zip(factors, wanted, strict=True):
