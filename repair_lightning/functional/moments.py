@@ -10,13 +10,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RunningMoments:
-    """What is known of all features so far.
-
-    Attributes:
-        count: how many there were.
-        mean: (X,).
-        spread: (X,), the sum of squared distances from the mean.
-    """
+    """What is known of all features so far: their `count`, their `mean` (X,), and their `spread` (X,), the sum of
+    squared distances from the mean."""
 
     count: int
     mean: Tensor
