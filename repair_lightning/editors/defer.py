@@ -49,7 +49,6 @@ class Defer(Editor):
         threshold: the least probability of being in scope that hands a prompt over.
         false_fire_rate: share of held-out irrelevant prompts that may be handed over.
         seed: of what is drawn; on the command line 0 follows `seed_everything`.
-        common: what every editor takes, see `Editor`.
     """
 
     def __init__(

@@ -51,7 +51,6 @@ class FineTuner(WeightEditor):
         stop_loss: a batch is done once its mean loss is below this, in nats; None takes all steps.
         stop_margin: a batch is done once every target token leads its best rival by this many nats; None does not
             look.
-        common: what every editor takes, see `Editor`.
     """
 
     def __init__(
@@ -113,7 +112,6 @@ class FT(FineTuner):
         steps: most steps per batch.
         stop_loss: a batch is done once its mean loss is below this, in nats; None takes all steps.
         norm_constraint: delta, how far each coordinate may be from the base's own; None leaves it free.
-        common: what every editor takes, see `Editor`.
     """
 
     def __init__(

@@ -52,7 +52,6 @@ class FTEWC(FineTuner):
             steps.
         weight: lambda, of the penalty; it wants to be the larger, the more the base's answers are to stay.
         accumulate: the edits of windows that are over are to stay too.
-        common: what every editor takes, see `Editor`.
     """
 
     def __init__(

@@ -55,7 +55,6 @@ class GRACE(Editor):
         steps: most steps per batch.
         stop_margin: an edit is done once every target token leads its best rival by this many nats; None takes all
             steps.
-        common: what every editor takes, see `Editor`.
     """
 
     can_undo = True
@@ -76,8 +75,6 @@ class GRACE(Editor):
         at_least(1, self, "steps")
         self.labels: dict[int, str] = {}
         """What each shard says."""
-
-    # -- building -----------------------------------------------------------------------------------------------------
 
     def build(self, base: Base, layer: int) -> None:
         """Besides building, take the published share of the depth where no layer was named, and refuse the last.
@@ -120,8 +117,6 @@ class GRACE(Editor):
         """What the value matrix puts out, (n, D) in float32, for activations (n, 1, F) or (n, F)."""
         with self.edited.forced(None):
             return self.edited.split.value(activations.flatten(0, -2)).float()
-
-    # -- writing ------------------------------------------------------------------------------------------------------
 
     def write(self, batch: EditBatch) -> list[EditReport]:
         """Place the edits' keys, then train the values of the entries that they came to; where one is not finite,
@@ -201,8 +196,6 @@ class GRACE(Editor):
         for i, shard in enumerate(own):
             self.memory.put_value(shard, values[i])
         return step, losses
-
-    # -- what was written ---------------------------------------------------------------------------------------------
 
     def finish_window(self) -> None:
         """Drop the entries that no edit owns any more."""

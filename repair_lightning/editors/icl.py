@@ -34,7 +34,6 @@ class InContext(Editor):
         number: of edits that are put before a prompt, the nearest last. IKE takes 32 demonstrations of one edit.
         line: how an edit reads there, with `{prompt}` and `{target}`.
         false_fire_rate: share of the held-out irrelevant prompts that may get anything put before them.
-        common: what every editor takes, see `Editor`.
     """
 
     can_undo: ClassVar[bool] = True

@@ -12,9 +12,9 @@ D = d_model, F = d_ffn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,31 @@ LEAD = 2.5
 """Steps of the normalised gradient end just beyond the margin; so much of it they go for."""
 OFTEN = 3
 """Most of these steps between looks at the margin: there are few."""
+
+
+class NormalizedGradient(torch.optim.Optimizer):
+    """Steps of fixed length along each position's gradient, shorter where it has less to go than the worst position.
+
+    Values stay in the span of what the head asks for. Adam moves each coordinate alike; what that adds besides says
+    rare tokens where keys of another form mix the positions.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One step; every parameter is (..., R, D)."""
+        found = closure() if closure is not None else None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                size = parameter.grad.norm(dim=-1, keepdim=True)
+                most = size.amax(dim=-2, keepdim=True) if size.dim() > 1 else size
+                share = (size / most.clamp_min(1e-30)).sqrt()
+                parameter -= group["lr"] * share * parameter.grad / size.clamp_min(1e-30)
+        return found
 
 
 class LowRankTraining:

@@ -38,7 +38,6 @@ class MEMIT(ValueEditor):
         layers: how many layers are written into.
         values: how values are found.
         moment_weight: weight of the keys' second moment against the keys of a batch (lambda of Eq. 15).
-        common: what every editor takes, see `Editor`.
     """
 
     default_depth: ClassVar[float | None] = 0.3  # layer 8 of GPT-J's 0 to 27

@@ -167,7 +167,6 @@ class MEND(WeightEditor):
         check_every: training steps between looks at the held-out edits; the best of these is kept.
         patience: training ends after so many steps without a better look.
         seed: of the first weights and of what is drawn; on the command line 0 follows `seed_everything`.
-        common: what every editor takes, see `Editor`.
     """
 
     batchable: ClassVar[bool] = False

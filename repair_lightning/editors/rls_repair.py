@@ -36,7 +36,6 @@ class RLSRepair(Keyed, RLSEdit):
         ridge: RLSEdit's lambda.
         anchoring: RLSEdit's mu.
         anchors: RLSEdit's anchor prompts, or the file that holds them.
-        common: what every editor takes, see `Editor`.
     """
 
     can_adapt = False

@@ -67,7 +67,6 @@ class RLSEdit(ValueEditor):
         anchoring: mu, what holds the anchors' values; at 1 all anchors together weigh as much as a key per dimension.
         anchors: text file with an anchor prompt per line, or the prompts; None takes the irrelevant ones. Packs
             hold the prompts.
-        common: what every editor takes, see `Editor`.
     """
 
     can_undo = True
@@ -181,8 +180,6 @@ class RLSEdit(ValueEditor):
             self.problems = {}
             self.edited.weights.restore()
 
-    # -- what is provable ---------------------------------------------------------------------------------------------
-
     def bounds(self, layer: int) -> dict[str, float]:
         """How far a layer's matrix has gone, and how far it can have gone at most.
 
@@ -213,8 +210,6 @@ class RLSEdit(ValueEditor):
         if self.terms:
             for name, value in self.bounds(self.written_layers[-1]).items():
                 self.log(f"write/{name}", value, batch_size=len(reports))
-
-    # -- state --------------------------------------------------------------------------------------------------------
 
     def remember(self) -> Any:
         """References: neither a problem nor a term is changed in place, and a copy of all would cost more with each."""

@@ -47,7 +47,6 @@ class ROME(ValueEditor):
         layer: the edited layer; None for the paper's share of the depth. Not the last: nothing there would carry the
             subject's value to the answer.
         values: how the value is found.
-        common: what every editor takes, see `Editor`.
     """
 
     batchable: ClassVar[bool] = False

@@ -15,7 +15,7 @@ from torch import Tensor
 from repair_lightning.editors.adapt import AUTO, Adapted, adapt
 from repair_lightning.editors.base import Editor, make_editor
 from repair_lightning.editors.inner_loop import Tail, TargetRows
-from repair_lightning.editors.normalized import NormalizedGradient
+from repair_lightning.editors.low_rank import NormalizedGradient
 from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.memory.query import Query
 from repair_lightning.memory.routers import Anchor

@@ -42,7 +42,6 @@ class UltraEdit(WeightEditor):
         base: folder or hub name of a Hugging Face causal LM.
         layers: how many layers are written into.
         lr: length of the step.
-        common: what every editor takes, see `Editor`.
     """
 
     def __init__(

@@ -177,15 +177,6 @@ def slopes(
     return Slopes(losses.detach(), keys, dict(zip(layers, deltas, strict=True)))
 
 
-@dataclass
-class Found:
-    """The values of a batch: `shifts` (S, D), and of each member the last loss and the steps."""
-
-    shifts: Tensor
-    loss: list[float]
-    steps: list[int]
-
-
 Asked = tuple[TargetRows, Places]
 """Rows, and where shifts act in them."""
 
@@ -204,8 +195,14 @@ class ValueSearch:
         self.split, self.options, self.unit = split, options, unit
         self.positions = positions and options.at == "targets"
 
-    def run(self, rows: TargetRows, places: Places, essence: Asked | None = None) -> Found:
-        """Train until every member is done or the steps are used; what is done leaves, whenever that is half."""
+    def run(
+        self, rows: TargetRows, places: Places, essence: Asked | None = None
+    ) -> tuple[Tensor, list[float], list[int]]:
+        """Train until every member is done or the steps are used; what is done leaves, whenever that is half.
+
+        Returns:
+            the shifts (S, D), and of each member the last loss and the steps.
+        """
         shifts = torch.zeros(len(places.member), rows.hidden.shape[-1], device=rows.hidden.device)
         loss, steps = [0.0] * rows.members, [0] * rows.members
         left, taken = list(range(rows.members)), 0
@@ -223,7 +220,7 @@ class ValueSearch:
             left = [member for member, is_done in zip(left, done, strict=True) if not is_done]
             if left:
                 part, beside = _part((rows, places), left), _part(essence, left) if essence else None
-        return Found(shifts, loss, steps)
+        return shifts, loss, steps
 
     def _phase(
         self, rows: TargetRows, places: Places, shifts: nn.Parameter, budget: int, essence: Asked | None

@@ -42,7 +42,6 @@ class WeightEditor(Editor):
     Args:
         base: folder or hub name of a Hugging Face causal LM.
         layers: how many layers are written into.
-        common: what every editor takes, see `Editor`.
     """
 
     writes_base: ClassVar[bool] = True
@@ -76,8 +75,6 @@ class WeightEditor(Editor):
         super().build(base, layer)
         self.written_layers = list(range(layer, layer + self.layers))
         self.top = self.edited.split if self.layers == 1 else SplitModel(base.model, self.written_layers[-1])
-
-    # -- what the base makes of texts ---------------------------------------------------------------------------------
 
     @torch.no_grad()
     def states(self, rows: Sequence[Sequence[int]]) -> tuple[list[Capture], dict[int, list[Tensor]], list[Tensor]]:
@@ -115,8 +112,6 @@ class WeightEditor(Editor):
             found[layer] = whole.T @ whole / len(whole)
             found[layer].diagonal().add_(RIDGE * found[layer].diagonal().mean())
         return found
-
-    # -- writing ------------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def change(self, edits: Sequence[Edit]) -> list[EditReport]:
@@ -160,7 +155,6 @@ class ValueEditor(WeightEditor):
         base: folder or hub name of a Hugging Face causal LM.
         layers: how many layers are written into.
         values: how values are found.
-        common: what every editor takes, see `Editor`.
     """
 
     def __init__(
@@ -215,10 +209,11 @@ class ValueEditor(WeightEditor):
         ids = [row.ids for row in encoded]
         top, activations, leaving = self.states(ids)
         rows = TargetRows(encoded, top, owners, len(edits))
-        found = ValueSearch(self.top, self.values, self.adds_up, self.unit).run(rows, places, self._essence(edits))
-        missing = found.shifts
+        search = ValueSearch(self.top, self.values, self.adds_up, self.unit)
+        shifts, losses, steps = search.run(rows, places, self._essence(edits))
+        missing = shifts
         if self.layers > 1:
-            with torch.no_grad(), self.top.skipping(), pushing(self.top.value, places.spread(found.shifts, rows)):
+            with torch.no_grad(), self.top.skipping(), pushing(self.top.value, places.spread(shifts, rows)):
                 aims = places.read(self.top.layer_output(rows.ids, rows.mask, rows.hidden))
         for done, layer in enumerate(self.written_layers):
             if done:
@@ -229,7 +224,7 @@ class ValueEditor(WeightEditor):
             values = keys @ matrix.T + missing / (self.layers - done)
             names = [edit.id for edit in edits]
             self.edited.weights.put(layer, self.solve(layer, names, places.member, keys, values))
-        return self.reports(edits, found.loss, found.steps)
+        return self.reports(edits, losses, steps)
 
     def asked(self, edits: Sequence[Edit]) -> tuple[list[Encoded], list[int], Places]:
         """The members' own rows, then those in contexts; the member of each; and where values act."""

@@ -25,7 +25,6 @@ from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
 
 from repair_lightning.editors.adapt import AUTO
 from repair_lightning.editors.base import Snapshot, register
@@ -49,18 +48,8 @@ WRITING = Writing(
     replay=0,
 )
 """How they are written, by default."""
-
-
 OLD_WEIGHT = 0.6
 """What a merged memory weighs in the next merge; the new ones share the rest."""
-
-
-@torch.no_grad()
-def fused(deltas: Tensor, density: float, weights: Sequence[float] | None = None) -> Tensor:
-    """The TIES merge (D, F) of side memories' deltas (K, D, F), each trimmed to a share first; weights (K,) sum to 1,
-    and are alike by default."""
-    trimmed = torch.stack([trim(delta, density) for delta in deltas])
-    return ties_merge(trimmed, torch.tensor(weights or [1 / len(deltas)] * len(deltas)))
 
 
 @register("wise")
@@ -76,7 +65,6 @@ class WISE(Repair):
         mode: `retrieve` or `merge`.
         subspaces: merge: how many full memories are fused, at least 2.
         density: merge: share of a memory's coordinates that is kept before, in (0, 1].
-        common: what every editor takes, see `Editor`.
     """
 
     can_adapt = False
@@ -123,8 +111,13 @@ class WISE(Repair):
         return shard
 
     def finish_window(self) -> None:
-        """Merge the full memories, if that is asked and they are enough; then set the thresholds anew."""
-        full = self.full()
+        """Merge the full memories, if that is asked and they are enough; then set the thresholds anew.
+
+        Full are all but the last, and that one if it takes no more edits.
+        """
+        load = self.ledger.sizes()
+        filled = [shard for shard in self.memory.ids if shard not in self.merged and load.get(shard, 0)]
+        full = [s for s in filled if s != filled[-1] or load[s] >= self.writing.capacity]
         if self.mode == "merge" and len(full) >= self.subspaces:
             self.merge([*(shard for shard in self.merged if shard in self.memory.ids), *full])
         super().finish_window()
@@ -133,20 +126,14 @@ class WISE(Repair):
         """One: a memory that is rebuilt after an undo is filled as it was, edit by edit in their order."""
         return 1
 
-    def full(self) -> list[int]:
-        """The memories that take no more edits, without merged ones: all but the last, and that one if it is full."""
-        load = self.ledger.sizes()
-        open_ones = [shard for shard in self.memory.ids if shard not in self.merged and load.get(shard, 0)]
-        return [s for s in open_ones if s != open_ones[-1] or load[s] >= self.writing.capacity]
-
     def merge(self, shards: Sequence[int]) -> int:
-        """Fuse side memories into one, which owns their edits; returns its id."""
+        """Fuse side memories by TIES into one, which owns their edits; returns its id."""
         edits = [id for shard in shards for id in self.ledger.owned_by(shard)]
-        old = [shard for shard in shards if shard in self.merged]
-        new = len(shards) - len(old)
-        rest = 1 - OLD_WEIGHT if old else 1.0
-        weights = [OLD_WEIGHT / len(old) if shard in old else rest / new for shard in shards]
-        one = self.fuse(shards, fused(self.memory.stacked(shards).detach(), self.density, weights))
+        old = sum(shard in self.merged for shard in shards)
+        new = (1 - OLD_WEIGHT if old else 1.0) / (len(shards) - old)
+        weights = torch.tensor([OLD_WEIGHT / old if shard in self.merged else new for shard in shards])
+        trimmed = torch.stack([trim(delta, self.density) for delta in self.memory.stacked(shards).detach()])
+        one = self.fuse(shards, ties_merge(trimmed, weights))
         self.ledger.reassign(edits, one)
         self.merged = [*(shard for shard in self.merged if shard not in shards), one]
         return one

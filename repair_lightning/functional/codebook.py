@@ -36,8 +36,8 @@ def was_cut(distance: float, radius: float, first: float) -> bool:
 
 
 def placement(distance: float, radius: float, same_label: bool, first: float) -> Placement:
-    """Where a key goes: by its distance to the nearest entry's key, the radius of that entry's ball, whether they agree,
-    and epsilon, the radius of an entry's `first` ball."""
+    """Where a key goes, by its distance to the nearest entry's key, the radius of that entry's ball, whether both say
+    the same, and epsilon, the radius of an entry's `first` ball."""
     if distance > radius + first:
         return Placement(True, first, radius)
     if same_label:

@@ -31,7 +31,7 @@ def bernoulli_mask(
 
 
 def pack_mask(mask: Tensor) -> Tensor:
-    """A bool mask of n elements as (ceil(n / 8),) uint8, eight a byte, lowest bit first, row-major, zeros at the end."""
+    """A bool mask of n elements as (ceil(n / 8),) uint8, lowest bit first, row-major, with zeros at the end."""
     check_bool("mask", mask)
     flat = mask.flatten().to(torch.uint8)
     octets = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-(-len(flat) // 8), 8)
