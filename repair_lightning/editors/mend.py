@@ -29,6 +29,7 @@ import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -44,6 +45,7 @@ from repair_lightning.editors.weights import WeightEditor
 from repair_lightning.edits.records import load_records
 from repair_lightning.errors import ConfigError
 from repair_lightning.functional.moments import RunningMoments
+from repair_lightning.models.base import Base
 from repair_lightning.models.tokenizing import Encoded
 from repair_lightning.types import Edit, EditReport
 
@@ -90,7 +92,7 @@ class GradientNetwork(nn.Module):
     """The hypernetwork: factors of a gradient in, factors of an update out, and the step of each layer.
 
     Args:
-        sizes: F and D.
+        sizes: D and F.
         layers: L, how many layers share it.
         rank: of both blocks.
         step: what each layer's alpha begins with.
@@ -107,7 +109,7 @@ class GradientNetwork(nn.Module):
     ) -> None:
         super().__init__()
         generator, size = torch.Generator().manual_seed(seed), sum(sizes)
-        self.sizes, self.normalise = sizes, normalise
+        self.sizes, self.normalise = (sizes[1], sizes[0]), normalise
         self.blocks = nn.ModuleList([GradientBlock(size, rank, layers, generator) for _ in range(2)])
         self.steps = nn.Parameter(torch.full((layers,), step))
         self.register_buffer("count", torch.zeros(layers, dtype=torch.long))
@@ -173,6 +175,8 @@ class MEND(WeightEditor):
 
     learnt_beforehand = True
 
+    network: GradientNetwork
+
     def __init__(
         self,
         base: str = "",
@@ -203,26 +207,26 @@ class MEND(WeightEditor):
         at_least(0, self, "steps", "c_edit", "c_loc")
         at_least(1, self, "batch", "rank", "check_every", "patience")
         positive(self, "lr", "lr_steps", "alpha")
-        self.network: GradientNetwork | None = None
         self.training_figures: dict[str, Any] = {}
-        self.evaluated: tuple[Edit, ...] = ()
-        """Edits that must not be trained on."""
-        self.also_asked: tuple[str, ...] = ()
-        """Further texts that must not."""
-        self.beside = ("", "")
-        """The file that they come from, and its format."""
+        """What came of the training; empty before."""
+        self.stream: Any = None
+        """What is going to be evaluated, and must not be trained on."""
 
     def on_fit_start(self) -> None:
-        """Besides, learn what is going to be evaluated, for it must not be trained on."""
-        stream = self.trainer.datamodule  # type: ignore[attr-defined]
-        self.evaluated, self.also_asked = stream.edits, stream.also_scored
-        self.beside = (stream.file, stream.format)
+        """Besides, learn what is going to be evaluated."""
+        self.stream = self.trainer.datamodule  # type: ignore[attr-defined]
         super().on_fit_start()
+
+    def build(self, base: Base, layer: int) -> None:
+        """Besides building, make an untrained hypernetwork."""
+        super().build(base, layer)
+        network = GradientNetwork(self.memory.shape, self.layers, self.rank, self.alpha, self.normalise, self.seed)
+        self.network = network.to(self.edited.device)
 
     def prepare(self, background: Sequence[str], held_out: Sequence[str]) -> None:
         """Besides, train the hypernetwork, unless a checkpoint, a pack or the cache has brought one."""
         super().prepare(background, held_out)
-        if self.network is not None:
+        if self.training_figures:
             return
         edits, left_out = self._training_edits()
         other = self.said_by_base(self.background_prompts[:KEPT])
@@ -231,26 +235,28 @@ class MEND(WeightEditor):
             log.info("the hypernetwork is taken from %s", file)
             self.load_own_state(torch.load(file, map_location="cpu", weights_only=True))
         else:
-            self.network = self.fresh_network()
-            self.training_figures = Training(self, self.network, other).run(edits) | {"left_out": left_out}
+            self.training_figures = Training(self, other).run(edits) | {"left_out": left_out}
             if file is not None and self.team.rank == 0:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 torch.save(self.own_state(), file.with_suffix(".partial"))
                 file.with_suffix(".partial").replace(file)
         with torch.no_grad():  # all ranks go on with the first one's
-            for tensor in self._network.state_dict().values():
+            for tensor in self.network.state_dict().values():
                 tensor.copy_(self.team.of_first(tensor))
 
     def _training_edits(self) -> tuple[list[Edit], int]:
         """What the hypernetwork may be trained on, and how many edits are left out."""
-        path, format = (self.train_data, self.train_format) if self.train_data else self.beside
+        path, format, evaluated, also_asked = self.train_data, self.train_format, (), ()
+        if self.stream is not None:
+            evaluated, also_asked = self.stream.edits, self.stream.also_scored
+            path, format = (path, format) if path else (self.stream.file, self.stream.format)
         if not path:
             raise ConfigError(
                 "mend needs edits to train its hypernetwork on: give --model.train_data a file of edits and "
                 "--model.train_format their format; those that the stream asks are left out"
             )
         found = load_records(path, format, on_bad_record="skip").edits
-        kept, left_out = apart(found, self.evaluated, format, self.also_asked)
+        kept, left_out = apart(found, evaluated, format, also_asked)
         if len(kept) < 2:
             raise ConfigError(
                 f"'{path}' holds {len(kept)} edits that the stream does not ask, at least 2 are needed: "
@@ -269,17 +275,6 @@ class MEND(WeightEditor):
         digest = hashlib.sha256(json.dumps([*parts, [row.ids for row in other]]).encode()).hexdigest()
         return Path(self.train_cache).expanduser() / f"hypernetwork-{digest[:32]}.pt"
 
-    def fresh_network(self) -> GradientNetwork:
-        """An untrained hypernetwork."""
-        depth, width = self.memory.shape
-        network = GradientNetwork((width, depth), self.layers, self.rank, self.alpha, self.normalise, self.seed)
-        return network.to(self.edited.device)
-
-    @property
-    def _network(self) -> GradientNetwork:
-        assert self.network is not None, "prepare() trains it"
-        return self.network
-
     def factors(self, rows: TargetRows) -> tuple[Slopes, list[Factors]]:
         """Where the sum of the rows' mean token losses goes, and its factors by written layer, (B, T, .)."""
         found = slopes(self.edited, self.written_layers, rows, lambda losses: rows.per_row(losses).sum())
@@ -292,8 +287,8 @@ class MEND(WeightEditor):
         rows = TargetRows.of(self.edited, [self.encode(edit) for edit in edits])
         found, factors = self.factors(rows)
         for place, (layer, pair) in enumerate(zip(self.written_layers, factors, strict=True)):
-            update = rank_one_sum(*self._network(place, pair))
-            self.edited.weights.add(layer, -self._network.steps[place] * update)
+            update = rank_one_sum(*self.network(place, pair))
+            self.edited.weights.add(layer, -self.network.steps[place] * update)
         return self.reports(edits, rows.per_row(found.losses).tolist(), [1] * len(edits))
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -303,17 +298,16 @@ class MEND(WeightEditor):
 
     def own_state(self) -> dict[str, Any]:
         """The trained hypernetwork."""
-        if self.network is None:
+        if not self.training_figures:
             return {}
         tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
         return {**tensors, "training": json.dumps(self.training_figures)}
 
     def load_own_state(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`own_state`."""
+        self.training_figures = json.loads(state.get("training", "{}"))
         if state:
-            self.network, self.training_figures = self.fresh_network(), json.loads(state["training"])
-            names = self.network.state_dict()
-            self.network.load_state_dict({name: state[f"network.{name}"] for name in names})
+            self.network.load_state_dict({name: state[f"network.{name}"] for name in self.network.state_dict()})
 
     def figures(self) -> dict[str, Any]:
         """Besides, what came of the training."""
@@ -321,19 +315,18 @@ class MEND(WeightEditor):
 
 
 class Training:
-    """Trains a hypernetwork for an editor.
+    """Trains the hypernetwork of an editor.
 
     Args:
-        editor: whose base and options are used.
-        network: which.
+        editor: whose hypernetwork, base and options are used.
         other: irrelevant prompts with the base's own answers.
     """
 
-    def __init__(self, editor: MEND, network: GradientNetwork, other: Sequence[Encoded]) -> None:
-        self.editor, self.network, self.other = editor, network, other
+    def __init__(self, editor: MEND, other: Sequence[Encoded]) -> None:
+        self.editor, self.network, self.other = editor, editor.network, other
         self.draw = random.Random(editor.seed)
-        own = {"params": [network.steps], "lr": editor.lr_steps}
-        self.optimizer = torch.optim.Adam([{"params": list(network.blocks.parameters()), "lr": editor.lr}, own])
+        groups = [(self.network.blocks.parameters(), editor.lr), ([self.network.steps], editor.lr_steps)]
+        self.optimizer = torch.optim.Adam([{"params": list(group), "lr": lr} for group, lr in groups])
 
     def run(self, edits: Sequence[Edit]) -> dict[str, Any]:
         """Train on edits, some of which only choose the best network; returns what came of it."""
@@ -345,7 +338,7 @@ class Training:
         held, rest = shuffled[:aside], shuffled[aside:]
         self._learn_moments(rest)
         first = best = self._look(held)
-        kept, at = _copied(network), 0
+        kept, at = deepcopy(network.state_dict()), 0
         for step in range(1, editor.steps + 1):
             self._step(self.draw.sample(rest, min(editor.batch, len(rest))))
             if step % editor.check_every and step != editor.steps:
@@ -353,7 +346,7 @@ class Training:
             seen = self._look(held)
             log.info("training step %d: %.4f on held-out edits, best %.4f", step, seen, best)
             if seen < best:
-                kept, best, at = _copied(network), seen, step
+                kept, best, at = deepcopy(network.state_dict()), seen, step
             if step - at >= editor.patience:
                 break
         network.load_state_dict(kept)
@@ -467,7 +460,3 @@ def rank_one_sum(keys: Tensor, deltas: Tensor) -> Tensor:
 
 def _folded(text: str) -> str:
     return " ".join(text.casefold().split())
-
-
-def _copied(network: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,7 +124,7 @@ class TestData:
         editor.load()
         with pytest.raises(ConfigError, match=r"give --model\.train_data a file of edits"):
             editor.prepare(irrelevant[:8], irrelevant[8:])
-        editor.beside, editor.evaluated = (few, "jsonl"), load_records(few).edits[:10]
+        editor.stream = SimpleNamespace(file=few, format="jsonl", edits=load_records(few).edits[:10], also_scored=())
         editor.prepare(irrelevant[:8], irrelevant[8:])
         figures = editor.training_figures
         assert figures["left_out"] >= 10
