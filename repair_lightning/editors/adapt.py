@@ -1,11 +1,10 @@
 """Settings for a base that was never seen: layer, learning rate and margin, found by probe edits that the editor makes.
 
 Ours, not the paper's, whose settings were tuned by hand for each base. No edit of the user's and nothing that scores
-one takes part. A probe asks an irrelevant prompt and wants what the base says to another one: a false fact in the
-base's own style. Each candidate writes all probes as the stream would, into a memory of its own that is thrown away.
-With the right shard forced it is then asked how many are answered, on their own prompts and with one word left out,
-which stands in for other words. (Contexts before the prompt do not: they speak for low layers, where real rephrases
-fare no better.)
+one takes part. A probe asks an irrelevant prompt and wants what the base says to another one. Each candidate writes all
+probes as the stream would, into a memory of its own that is thrown away. With the right shard forced it is then asked
+how many are answered, on their own prompts and with one word left out, which stands in for other words. (Contexts
+before the prompt do not: they speak for low layers, where real rephrases fare no better.)
 
 Candidates stand in the order in which they are liked, the default first. The first one that no other beats by more than
 noise is taken, so a cheap layer is left for a reason alone.
@@ -143,11 +142,7 @@ def searched(editor: ShardEditor) -> dict[str, list[Any]]:
 
 
 def make_probes(editor: ShardEditor, prompts: Sequence[str]) -> list[Edit]:
-    """Edits that give prompts the base's own answers to others; the editor's seed draws the prompts.
-
-    Raises:
-        ConfigError: fewer than two different answers.
-    """
+    """Edits that give prompts the base's own answers to others; the editor's seed draws the prompts."""
     asked = random.Random(editor.seed).sample(list(prompts), min(PROBES, len(prompts)))
     with editor.edited.forced(None):
         said = greedy_answers(editor.edited.base, editor.edited.forms, asked)
@@ -166,11 +161,8 @@ def make_probes(editor: ShardEditor, prompts: Sequence[str]) -> list[Edit]:
 def try_out(
     trial: ShardEditor, settings: Settings, probes: Sequence[Edit], background: Sequence[str], held_out: Sequence[str]
 ) -> tuple[dict[str, Any], Tensor]:
-    """Write the probes under some settings with an editor of the layer, and ask them with the right shard forced.
-
-    Returns:
-        a row of `Adapted.candidates`, and each probe's score (n,), the mean of both shares.
-    """
+    """Write the probes under some settings with an editor of the layer, and ask them with the right shard forced;
+    returns a row of `Adapted.candidates`, and each probe's score (n,), the mean of both shares."""
     started = time.perf_counter()
     steps = min(STEPS, trial.writing.steps)
     trial.writing = replace(trial.writing, lr=settings.lr, stop_margin=settings.stop_margin, steps=steps)
@@ -201,11 +193,8 @@ def other_words(edit: Edit, seed: int) -> list[Edit]:
 
 
 def answered(editor: ShardEditor, edits: Sequence[Edit], shards: Tensor) -> Tensor:
-    """Of each edit 1 where greedy generation with its shard (n,) says its target and ends, else 0; (n,).
-
-    It does so where every target token is the likeliest behind those before it; the end of sequence is one of them,
-    unless the base cannot say it.
-    """
+    """Of each edit 1 where greedy generation with its shard (n,) says its target and ends, else 0; (n,). The end of
+    sequence does not count where the base cannot say it."""
     rows = [editor.encode(edit) for edit in edits]
     ends = can_stop(editor.edited.base, editor.tokenizer, rows[0].target[-1])
 
@@ -218,10 +207,8 @@ def answered(editor: ShardEditor, edits: Sequence[Edit], shards: Tensor) -> Tens
 
 
 def beats(scores: Tensor, others: Tensor) -> bool:
-    """Whether scores (n,) of the same probes are higher than others by `LEAST` and by more than noise.
-
-    Noise is `NOISE` standard errors of the paired difference.
-    """
+    """Whether scores (n,) of the same probes are higher than others by `LEAST` and by more than noise: `NOISE` standard
+    errors of the paired difference."""
     difference = (scores - others).double()
     error = float(difference.std()) / len(difference) ** 0.5 if len(difference) > 1 else 0.0
     return float(difference.mean()) > max(LEAST, NOISE * error)

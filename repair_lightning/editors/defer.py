@@ -2,17 +2,14 @@
 
 SERAC ("Memory-Based Model Editing at Scale", arXiv 2206.06520) puts a scope classifier before a counterfactual model;
 DEFER is its relative without an editing dataset, a baseline of GRACE (arXiv 2211.11031, Sec. 4.1): a gate and a new
-head, one linear layer each, upon what enters a layer's value matrix. Here the head is a trained copy of the value
-matrix, which a prompt that was handed over gets at every token instead of the base's; and the gate also sees what
-enters the layer.
+head upon what enters a layer's value matrix. Here the head is a trained copy of the value matrix, which a prompt that
+was handed over gets at every token; and the gate also sees what enters the layer.
 
 Each batch trains the copy on its edits, on edits drawn from those so far, and on irrelevant prompts with the base's own
-answers, so that what is handed over by mistake is answered as before. The gate is trained anew when a window is over,
-on all edits so far against the irrelevant prompts; what the stream holds out of these only raises its threshold.
+answers, so that what is handed over by mistake is answered as before. The gate is trained again when a window is over.
 
-Defaults from `grace/config/editor/defer.yaml` of github.com/Thartvigsen/GRACE: 100 steps of Adam, threshold 0.5.
-Deviations: their rate of 0.1 is for a head from scratch; ours begins as the base's matrix, and 1e-3 is our choice.
-Theirs mixes head and layer by the gate while training, and trains on the latest edit alone.
+Defaults: `grace/config/editor/defer.yaml` of github.com/Thartvigsen/GRACE, but a rate of 1e-3: their 0.1 is for a head
+from scratch. Deviations: theirs mixes head and layer by the gate while training, and trains on the latest edit alone.
 """
 
 from __future__ import annotations
@@ -92,8 +89,16 @@ class Defer(Editor):
         shard = self.memory.ids[0] if len(self.memory) else self.memory.open_shard()
         module = self.memory[shard]
         assert isinstance(module, Shard)
-        before = module.delta.detach().clone()
-        steps, losses = self._train(module, self.rows_beside(batch, shard))
+        before, rows = module.delta.detach().clone(), self.rows_beside(batch, shard)
+        optimizer = torch.optim.Adam([module.delta], lr=self.lr)
+        tail = TargetTail(self.edited.split, rows, self.tail)
+
+        def done(_: int, logits: Tensor, losses: Tensor) -> bool:
+            return bool(rows.lead(logits, self.stop_margin).all())
+
+        with tail.cut(), self.edited.forced(Selection(len(rows), [(module, None)])):
+            steps, losses = descend(rows, lambda: tail(module.product)[0], optimizer, self.steps, done, torch.mean)
+        optimizer.zero_grad()
         error = None
         if not (all(map(math.isfinite, losses)) and bool(module.delta.isfinite().all())):
             module.delta.data.copy_(before)
@@ -109,29 +114,13 @@ class Defer(Editor):
         other = draw.sample(self.said, min(self.irrelevant, len(self.said)))
         return TargetRows.of(self.edited, [*map(self.encode, batch.edits), *again, *other], len(batch.edits))
 
-    def _train(self, module: Shard, rows: TargetRows) -> tuple[int, list[float]]:
-        """The steps taken and each member's last loss."""
-        optimizer = torch.optim.Adam([module.delta], lr=self.lr)
-        tail = TargetTail(self.edited.split, rows, self.tail)
-
-        def done(_: int, logits: Tensor, losses: Tensor) -> bool:
-            return bool(rows.lead(logits, self.stop_margin).all())
-
-        with tail.cut(), self.edited.forced(Selection(len(rows), [(module, None)])):
-            found = descend(rows, lambda: tail(module.product)[0], optimizer, self.steps, done, torch.mean)
-        optimizer.zero_grad()
-        return found
-
     def finish_window(self) -> None:
         """Train the gate anew, on all edits that the second matrix owns."""
-        owned = {}
-        for shard in self.memory.ids:
-            edits = [self.ledger.edit(id) for id in self.ledger.owned_by(shard)]
-            if edits:
-                owned[shard] = self._query_shared(edits)
-        self.router.calibrate(self.memory, owned, self.held_out)
+        owned = {shard: [self.ledger.edit(id) for id in self.ledger.owned_by(shard)] for shard in self.memory.ids}
+        queries = {shard: self._shared_query_of(edits) for shard, edits in owned.items() if edits}
+        self.router.calibrate(self.memory, queries, self.held_out)
 
-    def _query_shared(self, edits: Sequence[Edit]) -> Query:
+    def _shared_query_of(self, edits: Sequence[Edit]) -> Query:
         return self.edited.shared_query(len(edits), lambda index: self.query_of([edits[i] for i in index]))
 
     def forget(self, ids: Iterable[str]) -> None:

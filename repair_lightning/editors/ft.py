@@ -2,13 +2,11 @@
 
 Paper: "Modifying Memories in Transformer Models", arXiv 2012.00363, Sec. 3: the loss of the edits is minimised under
 `||W - W_0||_inf <= delta`, by projection after each step. W_0 is the base's own matrix, so the bound holds for all
-edits together, however many windows they come in.
+edits together.
 
-Defaults are those of ROME's baseline, as EasyEdit has them (`hparams/FT/gpt2-xl_constr.json` of
-github.com/zjunlp/EasyEdit): Adam at 5e-4, 25 steps, no weight decay, delta 5e-4 (5e-5 for GPT-J), and the end once the
-mean loss is below 0.01. Deviations: the layer is `resolve_layer`'s (theirs is the first); each target token and the end
-of sequence are trained where they are read (theirs: all of them at the prompt's last token), because free generation
-must say them in their order. In a base of lower precision what is rounded is rounded into the ball.
+Defaults: `hparams/FT/gpt2-xl_constr.json` of github.com/zjunlp/EasyEdit, ROME's baseline. Deviations: the layer is
+`resolve_layer`'s (theirs is the first); each target token and the end of sequence are trained where they are read
+(theirs: all of them at the prompt's last token). In a base of lower precision what is rounded is rounded into the ball.
 """
 
 from __future__ import annotations
@@ -42,16 +40,8 @@ def rounded_into_ball(weight: Tensor, centre: Tensor, radius: float) -> Tensor:
 
 
 class FineTuner(WeightEditor):
-    """Gradient descent on W_v of one layer; subclasses say what holds it back.
-
-    Args:
-        base: folder or hub name of a Hugging Face causal LM.
-        lr: of Adam, absolute.
-        steps: most steps per batch.
-        stop_loss: a batch is done once its mean loss is below this, in nats; None takes all steps.
-        stop_margin: a batch is done once every target token leads its best rival by this many nats; None does not
-            look.
-    """
+    """Gradient descent on W_v of one layer until the mean loss is below `stop_loss` or all targets lead by
+    `stop_margin`, both in nats, where given; subclasses say what holds it back."""
 
     def __init__(
         self, base: str, lr: float, steps: int, stop_loss: float | None, stop_margin: float | None, **common: Any

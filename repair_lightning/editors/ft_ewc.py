@@ -5,14 +5,12 @@ Paper: "Overcoming catastrophic forgetting in neural networks" (Kirkpatrick et a
     loss of the edits + weight / 2 sum_i F_i (W_i - W*_i)^2
 
 with F the diagonal of the Fisher information of what is to stay: the mean over prompts of the squared gradient of the
-log likelihood of their answer. Here these are the irrelevant prompts that the stream hands over, with the base's own
-(greedy) answers, and W* is the base's matrix. With `accumulate` each window's edits are added when it is over, and W*
-is then the matrix that said them: online EWC (Schwarz et al., 2018, arXiv 1805.06370, with gamma 1).
+log likelihood of their answer. Here these are the irrelevant prompts with the base's own answers, and W* is the base's
+matrix. With `accumulate` each window's edits are added when it is over, and W* is then the matrix that said them:
+online EWC (Schwarz et al., 2018, arXiv 1805.06370, with gamma 1).
 
-Defaults are those of GRACE's baseline (`grace/config/editor/ft_ewc.yaml` of github.com/Thartvigsen/GRACE): Adam at
-1e-2, 0.1 F (W - W*)^2, which is a weight of 0.2 here, at most 100 steps, until each target token leads. Deviations:
-theirs takes F from the last ten edits, which says nothing of what is unrelated; one matrix of one layer,
-`resolve_layer`'s.
+Defaults: `grace/config/editor/ft_ewc.yaml` of github.com/Thartvigsen/GRACE; its 0.1 F (W - W*)^2 is a weight of 0.2
+here. Deviations: theirs takes F from the last ten edits; one matrix of one layer, `resolve_layer`'s.
 """
 
 from __future__ import annotations

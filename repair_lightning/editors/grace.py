@@ -2,17 +2,14 @@
 
 Paper: "Aging with GRACE: Lifelong Model Editing with Discrete Key-Value Adaptors", arXiv 2211.11031, Sec. 3 and Alg. 1.
 An entry's key is what enters the layer's value matrix at the prompt's last token. A prompt whose key lies in an entry's
-ball gets the entry's value, at every token, in place of what the matrix puts out. `functional/codebook.py` has the
-rules of the balls: a key far from all opens an entry; one that says the same as its nearest entry joins it, and the
-ball grows; one that says something else opens an entry, and both balls end half-way. Values are found by Adam.
+ball gets the entry's value, at every token, in place of what the matrix puts out; `functional/codebook.py` has the
+rules of the balls. Defaults: `grace/config/editor/grace.yaml` of github.com/Thartvigsen/GRACE; the layer is at 27/31 of
+the depth, as in EasyEdit's `hparams/GRACE/llama-7b.yaml`.
 
-Defaults are the authors' (`grace/config/editor/grace.yaml` of github.com/Thartvigsen/GRACE): epsilon 1.0, Euclidean,
-rate 1.0, 100 steps; the layer is at 27/31 of the depth, as in EasyEdit's `hparams/GRACE/llama-7b.yaml`.
-
-Deviations: the choice of an entry is made once per prompt and holds while it is answered; values start from what the
-layer puts out at the key (theirs: from noise; `warm` in their options); a batch's keys are placed one after the other,
-then its values are trained side by side, and an edit is done when its target leads by `stop_margin`; epsilon and the
-rate may be relative to the base, because published ones are in units of one base's activations.
+Deviations: an entry is chosen once per prompt; values start from what the layer puts out at the key (theirs: from
+noise); a batch's keys are placed one after the other, then its values are trained side by side, until
+each edit leads by `stop_margin`; epsilon and the rate may be relative to the base, because published ones are in units
+of one base's activations.
 """
 
 from __future__ import annotations
@@ -30,7 +27,7 @@ from repair_lightning.editors.inner_loop import TargetRows, TargetTail, descend,
 from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.functional.codebook import placement, was_cut
 from repair_lightning.memory.routers import BallRouter, make_router
-from repair_lightning.memory.side_memory import Selection, ValueShard
+from repair_lightning.memory.side_memory import Selection
 from repair_lightning.models.architectures import resolve_layer
 from repair_lightning.models.base import Base
 from repair_lightning.types import BASE, Edit, EditBatch, EditReport
@@ -77,11 +74,8 @@ class GRACE(Editor):
         """What each shard says."""
 
     def build(self, base: Base, layer: int) -> None:
-        """Besides building, take the published share of the depth where no layer was named, and refuse the last.
-
-        Raises:
-            ConfigError: the layer is the last.
-        """
+        """Besides building, take the published share of the depth where no layer was named, and refuse the last
+        layer."""
         last = resolve_layer(base.model, -1)
         layer = int(DEPTH * last) if self.layer_option is None else layer
         if layer == last:
@@ -131,7 +125,7 @@ class GRACE(Editor):
         self.balls.forget(batch.ids)
         shards = [self._placed(*one) for one in zip(batch.edits, self.balls.key_of(prompts), outputs, strict=True)]
         steps, losses = self._train(rows, shards)
-        if all(map(math.isfinite, losses)) and all(bool(self._value(shard).isfinite().all()) for shard in shards):
+        if all(map(math.isfinite, losses)) and bool(self._values(shards).isfinite().all()):
             triples = zip(batch.ids, shards, losses, strict=True)
             return [EditReport(id, shard, loss, 0.0, steps) for id, shard, loss in triples]
         self.memory.restore(before[0])
@@ -161,18 +155,15 @@ class GRACE(Editor):
         balls.open(edit.id, key, radius, shard)
         return shard
 
-    def _value(self, shard: int) -> Tensor:
-        module = self.memory[shard]
-        assert isinstance(module, ValueShard)
-        return module.value
+    def _values(self, shards: Sequence[int]) -> Tensor:
+        return torch.stack([self.memory[shard].value for shard in shards])  # type: ignore[union-attr]
 
     def _train(self, rows: TargetRows, shards: Sequence[int]) -> tuple[int, list[float]]:
-        """Train the values of the edits' shards side by side, each until its edits are said; returns the steps and each
-        edit's last loss."""
+        """Train the values of the edits' shards side by side, each until its edits are said."""
         own = list(dict.fromkeys(shards))
         of = torch.tensor([own.index(shard) for shard in shards], device=rows.ids.device)
         every = torch.arange(len(rows), device=of.device)
-        values = nn.Parameter(torch.stack([self._value(shard) for shard in own]).clone())
+        values = nn.Parameter(self._values(own))
         tail = TargetTail(self.edited.split, rows, "rows" if self.cache_mib else "model")
         said, held = torch.zeros(0), values.detach()
 
@@ -211,10 +202,10 @@ class GRACE(Editor):
         self.balls.forget(list(ids))
 
     def undo(self, ids: Sequence[str]) -> list[str]:
-        """Take edits back. What shared an entry with them, or a ball that theirs had cut short, is written anew."""
+        """Take edits back. What shared an entry with them, or a ball that theirs had cut short, is written again."""
         again = self._entangled(ids)
         self.ledger.undo(ids, "taken back on request")
-        self.ledger.requeue(again, f"placed anew without {', '.join(ids[:3])}")
+        self.ledger.requeue(again, f"placed again without {', '.join(ids[:3])}")
         self.forget([*ids, *again])
         self.finish_window()
         for at in range(0, len(again), TOGETHER):
@@ -222,21 +213,19 @@ class GRACE(Editor):
             self.ledger.written(reports)
             for report in reports:
                 if report.error:
-                    raise RepairError(f"edit {report.id!r} cannot be written anew ({report.error}): nothing is undone")
+                    raise RepairError(f"edit {report.id!r} cannot be written again ({report.error}): nothing is undone")
         return again
 
     def _entangled(self, ids: Sequence[str]) -> list[str]:
         """The other edits of the entries that some edits are in, those of balls that these cut short, and so on, in the
         order in which they came: of one key the latest has its way."""
         balls, gone = self.balls, set(ids)
-        found = {entry for entry, members in enumerate(balls.members) if gone.intersection(members)}
-        looked: set[int] = set()
-        while found > looked:
-            new = sorted(found - looked)
-            looked = set(found)
-            for distances in balls.distances(balls.keys[new]).tolist():
-                pairs = enumerate(zip(distances, balls.radii.tolist(), strict=True))
-                found |= {entry for entry, pair in pairs if was_cut(*pair, self.first)}
+        found = [entry for entry, members in enumerate(balls.members) if gone.intersection(members)]
+        for entry in found:  # it grows on the way
+            distances = balls.distances(balls.keys[entry][None])[0].tolist()
+            for other, pair in enumerate(zip(distances, balls.radii.tolist(), strict=True)):
+                if other not in found and was_cut(*pair, self.first):
+                    found.append(other)
         again = {id for entry in found for id in balls.members[entry]} - gone
         return [id for id in self.ledger if id in again]
 

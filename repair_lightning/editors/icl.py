@@ -1,12 +1,10 @@
 """In-context retrieval: nothing is written; the edits nearest to a prompt are put before it, as text.
 
-What people do today without an editor. In the manner of IKE ("Can We Edit Factual Knowledge by In-Context Learning?",
-arXiv 2305.12740), which retrieves demonstrations by the cosine of sentence embeddings, and of MemPrompt (arXiv
-2201.06009), which keeps corrections in a memory and puts before a question what it was told of its like.
-
-Deviations: the embedding is the base's own state of the prompt's last token, so no second model is needed; a line is an
-edit's prompt with its target, without IKE's copy, update and retain demonstrations, of which the stream has none; where
-no edit is as near as held-out irrelevant prompts are to theirs, nothing is put before the prompt and the base answers.
+In the manner of IKE ("Can We Edit Factual Knowledge by In-Context Learning?", arXiv 2305.12740), which retrieves
+demonstrations by the cosine of sentence embeddings, and of MemPrompt (arXiv 2201.06009), which keeps corrections in a
+memory. Deviations: the embedding is the base's own state of the prompt's last token; a line is an edit's prompt with
+its target, without IKE's copy, update and retain demonstrations; where no edit is as near as held-out irrelevant
+prompts are to theirs, the base answers alone.
 """
 
 from __future__ import annotations

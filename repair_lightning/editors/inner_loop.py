@@ -126,9 +126,7 @@ class TargetRows:
 
     def lead(self, logits: Tensor, margin: float | None) -> Tensor:
         """(n,) whether all of a member's target tokens lead their best rival by `margin`, in nats; for None no one's.
-
-        What is not finite counts as leading: no further step helps it.
-        """
+        What is not finite counts as leading: no further step helps it."""
         if margin is None:
             return torch.zeros(self.members, dtype=torch.bool, device=logits.device)
         margins = target_margin(logits[:, None], self.labels[:, None])
@@ -141,10 +139,7 @@ class TargetTail:
 
     Where the last layer is edited and its value output is simply added, only the positions that are read take part;
     otherwise the edited layer and those above it run over whole rows, or, without a prefix cache, the whole model.
-
-    Attributes:
-        states: (M, D) at the positions that are read: what leaves the layer where these take part alone, else what
-            enters it.
+    `states` (M, D) are those that leave the layer in the first case, else those that enter it.
     """
 
     def __init__(self, split: SplitModel, rows: TargetRows, kind: Tail) -> None:
@@ -158,9 +153,8 @@ class TargetTail:
     def __call__(self, product: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Logits (M, V) and the features (M, D) that enter the head.
 
-        Args:
-            product: what the shard adds, (M, D), for activations (M, F) at the positions that are read. Where more than
-                these positions run, it is the model's own hook that adds it.
+        `product` gives what the shard adds, (M, D), for activations (M, F) at the positions that are read. Where more
+        than these positions run, it is the model's own hook that adds it.
         """
         rows = self.rows
         if self.kind == "positions":
@@ -183,7 +177,7 @@ def descend(
     total: Callable[[Tensor], Tensor] = torch.sum,
     after: Callable[[], None] = lambda: None,
 ) -> tuple[int, list[float]]:
-    """Take steps until a write is done.
+    """Take steps until a write is done; returns how many, and each member's last loss.
 
     Args:
         rows: what is trained on.
@@ -193,9 +187,6 @@ def descend(
         done: asked before each step and after the last, with its number, the logits and the rows' losses (B,).
         total: what is minimised, of the rows' losses.
         after: called after each step.
-
-    Returns:
-        the steps taken and each member's last loss.
     """
     with torch.enable_grad():
         for step in range(steps + 1):
@@ -214,9 +205,7 @@ def descend(
 def in_halves(batch: EditBatch, attempt: Callable[[EditBatch], list[EditReport]]) -> list[EditReport]:
     """The reports of a batch; while all it has is errors it is written in halves, until what spoils it stands alone.
 
-    Args:
-        batch: the edits.
-        attempt: writes them; where something is not finite it puts everything back and reports errors.
+    `attempt` writes edits; where something is not finite it puts everything back and reports errors.
     """
     reports, half = attempt(batch), len(batch.edits) // 2
     if not half or not all(report.error for report in reports):

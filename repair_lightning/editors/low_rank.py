@@ -62,17 +62,9 @@ class NormalizedGradient(torch.optim.Optimizer):
 
 
 class LowRankTraining:
-    """The factors of n edits in training: the right ones are fixed by the edits' keys, `values` are trained.
-
-    Args:
-        rows: training rows.
-        known: values of the same edits (n, R', D) to go on from, cut to the rank that they need; else they are zero.
-
-    Attributes:
-        right: (n, R, F) the dual basis of each edit's keys, zero past its own rank.
-        ranks: (n,) target tokens of each edit's rows.
-        values: (n, R, D)
-    """
+    """The factors of n edits in training: `right` (n, R, F) is the dual basis of each edit's keys, zero past its own
+    rank of `ranks` (n,); `values` (n, R, D) are trained, from zero or from what is `known` (n, R', D) of the same
+    edits."""
 
     def __init__(self, rows: TargetRows, known: Tensor | None = None) -> None:
         keys = rows.reading(rows.activations).float()
@@ -125,20 +117,14 @@ def held_outside(editor: Keyed, outcomes: Sequence[Outcome], rows: TargetRows) -
 
 
 class LowRankWriter:
-    """Trains the low-rank shards of a batch side by side.
-
-    Args:
-        editor: whose options, base and optimiser are used.
-    """
+    """Trains the low-rank shards of a batch side by side, with an editor's options, base and optimiser."""
 
     def __init__(self, editor: Keyed) -> None:
         self.editor = editor
 
     def train(self, rows: TargetRows, budget: int) -> list[Outcome]:
-        """One outcome per edit.
-
-        Edits that are written leave; the others go on, with a fresh optimiser whenever half of them have left.
-        """
+        """One outcome per edit: what is written leaves, the others go on, with a fresh optimiser whenever half have
+        left."""
         outcomes: dict[int, Outcome] = {}
         still, taken, known = list(range(rows.members)), 0, None
         while True:
@@ -158,11 +144,8 @@ class LowRankWriter:
             still = [still[n] for n in going]
 
     def _phase(self, rows: TargetRows, training: LowRankTraining, budget: int) -> tuple[int, list[bool], list[float]]:
-        """Steps until half of the edits are written or the budget is used.
-
-        Returns:
-            the steps taken, and per edit whether it is written or beyond help, and its loss.
-        """
+        """Steps until half of the edits are written or the budget is used; returns how many, and per edit whether it is
+        written or beyond help, and its loss."""
         editor, margin, every, rate = self.editor, self.editor.writing.margin, CHECK_EVERY, self.editor.value_rate
         tail, values = TargetTail(editor.edited.split, rows, editor.tail), training.values
         if editor.stepping == "normalized":

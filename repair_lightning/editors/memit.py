@@ -4,10 +4,8 @@ Paper: "Mass-Editing Memory in a Transformer", arXiv 2210.07229, Sec. 4 and Alg.
 of the written layers; from the lowest on, each takes an equal share R of what is still missing and the change
 `R K^T (C_0 + K K^T)^-1` (Eq. 14), where C_0 is the second moment of keys times `moment_weight`.
 
-Defaults are the authors' for GPT-J (`hparams/MEMIT/EleutherAI_gpt-j-6B.json` of github.com/kmeng01/memit): 6 layers,
-25 steps of Adam at 0.5, weight decay 0.5, the shift at most 0.75 times as long as the value, the divergence at the
-subject's last token weighed 0.0625, `moment_weight` 15,000. Deviations: as in `rome`; the shift is clamped by the value
-matrix's output, theirs by the layer's.
+Defaults: `hparams/MEMIT/EleutherAI_gpt-j-6B.json` of github.com/kmeng01/memit. Deviations: as in `rome`; the shift is
+clamped by the value matrix's output, theirs by the layer's.
 """
 
 from __future__ import annotations

@@ -6,16 +6,14 @@ A network g maps each pair, normalised by the mean and variance of all pairs in 
 
     h = z + relu(s_1 * (U_1 V_1 z + b) + o_1),    g(z) = h + relu(s_2 * U_2 V_2 h + o_2),    z = (u, delta)
 
-with s and o of each layer's own, and the layer moves by `-alpha sum delta~ u~^T` with a learnt step alpha of its own.
-The network is trained before the first write, on edits that the stream does not hold: `c_edit` times the edit's loss
-after its update, at its prompt and a rephrase, plus `c_loc` times the divergence from the base on irrelevant prompts.
+with s and o of each layer's own; the layer moves by `-alpha sum delta~ u~^T`, alpha learnt for each. The network is
+trained before the first write, on edits that the stream does not hold: `c_edit` times the edit's loss after its update,
+at its prompt and a rephrase, plus `c_loc` times the divergence from the base on irrelevant prompts.
 
-Defaults from the authors' configuration as EasyEdit has it (`hparams/TRAINING/MEND` of github.com/zjunlp/EasyEdit): the
-upper three layers, rank 1,920, Adam at 1e-6 (steps alpha: 1e-4), alpha begins at 1e-4, c_edit 0.1, c_loc 1, ten edits
-to a step, gradients cut at 100, at most 100,000 steps and the end 30,000 after the best one. Deviations: W_v alone
-(theirs also the matrix before it); moments for each layer (theirs for all of one shape); the irrelevant prompts are
-those of the stream, with the base's own answers; the end of sequence is trained as well; moments are of one pass before
-the training. Edits are written one at a time, because the network is trained on single ones.
+Defaults: EasyEdit's `hparams/TRAINING/MEND`, with ten edits to a step and gradients cut at 100. Deviations: W_v alone
+(theirs also the matrix before it); moments for each layer, of one pass before the training (theirs for all of one
+shape); the irrelevant prompts are those of the stream, with the base's own answers; the end of sequence is trained as
+well; edits are written one at a time, because the network is trained on single ones.
 
 Shapes: B rows of T tokens, n edits, D = d_model, F = d_ffn, L written layers.
 """
@@ -64,14 +62,8 @@ ELSEWHERE += ("train_data", "train_format", "train_cache")
 
 
 class GradientBlock(nn.Module):
-    """`z + relu(s * (U V z + b) + o)` on (N, Z), with s and o of each of `layers` layers; at first it changes nothing.
-
-    Args:
-        size: Z.
-        rank: of `U V`, at most Z.
-        layers: how many share the block.
-        generator: draws V.
-    """
+    """`z + relu(s * (U V z + b) + o)` on (N, `size`), with `U V` of a rank of at most `size`, and with s and o of each
+    of `layers` layers; at first it changes nothing."""
 
     def __init__(self, size: int, rank: int, layers: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -89,16 +81,8 @@ class GradientBlock(nn.Module):
 
 
 class GradientNetwork(nn.Module):
-    """The hypernetwork: factors of a gradient in, factors of an update out, and the step of each layer.
-
-    Args:
-        sizes: D and F.
-        layers: L, how many layers share it.
-        rank: of both blocks.
-        step: what each layer's alpha begins with.
-        normalise: take the moments of the factors so far out of them.
-        seed: of the first weights.
-    """
+    """The hypernetwork of L layers with `sizes` D and F: factors of a gradient in, factors of an update out, and the
+    step of each layer, which begins with `step`."""
 
     count: Tensor
     mean: Tensor
@@ -207,10 +191,8 @@ class MEND(WeightEditor):
         at_least(0, self, "steps", "c_edit", "c_loc")
         at_least(1, self, "batch", "rank", "check_every", "patience")
         positive(self, "lr", "lr_steps", "alpha")
-        self.training_figures: dict[str, Any] = {}
-        """What came of the training; empty before."""
-        self.stream: Any = None
-        """What is going to be evaluated, and must not be trained on."""
+        self.training_figures: dict[str, Any] = {}  # empty before the training
+        self.stream: Any = None  # what is going to be evaluated, and must not be trained on
 
     def on_fit_start(self) -> None:
         """Besides, learn what is going to be evaluated."""
@@ -315,12 +297,7 @@ class MEND(WeightEditor):
 
 
 class Training:
-    """Trains the hypernetwork of an editor.
-
-    Args:
-        editor: whose hypernetwork, base and options are used.
-        other: irrelevant prompts with the base's own answers.
-    """
+    """Trains the hypernetwork of an editor; `other` are irrelevant prompts with the base's own answers."""
 
     def __init__(self, editor: MEND, other: Sequence[Encoded]) -> None:
         self.editor, self.network, self.other = editor, editor.network, other

@@ -1,8 +1,8 @@
 """The hybrid: RLSEdit writes every edit at once into the base, and REPAIR's loop takes over what that got wrong.
 
-Ours. An edit's first write is a term of RLSEdit's least-squares problem. Where the error monitor then finds it wrong,
-it is taken out of that problem and written anew as a shard of its own, upon the changed matrix. Whenever the matrix
-moves on, each low-rank shard is moved against it, so that what is said at the shard's own keys stays as it was.
+Ours. Where the error monitor finds an edit wrong, it is taken out of RLSEdit's problem and written again as a shard of
+its own, upon the changed matrix. Whenever the matrix moves on, each low-rank shard is moved against it, so that what is
+said at the shard's own keys stays as it was.
 """
 
 from __future__ import annotations

@@ -5,17 +5,15 @@ written layer
 
     min_W  sum_i ||K_i W^T - V_i||^2 + lambda^2 ||W - W_0||^2 + mu^2 ||K_0 W^T - K_0 W_0^T||^2
 
-is solved recursively (`functional.least_squares`): a write costs the same after ten thousand edits as after none, early
-edits weigh as much as late ones, and an edit is taken back by downdating: the problem is as if it had never had the
-edit's term. What later edits were given as keys and values stays as it was found while that edit was in.
+is solved recursively (`functional.least_squares`): a write costs the same after ten thousand edits as after none, and
+an edit is taken back by downdating, as if the problem had never had its term.
 
 What is provable: the minimum is not above the objective at W_0, which is `E = sum_i ||K_i W_0^T - V_i||^2`. So
 `||W - W_0|| <= sqrt(E) / lambda` and `||K_0 (W - W_0)^T|| <= sqrt(E) / mu`. Both sides of both are logged.
 
-Our deviations: values are absolute (the public code feeds differences and subtracts `K W` once more); by default each
-target token has a key and a value of its own, because greedy decoding must say every one of them; anchors are what the
-stream calls irrelevant, with the base's own answers; lambda is in units of the anchors' root mean squared norm (without
-first tokens), mu^2 is divided by the number of anchors.
+Deviations: values are absolute (the public code feeds differences and subtracts `K W` once more); by default each
+target token has a key and a value of its own; anchors are the irrelevant prompts with the base's own answers; lambda is
+in units of the anchors' root mean squared norm (without first tokens), mu^2 is divided by the number of anchors.
 """
 
 from __future__ import annotations
@@ -88,18 +86,13 @@ class RLSEdit(ValueEditor):
         self.anchors = _prompts_in(anchors) if isinstance(anchors, str) else anchors
         if self.anchors == []:
             raise ConfigError("anchors: an empty list; give prompts, a file of them, or null")
-        self.anchored: list[str] = []
-        """The prompts whose answers the problems hold."""
+        self.anchored: list[str] = []  # the prompts whose answers the problems hold
         self.problems: dict[int, Recursion] = {}
         self.terms: dict[str, dict[int, Term]] = {}
         self._measured = lru_cache(1)(self._measure)
 
     def on_fit_start(self) -> None:
-        """Besides, leave anchors out that scoring asks.
-
-        Raises:
-            ConfigError: it asks all of them.
-        """
+        """Besides, leave anchors out that scoring asks."""
         if self.anchors is not None:
             given = len(self.anchors)
             self.anchors = self.trainer.datamodule.unrelated(self.anchors)  # type: ignore[attr-defined]
@@ -116,11 +109,9 @@ class RLSEdit(ValueEditor):
             self.anchored = list(background[:KEPT] if self.anchors is None else self.anchors)
 
     def _measure(self, anchored: tuple[str, ...]) -> tuple[dict[int, Tensor], dict[int, float]]:
-        """By written layer, the anchors' keys (N, F) in the base as it was, and the mean of their squared norms.
-
-        That is without each prompt's first token: many bases park values there that are hundreds of times as large as
-        any other.
-        """
+        """By written layer, the anchors' keys (N, F) in the base as it was, and the mean of their squared norms,
+        without each prompt's first token: many bases park values there that are hundreds of times as large as any
+        other."""
         said = self.said_by_base(anchored)
         with self.edited.weights.originals():
             _, keys, _ = self.states([row.ids for row in said])
@@ -181,11 +172,8 @@ class RLSEdit(ValueEditor):
             self.edited.weights.restore()
 
     def bounds(self, layer: int) -> dict[str, float]:
-        """How far a layer's matrix has gone, and how far it can have gone at most.
-
-        Returns:
-            `weights`, `||W - W_0||`, and `weights_bound`; `anchors`, `||K_0 (W - W_0)^T||`, and `anchors_bound`.
-        """
+        """How far a layer's matrix has gone, `weights` or `||W - W_0||` and `anchors` or `||K_0 (W - W_0)^T||`, and how
+        far it can have gone at most, `weights_bound` and `anchors_bound`."""
         moved = self.problem(layer).weight - self.edited.weights.original(layer)
         energy = sum(terms[layer].energy for terms in self.terms.values() if layer in terms)
         ridge, anchoring = self.strengths(layer)

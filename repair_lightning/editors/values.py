@@ -1,9 +1,8 @@
 """What a layer should put out so that edits are said: found by gradient, for the methods that then solve for a matrix.
 
 As in ROME (arXiv 2202.05262, Sec. 3.1) and MEMIT (arXiv 2210.07229, Sec. 4.1): a shift of the value matrix's output is
-trained until the target is likely, here from the cached prefix, for a whole batch side by side. Theirs is one vector at
-the subject's last token; ours may also be one at each position from which a target token is read, because greedy
-decoding must say every one of them, the end included.
+trained until the target is likely, here from the cached prefix and for a batch side by side. Theirs is one vector at
+the subject's last token; ours may also be one at each position from which a target token is read.
 
 Shapes: B rows of T tokens, P places where a shift acts, S shifts in all (several places may share one), M target
 tokens, n batch members, D = d_model, F = d_ffn.

@@ -37,12 +37,7 @@ RIDGE = 1e-2
 
 
 class WeightEditor(Editor):
-    """Writes into W_v of `layers` neighbouring layers, the lowest of which is `layer`.
-
-    Args:
-        base: folder or hub name of a Hugging Face causal LM.
-        layers: how many layers are written into.
-    """
+    """Writes into W_v of `layers` neighbouring layers, the lowest of which is `layer`."""
 
     writes_base: ClassVar[bool] = True
     default_depth: ClassVar[float | None] = None
@@ -54,10 +49,8 @@ class WeightEditor(Editor):
         at_least(1, self, "layers")
 
     def build(self, base: Base, layer: int) -> None:
-        """Besides building, find the layers that are written into.
-
-        Where none was named, they end with the default, or are all below it.
-        """
+        """Besides building, find the layers that are written into: where none was named they end with the default, or
+        are all below it."""
         last = resolve_layer(base.model, -1)
         if self.layer_option is None:
             top = layer if self.default_depth is None else int(self.default_depth * last + 1e-6)
@@ -78,12 +71,8 @@ class WeightEditor(Editor):
 
     @torch.no_grad()
     def states(self, rows: Sequence[Sequence[int]]) -> tuple[list[Capture], dict[int, list[Tensor]], list[Tensor]]:
-        """Token rows in the base as it is now.
-
-        Returns:
-            each row at the uppermost written layer; by written layer each row's activations (T, F); what leaves the
-            uppermost, (T, D), where more than one layer is written (else empty: it is not needed).
-        """
+        """Token rows in the base as it is now: each at the uppermost written layer; by written layer each row's
+        activations (T, F); what leaves the uppermost, (T, D), where more than one layer is written (else empty)."""
         lowest = self.edited.captures(rows)
         if self.layers == 1:
             return lowest, {self.layer: [capture.activations for capture in lowest]}, []
@@ -100,11 +89,8 @@ class WeightEditor(Editor):
         return [Capture(*both) for both in zip(top, keys[-1], strict=True)], by_layer, list(leaving)
 
     def second_moments(self) -> dict[int, Tensor]:
-        """By written layer, the mean of `k k^T`, (F, F), with `RIDGE`, over A(x) at every token of the background
-        prompts and the base's answers to them.
-
-        The papers take 100,000 texts from Wikipedia; here it is what the stream calls irrelevant.
-        """
+        """By written layer, the mean of `k k^T`, (F, F), with `RIDGE`, over the keys of all tokens of irrelevant
+        prompts and the base's answers to them. (The papers take 100,000 texts from Wikipedia.)"""
         _, keys, _ = self.states([row.ids for row in self.said_by_base(self.background_prompts[:KEPT])])
         found = {}
         for layer, each in keys.items():
@@ -150,11 +136,6 @@ class ValueEditor(WeightEditor):
 
     The missing part of a value is spread over the written layers as in MEMIT: each takes an equal share of what is
     still missing when its turn comes.
-
-    Args:
-        base: folder or hub name of a Hugging Face causal LM.
-        layers: how many layers are written into.
-        values: how values are found.
     """
 
     def __init__(
@@ -179,11 +160,7 @@ class ValueEditor(WeightEditor):
         self.adds_up = self.top.adds_up()
 
     def build(self, base: Base, layer: int) -> None:
-        """Besides building, refuse a layer from which a subject's value reaches no answer.
-
-        Raises:
-            ConfigError: the uppermost written layer is the last, and values act at the subject.
-        """
+        """Besides building, refuse the last layer where values act at the subject: from there they reach no answer."""
         super().build(base, layer)
         if self.values.at == "subject" and self.written_layers[-1] == len(self.edited.split.layers) - 1:
             raise ConfigError(
@@ -193,15 +170,8 @@ class ValueEditor(WeightEditor):
 
     @abstractmethod
     def solve(self, layer: int, ids: Sequence[str], of: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """A layer's new matrix (D, F).
-
-        Args:
-            layer: which.
-            ids: of the batch's n edits.
-            of: (S,) the edit that each key belongs to.
-            keys: (S, F).
-            values: (S, D), what the matrix should give for them.
-        """
+        """A layer's new matrix (D, F), that should give values (S, D) for keys (S, F), of the edits with these ids;
+        `of` (S,) says which edit each key belongs to."""
 
     def change(self, edits: Sequence[Edit]) -> list[EditReport]:
         """Find the values of some edits, then change one layer after the other."""

@@ -2,20 +2,15 @@
 
 Paper: "WISE: Rethinking the Knowledge Memory for Lifelong Model Editing of Large Language Models", arXiv 2405.14768.
 REPAIR descends from it, so its parts are REPAIR's: dense shards with Bernoulli masks of ratio rho (Sec. 2.3.2), trained
-one edit at a time with the routing loss (Eq. 6), found by activation (Eq. 5). This file has what is WISE's own:
+one edit at a time with the routing loss (Eq. 6), found by activation (Eq. 5). This file has what is WISE's own: side
+memories are filled one after the other, `writing.capacity` edits each; `retrieve` keeps all of them; `merge` fuses them
+by TIES whenever a window is over and `subspaces` of them are full. What was fused is one memory; later edits begin
+others, which are fused with it in their turn.
 
-  * side memories are filled one after the other, `writing.capacity` edits each;
-  * `retrieve` keeps all of them, and the one whose activation is the furthest above its threshold answers;
-  * `merge` fuses them by TIES whenever a window is over and `subspaces` of them are full. What was fused is one
-    memory; later edits begin others, in subspaces of their own, which are fused with it in their turn. What is not full
-    at the stream's end stays beside it.
-
-Defaults are the authors' for LLaMA-2 (`hparams/WISE/llama-7b.yaml` of github.com/zjunlp/EasyEdit): rho 0.2, SGD at
-1.0, 70 steps, act_ratio 0.88, 500 edits per memory (`save_freq`), two memories per merge (`merge_freq` 1,000), density
-0.53, a weight of 0.6 for what was merged before (`WISE.py` there), no replay. Deviations: margins are relative to the
-base (REPAIR's; theirs, 5, 20 and 10, are in one base's activations); the end of sequence is trained too; where signs
-conflict `ties_merge` keeps the strongest value whole; a merge comes at a window's end; there is no bound on the norm of
-a step.
+Defaults: `hparams/WISE/llama-7b.yaml` of github.com/zjunlp/EasyEdit, and `WISE.py` there for `OLD_WEIGHT`. Deviations:
+margins are relative to the base (theirs, 5, 20 and 10, are in one base's activations); the end of sequence is trained
+too; where signs conflict `ties_merge` keeps the strongest value whole; a merge comes at a window's end; there is no
+bound on the norm of a step.
 """
 
 from __future__ import annotations
