@@ -35,26 +35,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-AUTO = "auto"
-"""An option's value that asks for the search."""
-DEPTHS = (1.0, 0.9, 0.75, 0.6, 0.4)
-"""Candidate layers, as shares of the depth."""
-RATES = (1.0, 3.0, 0.3)
-"""Candidate learning rates, in the units of `writing.lr`."""
-MARGINS = (2.0, 4.0, 1.0)
-"""Candidate margins at which the inner steps stop, in nats."""
-PROBES = 50
-"""Most probe edits."""
-STEPS = 60
-"""Most inner steps of a candidate."""
-NOISE = 2.0
-"""How many standard errors of the paired difference are noise."""
+AUTO = "auto"  # an option's value that asks for the search
+DEPTHS = (1.0, 0.9, 0.75, 0.6, 0.4)  # candidate layers, as shares of the depth
+RATES = (1.0, 3.0, 0.3)  # candidate learning rates, in the units of `writing.lr`
+MARGINS = (2.0, 4.0, 1.0)  # candidate margins at which the inner steps stop, in nats
+PROBES = 50  # most probe edits
+STEPS = 60  # most inner steps of a candidate
+NOISE = 2.0  # how many standard errors of the paired difference are noise
 LEAST = 0.05
 """What must be won besides, as a share of the probes: less is not worth a setting that was not measured widely."""
-OTHER_WORDS = 2
-"""Most other wordings in which a probe is asked."""
-SAMPLE = 64
-"""How many irrelevant prompts tell a candidate the unit of its learning rate."""
+OTHER_WORDS = 2  # most other wordings in which a probe is asked
+SAMPLE = 64  # how many irrelevant prompts tell a candidate the unit of its learning rate
 
 
 @dataclass(frozen=True)

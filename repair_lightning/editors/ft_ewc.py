@@ -29,8 +29,7 @@ from repair_lightning.editors.values import slopes
 from repair_lightning.models.tokenizing import Encoded
 from repair_lightning.types import Edit, EditBatch, EditReport
 
-ROWS = 32
-"""Texts whose gradients are taken together."""
+ROWS = 32  # texts whose gradients are taken together
 
 
 def elastic_penalty(moved: Tensor, fisher: Tensor, weight: float) -> Tensor:

@@ -32,10 +32,8 @@ from repair_lightning.models.architectures import resolve_layer
 from repair_lightning.models.base import Base
 from repair_lightning.types import BASE, Edit, EditBatch, EditReport
 
-TOGETHER = 64
-"""So many edits at most are written at once where some are written anew."""
-DEPTH = 27 / 31
-"""The edited layer where none is named, as a share of the depth."""
+TOGETHER = 64  # so many edits at most are written at once where some are written anew
+DEPTH = 27 / 31  # the edited layer where none is named, as a share of the depth
 
 
 @register("grace")

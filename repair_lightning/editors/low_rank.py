@@ -26,14 +26,10 @@ from repair_lightning.memory.side_memory import Factors, Selection
 if TYPE_CHECKING:
     from repair_lightning.editors.keyed import Keyed
 
-RIDGE = 1e-4
-"""Added to `K K^T`, as a share of its mean diagonal: two positions with one key must not blow up."""
-REACH = 0.1
-"""A step of the normalised gradient, as a share of the length of the states that it moves, at a rate of 1."""
-LEAD = 2.5
-"""Steps of the normalised gradient end just beyond the margin; so much of it they go for."""
-OFTEN = 3
-"""Most of these steps between looks at the margin: there are few."""
+RIDGE = 1e-4  # added to `K K^T`, as a share of its mean diagonal: two positions with one key must not blow up
+REACH = 0.1  # a step of the normalised gradient, as a share of the length of the states that it moves, at a rate of 1
+LEAD = 2.5  # steps of the normalised gradient end just beyond the margin; so much of it they go for
+OFTEN = 3  # most of these steps between looks at the margin: there are few
 
 
 class NormalizedGradient(torch.optim.Optimizer):

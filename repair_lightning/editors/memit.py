@@ -52,11 +52,6 @@ class MEMIT(ValueEditor):
         self.moment_weight = moment_weight
         positive(self, "moment_weight")
 
-    def prepare(self, background: Sequence[str], held_out: Sequence[str]) -> None:
-        """Besides, take the second moments of the keys in the base as it was."""
-        super().prepare(background, held_out)
-        self.moments = self.second_moments()
-
     def solve(self, layer: int, ids: Sequence[str], of: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """The change that solves the batch's normal equations."""
         matrix = self.edited.weights.matrix(layer)

@@ -52,10 +52,8 @@ log = logging.getLogger(__name__)
 Factors = tuple[Tensor, Tensor]
 """What enters W_v, (n, T, F), and the gradient at what leaves it, (n, T, D): the gradient of W_v is their product."""
 
-CLIP = 100.0
-"""Longest gradient of a training step."""
-HELD_OUT = (0.1, 64)
-"""Share of the training edits that only choose when to stop, and the most of them."""
+CLIP = 100.0  # longest gradient of a training step
+HELD_OUT = (0.1, 64)  # share of the training edits that only choose when to stop, and the most of them
 ELSEWHERE = ("base", "precision", "trust_remote_code", "cache_mib", "cache_disk_mib", "layer", "layers")
 ELSEWHERE += ("train_data", "train_format", "train_cache")
 """Options on which a hypernetwork does not depend, or which are told by what they name."""

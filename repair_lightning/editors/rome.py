@@ -53,11 +53,6 @@ class ROME(ValueEditor):
     def __init__(self, base: str = "", values: Values = PUBLISHED, **common: Any) -> None:
         super().__init__(base, layers=1, values=values, **common)
 
-    def prepare(self, background: Sequence[str], held_out: Sequence[str]) -> None:
-        """Besides, take the second moment of the keys in the base as it was."""
-        super().prepare(background, held_out)
-        self.moments = self.second_moments()
-
     def solve(self, layer: int, ids: Sequence[str], of: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """The least change in the norm of C that gives the key its value."""
         matrix = self.edited.weights.matrix(layer)

@@ -176,8 +176,7 @@ def slopes(
     return Slopes(losses.detach(), keys, dict(zip(layers, deltas, strict=True)))
 
 
-Asked = tuple[TargetRows, Places]
-"""Rows, and where shifts act in them."""
+Asked = tuple[TargetRows, Places]  # rows, and where shifts act in them
 
 
 class ValueSearch:

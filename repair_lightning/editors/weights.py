@@ -11,6 +11,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -88,17 +89,6 @@ class WeightEditor(Editor):
         by_layer = {layer: list(each) for layer, each in zip(self.written_layers, keys, strict=True)}
         return [Capture(*both) for both in zip(top, keys[-1], strict=True)], by_layer, list(leaving)
 
-    def second_moments(self) -> dict[int, Tensor]:
-        """By written layer, the mean of `k k^T`, (F, F), with `RIDGE`, over the keys of all tokens of irrelevant
-        prompts and the base's answers to them. (The papers take 100,000 texts from Wikipedia.)"""
-        _, keys, _ = self.states([row.ids for row in self.said_by_base(self.background_prompts[:KEPT])])
-        found = {}
-        for layer, each in keys.items():
-            whole = torch.cat(each).float()
-            found[layer] = whole.T @ whole / len(whole)
-            found[layer].diagonal().add_(RIDGE * found[layer].diagonal().mean())
-        return found
-
     @abstractmethod
     def change(self, edits: Sequence[Edit]) -> list[EditReport]:
         """Write edits into the matrices; one report per edit."""
@@ -158,6 +148,20 @@ class ValueEditor(WeightEditor):
             top, _, _ = self.states([self.edited.forms.ids(text) for text in background[:64]])
             self.unit = float(torch.stack([c.hidden[-1].float().square().mean().sqrt() for c in top]).mean())
         self.adds_up = self.top.adds_up()
+
+    @cached_property
+    def moments(self) -> dict[int, Tensor]:
+        """By written layer, the mean of `k k^T`, (F, F), with `RIDGE`, over the keys of all tokens of irrelevant
+        prompts and the base's answers to them. (The papers take 100,000 texts from Wikipedia.)"""
+        said = self.said_by_base(self.background_prompts[:KEPT])
+        with self.edited.weights.originals():
+            _, keys, _ = self.states([row.ids for row in said])
+        found = {}
+        for layer, each in keys.items():
+            whole = torch.cat(each).float()
+            found[layer] = whole.T @ whole / len(whole)
+            found[layer].diagonal().add_(RIDGE * found[layer].diagonal().mean())
+        return found
 
     def build(self, base: Base, layer: int) -> None:
         """Besides building, refuse the last layer where values act at the subject: from there they reach no answer."""

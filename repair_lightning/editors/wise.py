@@ -28,8 +28,7 @@ from repair_lightning.errors import ConfigError
 from repair_lightning.functional import ties_merge, trim
 from repair_lightning.types import Edit, EditBatch
 
-Mode = Literal["retrieve", "merge"]
-"""What becomes of side memories that are full."""
+Mode = Literal["retrieve", "merge"]  # what becomes of side memories that are full
 ROUTING = Routing(router="activation", pool="mean", act_ratio=0.88, weight=1.0, margins=(0.25, 1.0, 0.5))
 """How memories are found, by default."""
 WRITING = Writing(
@@ -43,8 +42,7 @@ WRITING = Writing(
     replay=0,
 )
 """How they are written, by default."""
-OLD_WEIGHT = 0.6
-"""What a merged memory weighs in the next merge; the new ones share the rest."""
+OLD_WEIGHT = 0.6  # what a merged memory weighs in the next merge; the new ones share the rest
 
 
 @register("wise")

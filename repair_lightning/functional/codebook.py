@@ -12,12 +12,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-SAME = 1e-3
-"""Keys closer than this share of the first radius are one key: they differ by rounding."""
-COVER = 1.001
-"""A ball grows to the distance times this, so that what it grew for is inside it in spite of rounding."""
-OUT_OF_REACH = -1.0
-"""The radius of an entry that nothing reaches."""
+SAME = 1e-3  # keys closer than this share of the first radius are one key: they differ by rounding
+COVER = 1.001  # a ball grows to the distance times this, so that what it grew for is inside it in spite of rounding
+OUT_OF_REACH = -1.0  # the radius of an entry that nothing reaches
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TOLERANCE = 1e-3
-"""Largest error of a step's gain, relative to the keys, before the inverse is computed anew."""
+TOLERANCE = 1e-3  # largest error of a step's gain, relative to the keys, before the inverse is computed anew
 
 
 def spd_inverse(matrix: Tensor) -> Tensor:

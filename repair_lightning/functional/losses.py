@@ -19,8 +19,7 @@ from torch.nn import functional as F
 
 from ._tensors import check_not_negative, check_positive, widen
 
-IGNORED = -100
-"""The label of a position that is no target token."""
+IGNORED = -100  # the label of a position that is no target token
 
 
 def target_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

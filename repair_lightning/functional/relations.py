@@ -15,12 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-SHRINKAGE = 0.1
-"""Added to the scatter within relations, as a share of its mean diagonal."""
-DIMENSIONS = 256
-"""Most dimensions of the space."""
-DEVIATIONS = 4.0
-"""So many deviations above the median of likenesses, two wordings count as one question."""
+SHRINKAGE = 0.1  # added to the scatter within relations, as a share of its mean diagonal
+DIMENSIONS = 256  # most dimensions of the space
+DEVIATIONS = 4.0  # so many deviations above the median of likenesses, two wordings count as one question
 
 
 @dataclass(frozen=True)

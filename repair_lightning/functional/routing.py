@@ -20,10 +20,8 @@ from torch import Tensor
 
 from ._tensors import check_bool, check_fraction, widen
 
-Pool = Literal["last", "mean", "max"]
-"""How the scores of a prompt's tokens become the prompt's score."""
-_SKETCHED = 1 << 24
-"""Products of tokens and sketches that are held at once: 64 MB of float32."""
+Pool = Literal["last", "mean", "max"]  # how the scores of a prompt's tokens become the prompt's score
+_SKETCHED = 1 << 24  # products of tokens and sketches that are held at once: 64 MB of float32
 
 
 def activation_scores(

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from ._tensors import check_fraction, check_not_negative, widen
 
-Normalize = Literal["contributors", "global"]
-"""Over which shards the weights of an agreed coordinate sum to 1."""
+Normalize = Literal["contributors", "global"]  # over which shards the weights of an agreed coordinate sum to 1
 
 
 def loss_weights(losses: Tensor, alpha: float) -> Tensor:
