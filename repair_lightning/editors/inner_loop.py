@@ -52,7 +52,8 @@ class TargetRows:
         activations: (B, T, F), A(x).
         labels: (M,) the target tokens, row by row.
         row: (M,) the row of each.
-        firsts: (B,) where each row's first target token stands among the M: it is read at the prompt's last token.
+        lengths: (B,) how many target tokens each row has.
+        firsts: (B,) where each row's first one stands among the M: it is read at the prompt's last token.
         span: of how many last positions of a row the logits are needed.
         owner: (B,) the edit that a row belongs to.
         owners: how many edits the rows belong to: members and rehearsed ones.
@@ -76,9 +77,8 @@ class TargetRows:
         self.labels = labels[labels >= 0].to(device)
         self.span = labels.shape[1] + 1
         self._at = self.row * self.span + column
-        lengths = torch.tensor([len(row.target) for row in encoded])
-        self.firsts = (lengths.cumsum(0) - lengths).to(device)
-        self._per_row = lengths.to(device)
+        self.lengths = torch.tensor([len(row.target) for row in encoded]).to(device)
+        self.firsts = self.lengths.cumsum(0) - self.lengths
         self.members, self._prompts, self.owners = members, prompts, len(set(owners))
         self.owner = torch.tensor(list(owners)).to(device)
         self._per_owner = torch.tensor(list(owners)).bincount().to(device)
@@ -117,7 +117,7 @@ class TargetRows:
 
     def per_row(self, tokens: Tensor) -> Tensor:
         """The mean of token values (M,) in each row, (B,)."""
-        return tokens.new_zeros(len(self)).index_add(0, self.row, tokens) / self._per_row
+        return tokens.new_zeros(len(self)).index_add(0, self.row, tokens) / self.lengths
 
     def per_member(self, rows: Tensor) -> Tensor:
         """The mean of row values (B,) of each member, (n,)."""

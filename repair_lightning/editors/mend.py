@@ -226,17 +226,18 @@ class MEND(WeightEditor):
 
     def _training_edits(self) -> tuple[list[Edit], int]:
         """What the hypernetwork may be trained on, and how many edits are left out."""
-        path, format, evaluated, also_asked = self.train_data, self.train_format, (), ()
-        if self.stream is not None:
-            evaluated, also_asked = self.stream.edits, self.stream.also_scored
-            path, format = (path, format) if path else (self.stream.file, self.stream.format)
+        path, format = self.train_data, self.train_format
+        if not path and self.stream is not None:
+            path, format = self.stream.file, self.stream.format
         if not path:
             raise ConfigError(
                 "mend needs edits to train its hypernetwork on: give --model.train_data a file of edits and "
                 "--model.train_format their format; those that the stream asks are left out"
             )
-        found = load_records(path, format, on_bad_record="skip").edits
-        kept, left_out = apart(found, evaluated, format, also_asked)
+        found = list(load_records(path, format, on_bad_record="skip").edits)
+        kept = found if self.stream is None else apart(found, self.stream, format)
+        left_out = len(found) - len(kept)
+        log.info("left out of training: %d of %d edits, which the stream asks", left_out, len(found))
         if len(kept) < 2:
             raise ConfigError(
                 f"'{path}' holds {len(kept)} edits that the stream does not ask, at least 2 are needed: "
@@ -404,34 +405,21 @@ class Training:
             yield
 
 
-def apart(
-    edits: Sequence[Edit], evaluated: Sequence[Edit], format: str, also_asked: Sequence[str] = ()
-) -> tuple[list[Edit], int]:
-    """Edits that share no id, no subject and no text with those that are evaluated, and how many do.
-
-    What is `also_asked` counts as their texts. An id that `load_records` made of a record's number says nothing.
-    """
+def apart(edits: Sequence[Edit], stream: Any, format: str) -> list[Edit]:
+    """Edits that share no id, no subject and no text with what a stream asks; an id that `load_records` made of a
+    record's number says nothing."""
     made = re.compile(rf"{re.escape(format)}-\d+")
-    ids = {edit.id for edit in evaluated if not made.fullmatch(edit.id)}
-    subjects = {_folded(edit.subject) for edit in evaluated if edit.subject}
-    asked = [text for edit in evaluated for text in (edit.prompt, *edit.rephrases)]
-    asked += [probe.prompt for edit in evaluated for probe in (*edit.near, *edit.locality)]
-    texts = {_folded(text) for text in (*asked, *also_asked)}
+    ids = {edit.id for edit in stream.edits if not made.fullmatch(edit.id)}
+    subjects = {edit.subject.casefold() for edit in stream.edits if edit.subject}
+    free = set(stream.unrelated([text for edit in edits for text in (edit.prompt, *edit.rephrases)]))
 
     def shares(edit: Edit) -> bool:
-        about = edit.id in ids or (bool(edit.subject) and _folded(str(edit.subject)) in subjects)
-        return about or any(_folded(text) in texts for text in (edit.prompt, *edit.rephrases))
+        about = edit.id in ids or (edit.subject or "").casefold() in subjects
+        return about or not free.issuperset((edit.prompt, *edit.rephrases))
 
-    kept = [edit for edit in edits if not shares(edit)]
-    left_out = len(edits) - len(kept)
-    log.info("left out of training: %d of %d edits, whose id, subject or text the stream asks", left_out, len(edits))
-    return kept, left_out
+    return [edit for edit in edits if not shares(edit)]
 
 
 def rank_one_sum(keys: Tensor, deltas: Tensor) -> Tensor:
     """The sum over all tokens of `delta u^T`, (D, F), of keys (..., F) and deltas (..., D)."""
     return deltas.flatten(0, -2).T @ keys.flatten(0, -2)
-
-
-def _folded(text: str) -> str:
-    return " ".join(text.casefold().split())

@@ -58,9 +58,8 @@ class UltraEdit(WeightEditor):
 
     def change(self, edits: Sequence[Edit]) -> list[EditReport]:
         """One step for some edits."""
-        encoded, size = [self.encode(edit) for edit in edits], len(edits)
-        rows = TargetRows.of(self.edited, encoded)
-        places = Places.of_targets(encoded, range(size), size, self.edited.device)
+        rows = TargetRows.of(self.edited, [self.encode(edit) for edit in edits])
+        places = Places.of_targets(rows)
         found = slopes(self.edited, self.written_layers, rows, torch.mean)
         for layer in self.written_layers:
             keys, gradient = places.read(found.keys[layer]), places.read(found.deltas[layer])
@@ -69,7 +68,7 @@ class UltraEdit(WeightEditor):
             aims = pseudo_values(keys, gradient, self.known[layer], self.lr)
             eye = torch.eye(keys.shape[1], device=keys.device)
             self.edited.weights.add(layer, damped_change(keys, aims, eye))
-        return self.reports(edits, rows.per_member(rows.per_row(found.losses)).tolist(), [1] * size)
+        return self.reports(edits, rows.per_member(rows.per_row(found.losses)).tolist(), [1] * len(edits))
 
     def own_state(self) -> dict[str, Any]:
         """The running moments."""

@@ -24,7 +24,6 @@ from repair_lightning.editors.inner_loop import TargetRows, TargetTail, descend
 from repair_lightning.errors import ConfigError
 from repair_lightning.models.edited import EditedModel
 from repair_lightning.models.prefix import SplitModel
-from repair_lightning.models.tokenizing import Encoded
 
 At = Literal["targets", "subject"]
 """Where shifts act: wherever a target token is read, or at the subject's last token alone."""
@@ -63,11 +62,7 @@ class Values:
     contexts: int = 0
 
     def check(self) -> None:
-        """Refuse what has no meaning.
-
-        Raises:
-            ConfigError: it names value and remedy.
-        """
+        """Refuse what has no meaning."""
         if self.at not in get_args(At):
             raise ConfigError(f"values.at must be one of {', '.join(get_args(At))}, got '{self.at}'")
         at_least(1, self, "steps", "check_every", at="values.")
@@ -97,25 +92,19 @@ class Places:
     member: Tensor
 
     @classmethod
-    def of_targets(cls, encoded: Sequence[Encoded], owners: Sequence[int], members: int, device: Any) -> Places:
+    def of_targets(cls, rows: TargetRows) -> Places:
         """One for each target token of a member, at the position from which it is read; rows of one member share."""
-        lengths = [len(row.target) for row in encoded[:members]]
-        starts = [sum(lengths[:i]) for i in range(members)]
-        found = [
-            (i, len(row.target) - j, starts[owner] + min(j, lengths[owner] - 1))
-            for i, (row, owner) in enumerate(zip(encoded, owners, strict=True))
-            for j in range(len(row.target))
-        ]
-        member = torch.arange(members).repeat_interleave(torch.tensor(lengths))
-        return cls(*torch.tensor(found, device=device).T, member.to(device))
+        number = torch.arange(len(rows.row), device=rows.row.device) - rows.firsts[rows.row]
+        own = rows.owner[rows.row]
+        shift = rows.firsts[own] + torch.minimum(number, rows.lengths[own] - 1)
+        return cls(rows.row, rows.lengths[rows.row] - number, shift, rows.row[rows.row < rows.members])
 
     @classmethod
-    def of_subjects(
-        cls, encoded: Sequence[Encoded], at: Sequence[int], owners: Sequence[int], members: int, device: Any
-    ) -> Places:
+    def of_subjects(cls, rows: TargetRows, at: Sequence[int]) -> Places:
         """One for each member, at a given token of its rows' prompts."""
-        found = [(i, len(row.ids) - 1 - at[i], owners[i]) for i, row in enumerate(encoded)]
-        return cls(*torch.tensor(found, device=device).T, torch.arange(members, device=device))
+        members, device = torch.arange(rows.members, device=rows.row.device), rows.row.device
+        back = rows.mask.sum(-1) - 1 - torch.tensor(at, device=device)
+        return cls(torch.arange(len(rows), device=device), back, rows.owner, members)
 
     def read(self, states: Tensor) -> Tensor:
         """States (B, T, X) at the shifts' places, the mean where several share one, (S, X) in float32."""

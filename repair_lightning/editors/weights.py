@@ -179,10 +179,13 @@ class ValueEditor(WeightEditor):
 
     def change(self, edits: Sequence[Edit]) -> list[EditReport]:
         """Find the values of some edits, then change one layer after the other."""
-        encoded, owners, places = self.asked(edits)
+        asked = [(i, edit.prompt) for i, edit in enumerate(edits)]
+        asked += [(i, behind(context, edit.prompt)) for i, edit in enumerate(edits) for context in self.contexts]
+        encoded = [self._encode(prompt, edits[i].target) for i, prompt in asked]
         ids = [row.ids for row in encoded]
         top, activations, leaving = self.states(ids)
-        rows = TargetRows(encoded, top, owners, len(edits))
+        rows = TargetRows(encoded, top, [i for i, _ in asked], len(edits))
+        places = self.places(edits, encoded, rows)
         search = ValueSearch(self.top, self.values, self.adds_up, self.unit)
         shifts, losses, steps = search.run(rows, places, self._essence(edits))
         missing = shifts
@@ -200,16 +203,13 @@ class ValueEditor(WeightEditor):
             self.edited.weights.put(layer, self.solve(layer, names, places.member, keys, values))
         return self.reports(edits, losses, steps)
 
-    def asked(self, edits: Sequence[Edit]) -> tuple[list[Encoded], list[int], Places]:
-        """The members' own rows, then those in contexts; the member of each; and where values act."""
-        prompts = [(i, edit.prompt) for i, edit in enumerate(edits)]
-        prompts += [(i, behind(context, edit.prompt)) for i, edit in enumerate(edits) for context in self.contexts]
-        encoded = [self._encode(prompt, edits[i].target) for i, prompt in prompts]
-        owners, size, device = [i for i, _ in prompts], len(edits), self.edited.device
+    def places(self, edits: Sequence[Edit], encoded: Sequence[Encoded], rows: TargetRows) -> Places:
+        """Where values act in the rows of some edits."""
         if self.values.at == "targets":
-            return encoded, owners, Places.of_targets(encoded, owners, size, device)
-        at = [self._subject_token(edits[i].subject, row) for i, row in zip(owners, encoded, strict=True)]
-        return encoded, owners, Places.of_subjects(encoded, at, owners, size, device)
+            return Places.of_targets(rows)
+        of = rows.owner.tolist()
+        at = [self._subject_token(edits[i].subject, row) for i, row in zip(of, encoded, strict=True)]
+        return Places.of_subjects(rows, at)
 
     def _subject_token(self, subject: str | None, row: Encoded) -> int:
         """The index of the subject's last token in a prompt; the prompt's last where it does not hold the subject."""
@@ -224,8 +224,7 @@ class ValueEditor(WeightEditor):
         if not self.values.essence:
             return None
         subjects = [edit.subject or edit.prompt for edit in edits]
-        rows = [Encoded(tuple(ids), (self.tokenizer.eos_token_id,)) for ids in self.tokenizer(subjects)["input_ids"]]
-        top, _, _ = self.states([row.ids for row in rows])
-        owners, at = range(len(edits)), [len(row.prompt) - 1 for row in rows]
-        places = Places.of_subjects(rows, at, owners, len(edits), self.edited.device)
-        return TargetRows(rows, top, owners, len(edits)), places
+        encoded = [Encoded(tuple(ids), (self.tokenizer.eos_token_id,)) for ids in self.tokenizer(subjects)["input_ids"]]
+        top, _, _ = self.states([row.ids for row in encoded])
+        rows = TargetRows(encoded, top, range(len(edits)), len(edits))
+        return rows, Places.of_subjects(rows, [len(row.prompt) - 1 for row in encoded])

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers_runs import REPOSITORY
+from helpers_runs import REPOSITORY, world_stream, write_edits
 
 from repair_lightning.editors import make_editor
 from repair_lightning.editors.inner_loop import TargetRows
@@ -104,10 +103,9 @@ def loss_of(editor, edit):
 
 
 class TestData:
-    def test_what_the_stream_asks_is_left_out(self):
-        stream = [
-            Edit("7", "Who leads Arvo?", "Ann", "Arvo", ("Arvo is led by",), near=(Probe("Who leads Bex?", "Bo"),))
-        ]
+    def test_what_the_stream_asks_is_left_out(self, tmp_path):
+        asked = Edit("7", "Who leads Arvo?", "Ann", "Arvo", ("Arvo is led by",), near=(Probe("Who leads Bex?", "Bo"),))
+        stream = world_stream(write_edits(tmp_path / "edits.jsonl", [asked]))
         given = [
             Edit("7", "Where is Oslo?", "Norway"),
             Edit("a", "who  leads arvo?", "Cy"),
@@ -116,15 +114,14 @@ class TestData:
             Edit("d", "Who leads Bex?", "Flo"),
             Edit("e", "Who leads Cato?", "Gus", "Cato"),
         ]
-        kept, left_out = apart(given, stream, "jsonl")
-        assert ([edit.id for edit in kept], left_out) == (["e"], 5)
+        assert [edit.id for edit in apart(given, stream, "jsonl")] == ["e"]
 
     def test_without_train_data_it_learns_from_what_the_stream_leaves(self, few, irrelevant):
         editor = make_editor("mend", {"base": "world", **QUICK, "train_data": ""})
         editor.load()
         with pytest.raises(ConfigError, match=r"give --model\.train_data a file of edits"):
             editor.prepare(irrelevant[:8], irrelevant[8:])
-        editor.stream = SimpleNamespace(file=few, format="jsonl", edits=load_records(few).edits[:10], also_scored=())
+        editor.stream = world_stream(few, max_edits=10)
         editor.prepare(irrelevant[:8], irrelevant[8:])
         figures = editor.training_figures
         assert figures["left_out"] >= 10

@@ -11,6 +11,7 @@ import yaml
 from helpers_runs import REPOSITORY, fit, world_edits, world_stream
 
 from repair_lightning.editors import make_editor
+from repair_lightning.editors.inner_loop import TargetRows
 from repair_lightning.editors.ultraedit import pseudo_values
 from repair_lightning.editors.values import Values
 from repair_lightning.edits.records import load_records
@@ -28,7 +29,8 @@ class TestWherePlacesAre:
     @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
     def test_the_subjects_last_token(self, editor_of, edits, model_type):
         editor = editor_of(model_type, "rlsedit", layer=1, values=AT_SUBJECT)
-        encoded, _, places = editor.asked(edits)
+        encoded = [editor.encode(edit) for edit in edits]
+        places = editor.places(edits, encoded, TargetRows.of(editor.edited, encoded))
         for edit, row, back in zip(edits, encoded, places.back.tolist(), strict=True):
             upto = editor.tokenizer.decode(row.ids[: len(row.ids) - back], skip_special_tokens=True)
             assert edit.subject in upto
