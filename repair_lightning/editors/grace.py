@@ -15,7 +15,7 @@ of one base's activations.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -68,12 +68,9 @@ class GRACE(Editor):
         self.eps, self.relative, self.lr, self.steps, self.stop_margin = eps, relative, lr, steps, stop_margin
         positive(self, "eps", "lr")
         at_least(1, self, "steps")
-        self.labels: dict[int, str] = {}
-        """What each shard says."""
 
     def build(self, base: Base, layer: int) -> None:
-        """Besides building, take the published share of the depth where no layer was named, and refuse the last
-        layer."""
+        """Besides building, refuse the last layer; where none was named, take the published share of the depth."""
         last = resolve_layer(base.model, -1)
         layer = int(DEPTH * last) if self.layer_option is None else layer
         if layer == last:
@@ -116,9 +113,8 @@ class GRACE(Editor):
         return in_halves(batch, self._attempt)
 
     def _attempt(self, batch: EditBatch) -> list[EditReport]:
-        before = self.memory.snapshot(writable=True), self.balls.state_dict(), self.labels
-        encoded = [self.encode(edit) for edit in batch.edits]
-        rows, prompts = TargetRows.of(self.edited, encoded), self.query_of(batch.edits)
+        before = self.memory.snapshot(writable=True), self.balls.state_dict()
+        rows, prompts = TargetRows.of(self.edited, [*map(self.encode, batch.edits)]), self.query_of(batch.edits)
         outputs = self._outputs(prompts.at_last().activations)
         self.balls.forget(batch.ids)
         shards = [self._placed(*one) for one in zip(batch.edits, self.balls.key_of(prompts), outputs, strict=True)]
@@ -128,7 +124,6 @@ class GRACE(Editor):
             return [EditReport(id, shard, loss, 0.0, steps) for id, shard, loss in triples]
         self.memory.restore(before[0])
         self.balls.load_state_dict(before[1])
-        self.labels = before[2]
         self.forget(batch.ids)
         error = f"the loss or the value was not finite after {steps} steps: forgotten"
         return [EditReport(id, BASE, losses[0], 0.0, steps, error=error) for id in batch.ids]
@@ -140,16 +135,14 @@ class GRACE(Editor):
         radius = self.first
         if distances.isfinite().any():
             entry = int(distances.argmin())
-            owner = int(balls.shards[entry])
-            same = self.labels[owner] == edit.target
+            same = self.ledger.edit(balls.members[entry][0]).target == edit.target
             found = placement(float(distances[entry]), float(balls.radii[entry]), same, self.first)
             balls.reach(entry, found.nearest)
             if not found.opens:
                 balls.join(edit.id, entry)
-                return owner
+                return int(balls.shards[entry])
             radius = found.radius
         shard = self.memory.add_value(output)
-        self.labels = {**self.labels, shard: edit.target}
         balls.open(edit.id, key, radius, shard)
         return shard
 
@@ -191,7 +184,6 @@ class GRACE(Editor):
         owned = self.ledger.sizes()
         gone = [shard for shard in self.memory.ids if shard not in owned]
         self.memory.drop(gone)
-        self.labels = {shard: label for shard, label in self.labels.items() if shard not in gone}
         members = zip(self.balls.shards.tolist(), self.balls.members, strict=True)
         self.balls.forget([id for shard, ids in list(members) for id in ids if shard in gone])
 
@@ -222,18 +214,10 @@ class GRACE(Editor):
         for entry in found:  # it grows on the way
             distances = balls.distances(balls.keys[entry][None])[0].tolist()
             for other, pair in enumerate(zip(distances, balls.radii.tolist(), strict=True)):
-                if other not in found and was_cut(*pair, self.first):
+                if was_cut(*pair, self.first) and other not in found:
                     found.append(other)
         again = {id for entry in found for id in balls.members[entry]} - gone
         return [id for id in self.ledger if id in again]
-
-    def own_state(self) -> dict[str, Any]:
-        """What each shard says."""
-        return {"labels": {str(shard): label for shard, label in self.labels.items()}}
-
-    def load_own_state(self, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`own_state`."""
-        self.labels = {int(shard): label for shard, label in state["labels"].items()}
 
     def figures(self) -> dict[str, Any]:
         """How many entries there are, and how many edits each answers."""
