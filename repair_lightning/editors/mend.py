@@ -29,6 +29,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -312,7 +313,10 @@ class Training:
         share, most = HELD_OUT
         aside = max(1, min(most, int(share * len(shuffled))))
         held, rest = shuffled[:aside], shuffled[aside:]
-        self._learn_moments(rest)
+        for start in range(0, min(len(rest), KEPT), 64):  # so that the first steps are not of a moving scale
+            rows = self._rows([editor.encode(edit) for edit in rest[start : start + 64]])
+            for place, factors in enumerate(editor.factors(rows)[1]):
+                network.learn(place, factors)
         first = best = self._look(held)
         kept, at = deepcopy(network.state_dict()), 0
         for step in range(1, editor.steps + 1):
@@ -331,13 +335,6 @@ class Training:
 
     def _rows(self, encoded: Sequence[Encoded]) -> TargetRows:
         return TargetRows.of(self.editor.edited, encoded)
-
-    def _learn_moments(self, edits: Sequence[Edit]) -> None:
-        """The moments of one pass over (at most `KEPT`) edits, so that the first steps are not of a moving scale."""
-        for start in range(0, min(len(edits), KEPT), 64):
-            rows = self._rows([self.editor.encode(edit) for edit in edits[start : start + 64]])
-            for place, factors in enumerate(self.editor.factors(rows)[1]):
-                self.network.learn(place, factors)
 
     def _step(self, edits: Sequence[Edit]) -> None:
         asked = [(edit, self.draw.choice(edit.rephrases or (edit.prompt,))) for edit in edits]
@@ -385,24 +382,18 @@ class Training:
     def _updated(self, updates: Sequence[Factors], rows: int) -> Iterator[None]:
         """Inside, the matrices answer each row with the update of its edit: that of the row's number, modulo their
         number."""
-
-        def hook(place: int, keys: Tensor, deltas: Tensor) -> Any:
-            repeats = rows // len(keys)
-            keys, deltas = keys.repeat(repeats, 1, 1), deltas.repeat(repeats, 1, 1)
-
-            def add(_: nn.Module, args: tuple, output: Tensor) -> Tensor:
-                inside = args[0].reshape(rows, -1, keys.shape[-1]).float() @ keys.transpose(1, 2)
-                moved = self.network.steps[place] * (inside @ deltas)
-                return output - moved.reshape(output.shape).to(output.dtype)
-
-            return add
-
         edited = self.editor.edited
         with ExitStack() as stack:
-            for place, (layer, pair) in enumerate(zip(self.editor.written_layers, updates, strict=True)):
-                value = edited.split.arch.value_module(edited.base, layer)
-                stack.enter_context(value.register_forward_hook(hook(place, *pair)))
+            for place, (layer, (keys, deltas)) in enumerate(zip(self.editor.written_layers, updates, strict=True)):
+                times = rows // len(keys)
+                add = partial(self._add, place, keys.repeat(times, 1, 1), deltas.repeat(times, 1, 1))
+                stack.enter_context(edited.split.arch.value_module(edited.base, layer).register_forward_hook(add))
             yield
+
+    def _add(self, place: int, keys: Tensor, deltas: Tensor, _: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        inside = args[0].reshape(len(keys), -1, keys.shape[-1]).float() @ keys.mT
+        moved = self.network.steps[place] * (inside @ deltas)
+        return output - moved.reshape(output.shape).to(output.dtype)
 
 
 def apart(edits: Sequence[Edit], stream: Any, format: str) -> list[Edit]:
