@@ -94,13 +94,8 @@ class Adapted(Settings):
 def adapt(editor: ShardEditor, background: Sequence[str], held_out: Sequence[str]) -> Adapted:
     """Find the settings that an editor's options leave to `auto`; the editor itself is not touched.
 
-    Args:
-        editor: with its base loaded. What is not `auto` is kept; so is the layer where something is written already.
-        background: irrelevant prompts; the probes ask some of them.
-        held_out: others, as `Editor.prepare` takes them.
-
-    Raises:
-        ConfigError: the base says the same to every prompt.
+    What is not `auto` is kept; so is the layer where something is written already. The prompts are irrelevant ones as
+    `Editor.prepare` takes them; probes ask some of the first.
     """
     started = time.perf_counter()
     probes = make_probes(editor, background)

@@ -47,16 +47,11 @@ class TargetRows:
         prompts: the members' prompts, where the writer asks for them.
 
     Attributes:
-        ids, mask: (B, T), padded on the left.
-        hidden: (B, T, D) where it enters the edited layer.
-        activations: (B, T, F), A(x).
-        labels: (M,) the target tokens, row by row.
-        row: (M,) the row of each.
-        lengths: (B,) how many target tokens each row has.
-        firsts: (B,) where each row's first one stands among the M: it is read at the prompt's last token.
+        ids, mask, hidden, activations: (B, T, ...) padded on the left: tokens, what enters the edited layer, A(x).
+        labels, row: (M,) the target tokens, row by row, and the row of each.
+        lengths, firsts: (B,) how many target tokens each row has, and where its first one stands among the M.
         span: of how many last positions of a row the logits are needed.
-        owner: (B,) the edit that a row belongs to.
-        owners: how many edits the rows belong to: members and rehearsed ones.
+        owner: (B,) the edit that a row belongs to; `owners` is how many there are, rehearsed ones included.
     """
 
     def __init__(

@@ -77,14 +77,8 @@ class Values:
 
 @dataclass(frozen=True)
 class Places:
-    """Where shifts act in a set of rows.
-
-    Attributes:
-        row: (P,) the row of each place.
-        back: (P,) how many positions it lies before the row's last one.
-        shift: (P,) the shift that acts there.
-        member: (S,) the batch member that each shift belongs to.
-    """
+    """Where shifts act in a set of rows: the `row` (P,) of each place, how many positions it lies `back` (P,) from the
+    row's last one, the `shift` (P,) that acts there, and the batch `member` (S,) that each shift belongs to."""
 
     row: Tensor
     back: Tensor
@@ -169,14 +163,8 @@ Asked = tuple[TargetRows, Places]  # rows, and where shifts act in them
 
 
 class ValueSearch:
-    """Trains the shifts of a batch.
-
-    Args:
-        split: the model, cut at the layer whose value matrix is shifted.
-        options: how.
-        positions: the layer is the last and its output is simply added: only what is read takes part.
-        unit: the learning rate's unit.
-    """
+    """Trains the shifts of a batch, at the layer where a model is `split`; where `positions`, that layer is the last,
+    its output is simply added, and only what is read takes part; the learning rate is in units of `unit`."""
 
     def __init__(self, split: SplitModel, options: Values, positions: bool, unit: float) -> None:
         self.split, self.options, self.unit = split, options, unit
@@ -185,11 +173,8 @@ class ValueSearch:
     def run(
         self, rows: TargetRows, places: Places, essence: Asked | None = None
     ) -> tuple[Tensor, list[float], list[int]]:
-        """Train until every member is done or the steps are used; what is done leaves, whenever that is half.
-
-        Returns:
-            the shifts (S, D), and of each member the last loss and the steps.
-        """
+        """Train until every member is done or the steps are used; what is done leaves, whenever that is half. Returns
+        the shifts (S, D), and of each member the last loss and the steps."""
         shifts = torch.zeros(len(places.member), rows.hidden.shape[-1], device=rows.hidden.device)
         loss, steps = [0.0] * rows.members, [0] * rows.members
         left, taken = list(range(rows.members)), 0

@@ -23,6 +23,7 @@ import torch
 
 from repair_lightning.editors.adapt import AUTO
 from repair_lightning.editors.base import Snapshot, register
+from repair_lightning.editors.checks import at_least
 from repair_lightning.editors.repair import Distillation, Repair, Routing, Writing
 from repair_lightning.errors import ConfigError
 from repair_lightning.functional import ties_merge, trim
@@ -87,8 +88,7 @@ class WISE(Repair):
                 raise ConfigError(f"writing.{name} must be a number, got '{AUTO}': repair can find it, wise cannot")
         if self.mode not in get_args(Mode):
             raise ConfigError(f"mode must be one of {', '.join(get_args(Mode))}, got '{self.mode}'")
-        if self.subspaces < 2:
-            raise ConfigError(f"subspaces must be at least 2, got {self.subspaces}")
+        at_least(2, self, "subspaces")
         if not 0 < self.density <= 1:
             raise ConfigError(f"density must be in (0, 1], got {self.density}")
 
@@ -104,7 +104,7 @@ class WISE(Repair):
         return shard
 
     def finish_window(self) -> None:
-        """Merge the full memories, if that is asked and they are enough; then set the thresholds anew.
+        """Merge the full memories, if that is asked and they are enough; then set the thresholds again.
 
         Full are all but the last, and that one if it takes no more edits.
         """
@@ -123,7 +123,7 @@ class WISE(Repair):
         """Fuse side memories by TIES into one, which owns their edits; returns its id."""
         edits = [id for shard in shards for id in self.ledger.owned_by(shard)]
         old = sum(shard in self.merged for shard in shards)
-        new = (1 - OLD_WEIGHT if old else 1.0) / (len(shards) - old)
+        new = (1 - OLD_WEIGHT if old else 1.0) / max(len(shards) - old, 1)
         weights = torch.tensor([OLD_WEIGHT / old if shard in self.merged else new for shard in shards])
         trimmed = torch.stack([trim(delta, self.density) for delta in self.memory.stacked(shards).detach()])
         one = self.fuse(shards, ties_merge(trimmed, weights))
