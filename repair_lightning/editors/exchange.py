@@ -95,7 +95,8 @@ class Written:
             delta = torch.zeros(0, memory.shape[1], device=memory.device) if shard is None else shard.delta
             for rank, (known, values) in enumerate(team.gather(head, delta)):
                 if rank != team.rank and len(known):
-                    memory.put_dense(*known.tolist(), values)
+                    id, generation = known.tolist()
+                    memory.put_dense(id, generation, values)
 
     def _exchange_entries(self, editor: Editor) -> None:
         nothing = editor.router.describe([], editor.background.rows(slice(0, 0)), [])

@@ -39,61 +39,8 @@ def rounded_into_ball(weight: Tensor, centre: Tensor, radius: float) -> Tensor:
     return torch.where(inside, rounded, torch.nextafter(rounded, centre))
 
 
-class FineTuner(WeightEditor):
-    """Gradient descent on W_v of one layer until the mean loss is below `stop_loss` or all targets lead by
-    `stop_margin`, both in nats, where given; subclasses say what holds it back."""
-
-    def __init__(
-        self, base: str, lr: float, steps: int, stop_loss: float | None, stop_margin: float | None, **common: Any
-    ) -> None:
-        super().__init__(base, layers=1, **common)
-        self.lr, self.steps, self.stop_loss, self.stop_margin = lr, steps, stop_loss, stop_margin
-        positive(self, "lr")
-        at_least(1, self, "steps")
-
-    @cached_property
-    def tail(self) -> Tail:
-        """How much of the model a step must run."""
-        return tail_of(self)
-
-    def penalty(self, delta: Tensor) -> Tensor:
-        """What is added to the mean edit loss for a change (D, F) of the matrix as it was before the batch."""
-        return delta.new_zeros(())
-
-    def constrain(self, delta: Tensor) -> None:
-        """Put a change (D, F) back to where it may be, in place; called after each step."""
-
-    def settle(self, delta: Tensor) -> None:
-        """Write the batch's change (D, F) into the base."""
-        self.edited.weights.add(self.layer, delta)
-
-    def change(self, edits: Sequence[Edit]) -> list[EditReport]:
-        """Descend on the edits' mean loss."""
-        rows = TargetRows.of(self.edited, [self.encode(edit) for edit in edits])
-        trained = Shard(self.memory.shape).to(self.edited.device)
-        tail = TargetTail(self.edited.split, rows, self.tail)
-
-        def done(_: int, logits: Tensor, losses: Tensor) -> bool:
-            if self.stop_loss is not None and bool(losses.mean() < self.stop_loss):
-                return True
-            return bool(rows.lead(logits, self.stop_margin).all())
-
-        with tail.cut(), self.edited.forced(Selection(len(rows), [(trained, None)])):
-            steps, losses = descend(
-                rows,
-                lambda: tail(trained.product)[0],
-                torch.optim.Adam([trained.delta], lr=self.lr),
-                self.steps,
-                done,
-                lambda losses: losses.mean() + self.penalty(trained.delta),
-                lambda: self.constrain(trained.delta),
-            )
-        self.settle(trained.delta.detach())
-        return self.reports(edits, losses, [steps] * len(edits))
-
-
 @register("ft")
-class FT(FineTuner):
+class FT(WeightEditor):
     """Fine-tuning inside an L-infinity ball; see the module's own docstring.
 
     Args:
@@ -113,27 +60,51 @@ class FT(FineTuner):
         norm_constraint: float | None = 5e-4,
         **common: Any,
     ) -> None:
-        super().__init__(base, lr=lr, steps=steps, stop_loss=stop_loss, stop_margin=None, **common)
-        self.norm_constraint = norm_constraint
-        if norm_constraint is not None:
-            positive(self, "norm_constraint")
+        super().__init__(base, layers=1, **common)
+        self.lr, self.steps, self.stop_loss, self.norm_constraint = lr, steps, stop_loss, norm_constraint
+        positive(self, "lr", *(["norm_constraint"] if norm_constraint is not None else []))
+        at_least(1, self, "steps")
+        self.stop_margin: float | None = None
+
+    @cached_property
+    def tail(self) -> Tail:
+        """How much of the model a step must run."""
+        return tail_of(self)
+
+    def penalty(self, delta: Tensor) -> Tensor:
+        """What is added to the mean edit loss for a change (D, F) of the matrix as it was before the batch."""
+        return delta.new_zeros(())
 
     def change(self, edits: Sequence[Edit]) -> list[EditReport]:
-        """Besides, take the ball's centre in what the change is counted from."""
-        weights = self.edited.weights
-        self.centre = weights.original(self.layer) - weights.matrix(self.layer)
-        return super().change(edits)
+        """Descend on the edits' mean loss, inside the ball."""
+        weights, radius = self.edited.weights, self.norm_constraint
+        own, matrix = weights.original(self.layer), weights.matrix(self.layer)
+        centre = own - matrix
+        rows = TargetRows.of(self.edited, [self.encode(edit) for edit in edits])
+        trained = Shard(self.memory.shape).to(self.edited.device)
+        tail = TargetTail(self.edited.split, rows, self.tail)
 
-    def constrain(self, delta: Tensor) -> None:
-        """Into the ball."""
-        if self.norm_constraint is not None:
-            delta.copy_(into_ball(delta, self.centre, self.norm_constraint))
+        def done(_: int, logits: Tensor, losses: Tensor) -> bool:
+            if self.stop_loss is not None and bool(losses.mean() < self.stop_loss):
+                return True
+            return bool(rows.lead(logits, self.stop_margin).all())
 
-    def settle(self, delta: Tensor) -> None:
-        """Into the base, and rounded into the ball."""
-        weights = self.edited.weights
-        matrix = weights.matrix(self.layer) + delta
-        if self.norm_constraint is not None:
-            own = weights.original(self.layer).to(self.edited.value_weight.dtype)
-            matrix = rounded_into_ball(matrix, own, self.norm_constraint)
+        def project() -> None:
+            if radius is not None:
+                trained.delta.copy_(into_ball(trained.delta, centre, radius))
+
+        with tail.cut(), self.edited.forced(Selection(len(rows), [(trained, None)])):
+            steps, losses = descend(
+                rows,
+                lambda: tail(trained.product)[0],
+                torch.optim.Adam([trained.delta], lr=self.lr),
+                self.steps,
+                done,
+                lambda losses: losses.mean() + self.penalty(trained.delta),
+                project,
+            )
+        matrix += trained.delta.detach()
+        if radius is not None:
+            matrix = rounded_into_ball(matrix, own.to(self.edited.value_weight.dtype), radius)
         weights.put(self.layer, matrix)
+        return self.reports(edits, losses, [steps] * len(edits))

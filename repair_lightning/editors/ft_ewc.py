@@ -23,7 +23,7 @@ from torch import Tensor
 
 from repair_lightning.editors.base import KEPT, register
 from repair_lightning.editors.checks import at_least
-from repair_lightning.editors.ft import FineTuner
+from repair_lightning.editors.ft import FT
 from repair_lightning.editors.inner_loop import TargetRows
 from repair_lightning.editors.values import slopes
 from repair_lightning.models.tokenizing import Encoded
@@ -38,7 +38,7 @@ def elastic_penalty(moved: Tensor, fisher: Tensor, weight: float) -> Tensor:
 
 
 @register("ft_ewc")
-class FTEWC(FineTuner):
+class FTEWC(FT):
     """Fine-tuning with the elastic penalty; see the module's own docstring.
 
     Args:
@@ -61,8 +61,8 @@ class FTEWC(FineTuner):
         accumulate: bool = False,
         **common: Any,
     ) -> None:
-        super().__init__(base, lr=lr, steps=steps, stop_loss=None, stop_margin=stop_margin, **common)
-        self.weight, self.accumulate = weight, accumulate
+        super().__init__(base, lr=lr, steps=steps, stop_loss=None, norm_constraint=None, **common)
+        self.stop_margin, self.weight, self.accumulate = stop_margin, weight, accumulate
         at_least(0, self, "weight")
         self.learnt: dict[str, Tensor] = {}
         """With `accumulate`, once a window is over: F as `fisher`, and W* as `anchor`."""
@@ -81,8 +81,8 @@ class FTEWC(FineTuner):
         total = torch.zeros(self.memory.shape, device=self.edited.device)
         for start in range(0, len(texts), ROWS):
             rows = TargetRows.of(self.edited, texts[start : start + ROWS])
-            deltas = slopes(self.edited, [self.layer], rows).deltas[self.layer]
-            for at_output, activations in zip(deltas, rows.activations.float(), strict=True):
+            _, _, deltas = slopes(self.edited, [self.layer], rows)
+            for at_output, activations in zip(deltas[self.layer], rows.activations.float(), strict=True):
                 total += (at_output.T @ activations).square_()
         return total / max(len(texts), 1)
 

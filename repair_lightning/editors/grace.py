@@ -147,7 +147,7 @@ class GRACE(Editor):
         return shard
 
     def _values(self, shards: Sequence[int]) -> Tensor:
-        return torch.stack([self.memory[shard].value for shard in shards])  # type: ignore[union-attr]
+        return torch.stack([self.memory[shard].value for shard in shards])  # type: ignore[union-attr, misc]
 
     def _train(self, rows: TargetRows, shards: Sequence[int]) -> tuple[int, list[float]]:
         """Train the values of the edits' shards side by side, each until its edits are said."""

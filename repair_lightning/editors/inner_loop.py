@@ -171,6 +171,7 @@ def descend(
     done: Callable[[int, Tensor, Tensor], bool],
     total: Callable[[Tensor], Tensor] = torch.sum,
     after: Callable[[], None] = lambda: None,
+    backward: Callable[[Tensor], None] = Tensor.backward,
 ) -> tuple[int, list[float]]:
     """Take steps until a write is done; returns how many, and each member's last loss.
 
@@ -182,6 +183,7 @@ def descend(
         done: asked before each step and after the last, with its number, the logits and the rows' losses (B,).
         total: what is minimised, of the rows' losses.
         after: called after each step.
+        backward: of the total.
     """
     with torch.enable_grad():
         for step in range(steps + 1):
@@ -190,7 +192,7 @@ def descend(
             if done(step, logits.detach(), losses.detach()) or step == steps:
                 break
             optimizer.zero_grad()
-            total(losses).backward()
+            backward(total(losses))
             optimizer.step()
             with torch.no_grad():
                 after()

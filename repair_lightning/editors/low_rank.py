@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from repair_lightning.editors.dense import CHECK_EVERY
-from repair_lightning.editors.inner_loop import TargetRows, TargetTail
+from repair_lightning.editors.inner_loop import TargetRows, TargetTail, descend
 from repair_lightning.memory.side_memory import Factors, Selection
 
 if TYPE_CHECKING:
@@ -148,20 +148,22 @@ class LowRankWriter:
             margin, every = None if margin is None else LEAD * margin, OFTEN
             sizes = tail.states.float().norm(dim=-1)
             rate = editor.writing.rate * REACH * float(sizes[sizes.isfinite()].mean())  # one bad edit spoils no other
-        done = torch.zeros(rows.members, dtype=torch.bool)
+        ready = torch.zeros(rows.members, dtype=torch.bool)
+
+        def done(step: int, logits: Tensor, losses: Tensor) -> bool:
+            nonlocal ready
+            if margin is None or step % every:
+                return False
+            ready = editor.agreed(rows.lead(logits, margin)).cpu()
+            return 2 * int(ready.sum()) >= len(ready)
+
+        def backward(loss: Tensor) -> None:
+            editor.backpropagate(loss)
+            editor.share_gradient(values)
+
         hook = Selection(len(rows), [(training, None)])
         with editor.bound(values, rate) as optimizer, tail.cut(), editor.edited.forced(hook):
-            for step in range(budget + 1):  # the last round only looks at what the steps made
-                logits, _ = tail(lambda _: training.pushed())
-                losses = rows.per_row(rows.losses(logits))
-                if margin is not None and step % every == 0:
-                    done = editor.agreed(rows.lead(logits.detach(), margin)).cpu()
-                    if 2 * int(done.sum()) >= len(done):
-                        break
-                if step == budget:
-                    break
-                editor.backpropagate(losses.sum())
-                editor.share_gradient(values)
-                optimizer.step()
-                values.grad = None
-        return step, done.tolist(), rows.per_member(losses.detach()).tolist()
+            step, losses = descend(
+                rows, lambda: tail(lambda _: training.pushed())[0], optimizer, budget, done, backward=backward
+            )
+        return step, ready.tolist(), losses

@@ -36,10 +36,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from repair_lightning.editors.base import KEPT, register
+from repair_lightning.editors.base import KEPT, Editor, register
 from repair_lightning.editors.checks import at_least, positive
 from repair_lightning.editors.inner_loop import TargetRows, TargetTail
-from repair_lightning.editors.values import Slopes, slopes
+from repair_lightning.editors.values import slopes
 from repair_lightning.editors.weights import WeightEditor
 from repair_lightning.edits.records import load_records
 from repair_lightning.errors import ConfigError
@@ -55,9 +55,6 @@ Factors = tuple[Tensor, Tensor]
 
 CLIP = 100.0  # longest gradient of a training step
 HELD_OUT = (0.1, 64)  # share of the training edits that only choose when to stop, and the most of them
-ELSEWHERE = ("base", "precision", "trust_remote_code", "cache_mib", "cache_disk_mib", "layer", "layers")
-ELSEWHERE += ("train_data", "train_format", "train_cache")
-"""Options on which a hypernetwork does not depend, or which are told by what they name."""
 
 
 class GradientBlock(nn.Module):
@@ -251,27 +248,28 @@ class MEND(WeightEditor):
         if self.train_cache is None:
             return None
         assert self.base is not None
-        options = {name: value for name, value in self.options().items() if name not in ELSEWHERE}
+        told = {*Editor.arguments(), "layers", "train_data", "train_format", "train_cache"}  # by the rest, or elsewhere
+        options = {name: value for name, value in self.options().items() if name not in told}
         texts = [[edit.prompt, edit.target, *edit.rephrases] for edit in edits]
         parts = [self.base.sha256, str(self.base.model.dtype), self.written_layers, options, texts]
         digest = hashlib.sha256(json.dumps([*parts, [row.ids for row in other]]).encode()).hexdigest()
         return Path(self.train_cache).expanduser() / f"hypernetwork-{digest[:32]}.pt"
 
-    def factors(self, rows: TargetRows) -> tuple[Slopes, list[Factors]]:
-        """Where the sum of the rows' mean token losses goes, and its factors by written layer, (B, T, .)."""
-        found = slopes(self.edited, self.written_layers, rows, lambda losses: rows.per_row(losses).sum())
+    def factors(self, rows: TargetRows) -> tuple[Tensor, list[Factors]]:
+        """The rows' mean token losses (B,), and by written layer the factors of their gradient, (B, T, .)."""
+        losses, keys, deltas = slopes(self.edited, self.written_layers, rows, lambda losses: rows.per_row(losses).sum())
         seen = rows.mask[..., None]
-        return found, [(found.keys[layer], found.deltas[layer] * seen) for layer in self.written_layers]
+        return rows.per_row(losses), [(keys[layer], deltas[layer] * seen) for layer in self.written_layers]
 
     @torch.no_grad()
     def change(self, edits: Sequence[Edit]) -> list[EditReport]:
         """The updates of some edits, added up."""
         rows = TargetRows.of(self.edited, [self.encode(edit) for edit in edits])
-        found, factors = self.factors(rows)
+        losses, factors = self.factors(rows)
         for place, (layer, pair) in enumerate(zip(self.written_layers, factors, strict=True)):
             update = rank_one_sum(*self.network(place, pair))
             self.edited.weights.add(layer, -self.network.steps[place] * update)
-        return self.reports(edits, rows.per_row(found.losses).tolist(), [1] * len(edits))
+        return self.reports(edits, losses.tolist(), [1] * len(edits))
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Without the hypernetwork, which :meth:`own_state` takes to checkpoints and packs alike."""

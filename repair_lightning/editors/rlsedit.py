@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -227,10 +227,8 @@ class RLSEdit(ValueEditor):
         self.anchored = list(state.get("anchored", self.anchored))
         self.problems, self.terms = {}, {id: {} for id in ids}
         for layer in [name.removesuffix(".weight") for name in state if name.endswith(".weight")]:
-            parts = {name.name: state[f"{layer}.{name.name}"] for name in fields(Recursion)}
-            self.problems[int(layer)] = Recursion(
-                **{name: part.to(device) if isinstance(part, Tensor) else part for name, part in parts.items()}
-            )
+            parts = {part: state[f"{layer}.{part}"].to(device) for part in ("weight", "inverse", "information")}
+            self.problems[int(layer)] = Recursion(**parts, rebuilt=state[f"{layer}.rebuilt"])
             sizes = state[f"{layer}.sizes"].tolist()
             keys, values = (state[f"{layer}.{part}"].to(device).split(sizes) for part in ("keys", "values"))
             for id, *term in zip(ids, keys, values, state[f"{layer}.energies"].tolist(), strict=True):

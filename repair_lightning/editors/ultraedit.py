@@ -60,15 +60,15 @@ class UltraEdit(WeightEditor):
         """One step for some edits."""
         rows = TargetRows.of(self.edited, [self.encode(edit) for edit in edits])
         places = Places.of_targets(rows)
-        found = slopes(self.edited, self.written_layers, rows, torch.mean)
+        losses, keys_at, deltas_at = slopes(self.edited, self.written_layers, rows, torch.mean)
         for layer in self.written_layers:
-            keys, gradient = places.read(found.keys[layer]), places.read(found.deltas[layer])
+            keys, gradient = places.read(keys_at[layer]), places.read(deltas_at[layer])
             known = self.known.get(layer) or RunningMoments.none(keys.shape[1] + gradient.shape[1], keys.device)
             self.known[layer] = known.with_(torch.cat([keys, gradient], -1))
             aims = pseudo_values(keys, gradient, self.known[layer], self.lr)
             eye = torch.eye(keys.shape[1], device=keys.device)
             self.edited.weights.add(layer, damped_change(keys, aims, eye))
-        return self.reports(edits, rows.per_member(rows.per_row(found.losses)).tolist(), [1] * len(edits))
+        return self.reports(edits, rows.per_member(rows.per_row(losses)).tolist(), [1] * len(edits))
 
     def own_state(self) -> dict[str, Any]:
         """The running moments."""

@@ -126,20 +126,11 @@ def pushing(value: nn.Module, pushed: Tensor) -> RemovableHandle:
     return value.register_forward_hook(lambda _, __, output: output + pushed.reshape(output.shape).to(output.dtype))
 
 
-@dataclass(frozen=True)
-class Slopes:
-    """Where a write's loss goes: by layer what enters the value matrix, `keys` (B, T, F), and the gradient at what
-    leaves it, `deltas` (B, T, D); `losses` (M,) are those of the target tokens."""
-
-    losses: Tensor
-    keys: dict[int, Tensor]
-    deltas: dict[int, Tensor]
-
-
 def slopes(
     edited: EditedModel, layers: Sequence[int], rows: TargetRows, total: Callable[[Tensor], Tensor] = torch.sum
-) -> Slopes:
-    """The gradient of the `total` of token losses (M,) in the value matrices of layers, from the edited one on."""
+) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
+    """The losses (M,) of the target tokens, and where their `total` goes: by layer, from the edited one on, what enters
+    the value matrix, (B, T, F), and the gradient at what leaves it, (B, T, D)."""
     keys: dict[int, Tensor] = {}
     like = rows.hidden.new_zeros(rows.hidden.shape, dtype=torch.float32)
     pushed = [torch.zeros_like(like, requires_grad=True) for _ in layers]
@@ -156,7 +147,7 @@ def slopes(
             stack.enter_context(value.register_forward_pre_hook(note(layer)))
         losses = rows.losses(TargetTail(edited.split, rows, "rows")(lambda activations: activations)[0])
         deltas = torch.autograd.grad(total(losses), pushed)
-    return Slopes(losses.detach(), keys, dict(zip(layers, deltas, strict=True)))
+    return losses.detach(), keys, dict(zip(layers, deltas, strict=True))
 
 
 Asked = tuple[TargetRows, Places]  # rows, and where shifts act in them

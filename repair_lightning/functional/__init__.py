@@ -1,7 +1,6 @@
 """The method's mathematics: tensors in, tensors out. Knows torch and nothing else of this project.
 
-What lies outside the documented shapes and ranges is refused by a `ValueError`, a mask that is not boolean by a
-`TypeError`; both name the value.
+A `ValueError` refuses what lies outside the documented shapes and ranges, a `TypeError` a mask that is not boolean.
 """
 
 from .fusing import fused_delta

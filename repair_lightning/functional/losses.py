@@ -41,8 +41,7 @@ def target_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def target_margin(logits: Tensor, labels: Tensor) -> Tensor:
     """How safely greedy decoding says the target: the stopping rule of a write, positive where it does.
 
-    Args:
-        logits, labels: as in :func:`target_cross_entropy`.
+    Logits and labels are as for :func:`target_cross_entropy`.
 
     Returns:
         (B,) logit units: the smallest over the target tokens of (logit of the right token - best other logit). A

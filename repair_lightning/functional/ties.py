@@ -42,12 +42,8 @@ def loss_weights(losses: Tensor, alpha: float) -> Tensor:
 
 @torch.no_grad()
 def trim(delta: Tensor, density: float) -> Tensor:
-    """A copy of one shard's delta, any shape, in which only its largest magnitudes are not 0.
-
-    Args:
-        delta: of n elements.
-        density: share kept, in (0, 1]: ceil(density * n) coordinates. Of equals the earlier (row-major) is kept.
-    """
+    """A copy of one shard's delta, n elements of any shape, in which only its ceil(density * n) largest magnitudes are
+    not 0; the density is in (0, 1], and of equals the earlier (row-major) is kept."""
     check_fraction("density", density, "1 keeps everything")
     flat = delta.flatten()
     kept = math.ceil(density * flat.numel() - 1e-9)
