@@ -115,7 +115,7 @@ class Defer(Editor):
         return TargetRows.of(self.edited, [*map(self.encode, batch.edits), *again, *other], len(batch.edits))
 
     def finish_window(self) -> None:
-        """Train the gate anew, on all edits that the second matrix owns."""
+        """Train the gate again, on all edits that the second matrix owns."""
         owned = {shard: [self.ledger.edit(id) for id in self.ledger.owned_by(shard)] for shard in self.memory.ids}
         queries = {shard: self._shared_query_of(edits) for shard, edits in owned.items() if edits}
         self.router.calibrate(self.memory, queries, self.held_out)

@@ -32,7 +32,7 @@ from repair_lightning.models.architectures import resolve_layer
 from repair_lightning.models.base import Base
 from repair_lightning.types import BASE, Edit, EditBatch, EditReport
 
-TOGETHER = 64  # so many edits at most are written at once where some are written anew
+TOGETHER = 64  # so many edits at most are written at once where some are written again
 DEPTH = 27 / 31  # the edited layer where none is named, as a share of the depth
 
 

@@ -153,7 +153,7 @@ class RLSEdit(ValueEditor):
 
     def _go_on(self, layer: int, found: Recursion) -> None:
         if found.rebuilt > self.problem(layer).rebuilt:
-            log.info("layer %d: float32 was not enough for a step; its inverse was computed anew in float64", layer)
+            log.info("layer %d: float32 was not enough for a step; its inverse was computed again in float64", layer)
         self.problems[layer] = found
 
     def forget(self, ids: Iterable[str]) -> None:

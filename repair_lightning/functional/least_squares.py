@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TOLERANCE = 1e-3  # largest error of a step's gain, relative to the keys, before the inverse is computed anew
+TOLERANCE = 1e-3  # largest error of a step's gain, relative to the keys, before the inverse is computed again
 
 
 def spd_inverse(matrix: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class Recursion:
     Attributes:
         weight: (D, F), the minimiser W.
         inverse: (F, F), C, the inverse of `information`.
-        information: (F, F), A in float64; it only ever adds and subtracts, so C can be had from it anew.
+        information: (F, F), A in float64; it only ever adds and subtracts, so C can be had from it again.
         rebuilt: how often that was necessary.
     """
 
@@ -87,7 +87,7 @@ class Recursion:
         return self._step(keys, values, -1)
 
     def _step(self, keys: Tensor, values: Tensor, sign: int) -> Recursion:
-        """A step in the problem's own precision; where that is not enough, with an inverse made anew in float64.
+        """A step in the problem's own precision; where that is not enough, with an inverse made again in float64.
 
         Raises:
             torch.linalg.LinAlgError: the keys that are taken out were never in.
