@@ -16,13 +16,12 @@ bound on the norm of a step.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
 
 from repair_lightning.editors.adapt import AUTO
-from repair_lightning.editors.base import Snapshot, register
+from repair_lightning.editors.base import register
 from repair_lightning.editors.checks import at_least
 from repair_lightning.editors.repair import Distillation, Repair, Routing, Writing
 from repair_lightning.errors import ConfigError
@@ -131,16 +130,14 @@ class WISE(Repair):
         self.merged = [*(shard for shard in self.merged if shard not in shards), one]
         return one
 
-    def snapshot(self) -> Snapshot:
+    def remember(self) -> dict[str, Any]:
         """Besides, who owns which edits: a merge moves them."""
-        taken = super().snapshot()
-        owners = {shard: self.ledger.owned_by(shard) for shard in self.memory.ids}
-        return replace(taken, own=taken.own | {"owners": owners})
+        return self.own_state() | {"owners": {shard: self.ledger.owned_by(shard) for shard in self.memory.ids}}
 
-    def rollback(self, snapshot: Snapshot) -> None:
+    def recall(self, kept: Any) -> None:
         """Besides, give the edits that a merge has moved back to the memories that are there again."""
-        super().rollback(snapshot)
-        for shard, ids in snapshot.own["owners"].items():
+        self.load_own_state(kept)
+        for shard, ids in kept["owners"].items():
             moved = [id for id in ids if self.ledger.owner_of(id) not in (None, shard)]
             if moved:
                 self.ledger.reassign(moved, shard, "unmerged")
