@@ -193,8 +193,7 @@ def answered(editor: ShardEditor, edits: Sequence[Edit], shards: Tensor) -> Tens
 
 
 def beats(scores: Tensor, others: Tensor) -> bool:
-    """Whether scores (n,) of the same probes are higher than others by `LEAST` and by more than noise: `NOISE` standard
-    errors of the paired difference."""
+    """Whether scores (n,) of the same probes are higher than others by `LEAST` and by `NOISE` standard errors."""
     difference = (scores - others).double()
     error = float(difference.std()) / len(difference) ** 0.5 if len(difference) > 1 else 0.0
     return float(difference.mean()) > max(LEAST, NOISE * error)

@@ -81,8 +81,7 @@ class Defer(Editor):
         self.tail = tail_of(self)
 
     def write(self, batch: EditBatch) -> list[EditReport]:
-        """Train the second matrix, a shard that is opened with the first batch; where it is no longer finite, it is
-        put back."""
+        """Train the second matrix, a shard of the bank; where it is no longer finite, it is put back."""
         return in_halves(batch, self._attempt)
 
     def _attempt(self, batch: EditBatch) -> list[EditReport]:

@@ -32,8 +32,7 @@ def into_ball(weight: Tensor, centre: Tensor, radius: float) -> Tensor:
 
 
 def rounded_into_ball(weight: Tensor, centre: Tensor, radius: float) -> Tensor:
-    """A float32 `weight` of the ball in the type of `centre`: what rounding puts outside takes the next number
-    inside."""
+    """A `weight` of the ball in the type of `centre`; what rounding puts outside takes the next number inside."""
     rounded = weight.to(centre.dtype)
     inside = (rounded.double() - centre.double()).abs() <= radius
     return torch.where(inside, rounded, torch.nextafter(rounded, centre))

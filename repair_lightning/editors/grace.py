@@ -108,8 +108,7 @@ class GRACE(Editor):
             return self.edited.split.value(activations.flatten(0, -2)).float()
 
     def write(self, batch: EditBatch) -> list[EditReport]:
-        """Place the edits' keys, then train the values of the entries that they came to; where one is not finite,
-        everything is put back."""
+        """Place the edits' keys, then train their entries' values; where one is not finite, everything is put back."""
         return in_halves(batch, self._attempt)
 
     def _attempt(self, batch: EditBatch) -> list[EditReport]:

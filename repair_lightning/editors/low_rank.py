@@ -119,8 +119,7 @@ class LowRankWriter:
         self.editor = editor
 
     def train(self, rows: TargetRows, budget: int) -> list[Outcome]:
-        """One outcome per edit: what is written leaves, the others go on, with a fresh optimiser whenever half have
-        left."""
+        """One outcome per edit. What is written leaves, and whenever half have left, the rest begin another phase."""
         outcomes: dict[int, Outcome] = {}
         still, taken, known = list(range(rows.members)), 0, None
         while True:
@@ -140,8 +139,7 @@ class LowRankWriter:
             still = [still[n] for n in going]
 
     def _phase(self, rows: TargetRows, training: LowRankTraining, budget: int) -> tuple[int, list[bool], list[float]]:
-        """Steps until half of the edits are written or the budget is used; returns how many, and per edit whether it is
-        written or beyond help, and its loss."""
+        """Steps until half of the edits are done or the budget is used; returns how many, who is done, and the losses."""
         editor, margin, every, rate = self.editor, self.editor.writing.margin, CHECK_EVERY, self.editor.value_rate
         tail, values = TargetTail(editor.edited.split, rows, editor.tail), training.values
         if editor.stepping == "normalized":

@@ -378,8 +378,7 @@ class Training:
 
     @contextmanager
     def _updated(self, updates: Sequence[Factors], rows: int) -> Iterator[None]:
-        """Inside, the matrices answer each row with the update of its edit: that of the row's number, modulo their
-        number."""
+        """Inside, the matrices answer row i with the update of edit i, modulo the number of edits."""
         edited = self.editor.edited
         with ExitStack() as stack:
             for place, (layer, (keys, deltas)) in enumerate(zip(self.editor.written_layers, updates, strict=True)):
@@ -395,8 +394,7 @@ class Training:
 
 
 def apart(edits: Sequence[Edit], stream: Any, format: str) -> list[Edit]:
-    """Edits that share no id, no subject and no text with what a stream asks; an id that `load_records` made of a
-    record's number says nothing."""
+    """Edits that share no subject, no text and no id, but for ids made of a record's number, with what a stream asks."""
     made = re.compile(rf"{re.escape(format)}-\d+")
     ids = {edit.id for edit in stream.edits if not made.fullmatch(edit.id)}
     subjects = {edit.subject.casefold() for edit in stream.edits if edit.subject}

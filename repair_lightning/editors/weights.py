@@ -50,8 +50,7 @@ class WeightEditor(Editor):
         at_least(1, self, "layers")
 
     def build(self, base: Base, layer: int) -> None:
-        """Besides building, find the layers that are written into: where none was named they end with the default, or
-        are all below it."""
+        """Besides building, find the written layers; where none was named they end with the default."""
         last = resolve_layer(base.model, -1)
         if self.layer_option is None:
             top = layer if self.default_depth is None else int(self.default_depth * last + 1e-6)

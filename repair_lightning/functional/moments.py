@@ -31,7 +31,6 @@ class RunningMoments:
         return RunningMoments(total, self.mean + apart * (n / total), spread)
 
     def normalise(self, features: Tensor, floor: float = 1e-12) -> Tensor:
-        """Features (n, X) with the mean and the (unbiased) variance of all so far taken out; `floor` is the least
-        standard deviation."""
+        """Features (n, X) without the mean and (unbiased) variance of all so far; `floor` is the least deviation."""
         deviation = (self.spread / max(self.count - 1, 1)).sqrt()
         return (features - self.mean) / deviation.clamp_min(floor)
