@@ -139,7 +139,7 @@ class LowRankWriter:
             still = [still[n] for n in going]
 
     def _phase(self, rows: TargetRows, training: LowRankTraining, budget: int) -> tuple[int, list[bool], list[float]]:
-        """Steps until half of the edits are done or the budget is used; returns how many, who is done, and the losses."""
+        """Steps until half of the edits are done or the budget is used; returns how many, who is, and the losses."""
         editor, margin, every, rate = self.editor, self.editor.writing.margin, CHECK_EVERY, self.editor.value_rate
         tail, values = TargetTail(editor.edited.split, rows, editor.tail), training.values
         if editor.stepping == "normalized":

@@ -394,7 +394,7 @@ class Training:
 
 
 def apart(edits: Sequence[Edit], stream: Any, format: str) -> list[Edit]:
-    """Edits that share no subject, no text and no id, but for ids made of a record's number, with what a stream asks."""
+    """Edits that share no subject, text or id, but for one made of a record's number, with what a stream asks."""
     made = re.compile(rf"{re.escape(format)}-\d+")
     ids = {edit.id for edit in stream.edits if not made.fullmatch(edit.id)}
     subjects = {edit.subject.casefold() for edit in stream.edits if edit.subject}

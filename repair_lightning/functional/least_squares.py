@@ -72,7 +72,7 @@ class Recursion:
 
     @classmethod
     def start(cls, weight: Tensor, anchors: Tensor, ridge: float, anchoring: float) -> Recursion:
-        """The problem before the first key: weight W_0 (D, F), anchors K_0 (N, F), ridge lambda^2 > 0, anchoring mu^2."""
+        """Before the first key: weight W_0 (D, F), anchors K_0 (N, F), ridge lambda^2 > 0, anchoring mu^2."""
         eye = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device)
         information = ridge * eye + anchoring * (anchors.double().T @ anchors.double())
         return cls(weight, spd_inverse(information).to(weight.dtype), information)
