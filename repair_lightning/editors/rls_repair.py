@@ -54,8 +54,19 @@ class RLSRepair(Keyed, RLSEdit):
         anchors: str | list[str] | None = None,
         **common: Any,
     ) -> None:
-        problem = {"layers": 1, "values": values, "ridge": ridge, "anchoring": anchoring, "anchors": anchors}
-        super().__init__(base, relation_false_rate, writing, hold, seed, **problem, **common)
+        super().__init__(
+            base,
+            relation_false_rate,
+            writing,
+            hold,
+            seed,
+            layers=1,
+            values=values,
+            ridge=ridge,
+            anchoring=anchoring,
+            anchors=anchors,
+            **common,
+        )
 
     def write(self, batch: EditBatch) -> list[EditReport]:
         """What is new goes into the matrix, what has failed before into shards."""
