@@ -1,11 +1,10 @@
 """Settings for a base that was never seen: layer, learning rate and margin, found by probe edits that the editor makes.
 
 Ours, not the paper's, whose settings were tuned by hand for each base. No edit of the user's and nothing that scores
-one takes part. A probe asks an irrelevant prompt and wants what the base says to another one: a false fact in the
-base's own style. Each candidate writes all probes as the stream would, into a memory of its own that is thrown away.
-With the right shard forced it is then asked how many are answered, on their own prompts and with one word left out,
-which stands in for other words. (Contexts before the prompt do not: they speak for low layers, where real rephrases
-fare no better.)
+one takes part. A probe asks an irrelevant prompt and wants what the base says to another one. Each candidate writes all
+probes as the stream would, into a memory of its own that is thrown away. With the right shard forced it is then asked
+how many are answered, on their own prompts and with one word left out, which stands in for other words. (Contexts
+before the prompt do not: they speak for low layers, where real rephrases fare no better.)
 
 Candidates stand in the order in which they are liked, the default first. The first one that no other beats by more than
 noise is taken, so a cheap layer is left for a reason alone.
@@ -18,7 +17,7 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -27,38 +26,26 @@ from torch import Tensor
 
 from repair_lightning.errors import ConfigError
 from repair_lightning.functional import IGNORED
-from repair_lightning.memory.query import Choice
 from repair_lightning.models.base import can_stop
-from repair_lightning.models.prefix import pad_left, stack_left
 from repair_lightning.models.sampling import greedy_answers
-from repair_lightning.models.tokenizing import target_labels
 from repair_lightning.types import BASE, Edit, EditBatch
 
 if TYPE_CHECKING:
-    from repair_lightning.editors.shards import ShardEditor
+    from repair_lightning.editors.adaptive import AdaptiveEditor
 
 log = logging.getLogger(__name__)
 
-AUTO = "auto"
-"""An option's value that asks for the search."""
-DEPTHS = (1.0, 0.9, 0.75, 0.6, 0.4)
-"""Candidate layers, as shares of the depth."""
-RATES = (1.0, 3.0, 0.3)
-"""Candidate learning rates, in the units of `writing.lr`."""
-MARGINS = (2.0, 4.0, 1.0)
-"""Candidate margins at which the inner steps stop, in nats."""
-PROBES = 50
-"""Most probe edits."""
-STEPS = 60
-"""Most inner steps of a candidate."""
-NOISE = 2.0
-"""How many standard errors of the paired difference are noise."""
+AUTO = "auto"  # an option's value that asks for the search
+DEPTHS = (1.0, 0.9, 0.75, 0.6, 0.4)  # candidate layers, as shares of the depth
+RATES = (1.0, 3.0, 0.3)  # candidate learning rates, in the units of `writing.lr`
+MARGINS = (2.0, 4.0, 1.0)  # candidate margins at which the inner steps stop, in nats
+PROBES = 50  # most probe edits
+STEPS = 60  # most inner steps of a candidate
+NOISE = 2.0  # how many standard errors of the paired difference are noise
 LEAST = 0.05
 """What must be won besides, as a share of the probes: less is not worth a setting that was not measured widely."""
-OTHER_WORDS = 2
-"""Most other wordings in which a probe is asked."""
-SAMPLE = 64
-"""How many irrelevant prompts tell a candidate the unit of its learning rate."""
+OTHER_WORDS = 2  # most other wordings in which a probe is asked
+SAMPLE = 64  # how many irrelevant prompts tell a candidate the unit of its learning rate
 
 
 @dataclass(frozen=True)
@@ -71,37 +58,16 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """How one setting fared; `written` and `in_other_words` are shares of the probes, `steps` the most of one."""
-
-    settings: Settings
-    written: float
-    in_other_words: float
-    steps: int
-    seconds: float
-    scores: Tensor = field(repr=False, compare=False)
-    """(n,) the mean of both shares for each probe."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """A row of the table of candidates."""
-        figures = {name: getattr(self, name) for name in ("written", "in_other_words", "steps", "seconds")}
-        return asdict(self.settings) | figures
-
-
-@dataclass(frozen=True)
-class Adapted:
+class Adapted(Settings):
     """What the search found.
 
     Attributes:
-        layer, lr, stop_margin: the settings to write with.
         probes: how many probe edits it took.
         seconds: how long.
-        candidates: what was tried, as `Candidate.as_dict` says it.
+        candidates: what was tried and how it fared: `written` and `in_other_words` are shares of the probes, `steps`
+            the most of one.
     """
 
-    layer: int
-    lr: float
-    stop_margin: float | None
     probes: int
     seconds: float
     candidates: tuple[Mapping[str, Any], ...] = ()
@@ -125,54 +91,44 @@ class Adapted:
         return f"layer {self.layer}, lr {self.lr:g}, stop_margin {self.stop_margin}: chosen by {tried}"
 
 
-def adapt(editor: ShardEditor, background: Sequence[str], held_out: Sequence[str]) -> Adapted:
+def adapt(editor: AdaptiveEditor, background: Sequence[str], held_out: Sequence[str]) -> Adapted:
     """Find the settings that an editor's options leave to `auto`; the editor itself is not touched.
 
-    Args:
-        editor: with its base loaded. What is not `auto` is kept; so is the layer where something is written already.
-        background: irrelevant prompts; the probes ask some of them.
-        held_out: others, as `Editor.prepare` takes them.
-
-    Raises:
-        ConfigError: the base says the same to every prompt.
+    What is not `auto` is kept; so is the layer where something is written already. The prompts are irrelevant ones as
+    `Editor.prepare` takes them; probes ask some of the first.
     """
     started = time.perf_counter()
     probes = make_probes(editor, background)
     prompts = (background[:SAMPLE], held_out[:SAMPLE])
-    tried: dict[Settings, Candidate] = {}
+    rows: dict[Settings, dict[str, Any]] = {}
+    scores: dict[Settings, Tensor] = {}
     found = Settings(editor.layer, editor.writing.rate, editor.writing.margin)
     with ExitStack() as stack:
         trial_at = cache(lambda layer: stack.enter_context(editor.trial(layer)))
         for name, values in searched(editor).items():
             settings = [replace(found, **{name: value}) for value in values]
             for one in settings:
-                if one not in tried:
-                    tried[one] = try_out(trial_at(one.layer), one, probes, *prompts)
-            found = first_unbeaten([tried[one] for one in settings]).settings
+                if one not in rows:
+                    rows[one], scores[one] = try_out(trial_at(one.layer), one, probes, *prompts)
+            found = next(one for one in settings if not any(beats(scores[two], scores[one]) for two in settings))
     seconds = time.perf_counter() - started
-    rows = tuple(candidate.as_dict() for candidate in tried.values())
-    return Adapted(found.layer, found.lr, found.stop_margin, len(probes), seconds, rows)
+    return Adapted(found.layer, found.lr, found.stop_margin, len(probes), seconds, tuple(rows.values()))
 
 
-def searched(editor: ShardEditor) -> dict[str, list[Any]]:
+def searched(editor: AdaptiveEditor) -> dict[str, list[Any]]:
     """The options that are `auto`, each with its candidates in the order in which they are liked."""
     depth = len(editor.edited.split.layers)
-    layers = [max(0, round(share * depth) - 1) for share in DEPTHS]
-    written = bool(editor.ledger.sizes())
+    layers = [] if editor.ledger.sizes() else [max(0, round(share * depth) - 1) for share in DEPTHS]
     asked: dict[str, tuple[Any, Sequence[Any]]] = {
-        "layer": (editor.layer_option, [editor.layer] if written else [editor.layer, *layers]),
+        "layer": (editor.layer_option, [editor.layer, *layers]),
         "lr": (editor.writing.lr, RATES),
         "stop_margin": (editor.writing.stop_margin, MARGINS),
     }
     return {name: list(dict.fromkeys(values)) for name, (option, values) in asked.items() if option == AUTO}
 
 
-def make_probes(editor: ShardEditor, prompts: Sequence[str]) -> list[Edit]:
-    """Edits that give prompts the base's own answers to others; the editor's seed draws the prompts.
-
-    Raises:
-        ConfigError: fewer than two different answers.
-    """
+def make_probes(editor: AdaptiveEditor, prompts: Sequence[str]) -> list[Edit]:
+    """Edits that give prompts the base's own answers to others; the editor's seed draws the prompts."""
     asked = random.Random(editor.seed).sample(list(prompts), min(PROBES, len(prompts)))
     with editor.edited.forced(None):
         said = greedy_answers(editor.edited.base, editor.edited.forms, asked)
@@ -189,9 +145,14 @@ def make_probes(editor: ShardEditor, prompts: Sequence[str]) -> list[Edit]:
 
 
 def try_out(
-    trial: ShardEditor, settings: Settings, probes: Sequence[Edit], background: Sequence[str], held_out: Sequence[str]
-) -> Candidate:
-    """Write the probes under some settings with an editor of the layer, and ask them with the right shard forced."""
+    trial: AdaptiveEditor,
+    settings: Settings,
+    probes: Sequence[Edit],
+    background: Sequence[str],
+    held_out: Sequence[str],
+) -> tuple[dict[str, Any], Tensor]:
+    """Write the probes under some settings with an editor of the layer, and ask them with the right shard forced;
+    returns a row of `Adapted.candidates`, and each probe's score (n,), the mean of both shares."""
     started = time.perf_counter()
     steps = min(STEPS, trial.writing.steps)
     trial.writing = replace(trial.writing, lr=settings.lr, stop_margin=settings.stop_margin, steps=steps)
@@ -201,20 +162,15 @@ def try_out(
     size = trial.batch_limit(probes)
     batches = [EditBatch(tuple(probes[at : at + size])) for at in range(0, len(probes), size)]
     reports = [report for batch in batches for report in trial.write(batch)]
-    shards = [BASE if report.error else report.shard for report in reports]
+    shards = torch.tensor([BASE if report.error else report.shard for report in reports])
     reworded = [(i, edit) for i, probe in enumerate(probes) for edit in other_words(probe, trial.seed)]
-    written = answered(trial, probes, shards)
-    said = answered(trial, [edit for _, edit in reworded], [shards[i] for i, _ in reworded])
     of = torch.tensor([i for i, _ in reworded])
+    written = answered(trial, probes, shards)
+    said = answered(trial, [edit for _, edit in reworded], shards[of])
     others = torch.zeros(len(probes)).index_add(0, of, said) / of.bincount(minlength=len(probes))
-    return Candidate(
-        settings,
-        float(written.mean()),
-        float(others.mean()),
-        max(report.steps for report in reports),
-        time.perf_counter() - started,
-        (written + others) / 2,
-    )
+    row = {"written": float(written.mean()), "in_other_words": float(others.mean())}
+    row |= {"steps": max(report.steps for report in reports), "seconds": time.perf_counter() - started}
+    return asdict(settings) | row, (written + others) / 2
 
 
 def other_words(edit: Edit, seed: int) -> list[Edit]:
@@ -226,44 +182,22 @@ def other_words(edit: Edit, seed: int) -> list[Edit]:
     return [replace(edit, prompt=prompt) for prompt in prompts or [edit.prompt]]
 
 
-@torch.no_grad()
-def answered(editor: ShardEditor, edits: Sequence[Edit], shards: Sequence[int], batch_size: int = 64) -> Tensor:
-    """Of each edit 1 where greedy generation with a shard says its target and ends, else 0; (n,).
+def answered(editor: AdaptiveEditor, edits: Sequence[Edit], shards: Tensor) -> Tensor:
+    """Of each edit 1 where greedy generation with its shard (n,) says its target and ends, else 0; (n,). The end of
+    sequence does not count where the base cannot say it."""
+    rows = [editor.encode(edit) for edit in edits]
+    ends = can_stop(editor.edited.base, editor.tokenizer, rows[0].target[-1])
 
-    It does so where every target token is the likeliest behind those before it; the end of sequence is one of them,
-    unless the base cannot say it.
-    """
-    found = []
-    end = editor.encode(edits[0]).target[-1] if edits else None
-    ends = can_stop(editor.edited.base, editor.tokenizer, end)
-    for at in range(0, len(edits), batch_size):
-        rows = [editor.encode(edit) for edit in edits[at : at + batch_size]]
-        memory = torch.tensor(shards[at : at + batch_size])
-        none = torch.zeros(len(rows))
-        device = editor.edited.device
-        ids, mask = pad_left([row.ids for row in rows], device=device)
-        hidden = stack_left([capture.hidden for capture in editor.edited.captures([row.ids for row in rows])])
-        labels = target_labels(rows, device=device)
-        if not ends:
-            labels[:, -1] = IGNORED
-        choice = Choice(memory, none, none, (None,) * len(rows))
-        with editor.edited.split.skipping(), editor.edited.forced(choice):
-            logits, _ = editor.edited.split.tail(ids, mask, hidden, labels.shape[1] + 1)
-        right = ((logits[:, :-1].argmax(-1) == labels) | (labels == IGNORED)).all(-1).cpu()
-        found.append((right & (memory != BASE)).float())
-    return torch.cat(found)
+    def right(logits: Tensor, labels: Tensor) -> list[bool]:
+        said = (logits.argmax(-1) == labels) | (labels == IGNORED)
+        return (said if ends else said[:, :-1]).all(-1).tolist()
 
-
-def first_unbeaten(candidates: Sequence[Candidate]) -> Candidate:
-    """The first candidate that no other beats by more than noise."""
-    return next(one for one in candidates if not any(beats(other.scores, one.scores) for other in candidates))
+    found = torch.tensor(editor.edited.over_targets(rows, shards, right))
+    return (found & (shards != BASE)).float()
 
 
 def beats(scores: Tensor, others: Tensor) -> bool:
-    """Whether scores (n,) of the same probes are higher than others by `LEAST` and by more than noise.
-
-    Noise is `NOISE` standard errors of the paired difference.
-    """
+    """Whether scores (n,) of the same probes are higher than others by `LEAST` and by `NOISE` standard errors."""
     difference = (scores - others).double()
     error = float(difference.std()) / len(difference) ** 0.5 if len(difference) > 1 else 0.0
     return float(difference.mean()) > max(LEAST, NOISE * error)

@@ -12,7 +12,7 @@ import torch
 
 from repair_lightning.editors.adapt import AUTO, Adapted, adapt
 from repair_lightning.editors.base import Editor, make_editor
-from repair_lightning.editors.normalized import NormalizedGradient
+from repair_lightning.editors.low_rank import NormalizedGradient
 from repair_lightning.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -75,6 +75,7 @@ class AdaptiveEditor(Editor):
     can_adapt = True
 
     writing: Steps
+    seed: int
 
     def choose_settings(self, background: Sequence[str], held_out: Sequence[str]) -> None:
         """Find what is `auto`, on the first rank for all."""

@@ -2,17 +2,14 @@
 
 SERAC ("Memory-Based Model Editing at Scale", arXiv 2206.06520) puts a scope classifier before a counterfactual model;
 DEFER is its relative without an editing dataset, a baseline of GRACE (arXiv 2211.11031, Sec. 4.1): a gate and a new
-head, one linear layer each, upon what enters a layer's value matrix. Here the head is a trained copy of the value
-matrix, which a prompt that was handed over gets at every token instead of the base's; and the gate also sees what
-enters the layer.
+head upon what enters a layer's value matrix. Here the head is a trained copy of the value matrix, which a prompt that
+was handed over gets at every token; and the gate also sees what enters the layer.
 
 Each batch trains the copy on its edits, on edits drawn from those so far, and on irrelevant prompts with the base's own
-answers, so that what is handed over by mistake is answered as before. The gate is trained anew when a window is over,
-on all edits so far against the irrelevant prompts; what the stream holds out of these only raises its threshold.
+answers, so that what is handed over by mistake is answered as before. The gate is trained again when a window is over.
 
-Defaults from `grace/config/editor/defer.yaml` of github.com/Thartvigsen/GRACE: 100 steps of Adam, threshold 0.5.
-Deviations: their rate of 0.1 is for a head from scratch; ours begins as the base's matrix, and 1e-3 is our choice.
-Theirs mixes head and layer by the gate while training, and trains on the latest edit alone.
+Defaults: `grace/config/editor/defer.yaml` of github.com/Thartvigsen/GRACE, but a rate of 1e-3: their 0.1 is for a head
+from scratch. Deviations: theirs mixes head and layer by the gate while training, and trains on the latest edit alone.
 """
 
 from __future__ import annotations
@@ -20,20 +17,18 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from repair_lightning.editors.base import KEPT, Editor, register
-from repair_lightning.editors.inner_loop import Tail, TargetRows, TargetTail
-from repair_lightning.errors import ConfigError
-from repair_lightning.functional import target_cross_entropy, target_margin
+from repair_lightning.editors.checks import at_least, positive, share
+from repair_lightning.editors.inner_loop import TargetRows, TargetTail, descend, in_halves, tail_of
 from repair_lightning.memory.query import Query
 from repair_lightning.memory.routers import Router, make_router
 from repair_lightning.memory.shards import Selection, Shard
-from repair_lightning.models.tokenizing import Encoded
-from repair_lightning.types import EditBatch, EditReport
+from repair_lightning.types import Edit, EditBatch, EditReport
 
 
 @register("defer")
@@ -51,7 +46,6 @@ class Defer(Editor):
         threshold: the least probability of being in scope that hands a prompt over.
         false_fire_rate: share of held-out irrelevant prompts that may be handed over.
         seed: of what is drawn; `seed_everything` where a command gives none.
-        common: what every editor takes, see `Editor`.
     """
 
     def __init__(
@@ -68,17 +62,13 @@ class Defer(Editor):
         **common: Any,
     ) -> None:
         super().__init__(base, **common)
-        if not 0 < lr < math.inf:
-            raise ConfigError(f"lr must be positive and finite, got {lr}")
-        for name, value, least in (("steps", steps, 1), ("replay", replay, 0), ("irrelevant", irrelevant, 0)):
-            if value < least:
-                raise ConfigError(f"{name} must be at least {least}, got {value}")
-        for name, share in (("threshold", threshold), ("false_fire_rate", false_fire_rate)):
-            if not 0 <= share < 1:
-                raise ConfigError(f"{name} must be in [0, 1), got {share}")
         self.lr, self.steps, self.stop_margin, self.seed = lr, steps, stop_margin, seed
         self.replay, self.irrelevant = replay, irrelevant
         self.threshold, self.false_fire_rate = threshold, false_fire_rate
+        positive(self, "lr")
+        at_least(1, self, "steps")
+        at_least(0, self, "replay", "irrelevant")
+        share(self, "threshold", "false_fire_rate")
 
     def build_router(self) -> Router:
         """A trained gate."""
@@ -88,77 +78,48 @@ class Defer(Editor):
         """Besides, take the base's own answers to irrelevant prompts, and find how much of it a step must run."""
         super().prepare(background, held_out)
         self.said = self.said_by_base(self.background_prompts[:KEPT])
-        self.tail: Tail = "model"
-        if self.cache_mib:
-            self.tail = "positions" if self.edited.split.adds_up() else "rows"
+        self.tail = tail_of(self)
 
-    def _copy(self) -> tuple[int, Shard]:
-        """The second matrix, as a shard of the bank; opened with the first batch."""
+    def write(self, batch: EditBatch) -> list[EditReport]:
+        """Train the second matrix, a shard of the bank; where it is no longer finite, it is put back."""
+        return in_halves(batch, self._attempt)
+
+    def _attempt(self, batch: EditBatch) -> list[EditReport]:
         shard = self.memory.ids[0] if len(self.memory) else self.memory.open_shard()
         module = self.memory[shard]
         assert isinstance(module, Shard)
-        return shard, module
+        before, rows = module.delta.detach().clone(), self.rows_beside(batch, shard)
+        optimizer = torch.optim.Adam([module.delta], lr=self.lr)
+        tail = TargetTail(self.edited.split, rows, self.tail)
 
-    def write(self, batch: EditBatch) -> list[EditReport]:
-        """Train the second matrix; where it is no longer finite, it is put back and the batch written in halves, until
-        the edit that spoils it stands alone and is reported."""
-        shard, module = self._copy()
-        before = module.delta.detach().clone()
-        steps, losses = self._train(module, self._rows(batch))
-        if all(map(math.isfinite, losses)) and bool(module.delta.isfinite().all()):
-            pairs = zip(batch.ids, losses, strict=True)
-            return [EditReport(id, shard, loss, 0.0, steps) for id, loss in pairs]
-        module.delta.data.copy_(before)
-        if len(batch.edits) > 1:
-            half = len(batch.edits) // 2
-            return [*self.write(EditBatch(batch.edits[:half])), *self.write(EditBatch(batch.edits[half:]))]
-        error = f"the loss or the matrix was not finite after {steps} steps: rolled back"
-        return [EditReport(batch.ids[0], shard, losses[0], 0.0, steps, error=error)]
+        def done(_: int, logits: Tensor, losses: Tensor) -> bool:
+            return bool(rows.lead(logits, self.stop_margin).all())
 
-    def _rows(self, batch: EditBatch) -> TargetRows:
+        with tail.cut(), self.edited.forced(Selection(len(rows), [(module, None)])):
+            steps, losses = descend(rows, lambda: tail(module.product)[0], optimizer, self.steps, done, torch.mean)
+        optimizer.zero_grad()
+        error = None
+        if not (all(map(math.isfinite, losses)) and bool(module.delta.isfinite().all())):
+            module.delta.data.copy_(before)
+            error = f"the loss or the matrix was not finite after {steps} steps: rolled back"
+        pairs = zip(batch.ids, losses, strict=True)
+        return [EditReport(id, shard, loss, 0.0, steps, error=error) for id, loss in pairs]
+
+    def rows_beside(self, batch: EditBatch, shard: int) -> TargetRows:
         """The batch's rows, and behind them those of earlier edits and of irrelevant prompts."""
-        shard, _ = self._copy()
         earlier = [id for id in self.ledger.owned_by(shard) if id not in batch.ids]
         draw = random.Random(f"{self.seed}/{batch.ids[0]}")
         again = [self.encode(self.ledger.edit(id)) for id in draw.sample(earlier, min(self.replay, len(earlier)))]
-        other: list[Encoded] = draw.sample(self.said, min(self.irrelevant, len(self.said)))
-        encoded = [*map(self.encode, batch.edits), *again, *other]
-        captures = self.edited.captures([row.ids for row in encoded])
-        return TargetRows(encoded, captures, range(len(encoded)), len(batch.edits))
-
-    def _train(self, module: Shard, rows: TargetRows) -> tuple[int, list[float]]:
-        """The steps taken and each member's last loss."""
-        optimizer = torch.optim.Adam([module.delta], lr=self.lr)
-        tail = TargetTail(self.edited.split, rows, self.tail)
-        with torch.enable_grad(), self._cut(), self.edited.forced(Selection(len(rows), [(module, None)])):
-            for step in range(self.steps + 1):  # the last round only looks at what the steps made
-                logits, _ = tail(module.product)
-                losses = rows.per_row(target_cross_entropy(logits[:, None], rows.labels[:, None]))
-                if step == self.steps or self._done(rows, logits.detach()):
-                    break
-                optimizer.zero_grad()
-                losses.mean().backward()
-                optimizer.step()
-        optimizer.zero_grad()
-        return step, rows.per_member(losses.detach()).tolist()
-
-    def _done(self, rows: TargetRows, logits: torch.Tensor) -> bool:
-        if self.stop_margin is None:
-            return False
-        own = rows.row < rows.members
-        return bool((target_margin(logits[:, None], rows.labels[:, None])[own] >= self.stop_margin).all())
-
-    def _cut(self) -> AbstractContextManager[Any]:
-        """What the steps need not run is out of the way."""
-        return nullcontext() if self.tail == "model" else self.edited.split.skipping(whole=self.tail == "positions")
+        other = draw.sample(self.said, min(self.irrelevant, len(self.said)))
+        return TargetRows.of(self.edited, [*map(self.encode, batch.edits), *again, *other], len(batch.edits))
 
     def finish_window(self) -> None:
-        """Train the gate anew, on all edits that the second matrix owns."""
-        owned = {shard: self._own_prompts(shard) for shard in self.memory.ids if self.ledger.owned_by(shard)}
-        self.router.calibrate(self.memory, owned, self.held_out)
+        """Train the gate again, on all edits that the second matrix owns."""
+        owned = {shard: [self.ledger.edit(id) for id in self.ledger.owned_by(shard)] for shard in self.memory.ids}
+        queries = {shard: self._shared_query_of(edits) for shard, edits in owned.items() if edits}
+        self.router.calibrate(self.memory, queries, self.held_out)
 
-    def _own_prompts(self, shard: int) -> Query:
-        edits = [self.ledger.edit(id) for id in self.ledger.owned_by(shard)]
+    def _shared_query_of(self, edits: Sequence[Edit]) -> Query:
         return self.edited.shared_query(len(edits), lambda index: self.query_of([edits[i] for i in index]))
 
     def forget(self, ids: Iterable[str]) -> None:

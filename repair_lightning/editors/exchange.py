@@ -62,40 +62,36 @@ class Written:
 
     def exchange(self, editor: AskedModel) -> list[Pace]:
         """Give this to all ranks and enter what each has written in ledger, router and bank; returns their paces."""
-        self._exchange_reports(editor)
-        self._exchange_shards(editor)
+        for rank, reports in enumerate(editor.team.gather_objects(self.reports)):
+            if rank != editor.team.rank:
+                editor.ledger.written(reports)
+        known = set(editor.memory.ids)
+        touched = dict.fromkeys(report.shard for report in self.reports if report.shard in known)
+        low = [shard for shard in touched if isinstance(editor.memory[shard], LowRankShard)]
+        self._exchange_low_rank(editor, low)
+        self._exchange_dense(editor, [shard for shard in touched if shard not in set(low)])
         self._exchange_entries(editor)
         found = editor.team.gather_objects((len(self.reports), self._seconds, editor.memory.next_id))
         editor.memory.next_id = max(next_id for *_, next_id in found)
         return [Pace(edits, seconds) for edits, seconds, _ in found]
 
-    def _exchange_reports(self, editor: AskedModel) -> None:
-        for rank, reports in enumerate(editor.team.gather_objects(self.reports)):
-            if rank != editor.team.rank:
-                editor.ledger.written(reports)
-
-    def _exchange_shards(self, editor: AskedModel) -> None:
-        memory, team = editor.memory, editor.team
-        known = set(memory.ids)
-        touched = dict.fromkeys(report.shard for report in self.reports if report.shard in known)
-        low = [shard for shard in touched if isinstance(memory[shard], LowRankShard)]
-        dense = [shard for shard in touched if shard not in set(low)]
-        d, f = memory.shape
+    @staticmethod
+    def _exchange_low_rank(editor: AskedModel, shards: Sequence[int]) -> None:
+        memory, (d, f) = editor.memory, editor.memory.shape
         empty = {"ids": torch.zeros(0).long(), "ranks": torch.zeros(0).long()}
         empty |= {"left": torch.zeros(0, d), "right": torch.zeros(0, f)}
-        tensors = memory.low_rank_tensors(low) or empty
-        found = team.gather(*(tensors[name].to(memory.device) for name in empty))
-        for rank, part in enumerate(found):
-            if rank != team.rank and len(part[0]):
+        tensors = memory.low_rank_tensors(shards) or empty
+        for rank, part in enumerate(editor.team.gather(*(tensors[name].to(memory.device) for name in empty))):
+            if rank != editor.team.rank and len(part[0]):
                 memory.load_low_rank(dict(zip(empty, part, strict=True)))
-        self._exchange_dense(editor, dense)
 
-    def _exchange_dense(self, editor: AskedModel, dense: Sequence[int]) -> None:
+    @staticmethod
+    def _exchange_dense(editor: AskedModel, shards: Sequence[int]) -> None:
         """One shard of each rank at a time: a dense one is as large as the value matrix."""
         memory, team = editor.memory, editor.team
-        for i in range(max(team.gather_objects(len(dense)))):
-            shard = memory[dense[i]] if i < len(dense) else None
-            head = torch.tensor([] if shard is None else [dense[i], shard.generation], dtype=torch.long)
+        for i in range(max(team.gather_objects(len(shards)))):
+            shard = memory[shards[i]] if i < len(shards) else None
+            head = torch.tensor([] if shard is None else [shards[i], shard.generation], dtype=torch.long)
             delta = torch.zeros(0, memory.shape[1], device=memory.device) if shard is None else shard.delta
             for rank, (known, values) in enumerate(team.gather(head, delta)):
                 if rank != team.rank and len(known):

@@ -5,19 +5,16 @@ Paper: "Overcoming catastrophic forgetting in neural networks" (Kirkpatrick et a
     loss of the edits + weight / 2 sum_i F_i (W_i - W*_i)^2
 
 with F the diagonal of the Fisher information of what is to stay: the mean over prompts of the squared gradient of the
-log likelihood of their answer. Here these are the irrelevant prompts that the stream hands over, with the base's own
-(greedy) answers, and W* is the base's matrix. With `accumulate` each window's edits are added when it is over, and W*
-is then the matrix that said them: online EWC (Schwarz et al., 2018, arXiv 1805.06370, with gamma 1).
+log likelihood of their answer. Here these are the irrelevant prompts with the base's own answers, and W* is the base's
+matrix. With `accumulate` each window's edits are added when it is over, and W* is then the matrix that said them:
+online EWC (Schwarz et al., 2018, arXiv 1805.06370, with gamma 1).
 
-Defaults are those of GRACE's baseline (`grace/config/editor/ft_ewc.yaml` of github.com/Thartvigsen/GRACE): Adam at
-1e-2, 0.1 F (W - W*)^2, which is a weight of 0.2 here, at most 100 steps, until each target token leads. Deviations:
-theirs takes F from the last ten edits, which says nothing of what is unrelated; one matrix of one layer,
-`resolve_layer`'s.
+Defaults: `grace/config/editor/ft_ewc.yaml` of github.com/Thartvigsen/GRACE; its 0.1 F (W - W*)^2 is a weight of 0.2
+here. Deviations: theirs takes F from the last ten edits; one matrix of one layer, `resolve_layer`'s.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,16 +22,14 @@ import torch
 from torch import Tensor
 
 from repair_lightning.editors.base import KEPT, register
-from repair_lightning.editors.ft import FineTuner
+from repair_lightning.editors.checks import at_least
+from repair_lightning.editors.ft import FT
 from repair_lightning.editors.inner_loop import TargetRows
-from repair_lightning.editors.values import pushing
-from repair_lightning.errors import ConfigError
-from repair_lightning.functional import target_cross_entropy
+from repair_lightning.editors.values import slopes
 from repair_lightning.models.tokenizing import Encoded
 from repair_lightning.types import Edit, EditBatch, EditReport
 
-ROWS = 32
-"""Texts whose gradients are taken together."""
+ROWS = 32  # texts whose gradients are taken together
 
 
 def elastic_penalty(moved: Tensor, fisher: Tensor, weight: float) -> Tensor:
@@ -43,7 +38,7 @@ def elastic_penalty(moved: Tensor, fisher: Tensor, weight: float) -> Tensor:
 
 
 @register("ft_ewc")
-class FTEWC(FineTuner):
+class FTEWC(FT):
     """Fine-tuning with the elastic penalty; see the module's own docstring.
 
     Args:
@@ -54,7 +49,6 @@ class FTEWC(FineTuner):
             steps.
         weight: lambda, of the penalty; it wants to be the larger, the more the base's answers are to stay.
         accumulate: the edits of windows that are over are to stay too.
-        common: what every editor takes, see `Editor`.
     """
 
     def __init__(
@@ -67,10 +61,9 @@ class FTEWC(FineTuner):
         accumulate: bool = False,
         **common: Any,
     ) -> None:
-        super().__init__(base, lr=lr, steps=steps, stop_loss=None, stop_margin=stop_margin, **common)
-        if not 0 <= weight < math.inf:
-            raise ConfigError(f"weight must be at least 0 and finite, got {weight}")
-        self.weight, self.accumulate = weight, accumulate
+        super().__init__(base, lr=lr, steps=steps, stop_loss=None, norm_constraint=None, **common)
+        self.stop_margin, self.weight, self.accumulate = stop_margin, weight, accumulate
+        at_least(0, self, "weight")
         self.learnt: dict[str, Tensor] = {}
         """With `accumulate`, once a window is over: F as `fisher`, and W* as `anchor`."""
         self.recent: list[Edit] = []
@@ -87,27 +80,11 @@ class FTEWC(FineTuner):
         """The mean over texts of the squared gradient of each one's log likelihood for W_v as it is, (D, F)."""
         total = torch.zeros(self.memory.shape, device=self.edited.device)
         for start in range(0, len(texts), ROWS):
-            part = texts[start : start + ROWS]
-            captures = self.edited.captures([row.ids for row in part])
-            rows = TargetRows(part, captures, range(len(part)), len(part))
-            for at_output, activations in zip(self._gradients(rows), rows.activations.float(), strict=True):
+            rows = TargetRows.of(self.edited, texts[start : start + ROWS])
+            _, _, deltas = slopes(self.edited, [self.layer], rows)
+            for at_output, activations in zip(deltas[self.layer], rows.activations.float(), strict=True):
                 total += (at_output.T @ activations).square_()
         return total / max(len(texts), 1)
-
-    def _gradients(self, rows: TargetRows) -> Tensor:
-        """The gradients (B, T, D) of each row's log likelihood at what W_v puts out."""
-        shape = (*rows.ids.shape, self.memory.shape[0])
-        pushed = torch.zeros(shape, device=rows.ids.device, requires_grad=True)
-        with (
-            torch.enable_grad(),
-            self.edited.forced(None),
-            self.edited.split.skipping(),
-            pushing(self.edited.split, pushed),
-        ):
-            logits, _ = self.edited.split.tail(rows.ids, rows.mask, rows.hidden, rows.span)
-            target_cross_entropy(rows.reading(logits)[:, None], rows.labels[:, None]).sum().backward()
-        assert pushed.grad is not None
-        return pushed.grad
 
     @property
     def fisher(self) -> Tensor:
@@ -116,9 +93,8 @@ class FTEWC(FineTuner):
 
     def change(self, edits: Sequence[Edit]) -> list[EditReport]:
         """Besides, take the anchor from which the penalty counts."""
-        weights = self.edited.weights
-        anchor = self.learnt.get("anchor")
-        self.moved = weights.matrix(self.layer) - (weights.original(self.layer) if anchor is None else anchor)
+        anchor = self.learnt.get("anchor", self.edited.weights.original(self.layer))
+        self.moved = self.edited.weights.matrix(self.layer) - anchor
         return super().change(edits)
 
     def write(self, batch: EditBatch) -> list[EditReport]:

@@ -2,44 +2,38 @@
 
 Paper: "Aging with GRACE: Lifelong Model Editing with Discrete Key-Value Adaptors", arXiv 2211.11031, Sec. 3 and Alg. 1.
 An entry's key is what enters the layer's value matrix at the prompt's last token. A prompt whose key lies in an entry's
-ball gets the entry's value, at every token, in place of what the matrix puts out. `functional/codebook.py` has the
-rules of the balls: a key far from all opens an entry; one that says the same as its nearest entry joins it, and the
-ball grows; one that says something else opens an entry, and both balls end half-way. Values are found by Adam.
+ball gets the entry's value, at every token, in place of what the matrix puts out; `functional/codebook.py` has the
+rules of the balls. Defaults: `grace/config/editor/grace.yaml` of github.com/Thartvigsen/GRACE; the layer is at 27/31 of
+the depth, as in EasyEdit's `hparams/GRACE/llama-7b.yaml`.
 
-Defaults are the authors' (`grace/config/editor/grace.yaml` of github.com/Thartvigsen/GRACE): epsilon 1.0, Euclidean,
-rate 1.0, 100 steps; the layer is at 27/31 of the depth, as in EasyEdit's `hparams/GRACE/llama-7b.yaml`.
-
-Deviations: the choice of an entry is made once per prompt and holds while it is answered; values start from what the
-layer puts out at the key (theirs: from noise; `warm` in their options); a batch's keys are placed one after the other,
-then its values are trained side by side, and an edit is done when its target leads by `stop_margin`; epsilon and the
-rate may be relative to the base, because published ones are in units of one base's activations.
+Deviations: an entry is chosen once per prompt; values start from what the layer puts out at the key (theirs: from
+noise); a batch's keys are placed one after the other, then its values are trained side by side, until
+each edit leads by `stop_margin`; epsilon and the rate may be relative to the base, because published ones are in units
+of one base's activations.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from repair_lightning.editors.base import Editor, register
-from repair_lightning.editors.inner_loop import TargetRows, TargetTail
+from repair_lightning.editors.checks import at_least, positive
+from repair_lightning.editors.inner_loop import TargetRows, TargetTail, descend, in_halves
 from repair_lightning.errors import ConfigError, RepairError
-from repair_lightning.functional import target_cross_entropy, target_margin
 from repair_lightning.functional.codebook import placement, was_cut
 from repair_lightning.memory.routers import BallRouter, make_router
-from repair_lightning.memory.shards import Selection, ValueShard
+from repair_lightning.memory.shards import Selection
 from repair_lightning.models.architectures import resolve_layer
-from repair_lightning.models.base import Base, load_base
+from repair_lightning.models.base import Base
 from repair_lightning.types import BASE, Edit, EditBatch, EditReport
 
-TOGETHER = 64
-"""So many edits at most are written at once where some are written anew."""
-DEPTH = 27 / 31
-"""The edited layer where none is named, as a share of the depth."""
+TOGETHER = 64  # so many edits at most are written at once where some are written again
+DEPTH = 27 / 31  # the edited layer where none is named, as a share of the depth
 
 
 @register("grace")
@@ -56,7 +50,6 @@ class GRACE(Editor):
         steps: most steps per batch.
         stop_margin: an edit is done once every target token leads its best rival by this many nats; None takes all
             steps.
-        common: what every editor takes, see `Editor`.
     """
 
     can_undo = True
@@ -72,31 +65,15 @@ class GRACE(Editor):
         **common: Any,
     ) -> None:
         super().__init__(base, **common)
-        for name, value in (("eps", eps), ("lr", lr)):
-            if not 0 < value < math.inf:
-                raise ConfigError(f"{name} must be positive and finite, got {value}")
-        if steps < 1:
-            raise ConfigError(f"steps must be at least 1, got {steps}")
         self.eps, self.relative, self.lr, self.steps, self.stop_margin = eps, relative, lr, steps, stop_margin
-        self.labels: dict[int, str] = {}
-        """What each shard says."""
-
-    # -- building -----------------------------------------------------------------------------------------------------
-
-    def load(self) -> None:
-        """Load the base; where no layer was named, it is at a share of the depth."""
-        if self.base is None and self.base_option and self.layer_option is None:
-            base = load_base(self.base_option, self.precision_option, self.trust_remote_code)
-            self.build(base, int(DEPTH * resolve_layer(base.model, -1)))
-        super().load()
+        positive(self, "eps", "lr")
+        at_least(1, self, "steps")
 
     def build(self, base: Base, layer: int) -> None:
-        """Besides building, refuse the last layer.
-
-        Raises:
-            ConfigError: the layer is the last.
-        """
-        if layer == resolve_layer(base.model, -1):
+        """Besides building, refuse the last layer; where none was named, take the published share of the depth."""
+        last = resolve_layer(base.model, -1)
+        layer = int(DEPTH * last) if self.layer_option is None else layer
+        if layer == last:
             raise ConfigError(
                 f"layer must lie below the last, got {layer}: one value for all tokens, with nothing above it, can say "
                 "one token only; give a lower --model.layer"
@@ -130,109 +107,82 @@ class GRACE(Editor):
         with self.edited.forced(None):
             return self.edited.split.value(activations.flatten(0, -2)).float()
 
-    # -- writing ------------------------------------------------------------------------------------------------------
-
     def write(self, batch: EditBatch) -> list[EditReport]:
-        """Place the edits' keys, then train the values of the entries that they came to; where one is not finite,
-        everything is put back and the batch written in halves, until the edit that spoils it stands alone."""
-        before = self.memory.snapshot(writable=True), self.balls.state_dict(), self.labels
-        encoded = [self.encode(edit) for edit in batch.edits]
-        captures = self.edited.captures([row.ids for row in encoded])
-        prompts = self.edited.query_of([edit.prompt for edit in batch.edits], [row.prompt for row in encoded], captures)
-        shards = self._place(batch.edits, self.balls.key_of(prompts), self._outputs(prompts.at_last().activations))
-        rows = TargetRows(encoded, captures, range(len(encoded)), len(encoded))
+        """Place the edits' keys, then train their entries' values; where one is not finite, everything is put back."""
+        return in_halves(batch, self._attempt)
+
+    def _attempt(self, batch: EditBatch) -> list[EditReport]:
+        before = self.memory.snapshot(writable=True), self.balls.state_dict()
+        rows, prompts = TargetRows.of(self.edited, [*map(self.encode, batch.edits)]), self.query_of(batch.edits)
+        outputs = self._outputs(prompts.at_last().activations)
+        self.balls.forget(batch.ids)
+        shards = [self._placed(*one) for one in zip(batch.edits, self.balls.key_of(prompts), outputs, strict=True)]
         steps, losses = self._train(rows, shards)
-        if all(map(math.isfinite, losses)) and all(bool(self._value(shard).isfinite().all()) for shard in shards):
+        if all(map(math.isfinite, losses)) and bool(self._values(shards).isfinite().all()):
             triples = zip(batch.ids, shards, losses, strict=True)
             return [EditReport(id, shard, loss, 0.0, steps) for id, shard, loss in triples]
         self.memory.restore(before[0])
         self.balls.load_state_dict(before[1])
-        self.labels = before[2]
-        if len(batch.edits) > 1:
-            half = len(batch.edits) // 2
-            return [*self.write(EditBatch(batch.edits[:half])), *self.write(EditBatch(batch.edits[half:]))]
         self.forget(batch.ids)
         error = f"the loss or the value was not finite after {steps} steps: forgotten"
-        return [EditReport(batch.ids[0], BASE, losses[0], 0.0, steps, error=error)]
-
-    def _place(self, edits: Sequence[Edit], keys: Tensor, outputs: Tensor) -> list[int]:
-        """The shard of each edit, by its key (n, F); new ones begin with what the layer puts out, (n, D)."""
-        self.balls.forget([edit.id for edit in edits])
-        return [self._placed(*one) for one in zip(edits, keys, outputs, strict=True)]
+        return [EditReport(id, BASE, losses[0], 0.0, steps, error=error) for id in batch.ids]
 
     def _placed(self, edit: Edit, key: Tensor, output: Tensor) -> int:
-        """The shard of one edit, by its key (F,); a new one begins with `output` (D,)."""
+        """The shard of one edit, by its key (F,); a new one begins with `output` (D,), what the layer puts out."""
         balls = self.balls
         distances = balls.distances(key[None])[0].masked_fill(balls.radii < 0, torch.inf)
-        entry = int(distances.argmin()) if distances.isfinite().any() else None
-        if entry is not None:
-            owner = int(balls.shards[entry])
-            same = self.labels[owner] == edit.target
+        radius = self.first
+        if distances.isfinite().any():
+            entry = int(distances.argmin())
+            same = self.ledger.edit(balls.members[entry][0]).target == edit.target
             found = placement(float(distances[entry]), float(balls.radii[entry]), same, self.first)
             balls.reach(entry, found.nearest)
             if not found.opens:
                 balls.join(edit.id, entry)
-                return owner
+                return int(balls.shards[entry])
+            radius = found.radius
         shard = self.memory.add_value(output)
-        self.labels = {**self.labels, shard: edit.target}
-        balls.open(edit.id, key, self.first if entry is None else found.radius, shard)
+        balls.open(edit.id, key, radius, shard)
         return shard
 
-    def _value(self, shard: int) -> Tensor:
-        module = self.memory[shard]
-        assert isinstance(module, ValueShard)
-        return module.value
+    def _values(self, shards: Sequence[int]) -> Tensor:
+        return torch.stack([self.memory[shard].value for shard in shards])  # type: ignore[union-attr, misc]
 
     def _train(self, rows: TargetRows, shards: Sequence[int]) -> tuple[int, list[float]]:
-        """Train the values of the edits' shards side by side; returns the steps and each edit's last loss."""
+        """Train the values of the edits' shards side by side, each until its edits are said."""
         own = list(dict.fromkeys(shards))
         of = torch.tensor([own.index(shard) for shard in shards], device=rows.ids.device)
-        values = nn.Parameter(torch.stack([self._value(shard) for shard in own]).clone())
-        optimizer = torch.optim.Adam([values], lr=self.rate)
+        every = torch.arange(len(rows), device=of.device)
+        values = nn.Parameter(self._values(own))
         tail = TargetTail(self.edited.split, rows, "rows" if self.cache_mib else "model")
-        with torch.enable_grad(), self._cut():
-            for step in range(self.steps + 1):  # the last round only looks at what the steps made
-                replaced = (values[of], torch.arange(len(rows), device=of.device))
-                with self.edited.forced(Selection(len(rows), [], replaced)):
-                    logits, _ = tail(lambda _: values)
-                losses = rows.per_row(target_cross_entropy(logits[:, None], rows.labels[:, None]))
-                done = self._done(rows, logits.detach(), of, len(own))
-                if step == self.steps or bool(done.all()):
-                    break
-                optimizer.zero_grad()
-                losses.sum().backward()
-                before = values.detach().clone()
-                optimizer.step()
-                values.data[done] = before[done]
+        said, held = torch.zeros(0), values.detach()
+
+        def logits() -> Tensor:
+            with self.edited.forced(Selection(len(rows), [], (values[of], every))):
+                return tail(lambda _: values)[0]
+
+        def done(_: int, logits: Tensor, losses: Tensor) -> bool:
+            nonlocal said, held
+            silent = (~rows.lead(logits, self.stop_margin)).float()
+            said = silent.new_zeros(len(own)).index_add(0, of, silent) == 0
+            held = values.detach().clone()
+            return bool(said.all())
+
+        def hold() -> None:
+            values[said] = held[said]
+
+        with tail.cut():
+            optimizer = torch.optim.Adam([values], lr=self.rate)
+            step, losses = descend(rows, logits, optimizer, self.steps, done, after=hold)
         for i, shard in enumerate(own):
             self.memory.put_value(shard, values[i])
-        return step, rows.per_member(losses.detach()).tolist()
-
-    def _done(self, rows: TargetRows, logits: Tensor, of: Tensor, entries: int) -> Tensor:
-        """(E,) the entries all of whose edits are said with the margin; what is not finite is not helped by steps."""
-        if self.stop_margin is None:
-            return torch.zeros(entries, dtype=torch.bool, device=logits.device)
-        margins = target_margin(logits[:, None], rows.labels[:, None])
-        start = margins.new_full((entries,), torch.inf)
-        return ~(start.scatter_reduce(0, of[rows.row], margins, "amin") < self.stop_margin)
-
-    @contextmanager
-    def _cut(self) -> Iterator[None]:
-        """What lies below the edited layer is out of the way, where its states are known."""
-        if not self.cache_mib:
-            yield
-            return
-        with self.edited.split.skipping():
-            yield
-
-    # -- what was written ---------------------------------------------------------------------------------------------
+        return step, losses
 
     def finish_window(self) -> None:
         """Drop the entries that no edit owns any more."""
         owned = self.ledger.sizes()
         gone = [shard for shard in self.memory.ids if shard not in owned]
         self.memory.drop(gone)
-        self.labels = {shard: label for shard, label in self.labels.items() if shard not in gone}
         members = zip(self.balls.shards.tolist(), self.balls.members, strict=True)
         self.balls.forget([id for shard, ids in list(members) for id in ids if shard in gone])
 
@@ -241,10 +191,10 @@ class GRACE(Editor):
         self.balls.forget(list(ids))
 
     def undo(self, ids: Sequence[str]) -> list[str]:
-        """Take edits back. What shared an entry with them, or a ball that theirs had cut short, is written anew."""
+        """Take edits back. What shared an entry with them, or a ball that theirs had cut short, is written again."""
         again = self._entangled(ids)
         self.ledger.undo(ids, "taken back on request")
-        self.ledger.requeue(again, f"placed anew without {', '.join(ids[:3])}")
+        self.ledger.requeue(again, f"placed again without {', '.join(ids[:3])}")
         self.forget([*ids, *again])
         self.finish_window()
         for at in range(0, len(again), TOGETHER):
@@ -252,31 +202,21 @@ class GRACE(Editor):
             self.ledger.written(reports)
             for report in reports:
                 if report.error:
-                    raise RepairError(f"edit {report.id!r} cannot be written anew ({report.error}): nothing is undone")
+                    raise RepairError(f"edit {report.id!r} cannot be written again ({report.error}): nothing is undone")
         return again
 
     def _entangled(self, ids: Sequence[str]) -> list[str]:
         """The other edits of the entries that some edits are in, those of balls that these cut short, and so on, in the
         order in which they came: of one key the latest has its way."""
         balls, gone = self.balls, set(ids)
-        found = {entry for entry, members in enumerate(balls.members) if gone.intersection(members)}
-        looked: set[int] = set()
-        while found > looked:
-            new = sorted(found - looked)
-            looked = set(found)
-            for distances in balls.distances(balls.keys[new]).tolist():
-                pairs = enumerate(zip(distances, balls.radii.tolist(), strict=True))
-                found |= {entry for entry, pair in pairs if was_cut(*pair, self.first)}
+        found = [entry for entry, members in enumerate(balls.members) if gone.intersection(members)]
+        for entry in found:  # it grows on the way
+            distances = balls.distances(balls.keys[entry][None])[0].tolist()
+            for other, pair in enumerate(zip(distances, balls.radii.tolist(), strict=True)):
+                if was_cut(*pair, self.first) and other not in found:
+                    found.append(other)
         again = {id for entry in found for id in balls.members[entry]} - gone
         return [id for id in self.ledger if id in again]
-
-    def own_state(self) -> dict[str, Any]:
-        """What each shard says."""
-        return {"labels": {str(shard): label for shard, label in self.labels.items()}}
-
-    def load_own_state(self, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`own_state`."""
-        self.labels = {int(shard): label for shard, label in state["labels"].items()}
 
     def figures(self) -> dict[str, Any]:
         """How many entries there are, and how many edits each answers."""

@@ -1,12 +1,10 @@
 """In-context retrieval: nothing is written; the edits nearest to a prompt are put before it, as text.
 
-What people do today without an editor. In the manner of IKE ("Can We Edit Factual Knowledge by In-Context Learning?",
-arXiv 2305.12740), which retrieves demonstrations by the cosine of sentence embeddings, and of MemPrompt (arXiv
-2201.06009), which keeps corrections in a memory and puts before a question what it was told of its like.
-
-Deviations: the embedding is the base's own state of the prompt's last token, so no second model is needed; a line is an
-edit's prompt with its target, without IKE's copy, update and retain demonstrations, of which the stream has none; where
-no edit is as near as held-out irrelevant prompts are to theirs, nothing is put before the prompt and the base answers.
+In the manner of IKE ("Can We Edit Factual Knowledge by In-Context Learning?", arXiv 2305.12740), which retrieves
+demonstrations by the cosine of sentence embeddings, and of MemPrompt (arXiv 2201.06009), which keeps corrections in a
+memory. Deviations: the embedding is the base's own state of the prompt's last token; a line is an edit's prompt with
+its target, without IKE's copy, update and retain demonstrations; where no edit is as near as held-out irrelevant
+prompts are to theirs, the base answers alone.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from repair_lightning.editors.base import Editor, register
+from repair_lightning.editors.checks import at_least, share
 from repair_lightning.errors import ConfigError
 from repair_lightning.memory.query import pad_right
 from repair_lightning.memory.routers import Router, make_router
@@ -33,7 +32,6 @@ class InContext(Editor):
         number: of edits that are put before a prompt, the nearest last. IKE takes 32 demonstrations of one edit.
         line: how an edit reads there, with `{prompt}` and `{target}`.
         false_fire_rate: share of the held-out irrelevant prompts that may get anything put before them.
-        common: what every editor takes, see `Editor`.
     """
 
     can_undo: ClassVar[bool] = True
@@ -47,13 +45,11 @@ class InContext(Editor):
         **common: Any,
     ) -> None:
         super().__init__(base, **common)
-        if number < 1:
-            raise ConfigError(f"number must be at least 1, got {number}")
-        if not 0 <= false_fire_rate < 1:
-            raise ConfigError(f"false_fire_rate must be in [0, 1), got {false_fire_rate}")
+        self.number, self.line, self.false_fire_rate = number, line, false_fire_rate
+        at_least(1, self, "number")
+        share(self, "false_fire_rate")
         if "{prompt}" not in line or "{target}" not in line:
             raise ConfigError(f"line must hold {{prompt}} and {{target}}, got {line!r}")
-        self.number, self.line, self.false_fire_rate = number, line, false_fire_rate
 
     def build_router(self) -> Router:
         """It finds the edits that are near a prompt, and holds their lines."""

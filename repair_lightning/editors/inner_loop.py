@@ -1,7 +1,6 @@
-"""What the inner steps of a write compute: the logits of its target tokens as a function of the value matrix's delta.
+"""What the inner steps of a write share: its training rows, the logits of their target tokens, the loop of steps.
 
-Shared by the editors that train. Nothing in here waits for the device: whatever depends on the rows alone is worked out
-before the first step.
+Nothing in here waits for the device: whatever depends on the rows alone is worked out before the first step.
 
 Shapes: B rows of T tokens, M target tokens in all, n batch members, D = d_model, F = d_ffn, V vocabulary.
 """
@@ -9,18 +8,32 @@ Shapes: B rows of T tokens, M target tokens in all, n batch members, D = d_model
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from repair_lightning.functional import target_cross_entropy, target_margin
 from repair_lightning.memory.query import Query
 from repair_lightning.memory.shards import Shard
+from repair_lightning.models.edited import EditedModel
 from repair_lightning.models.prefix import Capture, SplitModel, pad_left, stack_left
 from repair_lightning.models.tokenizing import Encoded, target_labels
+from repair_lightning.types import EditBatch, EditReport
+
+if TYPE_CHECKING:
+    from repair_lightning.editors.base import Editor
 
 Tail = Literal["positions", "rows", "model"]
 """How much runs in a step: the positions that are read, whole rows from the edited layer on, or the whole model."""
+
+
+def tail_of(editor: Editor) -> Tail:
+    """The least that a step of an editor must run."""
+    if not editor.cache_mib:
+        return "model"
+    return "positions" if editor.edited.split.adds_up() else "rows"
 
 
 class TargetRows:
@@ -34,13 +47,11 @@ class TargetRows:
         prompts: the members' prompts, where the writer asks for them.
 
     Attributes:
-        ids, mask: (B, T), padded on the left.
-        hidden: (B, T, D) where it enters the edited layer.
-        activations: (B, T, F), A(x).
-        labels: (M,) the target tokens, row by row.
-        row: (M,) the row of each.
-        firsts: (B,) where each row's first target token stands among the M: it is read at the prompt's last token.
+        ids, mask, hidden, activations: (B, T, ...) padded on the left: tokens, what enters the edited layer, A(x).
+        labels, row: (M,) the target tokens, row by row, and the row of each.
+        lengths, firsts: (B,) how many target tokens each row has, and where its first one stands among the M.
         span: of how many last positions of a row the logits are needed.
+        owner: (B,) the edit that a row belongs to; `owners` is how many there are, rehearsed ones included.
     """
 
     def __init__(
@@ -61,14 +72,17 @@ class TargetRows:
         self.labels = labels[labels >= 0].to(device)
         self.span = labels.shape[1] + 1
         self._at = self.row * self.span + column
-        lengths = torch.tensor([len(row.target) for row in encoded])
-        self.firsts = (lengths.cumsum(0) - lengths).to(device)
-        self._per_row = lengths.to(device)
-        own = torch.tensor([i for i, owner in enumerate(owners) if owner < members])
-        self._own = own.to(device)
-        self._owner = torch.tensor(list(owners))[own].to(device)
-        self._per_member = torch.tensor(list(owners))[own].bincount(minlength=members).to(device)
-        self.members, self._prompts = members, prompts
+        self.lengths = torch.tensor([len(row.target) for row in encoded]).to(device)
+        self.firsts = self.lengths.cumsum(0) - self.lengths
+        self.members, self._prompts, self.owners = members, prompts, len(set(owners))
+        self.owner = torch.tensor(list(owners)).to(device)
+        self._per_owner = torch.tensor(list(owners)).bincount().to(device)
+
+    @classmethod
+    def of(cls, edited: EditedModel, encoded: Sequence[Encoded], members: int | None = None) -> TargetRows:
+        """Rows that are an edit each, with their states; by default all of them are members."""
+        captures = edited.captures([row.ids for row in encoded])
+        return cls(encoded, captures, range(len(encoded)), len(encoded) if members is None else members)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -88,27 +102,31 @@ class TargetRows:
         prompts = None if self._prompts is None else self._prompts.rows(torch.tensor(members))
         return TargetRows(encoded, captures, [place[owner] for owner in old], len(members), prompts)
 
-    @property
-    def owners(self) -> int:
-        """How many edits the rows belong to: members and rehearsed ones."""
-        return len(set(self._source[2]))
-
-    @property
-    def owner(self) -> Tensor:
-        """(B,) the edit that a row belongs to."""
-        return torch.tensor(self._source[2], device=self.ids.device)
-
     def reading(self, states: Tensor) -> Tensor:
         """States (B, `span` or more, ...) at the positions from which the M target tokens are read, (M, ...)."""
         return states[:, -self.span :].flatten(0, 1).index_select(0, self._at)
 
+    def losses(self, logits: Tensor) -> Tensor:
+        """The cross-entropy (M,) of the target tokens, nats, from their logits (M, V)."""
+        return target_cross_entropy(logits[:, None], self.labels[:, None])
+
     def per_row(self, tokens: Tensor) -> Tensor:
         """The mean of token values (M,) in each row, (B,)."""
-        return tokens.new_zeros(len(self)).index_add(0, self.row, tokens) / self._per_row
+        return tokens.new_zeros(len(self)).index_add(0, self.row, tokens) / self.lengths
 
     def per_member(self, rows: Tensor) -> Tensor:
         """The mean of row values (B,) of each member, (n,)."""
-        return rows.new_zeros(self.members).index_add(0, self._owner, rows[self._own]) / self._per_member
+        sums = rows.new_zeros(self.owners).index_add(0, self.owner, rows)
+        return (sums / self._per_owner)[: self.members]
+
+    def lead(self, logits: Tensor, margin: float | None) -> Tensor:
+        """(n,) whether all of a member's target tokens lead their best rival by `margin`, in nats; for None no one's.
+        What is not finite counts as leading: no further step helps it."""
+        if margin is None:
+            return torch.zeros(self.members, dtype=torch.bool, device=logits.device)
+        margins = target_margin(logits[:, None], self.labels[:, None])
+        lowest = margins.new_full((self.owners,), torch.inf)
+        return ~(lowest.scatter_reduce(0, self.owner[self.row], margins, "amin") < margin)[: self.members]
 
 
 class TargetTail:
@@ -116,10 +134,7 @@ class TargetTail:
 
     Where the last layer is edited and its value output is simply added, only the positions that are read take part;
     otherwise the edited layer and those above it run over whole rows, or, without a prefix cache, the whole model.
-
-    Attributes:
-        states: (M, D) at the positions that are read: what leaves the layer where these take part alone, else what
-            enters it.
+    `states` (M, D) are those that leave the layer in the first case, else those that enter it.
     """
 
     def __init__(self, split: SplitModel, rows: TargetRows, kind: Tail) -> None:
@@ -133,9 +148,8 @@ class TargetTail:
     def __call__(self, product: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Logits (M, V) and the features (M, D) that enter the head.
 
-        Args:
-            product: what the shard adds, (M, D), for activations (M, F) at the positions that are read. Where more than
-                these positions run, it is the model's own hook that adds it.
+        `product` gives what the shard adds, (M, D), for activations (M, F) at the positions that are read. Where more
+        than these positions run, it is the model's own hook that adds it.
         """
         rows = self.rows
         if self.kind == "positions":
@@ -143,6 +157,58 @@ class TargetTail:
         hidden = rows.hidden if self.kind == "rows" else None
         logits, features = self.split.tail(rows.ids, rows.mask, hidden, rows.span)
         return rows.reading(logits), rows.reading(features)
+
+    def cut(self) -> AbstractContextManager[None]:
+        """Inside, what the steps need not run is out of the way."""
+        return nullcontext() if self.kind == "model" else self.split.skipping(whole=self.kind == "positions")
+
+
+def descend(
+    rows: TargetRows,
+    logits_of: Callable[[], Tensor],
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    done: Callable[[int, Tensor, Tensor], bool],
+    total: Callable[[Tensor], Tensor] = torch.sum,
+    after: Callable[[], None] = lambda: None,
+    backward: Callable[[Tensor], None] = Tensor.backward,
+) -> tuple[int, list[float]]:
+    """Take steps until a write is done; returns how many, and each member's last loss.
+
+    Args:
+        rows: what is trained on.
+        logits_of: gives the target tokens' logits (M, V) as things stand.
+        optimizer: of what is trained.
+        steps: the most.
+        done: asked before each step and after the last, with its number, the logits and the rows' losses (B,).
+        total: what is minimised, of the rows' losses.
+        after: called after each step.
+        backward: of the total.
+    """
+    with torch.enable_grad():
+        for step in range(steps + 1):
+            logits = logits_of()
+            losses = rows.per_row(rows.losses(logits))
+            if done(step, logits.detach(), losses.detach()) or step == steps:
+                break
+            optimizer.zero_grad()
+            backward(total(losses))
+            optimizer.step()
+            with torch.no_grad():
+                after()
+    return step, rows.per_member(losses.detach()).tolist()
+
+
+def in_halves(batch: EditBatch, attempt: Callable[[EditBatch], list[EditReport]]) -> list[EditReport]:
+    """The reports of a batch; while all it has is errors it is written in halves, until what spoils it stands alone.
+
+    `attempt` writes edits; where something is not finite it puts everything back and reports errors.
+    """
+    reports, half = attempt(batch), len(batch.edits) // 2
+    if not half or not all(report.error for report in reports):
+        return reports
+    first, second = (EditBatch(part) for part in (batch.edits[:half], batch.edits[half:]))
+    return [*in_halves(first, attempt), *in_halves(second, attempt)]
 
 
 class OpenCoordinates:

@@ -1,9 +1,8 @@
 """Lookup: the key router, and the stored answer as a text. What do `keyed`'s shards add to that?
 
-Ours, as a yardstick: nothing is trained, the base is not asked. Where the router finds an edit, its target is said token
-by token, whatever the base would say. Routing decides all of its score, so a method that shares the router and stands
-below it has lost something in writing. What it lacks: its answer is a string that knows no context, it costs a text to
-be stored but cannot be merged, exported as weights or combined with what the base goes on to say.
+Ours, as a yardstick. Nothing is trained: where the router finds an edit, its target is said token by token, whatever
+the base would say. Routing decides all of its score, so a method with the same router that scores less has lost
+something in writing.
 """
 
 from __future__ import annotations

@@ -12,83 +12,84 @@ D = d_model, F = d_ffn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from repair_lightning.editors.dense import CHECK_EVERY
-from repair_lightning.editors.inner_loop import TargetRows, TargetTail
-from repair_lightning.functional import target_cross_entropy, target_margin
+from repair_lightning.editors.inner_loop import TargetRows, TargetTail, descend
 from repair_lightning.memory.shards import Selection
+from repair_lightning.memory.side_memory import Factors
 
 if TYPE_CHECKING:
     from repair_lightning.editors.keyed import Keyed
 
-RIDGE = 1e-4
-"""Added to `K K^T`, as a share of its mean diagonal: two positions with one key must not blow up."""
-REACH = 0.1
-"""A step of the normalised gradient, as a share of the length of the states that it moves, at a rate of 1."""
+RIDGE = 1e-4  # added to `K K^T`, as a share of its mean diagonal: two positions with one key must not blow up
+REACH = 0.1  # a step of the normalised gradient, as a share of the length of the states that it moves, at a rate of 1
+LEAD = 2.5  # steps of the normalised gradient end just beyond the margin; so much of it they go for
+OFTEN = 3  # most of these steps between looks at the margin: there are few
 
 
-LEAD = 2.5
-"""Steps of the normalised gradient end just beyond the margin; so much of it they go for."""
-OFTEN = 3
-"""Most of these steps between looks at the margin: there are few."""
+class NormalizedGradient(torch.optim.Optimizer):
+    """Steps of fixed length along each position's gradient, shorter where it has less to go than the worst position.
 
-
-class DualKeys:
-    """The fixed right factors of n edits, and how their target tokens excite them.
-
-    Args:
-        rows: training rows.
-
-    Attributes:
-        token_edit: (M,) the edit of each target token.
-        right: (n, R, F) the dual basis of each edit's keys, zero past its own rank.
-        ranks: (n,) target tokens of each edit's rows.
+    Values stay in the span of what the head asks for. Adam moves each coordinate alike; what that adds besides says
+    rare tokens where keys of another form mix the positions.
     """
 
-    def __init__(self, rows: TargetRows) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One step; every parameter is (..., R, D)."""
+        found = closure() if closure is not None else None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                size = parameter.grad.norm(dim=-1, keepdim=True)
+                most = size.amax(dim=-2, keepdim=True) if size.dim() > 1 else size
+                share = (size / most.clamp_min(1e-30)).sqrt()
+                parameter -= group["lr"] * share * parameter.grad / size.clamp_min(1e-30)
+        return found
+
+
+class LowRankTraining:
+    """The factors of n edits in training: `right` (n, R, F) is the dual basis of each edit's keys, zero past its own
+    rank of `ranks` (n,); `values` (n, R, D) are trained, from zero or from what is `known` (n, R', D) of the same
+    edits."""
+
+    def __init__(self, rows: TargetRows, known: Tensor | None = None) -> None:
         keys = rows.reading(rows.activations).float()
-        self.row_edit = rows.owner
-        self.token_edit = self.row_edit[rows.row]
-        self.ranks = self.token_edit.bincount(minlength=rows.members)
-        order = self.token_edit.argsort(stable=True)
+        self._row_edit, self._token_edit = rows.owner, rows.owner[rows.row]
+        self.ranks = self._token_edit.bincount(minlength=rows.members)
+        order = self._token_edit.argsort(stable=True)
         before = self.ranks.cumsum(0) - self.ranks
         self._slot = torch.empty_like(order)
         self._slot[order] = torch.arange(len(order), device=order.device) - before.repeat_interleave(self.ranks)
         padded = keys.new_zeros(rows.members, int(self.ranks.max()), keys.shape[-1])
-        padded[self.token_edit, self._slot] = keys
+        padded[self._token_edit, self._slot] = keys
         gram = padded @ padded.mT
         empty = (padded.square().sum(-1) == 0).float()
         ridge = RIDGE * gram.diagonal(dim1=1, dim2=2).sum(-1) / self.ranks
         self.right = torch.linalg.solve(gram + torch.diag_embed(empty + ridge[:, None]), padded)
         self._responses = padded @ self.right.mT
+        start = torch.zeros(*self.right.shape[:2], rows.hidden.shape[-1], device=keys.device)
+        if known is not None:
+            start.copy_(known[:, : start.shape[1]])
+        self.values = nn.Parameter(start)
 
-    def pushed(self, values: Tensor) -> Tensor:
-        """What `values` (n, R, D) add at the target tokens' positions, (M, D)."""
-        return (self._responses @ values)[self.token_edit, self._slot]
-
-    def lowest(self, tokens: Tensor) -> Tensor:
-        """The least of token values (M,) of each edit, (n,)."""
-        start = tokens.new_full((len(self.ranks),), torch.inf)
-        return start.scatter_reduce(0, self.token_edit, tokens, "amin")
-
-
-class _Training(nn.Module):
-    """The edits' factors in training, as what a hook on the value matrix adds to each row."""
-
-    def __init__(self, keys: DualKeys, values: Tensor) -> None:
-        super().__init__()
-        self.keys, self.values = keys, values
+    def pushed(self) -> Tensor:
+        """What the values add at the target tokens' positions, (M, D)."""
+        return (self._responses @ self.values)[self._token_edit, self._slot]
 
     def product(self, activations: Tensor) -> Tensor:
-        """(B, T, D) for float32 activations (B, T, F)."""
-        edit = self.keys.row_edit
-        return activations @ self.keys.right[edit].mT @ self.values[edit]
+        """What they add in each row, (B, T, D), for float32 activations (B, T, F)."""
+        return activations @ self.right[self._row_edit].mT @ self.values[self._row_edit]
 
 
 @dataclass(slots=True)
@@ -101,107 +102,67 @@ class Outcome:
     loss: float
 
 
+@torch.no_grad()
 def held_outside(editor: Keyed, outcomes: Sequence[Outcome], rows: TargetRows) -> list[bool]:
     """Whether each edit's outcome says its target in rows that it was not trained on."""
-    parts = [(outcomes[edit].left, outcomes[edit].right) for edit in rows.owner.tolist()]
+    factors = Factors.of([outcomes[edit] for edit in rows.owner.tolist()], editor.edited.device)
     tail = TargetTail(editor.edited.split, rows, editor.tail)
-    hook = Selection(len(rows), [(_Given(parts), None)])
-    with torch.no_grad(), editor.cut(), editor.edited.forced(hook):
-        of = rows.row.tolist()
-        logits, _ = tail(lambda keys: torch.stack([_push(key, *parts[row]) for key, row in zip(keys, of, strict=True)]))
+    with tail.cut(), editor.edited.forced(Selection(len(rows), [(factors, None)])):
+        logits, _ = tail(lambda _: rows.reading(factors.product(rows.activations.float())))
     wrong = set(rows.owner[rows.row[logits.argmax(-1) != rows.labels]].tolist())
     return [edit not in wrong for edit in range(len(outcomes))]
 
 
-def _push(keys: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    return keys @ right.T @ left.T
-
-
-class _Given(nn.Module):
-    """Finished factors, one pair for each row, as what a hook on the value matrix adds."""
-
-    def __init__(self, parts: Sequence[tuple[Tensor, Tensor]]) -> None:
-        super().__init__()
-        self.parts = parts
-
-    def product(self, activations: Tensor) -> Tensor:
-        """(B, T, D) for float32 activations (B, T, F)."""
-        return torch.stack([_push(row, *pair) for row, pair in zip(activations, self.parts, strict=True)])
-
-
 class LowRankWriter:
-    """Trains the low-rank shards of a batch side by side.
-
-    Args:
-        editor: whose options, base and optimiser are used.
-    """
+    """Trains the low-rank shards of a batch side by side, with an editor's options, base and optimiser."""
 
     def __init__(self, editor: Keyed) -> None:
         self.editor = editor
 
     def train(self, rows: TargetRows, budget: int) -> list[Outcome]:
-        """One outcome per edit.
-
-        Edits that are written leave; the others go on, with a fresh optimiser whenever half of them have left.
-        """
+        """One outcome per edit. What is written leaves, and whenever half have left, the rest begin another phase."""
         outcomes: dict[int, Outcome] = {}
-        still, taken = list(range(rows.members)), 0
-        known: Tensor | None = None
+        still, taken, known = list(range(rows.members)), 0, None
         while True:
             part = rows if len(still) == rows.members else rows.part(still)
-            keys = DualKeys(part)
-            values = self._start(keys, known)
-            steps, done, losses = self._phase(part, keys, values, budget - taken)
+            training = LowRankTraining(part, known)
+            steps, done, losses = self._phase(part, training, budget - taken)
             taken += steps
+            values, ranks = training.values.detach(), training.ranks.tolist()
             for n, edit in enumerate(still):
                 if taken >= budget or done[n]:
-                    rank = int(keys.ranks[n])
-                    left, right = values[n, :rank].T.detach().clone(), keys.right[n, :rank].clone()
+                    left, right = values[n, : ranks[n]].T.clone(), training.right[n, : ranks[n]].clone()
                     outcomes[edit] = Outcome(left, right, taken, losses[n])
             going = [n for n, edit in enumerate(still) if edit not in outcomes]
             if not going:
                 return [outcomes[edit] for edit in range(rows.members)]
-            known = values.detach()[going]
+            known = values[going]
             still = [still[n] for n in going]
 
-    def _start(self, keys: DualKeys, known: Tensor | None) -> nn.Parameter:
-        """Zeros, or what is known of the same edits (n, R', D), cut to the rank that they need."""
-        shape = (*keys.right.shape[:2], self.editor.edited.memory.shape[0])
-        start = torch.zeros(shape, device=keys.right.device)
-        if known is not None:
-            start.copy_(known[:, : shape[1]])
-        return nn.Parameter(start)
-
-    def _phase(
-        self, rows: TargetRows, keys: DualKeys, values: nn.Parameter, budget: int
-    ) -> tuple[int, list[bool], list[float]]:
-        """Steps until half of the edits are written or the budget is used.
-
-        Returns:
-            the steps taken, and per edit whether it is written or beyond help, and its loss.
-        """
-        editor, margin, every = self.editor, self.editor.writing.margin, CHECK_EVERY
-        tail = TargetTail(editor.edited.split, rows, editor.tail)
-        hook = Selection(len(rows), [(_Training(keys, values), None)])
-        rate = editor.value_rate
+    def _phase(self, rows: TargetRows, training: LowRankTraining, budget: int) -> tuple[int, list[bool], list[float]]:
+        """Steps until half of the edits are done or the budget is used; returns how many, who is, and the losses."""
+        editor, margin, every, rate = self.editor, self.editor.writing.margin, CHECK_EVERY, self.editor.value_rate
+        tail, values = TargetTail(editor.edited.split, rows, editor.tail), training.values
         if editor.stepping == "normalized":
             margin, every = None if margin is None else LEAD * margin, OFTEN
             sizes = tail.states.float().norm(dim=-1)
             rate = editor.writing.rate * REACH * float(sizes[sizes.isfinite()].mean())  # one bad edit spoils no other
-        done = torch.zeros(len(keys.ranks), dtype=torch.bool)
-        with editor.bound(values, rate) as optimizer, editor.cut(), editor.edited.forced(hook):
-            for step in range(budget + 1):  # the last round only looks at what the steps made
-                logits, _ = tail(lambda _: keys.pushed(values))
-                losses = rows.per_row(target_cross_entropy(logits[:, None], rows.labels[:, None]))
-                if margin is not None and step % every == 0:
-                    known = keys.lowest(target_margin(logits.detach()[:, None], rows.labels[:, None]))
-                    done = editor.agreed(~(known < margin)).cpu()  # what is not finite is not helped by more steps
-                    if 2 * int(done.sum()) >= len(done):
-                        break
-                if step == budget:
-                    break
-                editor.backpropagate(losses.sum())
-                editor.share_gradient(values)
-                optimizer.step()
-                values.grad = None
-        return step, done.tolist(), rows.per_member(losses.detach()).tolist()
+        ready = torch.zeros(rows.members, dtype=torch.bool)
+
+        def done(step: int, logits: Tensor, losses: Tensor) -> bool:
+            nonlocal ready
+            if margin is None or step % every:
+                return False
+            ready = editor.agreed(rows.lead(logits, margin)).cpu()
+            return 2 * int(ready.sum()) >= len(ready)
+
+        def backward(loss: Tensor) -> None:
+            editor.backpropagate(loss)
+            editor.share_gradient(values)
+
+        hook = Selection(len(rows), [(training, None)])
+        with editor.bound(values, rate) as optimizer, tail.cut(), editor.edited.forced(hook):
+            step, losses = descend(
+                rows, lambda: tail(lambda _: training.pushed())[0], optimizer, budget, done, backward=backward
+            )
+        return step, ready.tolist(), losses

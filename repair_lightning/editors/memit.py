@@ -4,10 +4,8 @@ Paper: "Mass-Editing Memory in a Transformer", arXiv 2210.07229, Sec. 4 and Alg.
 of the written layers; from the lowest on, each takes an equal share R of what is still missing and the change
 `R K^T (C_0 + K K^T)^-1` (Eq. 14), where C_0 is the second moment of keys times `moment_weight`.
 
-Defaults are the authors' for GPT-J (`hparams/MEMIT/EleutherAI_gpt-j-6B.json` of github.com/kmeng01/memit): 6 layers,
-25 steps of Adam at 0.5, weight decay 0.5, the shift at most 0.75 times as long as the value, the divergence at the
-subject's last token weighed 0.0625, `moment_weight` 15,000. Deviations: as in `rome`; the shift is clamped by the value
-matrix's output, theirs by the layer's.
+Defaults: `hparams/MEMIT/EleutherAI_gpt-j-6B.json` of github.com/kmeng01/memit. Deviations: as in `rome`; the shift is
+clamped by the value matrix's output, theirs by the layer's.
 """
 
 from __future__ import annotations
@@ -19,10 +17,10 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from repair_lightning.editors.base import register
+from repair_lightning.editors.checks import positive
 from repair_lightning.editors.rome import PUBLISHED as ROMES
 from repair_lightning.editors.values import Values
 from repair_lightning.editors.weights import ValueEditor
-from repair_lightning.errors import ConfigError
 from repair_lightning.functional.least_squares import damped_change
 
 PUBLISHED = replace(ROMES, steps=25, clamp=0.75, contexts=5)
@@ -38,7 +36,6 @@ class MEMIT(ValueEditor):
         layers: how many layers are written into.
         values: how values are found.
         moment_weight: weight of the keys' second moment against the keys of a batch (lambda of Eq. 15).
-        common: what every editor takes, see `Editor`.
     """
 
     default_depth: ClassVar[float | None] = 0.3  # layer 8 of GPT-J's 0 to 27
@@ -52,14 +49,8 @@ class MEMIT(ValueEditor):
         **common: Any,
     ) -> None:
         super().__init__(base, layers=layers, values=values, **common)
-        if not moment_weight > 0:
-            raise ConfigError(f"moment_weight must be positive, got {moment_weight}")
         self.moment_weight = moment_weight
-
-    def prepare(self, background: Sequence[str], held_out: Sequence[str]) -> None:
-        """Besides, take the second moments of the keys in the base as it was."""
-        super().prepare(background, held_out)
-        self.moments = self.second_moments()
+        positive(self, "moment_weight")
 
     def solve(self, layer: int, ids: Sequence[str], of: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """The change that solves the batch's normal equations."""

@@ -4,11 +4,9 @@ Paper: "Locating and Editing Factual Associations in GPT", arXiv 2202.05262, Sec
 subject's last token behind some contexts and v the value found for it, `W' = W + (v - W k) (C^-1 k)^T / (k^T C^-1 k)`,
 the least change in the norm of C with `W' k = v`.
 
-Defaults are the authors' (`hparams/ROME` of github.com/kmeng01/rome and of EasyEdit): 20 steps of Adam at 0.5, weight
-decay 0.5, the shift at most 4 times as long as the value, the divergence at the subject's last token weighed 0.0625,
-stop at a loss of 0.05. Deviations: that is the target's loss, theirs the sum; C is of the irrelevant prompts that the
-stream hands over, regularised, not of 100,000 Wikipedia texts; contexts are the base's own greedy texts; the target
-ends with the end of sequence.
+Defaults: `hparams/ROME` of github.com/kmeng01/rome and of EasyEdit. Deviations: the stopping loss is the target's; C
+is of the stream's irrelevant prompts, regularised, not of 100,000 Wikipedia texts; contexts are the base's own greedy
+texts; the target ends with the end of sequence.
 """
 
 from __future__ import annotations
@@ -47,24 +45,13 @@ class ROME(ValueEditor):
         layer: the edited layer; None for the paper's share of the depth. Not the last: nothing there would carry the
             subject's value to the answer.
         values: how the value is found.
-        common: what every editor takes, see `Editor`.
     """
 
     batchable: ClassVar[bool] = False
     default_depth: ClassVar[float | None] = 17 / 47  # layer 17 of GPT-2 XL's 0 to 47
 
-    def __init__(
-        self,
-        base: str = "",
-        values: Values = PUBLISHED,
-        **common: Any,
-    ) -> None:
+    def __init__(self, base: str = "", values: Values = PUBLISHED, **common: Any) -> None:
         super().__init__(base, layers=1, values=values, **common)
-
-    def prepare(self, background: Sequence[str], held_out: Sequence[str]) -> None:
-        """Besides, take the second moment of the keys in the base as it was."""
-        super().prepare(background, held_out)
-        self.moments = self.second_moments()
 
     def solve(self, layer: int, ids: Sequence[str], of: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """The least change in the norm of C that gives the key its value."""

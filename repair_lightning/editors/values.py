@@ -1,9 +1,8 @@
 """What a layer should put out so that edits are said: found by gradient, for the methods that then solve for a matrix.
 
 As in ROME (arXiv 2202.05262, Sec. 3.1) and MEMIT (arXiv 2210.07229, Sec. 4.1): a shift of the value matrix's output is
-trained until the target is likely, here from the cached prefix, for a whole batch side by side. Theirs is one vector at
-the subject's last token; ours may also be one at each position from which a target token is read, because greedy
-decoding must say every one of them, the end included.
+trained until the target is likely, here from the cached prefix and for a batch side by side. Theirs is one vector at
+the subject's last token; ours may also be one at each position from which a target token is read.
 
 Shapes: B rows of T tokens, P places where a shift acts, S shifts in all (several places may share one), M target
 tokens, n batch members, D = d_model, F = d_ffn.
@@ -11,20 +10,20 @@ tokens, n batch members, D = d_model, F = d_ffn.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from repair_lightning.editors.inner_loop import TargetRows, TargetTail
+from repair_lightning.editors.checks import at_least, positive
+from repair_lightning.editors.inner_loop import TargetRows, TargetTail, descend
 from repair_lightning.errors import ConfigError
-from repair_lightning.functional import target_cross_entropy, target_margin
+from repair_lightning.models.edited import EditedModel
 from repair_lightning.models.prefix import SplitModel
-from repair_lightning.models.tokenizing import Encoded
 
 At = Literal["targets", "subject"]
 """Where shifts act: wherever a target token is read, or at the subject's last token alone."""
@@ -63,23 +62,12 @@ class Values:
     contexts: int = 0
 
     def check(self) -> None:
-        """Refuse what has no meaning.
-
-        Raises:
-            ConfigError: it names value and remedy.
-        """
+        """Refuse what has no meaning."""
         if self.at not in get_args(At):
             raise ConfigError(f"values.at must be one of {', '.join(get_args(At))}, got '{self.at}'")
-        for name, least in (("steps", 1), ("check_every", 1), ("contexts", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"values.{name} must be at least {least}, got {getattr(self, name)}")
-        if not 0 < self.lr < math.inf:
-            raise ConfigError(f"values.lr must be positive and finite, got {self.lr}")
-        if self.clamp is not None and not 0 < self.clamp < math.inf:
-            raise ConfigError(f"values.clamp must be positive and finite, or null for none, got {self.clamp}")
-        for name in ("decay", "essence"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"values.{name} must be at least 0 and finite, got {getattr(self, name)}")
+        at_least(1, self, "steps", "check_every", at="values.")
+        at_least(0, self, "contexts", "decay", "essence", at="values.")
+        positive(self, "lr", *(["clamp"] if self.clamp is not None else []), at="values.")
         if self.essence and self.at != "subject":
             raise ConfigError(
                 f"values.essence is the divergence at the subject's own value, which values.at {self.at} has not; got "
@@ -89,14 +77,8 @@ class Values:
 
 @dataclass(frozen=True)
 class Places:
-    """Where shifts act in a set of rows.
-
-    Attributes:
-        row: (P,) the row of each place.
-        back: (P,) how many positions it lies before the row's last one.
-        shift: (P,) the shift that acts there.
-        member: (S,) the batch member that each shift belongs to.
-    """
+    """Where shifts act in a set of rows: the `row` (P,) of each place, how many positions it lies `back` (P,) from the
+    row's last one, the `shift` (P,) that acts there, and the batch `member` (S,) that each shift belongs to."""
 
     row: Tensor
     back: Tensor
@@ -104,29 +86,19 @@ class Places:
     member: Tensor
 
     @classmethod
-    def of_targets(cls, encoded: Sequence[Encoded], owners: Sequence[int], members: int) -> Places:
+    def of_targets(cls, rows: TargetRows) -> Places:
         """One for each target token of a member, at the position from which it is read; rows of one member share."""
-        lengths = [len(encoded[i].target) for i in range(members)]
-        starts = [sum(lengths[:i]) for i in range(members)]
-        found = [
-            (i, len(row.target) - j, starts[owner] + min(j, lengths[owner] - 1))
-            for i, (row, owner) in enumerate(zip(encoded, owners, strict=True))
-            for j in range(len(row.target))
-        ]
-        member = [i for i, length in enumerate(lengths) for _ in range(length)]
-        row, back, shift = torch.tensor(found).T
-        return cls(row, back, shift, torch.tensor(member))
+        number = torch.arange(len(rows.row), device=rows.row.device) - rows.firsts[rows.row]
+        own = rows.owner[rows.row]
+        shift = rows.firsts[own] + torch.minimum(number, rows.lengths[own] - 1)
+        return cls(rows.row, rows.lengths[rows.row] - number, shift, rows.row[rows.row < rows.members])
 
     @classmethod
-    def of_subjects(cls, encoded: Sequence[Encoded], at: Sequence[int], owners: Sequence[int], members: int) -> Places:
+    def of_subjects(cls, rows: TargetRows, at: Sequence[int]) -> Places:
         """One for each member, at a given token of its rows' prompts."""
-        back = [len(row.ids) - 1 - place for row, place in zip(encoded, at, strict=True)]
-        rows = torch.arange(len(encoded))
-        return cls(rows, torch.tensor(back), torch.tensor(list(owners)), torch.arange(members))
-
-    def to(self, device: Any) -> Places:
-        """The same on a device."""
-        return Places(*(value.to(device) for value in (self.row, self.back, self.shift, self.member)))
+        members, device = torch.arange(rows.members, device=rows.row.device), rows.row.device
+        back = rows.mask.sum(-1) - 1 - torch.tensor(at, device=device)
+        return cls(torch.arange(len(rows), device=device), back, rows.owner, members)
 
     def read(self, states: Tensor) -> Tensor:
         """States (B, T, X) at the shifts' places, the mean where several share one, (S, X) in float32."""
@@ -134,172 +106,140 @@ class Places:
         sums = found.new_zeros(len(self.member), found.shape[-1]).index_add(0, self.shift, found)
         return sums / self.shift.bincount(minlength=len(self.member))[:, None]
 
-    def spread(self, shifts: Tensor, rows: int, width: int) -> Tensor:
+    def spread(self, shifts: Tensor, rows: TargetRows) -> Tensor:
         """Shifts (S, D) laid out over the rows, (B, T, D)."""
+        size, width = rows.ids.shape
         at = self.row * width + width - 1 - self.back
-        flat = shifts.new_zeros(rows * width, shifts.shape[-1]).index_add(0, at, shifts[self.shift])
-        return flat.view(rows, width, -1)
+        flat = shifts.new_zeros(size * width, shifts.shape[-1]).index_add(0, at, shifts[self.shift])
+        return flat.view(size, width, -1)
 
-    def part(self, rows: Sequence[int], members: Sequence[int]) -> Places:
+    def part(self, rows: Tensor, members: Tensor) -> Places:
         """The places of some rows and members, both in ascending order."""
-        row_at = {row: i for i, row in enumerate(rows)}
-        kept = [i for i, member in enumerate(self.member.tolist()) if member in set(members)]
-        shift_at = {shift: i for i, shift in enumerate(kept)}
-        member_at = {member: i for i, member in enumerate(members)}
-        triples = zip(self.row.tolist(), self.back.tolist(), self.shift.tolist(), strict=True)
-        found = [(row_at[row], back, shift_at[shift]) for row, back, shift in triples if row in row_at]
-        member = torch.tensor([member_at[int(self.member[i])] for i in kept])
-        row, back, shift = torch.tensor(found).T
-        return Places(row, back, shift, member).to(self.row.device)
+        kept, inside = torch.isin(self.member, members), torch.isin(self.row, rows)
+        shift = (kept.cumsum(0) - 1)[self.shift[inside]]
+        row, member = torch.searchsorted(rows, self.row[inside]), torch.searchsorted(members, self.member[kept])
+        return Places(row, self.back[inside], shift, member)
 
 
-@contextmanager
-def pushing(split: SplitModel, pushed: Tensor) -> Iterator[None]:
-    """Inside, `pushed` (B, T, D) is added to the value matrix's output, however the architecture lays out tokens."""
-    handle = split.value.register_forward_hook(
-        lambda _, __, output: output + pushed.reshape(output.shape).to(output.dtype)
-    )
-    try:
-        yield
-    finally:
-        handle.remove()
+def pushing(value: nn.Module, pushed: Tensor) -> RemovableHandle:
+    """Until the handle (a context manager) is removed, `pushed` (B, T, D) is added to what a value matrix puts out."""
+    return value.register_forward_hook(lambda _, __, output: output + pushed.reshape(output.shape).to(output.dtype))
 
 
-@dataclass
-class Found:
-    """The values of a batch: `shifts` (S, D), and of each member the last loss and the steps."""
+def slopes(
+    edited: EditedModel, layers: Sequence[int], rows: TargetRows, total: Callable[[Tensor], Tensor] = torch.sum
+) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
+    """The losses (M,) of the target tokens, and where their `total` goes: by layer, from the edited one on, what enters
+    the value matrix, (B, T, F), and the gradient at what leaves it, (B, T, D)."""
+    keys: dict[int, Tensor] = {}
+    like = rows.hidden.new_zeros(rows.hidden.shape, dtype=torch.float32)
+    pushed = [torch.zeros_like(like, requires_grad=True) for _ in layers]
 
-    shifts: Tensor
-    loss: list[float]
-    steps: list[int]
+    def note(layer: int) -> Any:
+        return lambda _, args: keys.update({layer: args[0].detach().reshape(*rows.ids.shape, -1).float()})
+
+    with torch.enable_grad(), ExitStack() as stack:
+        stack.enter_context(edited.forced(None))
+        stack.enter_context(edited.split.skipping())
+        for layer, shift in zip(layers, pushed, strict=True):
+            value = edited.split.arch.value_module(edited.base, layer)
+            stack.enter_context(pushing(value, shift))
+            stack.enter_context(value.register_forward_pre_hook(note(layer)))
+        losses = rows.losses(TargetTail(edited.split, rows, "rows")(lambda activations: activations)[0])
+        deltas = torch.autograd.grad(total(losses), pushed)
+    return losses.detach(), keys, dict(zip(layers, deltas, strict=True))
+
+
+Asked = tuple[TargetRows, Places]  # rows, and where shifts act in them
 
 
 class ValueSearch:
-    """Trains the shifts of a batch.
-
-    Args:
-        split: the model, cut at the layer whose value matrix is shifted.
-        options: how.
-        positions: the layer is the last and its output is simply added: only what is read takes part.
-        unit: the learning rate's unit.
-    """
+    """Trains the shifts of a batch, at the layer where a model is `split`; where `positions`, that layer is the last,
+    its output is simply added, and only what is read takes part; the learning rate is in units of `unit`."""
 
     def __init__(self, split: SplitModel, options: Values, positions: bool, unit: float) -> None:
         self.split, self.options, self.unit = split, options, unit
         self.positions = positions and options.at == "targets"
 
-    def run(self, rows: TargetRows, places: Places, essence: tuple[TargetRows, Places] | None = None) -> Found:
-        """Train until every member is done or the steps are used; what is done leaves, whenever that is half."""
+    def run(
+        self, rows: TargetRows, places: Places, essence: Asked | None = None
+    ) -> tuple[Tensor, list[float], list[int]]:
+        """Train until every member is done or the steps are used; what is done leaves, whenever that is half. Returns
+        the shifts (S, D), and of each member the last loss and the steps."""
         shifts = torch.zeros(len(places.member), rows.hidden.shape[-1], device=rows.hidden.device)
         loss, steps = [0.0] * rows.members, [0] * rows.members
         left, taken = list(range(rows.members)), 0
-        part, part_places, part_essence = rows, places, essence
+        part, beside = (rows, places), essence
         while left:
             mine = torch.isin(places.member, torch.tensor(left, device=places.member.device))
             trained = nn.Parameter(shifts[mine].clone())
-            took, done, losses = self._phase(part, part_places, trained, self.options.steps - taken, part_essence)
+            took, done, losses = self._phase(*part, trained, self.options.steps - taken, beside)
             taken += took
             shifts[mine] = trained.detach()
-            for i, member in enumerate(left):
-                loss[member], steps[member] = losses[i], taken
+            for member, value in zip(left, losses, strict=True):
+                loss[member], steps[member] = value, taken
             if taken >= self.options.steps:
                 break
-            left = [member for i, member in enumerate(left) if not done[i]]
+            left = [member for member, is_done in zip(left, done, strict=True) if not is_done]
             if left:
-                part, part_places = self._cut(rows, places, left)
-                part_essence = None if essence is None else self._cut(*essence, left)
-        return Found(shifts, loss, steps)
-
-    @staticmethod
-    def _cut(rows: TargetRows, places: Places, members: Sequence[int]) -> tuple[TargetRows, Places]:
-        inside = [i for i, owner in enumerate(rows.owner.tolist()) if owner in set(members)]
-        return rows.part(members), places.part(inside, members)
+                part, beside = _part((rows, places), left), _part(essence, left) if essence else None
+        return shifts, loss, steps
 
     def _phase(
-        self,
-        rows: TargetRows,
-        places: Places,
-        shifts: nn.Parameter,
-        budget: int,
-        essence: tuple[TargetRows, Places] | None,
+        self, rows: TargetRows, places: Places, shifts: nn.Parameter, budget: int, essence: Asked | None
     ) -> tuple[int, list[bool], list[float]]:
         """Steps until half of the members are done; returns how many, who is, and each one's loss."""
-        options = self.options
-        logits_of = self._tail(rows, places)
-        before = self._values_before(rows, places)
-        done = torch.zeros(rows.members, dtype=torch.bool)
-        with torch.enable_grad(), self.split.skipping(whole=self.positions):
-            plain = None if essence is None else self._essence_logits(*essence, torch.zeros_like(shifts)).detach()
+        options, tail = self.options, TargetTail(self.split, rows, "positions" if self.positions else "rows")
+        with torch.no_grad():
+            activations = rows.activations.flatten(0, 1)
+            before = places.read(self.split.value(activations).view(*rows.ids.shape, -1))
+        ready = torch.zeros(rows.members, dtype=torch.bool)
+
+        def logits() -> Tensor:
+            if self.positions:
+                return tail(lambda _: shifts[places.shift])[0]
+            return self._pushed(tail, places, shifts)
+
+        def done(step: int, logits: Tensor, losses: Tensor) -> bool:
+            nonlocal ready
+            if step % options.check_every:
+                return False
+            ready = rows.lead(logits, options.stop_margin).cpu()
+            if options.stop_margin is None and options.stop_loss is not None:  # not finite: no step helps it
+                ready = ~(rows.per_member(losses) >= options.stop_loss).cpu()
+            return 2 * int(ready.sum()) >= len(ready)
+
+        def total(losses: Tensor) -> Tensor:
+            found = rows.per_member(losses).sum()
+            if options.decay:
+                found = found + options.decay * (shifts.norm(dim=-1) / before.square().sum(-1).clamp_min(1e-12)).sum()
+            if essence is not None:
+                now = self._essence(*essence, shifts)
+                found = found + options.essence * (now.exp() * (now - plain)).sum()
+            return found
+
+        def clamp() -> None:
+            if options.clamp is not None:
+                longest = options.clamp * before.norm(dim=-1, keepdim=True)
+                shifts.mul_((longest / shifts.norm(dim=-1, keepdim=True).clamp_min(1e-12)).clamp_max(1))
+
+        with tail.cut():
+            plain = torch.zeros(0) if essence is None else self._essence(*essence, torch.zeros_like(shifts)).detach()
             optimizer = torch.optim.Adam([shifts], lr=options.lr * self.unit)
-            for step in range(budget + 1):
-                logits = logits_of(shifts)
-                token_losses = target_cross_entropy(logits[:, None], rows.labels[:, None])
-                losses = rows.per_member(rows.per_row(token_losses))
-                if step % options.check_every == 0:
-                    done = self._done(rows, logits.detach(), losses.detach())
-                    if 2 * int(done.sum()) >= len(done):
-                        break
-                if step == budget:
-                    break
-                total = losses.sum() + self._decay(shifts, before, places)
-                if plain is not None and essence is not None:
-                    total = total + options.essence * _divergence(self._essence_logits(*essence, shifts), plain)
-                optimizer.zero_grad()
-                total.backward()
-                optimizer.step()
-                self._clamp(shifts, before)
-        return step, done.tolist(), losses.detach().tolist()
+            step, losses = descend(rows, logits, optimizer, budget, done, total, clamp)
+        return step, ready.tolist(), losses
 
-    def _tail(self, rows: TargetRows, places: Places) -> Any:
-        """The logits (M, V) of the target tokens as a function of the shifts."""
-        tail = TargetTail(self.split, rows, "positions" if self.positions else "rows")
-        if self.positions:
-            return lambda shifts: tail(lambda _: shifts[places.shift])[0]
-        size, width = rows.ids.shape
+    def _pushed(self, tail: TargetTail, places: Places, shifts: Tensor) -> Tensor:
+        with pushing(self.split.value, places.spread(shifts, tail.rows)):
+            return tail(lambda activations: activations)[0]
 
-        def logits(shifts: Tensor) -> Tensor:
-            with pushing(self.split, places.spread(shifts, size, width)):
-                return tail(lambda activations: activations)[0]
-
-        return logits
-
-    def _essence_logits(self, rows: TargetRows, places: Places, shifts: Tensor) -> Tensor:
-        size, width = rows.ids.shape
-        with pushing(self.split, places.spread(shifts, size, width)):
-            logits, _ = self.split.tail(rows.ids, rows.mask, rows.hidden, rows.span)
-        return rows.reading(logits).float().log_softmax(-1)
-
-    @torch.no_grad()
-    def _values_before(self, rows: TargetRows, places: Places) -> Tensor:
-        """What the value matrix puts out at the places, (S, D)."""
-        activations = rows.activations
-        return places.read(self.split.value(activations.reshape(-1, activations.shape[-1])).view(*rows.ids.shape, -1))
-
-    def _done(self, rows: TargetRows, logits: Tensor, losses: Tensor) -> Tensor:
-        """(n,) who needs no more steps; what is not finite is not helped by them."""
-        options = self.options
-        if options.stop_margin is not None:
-            margins = target_margin(logits[:, None], rows.labels[:, None])
-            start = margins.new_full((rows.members,), torch.inf)
-            lowest = start.scatter_reduce(0, rows.owner[rows.row], margins, "amin")
-            return (~(lowest < options.stop_margin)).cpu()
-        if options.stop_loss is not None:
-            return (~(losses >= options.stop_loss)).cpu()
-        return torch.zeros(rows.members, dtype=torch.bool)
-
-    def _decay(self, shifts: Tensor, before: Tensor, places: Places) -> Tensor:
-        if not self.options.decay:
-            return shifts.new_zeros(())
-        return self.options.decay * (shifts.norm(dim=-1) / before.square().sum(-1).clamp_min(1e-12)).sum()
-
-    @torch.no_grad()
-    def _clamp(self, shifts: Tensor, before: Tensor) -> None:
-        """Shorten what is longer than allowed."""
-        if self.options.clamp is not None:
-            longest = self.options.clamp * before.norm(dim=-1, keepdim=True)
-            shifts.mul_((longest / shifts.norm(dim=-1, keepdim=True).clamp_min(1e-12)).clamp_max(1))
+    def _essence(self, rows: TargetRows, places: Places, shifts: Tensor) -> Tensor:
+        """The log probabilities (n, V) behind each subject."""
+        return self._pushed(TargetTail(self.split, rows, "rows"), places, shifts).float().log_softmax(-1)
 
 
-def _divergence(found: Tensor, plain: Tensor) -> Tensor:
-    """KL(found || plain) of log probabilities (E, V), summed over the rows."""
-    return (found.exp() * (found - plain)).sum()
+def _part(asked: Asked, members: Sequence[int]) -> Asked:
+    """What some members own, in ascending order."""
+    rows, places = asked
+    some = torch.tensor(members, device=rows.owner.device)
+    return rows.part(members), places.part(torch.isin(rows.owner, some).nonzero()[:, 0], some)

@@ -11,17 +11,20 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from repair_lightning.editors.base import KEPT, Editor
-from repair_lightning.editors.inner_loop import TargetRows
-from repair_lightning.editors.values import Found, Places, Values, ValueSearch, pushing
+from repair_lightning.editors.checks import at_least
+from repair_lightning.editors.inner_loop import TargetRows, in_halves
+from repair_lightning.editors.values import Asked, Places, Values, ValueSearch, pushing
 from repair_lightning.errors import ConfigError
 from repair_lightning.models.architectures import resolve_layer
-from repair_lightning.models.base import Base, load_base
+from repair_lightning.models.base import Base
 from repair_lightning.models.prefix import Capture, SplitModel, stack_left
 from repair_lightning.models.prefix_cache import canonical_batches
 from repair_lightning.models.tokenizing import Encoded
@@ -35,125 +38,65 @@ RIDGE = 1e-2
 
 
 class WeightEditor(Editor):
-    """Writes into W_v of `layers` neighbouring layers, the lowest of which is `layer`.
-
-    Args:
-        base: folder or hub name of a Hugging Face causal LM.
-        layers: how many layers are written into.
-        common: what every editor takes, see `Editor`.
-    """
+    """Writes into W_v of `layers` neighbouring layers, the lowest of which is `layer`."""
 
     writes_base: ClassVar[bool] = True
     default_depth: ClassVar[float | None] = None
     """The uppermost written layer where none is named, as a share of the depth; None for `resolve_layer`'s default."""
 
-    def __init__(
-        self,
-        base: str = "",
-        layers: int = 1,
-        **common: Any,
-    ) -> None:
+    def __init__(self, base: str = "", layers: int = 1, **common: Any) -> None:
         super().__init__(base, **common)
-        if layers < 1:
-            raise ConfigError(f"layers must be at least 1, got {layers}")
         self.layers = layers
+        at_least(1, self, "layers")
 
-    def load(self) -> None:
-        """Load the base; where no layer was named, the written ones end with the default, or are all below it."""
-        if self.base is None and self.base_option and self.layer_option is None:
-            base = load_base(self.base_option, self.precision_option, self.trust_remote_code)
-            top = resolve_layer(base.model, None)
-            if self.default_depth is not None:
-                top = int(self.default_depth * resolve_layer(base.model, -1) + 1e-6)
+    def build(self, base: Base, layer: int) -> None:
+        """Besides building, find the written layers; where none was named they end with the default."""
+        last = resolve_layer(base.model, -1)
+        if self.layer_option is None:
+            top = layer if self.default_depth is None else int(self.default_depth * last + 1e-6)
             if self.layers > top + 1:
                 log.warning(
                     "layers: %d asked for, the base has %d up to layer %d: all are written", self.layers, top + 1, top
                 )
                 self.layers = top + 1
-            self.build(base, top - self.layers + 1)
-        super().load()
-
-    def build(self, base: Base, layer: int) -> None:
-        """Besides building, find the layers that are written into."""
-        super().build(base, layer)
-        depth = len(self.edited.split.layers)
-        if layer + self.layers > depth:
+            layer = top - self.layers + 1
+        if layer + self.layers > last + 1:
             raise ConfigError(
-                f"layers {layer} to {layer + self.layers - 1} are asked for, the base has {depth}; give a lower "
+                f"layers {layer} to {layer + self.layers - 1} are asked for, the base has {last + 1}; give a lower "
                 "--model.layer or fewer --model.layers"
             )
-        self._find_layers()
-
-    def work_upon(self, other: Editor) -> None:
-        """Share another editor's model and layer instead of building one."""
-        assert other.base is not None
-        self.base, self.layer, self._encode = other.base, other.layer, other._encode
-        self.__dict__["edited"] = other.edited  # not a module of its own
-        self._find_layers()
-
-    def _find_layers(self) -> None:
-        self.written_layers = list(range(self.layer, self.layer + self.layers))
-        top = self.written_layers[-1]
-        self.top = self.edited.split if top == self.layer else SplitModel(self.edited.base, top)
-
-    # -- what the base makes of texts ---------------------------------------------------------------------------------
+        super().build(base, layer)
+        self.written_layers = list(range(layer, layer + self.layers))
+        self.top = self.edited.split if self.layers == 1 else SplitModel(base.model, self.written_layers[-1])
 
     @torch.no_grad()
     def states(self, rows: Sequence[Sequence[int]]) -> tuple[list[Capture], dict[int, list[Tensor]], list[Tensor]]:
-        """Token rows in the base as it is now.
-
-        Returns:
-            each row at the uppermost written layer; by written layer each row's activations (T, F); what leaves the
-            uppermost, (T, D), where more than one layer is written (else empty: it is not needed).
-        """
+        """Token rows in the base as it is now: each at the uppermost written layer; by written layer each row's
+        activations (T, F); what leaves the uppermost, (T, D), where more than one layer is written (else empty)."""
         lowest = self.edited.captures(rows)
         if self.layers == 1:
             return lowest, {self.layer: [capture.activations for capture in lowest]}, []
-        top: list[Capture] = [lowest[0]] * len(rows)
-        found: dict[int, list[Tensor]] = {layer: [lowest[0].activations] * len(rows) for layer in self.written_layers}
-        leaving = [lowest[0].hidden] * len(rows)
+        found: dict[int, tuple[Tensor, ...]] = {}
         for index, ids in canonical_batches(self.edited.split, rows):
-            hidden = torch.stack(
-                [torch.nn.functional.pad(lowest[i].hidden, (0, 0, 0, ids.shape[1] - len(rows[i]))) for i in index]
-            )
+            hidden = torch.stack([pad(lowest[i].hidden, (0, 0, 0, ids.shape[1] - len(rows[i]))) for i in index])
             entering, activations, left = self.edited.split.through(
                 ids, torch.ones_like(ids), hidden, self.written_layers[-1]
             )
             for place, i in enumerate(index):
-                length = len(rows[i])
-                for layer, values in zip(self.written_layers, activations, strict=True):
-                    found[layer][i] = values[place, :length].clone()
-                top[i] = Capture(entering[-1][place, :length].clone(), found[self.written_layers[-1]][i])
-                leaving[i] = left[place, :length].clone()
-        return top, found, leaving
-
-    def background_keys(self) -> dict[int, Tensor]:
-        """By written layer, A(x) at every token of the background prompts and the base's answers to them, (N, F)."""
-        rows = [row.ids for row in self.said_by_base(self.background_prompts[:KEPT])]
-        _, keys, _ = self.states(rows)
-        return {layer: torch.cat(found).float() for layer, found in keys.items()}
-
-    def second_moments(self) -> dict[int, Tensor]:
-        """By written layer, the mean of `k k^T` over the background keys, (F, F), with `RIDGE`.
-
-        The papers take 100,000 texts from Wikipedia; here it is what the stream calls irrelevant.
-        """
-        found = {}
-        for layer, keys in self.background_keys().items():
-            moment = keys.T @ keys / len(keys)
-            moment.diagonal().add_(RIDGE * moment.diagonal().mean())
-            found[layer] = moment
-        return found
-
-    # -- writing ------------------------------------------------------------------------------------------------------
+                found[i] = tuple(part[place, : len(rows[i])].clone() for part in (entering[-1], left, *activations))
+        top, leaving, *keys = zip(*(found[i] for i in range(len(rows))), strict=True)
+        by_layer = {layer: list(each) for layer, each in zip(self.written_layers, keys, strict=True)}
+        return [Capture(*both) for both in zip(top, keys[-1], strict=True)], by_layer, list(leaving)
 
     @abstractmethod
     def change(self, edits: Sequence[Edit]) -> list[EditReport]:
         """Write edits into the matrices; one report per edit."""
 
     def write(self, batch: EditBatch) -> list[EditReport]:
-        """Write a batch; where a matrix or a loss is no longer finite, everything is put back and the batch written in
-        halves, until the edit that spoils it stands alone and is reported."""
+        """Write a batch; where a matrix or a loss is no longer finite, everything is put back."""
+        return in_halves(batch, self._attempt)
+
+    def _attempt(self, batch: EditBatch) -> list[EditReport]:
         weights, own = self.edited.weights.state(), self.remember()
         try:
             reports = self.change(batch.edits)
@@ -166,10 +109,12 @@ class WeightEditor(Editor):
             return reports
         self.edited.weights.load(weights)
         self.recall(own)
-        if len(batch.edits) > 1:
-            half = len(batch.edits) // 2
-            return [*self.write(EditBatch(batch.edits[:half])), *self.write(EditBatch(batch.edits[half:]))]
-        return [replace(reports[0], error=reason)]
+        return [replace(report, error=reason) for report in reports]
+
+    def reports(self, edits: Sequence[Edit], losses: Sequence[float], steps: Sequence[int]) -> list[EditReport]:
+        """The reports of edits that were written into the base."""
+        triples = zip(edits, losses, steps, strict=True)
+        return [EditReport(edit.id, BASE, loss, 0.0, taken) for edit, loss, taken in triples]
 
     def forget(self, ids: Iterable[str]) -> None:
         """What is in the weights stays there: it cannot be told apart."""
@@ -180,12 +125,6 @@ class ValueEditor(WeightEditor):
 
     The missing part of a value is spread over the written layers as in MEMIT: each takes an equal share of what is
     still missing when its turn comes.
-
-    Args:
-        base: folder or hub name of a Hugging Face causal LM.
-        layers: how many layers are written into.
-        values: how values are found.
-        common: what every editor takes, see `Editor`.
     """
 
     def __init__(
@@ -200,12 +139,8 @@ class ValueEditor(WeightEditor):
         values.check()
 
     def prepare(self, background: Sequence[str], held_out: Sequence[str]) -> None:
-        """Besides, :meth:`measure` the base."""
+        """Besides, let the base write contexts, and measure the unit of the learning rate on irrelevant prompts."""
         super().prepare(background, held_out)
-        self.measure(background)
-
-    def measure(self, background: Sequence[str]) -> None:
-        """Let the base write contexts, and measure the unit of the learning rate on irrelevant prompts."""
         self.contexts = self.base_texts(self.values.contexts, length=8) if self.values.contexts else []
         self.unit = 1.0
         if self.values.relative:
@@ -213,12 +148,22 @@ class ValueEditor(WeightEditor):
             self.unit = float(torch.stack([c.hidden[-1].float().square().mean().sqrt() for c in top]).mean())
         self.adds_up = self.top.adds_up()
 
-    def build(self, base: Base, layer: int) -> None:
-        """Besides building, refuse a layer from which a subject's value reaches no answer.
+    @cached_property
+    def moments(self) -> dict[int, Tensor]:
+        """By written layer, the mean of `k k^T`, (F, F), with `RIDGE`, over the keys of all tokens of irrelevant
+        prompts and the base's answers to them. (The papers take 100,000 texts from Wikipedia.)"""
+        said = self.said_by_base(self.background_prompts[:KEPT])
+        with self.edited.weights.originals():
+            _, keys, _ = self.states([row.ids for row in said])
+        found = {}
+        for layer, each in keys.items():
+            whole = torch.cat(each).float()
+            found[layer] = whole.T @ whole / len(whole)
+            found[layer].diagonal().add_(RIDGE * found[layer].diagonal().mean())
+        return found
 
-        Raises:
-            ConfigError: the uppermost written layer is the last, and values act at the subject.
-        """
+    def build(self, base: Base, layer: int) -> None:
+        """Besides building, refuse the last layer where values act at the subject: from there they reach no answer."""
         super().build(base, layer)
         if self.values.at == "subject" and self.written_layers[-1] == len(self.edited.split.layers) - 1:
             raise ConfigError(
@@ -228,60 +173,44 @@ class ValueEditor(WeightEditor):
 
     @abstractmethod
     def solve(self, layer: int, ids: Sequence[str], of: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """A layer's new matrix (D, F).
-
-        Args:
-            layer: which.
-            ids: of the batch's n edits.
-            of: (S,) the edit that each key belongs to.
-            keys: (S, F).
-            values: (S, D), what the matrix should give for them.
-        """
+        """A layer's new matrix (D, F), that should give values (S, D) for keys (S, F), of the edits with these ids;
+        `of` (S,) says which edit each key belongs to."""
 
     def change(self, edits: Sequence[Edit]) -> list[EditReport]:
         """Find the values of some edits, then change one layer after the other."""
-        encoded, owners, places = self._rows(edits)
+        asked = [(i, edit.prompt) for i, edit in enumerate(edits)]
+        asked += [(i, behind(context, edit.prompt)) for i, edit in enumerate(edits) for context in self.contexts]
+        encoded = [self._encode(prompt, edits[i].target) for i, prompt in asked]
         ids = [row.ids for row in encoded]
         top, activations, leaving = self.states(ids)
-        rows = TargetRows(encoded, top, owners, len(edits))
-        found = ValueSearch(self.top, self.values, self.adds_up, self.unit).run(rows, places, self._essence(edits))
-        aims = self._aims(rows, places, found.shifts) if self.layers > 1 else None
+        rows = TargetRows(encoded, top, [i for i, _ in asked], len(edits))
+        places = self.places(edits, encoded, rows)
+        search = ValueSearch(self.top, self.values, self.adds_up, self.unit)
+        shifts, losses, steps = search.run(rows, places, self._essence(edits))
+        missing = shifts
+        if self.layers > 1:
+            with torch.no_grad(), self.top.skipping(), pushing(self.top.value, places.spread(shifts, rows)):
+                aims = places.read(self.top.layer_output(rows.ids, rows.mask, rows.hidden))
         for done, layer in enumerate(self.written_layers):
             if done:
                 _, activations, leaving = self.states(ids)
-            missing = found.shifts if aims is None else aims - places.read(stack_left(leaving))
+            if self.layers > 1:
+                missing = aims - places.read(stack_left(leaving))
             keys, matrix = places.read(stack_left(activations[layer])), self.edited.weights.matrix(layer)
             values = keys @ matrix.T + missing / (self.layers - done)
             names = [edit.id for edit in edits]
             self.edited.weights.put(layer, self.solve(layer, names, places.member, keys, values))
-        return self._reports(edits, found)
+        return self.reports(edits, losses, steps)
 
-    @staticmethod
-    def _reports(edits: Sequence[Edit], found: Found) -> list[EditReport]:
-        triples = zip(edits, found.loss, found.steps, strict=True)
-        return [EditReport(edit.id, BASE, loss, 0.0, steps) for edit, loss, steps in triples]
-
-    @torch.no_grad()
-    def _aims(self, rows: TargetRows, places: Places, shifts: Tensor) -> Tensor:
-        """What should leave the uppermost layer at the places, (S, D)."""
-        size, width = rows.ids.shape
-        with self.top.skipping(), pushing(self.top, places.spread(shifts, size, width)):
-            return places.read(self.top.layer_output(rows.ids, rows.mask, rows.hidden))
-
-    def _rows(self, edits: Sequence[Edit]) -> tuple[list[Encoded], list[int], Places]:
-        """The members' own rows, then those in contexts; the member of each; and where values act."""
-        asked = [(i, edit.prompt) for i, edit in enumerate(edits)]
-        asked += [(i, behind(context, edit.prompt)) for i, edit in enumerate(edits) for context in self.contexts]
-        encoded = [self._encode(prompt, edits[i].target) for i, prompt in asked]
-        owners = [i for i, _ in asked]
+    def places(self, edits: Sequence[Edit], encoded: Sequence[Encoded], rows: TargetRows) -> Places:
+        """Where values act in the rows of some edits."""
         if self.values.at == "targets":
-            return encoded, owners, Places.of_targets(encoded, owners, len(edits)).to(self.edited.device)
-        at = [
-            self._subject_token(prompt, edits[i].subject, row) for (i, prompt), row in zip(asked, encoded, strict=True)
-        ]
-        return encoded, owners, Places.of_subjects(encoded, at, owners, len(edits)).to(self.edited.device)
+            return Places.of_targets(rows)
+        of = rows.owner.tolist()
+        at = [self._subject_token(edits[i].subject, row) for i, row in zip(of, encoded, strict=True)]
+        return Places.of_subjects(rows, at)
 
-    def _subject_token(self, prompt: str, subject: str | None, row: Encoded) -> int:
+    def _subject_token(self, subject: str | None, row: Encoded) -> int:
         """The index of the subject's last token in a prompt; the prompt's last where it does not hold the subject."""
         decoded = [self.tokenizer.decode(row.prompt[: i + 1]) for i in range(len(row.prompt))] if subject else []
         if not decoded or str(subject) not in decoded[-1]:
@@ -289,14 +218,12 @@ class ValueEditor(WeightEditor):
         end = decoded[-1].rfind(str(subject)) + len(str(subject))
         return next(i for i, text in enumerate(decoded) if len(text) >= end)
 
-    def _essence(self, edits: Sequence[Edit]) -> tuple[TargetRows, Places] | None:
+    def _essence(self, edits: Sequence[Edit]) -> Asked | None:
         """Each subject alone, behind which the next token is to stay as likely as it is."""
         if not self.values.essence:
             return None
         subjects = [edit.subject or edit.prompt for edit in edits]
-        rows = [Encoded(tuple(ids), (self.tokenizer.eos_token_id,)) for ids in self.tokenizer(subjects)["input_ids"]]
-        top, _, _ = self.states([row.ids for row in rows])
-        owners = list(range(len(edits)))
-        at = [len(row.prompt) - 1 for row in rows]
-        places = Places.of_subjects(rows, at, owners, len(edits)).to(self.edited.device)
-        return TargetRows(rows, top, owners, len(edits)), places
+        encoded = [Encoded(tuple(ids), (self.tokenizer.eos_token_id,)) for ids in self.tokenizer(subjects)["input_ids"]]
+        top, _, _ = self.states([row.ids for row in encoded])
+        rows = TargetRows(encoded, top, range(len(edits)), len(edits))
+        return rows, Places.of_subjects(rows, [len(row.prompt) - 1 for row in encoded])

@@ -2,41 +2,33 @@
 
 Paper: "WISE: Rethinking the Knowledge Memory for Lifelong Model Editing of Large Language Models", arXiv 2405.14768.
 REPAIR descends from it, so its parts are REPAIR's: dense shards with Bernoulli masks of ratio rho (Sec. 2.3.2), trained
-one edit at a time with the routing loss (Eq. 6), found by activation (Eq. 5). This file has what is WISE's own:
+one edit at a time with the routing loss (Eq. 6), found by activation (Eq. 5). This file has what is WISE's own: side
+memories are filled one after the other, `writing.capacity` edits each; `retrieve` keeps all of them; `merge` fuses them
+by TIES whenever a window is over and `subspaces` of them are full. What was fused is one memory; later edits begin
+others, which are fused with it in their turn.
 
-  * side memories are filled one after the other, `writing.capacity` edits each;
-  * `retrieve` keeps all of them, and the one whose activation is the furthest above its threshold answers;
-  * `merge` fuses them by TIES whenever a window is over and `subspaces` of them are full. What was fused is one
-    memory; later edits begin others, in subspaces of their own, which are fused with it in their turn. What is not full
-    at the stream's end stays beside it.
-
-Defaults are the authors' for LLaMA-2 (`hparams/WISE/llama-7b.yaml` of github.com/zjunlp/EasyEdit): rho 0.2, SGD at
-1.0, 70 steps, act_ratio 0.88, 500 edits per memory (`save_freq`), two memories per merge (`merge_freq` 1,000), density
-0.53, a weight of 0.6 for what was merged before (`WISE.py` there), no replay. Deviations: margins are relative to the
-base (REPAIR's; theirs, 5, 20 and 10, are in one base's activations); the end of sequence is trained too; where signs
-conflict `ties_merge` keeps the strongest value whole; a merge comes at a window's end; there is no bound on the norm of
-a step.
+Defaults: `hparams/WISE/llama-7b.yaml` of github.com/zjunlp/EasyEdit, and `WISE.py` there for `OLD_WEIGHT`. Deviations:
+margins are relative to the base (theirs, 5, 20 and 10, are in one base's activations); the end of sequence is trained
+too; where signs conflict `ties_merge` keeps the strongest value whole; a merge comes at a window's end; there is no
+bound on the norm of a step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
 
 from repair_lightning.editors.adapt import AUTO
 from repair_lightning.editors.base import register
-from repair_lightning.editors.held import Snapshot
+from repair_lightning.editors.checks import at_least
 from repair_lightning.editors.repair import Distillation, Repair, Routing, Writing
 from repair_lightning.errors import ConfigError
 from repair_lightning.functional import ties_merge, trim
 from repair_lightning.types import Edit, EditBatch
 
-Mode = Literal["retrieve", "merge"]
-"""What becomes of side memories that are full."""
+Mode = Literal["retrieve", "merge"]  # what becomes of side memories that are full
 ROUTING = Routing(router="activation", pool="mean", act_ratio=0.88, weight=1.0, margins=(0.25, 1.0, 0.5))
 """How memories are found, by default."""
 WRITING = Writing(
@@ -50,18 +42,7 @@ WRITING = Writing(
     replay=0,
 )
 """How they are written, by default."""
-
-
-OLD_WEIGHT = 0.6
-"""What a merged memory weighs in the next merge; the new ones share the rest."""
-
-
-@torch.no_grad()
-def fused(deltas: Tensor, density: float, weights: Sequence[float] | None = None) -> Tensor:
-    """The TIES merge (D, F) of side memories' deltas (K, D, F), each trimmed to a share first; weights (K,) sum to 1,
-    and are alike by default."""
-    trimmed = torch.stack([trim(delta, density) for delta in deltas])
-    return ties_merge(trimmed, torch.tensor(weights or [1 / len(deltas)] * len(deltas)))
+OLD_WEIGHT = 0.6  # what a merged memory weighs in the next merge; the new ones share the rest
 
 
 @register("wise")
@@ -77,7 +58,6 @@ class WISE(Repair):
         mode: `retrieve` or `merge`.
         subspaces: merge: how many full memories are fused, at least 2.
         density: merge: share of a memory's coordinates that is kept before, in (0, 1].
-        common: what every editor takes, see `Editor`.
     """
 
     can_adapt = False
@@ -107,8 +87,7 @@ class WISE(Repair):
                 raise ConfigError(f"writing.{name} must be a number, got '{AUTO}': repair can find it, wise cannot")
         if self.mode not in get_args(Mode):
             raise ConfigError(f"mode must be one of {', '.join(get_args(Mode))}, got '{self.mode}'")
-        if self.subspaces < 2:
-            raise ConfigError(f"subspaces must be at least 2, got {self.subspaces}")
+        at_least(2, self, "subspaces")
         if not 0 < self.density <= 1:
             raise ConfigError(f"density must be in (0, 1], got {self.density}")
 
@@ -124,8 +103,13 @@ class WISE(Repair):
         return shard
 
     def finish_window(self) -> None:
-        """Merge the full memories, if that is asked and they are enough; then set the thresholds anew."""
-        full = self.full()
+        """Merge the full memories, if that is asked and they are enough; then set the thresholds again.
+
+        Full are all but the last, and that one if it takes no more edits.
+        """
+        load = self.ledger.sizes()
+        filled = [shard for shard in self.memory.ids if shard not in self.merged and load.get(shard, 0)]
+        full = [s for s in filled if s != filled[-1] or load[s] >= self.writing.capacity]
         if self.mode == "merge" and len(full) >= self.subspaces:
             self.merge([*(shard for shard in self.merged if shard in self.memory.ids), *full])
         super().finish_window()
@@ -134,34 +118,26 @@ class WISE(Repair):
         """One: a memory that is rebuilt after an undo is filled as it was, edit by edit in their order."""
         return 1
 
-    def full(self) -> list[int]:
-        """The memories that take no more edits, without merged ones: all but the last, and that one if it is full."""
-        load = self.ledger.sizes()
-        open_ones = [shard for shard in self.memory.ids if shard not in self.merged and load.get(shard, 0)]
-        return [s for s in open_ones if s != open_ones[-1] or load[s] >= self.writing.capacity]
-
     def merge(self, shards: Sequence[int]) -> int:
-        """Fuse side memories into one, which owns their edits; returns its id."""
+        """Fuse side memories by TIES into one, which owns their edits; returns its id."""
         edits = [id for shard in shards for id in self.ledger.owned_by(shard)]
-        old = [shard for shard in shards if shard in self.merged]
-        new = len(shards) - len(old)
-        rest = 1 - OLD_WEIGHT if old else 1.0
-        weights = [OLD_WEIGHT / len(old) if shard in old else rest / new for shard in shards]
-        one = self.fuse(shards, fused(self.memory.stacked(shards).detach(), self.density, weights))
+        old = sum(shard in self.merged for shard in shards)
+        new = (1 - OLD_WEIGHT if old else 1.0) / max(len(shards) - old, 1)
+        weights = torch.tensor([OLD_WEIGHT / old if shard in self.merged else new for shard in shards])
+        trimmed = torch.stack([trim(delta, self.density) for delta in self.memory.stacked(shards).detach()])
+        one = self.fuse(shards, ties_merge(trimmed, weights))
         self.ledger.reassign(edits, one)
         self.merged = [*(shard for shard in self.merged if shard not in shards), one]
         return one
 
-    def snapshot(self) -> Snapshot:
+    def remember(self) -> dict[str, Any]:
         """Besides, who owns which edits: a merge moves them."""
-        taken = super().snapshot()
-        owners = {shard: self.ledger.owned_by(shard) for shard in self.memory.ids}
-        return replace(taken, own=taken.own | {"owners": owners})
+        return self.own_state() | {"owners": {shard: self.ledger.owned_by(shard) for shard in self.memory.ids}}
 
-    def rollback(self, snapshot: Snapshot) -> None:
+    def recall(self, kept: Any) -> None:
         """Besides, give the edits that a merge has moved back to the memories that are there again."""
-        super().rollback(snapshot)
-        for shard, ids in snapshot.own["owners"].items():
+        self.load_own_state(kept)
+        for shard, ids in kept["owners"].items():
             moved = [id for id in ids if self.ledger.owner_of(id) not in (None, shard)]
             if moved:
                 self.ledger.reassign(moved, shard, "unmerged")

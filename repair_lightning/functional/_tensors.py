@@ -31,12 +31,6 @@ def check_not_negative(name: str, value: float, remedy: str) -> None:
         raise ValueError(f"{name} must be finite and at least 0, got {value}: {remedy}")
 
 
-def check_same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    """Raise `ValueError` unless the two tensors have one shape."""
-    if tensor.shape != other.shape:
-        raise ValueError(f"{name} must have the shape of {other_name}, {tuple(other.shape)}, got {tuple(tensor.shape)}")
-
-
 def check_bool(name: str, tensor: Tensor) -> None:
     """Raise `TypeError` unless `tensor` is boolean."""
     if tensor.dtype != torch.bool:

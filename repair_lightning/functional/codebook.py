@@ -12,23 +12,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-SAME = 1e-3
-"""Keys closer than this share of the first radius are one key: they differ by rounding."""
-COVER = 1.001
-"""A ball grows to the distance times this, so that what it grew for is inside it in spite of rounding."""
-OUT_OF_REACH = -1.0
-"""The radius of an entry that nothing reaches."""
+SAME = 1e-3  # keys closer than this share of the first radius are one key: they differ by rounding
+COVER = 1.001  # a ball grows to the distance times this, so that what it grew for is inside it in spite of rounding
+OUT_OF_REACH = -1.0  # the radius of an entry that nothing reaches
 
 
 @dataclass(frozen=True)
 class Placement:
-    """What becomes of a key and of the entry nearest to it.
-
-    Attributes:
-        opens: whether the key opens an entry; else it joins the nearest one.
-        radius: of the new entry's ball, where it opens one.
-        nearest: the nearest entry's radius from now on.
-    """
+    """What becomes of a key: whether it `opens` an entry, else it joins the nearest one; the `radius` of a new entry's
+    ball; and from now on that of the `nearest` entry's."""
 
     opens: bool
     radius: float
@@ -41,14 +33,8 @@ def was_cut(distance: float, radius: float, first: float) -> bool:
 
 
 def placement(distance: float, radius: float, same_label: bool, first: float) -> Placement:
-    """Where a key goes.
-
-    Args:
-        distance: from it to the nearest entry's key.
-        radius: of that entry's ball.
-        same_label: whether the two say the same.
-        first: epsilon, the radius of a new entry.
-    """
+    """Where a key goes, by its distance to the nearest entry's key, the radius of that entry's ball, whether both say
+    the same, and epsilon, the radius of an entry's `first` ball."""
     if distance > radius + first:
         return Placement(True, first, radius)
     if same_label:

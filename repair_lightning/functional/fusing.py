@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._tensors import check_not_negative, widen
+from ._tensors import check_not_negative, check_positive, widen
 
 
 @torch.no_grad()
 def fused_delta(keys: Tensor, values: Tensor, kept: Tensor, keep: float = 10.0, ridge: float = 0.01) -> Tensor:
-    """`argmin_d sum_n ||d k_n - v_n||^2 + keep (N / M) sum_m ||d k_m||^2 + ridge c ||d||^2`.
+    """`argmin_d sum_n ||d k_n - v_n||^2 + keep (N / M) sum_m ||d k_m||^2 + ridge c ||d||^2`, (D, F) in float32.
 
     Args:
         keys: (N, F), A(x) where the edits' target tokens are read.
@@ -23,16 +23,9 @@ def fused_delta(keys: Tensor, values: Tensor, kept: Tensor, keep: float = 10.0, 
         kept: (M, F), A(x) of unrelated texts.
         keep: weight of an unrelated position against an edit's, >= 0.
         ridge: weight of the delta's size, > 0, in units c of the mean diagonal of the normal equations.
-
-    Returns:
-        (D, F) in float32; solved in float64.
-
-    Raises:
-        ValueError: where shapes disagree, or a weight is not allowed.
     """
     check_not_negative("keep", keep, "0 lets unrelated texts change")
-    if not ridge > 0:
-        raise ValueError(f"ridge must be positive, got {ridge}: without it the keys' span is not solved for")
+    check_positive("ridge", ridge, "without it the keys' span is not solved for")
     if keys.ndim != 2 or values.shape[:1] != keys.shape[:1] or kept.shape[1:] != keys.shape[1:]:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (keys, values, kept))
         raise ValueError(f"keys (N, F), values (N, D) and kept (M, F) must agree, got {shapes}")

@@ -16,13 +16,12 @@ Shapes: u keys in a step, n keys in all, F = d_ffn, D = d_model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-TOLERANCE = 1e-3
-"""Largest error of a step's gain, relative to the keys, before the inverse is computed anew."""
+TOLERANCE = 1e-3  # largest error of a step's gain, relative to the keys, before the inverse is computed again
 
 
 def spd_inverse(matrix: Tensor) -> Tensor:
@@ -35,28 +34,21 @@ def spd_inverse(matrix: Tensor) -> Tensor:
 
 
 def minimal_change(keys: Tensor, residual: Tensor, moment: Tensor) -> Tensor:
-    """The delta (D, F) with `delta k = r` for each key and residual that is least in the norm `tr(delta M delta^T)`.
+    """The delta (D, F) with `delta k = r` for each key (n, F) and residual (n, D) that is least in the norm
+    `tr(delta M delta^T)`; the keys are linearly independent.
 
-    ROME's write (arXiv 2202.05262, Eq. 2) for one key: `r (M^-1 k)^T / (k^T M^-1 k)`.
-
-    Args:
-        keys: (n, F), linearly independent.
-        residual: (n, D), what must be added at each key.
-        moment: (F, F), positive definite: the second moment of the keys that should be left alone.
+    ROME's write (arXiv 2202.05262, Eq. 2) for one key: `r (M^-1 k)^T / (k^T M^-1 k)`. M (F, F), positive definite, is
+    the second moment of the keys that should be left alone.
     """
     toward = torch.linalg.solve(moment.double(), keys.double().T)
     return (residual.double().T @ torch.linalg.solve(keys.double() @ toward, toward.T)).to(residual.dtype)
 
 
 def damped_change(keys: Tensor, residual: Tensor, moment: Tensor) -> Tensor:
-    """The delta (D, F) that minimises `sum ||delta k - r||^2 + tr(delta M delta^T)`.
+    """The delta (D, F) that minimises `sum ||delta k - r||^2 + tr(delta M delta^T)`, with arguments as for
+    :func:`minimal_change`.
 
     MEMIT's write (arXiv 2210.07229, Eq. 14): its normal equations are `delta (M + K^T K) = R^T K`.
-
-    Args:
-        keys: (n, F).
-        residual: (n, D).
-        moment: (F, F), positive definite.
     """
     normal = moment.double() + keys.double().T @ keys.double()
     return torch.linalg.solve(normal, keys.double().T @ residual.double()).T.to(residual.dtype)
@@ -69,7 +61,7 @@ class Recursion:
     Attributes:
         weight: (D, F), the minimiser W.
         inverse: (F, F), C, the inverse of `information`.
-        information: (F, F), A in float64; it only ever adds and subtracts, so C can be had from it anew.
+        information: (F, F), A in float64; it only ever adds and subtracts, so C can be had from it again.
         rebuilt: how often that was necessary.
     """
 
@@ -80,14 +72,7 @@ class Recursion:
 
     @classmethod
     def start(cls, weight: Tensor, anchors: Tensor, ridge: float, anchoring: float) -> Recursion:
-        """The problem before the first key.
-
-        Args:
-            weight: (D, F), W_0.
-            anchors: (N, F), keys K_0 whose values V_0 = K_0 W_0^T are to be kept.
-            ridge: lambda^2, above 0.
-            anchoring: mu^2.
-        """
+        """Before the first key: weight W_0 (D, F), anchors K_0 (N, F), ridge lambda^2 > 0, anchoring mu^2."""
         eye = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device)
         information = ridge * eye + anchoring * (anchors.double().T @ anchors.double())
         return cls(weight, spd_inverse(information).to(weight.dtype), information)
@@ -101,45 +86,38 @@ class Recursion:
         return self._step(keys, values, -1)
 
     def _step(self, keys: Tensor, values: Tensor, sign: int) -> Recursion:
-        """A step in the problem's own precision; where that is not enough, once more with an inverse made anew in
-        float64.
+        """A step in the problem's own precision; where that is not enough, with an inverse made again in float64.
 
         Raises:
             torch.linalg.LinAlgError: the keys that are taken out were never in.
         """
         information = self.information + sign * (keys.double().T @ keys.double())
         try:
-            found = self._woodbury(keys, values, information, sign)
+            found = self._woodbury(keys, information, sign)
         except torch.linalg.LinAlgError:
             found = None
-        return found or self._anew(keys, values, information, sign)
+        rebuilt = self.rebuilt + (found is None)
+        if found is None:
+            whole = spd_inverse(information)
+            found = (keys.double() @ whole).to(keys.dtype), whole.to(keys.dtype)
+        gain, inverse = found
+        weight = self.weight + sign * ((values - keys @ self.weight.T).T @ gain)
+        return Recursion(weight, inverse, information, rebuilt)
 
-    def _woodbury(self, keys: Tensor, values: Tensor, information: Tensor, sign: int) -> Recursion | None:
-        """The step by a factorisation of (u, u), its gain refined once against the information; None where it is too
-        far from solving what it should for that."""
+    def _woodbury(self, keys: Tensor, information: Tensor, sign: int) -> tuple[Tensor, Tensor] | None:
+        """The step's gain (u, F) and the new inverse by a factorisation of (u, u), the gain refined once against the
+        information; None where it is too far from solving what it should for that."""
         forward = self.inverse @ keys.T
         inner = sign * (keys @ forward) + torch.eye(len(keys), dtype=keys.dtype, device=keys.device)
         lower = torch.linalg.cholesky((inner + inner.T) / 2)
         half = torch.linalg.solve_triangular(lower, forward.T, upper=False)
         gain = torch.linalg.solve_triangular(lower.T, half, upper=True)
         inverse = self.inverse - sign * (half.T @ half)
-        missing = _missing(keys, gain, information)
-        gain = gain + missing @ inverse
-        if not _missing(keys, gain, information).norm() <= min(missing.norm(), TOLERANCE * keys.norm()):
-            return None
-        return replace(self, weight=self._moved(keys, values, gain, sign), inverse=inverse, information=information)
 
-    def _anew(self, keys: Tensor, values: Tensor, information: Tensor, sign: int) -> Recursion:
-        inverse = spd_inverse(information)
-        exact = (keys.double() @ inverse).to(keys.dtype)
-        inverse = inverse.to(keys.dtype)
-        weight = self._moved(keys, values, exact, sign)
-        return Recursion(weight, inverse, information, self.rebuilt + 1)
+        def missing(gain: Tensor) -> Tensor:  # for `gain information = keys`, by float64
+            return (keys.double() - gain.double() @ information).to(keys.dtype)
 
-    def _moved(self, keys: Tensor, values: Tensor, gain: Tensor, sign: int) -> Tensor:
-        return self.weight + sign * ((values - keys @ self.weight.T).T @ gain)
-
-
-def _missing(keys: Tensor, gain: Tensor, information: Tensor) -> Tensor:
-    """What is missing for `gain information = keys`, by float64."""
-    return (keys.double() - gain.double() @ information).to(keys.dtype)
+        before = missing(gain)
+        gain = gain + before @ inverse
+        close = missing(gain).norm() <= min(before.norm(), TOLERANCE * keys.norm())
+        return (gain, inverse) if close else None

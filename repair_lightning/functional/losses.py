@@ -1,13 +1,10 @@
-"""The losses of an edit: target cross-entropy, routing margins and inner-batch distillation.
+"""The losses of an edit: target cross-entropy, routing margins and intra-batch distillation.
 
 Source: REPAIR, Sec. 2.3 (Eq. 4), Sec. 2.5 (Eq. 6, 7), Alg. 3 (AUTOREGCE, INTRABATCHKD, ROUTINGMARGIN).
 
-Deviations:
-
-- The paper sums the cross-entropy over a target's tokens; we take their mean, so that a long target is no louder edit.
-- Eq. 7's outer `min` is read as "this is minimised". Its margins may be given relative to the model (`Margins.scaled`).
-- Eq. 4 does not say whether the teacher is a variable, and its convergence theorem takes it as constant. Here the
-  cosine term and the soft term hold the teacher constant unless asked otherwise; the variance term never does.
+Deviations: the mean of the cross-entropy over a target's tokens, not the sum, so that a long target is no louder edit;
+Eq. 7's outer `min` is read as "this is minimised"; the teacher of Eq. 4 is constant in the cosine and the soft term, as
+the convergence theorem takes it, but not in the variance term.
 
 Shapes: B examples, T tokens, V vocabulary, D features, M irrelevant prompts.
 """
@@ -22,16 +19,7 @@ from torch.nn import functional as F
 
 from ._tensors import check_not_negative, check_positive, widen
 
-IGNORED = -100
-"""The label of a position that is no target token."""
-
-
-def _check_labels(logits: Tensor, labels: Tensor) -> None:
-    if logits.ndim != 3 or logits.shape[:2] != labels.shape:
-        raise ValueError(
-            f"labels must be (B, T) for logits (B, T, V), got {tuple(labels.shape)} for {tuple(logits.shape)}: "
-            "align them first, logits[:, t] predict labels[:, t]"
-        )
+IGNORED = -100  # the label of a position that is no target token
 
 
 def target_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -42,31 +30,22 @@ def target_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         labels: (B, T) long, -100 where the position is no target token.
 
     Returns:
-        (B,) nats per token, at least 0, in float32 or wider. An example without target tokens gives 0.
-
-    Raises:
-        ValueError: where the shapes disagree.
+        (B,) nats per token in float32 or wider; 0 for an example without target tokens.
     """
     _check_labels(logits, labels)
-    tokens = F.cross_entropy(
-        widen(logits).flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
-    ).view_as(labels)
+    flat = widen(logits).flatten(0, 1)
+    tokens = F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, reduction="none").view_as(labels)
     return tokens.sum(dim=1) / (labels != IGNORED).sum(dim=1).clamp(min=1)
 
 
 def target_margin(logits: Tensor, labels: Tensor) -> Tensor:
     """How safely greedy decoding says the target: the stopping rule of a write, positive where it does.
 
-    Args:
-        logits: (B, T, V), aligned with `labels` as in :func:`target_cross_entropy`.
-        labels: (B, T) long, -100 = ignored.
+    Logits and labels are as for :func:`target_cross_entropy`.
 
     Returns:
-        (B,) logit units: the smallest over the target tokens of (logit of the right token - best other logit). Never
-        -inf: a forbidden target gives the lowest finite number. +inf for an example without target tokens.
-
-    Raises:
-        ValueError: where the shapes disagree.
+        (B,) logit units: the smallest over the target tokens of (logit of the right token - best other logit). A
+        forbidden target gives the lowest finite number, an example without target tokens +inf.
     """
     _check_labels(logits, labels)
     scores = widen(logits)
@@ -80,15 +59,12 @@ def target_margin(logits: Tensor, labels: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Margins:
-    """Eq. 7's margins (gamma_1, gamma_2, gamma) in units of the activation score, or relative to a typical one.
+    """Eq. 7's margins (gamma_1, gamma_2, gamma) in units of the activation score.
 
     Args:
         irrelevant: gamma_1, the score that irrelevant prompts should stay below; published 2 and 5.
         edit: gamma_2, the score that edits should exceed; published 20.
         gap: gamma, how far edits should lie above irrelevant prompts; published 10.
-
-    Raises:
-        ValueError: where one is not positive and finite.
     """
 
     irrelevant: float
@@ -98,15 +74,6 @@ class Margins:
     def __post_init__(self) -> None:
         for name in ("irrelevant", "edit", "gap"):
             check_positive(f"margins.{name}", getattr(self, name), "the paper's are irrelevant=2, edit=20, gap=10")
-
-    def scaled(self, unit: float) -> Margins:
-        """Relative margins made absolute: each times `unit`, the typical `||A W_v^T||` of the model at that layer.
-
-        Raises:
-            ValueError: where `unit` is not positive and finite.
-        """
-        check_positive("unit", unit, "measure the typical ||A W_v^T|| on a few prompts")
-        return Margins(self.irrelevant * unit, self.edit * unit, self.gap * unit)
 
 
 def routing_margin_loss(edit_scores: Tensor, irrelevant_scores: Tensor, margins: Margins) -> Tensor:
@@ -121,11 +88,8 @@ def routing_margin_loss(edit_scores: Tensor, irrelevant_scores: Tensor, margins:
         margins: in the unit of the scores.
 
     Returns:
-        Scalar, at least 0, in the unit of the scores. Note that a score has no gradient where its delta is exactly 0:
-        on a fresh shard the edit loss has to make the first step.
-
-    Raises:
-        ValueError: where a set of scores is empty or not one-dimensional.
+        Scalar in the unit of the scores. A score has no gradient where its delta is exactly 0: on a fresh shard the
+        edit loss has to make the first step.
     """
     for name, scores in (("edit_scores", edit_scores), ("irrelevant_scores", irrelevant_scores)):
         if scores.ndim != 1 or scores.numel() == 0:
@@ -142,9 +106,7 @@ def routing_margin_loss(edit_scores: Tensor, irrelevant_scores: Tensor, margins:
     return quiet + loud + apart
 
 
-def kd_loss(
-    features: Tensor, cosine_weight: float, variance_weight: float, *, detach_teacher: bool = True
-) -> tuple[Tensor, Tensor]:
+def kd_loss(features: Tensor, cosine_weight: float, variance_weight: float) -> tuple[Tensor, Tensor]:
     """Eq. 4 with Alg. 3's normalisers: pull the batch's features together and towards its first member, the teacher.
 
     `L = lambda / (B - 1) sum_{i >= 1} (1 - cos(o_i, o_0)) + theta / B sum_{i >= 0} ||o_i - mean||^2`, over the rows'
@@ -154,29 +116,23 @@ def kd_loss(
         features: (B, D), B >= 1, from behind the side memory; any non-zero length, row 0 is the teacher.
         cosine_weight: lambda, >= 0 (published 0.2 and 0.3).
         variance_weight: theta, >= 0 (not published).
-        detach_teacher: hold the teacher constant in the cosine term. The variance term always moves it.
 
     Returns:
-        The loss (scalar, in [0, 2 lambda + theta]) and each member's share before averaging, (B,):
-        `lambda (1 - cos(o_i, o_0)) + theta ||o_i - mean||^2`, what FILTERANDRECLUSTER compares with its threshold.
-        Both are 0 for B = 1.
-
-    Raises:
-        ValueError: where `features` is not (B, D) with B >= 1, or a weight is negative or not finite.
+        The loss (scalar) and each member's share before averaging, (B,): `lambda (1 - cos(o_i, o_0)) +
+        theta ||o_i - mean||^2`, what FILTERANDRECLUSTER compares with its threshold. Both are 0 for B = 1.
     """
     _check_batch("features", features)
     check_not_negative("cosine_weight", cosine_weight, "0 leaves the term out")
     check_not_negative("variance_weight", variance_weight, "0 leaves the term out")
     directions = F.normalize(widen(features), dim=1)
-    teacher = directions[0].detach() if detach_teacher else directions[0]
-    students = (directions[1:] - teacher).square().sum(dim=1) / 2
+    students = (directions[1:] - directions[0].detach()).square().sum(dim=1) / 2
     cosine = torch.cat([students.new_zeros(1), students])
     spread = (directions - directions.mean(dim=0)).square().sum(dim=1)
     loss = cosine_weight * cosine.sum() / max(len(students), 1) + variance_weight * spread.mean()
     return loss, cosine_weight * cosine + variance_weight * spread
 
 
-def soft_kd_loss(logits: Tensor, temperature: float, *, detach_teacher: bool = True) -> Tensor:
+def soft_kd_loss(logits: Tensor, temperature: float) -> Tensor:
     """Alg. 3, lines 23-25: the mean over the students of `KL(p_0 || p_i)` with `p = softmax(logits / T)`.
 
     As in the paper there is no factor T^2: its gradient shrinks about as 1 / T^2 where the usual one would not.
@@ -184,18 +140,14 @@ def soft_kd_loss(logits: Tensor, temperature: float, *, detach_teacher: bool = T
     Args:
         logits: (B, V), B >= 1; row 0 is the teacher.
         temperature: T > 0 (published 2).
-        detach_teacher: hold the teacher constant.
 
     Returns:
-        Scalar in nats, at least 0 up to rounding; 0 for B = 1.
-
-    Raises:
-        ValueError: where `logits` is not (B, V) with B >= 1, or the temperature is not positive and finite.
+        Scalar in nats; 0 for B = 1.
     """
     _check_batch("logits", logits)
     check_positive("temperature", temperature, "leave the soft term out instead of setting it to 0")
     log_p = F.log_softmax(widen(logits) / temperature, dim=1)
-    teacher = log_p[0].detach() if detach_teacher else log_p[0]
+    teacher = log_p[0].detach()
     divergence = (teacher.exp() * (teacher - log_p[1:])).sum(dim=1)
     return divergence.sum() / max(len(divergence), 1)
 
@@ -203,3 +155,11 @@ def soft_kd_loss(logits: Tensor, temperature: float, *, detach_teacher: bool = T
 def _check_batch(name: str, tensor: Tensor) -> None:
     if tensor.ndim != 2 or len(tensor) == 0:
         raise ValueError(f"{name} must have shape (B, n) with B >= 1, got {tuple(tensor.shape)}: one row per edit")
+
+
+def _check_labels(logits: Tensor, labels: Tensor) -> None:
+    if logits.ndim != 3 or logits.shape[:2] != labels.shape:
+        raise ValueError(
+            f"labels must be (B, T) for logits (B, T, V), got {tuple(labels.shape)} for {tuple(logits.shape)}: "
+            "align them first, logits[:, t] predict labels[:, t]"
+        )

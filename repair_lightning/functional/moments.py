@@ -10,13 +10,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RunningMoments:
-    """What is known of all features so far.
-
-    Attributes:
-        count: how many there were.
-        mean: (X,).
-        spread: (X,), the sum of squared distances from the mean.
-    """
+    """What is known of all features so far: their `count`, their `mean` (X,), and their `spread` (X,), the sum of
+    squared distances from the mean."""
 
     count: int
     mean: Tensor
@@ -36,7 +31,6 @@ class RunningMoments:
         return RunningMoments(total, self.mean + apart * (n / total), spread)
 
     def normalise(self, features: Tensor, floor: float = 1e-12) -> Tensor:
-        """Features (n, X) with the mean and the (unbiased) variance of all so far taken out; `floor` is the least
-        standard deviation."""
+        """Features (n, X) without the mean and (unbiased) variance of all so far; `floor` is the least deviation."""
         deviation = (self.spread / max(self.count - 1, 1)).sqrt()
         return (features - self.mean) / deviation.clamp_min(floor)

@@ -15,23 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-SHRINKAGE = 0.1
-"""Added to the scatter within relations, as a share of its mean diagonal."""
-DIMENSIONS = 256
-"""Most dimensions of the space."""
-DEVIATIONS = 4.0
-"""So many deviations above the median of likenesses, two wordings count as one question."""
+SHRINKAGE = 0.1  # added to the scatter within relations, as a share of its mean diagonal
+DIMENSIONS = 256  # most dimensions of the space
+DEVIATIONS = 4.0  # so many deviations above the median of likenesses, two wordings count as one question
 
 
 @dataclass(frozen=True)
 class RelationSpace:
-    """Directions of states, and from which likeness on two wordings count as one question.
-
-    Attributes:
-        centre: (D,) what all states share.
-        projection: (D, k).
-        limit: of :func:`alike`; a share of pairs of different relations lies above it.
-    """
+    """Directions of states, `projection` (D, k), from `centre` (D,), what all states share; two wordings count as one
+    question where they are :func:`alike` above `limit`, as a share of pairs of different relations is."""
 
     centre: Tensor
     projection: Tensor
@@ -56,12 +48,8 @@ def alike(cosine: Tensor, in_common: Tensor) -> Tensor:
 
 
 def words_in_common(holds: Tensor, weights: Tensor) -> Tensor:
-    """The weighted share of the words of either text that both have, (n, n) in [0, 1].
-
-    Args:
-        holds: (n, V) whether a text holds a word.
-        weights: (V,) of the words.
-    """
+    """The weighted share of the words of either text that both have, (n, n) in [0, 1], for texts that hold words or not
+    (n, V) and the words' weights (V,)."""
     holds = holds.float()
     both = (holds * weights) @ holds.T
     sizes = both.diagonal()
@@ -96,13 +84,11 @@ def fit_relations(states: Tensor, relation: Tensor, in_common: Tensor, false_rat
 
 
 def usual_limit(likeness: Tensor) -> float:
-    """From which likeness on two wordings count as one question, from pairs of which most ask different things.
+    """From which likeness on two wordings count as one question, from that of pairs (p,), most of which ask different
+    things.
 
     The median and the spread below it are those of pairs that ask different things, whatever share of the others asks
     the same: an empirical null, fitted to the half that no match reaches.
-
-    Args:
-        likeness: (p,) of the pairs.
     """
     median = likeness.double().quantile(0.5)
     below = likeness[likeness < median].double() - median

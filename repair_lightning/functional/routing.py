@@ -2,12 +2,9 @@
 
 Source: REPAIR, Sec. 2.2 (Eq. 2, 3), Alg. 2.
 
-Deviations:
-
-- Eq. 2 does not say which tokens are scored. Here: the prompt's, padding and target masked out, pooled per sequence.
-- One threshold per shard instead of one for all, so the winner has the largest `score / threshold`, not the largest
-  score.
-- The thresholds are calibrated from scores (`calibrate_threshold`); the paper's rule is `ratio_threshold`.
+Deviations: the prompt's tokens are scored, without padding and target, pooled per sequence (Eq. 2 does not say which);
+one threshold per shard instead of one for all, so the winner has the largest `score / threshold`; thresholds are
+calibrated from scores (the paper's rule is `ratio_threshold`).
 
 Shapes: B prompts, T tokens, F = d_ffn, D = d_model, K shards, P positive and N negative scores.
 """
@@ -23,12 +20,8 @@ from torch import Tensor
 
 from ._tensors import check_bool, check_fraction, widen
 
-Pool = Literal["last", "mean", "max"]
-"""How the scores of a prompt's tokens become the prompt's score."""
-
-
-_SKETCHED = 1 << 24
-"""Products of tokens and sketches that are held at once: 64 MB of float32."""
+Pool = Literal["last", "mean", "max"]  # how the scores of a prompt's tokens become the prompt's score
+_SKETCHED = 1 << 24  # products of tokens and sketches that are held at once: 64 MB of float32
 
 
 def activation_scores(
@@ -39,21 +32,16 @@ def activation_scores(
     Args:
         activations: (B, T, F), the inputs A of the value matrix. Masked positions may hold anything, NaN included.
         deltas: (K, D, F) or K tensors (D, F), which are not copied: `W'_i - W_v`; K may be 0.
-        mask: (B, T) bool, True on the prompt's tokens; padding may be left or right. Target tokens must be False: a
-            router that sees the answer is no router.
+        mask: (B, T) bool, True on the prompt's tokens; padding may be left or right. Target tokens must be False.
         pool: `last` (the last True position; only that token is multiplied), `mean` or `max`.
         check: look for prompts without tokens, which waits for the device.
 
     Returns:
-        (B, K), at least 0, in float32 or wider; differentiable in both `activations` and `deltas`.
-
-    Raises:
-        ValueError: for an unknown pool, shapes that disagree, or a prompt without tokens.
-        TypeError: where `mask` is not boolean.
+        (B, K) in float32 or wider; differentiable in both `activations` and `deltas`.
     """
     _check_shapes(activations, deltas, mask, pool)
-    if check:
-        _check_prompts(mask)
+    if check and (empty := (~mask.any(dim=1)).nonzero().flatten().tolist()):
+        raise ValueError(f"mask must be True somewhere in every row, got none in rows {empty}: drop empty prompts")
     if pool == "last":
         activations, mask = _last_token(activations, mask)
     tokens = activations.masked_fill(~mask.unsqueeze(-1), 0.0)
@@ -80,12 +68,6 @@ def _check_shapes(activations: Tensor, deltas: Tensor | Sequence[Tensor], mask: 
         )
 
 
-def _check_prompts(mask: Tensor) -> None:
-    empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
-    if empty:
-        raise ValueError(f"mask must be True somewhere in every row, got none in rows {empty}: drop empty prompts")
-
-
 def _last_token(activations: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """(B, 1, F) and (B, 1): each prompt's last True position, right or left of its padding."""
     positions = torch.arange(mask.shape[1], device=mask.device)
@@ -100,11 +82,9 @@ def _pool(norms: Tensor, mask: Tensor, pool: Pool) -> Tensor:
 
 def sketch(delta: Tensor, rank: int) -> Tensor:
     """A delta (D, F) in `rank` rows, nearly the best approximation: (rank, F) float32, the singular directions in their
-    size.
+    size, so that `||sketch a||` is `||delta a||` without what lies outside the `rank` strongest directions.
 
-    `||sketch a||` is `||delta a||` without what lies outside the `rank` strongest directions: never more, and equal
-    where the delta's rank is no higher. Found by a randomised range finder with one power iteration (arXiv 0909.4061,
-    Alg. 4.4) from a fixed seed, so the same delta has the same sketch.
+    Found by a randomised range finder with one power iteration (arXiv 0909.4061, Alg. 4.4) from a fixed seed.
     """
     delta = delta.float()
     width = min(2 * rank, *delta.shape)
@@ -117,14 +97,8 @@ def sketch(delta: Tensor, rank: int) -> Tensor:
 
 
 def sketched_scores(activations: Tensor, sketches: Tensor, mask: Tensor, pool: Pool) -> Tensor:
-    """Eq. 2 with each shard's sketch in place of its delta: (B, K), by one matrix product for a block of shards.
-
-    Args:
-        activations: (B, T, F) as for :func:`activation_scores`.
-        sketches: (K, R, F), see :func:`sketch`.
-        mask: (B, T) bool.
-        pool: `last`, `mean` or `max`.
-    """
+    """Eq. 2 with each shard's :func:`sketch` (K, R, F) in place of its delta: (B, K), by one matrix product for a block
+    of shards; activations (B, T, F), mask and pool as for :func:`activation_scores`."""
     if pool == "last":
         activations, mask = _last_token(activations, mask)
     tokens = activations.masked_fill(~mask.unsqueeze(-1), 0.0)
@@ -144,11 +118,8 @@ def decide(scores: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
         thresholds: (K,), positive, in the unit of the scores.
 
     Returns:
-        choice: (B,) long, the shard's index or -1 for the base.
-        ratio: (B,) the largest `score / threshold`; 0 where K = 0. A NaN ratio is passed on and chooses the base.
-
-    Raises:
-        ValueError: where a threshold is not positive or the shapes disagree.
+        the choice (B,), the shard's index or -1 for the base; and the largest `score / threshold` (B,), 0 where K = 0.
+        A NaN ratio is passed on and chooses the base.
     """
     if scores.ndim != 2 or thresholds.shape != scores.shape[1:]:
         raise ValueError(
@@ -164,23 +135,17 @@ def decide(scores: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def calibrate_threshold(positive: Tensor, negative: Tensor, false_fire_rate: float) -> float:
-    """The threshold of one shard from the scores of its own edits and of held-out irrelevant prompts.
+    """The threshold (> 0) of one shard from the scores of its own edits and of held-out irrelevant prompts.
 
     First the smallest threshold that at most `false_fire_rate` of the negatives exceed (only a strictly greater score
-    fires). Where all positives lie above it there is a free band between the two, and the arithmetic midpoint of that
-    band is taken: rephrases score a little below their edit, unseen prompts a little above the seen. Without negatives
-    the band starts at 0, which gives half of the smallest positive. Where the sets overlap the negatives win.
+    fires). Where all positives lie above it, the midpoint of the free band between the two is taken: rephrases score a
+    little below their edit, unseen prompts a little above the seen. Without negatives the band starts at 0. Where the
+    sets overlap the negatives win.
 
     Args:
         positive: (P,) scores of the shard's own edits; P may be 0 where there are negatives.
         negative: (N,) scores of irrelevant prompts; N may be 0 where there are positives.
         false_fire_rate: in [0, 1), share of the negatives that may fire.
-
-    Returns:
-        A threshold > 0 in the unit of the scores.
-
-    Raises:
-        ValueError: for a rate outside [0, 1), no scores at all, or scores that are negative or not finite.
     """
     if not 0.0 <= false_fire_rate < 1.0:
         raise ValueError(f"false_fire_rate must be in [0, 1), got {false_fire_rate}: 0.01 lets one in a hundred fire")
@@ -188,30 +153,16 @@ def calibrate_threshold(positive: Tensor, negative: Tensor, false_fire_rate: flo
         raise ValueError("positive and negative must not both be empty, got 0 and 0: score some prompts first")
     _check_scores("positive", positive)
     _check_scores("negative", negative)
-    floor = _quietest(negative, false_fire_rate) if negative.numel() else 0.0
+    floor = 0.0
+    if negative.numel():
+        allowed = math.floor(false_fire_rate * negative.numel() + 1e-9)  # 0.29 of 100 are 29, whatever the rounding
+        floor = float(negative.flatten().sort(descending=True).values[min(allowed, negative.numel() - 1)])
     lowest = float(positive.min()) if positive.numel() else floor
     return _above_zero((floor + lowest) / 2 if lowest > floor else floor)
 
 
-def _quietest(negative: Tensor, rate: float) -> float:
-    """The smallest score that at most `rate` of the scores exceed: 0.29 of 100 are 29, whatever the rounding."""
-    allowed = min(math.floor(rate * negative.numel() + 1e-9), negative.numel() - 1)
-    return float(negative.flatten().sort(descending=True).values[allowed])
-
-
 def ratio_threshold(positive: Tensor, act_ratio: float) -> float:
-    """The paper's rule (Table 6): `act_ratio` times the smallest score of the shard's own edits.
-
-    Args:
-        positive: (P,) scores, P >= 1.
-        act_ratio: in (0, 1] (published 0.2 to 0.88); at 1 the weakest edit itself no longer fires.
-
-    Returns:
-        A threshold > 0 in the unit of the scores.
-
-    Raises:
-        ValueError: for a ratio outside (0, 1], no scores, or scores that are negative or not finite.
-    """
+    """The paper's rule (Table 6): `act_ratio` times the smallest score (P,) of the shard's own edits, above 0."""
     check_fraction("act_ratio", act_ratio, "the paper uses 0.2 to 0.88")
     if positive.numel() == 0:
         raise ValueError("positive must not be empty, got 0 scores: the rule needs at least one edit of the shard")

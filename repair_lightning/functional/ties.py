@@ -2,14 +2,11 @@
 
 Source: REPAIR, Sec. 2.5, Alg. 4 (LOSSAWARETIESMERGE); trimming from TIES-Merging (Yadav et al., 2023), Sec. 3.
 
-Deviations:
-
-- Where the signs agree the paper takes `sum_i w_i delta_i`. With sparse masks most coordinates have one contributor,
-  and that rule shrinks it by its `w_i`, about K-fold. By default (`contributors`) the weights are renormalised over
-  the shards that are non-zero at the coordinate; the literal rule is `global`.
-- A shard that is 0 at a coordinate takes no part in its vote (the paper does not say).
-- Where the signs conflict the strongest shard's value is kept whole, as in Alg. 4 (TIES proper averages the sign that
-  won). So +3 and -2 with weights .2 and .8 give -2: .2 * 3 = .6 < .8 * 2 = 1.6.
+Deviations: where the signs agree the paper takes `sum_i w_i delta_i` (`global`), which with sparse masks shrinks a
+coordinate of one contributor by its `w_i`; by default (`contributors`) the weights are renormalised over the shards
+that are non-zero there. A shard that is 0 at a coordinate takes no part in its vote. Where the signs conflict the
+strongest shard's value is kept whole, as in Alg. 4 (TIES proper averages the sign that won): +3 and -2 with weights .2
+and .8 give -2, because .2 * 3 < .8 * 2.
 """
 
 from __future__ import annotations
@@ -22,8 +19,7 @@ from torch import Tensor
 
 from ._tensors import check_fraction, check_not_negative, widen
 
-Normalize = Literal["contributors", "global"]
-"""Over which shards the weights of an agreed coordinate sum to 1."""
+Normalize = Literal["contributors", "global"]  # over which shards the weights of an agreed coordinate sum to 1
 
 
 def loss_weights(losses: Tensor, alpha: float) -> Tensor:
@@ -34,10 +30,7 @@ def loss_weights(losses: Tensor, alpha: float) -> Tensor:
         alpha: sensitivity in 1 / nats, >= 0; 0 weighs all alike.
 
     Returns:
-        (K,), sums to 1, in float32 or wider. A weight may underflow to 0 where alpha times the difference exceeds 100.
-
-    Raises:
-        ValueError: where `losses` is empty or not finite, or alpha is negative or not finite.
+        (K,), sums to 1, in float32 or wider.
     """
     check_not_negative("alpha", alpha, "0 weighs all shards alike")
     if losses.ndim != 1 or losses.numel() == 0 or not bool(losses.isfinite().all()):
@@ -49,18 +42,8 @@ def loss_weights(losses: Tensor, alpha: float) -> Tensor:
 
 @torch.no_grad()
 def trim(delta: Tensor, density: float) -> Tensor:
-    """Keep the largest-magnitude share of one shard's delta and set the rest to 0.
-
-    Args:
-        delta: one shard's, any shape of n elements.
-        density: share kept, in (0, 1]: ceil(density * n) coordinates. Of equals the earlier (row-major) is kept.
-
-    Returns:
-        A new tensor like `delta`.
-
-    Raises:
-        ValueError: for a density outside (0, 1].
-    """
+    """A copy of one shard's delta, n elements of any shape, in which only its ceil(density * n) largest magnitudes are
+    not 0; the density is in (0, 1], and of equals the earlier (row-major) is kept."""
     check_fraction("density", density, "1 keeps everything")
     flat = delta.flatten()
     kept = math.ceil(density * flat.numel() - 1e-9)
@@ -75,19 +58,15 @@ def ties_merge(deltas: Tensor, weights: Tensor, normalize: Normalize = "contribu
     """Alg. 4, lines 14-21, for all coordinates at once.
 
     Per coordinate, over the shards that are non-zero there and have a positive weight: same sign -> weighted sum;
-    conflict -> the whole value of the shard with the largest `w_i |delta_i|` (of equals the lowest index). With
-    `contributors` a coordinate with one contributor keeps its value exactly.
+    conflict -> the whole value of the shard with the largest `w_i |delta_i|` (of equals the lowest index).
 
     Args:
         deltas: (K, ...), `W'_i - W_v`, K >= 1, finite.
-        weights: (K,), at least 0, usually from :func:`loss_weights`. A shard of weight 0 takes no part.
+        weights: (K,), at least 0, usually from :func:`loss_weights`.
         normalize: `contributors` divides the weighted sum by the weights that took part, `global` does not.
 
     Returns:
         (...), the merged delta, in the type of `deltas`; sums run in float32 or wider, one shard at a time.
-
-    Raises:
-        ValueError: for an unknown `normalize`, shapes that disagree, or numbers that are not finite.
     """
     _check_merge(deltas, weights, normalize)
     shape, dtype = deltas.shape[1:], torch.promote_types(deltas.dtype, torch.float32)

@@ -62,7 +62,7 @@ class EditedModel(RoutedModel):
     def _new_turn(self, rows: list[list[int]], texts: Sequence[str] | None = None) -> Turn:
         choice = self.choose_rows(rows, texts)
         targets = self.targets(choice, rows) if self.router.vouches else []
-        rest = [None if row is None else row.target for row in targets]
+        rest: list[Sequence[int] | None] = [None if row is None else row.target for row in targets]
         return Turn(choice.memory.clone(), rest, rows, quotes=self.router.quotes)
 
     @torch.no_grad()

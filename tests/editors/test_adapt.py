@@ -43,9 +43,6 @@ def table(editor: Keyed) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in editor.adapted.candidates]
 
 
-# -- what is chosen ----------------------------------------------------------------------------------------------------
-
-
 def test_the_last_layer_and_the_defaults_where_nothing_is_better(folder_of, irrelevant):
     editor = prepared(folder_of("llama"), irrelevant, **ALL)
     assert settings_of(editor) == (2, 1.0, 2.0)
@@ -81,9 +78,6 @@ def test_another_layer_where_the_last_one_cannot_be_written(crippled, irrelevant
     assert editor.edited.split.value is editor.base.model.model.layers[editor.layer].mlp.down_proj
 
 
-# -- the probes --------------------------------------------------------------------------------------------------------
-
-
 # -- no trace ----------------------------------------------------------------------------------------------------------
 
 
@@ -91,11 +85,11 @@ def hooks_of(model: Any) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
-@pytest.mark.parametrize(("model", "options"), [("llama", {}), ("crippled", {})])
-def test_the_probes_leave_no_trace(folder_of, crippled, irrelevant, write, edits, model, options):
+@pytest.mark.parametrize("model", ["llama", "crippled"])
+def test_the_probes_leave_no_trace(folder_of, crippled, irrelevant, write, edits, model):
     """Found or given by hand, the settings write the same bits, and the generators go on where they were."""
     folder = crippled if model == "crippled" else folder_of(model)
-    editor = loaded(folder, **ALL, **options)
+    editor = loaded(folder, **ALL)
     weights = {name: value.clone() for name, value in editor.base.model.state_dict().items()}
     states, hooks = (torch.get_rng_state(), random.getstate()), hooks_of(editor.base.model)
     editor.prepare(irrelevant[:8], irrelevant[8:])
@@ -106,7 +100,7 @@ def test_the_probes_leave_no_trace(folder_of, crippled, irrelevant, write, edits
     assert not any(parameter.requires_grad for parameter in editor.base.model.parameters())
     assert len(editor.memory) == editor.memory.next_id == len(editor.ledger) == 0
     layer, lr, margin = settings_of(editor)
-    same = prepared(folder, irrelevant, layer=layer, writing=Steps(lr=lr, stop_margin=margin), **options)
+    same = prepared(folder, irrelevant, layer=layer, writing=Steps(lr=lr, stop_margin=margin))
     assert str(editor.router.state_dict()) == str(same.router.state_dict())
     reports = [write(one, edits) for one in (editor, same)]
     assert reports[0] == reports[1]
@@ -115,8 +109,6 @@ def test_the_probes_leave_no_trace(folder_of, crippled, irrelevant, write, edits
     )
     assert editor.options() == same.options()
 
-
-# -- checkpoints, packs, runs ------------------------------------------------------------------------------------------
 
 CHOSEN = Adapted(6, 0.5, 1.0, 12, 0.1, ({"layer": 6, "written": 1.0},))
 
@@ -144,9 +136,6 @@ def test_a_resumed_run_keeps_what_was_chosen(tmp_path, monkeypatch):
     assert settings_of(resumed) == (6, 0.5, 1.0)
     assert resumed.edited.layer == 6
     torch.testing.assert_close(resumed.memory.low_rank_tensors(), whole.memory.low_rank_tensors(), rtol=0, atol=0)
-
-
-# -- mistakes ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

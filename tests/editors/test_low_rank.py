@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from repair_lightning.editors.low_rank import LEAD, OFTEN
-from repair_lightning.editors.normalized import NormalizedGradient
+from repair_lightning.editors.low_rank import LEAD, OFTEN, NormalizedGradient
 from repair_lightning.editors.shards import OPTIMIZERS, Steps
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_runs import REPOSITORY
+from helpers_runs import REPOSITORY, world_stream, write_edits
 
 from repair_lightning.editors import make_editor
+from repair_lightning.editors.inner_loop import TargetRows
 from repair_lightning.editors.mend import apart, rank_one_sum
 from repair_lightning.edits.records import load_irrelevant, load_records
 from repair_lightning.errors import ConfigError
@@ -50,7 +51,7 @@ class TestFactors:
     @pytest.mark.parametrize("model", ["llama", "gpt2"])
     def test_the_gradient_is_their_sum_over_tokens(self, editor_of, edits, few, model):
         editor = editor_of(model, "mend", **QUICK | {"train_data": few})
-        _, factors = editor.factors(editor._rows([editor.encode(edit) for edit in edits[:3]]))
+        _, factors = editor.factors(TargetRows.of(editor.edited, [editor.encode(edit) for edit in edits[:3]]))
         wanted = gradients_by_autograd(editor, edits[:3])
         assert len(factors) == len(wanted) == 2
         for pair, gradient in zip(factors, wanted, strict=True):
@@ -102,10 +103,9 @@ def loss_of(editor, edit):
 
 
 class TestData:
-    def test_what_the_stream_asks_is_left_out(self):
-        stream = [
-            Edit("7", "Who leads Arvo?", "Ann", "Arvo", ("Arvo is led by",), near=(Probe("Who leads Bex?", "Bo"),))
-        ]
+    def test_what_the_stream_asks_is_left_out(self, tmp_path):
+        asked = Edit("7", "Who leads Arvo?", "Ann", "Arvo", ("Arvo is led by",), near=(Probe("Who leads Bex?", "Bo"),))
+        stream = world_stream(write_edits(tmp_path / "edits.jsonl", [asked]))
         given = [
             Edit("7", "Where is Oslo?", "Norway"),
             Edit("a", "who  leads arvo?", "Cy"),
@@ -114,15 +114,14 @@ class TestData:
             Edit("d", "Who leads Bex?", "Flo"),
             Edit("e", "Who leads Cato?", "Gus", "Cato"),
         ]
-        kept, left_out = apart(given, stream, "jsonl")
-        assert ([edit.id for edit in kept], left_out) == (["e"], 5)
+        assert [edit.id for edit in apart(given, stream, "jsonl")] == ["e"]
 
     def test_without_train_data_it_learns_from_what_the_stream_leaves(self, few, irrelevant):
         editor = make_editor("mend", {"base": "world", **QUICK, "train_data": ""})
         editor.load()
         with pytest.raises(ConfigError, match=r"give --model\.train_data a file of edits"):
             editor.prepare(irrelevant[:8], irrelevant[8:])
-        editor.beside, editor.evaluated = (few, "jsonl"), load_records(few).edits[:10]
+        editor.stream = world_stream(few, max_edits=10)
         editor.prepare(irrelevant[:8], irrelevant[8:])
         figures = editor.training_figures
         assert figures["left_out"] >= 10

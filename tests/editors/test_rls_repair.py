@@ -43,15 +43,15 @@ def taken_over(editor_of, write, edits):
 def test_what_it_got_wrong_becomes_a_shard(taken_over, edits):
     assert correctness(taken_over, edits[:3]) == {edit.id: 1.0 for edit in edits[:3]}
     assert taken_over.choose([edit.prompt for edit in edits[:3]]).memory.tolist() == taken_over.memory.ids
-    assert taken_over.first.terms == {}
+    assert taken_over.terms == {}
     assert (taken_over.figures()["in_the_matrix"], taken_over.figures()["in_shards"]) == (0, 3)
 
 
 def test_a_shard_says_the_same_when_the_matrix_moves_on(taken_over, write, edits):
     before = [read_at(taken_over, edit) for edit in edits[:3]]
     matrix = taken_over.edited.weights.matrix(taken_over.layer)
-    taken_over.first.ridge = 0.003
-    taken_over.first.problems = {}
+    taken_over.ridge = 0.003
+    taken_over.problems = {}
     write(taken_over, edits[3:6])
     moved = taken_over.edited.weights.matrix(taken_over.layer) - matrix
     assert float(moved.norm()) > 0.1 * float(matrix.norm()), "the premise"
@@ -61,4 +61,4 @@ def test_a_shard_says_the_same_when_the_matrix_moves_on(taken_over, write, edits
     taken_over.undo([edits[3].id, edits[0].id])
     for edit, logits in zip(edits[1:3], before[1:], strict=True):
         torch.testing.assert_close(read_at(taken_over, edit), logits, rtol=5e-2, atol=5e-2)
-    assert taken_over.first.terms.keys() == {edit.id for edit in edits[4:6]}
+    assert taken_over.terms.keys() == {edit.id for edit in edits[4:6]}

@@ -11,6 +11,7 @@ import yaml
 from helpers_runs import REPOSITORY, fit, world_edits, world_stream
 
 from repair_lightning.editors import make_editor
+from repair_lightning.editors.inner_loop import TargetRows
 from repair_lightning.editors.ultraedit import pseudo_values
 from repair_lightning.editors.values import Values
 from repair_lightning.edits.records import load_records
@@ -28,7 +29,8 @@ class TestWherePlacesAre:
     @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
     def test_the_subjects_last_token(self, editor_of, edits, model_type):
         editor = editor_of(model_type, "rlsedit", layer=1, values=AT_SUBJECT)
-        encoded, _, places = editor._rows(edits)
+        encoded = [editor.encode(edit) for edit in edits]
+        places = editor.places(edits, encoded, TargetRows.of(editor.edited, encoded))
         for edit, row, back in zip(edits, encoded, places.back.tolist(), strict=True):
             upto = editor.tokenizer.decode(row.ids[: len(row.ids) - back], skip_special_tokens=True)
             assert edit.subject in upto
@@ -43,7 +45,7 @@ class TestRLSEdit:
         write(editor, edits, 3)
         layer = editor.layer
         ridge, anchoring = editor.strengths(layer)
-        original, anchors = editor.edited.weights.original(layer).double(), editor.anchor_keys[layer].double()
+        original, anchors = editor.edited.weights.original(layer).double(), editor.anchor_keys(layer).double()
         terms = [editor.terms[edit.id][layer] for edit in edits]
         rows = [ridge**0.5 * torch.eye(original.shape[1], dtype=torch.float64), anchoring**0.5 * anchors]
         aims = [ridge**0.5 * original.T, anchoring**0.5 * anchors @ original.T]
@@ -62,7 +64,7 @@ class TestRLSEdit:
         assert editor.undo(["e1", "e4"]) == []
         for layer in editor.written_layers:
             anew = Recursion.start(
-                editor.edited.weights.original(layer), editor.anchor_keys[layer], *editor.strengths(layer)
+                editor.edited.weights.original(layer), editor.anchor_keys(layer), *editor.strengths(layer)
             )
             for edit in kept:
                 term = editor.terms[edit.id][layer]
@@ -83,7 +85,7 @@ class TestRLSEdit:
         editor = make_editor("rls_repair", options)
         fit(editor, world_stream(max_edits=2), [], tmp_path)
         assert editor.anchors == ["the sky is blue"]
-        assert editor.first.anchored == ["the sky is blue"]
+        assert editor.anchored == ["the sky is blue"]
         assert "anchors: 2 of 3 are asked in scoring or repeated: left out" in caplog.text
 
     def test_a_pack_needs_neither_the_file_nor_the_same_irrelevant_prompts(self, editor_of, write, edits, tmp_path):

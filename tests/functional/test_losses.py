@@ -102,9 +102,6 @@ class TestRoutingMarginLoss:
             routing_margin_loss(edit, irrelevant, PAPER).backward()
             assert [edit.grad.item(), irrelevant.grad.item()] == expected, "two hinges each: level and gap"
 
-    def test_margins_in_units_of_the_base(self):
-        assert Margins(0.5, 2.0, 1.0).scaled(4.0) == Margins(2.0, 8.0, 4.0)
-
 
 class TestKdLoss:
     def test_pinned(self):
@@ -150,13 +147,9 @@ def test_soft_kd_pinned():
     assert soft_kd_loss(logits[:1], 2.0).item() == 0
 
 
-@pytest.mark.parametrize(
-    "loss",
-    [lambda x, d: kd_loss(x, 1.0, 0.0, detach_teacher=d)[0], lambda x, d: soft_kd_loss(x, 2.0, detach_teacher=d)],
-)
-def test_a_detached_teacher_is_not_moved(loss):
+@pytest.mark.parametrize("loss", [lambda x: kd_loss(x, 1.0, 0.0)[0], lambda x: soft_kd_loss(x, 2.0)])
+def test_the_teacher_is_not_moved_and_its_students_are(loss):
     features = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    held, free = (torch.autograd.grad(loss(features, detach), features)[0] for detach in (True, False))
-    assert not held[0].any()
-    assert free[0].abs().sum() > 1e-3
-    torch.testing.assert_close(held[1:], free[1:])
+    (gradient,) = torch.autograd.grad(loss(features), features)
+    assert not gradient[0].any()
+    assert gradient[1:].abs().sum(-1).min() > 1e-3

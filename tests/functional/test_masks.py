@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from repair_lightning.functional import (
     bernoulli_mask,
-    masked_step,
     pack_mask,
     pack_values,
     unpack_mask,
@@ -38,32 +37,6 @@ def test_the_seed_decides_and_the_global_generator_is_left_alone():
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert torch.equal(torch.get_rng_state(), state)
-
-
-class TestMaskedStep:
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("shape", SHAPES)
-    def test_in_place_and_only_where_the_mask_is_open(self, dtype, shape):
-        parameter = torch.nn.Parameter(torch.randn(shape, generator=seeded(1)).to(dtype))
-        step = torch.randn(shape, generator=seeded(2)).to(dtype)
-        mask, address = bernoulli_mask(shape, 0.5, seeded(3)), parameter.data_ptr()
-        expected = torch.where(mask, parameter + step, parameter).detach()
-        masked_step(parameter, step, mask)
-        assert torch.equal(parameter, expected)
-        assert (parameter.data_ptr(), parameter.grad_fn) == (address, None)
-
-    @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
-    def test_poison_does_not_leak(self, poison):
-        parameter = torch.tensor([1.0, -0.0, 3.0])
-        masked_step(parameter, torch.tensor([poison, poison, 1.0]), torch.tensor([False, False, True]))
-        assert parameter.tolist() == [1.0, 0.0, 4.0]
-        assert math.copysign(1, parameter[1].item()) == -1, "even the sign of zero is kept"
-
-    def test_a_float32_step_on_a_bfloat16_parameter(self):
-        """bfloat16 has 8 significant bits: 1 + 1/128 is its next number after 1, and 1.001 rounds back to 1."""
-        parameter = torch.ones(3, dtype=torch.bfloat16)
-        masked_step(parameter, torch.tensor([1 / 128, 0.001, 5.0]), torch.tensor([True, True, False]))
-        assert parameter.tolist() == [1 + 1 / 128, 1.0, 1.0]
 
 
 def test_packed_bits_pinned():

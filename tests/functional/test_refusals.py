@@ -17,7 +17,6 @@ REFUSED = {
     "mask must be torch.bool, got torch.uint8": lambda: fn.pack_mask(torch.zeros(8, dtype=torch.uint8)),
     "values must have shape (2,), one per open": lambda: fn.unpack_values(torch.zeros(3), MASK[0, :2]),
     "margins.edit must be positive and finite, got nan": lambda: fn.Margins(2.0, math.nan, 10.0),
-    "unit must be positive and finite, got 0.0: measure": lambda: fn.Margins(2.0, 20.0, 10.0).scaled(0.0),
     "labels must be (B, T)": lambda: fn.target_margin(torch.zeros(2, 3, 5), torch.zeros(2, 4, dtype=torch.long)),
     "pool must be one of last, mean, max, got 'best'": lambda: fn.activation_scores(STATES, SHARDS, MASK, "best"),
     "in every row, got none in rows [0, 1, 2]": lambda: fn.activation_scores(STATES, SHARDS, ~MASK, "last"),
