@@ -68,7 +68,7 @@ def test_keys_are_not_repeated(path):
 
 IN_PLACE = {"model.values.steps": 2, "model.values.contexts": 0}
 SMALL: dict[str, dict] = dict.fromkeys(("rlsedit", "rome", "memit"), IN_PLACE) | {
-    name: {} for name in ("ultraedit", "ft", "ft_ewc", "grace", "defer", "icl")
+    name: {} for name in ("ultraedit", "ft", "ft_ewc", "grace", "defer", "icl", "lookup")
 }
 SMALL["mend"] = {
     "model.train_data": REPOSITORY / "repair_lightning" / "world" / "edits.jsonl",
