@@ -1,4 +1,5 @@
-"""The gate before a window counts: unrelated questions must keep the base's own answers.
+"""The gate before a window counts: unrelated questions must keep the base's own answers, and so must most other
+questions about the subjects that were edited.
 
 Not in the paper. It stands before the error monitor: what the window wrote is asked about only once it may stay, and a
 merge finds nothing that has not passed.
@@ -7,6 +8,7 @@ merge finds nothing that has not passed.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,6 +16,7 @@ import torch
 
 from repair_lightning.edits.ledger import EditStatus, Ledger
 from repair_lightning.errors import ConfigError, counted
+from repair_lightning.scoring.guard_questions import guard_questions
 from repair_lightning.scoring.probes import load_probes
 from repair_lightning.scoring.protocols import answers
 from repair_lightning.types import BASE
@@ -28,7 +31,7 @@ class ProbeGate(pl.Callback):
         enabled: off lets every window pass.
         probes: file of unrelated questions, in the form that `scoreboard.probes` takes; None asks the part of the
             irrelevant prompts that nothing else sees.
-        max_probe_loss: highest share of probes, in [0, 1], that may lose the base's answer.
+        max_probe_loss: highest share of unrelated probes, in [0, 1], that may lose the base's answer.
 
     Attributes:
         rolled_back: how many windows were.
@@ -36,6 +39,10 @@ class ProbeGate(pl.Callback):
 
     sample = 256
     """Most probes that are asked."""
+    subjects = 64
+    """Most questions about the window's subjects."""
+    max_subject_loss = 0.2
+    """Highest share of these that may lose the base's answer: which of them ask for the edit itself is not known."""
     max_attempts = 4
     """Writes of an edit whose window was rolled back before it is quarantined."""
 
@@ -46,7 +53,7 @@ class ProbeGate(pl.Callback):
         self.given = [probe.prompt for probe in load_probes(probes)] if probes else []
         if probes and not self.given:
             raise ConfigError(f"gate.probes '{probes}' holds no questions; give some, or null for irrelevant prompts")
-        self.expected: dict[int, str] = {}
+        self.expected: dict[str, str] = {}
         self.rolled_back = 0
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -63,25 +70,37 @@ class ProbeGate(pl.Callback):
                 left_out = len(probes) - len(unasked)
                 log.warning("gate: %d of %d probes are asked in scoring: left out", left_out, len(probes))
             self.prompts = unasked or list(pl_module.guard_prompts[: self.sample])
-        self.broken = self._broken(pl_module)
+        self.broken = self._broken(self.prompts, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Ask, and take the window back where too much has changed."""
         if not self.enabled:
             return
-        broken = self._broken(pl_module)
-        share = len(broken) / len(self.prompts)
+        stream: Any = trainer.datamodule  # type: ignore[attr-defined]
+        new = [stream.ledger.edit(id) for id in self._written(stream.ledger)]
+        about = stream.unrelated(guard_questions(new, self.subjects))
+        broken, hijacked = self._broken(self.prompts, pl_module), self._broken(about, pl_module)
+        share, share_about = len(broken) / len(self.prompts), len(hijacked) / max(len(about), 1)
         pl_module.log("gate/probe_loss", share, batch_size=len(self.prompts))
-        pl_module.team.same("which probes lost their answer", str(sorted(broken.items())))
+        pl_module.log("gate/subject_loss", share_about, batch_size=max(len(about), 1))
+        pl_module.team.same("which probes lost their answer", str(sorted((broken | hijacked).items())))
         if share > self.max_probe_loss and len(broken) > len(self.broken):
-            self._roll_back(broken, f"{share:.3f} of the probes lost their answer", pl_module)
+            limit = f"more than {self.max_probe_loss}"
+            self._roll_back(broken, f"{share:.3f} of the probes lost their answer", limit, pl_module)
+        elif share_about > self.max_subject_loss:
+            reason = f"{share_about:.3f} of other questions about its subjects lost their answer"
+            self._roll_back(hijacked, reason, f"more than {self.max_subject_loss}", pl_module)
         del self.before
 
-    def _roll_back(self, broken: dict[int, int], reason: str, editor: Any) -> None:
+    def _written(self, ledger: Ledger) -> list[str]:
+        """The edits that the window has written."""
+        stored = ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED)
+        return [id for id in stored if ledger.entry(id).attempts > self.attempts.get(id, 0)]
+
+    def _roll_back(self, broken: dict[str, int], reason: str, limit: str, editor: Any) -> None:
         """Undo the window's writes. Its edits wait again; those that broke the probes, only so many times."""
         ledger: Ledger = editor.ledger
-        stored = ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED)
-        written = [id for id in stored if ledger.entry(id).attempts > self.attempts.get(id, 0)]
+        written = self._written(ledger)
         guilty = {id for shard in set(broken.values()) for id in ledger.owned_by(shard)} & set(written)
         editor.rollback(self.before)
         spent = [id for id in guilty or written if ledger.entry(id).attempts >= self.max_attempts]
@@ -92,20 +111,22 @@ class ProbeGate(pl.Callback):
         ledger.quarantine(spent, f"{reason} in each of {self.max_attempts} attempts")
         editor.finish_window()
         self.rolled_back += 1
-        said = f"{reason}, more than {self.max_probe_loss}; {counted(len(again), 'edit')} to be written again"
+        said = f"{reason}, {limit}; {counted(len(again), 'edit')} to be written again"
         log.warning("window rolled back: %s, %d quarantined", said, len(spent))
 
-    def _broken(self, editor: Any) -> dict[int, int]:
-        """Index of each probe that is not answered as by the base -> the memory that answers it."""
-        chosen = editor.choose(self.prompts).memory.cpu()
-        ask = [i for i, memory in enumerate(chosen.tolist()) if memory != BASE or editor.base_changed]
-        found = answers(editor.edited, [self.prompts[i] for i in ask], chosen[ask], max_new_tokens=8)
-        new = [i for i in ask if i not in self.expected]
+    def _broken(self, prompts: Sequence[str], editor: Any) -> dict[str, int]:
+        """Each prompt that is not answered as by the base -> the memory that answers it."""
+        if not prompts:
+            return {}
+        chosen = editor.choose(prompts).memory.cpu()
+        at = [i for i, memory in enumerate(chosen.tolist()) if memory != BASE or editor.base_changed]
+        found = answers(editor.edited, [prompts[i] for i in at], chosen[at], max_new_tokens=8)
+        new = [prompts[i] for i in at if prompts[i] not in self.expected]
         with editor.edited.weights.originals():
-            by_base = torch.full((len(new),), BASE)
-            said = answers(editor.edited, [self.prompts[i] for i in new], by_base, max_new_tokens=8)
+            said = answers(editor.edited, new, torch.full((len(new),), BASE), max_new_tokens=8)
         self.expected |= dict(zip(new, said, strict=True))
-        return {i: int(chosen[i]) for i, answer in zip(ask, found, strict=True) if answer != self.expected[i]}
+        pairs = zip(at, found, strict=True)
+        return {prompts[i]: int(chosen[i]) for i, answer in pairs if answer != self.expected[prompts[i]]}
 
     def state_dict(self) -> dict[str, Any]:
         """How often it acted."""

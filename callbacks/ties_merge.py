@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from repair_lightning.edits.ledger import EditStatus, Ledger
+from repair_lightning.edits.source import asked_of, folded
 from repair_lightning.functional import Normalize, loss_weights, ties_merge
 from repair_lightning.scoring.correctness import correctness
+from repair_lightning.scoring.guard_questions import guard_questions
 from repair_lightning.scoring.metrics import overall_performance
 from repair_lightning.scoring.protocols import answers
 from repair_lightning.types import BASE, Decision
@@ -156,7 +158,9 @@ class MergeGuard:
         written = [ledger.edit(id) for id in ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED)]
         self.edits = written[:: max(1, len(written) // sample)][:sample]
         self.in_context = editor.in_context(self.edits)
-        self.unrelated = editor.guard_prompts[:sample]
+        asked = asked_of(map(ledger.edit, ledger))
+        about = [text for text in guard_questions(self.edits, sample // 4) if folded(text) not in asked]
+        self.unrelated = [*editor.guard_prompts[:sample], *about]
         self.chosen = editor.edited.choose(self.unrelated).memory.cpu()
         self.before = self._answers(self._of_interest(self.chosen), self.chosen)
 
@@ -164,7 +168,7 @@ class MergeGuard:
         """In [0, 1], higher is better: the geometric mean of three shares.
 
         Edits answered right; edits answered right after a context that the base wrote; irrelevant prompts that
-        nothing else sees answered as before.
+        nothing else sees, and other questions about edited subjects, answered as before.
         """
         found = [list(correctness(self.editor, edits).values()) for edits in (self.edits, self.in_context)]
         right, in_context = (sum(scores) / max(len(scores), 1) for scores in found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -68,6 +68,7 @@ class EditSource(pl.LightningDataModule):
         self.joined: Joined | None = None
         """How the records follow an earlier model's edits, where there is one."""
         self._own_records: RecordSet | None = None
+        self._asked: set[str] | None = None
 
     @property
     def file(self) -> str:
@@ -138,6 +139,7 @@ class EditSource(pl.LightningDataModule):
         self.setup()
         assert self.records is not None
         self._own_records = self._own_records or self.records
+        self._asked = None
         self.joined, self.records = joined, apply(self._own_records, joined)
 
     @property
@@ -152,10 +154,10 @@ class EditSource(pl.LightningDataModule):
 
     def unrelated(self, texts: Sequence[str]) -> list[str]:
         """Those texts, once each, that no edit's record asks and `also_scored` does not hold."""
-        known = (*self.edits, *map(self.ledger.edit, self.inherited))
-        asked = {_folded(text) for edit in known for text in _prompts_of(edit)}
-        asked |= {_folded(text) for text in self.also_scored}
-        return [text for text in dict.fromkeys(texts) if _folded(text) not in asked]
+        if self._asked is None:
+            self._asked = asked_of((*self.edits, *map(self.ledger.edit, self.inherited)))
+            self._asked |= {folded(text) for text in self.also_scored}
+        return [text for text in dict.fromkeys(texts) if folded(text) not in self._asked]
 
     def irrelevant_parts(self, editor: WritesTexts) -> tuple[list[str], list[str], list[str]]:
         """Irrelevant prompts in three parts, so that what guards can fail: half for losses and centring, a quarter for
@@ -175,10 +177,15 @@ class EditSource(pl.LightningDataModule):
         return list(texts[::2]), list(texts[1::4]), list(texts[3::4])
 
 
-def _prompts_of(edit: Edit) -> list[str]:
-    """Everything that an edit's record asks: none of it may serve as an irrelevant prompt."""
-    return [edit.prompt, *edit.rephrases, *(probe.prompt for probe in (*edit.locality, *edit.near))]
+def asked_of(edits: Iterable[Edit]) -> set[str]:
+    """Everything that some edits' records ask, folded: none of it may serve as another prompt."""
+    found = set()
+    for edit in edits:
+        probes = (probe.prompt for probe in (*edit.locality, *edit.near))
+        found.update(map(folded, (edit.prompt, *edit.rephrases, *probes)))
+    return found
 
 
-def _folded(text: str) -> str:
+def folded(text: str) -> str:
+    """A text without case, with single spaces."""
     return " ".join(text.casefold().split())

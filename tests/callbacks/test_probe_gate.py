@@ -23,7 +23,7 @@ from helpers_runs import (
 )
 
 from callbacks import ErrorSampleMonitor, ProbeGate, PruneAndRetrigger
-from repair_lightning.editors import Repair
+from repair_lightning.editors import Keyed, Repair
 from repair_lightning.edits.ledger import EditStatus
 from repair_lightning.packs.pack import shard_tensors
 from repair_lightning.types import BASE, EditReport
@@ -197,7 +197,7 @@ def test_given_probes_are_asked(tmp_path):
     gate.sample = 5
     window(gate, editor, stream, lambda: None)
     assert gate.prompts == questions[:5]
-    assert logged.found == {"gate/probe_loss": 0.0}
+    assert logged.found["gate/probe_loss"] == 0.0
     window(gate, editor, stream, lambda: spoil(editor, stream))
     assert gate.rolled_back == 1
     assert logged.found["gate/probe_loss"] > 0.02
@@ -226,3 +226,37 @@ def test_a_weight_that_was_written_into_goes_back_too():
     window(gate, editor, stream, lambda: overwrite(editor))
     assert gate.rolled_back == 1
     assert torch.equal(editor.edited.value_weight, before)
+
+
+# -- what nobody has patched -------------------------------------------------------------------------------------------
+
+
+def plain_run(tmp_path, editor: Any) -> tuple[Any, ProbeGate]:
+    """Two edits under an editor as it is."""
+    stream = world_stream(write_edits(tmp_path / "edits.jsonl", world_edits(2)), window=2, batch_size=2)
+    gate = ProbeGate()
+    gate.max_attempts = 1
+    fit(editor, stream, [gate], tmp_path)
+    return stream.ledger, gate
+
+
+def test_shards_that_answer_everything_trip_it(tmp_path):
+    """The activation router under the published rule, which each irrelevant prompt passes, and a shard that was pushed
+    too far."""
+    ledger, gate = plain_run(
+        tmp_path, world_editor({"router": "activation", "act_ratio": 0.01}, stop_margin=None, steps=150, lr=10.0)
+    )
+    assert gate.rolled_back == 1
+    for id in ledger:
+        assert ledger.entry(id).status is EditStatus.QUARANTINED
+        assert "of the probes lost their answer" in ledger.entry(id).reason
+
+
+def test_shards_that_answer_all_that_is_asked_of_their_subject_trip_it(tmp_path):
+    """A key router that is told to take any question about a subject for the edited one."""
+    editor = Keyed("world", precision="float32", relation_false_rate=0.95)
+    ledger, gate = plain_run(tmp_path, editor)
+    assert gate.rolled_back == 1
+    for id in ledger:
+        assert ledger.entry(id).status is EditStatus.QUARANTINED
+        assert "of other questions about its subjects lost their answer" in ledger.entry(id).reason

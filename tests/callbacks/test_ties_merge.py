@@ -12,9 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from callbacks import LossAwareTiesMerge
 from callbacks.ties_merge import MergeGuard, accept, mean_loss
+from repair_lightning.edits.source import asked_of, folded
 from repair_lightning.functional import ties_merge
 from repair_lightning.packs.pack import load_edited, save_pack
 from repair_lightning.scoring.correctness import correctness
+from repair_lightning.scoring.guard_questions import guard_questions
 from repair_lightning.types import BASE
 
 
@@ -60,6 +62,16 @@ def test_a_rejected_merge_leaves_no_trace(router, mask_ratio, target):
     after = everything(editor)
     assert {key for key in before if not same(before[key], after[key])} == set()
     assert correctness(editor, list(map(editor.ledger.edit, editor.ledger))) == said
+
+
+def test_the_guard_trips_by_itself():
+    """With its defaults: what two shards of several edits each say does not fit the one that TIES makes of them."""
+    editor = shards_of(mask_ratio=1.0)
+    merge = LossAwareTiesMerge()
+    merge.merge(editor)
+    assert not merge.outcome
+    assert "more than 0.01" in merge.outcome.reason
+    assert editor.memory.ids == [0, 1]
 
 
 @pytest.mark.parametrize(("normalize", "mask_ratio"), [("contributors", 0.4), ("global", 1.0)])
@@ -113,7 +125,8 @@ def test_into_the_main_weights(tmp_path, number):
 
 
 def test_the_guard_asks_no_scoring_prompt(monkeypatch):
-    """The guard's prompts are the edits' own, those behind the base's contexts, and irrelevant ones of its own."""
+    """The guard's prompts are the edits' own, those after the base's contexts, irrelevant ones of its own, and
+    questions from the bank about the edited subjects."""
     editor = shards_of()
     asked: list[str] = []
     encode, choose = editor.encode, editor.edited.choose
@@ -125,7 +138,10 @@ def test_the_guard_asks_no_scoring_prompt(monkeypatch):
     assert not unrelated & {*editor.background_prompts, *editor.held_out_prompts}
     assert unrelated <= set(asked)
     assert set(own) <= set(asked)
-    rest = set(asked) - unrelated - set(own)
+    edits = [editor.ledger.edit(id) for id in editor.ledger]
+    about = set(guard_questions(edits, 64))
+    assert not {folded(text) for text in set(asked) - set(own)} & asked_of(edits)
+    rest = set(asked) - unrelated - set(own) - about
     assert len(rest) == len(own)
     assert all(any(text.endswith(f". {prompt}") for prompt in own) for text in rest)
 
