@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from repair_lightning.scoring.protocols import answers, forced_tokens
+from repair_lightning.scoring.protocols import AUTOREGRESSIVE, answers, forced_choice, forced_tokens
+from repair_lightning.scoring.scorer import Scorer
 from repair_lightning.types import BASE
 
 
@@ -34,3 +35,14 @@ def test_a_wrong_memory_says_its_own_target_until_what_is_fed_leaves_it(written,
     expected = written.encode(one).target
     same = next(i for i, (a, b) in enumerate(zip(own, expected, strict=False)) if a != b)
     assert found[same + 1 :] == plain[same + 1 :]
+
+
+def test_perfect_routing_is_perfect(written, edits):
+    """All shards are empty and alike: what one of them said is not taken for what another says."""
+    asked = edits[:6]
+    scorer = Scorer(written.edited, asked)
+    owners = written.owner_choice([question.edit for question in scorer.questions])
+    wrong = owners.roll(1)
+    scorer.score("wrong", forced_choice(wrong), owners)
+    found = scorer.score("oracle", forced_choice(owners), owners).scores[AUTOREGRESSIVE]
+    assert (found["rel"], found["gen"]) == (1.0, 1.0)
