@@ -22,7 +22,8 @@ def named_in(text: str) -> str:
 def _names(text: str) -> Iterator[str]:
     words, at = list(_WORD.finditer(text)), 0
     while at < len(words):
-        if not _begins(text, words[at]):
+        numbered = words[at].group().isdigit() and len(words) > at + 1  # the 2032 Olympics
+        if not _begins(text, words[at + numbered]):
             at += 1
             continue
         last = _last(text, words, at)
