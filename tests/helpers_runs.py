@@ -18,6 +18,7 @@ from repair_lightning.editors import Keyed, Repair
 from repair_lightning.editors.repair import Routing, Writing
 from repair_lightning.editors.shards import Steps
 from repair_lightning.edits.stream import EditStream
+from repair_lightning.models.prefix import pad_left
 from repair_lightning.scoring.correctness import correctness
 from repair_lightning.types import Edit
 from repair_lightning.world import edits_path, irrelevant_path
@@ -133,6 +134,13 @@ def same(found: Any, expected: Any) -> bool:
     if isinstance(expected, (list, tuple)):
         return len(found) == len(expected) and all(map(same, found, expected))
     return bool(found == expected)
+
+
+def logits(model: Any, tokenizer: Any, prompts: Sequence[str]) -> torch.Tensor:
+    """What a model computes for a batch of prompts, padded left."""
+    ids, mask = pad_left(tokenizer(list(prompts))["input_ids"])
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=mask).logits
 
 
 def without_probes(edit: Edit) -> Edit:

@@ -13,13 +13,11 @@ from pathlib import Path
 
 import pytest
 from helpers_runs import REPOSITORY, world_edits, write_edits
-from safetensors.torch import load_file, save_file
 
 from repair_lightning import load_edited
 from repair_lightning.edits.ledger import EditStatus
 from repair_lightning.packs.pack import load_ledger
 from repair_lightning.types import BASE
-from repair_lightning.world import base_dir
 
 pytestmark = pytest.mark.slow
 
@@ -115,29 +113,15 @@ def test_killed_and_resumed_it_ends_the_same(folder, tmp_path, moment):
         assert metrics[0][name] == metrics[1][name], name
 
 
-@pytest.fixture(scope="module")
-def other_base(tmp_path_factory) -> Path:
-    """The embedded base with one weight changed."""
-    folder = shutil.copytree(base_dir(), tmp_path_factory.mktemp("bases") / "other")
-    weights = load_file(folder / "model.safetensors")
-    name = next(iter(weights))
-    weights[name].view(-1)[0] += 1
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--model.base", "OTHER"], "the pack belongs to base 'world'"),
         (["--model", "Repair"], "was made with"),
         (["--run_dir", "first"], "would be replaced; give another --run_dir"),
     ],
-    ids=lambda value: value[0].removeprefix("--") if isinstance(value, list) else "",
 )
-def test_refused(folder, other_base, options, words):
+def test_refused(folder, options, words):
     """In one line, and before the run directory is begun."""
-    options = [str(other_base) if option == "OTHER" else option for option in options]
     ran = run(folder, *GOING_ON, "--run_dir", "refused", *options)
     assert ran.returncode == 2, ran.stderr[-3000:]
     assert "Traceback" not in ran.stderr

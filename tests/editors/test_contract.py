@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from helpers_runs import REPOSITORY
+from helpers_runs import REPOSITORY, logits, same
 
 from repair_lightning.editors import REGISTRY, Editor, make_editor
 from repair_lightning.editors.repair import Routing, Writing
@@ -91,12 +91,6 @@ def told(model, tokenizer, prompts):
     return output[:, ids.shape[1] :].tolist()
 
 
-def logits(model, tokenizer, prompts):
-    ids, mask = pad_left(tokenizer(prompts)["input_ids"])
-    with torch.no_grad():
-        return model(input_ids=ids, attention_mask=mask).logits
-
-
 def written_logits(editor, shard, prompts):
     """What was written gives; a shard that does not say its target in full is silent, so it is not asked by routing."""
     if not editor.router.vouches:
@@ -149,15 +143,6 @@ def weights_of(editor) -> dict[str, torch.Tensor]:
 
 def changed(editor, weights) -> list[str]:
     return [key for key, value in editor.base.model.state_dict().items() if not torch.equal(value, weights[key])]
-
-
-def same(one, other) -> bool:
-    """Whether two states hold the same bits."""
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    return one == other
 
 
 def test_edits_are_answered_and_a_rollback_brings_every_bit_back(make, write, answers, edits, irrelevant, asked, name):

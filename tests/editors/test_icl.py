@@ -69,7 +69,6 @@ def test_what_it_refuses(editor, edits):
     for options, words in (
         ({"number": 0}, "number must be at least 1, got 0"),
         ({"line": "{prompt}"}, "line must hold {prompt} and {target}"),
-        ({"false_fire_rate": 1.0}, r"false_fire_rate must be in \[0, 1\), got 1.0"),
     ):
         with pytest.raises(ConfigError, match=words):
             InContext(**options)

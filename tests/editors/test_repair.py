@@ -8,15 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_runs import logits
 
 from repair_lightning.editors.repair import Distillation, Repair, Routing, Writing
 from repair_lightning.edits.ledger import EditStatus
 from repair_lightning.errors import ConfigError
-from repair_lightning.models.prefix import pad_left
 from repair_lightning.types import BASE, Edit, EditBatch, EditReport
-
-MODELS = ["llama", "gpt2"]
-each_model = pytest.mark.parametrize("model_type", MODELS)
 
 
 def dense(optimizer: str = "adam", **options: Any) -> Writing:
@@ -43,26 +40,8 @@ def targets_of(edits):
     return [edit.target for edit in edits]
 
 
-def logits(model, tokenizer, prompts):
-    ids, mask = pad_left(tokenizer(list(prompts))["input_ids"])
-    with torch.no_grad():
-        return model(input_ids=ids, attention_mask=mask).logits
-
-
 class TestWriting:
-    @each_model
-    @pytest.mark.parametrize(("layer", "size"), [(None, 6), (1, 1)])
-    def test_written_edits_are_answered(self, editor_of, write, answers, edits, model_type, layer, size):
-        editor = editor_of(model_type, layer=layer)
-        reports = write(editor, edits[:6], size)
-        assert [report.id for report in reports] == [edit.id for edit in edits[:6]]
-        assert not any(report.error or report.residual for report in reports)
-        assert answers(editor.edited, editor.tokenizer, prompts_of(edits[:6])) == targets_of(edits[:6])
-        routes = editor.edited.route(prompts_of(edits[:6]))
-        assert [route.memory for route in routes] == [report.shard for report in reports]
-        assert [route.nearest for route in routes] == [edit.id for edit in edits[:6]]
-
-    @each_model
+    @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
     def test_the_short_way_and_the_long_way_write_the_same(self, editor_of, write, edits, model_type):
         """On the last layer only the positions that are read are run; whole rows and the whole model must give the
         same deltas.
@@ -137,24 +116,23 @@ class TestRollback:
             assert (entry.status, entry.shard, entry.attempts) == (EditStatus.FAILED, None, 1)
 
 
-class TestDistillation:
-    def written(self, editor_of, write, edits, consistency, **options):
-        distillation = Distillation(weight=1.0, consistency=consistency, **options)
+def test_who_leaves_by_distillation(editor_of, write, edits):
+    """Exactly those at or above the limit, which is put at the third highest of the first run's values."""
+
+    def written(consistency: float | None):
+        distillation = Distillation(weight=1.0, consistency=consistency)
         editor = editor_of(distillation=distillation, writing=dense(steps=10, stop_margin=None))
         return editor, write(editor, edits)
 
-    def test_who_leaves(self, editor_of, write, edits):
-        """Exactly those at or above the limit, which is put at the third highest of the first run's values."""
-        _, free = self.written(editor_of, write, edits, None)
-        assert not any(report.residual for report in free)
-        limit = sorted(report.kd for report in free)[-3]
-        editor, reports = self.written(editor_of, write, edits, limit)
-        assert [report.kd for report in reports] == [report.kd for report in free]
-        assert [report.residual for report in reports] == [report.kd >= limit for report in free]
-        assert sum(report.residual for report in reports) == 3
-        for report, route in zip(reports, editor.edited.route(prompts_of(edits)), strict=True):
-            assert route.memory == (BASE if report.residual else 0)
-            assert (editor.ledger.entry(report.id).status == EditStatus.RESIDUAL) == report.residual
+    _, free = written(None)
+    assert not any(report.residual for report in free)
+    limit = sorted(report.kd for report in free)[-3]
+    editor, reports = written(limit)
+    assert [report.kd for report in reports] == [report.kd for report in free]
+    assert [report.residual for report in reports] == [report.kd >= limit for report in free]
+    for report, route in zip(reports, editor.edited.route(prompts_of(edits)), strict=True):
+        assert route.memory == (BASE if report.residual else 0)
+        assert (editor.ledger.entry(report.id).status == EditStatus.RESIDUAL) == report.residual
 
 
 class TestReplay:
@@ -241,29 +219,26 @@ class TestFold:
         assert all(torch.equal(value, weights[name]) for name, value in editor.base.model.state_dict().items())
 
 
-class TestSeeds:
-    def delta(self, editor_of, write, edits, seed, noise=0):
+def test_the_same_seed_gives_the_same_bits(editor_of, write, edits):
+    """Whatever the global generator's state."""
+    found = []
+    for noise in (1, 2):
         torch.manual_seed(noise)
         routing, distillation = Routing(weight=0.5, sample=4), Distillation(weight=0.5)
         writing = dense(mask_ratio=0.5, steps=15, contexts=1, init_scale=0.1, capacity=4)
-        editor = editor_of(routing=routing, writing=writing, distillation=distillation, seed=seed)
+        editor = editor_of(routing=routing, writing=writing, distillation=distillation, seed=3)
         write(editor, edits, 4)
-        return editor.memory.stacked().detach()
-
-    def test_the_same_seed_gives_the_same_bits(self, editor_of, write, edits):
-        """Whatever the global generator's state."""
-        one, other = (self.delta(editor_of, write, edits, 3, noise) for noise in (1, 2))
-        assert torch.equal(one, other)
+        found.append(editor.memory.stacked().detach())
+    assert torch.equal(*found)
 
 
-class TestAnchors:
-    def test_a_subject_that_the_prompt_does_not_name_is_none(self, editor_of, write):
-        """It is found by what it asks, and by nothing that only names the subject."""
-        editor = editor_of()
-        elsewhere = Edit("x", "Where was he born?", "Oslo", subject="Mara Kelstrom")
-        write(editor, [elsewhere])
-        asked = [elsewhere.prompt, "Where was Mara Kelstrom born?"]
-        assert [route.memory for route in editor.edited.route(asked)] == [0, BASE]
+def test_a_subject_that_the_prompt_does_not_name_is_none(editor_of, write):
+    """It is found by what it asks, and by nothing that only names the subject."""
+    editor = editor_of()
+    elsewhere = Edit("x", "Where was he born?", "Oslo", subject="Mara Kelstrom")
+    write(editor, [elsewhere])
+    asked = [elsewhere.prompt, "Where was Mara Kelstrom born?"]
+    assert [route.memory for route in editor.edited.route(asked)] == [0, BASE]
 
 
 class TestOptions:
@@ -271,7 +246,6 @@ class TestOptions:
         ("writing", "message"),
         [
             ({"steps": 0}, "writing.steps must be at least 1, got 0"),
-            ({"capacity": 0}, "writing.capacity must be at least 1, got 0"),
             ({"mask_ratio": 0.0}, r"writing.mask_ratio must be in \(0, 1\], got 0.0"),
             ({"lr": math.nan}, "writing.lr must be positive, got nan"),
         ],

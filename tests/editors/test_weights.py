@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, replace
 
 import pytest
@@ -25,9 +24,8 @@ SOFT = {"ridge": 0.003, "anchoring": 0.01}
 
 
 class TestWherePlacesAre:
-    @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
-    def test_the_subjects_last_token(self, editor_of, edits, model_type):
-        editor = editor_of(model_type, "rlsedit", layer=1, values=AT_SUBJECT)
+    def test_the_subjects_last_token(self, editor_of, edits):
+        editor = editor_of("llama", "rlsedit", layer=1, values=AT_SUBJECT)
         encoded, _, places = editor._rows(edits)
         for edit, row, back in zip(edits, encoded, places.back.tolist(), strict=True):
             upto = editor.tokenizer.decode(row.ids[: len(row.ids) - back], skip_special_tokens=True)
@@ -108,11 +106,8 @@ class TestRLSEdit:
         ("options", "message"),
         [
             ({"ridge": 0.0}, "ridge must be positive"),
-            ({"anchoring": math.nan}, "anchoring must be at least 0 and finite"),
             ({"values": Values(at="foo")}, r"values\.at must be one of targets, subject, got 'foo'"),
-            ({"values": Values(clamp=-1.0)}, r"values\.clamp must be positive"),
             ({"anchors": "nowhere.txt"}, "'nowhere.txt' is no file"),
-            ({"layers": 0}, "layers must be at least 1"),
         ],
     )
     def test_bad_options(self, options, message):

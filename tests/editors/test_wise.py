@@ -75,7 +75,6 @@ class TestMerge:
     ("options", "words"),
     [
         ({"mode": "both"}, "mode must be one of retrieve, merge, got 'both'"),
-        ({"subspaces": 1}, "subspaces must be at least 2, got 1"),
         ({"density": 0.0}, r"density must be in \(0, 1\], got 0.0"),
         ({"writing": writing(lr="auto")}, "writing.lr must be a number, got 'auto'"),
     ],

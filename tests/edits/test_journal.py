@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import random
 import sqlite3
-import subprocess
-import sys
 
 import pyarrow.parquet as pq
 import pytest
@@ -98,10 +96,9 @@ def test_each_command_is_an_event_with_the_state_behind_it(ledger, journal, comm
 
 def test_the_events_of_one_edit(ledger, journal):
     fill(ledger)
-    ledger.evaluated({"b": 0.2}, 0.85)
     journal.note("finished", "3 edits")
-    assert [event["kind"] for event in journal.events("b")] == ["arrived", "written", "evaluated"]
-    assert [event["status"] for event in journal.events("b")] == ["pending", "written", "failed"]
+    told = [(event["kind"], event["status"]) for event in journal.events("b")]
+    assert told == [("arrived", "pending"), ("written", "written")]
     with pytest.raises(UnknownEditError, match="knows no edit with the id 'z'"):
         list(journal.events("z"))
 
@@ -133,30 +130,27 @@ class Run:
         self.kept = [(0, self.ledger.state_dict())]
 
     def step(self, name: str, *given) -> None:
-        getattr(self, f"_{name}", self._move(name))(*given)
+        getattr(self if hasattr(self, name) else self.ledger, name)(*given)
 
-    def _move(self, name):
-        return lambda *given: getattr(self.ledger, name)(*given)
-
-    def _arrive(self, names, window):
+    def arrive(self, names, window):
         self.ledger.arrive(map(edit, names), window)
 
-    def _written(self, names, shard, loss, residual, error):
+    def written(self, names, shard, loss, residual, error):
         self.ledger.written([report(id, shard, loss=loss, residual=residual, error=error) for id in names])
 
-    def _evaluated(self, scores):
+    def evaluated(self, scores):
         self.ledger.evaluated(scores, 0.5)
 
-    def _note(self):
+    def note(self):
         self.journal.note("note", "nothing")
 
-    def _checkpoint(self):
+    def checkpoint(self):
         sha = f"{len(self.kept)}-{self.journal.last}"
         self.journal.save(sha, len(self.kept))
         assert self.journal.checkpoint == Checkpoint(sha, self.journal.last, len(self.kept))
         self.kept.append((self.journal.last, self.ledger.state_dict()))
 
-    def _rewind(self, back):
+    def rewind(self, back):
         del self.kept[max(1, len(self.kept) - back) :]
         seq, state = self.kept[-1]
         later = [event for event in self.journal.events() if event["seq"] > seq and not event["void"]]
@@ -227,25 +221,6 @@ def test_a_transaction_that_returned_is_on_the_disk(journal):
     """FULL (2) syncs the write-ahead log at every commit; NORMAL (1) would not."""
     assert journal._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     assert journal._db.execute("PRAGMA synchronous").fetchone() == (2,)
-
-
-def test_what_was_said_survives_a_kill(tmp_path):
-    path = tmp_path / "journal.sqlite"
-    script = (
-        "import os, signal, sys\n"
-        "from repair_lightning.edits.journal import Journal\n"
-        "from repair_lightning.edits.ledger import Ledger\n"
-        "from repair_lightning.types import Edit\n"
-        "ledger = Ledger(); ledger.journal = journal = Journal(sys.argv[1])\n"
-        "ledger.arrive([Edit('a', 'b', 'c')], 0)\n"
-        "journal._db.execute('BEGIN'); journal._db.execute(\"UPDATE events SET kind = 'half'\")\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True)
-    assert done.returncode == -9, done.stderr
-    found = Journal(path)
-    assert [event["kind"] for event in found.events()] == ["arrived"]
-    found.close()
 
 
 def test_one_may_read_while_another_writes(ledger, journal):
@@ -362,13 +337,6 @@ def test_a_row_is_written_once(journal):
     journal.save("a", 1, {"t": rows_of(range(5))})
     journal.save("b", 2, {"t": {number: Unread() for number in range(5)} | rows_of([7])})
     assert stored(journal) == [0, 1, 2, 3, 4, 7]
-
-
-def test_a_damaged_row_is_named_in_one_line(journal):
-    journal.save("a", 1, {"t": rows_of(range(5))})
-    journal._db.execute("UPDATE rows SET content = zeroblob(length(content)) WHERE number = 3")
-    with pytest.raises(JournalError, match=r"is damaged: row 3 of t is not as it was written; restore it from a copy"):
-        journal.check_rows()
 
 
 # -- as a table --------------------------------------------------------------------------------------------------------

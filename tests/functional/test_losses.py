@@ -133,12 +133,6 @@ class TestKdLoss:
         )
         assert (members >= 0).all()
 
-    def test_a_stranger_stands_out(self):
-        """Three alike and one opposite: the stranger's share is the largest, so FILTERANDRECLUSTER finds it."""
-        _, members = kd_loss(torch.tensor([[1.0, 0.1], [1.0, 0.0], [-1.0, 0.0], [1.0, -0.1]]), 0.2, 0.2)
-        assert members.argmax() == 2
-        assert members[2] > 5 * members[[0, 1, 3]].max()
-
 
 def test_soft_kd_pinned():
     """Logits (2 log 3, 0) and (0, 0) at T = 2: p_0 = (3/4, 1/4), p_1 = (1/2, 1/2).

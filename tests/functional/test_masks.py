@@ -17,7 +17,7 @@ from repair_lightning.functional import (
 )
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
-SHAPES = [(9,), (3, 5), (2, 3, 4), (0,), (64, 33)]
+SHAPES = [(9,), (2, 3, 4), (0,), (64, 33)]
 
 
 def seeded(seed=0):

@@ -122,9 +122,7 @@ class TestSigns:
 
 
 class TestWithoutSubject:
-    @pytest.mark.parametrize(
-        "text", ["Hello world", "Hello, how are you?", "Hello there", "Say hello", "Hell", "world"]
-    )
+    @pytest.mark.parametrize("text", ["Hello world", "Hello, how are you?", "Say hello", "Hell"])
     def test_a_word_more_is_another_text(self, text):
         assert not fires(("", "Hello"), text)
 

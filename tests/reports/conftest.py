@@ -28,17 +28,9 @@ def hard_run(tmp_path_factory) -> Path:
     path = write_edits(folder / "edits.jsonl", edits)
     options = "--data.window 6 --merge.enabled false --data.max_irrelevant 60 --model.writing.steps 40 "
     options += "--feedback.max_attempts 2 --trainer.logger false --run_dir runs/hard"
-    call = [
-        sys.executable,
-        str(REPOSITORY / "train.py"),
-        "--config",
-        "quickstart",
-        "--data.path",
-        path,
-        *options.split(),
-    ]
+    call = [sys.executable, str(REPOSITORY / "train.py"), "--config", "quickstart", "--data.path", path]
     env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(call, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*call, *options.split()], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "runs" / "hard"
 

