@@ -26,9 +26,8 @@ def run(folder: Path, dashboard: RoutingDashboard, board: Scoreboard, loggers: A
     path = write_edits(folder / "edits.jsonl", hard_edits(8))
     stream = world_stream(path, window=4, batch_size=4)
     feedback, merge = PruneAndRetrigger(max_attempts=2), LossAwareTiesMerge(max_op_drop=1.0)
-    fit(
-        editor, stream, [ErrorSampleMonitor(), feedback, *reporting, merge], folder, logger=loggers, log_every_n_steps=1
-    )
+    callbacks = [ErrorSampleMonitor(), dashboard, feedback, board, merge]
+    fit(editor, stream, callbacks, folder, logger=loggers, log_every_n_steps=1)
     return SimpleNamespace(editor=editor, stream=stream, feedback=feedback, merge=merge, folder=folder)
 
 
