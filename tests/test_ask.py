@@ -51,9 +51,6 @@ def test_both_answers_and_who_gave_them(pair, made):
     assert not left.route.score > left.route.threshold
 
 
-# -- files of prompts --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -110,9 +107,6 @@ def test_a_bad_file_of_prompts(tmp_path, name, content, words):
         read_prompts(tmp_path / name)
 
 
-# -- the commands ------------------------------------------------------------------------------------------------------
-
-
 def run(*argv: object) -> None:
     """A command in this process."""
     run_command([str(word) for word in argv])
@@ -129,9 +123,6 @@ def test_ask_reads_questions_from_a_pipe(made, monkeypatch, capsys):
     assert (lines[0], lines[6]) == (edits[0].prompt, ELSEWHERE)
     assert f"  edited   {edits[0].target}" in lines
     assert "error: prompt 'who " in said.err
-
-
-# -- messages ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -49,9 +49,6 @@ def succeeded(script: str, *options: Any, cwd: Path) -> Ran:
     return ran
 
 
-# -- a run -------------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> tuple[Path, Ran]:
     """The quickstart on twelve edits: its run directory and what it printed."""
@@ -180,9 +177,6 @@ def test_the_saved_config_runs_again(tmp_path, monkeypatch):
     assert saved[0]["model"]["init_args"]["writing"]["stop_margin"] is None
 
 
-# -- evaluating a pack -------------------------------------------------------------------------------------------------
-
-
 def test_another_process_scores_the_pack_alike(run, metrics, tmp_path):
     out = tmp_path / "deep" / "scores.json"
     options = ["--data.path", "world", "--data.max_edits", "12", "--out", out, "--generations", "said/all.jsonl"]
@@ -225,9 +219,6 @@ def test_other_records_can_be_scored(run, tmp_path):
     assert found["routing"]["edit"]["right"] == 0
     assert found["oracle_routing"] == found["pre_edit"]
     assert found["final"]["autoregressive"]["rel"] == 0
-
-
-# -- mistakes ----------------------------------------------------------------------------------------------------------
 
 
 def refused(ran: Ran, *words: str) -> None:

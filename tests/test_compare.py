@@ -109,9 +109,6 @@ def bench(tmp_path, monkeypatch, request) -> Bench:
     return Bench(tmp_path)
 
 
-# -- what is run -------------------------------------------------------------------------------------------------------
-
-
 def test_each_variant_runs_with_each_size_and_seed(bench):
     bench.write({"plain": None, "wise one": {"configs": ["wise"], "options": {"data.clustering": False}}})
     bench.common = ["--model.base", "some/base", "--data.irrelevant_prefix", "nq question: "]
@@ -137,9 +134,6 @@ def test_dry_run_prints_the_commands_and_writes_nothing(bench, capsys):
     assert (bench.out.exists(), bench.starts) == (False, [])
 
 
-# -- what is not run again ---------------------------------------------------------------------------------------------
-
-
 def test_what_is_missing_or_has_another_command_is_run_again(bench):
     bench.run()
     assert bench.new() == PART + PLAIN
@@ -157,9 +151,6 @@ def test_what_is_missing_or_has_another_command_is_run_again(bench):
     bench.run()
     assert bench.new() == PART
     assert json.loads((bench.out / PART[0] / "metrics.json").read_text())["final"]["autoregressive"]["op"] == 0.397
-
-
-# -- failures ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_failure_is_recorded_and_does_not_stop_the_others(bench, capsys):
@@ -202,9 +193,6 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_run(bench, change
     assert bench.starts == []
 
 
-# -- interruptions -----------------------------------------------------------------------------------------------------
-
-
 def process_of(bench: Bench) -> subprocess.Popen[str]:
     """The comparison as a process, once two of its runs, which wait for a file named `go`, have begun."""
     bench.write({"done": None, "waits": {"options": {"fake.wait": "go"}}})
@@ -242,9 +230,6 @@ def test_a_comparison_that_is_ended_ends_its_runs_and_goes_on_later(bench):
     assert bench.new() == ["waits/n30-seed0", "waits/n30-seed1"]
 
 
-# -- tables ------------------------------------------------------------------------------------------------------------
-
-
 def test_the_tables_say_what_the_runs_measured(bench):
     bench.run("--sizes", "30", "40", "50", "--seeds", "0", "1", "2")
     rows = {(row["variant"], row["size"], row["seed"]): row for row in csv.DictReader(bench.text("csv").splitlines())}
@@ -261,9 +246,6 @@ def test_the_tables_say_what_the_runs_measured(bench):
     part += ["1250 ± 0"]  # 50,000 bytes over the 40 edits that were there
     assert f"\n| plain - part | {' | '.join(part)} | 200 ± 100 |\n" in text
     assert "- The data hold no 50 edits, but 40.\n" in text
-
-
-# -- the ablations -----------------------------------------------------------------------------------------------------
 
 
 def settings_of(run: compare.Run, monkeypatch) -> dict[str, Any]:
@@ -306,8 +288,6 @@ def test_the_ablations_take_away_what_their_names_say(tmp_path, monkeypatch):
         assert {key for key in changed if "dir" not in key and key != "config"} == options, name
 
 
-# -- grids -------------------------------------------------------------------------------------------------------------
-
 GRID = {"options": {"fake.op": [0.5, 0.9], "model.writing.steps": [1, 2]}}
 GRID |= {"default": {"fake.op": 0.9, "model.writing.steps": 2}}
 
@@ -325,9 +305,6 @@ def test_a_grid_is_a_variant_for_each_pair_of_values(bench):
     assert names >= {"report.html", "scores.md", "scores.tex", "scores.csv", "table.md", "table.json", "heat_map.png"}
     drawn = set(re.findall(">([^<]+)<", (bench.out / "heat_map.svg").read_text()))
     assert {"steps", "op", "0.5", "49.7", "89.7"} <= drawn
-
-
-# -- for real ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -352,9 +329,6 @@ def test_a_comparison_of_real_runs(tmp_path):
         ids = tuple(dict.fromkeys(row["id"] for row in rows if row.get("kind") == "edit"))
         assert drawn.setdefault(run["seed"], ids) == ids  # every variant is given the same edits
     assert drawn[0] != drawn[1]
-
-
-# -- editors side by side ----------------------------------------------------------------------------------------------
 
 
 def test_one_edit_is_many_single_ones(bench):

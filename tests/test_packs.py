@@ -207,26 +207,22 @@ class Bomb:
         return Path.touch, (self.path,)
 
 
-class TestNoCode:
-    @pytest.mark.parametrize("file", [WEIGHTS_FILE, CONFIG_FILE, LEDGER_FILE])
-    def test_a_pickle_is_refused_and_not_run(self, spoilt, tmp_path, file):
-        trap = tmp_path / "sprung"
-        (spoilt / file).write_bytes(pickle.dumps(Bomb(trap)))
+@pytest.mark.parametrize("file", [WEIGHTS_FILE, CONFIG_FILE, LEDGER_FILE])
+def test_a_pickle_is_refused_and_not_run(spoilt, tmp_path, file):
+    trap = tmp_path / "sprung"
+    (spoilt / file).write_bytes(pickle.dumps(Bomb(trap)))
+    with pytest.raises(RepairError):
+        read_pack(spoilt)
+    if file == LEDGER_FILE:
         with pytest.raises(RepairError):
-            read_pack(spoilt)
-        if file == LEDGER_FILE:
-            with pytest.raises(RepairError):
-                load_ledger(spoilt)
-        if file == WEIGHTS_FILE:  # with a hash that fits
-            rewrite(spoilt, files={name: files_hash([spoilt / name]) for name in (WEIGHTS_FILE, LEDGER_FILE)})
-            refused(spoilt, "is damaged")
-        assert not trap.exists()
-        with (spoilt / file).open("rb") as stream:
-            pickle.load(stream)
-        assert trap.exists(), "the trap itself works"
-
-
-# -- replacing a pack --------------------------------------------------------------------------------------------------
+            load_ledger(spoilt)
+    if file == WEIGHTS_FILE:  # with a hash that fits
+        rewrite(spoilt, files={name: files_hash([spoilt / name]) for name in (WEIGHTS_FILE, LEDGER_FILE)})
+        refused(spoilt, "is damaged")
+    assert not trap.exists()
+    with (spoilt / file).open("rb") as stream:
+        pickle.load(stream)
+    assert trap.exists(), "the trap itself works"
 
 
 class Killed(BaseException):
@@ -314,9 +310,6 @@ class TestReplacing:
         assert content_of(folder) == old
 
 
-# -- an editor from a pack ---------------------------------------------------------------------------------------------
-
-
 class TestRestoring:
     @pytest.mark.parametrize(
         ("model_type", "form", "router"), [("llama", "low_rank", "key"), ("gpt2", "dense", "hybrid")]
@@ -368,9 +361,6 @@ class TestRestoring:
         rewrite(spoilt, **changes)
         with pytest.raises(RepairError, match=match):
             restore_editor(spoilt, precision="float32")
-
-
-# -- sharing -----------------------------------------------------------------------------------------------------------
 
 
 class TestSharing:

@@ -65,9 +65,6 @@ def content(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
 
 
-# -- going on, or not --------------------------------------------------------------------------------------------------
-
-
 def test_a_stopped_run_goes_on_after_its_checkpoint(path):
     stopped(path, windows=2)
     before = content(path)
@@ -170,9 +167,6 @@ def test_a_checkpoint_that_is_gone_or_cut_is_refused(path):
     run = begin(path)
     assert run.checkpoint
     run.close()
-
-
-# -- checkpoints -------------------------------------------------------------------------------------------------------
 
 
 def killed_everywhere(path: Path, monkeypatch, act) -> list[Path]:

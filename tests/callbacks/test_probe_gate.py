@@ -154,9 +154,6 @@ def test_a_window_that_breaks_nothing_passes_untouched(tmp_path):
     assert found[0][1] == found[1][1]
 
 
-# -- one window by hand ------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def alone():
     """An editor without a trainer, its stream, and what it logs."""

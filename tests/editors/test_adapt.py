@@ -43,9 +43,6 @@ def table(editor: Keyed) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in editor.adapted.candidates]
 
 
-# -- what is chosen ----------------------------------------------------------------------------------------------------
-
-
 def test_the_last_layer_and_the_defaults_where_nothing_is_better(folder_of, irrelevant):
     editor = prepared(folder_of("llama"), irrelevant, **ALL)
     assert settings_of(editor) == (2, 1.0, 2.0)
@@ -81,9 +78,6 @@ def test_another_layer_where_the_last_one_cannot_be_written(crippled, irrelevant
     assert editor.edited.split.value is editor.base.model.model.layers[editor.layer].mlp.down_proj
 
 
-# -- no trace ----------------------------------------------------------------------------------------------------------
-
-
 def hooks_of(model: Any) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
@@ -113,8 +107,6 @@ def test_the_probes_leave_no_trace(folder_of, crippled, irrelevant, write, edits
     assert editor.options() == same.options()
 
 
-# -- checkpoints, packs, runs ------------------------------------------------------------------------------------------
-
 CHOSEN = Adapted(6, 0.5, 1.0, 12, 0.1, ({"layer": 6, "written": 1.0},))
 
 
@@ -141,9 +133,6 @@ def test_a_resumed_run_keeps_what_was_chosen(tmp_path, monkeypatch):
     assert settings_of(resumed) == (6, 0.5, 1.0)
     assert resumed.edited.layer == 6
     torch.testing.assert_close(resumed.memory.low_rank_tensors(), whole.memory.low_rank_tensors(), rtol=0, atol=0)
-
-
-# -- mistakes ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,6 @@ from repair_lightning.types import EditBatch
 
 D, F, V = 3, 4, 5
 
-# -- rows ------------------------------------------------------------------------------------------------------------
-
 
 @st.composite
 def writes(draw: Any) -> dict[str, Any]:
@@ -110,46 +108,41 @@ class TestTargetRows:
         assert part.per_member(values[inside]).tolist() == pytest.approx(rows.per_member(values)[some].tolist())
 
 
-# -- what an optimiser sees ------------------------------------------------------------------------------------------
-
 OPTIMIZERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
     "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1),
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.5),
 }
 
 
-class TestOpenCoordinates:
-    @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-    @given(seed=st.integers(0, 10_000), ratio=st.sampled_from([0.1, 0.5, 1.0]))
-    @settings(max_examples=20)
-    def test_the_open_ones_go_as_in_a_dense_step_and_the_closed_ones_stay(self, optimizer, seed, ratio):
-        """Whatever starts at a closed coordinate and whatever its gradient says; the reference's is masked."""
-        generator = torch.Generator().manual_seed(seed)
-        mask = torch.rand(D, F, generator=generator) < ratio
-        start, gradients = torch.randn(D, F, generator=generator), torch.randn(6, D, F, generator=generator)
-        gradients[:, 0, 0] = torch.where(mask[0, 0], gradients[:, 0, 0], torch.nan)
-        gradients[3:] = 0.0  # what moves here moves by momentum and decay alone
-        shard = Shard((D, F), mask)
-        shard.delta.data.copy_(start)
-        trained = OpenCoordinates(shard)
-        found = OPTIMIZERS[optimizer]([trained.parameter])
-        for gradient in gradients:
-            shard.delta.grad = gradient.clone()
-            trained.step(found)
-            assert shard.delta.grad is None, "used up"
-        dense = torch.nn.Parameter(start.clone())
-        reference = OPTIMIZERS[optimizer]([dense])
-        for gradient in gradients:
-            dense.grad = gradient.masked_fill(~mask, 0.0)
-            reference.step()
-        assert torch.equal(shard.delta[~mask], start[~mask])
-        torch.testing.assert_close(shard.delta[mask], dense[mask], rtol=1e-6, atol=1e-7)
-        for state in found.state.values():
-            for value in state.values():
-                assert not isinstance(value, Tensor) or value.numel() in (1, int(mask.sum()))
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@given(seed=st.integers(0, 10_000), ratio=st.sampled_from([0.1, 0.5, 1.0]))
+@settings(max_examples=20)
+def test_the_open_ones_go_as_in_a_dense_step_and_the_closed_ones_stay(optimizer, seed, ratio):
+    """Whatever starts at a closed coordinate and whatever its gradient says; the reference's is masked."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(D, F, generator=generator) < ratio
+    start, gradients = torch.randn(D, F, generator=generator), torch.randn(6, D, F, generator=generator)
+    gradients[:, 0, 0] = torch.where(mask[0, 0], gradients[:, 0, 0], torch.nan)
+    gradients[3:] = 0.0  # what moves here moves by momentum and decay alone
+    shard = Shard((D, F), mask)
+    shard.delta.data.copy_(start)
+    trained = OpenCoordinates(shard)
+    found = OPTIMIZERS[optimizer]([trained.parameter])
+    for gradient in gradients:
+        shard.delta.grad = gradient.clone()
+        trained.step(found)
+        assert shard.delta.grad is None, "used up"
+    dense = torch.nn.Parameter(start.clone())
+    reference = OPTIMIZERS[optimizer]([dense])
+    for gradient in gradients:
+        dense.grad = gradient.masked_fill(~mask, 0.0)
+        reference.step()
+    assert torch.equal(shard.delta[~mask], start[~mask])
+    torch.testing.assert_close(shard.delta[mask], dense[mask], rtol=1e-6, atol=1e-7)
+    for state in found.state.values():
+        for value in state.values():
+            assert not isinstance(value, Tensor) or value.numel() in (1, int(mask.sum()))
 
-
-# -- nothing waits for the device ------------------------------------------------------------------------------------
 
 WAITS = {
     "_local_scalar_dense",  # item, float, bool, if

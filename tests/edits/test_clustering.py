@@ -35,9 +35,6 @@ def reference(features: np.ndarray, batch_size: int) -> list[list[int]]:
     return batches
 
 
-# -- exact -----------------------------------------------------------------------------------------------------------
-
-
 @settings(max_examples=80, deadline=None)
 @given(
     features=hnp.arrays(
@@ -96,9 +93,6 @@ def test_unit_vectors_of_any_length(size):
     units = unit_vectors(np.array([[3 * size, 4 * size], [0, 0]], dtype=np.float32))
     assert units.dtype == np.float32
     np.testing.assert_allclose(units, [[0.6, 0.8], [0, 0]], rtol=1e-6)
-
-
-# -- approximate -----------------------------------------------------------------------------------------------------
 
 
 def test_above_the_limit_points_are_taken_in_parts():

@@ -43,9 +43,6 @@ def reader(journal: Journal) -> Journal:
     return Journal(journal.path, read_only=True)
 
 
-# -- what is said ------------------------------------------------------------------------------------------------------
-
-
 class Refuses:
     """A journal on a broken disk."""
 
@@ -102,8 +99,6 @@ def test_the_events_of_one_edit(ledger, journal):
     with pytest.raises(UnknownEditError, match="knows no edit with the id 'z'"):
         list(journal.events("z"))
 
-
-# -- rebuilding --------------------------------------------------------------------------------------------------------
 
 NAMES = [f"e{i}" for i in range(5)]
 FEW = st.lists(st.sampled_from(NAMES), max_size=3, unique=True)
@@ -214,9 +209,6 @@ def test_a_rewind_keeps_what_it_takes_back_readable(ledger, journal):
     assert (resumed["kind"], resumed["void"], resumed["back_to"]) == (RESUMED, 0, journal.checkpoint.seq)
 
 
-# -- the disk ----------------------------------------------------------------------------------------------------------
-
-
 def test_a_transaction_that_returned_is_on_the_disk(journal):
     """FULL (2) syncs the write-ahead log at every commit; NORMAL (1) would not."""
     assert journal._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
@@ -291,9 +283,6 @@ def test_a_full_disk_takes_the_transaction_back(ledger, journal, command):
     assert journal.rebuild() == ledger
 
 
-# -- rows --------------------------------------------------------------------------------------------------------------
-
-
 def rows_of(numbers) -> dict[int, dict[str, torch.Tensor]]:
     """Rows that say their own number."""
     return {number: {"what": torch.full((3,), float(number))} for number in numbers}
@@ -337,9 +326,6 @@ def test_a_row_is_written_once(journal):
     journal.save("a", 1, {"t": rows_of(range(5))})
     journal.save("b", 2, {"t": {number: Unread() for number in range(5)} | rows_of([7])})
     assert stored(journal) == [0, 1, 2, 3, 4, 7]
-
-
-# -- as a table --------------------------------------------------------------------------------------------------------
 
 
 def test_as_parquet(ledger, journal, tmp_path):

@@ -36,9 +36,6 @@ def ledger():
     return found
 
 
-# -- states ----------------------------------------------------------------------------------------------------------
-
-
 def test_what_a_write_leaves(ledger):
     a, d, e = map(ledger.entry, "ade")
     assert (a.status, a.shard, a.attempts, a.regroups, a.loss, a.kd) == (EditStatus.WRITTEN, 0, 1, 0, 0.5, 0.25)
@@ -52,9 +49,6 @@ def test_scores_decide_between_written_and_failed(ledger):
     assert [ledger.entry(id).status for id in "ab"] == ["written", "failed"]
     ledger.evaluated({"b": 1.0, "a": 0.0}, tau_correct=0.85)
     assert [ledger.entry(id).status for id in "ab"] == ["failed", "written"]
-
-
-# -- refusals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -83,9 +77,6 @@ def test_a_refused_command_changes_nothing(ledger, command, error, message):
         command(ledger)
     assert isinstance(caught.value, RepairError)
     assert ledger.state_dict() == before
-
-
-# -- storage ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

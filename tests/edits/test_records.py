@@ -49,9 +49,6 @@ def real(name: str) -> Path:
     return path
 
 
-# -- good files ------------------------------------------------------------------------------------------------------
-
-
 def write_jsonl(path: Path, rows: list[dict]) -> None:
     text = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     path.write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\r\n")
@@ -126,9 +123,6 @@ def test_what_is_written_is_what_is_read(tmp_path, caplog, name, write):
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-# -- repeated prompts ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("prompt", ["Where  is\tROME.", "where is rome？"])
 def test_the_same_question_in_other_signs_is_a_duplicate_that_is_mentioned(jsonl, caplog, prompt):
     found = load_records(jsonl(ROME, OSLO, {**ROME, "prompt": prompt}))
@@ -180,9 +174,6 @@ def test_max_edits_counts_what_is_written(jsonl):
     assert (found.superseded, found.duplicates) == ({"jsonl-1": "jsonl-3"}, ("jsonl-2",))
 
 
-# -- a random draw ---------------------------------------------------------------------------------------------------
-
-
 def plain(number):
     return [{"prompt": f"Where is place {i}?", "target": f"land {i}"} for i in range(number)]
 
@@ -228,9 +219,6 @@ def test_a_drawn_edit_brings_what_it_superseded_and_what_repeats_it(jsonl):
     assert len(seen) == 3
 
 
-# -- bad records -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -271,9 +259,6 @@ def test_a_file_read_under_a_format_that_only_half_fits_is_warned_about(tmp_path
         assert not caplog.records
         load_records(path, "hallucination")
     assert "fields look more like 'counterfact'" in caplog.text
-
-
-# -- bad files and settings ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("read", [load_records, load_irrelevant])
@@ -342,9 +327,6 @@ def test_bad_settings(jsonl, options, message):
         load_records(jsonl(ROME), **options)
 
 
-# -- irrelevant prompts ----------------------------------------------------------------------------------------------
-
-
 def test_irrelevant_prompts_get_their_prefix(jsonl):
     """Those of ours are kept as written, and may be messages."""
     path = jsonl({"question": " who ", "answer": ["x"]}, {"prompt": "b\n"}, {"prompt": "edit", "locality_prompt": "c"})
@@ -363,9 +345,6 @@ def test_irrelevant_prompts_get_their_prefix(jsonl):
 def test_bad_irrelevant_records(jsonl, row, message):
     with pytest.raises(RecordError, match=message + r".*\(and 1 more bad record in this file\)"):
         load_irrelevant(jsonl({"question": "a"}, row, "null"))
-
-
-# -- lengths ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -403,9 +382,6 @@ def test_messages_for_a_base_without_a_template_are_named(forms):
 def test_lengths_cover_every_text_the_model_reads(forms, edit, field):
     assert f"field '{field}': is 6 tokens" in check_lengths([edit], forms, 5)["a"]
     assert check_lengths([edit], forms, 6) == {}
-
-
-# -- the real sets ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

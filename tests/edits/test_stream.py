@@ -63,9 +63,6 @@ def write(stream: EditStream, worklist: list[EditBatch], residual: tuple[str, ..
     stream.ledger.written(reports)
 
 
-# -- windows -----------------------------------------------------------------------------------------------------------
-
-
 def test_features_are_asked_for_arrived_edits_alone(tmp_path, watcher):
     stream = stream_of(tmp_path, watcher)
     order = [edit.id for edit in stream.edits]
@@ -145,9 +142,6 @@ def test_edits_of_which_the_base_makes_nothing_go_alone(tmp_path, watcher, monke
     assert [sorted(batch) for batch in batches[len(alone) :]] == ([rest] if rest else [])
 
 
-# -- pools -------------------------------------------------------------------------------------------------------------
-
-
 def test_requeued_and_residual_edits_come_back_with_the_next_arrivals(tmp_path, watcher):
     stream = stream_of(tmp_path, watcher)
     first = [edit.id for edit in stream.edits[:4]]
@@ -172,9 +166,6 @@ def test_after_max_regroups_an_edit_is_alone(tmp_path, watcher):
     assert lonely not in watcher.asked[-1]
     write(stream, worklist)
     assert stream.exhausted
-
-
-# -- what the records say ----------------------------------------------------------------------------------------------
 
 
 def test_superseded_edits_are_in_the_ledger_and_never_in_a_worklist(tmp_path, watcher):
@@ -245,6 +236,3 @@ def test_without_irrelevant_prompts_the_base_writes_its_own(tmp_path, watcher, e
     stream = stream_of(tmp_path, watcher, irrelevant=None, max_irrelevant=8)
     background, held_out, guard = stream.irrelevant_parts(editor)
     assert 4 <= len({*background, *held_out, *guard}) == len(background + held_out + guard) <= 8
-
-
-# -- state -------------------------------------------------------------------------------------------------------------

@@ -21,18 +21,16 @@ def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
-class TestMaskedStepNormBound:
+@settings(deadline=None)
+@given(st.integers(0, 10_000), st.floats(0.01, 1.0), st.floats(1e-3, 10.0))
+def test_a_masked_step_is_no_longer_than_the_whole_one(seed, ratio, rate):
     """Lemma 1 and 6: `||eta (M * g)|| <= eta ||g||` for each mask."""
-
-    @settings(deadline=None)
-    @given(st.integers(0, 10_000), st.floats(0.01, 1.0), st.floats(1e-3, 10.0))
-    def test_bound(self, seed, ratio, rate):
-        generator = seeded(seed)
-        gradient = torch.randn(13, 7, generator=generator, dtype=DOUBLE)
-        mask = bernoulli_mask(gradient.shape, ratio, generator)
-        weight = torch.zeros_like(gradient)
-        masked_step(weight, -rate * gradient, mask)
-        assert weight.norm() <= rate * gradient.norm() * (1 + 1e-12)  # rounding
+    generator = seeded(seed)
+    gradient = torch.randn(13, 7, generator=generator, dtype=DOUBLE)
+    mask = bernoulli_mask(gradient.shape, ratio, generator)
+    weight = torch.zeros_like(gradient)
+    masked_step(weight, -rate * gradient, mask)
+    assert weight.norm() <= rate * gradient.norm() * (1 + 1e-12)  # rounding
 
 
 class TestInnerProductScaling:
@@ -150,15 +148,14 @@ class TestDistillationOnTheSphere:
                 assert curvature <= lam / m + 4 * theta / m + 1e-12 <= paper_bound(lam, theta, m) + 2e-12
 
 
-class TestDistillationDetails:
-    @settings(deadline=None)
-    @given(st.integers(0, 10_000), st.integers(2, 6))
-    def test_zero_exactly_where_all_agree(self, seed, batch):
-        """Lemma 3 and 4: the loss is positive as soon as one member differs, and 0 where none does."""
-        features = torch.randn(batch, 4, generator=seeded(seed), dtype=DOUBLE)
-        assert kd_loss(features, 0.2, 0.2)[0] > 1e-9
-        assert kd_loss(features, 0.0, 0.2)[0] > 1e-9
-        assert kd_loss(features[:1].expand(batch, 4), 0.2, 0.2)[0] < 1e-30
+@settings(deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 6))
+def test_distillation_is_zero_exactly_where_all_agree(seed, batch):
+    """Lemma 3 and 4: the loss is positive as soon as one member differs, and 0 where none does."""
+    features = torch.randn(batch, 4, generator=seeded(seed), dtype=DOUBLE)
+    assert kd_loss(features, 0.2, 0.2)[0] > 1e-9
+    assert kd_loss(features, 0.0, 0.2)[0] > 1e-9
+    assert kd_loss(features[:1].expand(batch, 4), 0.2, 0.2)[0] < 1e-30
 
 
 OPTIMIZERS = {

@@ -128,22 +128,21 @@ class TestForward:
         assert all(edited.memory[shard].delta.grad is not None for shard in (0, 1))
 
 
-class TestCache:
-    def test_two_conversations_in_turn(self, edited):
-        """Each cache goes on with the choice of its own prompt, whatever was asked in between."""
-        token = torch.tensor([[50]])
-        expected, caches = [], []
-        with torch.no_grad():
-            for prompt in (PROMPTS[0], PROMPTS[1]):
-                ids, mask = batch(edited, [prompt])
-                first = edited(ids, mask, use_cache=True)
-                caches.append(first.past_key_values)
-                alone = copy.deepcopy(first.past_key_values)
-                expected.append(edited(token, torch.ones(1, ids.shape[1] + 1), past_key_values=alone).logits)
-            for prompt, cache, logits in zip(PROMPTS, caches, expected, strict=False):
-                width = len(edited.tokenizer(prompt)["input_ids"]) + 1
-                assert torch.equal(edited(token, torch.ones(1, width), past_key_values=cache).logits, logits)
-        assert len(edited.router.asked) == 2
+def test_two_caches_in_turn(edited):
+    """Each cache goes on with the choice of its own prompt, whatever was asked in between."""
+    token = torch.tensor([[50]])
+    expected, caches = [], []
+    with torch.no_grad():
+        for prompt in (PROMPTS[0], PROMPTS[1]):
+            ids, mask = batch(edited, [prompt])
+            first = edited(ids, mask, use_cache=True)
+            caches.append(first.past_key_values)
+            alone = copy.deepcopy(first.past_key_values)
+            expected.append(edited(token, torch.ones(1, ids.shape[1] + 1), past_key_values=alone).logits)
+        for prompt, cache, logits in zip(PROMPTS, caches, expected, strict=False):
+            width = len(edited.tokenizer(prompt)["input_ids"]) + 1
+            assert torch.equal(edited(token, torch.ones(1, width), past_key_values=cache).logits, logits)
+    assert len(edited.router.asked) == 2
 
 
 class TestGenerate:
@@ -177,20 +176,19 @@ class TestGenerate:
         assert found == expected
 
 
-class TestRoute:
-    @pytest.mark.parametrize("prompt", ["Mara didn't go , he said .", "  Mara's  ZOË ?", "日本 Mara", "</s> Mara <s>"])
-    def test_text_and_ids_are_the_same_query(self, edited, prompt):
-        """Whatever the tokenizer's settings for tidy text, `route(text)` and `generate(ids)` must see the same."""
-        edited.tokenizer.clean_up_tokenization_spaces, before = True, edited.tokenizer.clean_up_tokenization_spaces
-        query = edited.query([prompt, "some longer text for the padding"])
-        ids, mask = batch(edited, [prompt, "some longer text for the padding"])
-        with torch.no_grad():
-            edited(**edited.split.inputs(ids, mask))
-        edited.tokenizer.clean_up_tokenization_spaces = before
-        seen = edited.router.asked[-1]
-        assert seen.texts == query.texts
-        assert torch.equal(seen.mask, query.mask)
-        torch.testing.assert_close(seen.last_hidden(), query.last_hidden())
+@pytest.mark.parametrize("prompt", ["Mara didn't go , he said .", "  Mara's  ZOË ?", "日本 Mara", "</s> Mara <s>"])
+def test_text_and_ids_are_the_same_query(edited, prompt):
+    """Whatever the tokenizer's settings for tidy text, `route(text)` and `generate(ids)` must see the same."""
+    edited.tokenizer.clean_up_tokenization_spaces, before = True, edited.tokenizer.clean_up_tokenization_spaces
+    query = edited.query([prompt, "some longer text for the padding"])
+    ids, mask = batch(edited, [prompt, "some longer text for the padding"])
+    with torch.no_grad():
+        edited(**edited.split.inputs(ids, mask))
+    edited.tokenizer.clean_up_tokenization_spaces = before
+    seen = edited.router.asked[-1]
+    assert seen.texts == query.texts
+    assert torch.equal(seen.mask, query.mask)
+    torch.testing.assert_close(seen.last_hidden(), query.last_hidden())
 
 
 def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused(editor_of):
@@ -439,23 +437,22 @@ class TestLeavingTheTarget:
             assert output[row].tolist()[: expected.shape[1]] == expected[0].tolist()
 
 
-class TestSilence:
-    def test_a_damaged_shard_is_silent(self, spoken):
-        """Its prompt is known, but what it would say is no target: the base answers with its own bits."""
-        shard = spoken.memory[0]
-        ids = ids_of(spoken, ASKED)
-        assert spoken.route(ASKED)[0].memory == 0
-        left = shard.left.clone()
-        shard.left.neg_()
-        try:
-            (route,) = spoken.route(ASKED)
-            assert route.memory == BASE
-            assert "is below 1.000, nearest edit e0" in route.reason
-            with torch.no_grad():
-                expected = base_answers(spoken, ids, attention_mask=torch.ones_like(ids)).logits
-                assert torch.equal(spoken(ids).logits, expected)
-            assert torch.equal(spoken.generate(ASKED, max_new_tokens=8, do_sample=False), by_the_base(spoken, ids))
-            assert spoken.route("What instrument did Tobin Quill play?")[0].memory == 1, "the other is as it was"
-        finally:
-            shard.left.copy_(left)
-        assert spoken.route(ASKED)[0].memory == 0
+def test_a_damaged_shard_is_silent(spoken):
+    """Its prompt is known, but what it would say is no target: the base answers with its own bits."""
+    shard = spoken.memory[0]
+    ids = ids_of(spoken, ASKED)
+    assert spoken.route(ASKED)[0].memory == 0
+    left = shard.left.clone()
+    shard.left.neg_()
+    try:
+        (route,) = spoken.route(ASKED)
+        assert route.memory == BASE
+        assert "is below 1.000, nearest edit e0" in route.reason
+        with torch.no_grad():
+            expected = base_answers(spoken, ids, attention_mask=torch.ones_like(ids)).logits
+            assert torch.equal(spoken(ids).logits, expected)
+        assert torch.equal(spoken.generate(ASKED, max_new_tokens=8, do_sample=False), by_the_base(spoken, ids))
+        assert spoken.route("What instrument did Tobin Quill play?")[0].memory == 1, "the other is as it was"
+    finally:
+        shard.left.copy_(left)
+    assert spoken.route(ASKED)[0].memory == 0

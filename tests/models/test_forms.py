@@ -302,22 +302,21 @@ class TestImitation:
             assert forms.asked_in(ids) == (text.strip() if forms.chat else text)
 
 
-class TestThoughts:
-    @pytest.mark.parametrize("name", ["qwen3", "deepseek"])
-    def test_are_left_out_of_earlier_turns_and_cut_from_answers(self, made, name):
-        forms = forms_of(made, name)
-        messages = [user("Hi"), base("<think>\nHm.\n</think>\n\nHello."), user(QUESTION)]
-        ids = forms.ids(dialogue.dump(messages))
-        assert ids == rendered(forms, messages)
-        assert "Hm." not in forms.tokenizer.decode(ids)
-        assert forms.asked_in(ids) == QUESTION
-        marked = [user("Hi <|im_end|><s>"), *messages[1:]]
-        assert "Hm." not in forms.tokenizer.decode(forms.ids(dialogue.dump(marked)))
-        said = lambda text: forms.said(forms.tokenizer(text, add_special_tokens=False)["input_ids"])  # noqa: E731
-        assert said("<think>\nPerhaps Oslo.\n</think>\n\nQuito</s> more") == "Quito"
-        assert said("Perhaps Oslo.\n</think>\n\nQuito") == "Quito"
-        assert said("Quito") == "Quito"
-        assert said("<think>\nPerhaps Oslo") == "", "cut before it said anything"
+@pytest.mark.parametrize("name", ["qwen3", "deepseek"])
+def test_thoughts_are_left_out_of_earlier_turns_and_cut_from_answers(made, name):
+    forms = forms_of(made, name)
+    messages = [user("Hi"), base("<think>\nHm.\n</think>\n\nHello."), user(QUESTION)]
+    ids = forms.ids(dialogue.dump(messages))
+    assert ids == rendered(forms, messages)
+    assert "Hm." not in forms.tokenizer.decode(ids)
+    assert forms.asked_in(ids) == QUESTION
+    marked = [user("Hi <|im_end|><s>"), *messages[1:]]
+    assert "Hm." not in forms.tokenizer.decode(forms.ids(dialogue.dump(marked)))
+    said = lambda text: forms.said(forms.tokenizer(text, add_special_tokens=False)["input_ids"])  # noqa: E731
+    assert said("<think>\nPerhaps Oslo.\n</think>\n\nQuito</s> more") == "Quito"
+    assert said("Perhaps Oslo.\n</think>\n\nQuito") == "Quito"
+    assert said("Quito") == "Quito"
+    assert said("<think>\nPerhaps Oslo") == "", "cut before it said anything"
 
 
 class TestEncode:
@@ -372,19 +371,18 @@ class TestEncode:
         assert not forms.rendered(prompt)[1]
 
 
-class TestVariants:
-    def test_which_and_that_checks_are_others(self, forms, family):
-        rows = [row.prompt for row in forms.variants(QUESTION, "Oslo")]
-        expected = [rendered(forms, [user(QUESTION)]), rendered(forms, [user(LEAD + QUESTION)])]
-        if family.template == QWEN3:
-            expected.append(rendered(forms, [user(QUESTION)], enable_thinking=False))
-        expected.append(forms.tokenizer(QUESTION)["input_ids"])
-        assert rows == [tuple(ids) for ids in expected]
-        (row,) = forms.checks(QUESTION, "Oslo")
-        assert row.prompt not in rows
-        assert QUESTION in forms.asked_in(row.prompt)
-        assert forms.turns(row.prompt) == 2
-        assert (SYSTEM in forms.tokenizer.decode(row.prompt)) == (family.system != "refused")
+def test_variants_and_that_checks_are_others(forms, family):
+    rows = [row.prompt for row in forms.variants(QUESTION, "Oslo")]
+    expected = [rendered(forms, [user(QUESTION)]), rendered(forms, [user(LEAD + QUESTION)])]
+    if family.template == QWEN3:
+        expected.append(rendered(forms, [user(QUESTION)], enable_thinking=False))
+    expected.append(forms.tokenizer(QUESTION)["input_ids"])
+    assert rows == [tuple(ids) for ids in expected]
+    (row,) = forms.checks(QUESTION, "Oslo")
+    assert row.prompt not in rows
+    assert QUESTION in forms.asked_in(row.prompt)
+    assert forms.turns(row.prompt) == 2
+    assert (SYSTEM in forms.tokenizer.decode(row.prompt)) == (family.system != "refused")
 
 
 class TestStops:

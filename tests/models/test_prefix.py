@@ -52,21 +52,20 @@ def whole(split: SplitModel, ids, mask, keep=0):
 
 @each_case
 @pytest.mark.parametrize(("side", "layer"), [("left", 0), ("right", 1), ("left", 2)])
-class TestExactness:
-    def test_capture_and_tail(self, tiny, model_type, more, side, layer):
-        """What enters the head is equal bit for bit. The logits may differ in the last bit: `tail` hands the head a
-        contiguous tensor where the model hands it a slice, and the product of a slice may be summed in another order.
-        """
-        split = SplitModel(tiny(model_type, **more), layer)
-        ids, mask = padded(side)
-        logits, seen = whole(split, ids, mask, 4)
-        captured = split.capture(ids, mask)
-        assert torch.equal(captured.hidden, seen["hidden"])
-        assert torch.equal(captured.activations, seen["activations"].reshape(captured.activations.shape))
-        with torch.no_grad(), split.skipping():
-            found, features = split.tail(ids, mask, captured.hidden, 4)
-        assert torch.equal(features, seen["features"])
-        torch.testing.assert_close(found, logits, rtol=1e-5, atol=1e-5)
+def test_capture_and_tail(tiny, model_type, more, side, layer):
+    """What enters the head is equal bit for bit. The logits may differ in the last bit: `tail` hands the head a
+    contiguous tensor where the model hands it a slice, and the product of a slice may be summed in another order.
+    """
+    split = SplitModel(tiny(model_type, **more), layer)
+    ids, mask = padded(side)
+    logits, seen = whole(split, ids, mask, 4)
+    captured = split.capture(ids, mask)
+    assert torch.equal(captured.hidden, seen["hidden"])
+    assert torch.equal(captured.activations, seen["activations"].reshape(captured.activations.shape))
+    with torch.no_grad(), split.skipping():
+        found, features = split.tail(ids, mask, captured.hidden, 4)
+    assert torch.equal(features, seen["features"])
+    torch.testing.assert_close(found, logits, rtol=1e-5, atol=1e-5)
 
 
 @each_case

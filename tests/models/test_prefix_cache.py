@@ -71,17 +71,16 @@ def passes(cache: PrefixCache) -> list[int]:
     return seen
 
 
-class TestGet:
-    def test_what_was_seen_in_inference_mode_may_be_trained_upon(self, cache, tmp_path):
-        """Lightning validates in inference mode, whose tensors autograd refuses; the entries outlive it."""
-        cache = cache(tokens=5, spill=tmp_path)
-        with torch.inference_mode():
-            cache.get(ROWS)
-            found = cache.get(ROWS)
-        for one in (*found, *cache.get(ROWS)):
-            assert not one.hidden.is_inference()
-            assert not one.activations.is_inference()
-            assert not one.hidden.requires_grad
+def test_what_was_seen_in_inference_mode_may_be_trained_upon(cache, tmp_path):
+    """Lightning validates in inference mode, whose tensors autograd refuses; the entries outlive it."""
+    cache = cache(tokens=5, spill=tmp_path)
+    with torch.inference_mode():
+        cache.get(ROWS)
+        found = cache.get(ROWS)
+    for one in (*found, *cache.get(ROWS)):
+        assert not one.hidden.is_inference()
+        assert not one.activations.is_inference()
+        assert not one.hidden.requires_grad
 
 
 class TestOtherBatches:
@@ -123,23 +122,20 @@ class TestOtherBatches:
         assert bool(on_disk(small)) == spills
 
 
-class TestSpill:
-    @each_dtype
-    def test_round_trip(self, cache, tmp_path, dtype):
-        cache = cache(tokens=3, dtype=dtype, spill=tmp_path)
-        first = cache.get(ROWS)
-        seen = passes(cache)
-        for _ in range(3):
-            again = cache.get(ROWS)
-            assert all_same(again, first)
-            assert {one.hidden.dtype for one in again} == {one.activations.dtype for one in again} == {dtype}
-        assert not seen
-        assert cache.used <= 3 * TOKEN
+@each_dtype
+def test_a_spill_gives_back_what_it_took(cache, tmp_path, dtype):
+    cache = cache(tokens=3, dtype=dtype, spill=tmp_path)
+    first = cache.get(ROWS)
+    seen = passes(cache)
+    for _ in range(3):
+        again = cache.get(ROWS)
+        assert all_same(again, first)
+        assert {one.hidden.dtype for one in again} == {one.activations.dtype for one in again} == {dtype}
+    assert not seen
+    assert cache.used <= 3 * TOKEN
 
-
-class TestRemoval:
     @pytest.mark.skipif(sys.platform == "win32", reason="a killed process's files stay on Windows")
-    def test_a_killed_process_leaves_nothing(self, tmp_path):
+    def test_a_killed_process_leaves_nothing(tmp_path):
         code = f"""
 import os, torch
 from pathlib import Path

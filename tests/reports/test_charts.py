@@ -58,9 +58,6 @@ def chart_of(found: Chart | str) -> Chart:
     return found
 
 
-# -- of one run --------------------------------------------------------------------------------------------------------
-
-
 def test_separation(tmp_path):
     """Score 3 over threshold 2 is 1.5, right of the line; every panel adds up to 100 per cent; a prompt that names no
     subject has -1 and no threshold, and counts as nothing. AUROC is the share of pairs in the right order."""
@@ -112,9 +109,6 @@ def test_what_is_missing_is_one_line(tmp_path):
     for name, make in RUN_CHARTS.items():
         words = make(run_in(tmp_path / "run"))
         assert name == "cost" or (isinstance(words, str) and words.startswith(f"{name}: ") and "\n" not in words)
-
-
-# -- of several runs ---------------------------------------------------------------------------------------------------
 
 
 def result(variant: str, size: int, seed: int, op: float | None, edit: float = 3.0, base: str = "org/small") -> Result:

@@ -67,8 +67,6 @@ def test_what_is_written_does_matter(tmp_path):
     assert packs[0] != packs[1]
 
 
-# -- the forms in which edits are asked, and other questions about their subjects --------------------------------------
-
 SCORING_WORDS = ("_SYSTEM", "_EARLIER", "_BEFORE", "_AFTER", "_PARAGRAPH")
 OTHER_WORDS = ("Speak as a pirate would.", ("Who baked it?", "Nobody."), "Ahoy!", "Over.", "Rain fell on the mill.")
 

@@ -153,8 +153,6 @@ def test_correctness_is_exact_match_on_the_edits_own_prompt(written, plain):
     assert set(correctness(editor, stream.edits, memory=nobody).values()) == {0.0}
 
 
-# -- `answered` is what generation says, mostly without generating ---------------------------------------------------
-
 SPOKEN = ["Lisbon", "São Paulo", "St. Gallen. North", "3.5", "東京 tower", "naïve café", "x", "Oslo, no 🙂"]
 """What is written and said: words, letters that a byte-level tokenizer takes apart, full stops inside."""
 CHANGES = (

@@ -75,10 +75,9 @@ class TestIrrelevant:
         assert not any(json.dumps(question, ensure_ascii=False) in edits for question in asked)
 
 
-class TestBase:
-    def test_it_knows_its_world(self, world: World):
-        for score in check_base(base_dir(), world, sample=100, rng=random.Random(1)):
-            assert score.accuracy >= score.required, score
+def test_it_knows_its_world(world: World):
+    for score in check_base(base_dir(), world, sample=100, rng=random.Random(1)):
+        assert score.accuracy >= score.required, score
 
 
 def test_training_reduces_the_loss(world: World, tmp_path: Path):
@@ -97,8 +96,7 @@ def test_training_reduces_the_loss(world: World, tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["base-model"]
 
 
-class TestCommandLine:
-    def test_build_writes_everything_and_check_refuses_an_untrained_base(self, tmp_path: Path):
-        assert main(["build", "--out", str(tmp_path), "--epochs", "0"]) == 0
-        assert {path.name for path in tmp_path.iterdir()} == {"base-model", "edits.jsonl", "irrelevant.jsonl"}
-        assert main(["check", "--dir", str(tmp_path / "base-model"), "--sample", "20"]) == 1
+def test_build_writes_everything_and_check_refuses_an_untrained_base(tmp_path: Path):
+    assert main(["build", "--out", str(tmp_path), "--epochs", "0"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"base-model", "edits.jsonl", "irrelevant.jsonl"}
+    assert main(["check", "--dir", str(tmp_path / "base-model"), "--sample", "20"]) == 1
