@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -123,6 +126,21 @@ def written_editor(
     editor.finish_window()
     stream.ledger.evaluated(correctness(editor, stream.edits), 0.85)
     return editor, stream
+
+
+def command(script: str | Path, *options: Any, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """A script of the repository in a process of its own."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    call = [sys.executable, str(REPOSITORY / script), *map(str, options)]
+    return subprocess.run(call, cwd=cwd, env=env | {"COLUMNS": "200"}, capture_output=True, text=True, timeout=300)
+
+
+def succeeded(script: str | Path, *options: Any, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The same, and it ends well."""
+    ran = command(script, *options, cwd=cwd)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert "Traceback" not in ran.stderr
+    return ran
 
 
 def same(found: Any, expected: Any) -> bool:

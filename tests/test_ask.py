@@ -126,11 +126,9 @@ def test_ask_reads_questions_from_a_pipe(made, monkeypatch, capsys):
 
 
 @pytest.fixture(scope="module")
-def in_chat(tmp_path_factory, chat_folder, irrelevant, edits, write) -> tuple[Path, list[Edit]]:
+def in_chat(tmp_path_factory, chat_folder, prepared, edits, write) -> tuple[Path, list[Edit]]:
     """A pack of two edits of a base with a chat template."""
-    editor = Keyed(str(chat_folder), precision="float32")
-    editor.load()
-    editor.prepare(irrelevant[:8], irrelevant[8:])
+    editor = prepared(chat_folder)
     assert all(report.error is None for report in write(editor, edits[:2]))
     return save_pack(editor, tmp_path_factory.mktemp("ask") / "pack", {}), edits[:2]
 

@@ -13,11 +13,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
 import yaml
-from helpers_runs import REPOSITORY, hard_edits, world_edits, write_edits
+from helpers_runs import REPOSITORY, command, hard_edits, succeeded, world_edits, write_edits
 from helpers_wandb import offline_run, series
 
 import train
@@ -33,24 +34,8 @@ NO_LOGGER = ["--trainer.logger", "false"]
 SMALL = ["--data.max_edits", "12", "--model.writing.steps", "40", "--data.max_irrelevant", "60", "--data.window", "8"]
 
 
-Ran = subprocess.CompletedProcess
-
-
-def command(script: str, *options: Any, cwd: Path) -> Ran:
-    env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    call = [sys.executable, str(REPOSITORY / script), *map(str, options)]
-    return subprocess.run(call, cwd=cwd, env=env | {"COLUMNS": "160"}, capture_output=True, text=True, timeout=300)
-
-
-def succeeded(script: str, *options: Any, cwd: Path) -> Ran:
-    ran = command(script, *options, cwd=cwd)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    assert "Traceback" not in ran.stderr
-    return ran
-
-
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> tuple[Path, Ran]:
+def run(tmp_path_factory) -> tuple[Path, CompletedProcess]:
     """The quickstart on twelve edits: its run directory and what it printed."""
     folder = tmp_path_factory.mktemp("cli")
     ran = succeeded("train.py", "--config", "quickstart", *SMALL, "--run_dir", "out/first", cwd=folder)
@@ -221,7 +206,7 @@ def test_other_records_can_be_scored(run, tmp_path):
     assert found["final"]["autoregressive"]["rel"] == 0
 
 
-def refused(ran: Ran, *words: str) -> None:
+def refused(ran: CompletedProcess, *words: str) -> None:
     """Exit code 2 and one line that says all, behind at most a line on what was being done."""
     assert ran.returncode == 2, ran.stderr[-3000:]
     assert "Traceback" not in ran.stderr + ran.stdout
@@ -235,7 +220,7 @@ def refused(ran: Ran, *words: str) -> None:
 def refused_here(monkeypatch, capsys, script: str, options: list[Any], *words: str) -> None:
     with pytest.raises(SystemExit) as stopped:
         main_here(monkeypatch, script, *options)
-    refused(Ran([], stopped.value.code, "", capsys.readouterr().err), *words)
+    refused(CompletedProcess([], stopped.value.code, "", capsys.readouterr().err), *words)
 
 
 def test_skipped_records_are_listed_and_configs_compose(tmp_path):
@@ -264,7 +249,7 @@ def test_skipped_records_are_listed_and_configs_compose(tmp_path):
     assert arguments["writing"]["steps"] == 3  # the option, not wise's 70
 
 
-def interrupted(argv: list[str], cwd: Path) -> Ran:
+def interrupted(argv: list[str], cwd: Path) -> CompletedProcess:
     """A run that gets a Ctrl-C as soon as it has said that its second window is written."""
     env = {name: value for name, value in os.environ.items() if name != "COLUMNS"} | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(argv, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -276,7 +261,7 @@ def interrupted(argv: list[str], cwd: Path) -> Ran:
             process.send_signal(signal.SIGINT)
             break
     out, rest = process.communicate(timeout=60)
-    return Ran(argv, process.returncode, out, "".join(said) + rest)
+    return CompletedProcess(argv, process.returncode, out, "".join(said) + rest)
 
 
 def test_ctrl_c_is_one_line_that_says_what_resumes_the_run(tmp_path):

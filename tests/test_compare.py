@@ -294,15 +294,12 @@ GRID |= {"default": {"fake.op": 0.9, "model.writing.steps": 2}}
 
 @pytest.mark.drawn
 def test_a_grid_is_a_variant_for_each_pair_of_values(bench):
-    """And report and figures lie beside the tables."""
     bench.write({"plain": None}, grid=GRID, seeds=[0])
     bench.run()
     cells = [f"op_{op}_steps_{steps}/n30-seed0" for op in (0.5, 0.9) for steps in (1, 2)]
     assert bench.new() == sorted([*cells, "plain/n30-seed0"])
     options = yaml.safe_load((bench.out / cells[1] / "options.yaml").read_text())
     assert options == {"fake": {"op": 0.5}, "model": {"init_args": {"writing": {"steps": 2}}}}
-    names = {file.name for file in bench.out.iterdir() if file.is_file()}
-    assert names >= {"report.html", "scores.md", "scores.tex", "scores.csv", "table.md", "table.json", "heat_map.png"}
     drawn = set(re.findall(">([^<]+)<", (bench.out / "heat_map.svg").read_text()))
     assert {"steps", "op", "0.5", "49.7", "89.7"} <= drawn
 
@@ -359,6 +356,14 @@ def test_a_run_that_takes_too_long_is_stopped_and_the_others_go_on(bench, capsys
     bench.run("--limit_minutes", "0.9")
     assert bench.new() == ["plain/n30-seed0", "waits/n30-seed0"]
     assert "topped" not in (bench.out / "scores.md").read_text()
+
+
+@pytest.mark.drawn
+def test_the_report_and_the_figures_lie_beside_the_tables(bench):
+    bench.run()
+    names = {file.name for file in bench.out.iterdir() if file.is_file()}
+    assert names >= {"report.html", "scores.md", "scores.tex", "scores.csv", "table.md", "table.json"}
+    assert "plain - part" in (bench.out / "report.html").read_text()
 
 
 @pytest.mark.parametrize("path", sorted(ABLATIONS.parent.glob("*.yaml")), ids=lambda path: path.stem)

@@ -117,14 +117,3 @@ class TestData:
         figures = editor.training_figures
         assert figures["left_out"] >= 10
         assert figures["edits"] + figures["held_out"] + figures["left_out"] == len(load_records(few).edits)
-
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            ({"batch": 0}, "batch must be at least 1, got 0"),
-            ({"lr": 0.0}, "lr must be positive and finite, got 0.0"),
-        ],
-    )
-    def test_bad_options(self, options, message):
-        with pytest.raises(ConfigError, match=message):
-            make_editor("mend", options)

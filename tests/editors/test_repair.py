@@ -3,16 +3,14 @@ else keeps its bits."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 import torch
 from helpers_runs import logits
 
-from repair_lightning.editors.repair import Distillation, Repair, Routing, Writing
+from repair_lightning.editors.repair import Distillation, Routing, Writing
 from repair_lightning.edits.ledger import EditStatus
-from repair_lightning.errors import ConfigError
 from repair_lightning.types import BASE, Edit, EditBatch, EditReport
 
 
@@ -170,11 +168,9 @@ class TestForgetPruneFuse:
         assert answers(editor.edited, editor.tokenizer, prompts_of(edits[4:])) == targets_of(edits[4:])
 
 
-def test_folding_there_and_back(folder_of, write, answers, edits, irrelevant):
+def test_folding_there_and_back(folder_of, prepared, write, answers, edits):
     """GPT-2 stores W_v transposed, and with d_ffn = d_model its shape does not say so."""
-    editor = Repair(str(folder_of("gpt2", n_inner=32)), precision="float32", writing=dense(steps=300))
-    editor.load()
-    editor.prepare(irrelevant[:8], irrelevant[8:])
+    editor = prepared(folder_of("gpt2", n_inner=32), "repair", writing=dense(steps=300))
     some = edits[:4]
     write(editor, some)
     weights = {name: value.clone() for name, value in editor.base.model.state_dict().items()}
@@ -215,22 +211,3 @@ def test_a_subject_that_the_prompt_does_not_name_is_none(editor_of, write):
     write(editor, [elsewhere])
     asked = [elsewhere.prompt, "Where was Mara Kelstrom born?"]
     assert [route.memory for route in editor.edited.route(asked)] == [0, BASE]
-
-
-class TestOptions:
-    @pytest.mark.parametrize(
-        ("writing", "message"),
-        [
-            ({"steps": 0}, "writing.steps must be at least 1, got 0"),
-            ({"mask_ratio": 0.0}, r"writing.mask_ratio must be in \(0, 1\], got 0.0"),
-            ({"lr": math.nan}, "writing.lr must be positive, got nan"),
-        ],
-    )
-    def test_what_cannot_work_is_refused_at_once(self, writing, message):
-        with pytest.raises(ConfigError, match=message):
-            Repair(writing=Writing(**writing))
-
-    def test_without_a_base(self):
-        named = r"a folder in Hugging Face format, a hub name, a \.gguf file, 'smollm2' or 'world'"
-        with pytest.raises(ConfigError, match=rf"no base: give --model\.base {named}"):
-            Repair().load()

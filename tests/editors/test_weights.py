@@ -13,7 +13,6 @@ from repair_lightning.editors import make_editor
 from repair_lightning.editors.ultraedit import pseudo_values
 from repair_lightning.editors.values import Values
 from repair_lightning.edits.records import load_records
-from repair_lightning.errors import ConfigError
 from repair_lightning.functional.least_squares import Recursion, damped_change
 from repair_lightning.packs.pack import restore_editor, save_pack
 from repair_lightning.types import BASE, EditBatch
@@ -100,18 +99,6 @@ class TestRLSEdit:
             editor.undo([edits[1].id])
             for layer in editor.written_layers:
                 assert torch.equal(again.edited.weights.matrix(layer), editor.edited.weights.matrix(layer))
-
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            ({"ridge": 0.0}, "ridge must be positive"),
-            ({"values": Values(at="foo")}, r"values\.at must be one of targets, subject, got 'foo'"),
-            ({"anchors": "nowhere.txt"}, "'nowhere.txt' is no file"),
-        ],
-    )
-    def test_bad_options(self, options, message):
-        with pytest.raises(ConfigError, match=message):
-            make_editor("rlsedit", {}).__class__(**options)
 
 
 class TestROME:

@@ -7,7 +7,6 @@ import torch
 
 from repair_lightning.editors import WISE
 from repair_lightning.editors.repair import Routing, Writing
-from repair_lightning.errors import ConfigError
 from repair_lightning.functional import ties_merge
 
 ROUTING = Routing(router="activation", weight=0.0)
@@ -67,16 +66,3 @@ def test_the_merge_is_ties_of_the_masked_deltas(make, write, edits):
     torch.testing.assert_close(together.memory[one].delta, ties_merge(deltas, torch.tensor([0.5, 0.5])))
     assert {together.ledger.owner_of(edit.id) for edit in edits[:4]} == {one}
     assert [apart.ledger.owner_of(edit.id) for edit in edits[:4]] == [0, 0, 1, 1]
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"mode": "both"}, "mode must be one of retrieve, merge, got 'both'"),
-        ({"density": 0.0}, r"density must be in \(0, 1\], got 0.0"),
-        ({"writing": writing(lr="auto")}, "writing.lr must be a number, got 'auto'"),
-    ],
-)
-def test_refusals(options, words):
-    with pytest.raises(ConfigError, match=words):
-        WISE(**options)

@@ -12,7 +12,6 @@ from helpers_chat import base, system, user
 from torch import Tensor
 from transformers import DynamicCache
 
-from repair_lightning.editors import REGISTRY
 from repair_lightning.errors import RepairError
 from repair_lightning.memory.query import Choice, Query
 from repair_lightning.memory.routers import Router
@@ -219,16 +218,14 @@ FORMS = {
 
 
 @pytest.fixture(scope="module")
-def chat(chat_folder, irrelevant, write) -> Callable[[int], Any]:
+def chat(chat_folder, prepared, write) -> Callable[[int], Any]:
     """An editor over a base with a chat template, two edits written into a layer by the real thing: `chat(2)`."""
     made: dict[int, Any] = {}
 
     def make(layer: int) -> Any:
         if layer not in made:
-            editor = made[layer] = REGISTRY["keyed"](str(chat_folder), precision="float32", layer=layer)
-            editor.load()
-            editor.prepare(irrelevant[:8], irrelevant[8:])
-            assert all(report.error is None for report in write(editor, EDITS))
+            made[layer] = prepared(chat_folder, layer=layer)
+            assert all(report.error is None for report in write(made[layer], EDITS))
         return made[layer]
 
     return make

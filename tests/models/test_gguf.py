@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from repair_lightning.editors import REGISTRY
 from repair_lightning.editors.shards import Steps
 from repair_lightning.errors import ConfigError
 from repair_lightning.models.base import load_base
@@ -211,12 +210,10 @@ class TestErrors:
             load_base(str(file), "float32")
 
 
-def test_a_pack_with_its_base_needs_neither_file_nor_cache(made, cache, tmp_path, edits, irrelevant, write):
+def test_a_pack_with_its_base_needs_neither_file_nor_cache(made, cache, tmp_path, edits, prepared, write):
     """A converted folder goes by its file's hash wherever it is, as long as its weights are those."""
     file = Path(shutil.copy(made, tmp_path / "gone.gguf"))
-    editor = REGISTRY["keyed"](str(file), precision="float32", writing=Steps(steps=2))
-    editor.load()
-    editor.prepare(irrelevant[:8], irrelevant[8:])
+    editor = prepared(file, writing=Steps(steps=2))
     write(editor, edits[:2])
     pack = save_pack(editor, tmp_path / "pack", {})
     export_pack(pack, tmp_path / "export")
