@@ -267,7 +267,7 @@ def interrupted(argv: list[str], cwd: Path) -> CompletedProcess:
 def test_ctrl_c_is_one_line_that_says_what_resumes_the_run(tmp_path):
     """No line is broken at 80 columns either: the command is whole, and it does go on."""
     script = str(REPOSITORY / "train.py")
-    size = ["--data.max_edits", "24", "--data.window", "4", "--model.writing.steps", "40"]
+    size = ["--data.max_edits", "16", "--data.window", "4", "--model.writing.steps", "40"]
     options = ["--config", "quickstart", *size, *NO_LOGGER, "--run_dir", "a run"]
     ran = interrupted([sys.executable, script, *options], tmp_path)
     assert ran.returncode == 130, ran.stderr
@@ -278,7 +278,7 @@ def test_ctrl_c_is_one_line_that_says_what_resumes_the_run(tmp_path):
     assert again == ["python", script, *options]
     more = succeeded("train.py", *again[2:], cwd=tmp_path)
     assert re.search(r"resuming 'a run' behind window [12]; void: ", more.stderr)
-    assert re.search(r"^window 6: 24/24 edits ", more.stderr, re.MULTILINE)
+    assert re.search(r"^window 4: 16/16 edits ", more.stderr, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from repair_lightning.edits.journal import RESUMED, VERSION, Checkpoint, Journal, JournalError
+from repair_lightning.edits.journal import VERSION, Checkpoint, Journal, JournalError
 from repair_lightning.edits.ledger import EditStatus, Ledger
 from repair_lightning.errors import RepairError, UnknownEditError
 from repair_lightning.types import Edit, EditReport, Probe
@@ -194,19 +194,6 @@ def test_the_events_make_the_ledger_whatever_was_done(tmp_path_factory, steps):
     assert again.rebuild() == run.ledger
     assert list(again.rebuild()) == list(run.ledger)
     again.close()
-
-
-def test_a_rewind_keeps_what_it_takes_back_readable(ledger, journal):
-    fill(ledger)
-    journal.save("good", 1)
-    kept = ledger.state_dict()
-    ledger.quarantine(["b"], "hopeless")
-    assert journal.rewind(journal.checkpoint.seq, "resumed after window 1") == 1
-    ledger.load_state_dict(kept)
-    assert journal.rebuild() == ledger
-    *_, taken_back, resumed = journal.events()
-    assert (taken_back["kind"], taken_back["void"]) == ("quarantined", 1)
-    assert (resumed["kind"], resumed["void"], resumed["back_to"]) == (RESUMED, 0, journal.checkpoint.seq)
 
 
 def test_a_transaction_that_returned_is_on_the_disk(journal):

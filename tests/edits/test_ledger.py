@@ -7,7 +7,6 @@ import os
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from repair_lightning.edits import ledger as ledger_module
 from repair_lightning.edits.ledger import EditStatus, Ledger
@@ -86,18 +85,6 @@ def used(ledger):
     ledger.requeue(["a"], "again")
     ledger.quarantine(["e"], "gave up")
     return ledger
-
-
-def test_the_state_survives_torch_load_with_weights_only(used, tmp_path):
-    torch.save(used.state_dict(), tmp_path / "state.pt")
-    again = Ledger()
-    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert again == used
-    assert (again.sizes(), again.counts()) == (used.sizes(), used.counts())
-    assert again.entry("a").edit.locality == (Probe("p", "q"), Probe("p2"))
-    again.arrive([edit("g")], 2)
-    assert again != used
-    assert again.entry("g").arrival == 6
 
 
 @pytest.mark.parametrize("state", [[], {"version": 99, "entries": []}, {"version": 1, "entries": [{}]}])

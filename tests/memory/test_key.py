@@ -152,17 +152,6 @@ class TestSeveral:
         router = with_edits(("Orsk", "Who is the mayor of Orsk?"), ("New Orsk", "Who is the mayor of New Orsk?"))
         assert route(router, "Who is New Orsk's mayor?", "Who is Orsk's mayor?") == [1, 0]
 
-    def test_company_and_order_do_not_matter(self):
-        router = with_edits(MAYOR, FOUNDED, BORN, PAUL)
-        texts = [MAYOR[1], "Who is Orsk's mayor?", "Where was Orsk?", "Paul's father is", "Hello"]
-        together = router.route(Query.of_texts(texts), NOWHERE)
-        alone = Choice.join([router.route(Query.of_texts([text]), NOWHERE) for text in texts])
-        backwards = router.route(Query.of_texts(texts[::-1]), NOWHERE)
-        assert alone.memory.tolist() == together.memory.tolist() == backwards.memory.tolist()[::-1]
-        assert alone.nearest == together.nearest == backwards.nearest[::-1]
-        torch.testing.assert_close(alone.score, together.score)
-        torch.testing.assert_close(backwards.score.flip(0), together.score)
-
 
 class TestHistory:
     def test_forgotten_edits_are_the_bases_again(self):

@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -50,9 +51,8 @@ def whole(run: Path) -> Path:
     """Every edit of a finished run is held by a shard, and the journal, written by one rank, says the same."""
     ledger = Ledger.from_parquet(run / "edits.parquet")
     assert len(ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED)) == NUMBER, ledger.counts()
-    journal = Journal(run / "journal.sqlite", read_only=True)
-    assert journal.rebuild() == ledger
-    journal.close()
+    with closing(Journal(run / "journal.sqlite", read_only=True)) as journal:
+        assert journal.rebuild() == ledger
     return run
 
 
