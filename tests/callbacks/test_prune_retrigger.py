@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from callbacks import ErrorSampleMonitor, PruneAndRetrigger
 from callbacks.prune_retrigger import should_prune
 from repair_lightning.edits.ledger import EditStatus, Ledger
-from repair_lightning.scoring.protocols import answers
 from repair_lightning.training.team import ALONE
 from repair_lightning.types import BASE, Edit, EditReport
 
@@ -131,22 +130,6 @@ def test_below_the_thresholds_failures_wait_for_the_end_of_the_stream():
     assert stream.ledger.with_status(EditStatus.REQUEUED) == ["w0001"]
     assert (feedback.pruned, feedback.retriggered) == (0, 1)
     assert editor.choose([stream.ledger.edit("w0001").prompt]).memory.item() == BASE
-
-
-def test_quarantined_edits_get_the_bases_answer_and_are_reported(caplog):
-    editor, stream = written_editor()
-    ledger = stream.ledger
-    ledger.evaluated(dict.fromkeys(ledger, 1.0) | {"w0002": 0.0}, 0.85)
-    prompt = ledger.edit("w0002").prompt
-    said_by_base = answers(editor.edited, [prompt], torch.tensor([BASE]), 16)
-    epoch_end(PruneAndRetrigger(max_attempts=1), stream, editor)
-    entry = ledger.entry("w0002")
-    assert (entry.status, entry.shard) == (EditStatus.QUARANTINED, None)
-    assert entry.reason == "still wrong after 1 attempt"
-    assert "still wrong after 1 attempt: 1 edit (w0002)" in caplog.text
-    choice = editor.choose([prompt])
-    assert choice.memory.item() == BASE
-    assert answers(editor.edited, [prompt], choice.memory, 16) == said_by_base
 
 
 def test_a_hard_stream_ends_with_every_edit_accounted_for(tmp_path):

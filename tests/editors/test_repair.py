@@ -149,23 +149,22 @@ class TestReplay:
         assert editor._rehearsal(0, batch) == []
 
 
-class TestForgetPruneFuse:
-    @pytest.mark.parametrize("router", ["key", "activation"])
-    def test_a_fused_shard_owns_the_edits_of_its_parts(self, editor_of, write, answers, edits, router):
-        """The fused delta is the one shard's alone, so that its own edits must still be answered."""
-        editor = editor_of(routing=Routing(router=router, act_ratio=0.05), writing=dense(capacity=4, steps=200))
-        write(editor, edits, 4)
-        fused = editor.fuse([0, 1], editor.memory[1].delta.detach().clone())
-        assert fused == 2
-        editor.ledger.reassign([edit.id for edit in edits], fused)
-        editor.calibrate()
-        assert editor.memory.ids == [2]
-        routes = [route.memory for route in editor.edited.route(prompts_of(edits))]
-        assert set(routes[4:]) == {2}
-        choice = editor.router.route(editor.edited.query(prompts_of(edits)), editor.memory)
-        assert router != "key" or choice.memory.tolist() == [2] * len(edits)
-        assert router != "key" or set(routes[:4]) == {BASE}, "what the fused delta does not say is not answered by it"
-        assert answers(editor.edited, editor.tokenizer, prompts_of(edits[4:])) == targets_of(edits[4:])
+@pytest.mark.parametrize("router", ["key", "activation"])
+def test_a_fused_shard_owns_the_edits_of_its_parts(editor_of, write, answers, edits, router):
+    """The fused delta is the one shard's alone, so that its own edits must still be answered."""
+    editor = editor_of(routing=Routing(router=router, act_ratio=0.05), writing=dense(capacity=4, steps=200))
+    write(editor, edits, 4)
+    fused = editor.fuse([0, 1], editor.memory[1].delta.detach().clone())
+    assert fused == 2
+    editor.ledger.reassign([edit.id for edit in edits], fused)
+    editor.calibrate()
+    assert editor.memory.ids == [2]
+    routes = [route.memory for route in editor.edited.route(prompts_of(edits))]
+    assert set(routes[4:]) == {2}
+    choice = editor.router.route(editor.edited.query(prompts_of(edits)), editor.memory)
+    assert router != "key" or choice.memory.tolist() == [2] * len(edits)
+    assert router != "key" or set(routes[:4]) == {BASE}, "what the fused delta does not say is not answered by it"
+    assert answers(editor.edited, editor.tokenizer, prompts_of(edits[4:])) == targets_of(edits[4:])
 
 
 def test_folding_there_and_back(folder_of, prepared, write, answers, edits):

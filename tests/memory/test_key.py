@@ -147,10 +147,9 @@ def test_subject_and_question_in_other_scripts(edit, asked, other):
     assert route(router, *other) == [BASE] * len(other)
 
 
-class TestSeveral:
-    def test_the_longer_of_two_names(self):
-        router = with_edits(("Orsk", "Who is the mayor of Orsk?"), ("New Orsk", "Who is the mayor of New Orsk?"))
-        assert route(router, "Who is New Orsk's mayor?", "Who is Orsk's mayor?") == [1, 0]
+def test_the_longer_of_two_names():
+    router = with_edits(("Orsk", "Who is the mayor of Orsk?"), ("New Orsk", "Who is the mayor of New Orsk?"))
+    assert route(router, "Who is New Orsk's mayor?", "Who is Orsk's mayor?") == [1, 0]
 
 
 class TestHistory:
