@@ -100,10 +100,7 @@ def test_killed_and_resumed_it_ends_the_same(folder, tmp_path, moment):
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [
-        (["--model", "Repair"], "was made with"),
-        (["--run_dir", "first"], "would be replaced; give another --run_dir"),
-    ],
+    [(["--model", "Repair"], "was made with"), (["--run_dir", "first"], "would be replaced; give another --run_dir")],
 )
 def test_refused(folder, options, words):
     """In one line, and before the run directory is begun."""

@@ -153,11 +153,7 @@ def test_a_checkpoint_that_is_gone_or_cut_is_refused(path):
     stopped(path)
     file = path / CHECKPOINT
     whole = file.read_bytes()
-    for damaged, words in (
-        (None, "it is missing"),
-        (whole[:-1], "knows no such content"),
-        (b"", "knows no"),
-    ):
+    for damaged, words in ((None, "it is missing"), (whole[:-1], "knows no such content"), (b"", "knows no")):
         file.unlink()
         if damaged is not None:
             file.write_bytes(damaged)

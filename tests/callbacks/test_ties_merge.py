@@ -19,8 +19,7 @@ from repair_lightning.types import BASE
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "drop", "yes"),
-    [(0.9, 0.9, 0.0, True), (0.75, 0.5, 0.25, True), (0.75, 0.5, 0.2499, False)],
+    ("before", "after", "drop", "yes"), [(0.9, 0.9, 0.0, True), (0.75, 0.5, 0.25, True), (0.75, 0.5, 0.2499, False)]
 )
 def test_accept_up_to_the_allowed_drop(before, after, drop, yes):
     decision = accept(before, after, drop)

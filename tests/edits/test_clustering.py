@@ -38,9 +38,7 @@ def reference(features: np.ndarray, batch_size: int) -> list[list[int]]:
 @settings(max_examples=80, deadline=None)
 @given(
     features=hnp.arrays(
-        np.float32,
-        st.tuples(st.integers(0, 14), st.integers(1, 4)),
-        elements=st.integers(-3, 3).map(float),
+        np.float32, st.tuples(st.integers(0, 14), st.integers(1, 4)), elements=st.integers(-3, 3).map(float)
     ),
     batch_size=st.integers(1, 6),
 )

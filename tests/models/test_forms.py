@@ -199,11 +199,7 @@ class TestMarks:
         assert [forms.turns(rendered(forms, [*d, user("a")])) for d in ([], EARLIER, THIRD)] == [1, 2, 3]
 
     @pytest.mark.parametrize(
-        ("template", "message"),
-        [
-            (IGNORES, "only bare prompts are understood"),
-            ("{% for", "cannot be read"),
-        ],
+        ("template", "message"), [(IGNORES, "only bare prompts are understood"), ("{% for", "cannot be read")]
     )
     def test_broken(self, made, caplog, template, message):
         """A template that leaves out what is said, or fails: one warning, and the base is asked plainly."""

@@ -88,11 +88,7 @@ class TestWindows:
 
     @pytest.mark.parametrize(
         "text",
-        [
-            "Hi, who chairs Orsk?",
-            "Please tell me: who chairs Orsk?",
-            "Thanks a lot! Do you know who chairs Orsk?",
-        ],
+        ["Hi, who chairs Orsk?", "Please tell me: who chairs Orsk?", "Thanks a lot! Do you know who chairs Orsk?"],
     )
     def test_courtesy_in_the_same_sentence_is_also_left_out(self, text):
         assert "who chairs Orsk?" in asking.windows(text)

@@ -123,10 +123,7 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_with_any_number(folder, two)
     run(folder, "killed-3", 3)
 
 
-@pytest.mark.parametrize(
-    ("rank", "moment"),
-    [(0, "before the third checkpoint's rename"), (1, "in the third window")],
-)
+@pytest.mark.parametrize(("rank", "moment"), [(0, "before the third checkpoint's rename"), (1, "in the third window")])
 def test_killed_at_a_moment(folder, two, rank, moment):
     """While the first rank saves or merges, or the second one writes; started by torchrun, which names the rank."""
     name = moment.replace(" ", "-").replace("'", "")
@@ -179,10 +176,7 @@ def test_a_window_without_a_batch_for_every_rank(folder, editor):
 
 @pytest.mark.parametrize(
     ("option", "value", "remedy"),
-    [
-        ("max_time", "00:01:00:00", "give trainer.max_epochs"),
-        ("strategy", "ddp_spawn", "give one of: auto, ddp"),
-    ],
+    [("max_time", "00:01:00:00", "give trainer.max_epochs"), ("strategy", "ddp_spawn", "give one of: auto, ddp")],
 )
 def test_what_ranks_cannot_run_is_refused(folder, option, value, remedy):
     """What would stop them at different places, and a strategy that cannot run a stream."""
