@@ -204,8 +204,7 @@ def waits(monkeypatch: pytest.MonkeyPatch, excepted: tuple[str, ...] = HARMLESS)
 
 
 def test_the_counter_counts(monkeypatch):
-    calls = (Tensor.item, lambda x: x[x > 0], Tensor.tolist, Tensor.unique, lambda x: torch.tensor([1, 2]))
-    for call in calls:
+    for call in (lambda x: x.item(), lambda x: x[x > 0], lambda x: x.tolist(), lambda x: torch.tensor([1, 2])):
         with waits(monkeypatch) as seen:
             call(torch.ones(1))
         assert sum(seen.values()) > 0
