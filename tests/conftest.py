@@ -159,18 +159,26 @@ def edits() -> list[Edit]:
 
 
 @pytest.fixture(scope="session")
-def editor_of(folder_of, irrelevant) -> Callable[..., Any]:
+def prepared(irrelevant) -> Callable[..., Any]:
+    """Loads and prepares an editor over a base in a folder: `prepared(folder, "ft", layer=1)`."""
+
+    def make(folder: Path, name: str = "keyed", **options: Any) -> Any:
+        editor = REGISTRY[name](str(folder), **({"precision": "float32"} | options))
+        editor.load()
+        editor.prepare(irrelevant[:8], irrelevant[8:])
+        return editor
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def editor_of(folder_of, prepared) -> Callable[..., Any]:
     """A loaded and prepared editor over a tiny base: `editor_of("gpt2", writing=Writing(steps=20))`; `keyed`, unless
     options are given that `repair` alone has."""
 
     def make(model_type: str = "llama", name: str | None = None, **options: Any) -> Any:
         dense = {"routing", "distillation"} & options.keys() or isinstance(options.get("writing"), Writing)
-        editor = REGISTRY[name or ("repair" if dense else "keyed")](
-            str(folder_of(model_type)), precision="float32", **options
-        )
-        editor.load()
-        editor.prepare(irrelevant[:8], irrelevant[8:])
-        return editor
+        return prepared(folder_of(model_type), name or ("repair" if dense else "keyed"), **options)
 
     return make
 

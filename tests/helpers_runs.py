@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,6 +21,7 @@ from repair_lightning.editors import Keyed, Repair
 from repair_lightning.editors.repair import Routing, Writing
 from repair_lightning.editors.shards import Steps
 from repair_lightning.edits.stream import EditStream
+from repair_lightning.models.prefix import pad_left
 from repair_lightning.scoring.correctness import correctness
 from repair_lightning.types import Edit
 from repair_lightning.world import edits_path, irrelevant_path
@@ -124,6 +128,21 @@ def written_editor(
     return editor, stream
 
 
+def command(script: str | Path, *options: Any, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """A script of the repository in a process of its own."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    call = [sys.executable, str(REPOSITORY / script), *map(str, options)]
+    return subprocess.run(call, cwd=cwd, env=env | {"COLUMNS": "200"}, capture_output=True, text=True, timeout=300)
+
+
+def succeeded(script: str | Path, *options: Any, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The same, and it ends well."""
+    ran = command(script, *options, cwd=cwd)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert "Traceback" not in ran.stderr
+    return ran
+
+
 def same(found: Any, expected: Any) -> bool:
     """Whether nested states are equal, tensors to the bit."""
     if isinstance(expected, torch.Tensor):
@@ -133,6 +152,13 @@ def same(found: Any, expected: Any) -> bool:
     if isinstance(expected, (list, tuple)):
         return len(found) == len(expected) and all(map(same, found, expected))
     return bool(found == expected)
+
+
+def logits(model: Any, tokenizer: Any, prompts: Sequence[str]) -> torch.Tensor:
+    """What a model computes for a batch of prompts, padded left."""
+    ids, mask = pad_left(tokenizer(list(prompts))["input_ids"])
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=mask).logits
 
 
 def without_probes(edit: Edit) -> Edit:

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers_chat import chat_folder
 from helpers_runs import REPOSITORY
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -89,14 +88,13 @@ def small_data(folder: Path, format: str) -> tuple[Path, Path]:
 
 
 @each_config
-def test_it_runs_on_a_tiny_base(path, tmp_path, monkeypatch, folder_of, tiny, tokenizer):
+def test_it_runs_on_a_tiny_base(path, tmp_path, monkeypatch, folder_of, chat_folder):
     """Parsed and run to the end by train.py, with the base, the layer, the data and the steps made small."""
     content = yaml.safe_load(path.read_text())
     format = content.get("data", {}).get("format", "jsonl")
     data, irrelevant = small_data(tmp_path, format)
     chat = content["model"].get("init_args", {}).get("template") == "chat"
-    made = chat_folder(tmp_path / "base", tiny, tokenizer) if chat else None
-    base = made or folder_of("gpt2" if "gpt2" in path.stem else "llama")
+    base = chat_folder if chat else folder_of("gpt2" if "gpt2" in path.stem else "llama")
     complete = "base" in content["model"].get("init_args", {})  # a preset stands over another configuration
     configs = [path.stem] if complete else ["quickstart", path.stem]
     options = {

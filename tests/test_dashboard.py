@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import threading
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from helpers_runs import fit, hard_edits, world_editor, world_stream, write_edits
@@ -20,7 +22,6 @@ pytest.importorskip("wandb_workspaces", reason="needs the extra: wandb")
 def test_every_series_of_the_layout_is_one_that_a_run_logs(tmp_path):
     workspace = layout("us", "facts")
     assert (workspace.entity, workspace.project, workspace.settings.x_axis) == ("us", "facts", "edits")
-    assert workspace._to_model().display_name == "REPAIR"  # what the server would get
     panels = [panel for section in workspace.sections for panel in section.panels]
     drawn = {key for panel in panels for key in getattr(panel, "y", ())}
     assert drawn == {key for charts in LINES.values() for keys in charts.values() for key in keys}
@@ -32,42 +33,16 @@ def test_every_series_of_the_layout_is_one_that_a_run_logs(tmp_path):
     assert drawn - set(file.read_text().splitlines()[0].split(",")) == {"memory/gpu_peak_mib"}  # there is none here
 
 
-class Server:
-    """In the place of a workspace: what saving it comes to."""
-
-    url = "https://wandb.test/us/facts"
-
-    def __init__(self, outcome: Exception | None = None, hangs: bool = False) -> None:
-        self.outcome, self.hangs, self.never = outcome, hangs, threading.Event()
-
-    def save(self) -> Server:
-        if self.hangs:
-            self.never.wait(20)
-        if self.outcome:
-            raise self.outcome
-        return self
-
-
-@pytest.mark.parametrize(
-    ("server", "words"),
-    [
-        (Server(OSError("no route\nto host")), r"did not take the layout \(no route\); check key"),
-        (Server(hangs=True), r"did not take the layout \(no answer within"),
-        (Server(), None),
-    ],
-)
-def test_no_network_is_one_line_and_does_not_hang(monkeypatch, server, words):
+def test_a_server_that_refuses_or_hangs_is_one_line(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "k")
     monkeypatch.setattr(tracking, "PATIENCE", 0.2)
     monkeypatch.setattr(tracking, "unreachable", lambda: None)
-    monkeypatch.setattr(tracking, "layout", lambda *_: server)
-    if words is None:
-        assert create("us", "facts") == Server.url
-        return
-    with pytest.raises(RepairError, match=words) as refused:
-        create("us", "facts")
-    assert "\n" not in str(refused.value)
-    server.never.set()
+    refuses, never = Mock(side_effect=OSError("no route\nto host")), threading.Event()
+    for save, words in ((refuses, r"layout \(no route\); check key"), (lambda: never.wait(20), r"\(no answer within")):
+        monkeypatch.setattr(tracking, "layout", lambda *_, save=save: SimpleNamespace(save=save))
+        with pytest.raises(RepairError, match=words):
+            create("us", "facts")
+    never.set()
 
 
 def test_what_is_missing_is_one_line(monkeypatch):

@@ -176,9 +176,6 @@ def test_the_editor_of_the_page_edits(here, reader):
     assert metrics["edits"]["written"] == metrics["n_edits"] == 4
 
 
-# -- the site ----------------------------------------------------------------------------------------------------------
-
-
 needs_mkdocs = pytest.mark.skipif(find_spec("mkdocs") is None, reason="needs the extra: docs")
 
 

@@ -11,7 +11,7 @@ import torch
 
 from repair_lightning import load_edited
 from repair_lightning.editors.repair import Writing
-from repair_lightning.errors import ConfigError, RepairError
+from repair_lightning.errors import ConfigError
 from repair_lightning.models.prefix import pad_left
 from repair_lightning.packs.export import REPORT_FILE, export_pack, live_edits, merge_into_base
 from repair_lightning.packs.pack import CONFIG_FILE, WEIGHTS_FILE, load_ledger, save_pack
@@ -121,11 +121,3 @@ def test_a_folder_that_is_taken(pack, tmp_path):
     with pytest.raises(ConfigError, match="is not empty and no export"):
         export_pack(pack, taken, overwrite=True)
     assert (taken / WEIGHTS_FILE).is_file()
-
-
-def test_another_base_is_refused(pack, folder_of, tmp_path):
-    with pytest.raises(RepairError, match="the pack belongs to base"):
-        export_pack(pack, tmp_path / "x", base=str(folder_of("qwen2")))
-    with pytest.raises(RepairError, match="the pack belongs to base"):
-        export_pack(pack, tmp_path / "x", merged=True, base=str(folder_of("qwen2")))
-    assert list(tmp_path.iterdir()) == []

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers_runs import REPOSITORY, world_edits, write_edits
-from safetensors.torch import load_file, save_file
+from helpers_runs import command, succeeded, world_edits, write_edits
 
 from repair_lightning import load_edited
 from repair_lightning.edits.ledger import EditStatus
 from repair_lightning.packs.pack import load_ledger
 from repair_lightning.types import BASE
-from repair_lightning.world import base_dir
 
 pytestmark = pytest.mark.slow
 
@@ -34,26 +28,15 @@ NEW = [
 ]
 
 
-def run(cwd: Path, *options: str | Path, script: Sequence[str | Path] = (REPOSITORY / "train.py",)):
-    call = [sys.executable, *map(str, script), *map(str, options), *QUIET]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-    return subprocess.run(call, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
-
-
-def done(*arguments, **options):
-    ran = run(*arguments, **options)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    return ran
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """`first` is a run of eight edits; `second` goes on with its pack, without any configuration."""
     folder = tmp_path_factory.mktemp("from_pack")
     old = write_edits(folder / "old.jsonl", OLD)
-    done(folder, "--config", "quickstart", "--data.path", old, "--model.writing.steps", "60", "--run_dir", "first")
+    options = ["--config", "quickstart", "--data.path", old, "--model.writing.steps", "60", "--run_dir", "first"]
+    succeeded("train.py", *options, *QUIET, cwd=folder)
     write_edits(folder / "new.jsonl", NEW)
-    done(folder, *GOING_ON, "--run_dir", "second")
+    succeeded("train.py", *GOING_ON, "--run_dir", "second", *QUIET, cwd=folder)
     return folder
 
 
@@ -104,9 +87,9 @@ def test_killed_and_resumed_it_ends_the_same(folder, tmp_path, moment):
     """From the checkpoint, if there is one: then the pack itself is not needed."""
     shutil.copytree(folder / "first", tmp_path / "first")
     shutil.copy(folder / "new.jsonl", tmp_path)
-    killer = (REPOSITORY / "tests" / "faults" / "killer.py", moment)
-    assert run(tmp_path, *GOING_ON, "--run_dir", "second", script=killer).returncode == -9
-    done(tmp_path, *GOING_ON, "--run_dir", "second")
+    again = [*GOING_ON, "--run_dir", "second", *QUIET]
+    assert command("tests/faults/killer.py", moment, *again, cwd=tmp_path).returncode == -9
+    succeeded("train.py", *again, cwd=tmp_path)
     packs = [root / "second" / "pack" / "side_memory.safetensors" for root in (folder, tmp_path)]
     assert packs[0].read_bytes() == packs[1].read_bytes()
     assert load_ledger(packs[0].parent) == load_ledger(packs[1].parent)
@@ -115,30 +98,13 @@ def test_killed_and_resumed_it_ends_the_same(folder, tmp_path, moment):
         assert metrics[0][name] == metrics[1][name], name
 
 
-@pytest.fixture(scope="module")
-def other_base(tmp_path_factory) -> Path:
-    """The embedded base with one weight changed."""
-    folder = shutil.copytree(base_dir(), tmp_path_factory.mktemp("bases") / "other")
-    weights = load_file(folder / "model.safetensors")
-    name = next(iter(weights))
-    weights[name].view(-1)[0] += 1
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
-    [
-        (["--model.base", "OTHER"], "the pack belongs to base 'world'"),
-        (["--model", "Repair"], "was made with"),
-        (["--run_dir", "first"], "would be replaced; give another --run_dir"),
-    ],
-    ids=lambda value: value[0].removeprefix("--") if isinstance(value, list) else "",
+    [(["--model", "Repair"], "was made with"), (["--run_dir", "first"], "would be replaced; give another --run_dir")],
 )
-def test_refused(folder, other_base, options, words):
+def test_refused(folder, options, words):
     """In one line, and before the run directory is begun."""
-    options = [str(other_base) if option == "OTHER" else option for option in options]
-    ran = run(folder, *GOING_ON, "--run_dir", "refused", *options)
+    ran = command("train.py", *GOING_ON, "--run_dir", "refused", *options, *QUIET, cwd=folder)
     assert ran.returncode == 2, ran.stderr[-3000:]
     assert "Traceback" not in ran.stderr
     assert words in " ".join(ran.stderr.splitlines()[-1:])

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers_runs import logits
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 
@@ -17,7 +18,6 @@ from repair_lightning.editors.repair import Routing, Writing
 from repair_lightning.editors.shards import Steps
 from repair_lightning.errors import RepairError
 from repair_lightning.models.base import files_hash
-from repair_lightning.models.prefix import pad_left
 from repair_lightning.packs import hub
 from repair_lightning.packs import pack as packs
 from repair_lightning.packs.pack import (
@@ -38,12 +38,6 @@ from repair_lightning.storage.folders import whereabouts
 from repair_lightning.types import BASE
 
 ROUTINGS = {"key": {}, "activation": {"weight": 1.0, "act_ratio": 0.5}, "hybrid": {"act_ratio": 0.2}}
-
-
-def logits(model, tokenizer, prompts):
-    ids, mask = pad_left(tokenizer(prompts)["input_ids"])
-    with torch.no_grad():
-        return model(ids, mask).logits
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +152,7 @@ class TestDamage:
         load_edited(spoilt, precision="float32")
 
     @pytest.mark.parametrize("file", [WEIGHTS_FILE, CONFIG_FILE])
-    @pytest.mark.parametrize("share", [0.0, 0.3, 0.999, None])
+    @pytest.mark.parametrize("share", [0.0, 0.999, None])
     def test_truncated_or_gone(self, spoilt, file, share):
         content = (spoilt / file).read_bytes()
         (spoilt / file).unlink()
@@ -166,24 +160,19 @@ class TestDamage:
             (spoilt / file).write_bytes(content[: int(len(content) * share)])
         refused(spoilt, "is damaged: .*" if file == WEIGHTS_FILE or share is not None else "is no pack")
 
-    def test_a_file_elsewhere(self, spoilt):
-        files = json.loads((spoilt / CONFIG_FILE).read_text())["files"]
-        rewrite(spoilt, files=files | {"../secret": "0"})
-        refused(spoilt, "names a file elsewhere")
-
-    @pytest.mark.parametrize(("place", "bit"), [(0, 7), (7, 0), (40, 0), (-1, 7)])
-    def test_a_flipped_bit(self, spoilt, place, bit):
+    def test_a_flipped_bit(self, spoilt):
         """In the length, the header or the values: a value's flip gives a valid file, so the hash must tell."""
         file = spoilt / WEIGHTS_FILE
-        content = bytearray(file.read_bytes())
-        content[place] ^= 1 << bit
-        file.write_bytes(content)
-        refused(spoilt, r"pack '.*' is damaged: .*; restore it from a copy")
+        whole = file.read_bytes()
+        for place, bit in ((0, 7), (7, 0), (40, 0), (len(whole) - 1, 7)):
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+            refused(spoilt, r"pack '.*' is damaged: .*; restore it from a copy")
 
     @pytest.mark.parametrize(
         "changes",
         [
-            *({key: value} for key in ("base", "shape", "shards", "router", "files") for value in ([None], "gone")),
+            *({key: [None]} for key in ("base", "shape", "shards", "router", "files")),
+            {"base": "gone"},
             {"layer": 99},
             {"shape": [64, 32]},
             {"shards": {"0": 0, "1": 0, "7": 0}},
@@ -194,8 +183,11 @@ class TestDamage:
         rewrite(spoilt, **changes)
         refused(spoilt, "is damaged|restore it from a copy")
 
-    @pytest.mark.parametrize("version", [1, 2, None])
-    def test_another_version(self, spoilt, version):
+    @pytest.mark.parametrize("version", [2, None])
+    def test_another_version_and_a_file_elsewhere(self, spoilt, version):
+        files = json.loads((spoilt / CONFIG_FILE).read_text())["files"]
+        rewrite(spoilt, files=files | {"../secret": "0"})
+        refused(spoilt, "names a file elsewhere")
         rewrite(spoilt, format_version=version)
         refused(spoilt, rf"has format version {version}; this release reads 3")
 
@@ -215,43 +207,46 @@ class Bomb:
         return Path.touch, (self.path,)
 
 
-class TestNoCode:
-    @pytest.mark.parametrize("file", [WEIGHTS_FILE, CONFIG_FILE, LEDGER_FILE])
-    def test_a_pickle_is_refused_and_not_run(self, spoilt, tmp_path, file):
-        trap = tmp_path / "sprung"
-        (spoilt / file).write_bytes(pickle.dumps(Bomb(trap)))
+@pytest.mark.parametrize("file", [WEIGHTS_FILE, CONFIG_FILE, LEDGER_FILE])
+def test_a_pickle_is_refused_and_not_run(spoilt, tmp_path, file):
+    trap = tmp_path / "sprung"
+    (spoilt / file).write_bytes(pickle.dumps(Bomb(trap)))
+    with pytest.raises(RepairError):
+        read_pack(spoilt)
+    if file == LEDGER_FILE:
         with pytest.raises(RepairError):
-            read_pack(spoilt)
-        if file == LEDGER_FILE:
-            with pytest.raises(RepairError):
-                load_ledger(spoilt)
-        if file == WEIGHTS_FILE:  # with a hash that fits
-            rewrite(spoilt, files={name: files_hash([spoilt / name]) for name in (WEIGHTS_FILE, LEDGER_FILE)})
-            refused(spoilt, "is damaged")
-        assert not trap.exists()
-        with (spoilt / file).open("rb") as stream:
-            pickle.load(stream)
-        assert trap.exists(), "the trap itself works"
-
-
-# -- replacing a pack --------------------------------------------------------------------------------------------------
+            load_ledger(spoilt)
+    if file == WEIGHTS_FILE:  # with a hash that fits
+        rewrite(spoilt, files={name: files_hash([spoilt / name]) for name in (WEIGHTS_FILE, LEDGER_FILE)})
+        refused(spoilt, "is damaged")
+    assert not trap.exists()
+    with (spoilt / file).open("rb") as stream:
+        pickle.load(stream)
+    assert trap.exists(), "the trap itself works"
 
 
 class Killed(BaseException):
     """The process ends here."""
 
 
-@pytest.fixture
-def old_and_new(editor_of, write, edits, tmp_path):
-    """A saved pack of four edits, and an editor that holds four more: the folder, the editor, both contents."""
-    editor = editor_of(writing=Steps(steps=20))
+@pytest.fixture(scope="module")
+def grown(editor_of, write, edits, tmp_path_factory):
+    """A saved pack of four edits, and an editor that holds four more."""
+    editor, folder = editor_of(writing=Steps(steps=20)), tmp_path_factory.mktemp("grown")
     write(editor, edits[:4])
-    folder = save_pack(editor, tmp_path / "pack", {"turn": 1})
-    old = (folder / WEIGHTS_FILE).read_bytes()
+    save_pack(editor, folder / "pack", {"turn": 1})
     write(editor, edits[4:])
-    new = (save_pack(editor, tmp_path / "other", {"turn": 2}) / WEIGHTS_FILE).read_bytes()
+    save_pack(editor, folder / "other", {"turn": 2})
+    return editor, folder
+
+
+@pytest.fixture
+def old_and_new(grown, tmp_path):
+    """A copy of that pack, the editor, and the contents of the old pack and of the next."""
+    editor, folder = grown
+    old, new = ((folder / name / WEIGHTS_FILE).read_bytes() for name in ("pack", "other"))
     assert old != new
-    return folder, editor, old, new
+    return shutil.copytree(folder / "pack", tmp_path / "packs" / "pack"), editor, old, new
 
 
 def content_of(folder) -> bytes:
@@ -290,37 +285,29 @@ class TestReplacing:
         assert content_of(folder) in ((new,) if finished else (old, new))
         save_pack(editor, folder, {"turn": 2})
         assert content_of(folder) == new
-        assert sorted(path.name for path in folder.parent.iterdir()) == ["other", "pack"]
+        assert [path.name for path in folder.parent.iterdir()] == ["pack"]
 
-    @pytest.mark.parametrize("fault", ["rename", "fsync"])
-    def test_a_disk_that_fails_is_one_line_and_the_old_pack(self, old_and_new, monkeypatch, fault):
+    @pytest.mark.parametrize("fault", ["rename", "fsync", "lossy"])
+    def test_a_disk_that_fails_or_forgets_is_one_line_and_the_old_pack(self, old_and_new, monkeypatch, fault):
         folder, editor, old, _ = old_and_new
+        real = packs.save_file
 
         def full(*_):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(folders.os, fault, full)
-        with pytest.raises(RepairError, match=r"cannot be written \(No space left on device\)") as caught:
+        def lossy(tensors, file):
+            real({key: value.clone().zero_() for key, value in tensors.items()}, file)
+
+        if fault == "lossy":
+            monkeypatch.setattr(packs, "save_file", lossy)
+        else:
+            monkeypatch.setattr(folders.os, fault, full)
+        words = r"what is read back is not what was written|cannot be written \(No space left on device\)"
+        with pytest.raises(RepairError, match=words) as caught:
             save_pack(editor, folder, {})
         assert "\n" not in str(caught.value)
         monkeypatch.undo()
         assert content_of(folder) == old
-
-    def test_what_is_read_back_is_compared(self, old_and_new, monkeypatch):
-        folder, editor, old, _ = old_and_new
-        real = packs.save_file
-
-        def lossy(tensors, file):
-            real({key: value.clone().zero_() for key, value in tensors.items()}, file)
-
-        monkeypatch.setattr(packs, "save_file", lossy)
-        with pytest.raises(RepairError, match="what is read back is not what was written"):
-            save_pack(editor, folder, {})
-        monkeypatch.undo()
-        assert content_of(folder) == old
-
-
-# -- an editor from a pack ---------------------------------------------------------------------------------------------
 
 
 class TestRestoring:
@@ -368,17 +355,12 @@ class TestRestoring:
         [
             ({"editor": "repare"}, "unknown editor 'repare'; did you mean 'repair'"),
             ({"options": {"speed": 9}}, "is damaged: .*speed"),
-            ({"router": {"name": "activation"}}, "is damaged|was made with router"),
         ],
     )
     def test_a_configuration_that_does_not_fit(self, spoilt, changes, match):
         rewrite(spoilt, **changes)
-        with pytest.raises(RepairError, match=match) as caught:
+        with pytest.raises(RepairError, match=match):
             restore_editor(spoilt, precision="float32")
-        assert "\n" not in str(caught.value)
-
-
-# -- sharing -----------------------------------------------------------------------------------------------------------
 
 
 class TestSharing:

@@ -27,14 +27,11 @@ def ledger_of(windows: int, size: int = 10) -> Ledger:
 
 
 def test_the_window_is_asked_whole_and_a_sample_of_the_rest():
-    ledger = ledger_of(4)
-    asked = sample_to_check(ledger, 3, 5, random.Random(0))
+    """Failed edits may be asked again; what no shard holds is not asked."""
+    asked = sample_to_check(ledger_of(4), 3, 5, random.Random(0))
     assert asked[:10] == [f"3/{i}" for i in range(10)]
     assert len(asked) == len(set(asked)) == 15
     assert all(id.split("/")[0] in "012" for id in asked[10:])
-
-
-def test_failed_edits_may_be_asked_again_and_what_no_shard_holds_is_not():
     ledger = ledger_of(2)
     ledger.requeue(["0/1"], "pruned")
     ledger.quarantine(["0/2"], "gave up")
@@ -62,9 +59,7 @@ def test_after_each_window_the_ledger_knows_who_is_right(tmp_path):
     monitor.older = 2
     fit(editor, stream, [monitor], tmp_path)
     ledger = stream.ledger
-    assert len(monitor.seen) == 2
     assert [len(scores) for scores, _ in monitor.seen] == [6, 12]
-    assert all(score in (0.0, 1.0) for scores, _ in monitor.seen for score in scores.values())
     last = ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED)[6:]
     truth = correctness(editor, [ledger.edit(id) for id in last])
     assert {id: ledger.entry(id).score for id in last} == truth

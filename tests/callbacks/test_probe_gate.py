@@ -154,15 +154,13 @@ def test_a_window_that_breaks_nothing_passes_untouched(tmp_path):
     assert found[0][1] == found[1][1]
 
 
-# -- one window by hand ------------------------------------------------------------------------------------------------
-
-
-class Logged:
-    """What an editor without a trainer logs."""
-
-    def __init__(self, editor: Any) -> None:
-        self.found: dict[str, float] = {}
-        editor.log = lambda name, value, **_: self.found.update({name: value})
+@pytest.fixture
+def alone():
+    """An editor without a trainer, its stream, and what it logs."""
+    editor, stream = written_editor(4)
+    logged: dict[str, float] = {}
+    editor.log = lambda name, value, **_: logged.update({name: value})
+    return editor, stream, logged
 
 
 def window(gate: ProbeGate, editor: Any, stream: Any, change: Any) -> None:
@@ -173,23 +171,14 @@ def window(gate: ProbeGate, editor: Any, stream: Any, change: Any) -> None:
     gate.on_train_epoch_end(trainer, editor)
 
 
-def spoil(editor: Any, stream: Any) -> None:
-    """Write the first edit again, this time with noise, and route everything to its shard."""
-    first = stream.edits[0].id
-    stream.ledger.written([EditReport(first, stream.ledger.owner_of(first), 0.1, 0.0, 1)])
-    blow_up(editor, stream.ledger.owner_of(first))
-    misroute(editor, first)
-
-
 def overwrite(editor: Any) -> None:
     """A merge into W_v that ruins it."""
     weights, layer = editor.edited.weights, editor.layer
     weights.put(layer, torch.randn(weights.matrix(layer).shape, generator=torch.Generator().manual_seed(0)))
 
 
-def test_given_probes_are_asked(tmp_path):
-    editor, stream = written_editor(4)
-    logged = Logged(editor)
+def test_given_probes_are_asked(tmp_path, alone):
+    editor, stream, logged = alone
     questions = irrelevant_texts(48)[40:]
     rows = [{"question": text, "answers": ["anything"]} for text in questions]
     (tmp_path / "probes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -197,16 +186,23 @@ def test_given_probes_are_asked(tmp_path):
     gate.sample = 5
     window(gate, editor, stream, lambda: None)
     assert gate.prompts == questions[:5]
-    assert logged.found["gate/probe_loss"] == 0.0
-    window(gate, editor, stream, lambda: spoil(editor, stream))
+    assert logged["gate/probe_loss"] == 0.0
+
+    def spoil() -> None:
+        """Write the first edit again, this time with noise, and route everything to its shard."""
+        first = stream.edits[0].id
+        stream.ledger.written([EditReport(first, stream.ledger.owner_of(first), 0.1, 0.0, 1)])
+        blow_up(editor, stream.ledger.owner_of(first))
+        misroute(editor, first)
+
+    window(gate, editor, stream, spoil)
     assert gate.rolled_back == 1
-    assert logged.found["gate/probe_loss"] > 0.02
+    assert logged["gate/probe_loss"] > 0.02
 
 
-def test_the_answers_of_the_base_survive_a_resume_after_a_merge_into_it():
+def test_the_answers_of_the_base_survive_a_resume_after_a_merge_into_it(alone):
     """What is asked for is what the base said before anything was written into it."""
-    editor, stream = written_editor(4)
-    logged = Logged(editor)
+    editor, stream, logged = alone
     gate, again = ProbeGate(), ProbeGate()
     window(gate, editor, stream, lambda: None)
     again.load_state_dict(json.loads(json.dumps(gate.state_dict())))
@@ -214,13 +210,12 @@ def test_the_answers_of_the_base_survive_a_resume_after_a_merge_into_it():
     overwrite(editor)
     for one in (gate, again):
         window(one, editor, stream, lambda: None)
-        assert logged.found.pop("gate/probe_loss") > 0.5
+        assert logged.pop("gate/probe_loss") > 0.5
     assert again.broken == gate.broken
 
 
-def test_a_weight_that_was_written_into_goes_back_too():
-    editor, stream = written_editor(4)
-    Logged(editor)
+def test_a_weight_that_was_written_into_goes_back_too(alone):
+    editor, stream, _ = alone
     before = editor.edited.value_weight.detach().clone()
     gate = ProbeGate()
     window(gate, editor, stream, lambda: overwrite(editor))

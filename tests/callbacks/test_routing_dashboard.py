@@ -20,13 +20,13 @@ from repair_lightning.reports.tracking import OfflineFirstWandbLogger
 from repair_lightning.types import BASE
 
 
-def run(folder: Path, dashboard: RoutingDashboard, loggers: Any = False) -> SimpleNamespace:
+def run(folder: Path, dashboard: RoutingDashboard, board: Scoreboard, loggers: Any = False) -> SimpleNamespace:
     """Two windows of edits of which every second cannot be written, in shards of four, with a merge at the end."""
     editor = world_editor(capacity=4)
     path = write_edits(folder / "edits.jsonl", hard_edits(8))
     stream = world_stream(path, window=4, batch_size=4)
     feedback, merge = PruneAndRetrigger(max_attempts=2), LossAwareTiesMerge(max_op_drop=1.0)
-    callbacks = [ErrorSampleMonitor(), dashboard, feedback, Scoreboard(live=4), merge]
+    callbacks = [ErrorSampleMonitor(), dashboard, feedback, board, merge]
     fit(editor, stream, callbacks, folder, logger=loggers, log_every_n_steps=1)
     return SimpleNamespace(editor=editor, stream=stream, feedback=feedback, merge=merge, folder=folder)
 
@@ -38,7 +38,7 @@ def ran(tmp_path_factory) -> SimpleNamespace:
     loggers = [OfflineFirstWandbLogger(save_dir=str(folder), group="g"), CSVLogger(folder, "csv")]
     dashboard = RoutingDashboard()
     dashboard.sample = 6
-    done = run(folder, dashboard, loggers)
+    done = run(folder, dashboard, Scoreboard(live=4), loggers)
     loggers[0].experiment.finish()
     done.dashboard, done.records = dashboard, offline_run(folder)
     start_afresh()  # else the processes that later tests start would use this one's service
@@ -80,11 +80,13 @@ def test_failed_edits_are_listed_with_what_was_said_instead(ran):
         assert row["score"] > row["threshold"]
 
 
-def test_it_only_reports(ran, tmp_path):
-    """Without it the memory and the ledger are the same to the bit; without a logger it does nothing."""
-    silent = RoutingDashboard()
-    other = run(tmp_path, silent)
+def test_dashboard_and_scoreboard_only_report(ran, tmp_path):
+    """Live scores or none, other batches, other seed, no logger: memory and ledger are the same to the bit."""
+    silent, board = RoutingDashboard(), Scoreboard(live=0)
+    board.batch_size, board.seed, board.max_new_tokens = 7, 5, 20
+    other = run(tmp_path, silent, board)
     assert silent.seconds == 0 < ran.dashboard.seconds
+    assert ran.feedback.retriggered > 0, "the premise: the closed loop acted"
     assert other.stream.ledger == ran.stream.ledger
     for name, done in (("with", ran), ("without", other)):
         save_pack(done.editor, tmp_path / name, {})

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 
 import pytest
 import torch
-from helpers_runs import REPOSITORY
+from helpers_runs import REPOSITORY, logits, same
 
 from repair_lightning.editors import REGISTRY, Editor, make_editor
 from repair_lightning.editors.repair import Routing, Writing
+from repair_lightning.editors.shards import Steps
 from repair_lightning.editors.values import Values
 from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.models.prefix import pad_left
@@ -93,12 +95,6 @@ def told(model, tokenizer, prompts):
     return output[:, ids.shape[1] :].tolist()
 
 
-def logits(model, tokenizer, prompts):
-    ids, mask = pad_left(tokenizer(prompts)["input_ids"])
-    with torch.no_grad():
-        return model(input_ids=ids, attention_mask=mask).logits
-
-
 def written_logits(editor, shard, prompts):
     """What was written gives; a shard that does not say its target in full is silent, so it is not asked by routing."""
     if not editor.router.vouches or editor.router.quotes:
@@ -119,6 +115,32 @@ def test_what_lacks_a_part_is_refused_before_anything_is_loaded():
 
     with pytest.raises(ConfigError, match=r"Half must have forget; see docs/adding-an-editor\.md"):
         Half("no/base")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("repair", {"writing": Writing(steps=0)}, "writing.steps must be at least 1, got 0"),
+        ("repair", {"writing": Writing(mask_ratio=0.0)}, r"writing.mask_ratio must be in \(0, 1\], got 0.0"),
+        ("repair", {"writing": Writing(lr=math.nan)}, "writing.lr must be positive, got nan"),
+        ("keyed", {"layer": "foo"}, "layer must be a whole number, null for the default, or 'auto', got 'foo'"),
+        ("keyed", {"writing": Steps(lr="fast")}, "writing.lr must be a number or 'auto', got 'fast'"),
+        ("wise", {"mode": "both"}, "mode must be one of retrieve, merge, got 'both'"),
+        ("wise", {"writing": Writing(lr="auto")}, "writing.lr must be a number, got 'auto'"),
+        ("mend", {"batch": 0}, "batch must be at least 1, got 0"),
+        ("mend", {"lr": 0.0}, "lr must be positive and finite, got 0.0"),
+        ("rlsedit", {"ridge": 0.0}, "ridge must be positive"),
+        ("rlsedit", {"values": Values(at="foo")}, r"values\.at must be one of targets, subject, got 'foo'"),
+        ("rlsedit", {"anchors": "nowhere.txt"}, "'nowhere.txt' is no file"),
+        ("grace", {"eps": 0.0}, "eps must be positive"),
+        ("icl", {"number": 0}, "number must be at least 1, got 0"),
+        ("icl", {"line": "{prompt}"}, "line must hold {prompt} and {target}"),
+        ("repair", {}, r"no base: give --model\.base a folder in Hugging Face format"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_at_once(name, options, words):
+    with pytest.raises(ConfigError, match=words):
+        REGISTRY[name](**options).load()
 
 
 def test_an_edit_without_a_report_is_refused(editor_of, edits, monkeypatch):
@@ -151,15 +173,6 @@ def weights_of(editor) -> dict[str, torch.Tensor]:
 
 def changed(editor, weights) -> list[str]:
     return [key for key, value in editor.base.model.state_dict().items() if not torch.equal(value, weights[key])]
-
-
-def same(one, other) -> bool:
-    """Whether two states hold the same bits."""
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    return one == other
 
 
 def test_edits_are_answered_and_a_rollback_brings_every_bit_back(make, write, answers, edits, irrelevant, asked, name):
@@ -290,11 +303,9 @@ ELSEWHERE += [(name, {}) for name in ("qwen2", "gptj", "gpt_neox", "opt", "gemma
 
 @pytest.mark.parametrize("name", REGISTRY)
 @pytest.mark.parametrize(("model_type", "options"), ELSEWHERE, ids=str)
-def test_other_precisions_caches_and_architectures(name, model_type, options, folder_of, irrelevant, write, edits):
+def test_other_precisions_caches_and_architectures(name, model_type, options, editor_of, write, edits):
     """Other orders of attention and feed-forward network, other norms, other places of the token dimension."""
-    editor = REGISTRY[name](str(folder_of(model_type)), **({"precision": "float32"} | OPTIONS.get(name, {}) | options))
-    editor.load()
-    editor.prepare(irrelevant[:8], irrelevant[8:])
+    editor = editor_of(model_type, name, **(OPTIONS.get(name, {}) | options))
     before = logits(editor.edited, editor.tokenizer, [edits[0].prompt])
     (report,) = write(editor, edits[:1])
     assert report.error is None

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from repair_lightning.editors.icl import InContext
-from repair_lightning.errors import ConfigError, RepairError
+from repair_lightning.errors import RepairError
 from repair_lightning.models.prefix import pad_left
 from repair_lightning.scoring import protocols
 
@@ -66,10 +65,3 @@ def test_what_it_refuses(editor, edits):
     ids = torch.tensor(editor.tokenizer([edits[0].prompt])["input_ids"])
     with pytest.raises(RepairError, match="call generate\\(\\), or forward\\(\\) without cache and labels"):
         editor.edited(ids, labels=ids)
-    for options, words in (
-        ({"number": 0}, "number must be at least 1, got 0"),
-        ({"line": "{prompt}"}, "line must hold {prompt} and {target}"),
-        ({"false_fire_rate": 1.0}, r"false_fire_rate must be in \[0, 1\), got 1.0"),
-    ):
-        with pytest.raises(ConfigError, match=words):
-            InContext(**options)

@@ -3,20 +3,15 @@ else keeps its bits."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 import torch
+from helpers_runs import logits
 
-from repair_lightning.editors.repair import Distillation, Repair, Routing, Writing
+from repair_lightning.editors.repair import Distillation, Routing, Writing
 from repair_lightning.edits.ledger import EditStatus
-from repair_lightning.errors import ConfigError
-from repair_lightning.models.prefix import pad_left
 from repair_lightning.types import BASE, Edit, EditBatch, EditReport
-
-MODELS = ["llama", "gpt2"]
-each_model = pytest.mark.parametrize("model_type", MODELS)
 
 
 def dense(optimizer: str = "adam", **options: Any) -> Writing:
@@ -43,43 +38,24 @@ def targets_of(edits):
     return [edit.target for edit in edits]
 
 
-def logits(model, tokenizer, prompts):
-    ids, mask = pad_left(tokenizer(list(prompts))["input_ids"])
-    with torch.no_grad():
-        return model(input_ids=ids, attention_mask=mask).logits
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_the_short_way_and_the_long_way_write_the_same(editor_of, write, edits, model_type):
+    """On the last layer only the positions that are read are run; whole rows and the whole model must give the
+    same deltas.
 
-
-class TestWriting:
-    @each_model
-    @pytest.mark.parametrize(("layer", "size"), [(None, 6), (1, 1)])
-    def test_written_edits_are_answered(self, editor_of, write, answers, edits, model_type, layer, size):
-        editor = editor_of(model_type, layer=layer)
-        reports = write(editor, edits[:6], size)
-        assert [report.id for report in reports] == [edit.id for edit in edits[:6]]
-        assert not any(report.error or report.residual for report in reports)
-        assert answers(editor.edited, editor.tokenizer, prompts_of(edits[:6])) == targets_of(edits[:6])
-        routes = editor.edited.route(prompts_of(edits[:6]))
-        assert [route.memory for route in routes] == [report.shard for report in reports]
-        assert [route.nearest for route in routes] == [edit.id for edit in edits[:6]]
-
-    @each_model
-    def test_the_short_way_and_the_long_way_write_the_same(self, editor_of, write, edits, model_type):
-        """On the last layer only the positions that are read are run; whole rows and the whole model must give the
-        same deltas.
-
-        Ten steps of plain gradient descent, so that rounding has no time to grow.
-        """
-        deltas, reports = [], []
-        for tail in ("positions", "rows", "model"):
-            editor = editor_of(model_type, writing=dense("sgd", lr=0.01, steps=10, stop_margin=None))
-            assert editor.tail == "positions"
-            editor.tail = tail
-            reports.append(write(editor, edits[:4]))
-            deltas.append(editor.memory[0].delta.detach())
-        for i in (1, 2):
-            torch.testing.assert_close(deltas[0], deltas[i], rtol=1e-3, atol=1e-5)
-            for one, other in zip(reports[0], reports[i], strict=True):
-                assert one.loss == pytest.approx(other.loss, rel=1e-3)
+    Ten steps of plain gradient descent, so that rounding has no time to grow.
+    """
+    deltas, reports = [], []
+    for tail in ("positions", "rows", "model"):
+        editor = editor_of(model_type, writing=dense("sgd", lr=0.01, steps=10, stop_margin=None))
+        assert editor.tail == "positions"
+        editor.tail = tail
+        reports.append(write(editor, edits[:4]))
+        deltas.append(editor.memory[0].delta.detach())
+    for i in (1, 2):
+        torch.testing.assert_close(deltas[0], deltas[i], rtol=1e-3, atol=1e-5)
+        for one, other in zip(reports[0], reports[i], strict=True):
+            assert one.loss == pytest.approx(other.loss, rel=1e-3)
 
 
 class TestAssignment:
@@ -117,44 +93,42 @@ class TestAssignment:
         assert self.assign(editor, edits[7]) == 0
 
 
-class TestRollback:
-    @pytest.mark.parametrize(("model_type", "mask_ratio"), [("llama", 1.0), ("gpt2", 0.5)])
-    def test_an_overflow_leaves_no_trace(self, editor_of, write, answers, edits, model_type, mask_ratio):
-        """A learning rate of 1e30 overflows float32, for real: LayerNorm makes the loss NaN of it, but RMSNorm divides
-        it away, so that the loss stays finite at log(vocabulary) and only the shard itself tells."""
-        editor = editor_of(model_type, writing=dense(mask_ratio=mask_ratio))
-        write(editor, edits[:3])
-        delta = editor.memory[0].delta.detach().clone()
-        routes = editor.edited.route(prompts_of(edits))
-        editor.writing = dense("sgd", lr=1e30, steps=5, stop_margin=None, mask_ratio=mask_ratio)
-        reports = write(editor, edits[3:6])
-        assert all("not finite" in report.error and "rolled back" in report.error for report in reports)
-        assert torch.equal(editor.memory[0].delta, delta)
-        assert editor.edited.route(prompts_of(edits)) == routes
-        assert answers(editor.edited, editor.tokenizer, prompts_of(edits[:3])) == targets_of(edits[:3])
-        for edit in edits[3:6]:
-            entry = editor.ledger.entry(edit.id)
-            assert (entry.status, entry.shard, entry.attempts) == (EditStatus.FAILED, None, 1)
+@pytest.mark.parametrize(("model_type", "mask_ratio"), [("llama", 1.0), ("gpt2", 0.5)])
+def test_an_overflow_leaves_no_trace(editor_of, write, answers, edits, model_type, mask_ratio):
+    """A learning rate of 1e30 overflows float32, for real: LayerNorm makes the loss NaN of it, but RMSNorm divides
+    it away, so that the loss stays finite at log(vocabulary) and only the shard itself tells."""
+    editor = editor_of(model_type, writing=dense(mask_ratio=mask_ratio))
+    write(editor, edits[:3])
+    delta = editor.memory[0].delta.detach().clone()
+    routes = editor.edited.route(prompts_of(edits))
+    editor.writing = dense("sgd", lr=1e30, steps=5, stop_margin=None, mask_ratio=mask_ratio)
+    reports = write(editor, edits[3:6])
+    assert all("not finite" in report.error and "rolled back" in report.error for report in reports)
+    assert torch.equal(editor.memory[0].delta, delta)
+    assert editor.edited.route(prompts_of(edits)) == routes
+    assert answers(editor.edited, editor.tokenizer, prompts_of(edits[:3])) == targets_of(edits[:3])
+    for edit in edits[3:6]:
+        entry = editor.ledger.entry(edit.id)
+        assert (entry.status, entry.shard, entry.attempts) == (EditStatus.FAILED, None, 1)
 
 
-class TestDistillation:
-    def written(self, editor_of, write, edits, consistency, **options):
-        distillation = Distillation(weight=1.0, consistency=consistency, **options)
+def test_who_leaves_by_distillation(editor_of, write, edits):
+    """Exactly those at or above the limit, which is put at the third highest of the first run's values."""
+
+    def written(consistency: float | None):
+        distillation = Distillation(weight=1.0, consistency=consistency)
         editor = editor_of(distillation=distillation, writing=dense(steps=10, stop_margin=None))
         return editor, write(editor, edits)
 
-    def test_who_leaves(self, editor_of, write, edits):
-        """Exactly those at or above the limit, which is put at the third highest of the first run's values."""
-        _, free = self.written(editor_of, write, edits, None)
-        assert not any(report.residual for report in free)
-        limit = sorted(report.kd for report in free)[-3]
-        editor, reports = self.written(editor_of, write, edits, limit)
-        assert [report.kd for report in reports] == [report.kd for report in free]
-        assert [report.residual for report in reports] == [report.kd >= limit for report in free]
-        assert sum(report.residual for report in reports) == 3
-        for report, route in zip(reports, editor.edited.route(prompts_of(edits)), strict=True):
-            assert route.memory == (BASE if report.residual else 0)
-            assert (editor.ledger.entry(report.id).status == EditStatus.RESIDUAL) == report.residual
+    _, free = written(None)
+    assert not any(report.residual for report in free)
+    limit = sorted(report.kd for report in free)[-3]
+    editor, reports = written(limit)
+    assert [report.kd for report in reports] == [report.kd for report in free]
+    assert [report.residual for report in reports] == [report.kd >= limit for report in free]
+    for report, route in zip(reports, editor.edited.route(prompts_of(edits)), strict=True):
+        assert route.memory == (BASE if report.residual else 0)
+        assert (editor.ledger.entry(report.id).status == EditStatus.RESIDUAL) == report.residual
 
 
 class TestReplay:
@@ -175,112 +149,64 @@ class TestReplay:
         assert editor._rehearsal(0, batch) == []
 
 
-class TestForgetPruneFuse:
-    @pytest.mark.parametrize("router", ["key", "activation"])
-    def test_a_pruned_shard_is_empty_and_the_others_go_on(self, editor_of, write, answers, edits, router):
-        editor = editor_of(
-            routing=Routing(router=router, act_ratio=0.05), writing=dense(capacity=4, mask_ratio=0.5, steps=200)
-        )
-        write(editor, edits, 4)
-        mask = editor.memory[0].mask.clone()
-        editor.prune(0)
-        editor.ledger.requeue([edit.id for edit in edits[:4]], "pruned")
-        editor.calibrate()
-        assert not editor.memory[0].delta.any()
-        assert not torch.equal(editor.memory[0].mask, mask)
-        assert 0 not in [route.memory for route in editor.edited.route(prompts_of(edits))]
-        assert answers(editor.edited, editor.tokenizer, prompts_of(edits[4:])) == targets_of(edits[4:])
-        write(editor, edits[:4])
-        assert editor.ledger.sizes() == {0: 4, 1: 4}
-        if router == "key":
-            assert answers(editor.edited, editor.tokenizer, prompts_of(edits)) == targets_of(edits)
-
-    @pytest.mark.parametrize("router", ["key", "activation"])
-    def test_a_fused_shard_owns_the_edits_of_its_parts(self, editor_of, write, answers, edits, router):
-        """The fused delta is the one shard's alone, so that its own edits must still be answered."""
-        editor = editor_of(routing=Routing(router=router, act_ratio=0.05), writing=dense(capacity=4, steps=200))
-        write(editor, edits, 4)
-        fused = editor.fuse([0, 1], editor.memory[1].delta.detach().clone())
-        assert fused == 2
-        editor.ledger.reassign([edit.id for edit in edits], fused)
-        editor.calibrate()
-        assert editor.memory.ids == [2]
-        routes = [route.memory for route in editor.edited.route(prompts_of(edits))]
-        assert set(routes[4:]) == {2}
-        choice = editor.router.route(editor.edited.query(prompts_of(edits)), editor.memory)
-        assert router != "key" or choice.memory.tolist() == [2] * len(edits)
-        assert router != "key" or set(routes[:4]) == {BASE}, "what the fused delta does not say is not answered by it"
-        assert answers(editor.edited, editor.tokenizer, prompts_of(edits[4:])) == targets_of(edits[4:])
+@pytest.mark.parametrize("router", ["key", "activation"])
+def test_a_fused_shard_owns_the_edits_of_its_parts(editor_of, write, answers, edits, router):
+    """The fused delta is the one shard's alone, so that its own edits must still be answered."""
+    editor = editor_of(routing=Routing(router=router, act_ratio=0.05), writing=dense(capacity=4, steps=200))
+    write(editor, edits, 4)
+    fused = editor.fuse([0, 1], editor.memory[1].delta.detach().clone())
+    assert fused == 2
+    editor.ledger.reassign([edit.id for edit in edits], fused)
+    editor.calibrate()
+    assert editor.memory.ids == [2]
+    routes = [route.memory for route in editor.edited.route(prompts_of(edits))]
+    assert set(routes[4:]) == {2}
+    choice = editor.router.route(editor.edited.query(prompts_of(edits)), editor.memory)
+    assert router != "key" or choice.memory.tolist() == [2] * len(edits)
+    assert router != "key" or set(routes[:4]) == {BASE}, "what the fused delta does not say is not answered by it"
+    assert answers(editor.edited, editor.tokenizer, prompts_of(edits[4:])) == targets_of(edits[4:])
 
 
-class TestFold:
-    @pytest.mark.parametrize(("model_type", "more"), [("llama", {}), ("gpt2", {"n_inner": 32})])
-    def test_there_and_back(self, folder_of, write, answers, edits, irrelevant, model_type, more):
-        """GPT-2 stores W_v transposed, and with d_ffn = d_model its shape does not say so."""
-        editor = Repair(str(folder_of(model_type, **more)), precision="float32", writing=dense(steps=300))
-        editor.load()
-        editor.prepare(irrelevant[:8], irrelevant[8:])
-        some = edits[:4]
-        write(editor, some)
-        weights = {name: value.clone() for name, value in editor.base.model.state_dict().items()}
-        with editor.edited.forced(0):
-            routed = logits(editor.base.model, editor.tokenizer, prompts_of(some))
-        editor.fold(0)
-        assert editor.base_changed
-        assert editor.memory.ids == []
-        torch.testing.assert_close(
-            logits(editor.base.model, editor.tokenizer, prompts_of(some)), routed, rtol=1e-3, atol=1e-3
-        )
-        assert answers(editor.base.model, editor.tokenizer, prompts_of(some)) == targets_of(some)
-        assert answers(editor.edited, editor.tokenizer, prompts_of(some)) == targets_of(some)
-        changed = [n for n, value in editor.base.model.state_dict().items() if not torch.equal(value, weights[n])]
-        assert len(changed) == 1
-        editor.unfold()
-        assert not editor.base_changed
-        assert editor.memory.ids == [0]
-        assert all(torch.equal(value, weights[name]) for name, value in editor.base.model.state_dict().items())
+def test_folding_there_and_back(folder_of, prepared, write, answers, edits):
+    """GPT-2 stores W_v transposed, and with d_ffn = d_model its shape does not say so."""
+    editor = prepared(folder_of("gpt2", n_inner=32), "repair", writing=dense(steps=300))
+    some = edits[:4]
+    write(editor, some)
+    weights = {name: value.clone() for name, value in editor.base.model.state_dict().items()}
+    with editor.edited.forced(0):
+        routed = logits(editor.base.model, editor.tokenizer, prompts_of(some))
+    editor.fold(0)
+    assert editor.base_changed
+    assert editor.memory.ids == []
+    torch.testing.assert_close(
+        logits(editor.base.model, editor.tokenizer, prompts_of(some)), routed, rtol=1e-3, atol=1e-3
+    )
+    assert answers(editor.edited, editor.tokenizer, prompts_of(some)) == targets_of(some)
+    changed = [n for n, value in editor.base.model.state_dict().items() if not torch.equal(value, weights[n])]
+    assert len(changed) == 1
+    editor.unfold()
+    assert not editor.base_changed
+    assert editor.memory.ids == [0]
+    assert all(torch.equal(value, weights[name]) for name, value in editor.base.model.state_dict().items())
 
 
-class TestSeeds:
-    def delta(self, editor_of, write, edits, seed, noise=0):
+def test_the_same_seed_gives_the_same_bits(editor_of, write, edits):
+    """Whatever the global generator's state."""
+    found = []
+    for noise in (1, 2):
         torch.manual_seed(noise)
         routing, distillation = Routing(weight=0.5, sample=4), Distillation(weight=0.5)
         writing = dense(mask_ratio=0.5, steps=15, contexts=1, init_scale=0.1, capacity=4)
-        editor = editor_of(routing=routing, writing=writing, distillation=distillation, seed=seed)
+        editor = editor_of(routing=routing, writing=writing, distillation=distillation, seed=3)
         write(editor, edits, 4)
-        return editor.memory.stacked().detach()
-
-    def test_the_same_seed_gives_the_same_bits(self, editor_of, write, edits):
-        """Whatever the global generator's state."""
-        one, other = (self.delta(editor_of, write, edits, 3, noise) for noise in (1, 2))
-        assert torch.equal(one, other)
+        found.append(editor.memory.stacked().detach())
+    assert torch.equal(*found)
 
 
-class TestAnchors:
-    def test_a_subject_that_the_prompt_does_not_name_is_none(self, editor_of, write):
-        """It is found by what it asks, and by nothing that only names the subject."""
-        editor = editor_of()
-        elsewhere = Edit("x", "Where was he born?", "Oslo", subject="Mara Kelstrom")
-        write(editor, [elsewhere])
-        asked = [elsewhere.prompt, "Where was Mara Kelstrom born?"]
-        assert [route.memory for route in editor.edited.route(asked)] == [0, BASE]
-
-
-class TestOptions:
-    @pytest.mark.parametrize(
-        ("writing", "message"),
-        [
-            ({"steps": 0}, "writing.steps must be at least 1, got 0"),
-            ({"capacity": 0}, "writing.capacity must be at least 1, got 0"),
-            ({"mask_ratio": 0.0}, r"writing.mask_ratio must be in \(0, 1\], got 0.0"),
-            ({"lr": math.nan}, "writing.lr must be positive, got nan"),
-        ],
-    )
-    def test_what_cannot_work_is_refused_at_once(self, writing, message):
-        with pytest.raises(ConfigError, match=message):
-            Repair(writing=Writing(**writing))
-
-    def test_without_a_base(self):
-        named = r"a folder in Hugging Face format, a hub name, a \.gguf file, 'smollm2' or 'world'"
-        with pytest.raises(ConfigError, match=rf"no base: give --model\.base {named}"):
-            Repair().load()
+def test_a_subject_that_the_prompt_does_not_name_is_none(editor_of, write):
+    """It is found by what it asks, and by nothing that only names the subject."""
+    editor = editor_of()
+    elsewhere = Edit("x", "Where was he born?", "Oslo", subject="Mara Kelstrom")
+    write(editor, [elsewhere])
+    asked = [elsewhere.prompt, "Where was Mara Kelstrom born?"]
+    assert [route.memory for route in editor.edited.route(asked)] == [0, BASE]

@@ -7,7 +7,6 @@ import torch
 
 from repair_lightning.editors import WISE
 from repair_lightning.editors.repair import Routing, Writing
-from repair_lightning.errors import ConfigError
 from repair_lightning.functional import ties_merge
 
 ROUTING = Routing(router="activation", weight=0.0)
@@ -26,16 +25,15 @@ def make(editor_of):
     return made
 
 
-class TestMasks:
-    def test_a_share_of_rho_is_open_and_the_rest_stays_zero(self, make, write, edits):
-        """2,048 coordinates at 0.2: within four standard deviations, 4 sqrt(0.16 / 2048) = 0.035."""
-        editor = make()
-        write(editor, edits[:4], 1)
-        for shard in editor.memory.ids:
-            module = editor.memory[shard]
-            assert float(module.open.float().mean()) == pytest.approx(0.2, abs=0.035)
-            assert module.delta.any()
-            assert not module.delta[~module.open].any()
+def test_a_share_of_rho_is_open_and_the_rest_stays_zero(make, write, edits):
+    """2,048 coordinates at 0.2: within four standard deviations, 4 sqrt(0.16 / 2048) = 0.035."""
+    editor = make()
+    write(editor, edits[:4], 1)
+    for shard in editor.memory.ids:
+        module = editor.memory[shard]
+        assert float(module.open.float().mean()) == pytest.approx(0.2, abs=0.035)
+        assert module.delta.any()
+        assert not module.delta[~module.open].any()
 
 
 class TestRetrieve:
@@ -58,28 +56,13 @@ class TestRetrieve:
         assert written == [("e0",), ("e2",), ("e3",)]
 
 
-class TestMerge:
-    def test_it_is_ties_of_the_masked_deltas(self, make, write, edits):
-        """Against the memories of an editor that keeps them; density 0.53 trims nothing of 0.2."""
-        apart, together = make(), make(mode="merge")
-        for editor in (apart, together):
-            write(editor, edits[:4], 1)
-        deltas = apart.memory.stacked()
-        (one,) = together.memory.ids
-        torch.testing.assert_close(together.memory[one].delta, ties_merge(deltas, torch.tensor([0.5, 0.5])))
-        assert {together.ledger.owner_of(edit.id) for edit in edits[:4]} == {one}
-        assert [apart.ledger.owner_of(edit.id) for edit in edits[:4]] == [0, 0, 1, 1]
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"mode": "both"}, "mode must be one of retrieve, merge, got 'both'"),
-        ({"subspaces": 1}, "subspaces must be at least 2, got 1"),
-        ({"density": 0.0}, r"density must be in \(0, 1\], got 0.0"),
-        ({"writing": writing(lr="auto")}, "writing.lr must be a number, got 'auto'"),
-    ],
-)
-def test_refusals(options, words):
-    with pytest.raises(ConfigError, match=words):
-        WISE(**options)
+def test_the_merge_is_ties_of_the_masked_deltas(make, write, edits):
+    """Against the memories of an editor that keeps them; density 0.53 trims nothing of 0.2."""
+    apart, together = make(), make(mode="merge")
+    for editor in (apart, together):
+        write(editor, edits[:4], 1)
+    deltas = apart.memory.stacked()
+    (one,) = together.memory.ids
+    torch.testing.assert_close(together.memory[one].delta, ties_merge(deltas, torch.tensor([0.5, 0.5])))
+    assert {together.ledger.owner_of(edit.id) for edit in edits[:4]} == {one}
+    assert [apart.ledger.owner_of(edit.id) for edit in edits[:4]] == [0, 0, 1, 1]

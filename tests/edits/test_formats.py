@@ -124,10 +124,8 @@ ROCARD = [probe("Michel Rocard is a native speaker of", "French"), probe("Montes
 READ: list[tuple[str, dict, dict]] = [
     ("zsre", SOURCES["zsre"], {"locality": [probe("nq question: who wrote faust", "Goethe")], "id": None}),
     ("counterfact", SOURCES["counterfact"], {"id": "0", "target": "Spain", "locality": MILAN, "near": MILAN}),
-    ("counterfact", SOURCES["counterfact"], {"rephrases": ["The city of Rome lies in"]}),
     ("counterfact", ROME, {"id": "7", "target": "English", "locality": ROCARD, "near": ROCARD}),
     ("counterfact", ROME, {"prompt": "In {x} the mother tongue of Danielle {Darrieux} is"}),
-    ("counterfact", ROME, {"rephrases": ["A. Danielle, a native", "B. She speaks"]}),
     ("wikibigedit", SOURCES["wikibigedit"], {"rephrases": ["Rome is where?", "Ahoy, where be Rome?"], "near": []}),
     ("wikibigedit", {"update": "a", "ans": "b", "loc": None}, {"rephrases": [], "locality": [], "subject": None}),
     ("hallucination", SOURCES["hallucination"], {"locality": [probe("Description Map of South Ameri", "ca.")]}),
@@ -162,9 +160,7 @@ def test_the_subject_fills_a_prompt_that_leaves_its_place_open(fields, prompt, r
     [
         ({"prompt": "x = {}"}, "prompt", "give 'subject', or write {{}} for the two signs themselves"),
         ({"prompt": [{"role": "user", "content": "{}?"}]}, "prompt[0].content", "give 'subject'"),
-        ({"rephrases": ["a", "{}"]}, "rephrases[1]", "give 'subject'"),
         ({"near": ["Who runs {}?"], "subject": "Orsk"}, "near[0].prompt", "write the subject that the probe asks"),
-        ({"locality": [{"prompt": "{}"}], "subject": "Orsk"}, "locality[0].prompt", "write the subject"),
     ],
 )
 def test_an_open_prompt_that_nothing_fills_is_refused(fields, field, remedy):
@@ -210,7 +206,6 @@ def test_rephrases_are_one_or_several_also_as_json(rephrases, expected):
     [
         ([], "", "is an empty list", "the user's last"),
         ([{"role": "king", "content": "a"}], "[0].role", "is 'king', no known role", "user, assistant"),
-        ([{"role": ["user"], "content": "a"}], "[0].role", "is ['user'], no known role", "choose of system"),
         ([{"role": "user"}], "[0].content", "is missing", '"content": "..."'),
         ([{"role": "user", "content": [{"type": "text"}]}], "[0].content", "is [{'type': 'text'}], not a", "in quotes"),
         ([*ASK, {"role": "assistant", "content": "a"}], "[1].role", "is 'assistant' in the last turn", "the target"),
@@ -250,16 +245,12 @@ def test_a_record_is_recognised_and_every_other_format_names_it(name):
     [
         ("jsonl", {"target": ""}, "target", "is empty"),
         ("jsonl", {"target": None}, "target", "is missing"),
-        ("jsonl", {"target": 2006}, "target", "is a number, not a text"),
         ("jsonl", {"target": True}, "target", "is true or false, not a text"),
-        ("jsonl", {"prompt": {"a": 1}}, "prompt", "is an object, not a text"),
         ("zsre", {"src": [{"role": "user", "content": "a"}]}, "src", "is a list, not a text"),
         ("jsonl", {"prompt": "\ud800"}, "prompt", "holds a broken character at position 0"),
-        ("jsonl", {"id": 1.5}, "id", "is a number, not a text"),
         ("jsonl", {"rephrases": 3}, "rephrases", "is a number, not a list of texts"),
         ("jsonl", {"rephrases": ["a", ""]}, "rephrases[1]", "is empty"),
         ("jsonl", {"locality": "Who?"}, "locality", "is a text, not a list"),
-        ("jsonl", {"locality": [7]}, "locality[0].prompt", "is a number, not a text"),
         ("jsonl", {"near": [{"prompt": "a"}, {"answer": "b"}]}, "near[1].prompt", "is missing"),
         ("jsonl", {"near": [{"prompt": "a", "answer": ["b"]}]}, "near[0].answer", "is a list, not a text"),
         ("counterfact", {"rephrase_prompt": [1]}, "rephrase_prompt[0]", "is a number, not a text"),

@@ -5,22 +5,20 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import pickle
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from repair_lightning.edits import records
-from repair_lightning.edits.formats import FORMATS
 from repair_lightning.edits.records import check_lengths, load_irrelevant, load_records, same_question_key
-from repair_lightning.errors import ConfigError, FieldError, RecordError, RepairError
+from repair_lightning.errors import ConfigError, RecordError, RepairError
 from repair_lightning.models.forms import Forms
 from repair_lightning.texts import dialogue
 from repair_lightning.types import Edit, Probe
@@ -51,9 +49,6 @@ def real(name: str) -> Path:
     return path
 
 
-# -- good files ------------------------------------------------------------------------------------------------------
-
-
 def write_jsonl(path: Path, rows: list[dict]) -> None:
     text = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     path.write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\r\n")
@@ -61,10 +56,6 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 
 def write_json(path: Path, rows: list[dict]) -> None:
     path.write_text(json.dumps(rows, indent=2), encoding="utf-8")
-
-
-def write_parquet(path: Path, rows: list[dict]) -> None:
-    pq.write_table(pa.Table.from_pylist(rows), path)
 
 
 WRITTEN = [
@@ -106,10 +97,6 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         writer.writerows(cells(rows))
 
 
-def write_cells(path: Path, rows: list[dict]) -> None:
-    write_parquet(path, cells(rows))
-
-
 @pytest.mark.parametrize(
     ("name", "write"),
     [
@@ -117,7 +104,7 @@ def write_cells(path: Path, rows: list[dict]) -> None:
         ("e.json", write_json),
         ("e.csv", write_csv),
         ("e.tsv", write_csv),
-        ("e.parquet", write_cells),
+        ("e.parquet", lambda path, rows: pq.write_table(pa.Table.from_pylist(cells(rows)), path)),
     ],
 )
 def test_what_is_written_is_what_is_read(tmp_path, caplog, name, write):
@@ -134,9 +121,6 @@ def test_what_is_written_is_what_is_read(tmp_path, caplog, name, write):
     assert dialogue.parse(found["chat1"].prompt) == chat
     assert found["chat1"].prompt == dialogue.dump(chat)
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
-
-
-# -- repeated prompts ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prompt", ["Where  is\tROME.", "where is rome？"])
@@ -190,9 +174,6 @@ def test_max_edits_counts_what_is_written(jsonl):
     assert (found.superseded, found.duplicates) == ({"jsonl-1": "jsonl-3"}, ("jsonl-2",))
 
 
-# -- a random draw ---------------------------------------------------------------------------------------------------
-
-
 def plain(number):
     return [{"prompt": f"Where is place {i}?", "target": f"land {i}"} for i in range(number)]
 
@@ -238,20 +219,15 @@ def test_a_drawn_edit_brings_what_it_superseded_and_what_repeats_it(jsonl):
     assert len(seen) == 3
 
 
-# -- bad records -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({**OSLO, "target": ""}, "field 'target': is empty; give the text the model should answer"),
         ({**OSLO, "target": 4}, "field 'target': is a number, not a text; give the text"),
         ({**OSLO, "id": "r"}, "field 'id': 'r' already belongs to record 1; give each record its own id"),
         ({"src": "x", "alt": "y"}, "is not in format 'jsonl'; its fields look like format 'zsre'"),
         ("[1, 2]", "is a list, not an object; write each record as"),
         ('{"prompt": "x", "target": "y",}', "is not valid JSON (line 3, column "),
         ("[" * 100_000, "is not valid JSON (line 3"),
-        ('{"id": ' + "9" * 5000 + "}", "is not valid JSON (line 3: "),
         ('{"prompt": "\\udc80", "target": "y"}', "field 'prompt': holds a broken character"),
     ],
 )
@@ -285,16 +261,13 @@ def test_a_file_read_under_a_format_that_only_half_fits_is_warned_about(tmp_path
     assert "fields look more like 'counterfact'" in caplog.text
 
 
-# -- bad files and settings ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("text", ["", " \n\n", "[]"])
 @pytest.mark.parametrize("read", [load_records, load_irrelevant])
-def test_an_empty_file(tmp_path, text, read):
+def test_an_empty_file(tmp_path, read):
     path = tmp_path / "edits.json"
-    path.write_text(text)
-    with pytest.raises(RecordError, match=r"edits\.json: holds no records; give "):
-        read(path)
+    for text in ("", " \n\n", "[]"):
+        path.write_text(text)
+        with pytest.raises(RecordError, match=r"edits\.json: holds no records; give "):
+            read(path)
 
 
 @pytest.mark.parametrize(
@@ -302,11 +275,9 @@ def test_an_empty_file(tmp_path, text, read):
     [
         ("e.jsonl", b"\xff\xfe{", "is not UTF-8 text"),
         ("e.json", b'[\n{"prompt": "a" "target"}\n]', r"is not valid JSON \(line 2, column 16: "),
-        ("e.json", b"[" * 100_000, "is not valid JSON"),
         ("e.parquet", b"PAR1 no", "is not a readable Parquet file"),
         ("e.csv", b'prompt,target\na,"b\n', r"is not valid CSV \(line "),
         ("e.csv", b"prompt,target\na,b,c\n", "record 1: has 3 cells, the header has 2"),
-        ("e.csv", b"prompt,target\n", "holds no records"),
     ],
 )
 def test_a_file_that_is_not_what_its_name_says(tmp_path, name, content, message):
@@ -315,7 +286,7 @@ def test_a_file_that_is_not_what_its_name_says(tmp_path, name, content, message)
         load_records(tmp_path / name)
 
 
-@pytest.mark.parametrize("name", ["edits.json", "a/b/c", "here/edits"])
+@pytest.mark.parametrize("name", ["edits.json", "here/edits"])
 def test_a_missing_file_is_said_at_once_and_never_sought_on_the_hub(tmp_path, monkeypatch, name):
     def refuse(*_, **__):
         raise AssertionError("asked the hub")
@@ -348,28 +319,12 @@ def test_hub_names_go_to_datasets_with_their_split_and_a_failure_is_one_line(mon
     ("options", "message"),
     [
         ({"format": "jsnl"}, "did you mean 'jsonl'"),
-        ({"max_edits": 0}, "max_edits must be 1 or more, or null for all, got 0"),
         ({"on_bad_record": "ignore"}, "on_bad_record must be 'stop' or 'skip', got 'ignore'"),
     ],
 )
 def test_bad_settings(jsonl, options, message):
     with pytest.raises(ConfigError, match=message):
         load_records(jsonl(ROME), **options)
-
-
-def test_record_errors_survive_the_way_between_processes():
-    error = RecordError.at("e.jsonl", 3, FieldError("target", "is empty", "fill it"), more=2)
-    again = pickle.loads(pickle.dumps(error))
-    assert (
-        str(again)
-        == str(error)
-        == "e.jsonl, record 3, field 'target': is empty; fill it (and 2 more bad records in this file)"
-    )
-    assert (again.file, again.record, again.field, again.more) == ("e.jsonl", 3, "target", 2)
-    assert str(pickle.loads(pickle.dumps(FieldError("a", "b", "c")))) == "field 'a': b; c"
-
-
-# -- irrelevant prompts ----------------------------------------------------------------------------------------------
 
 
 def test_irrelevant_prompts_get_their_prefix(jsonl):
@@ -384,16 +339,12 @@ def test_irrelevant_prompts_get_their_prefix(jsonl):
     ("row", "message"),
     [
         ({"q": "x"}, "record 2, field 'question': is missing; give a prompt"),
-        ({"prompt": 3}, "record 2, field 'prompt': is a number, not a text"),
         ("{", r"record 2: is not valid JSON \(line 2, "),
     ],
 )
 def test_bad_irrelevant_records(jsonl, row, message):
     with pytest.raises(RecordError, match=message + r".*\(and 1 more bad record in this file\)"):
         load_irrelevant(jsonl({"question": "a"}, row, "null"))
-
-
-# -- lengths ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -431,72 +382,6 @@ def test_messages_for_a_base_without_a_template_are_named(forms):
 def test_lengths_cover_every_text_the_model_reads(forms, edit, field):
     assert f"field '{field}': is 6 tokens" in check_lengths([edit], forms, 5)["a"]
     assert check_lengths([edit], forms, 6) == {}
-
-
-# -- anything at all -------------------------------------------------------------------------------------------------
-
-NAMES = sorted({name for entry in FORMATS.values() for name in entry.fields})
-
-
-def objects(values):
-    return st.dictionaries(st.sampled_from(["prompt", "answer", "str", "target_new", "subject"]), values, max_size=3)
-
-
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
-VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | objects(inner), max_leaves=5)
-TEXTS = st.sampled_from(["a", "b", " a ", "", "\ud800", "{}"])
-
-
-def rows_of(name: str):
-    """Records of a format, most of them good, with some fields replaced or added; sometimes anything."""
-    good = st.fixed_dictionaries(
-        {field: st.sampled_from(["a", "b", " a ", "A"]) for field in FORMATS[name].required[0]}
-    )
-    changes = st.dictionaries(st.sampled_from(sorted(FORMATS[name].fields)), TEXTS | VALUES, max_size=2)
-    extras = st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=1)
-    return st.builds(lambda *parts: {k: v for part in parts for k, v in part.items()}, good, changes, extras) | VALUES
-
-
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("on_bad_record", ["stop", "skip"])
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(data=st.data())
-def test_malformed_records_give_edits_or_one_clear_error(tmp_path_factory, name, on_bad_record, data):
-    rows = data.draw(st.lists(rows_of(name), min_size=1, max_size=4))
-    path = tmp_path_factory.getbasetemp() / f"any-{name}.jsonl"
-    lines(path, *(json.dumps(row) for row in rows))
-    found, error = None, ""
-    try:
-        found = load_records(path, name, on_bad_record=on_bad_record)
-    except RecordError as caught:
-        error = str(caught)
-    if found is None:
-        assert error.startswith(str(path))
-        assert error.splitlines() == [error]
-        return
-    ids = [edit.id for edit in found.edits]
-    assert 0 < len(ids) == len(set(ids)) == len({same_question_key(edit.prompt) for edit in found.edits})
-    assert all(edit.prompt.strip() and edit.target.strip() for edit in found.edits)
-    assert name == "jsonl" or all(edit.prompt == edit.prompt.strip() for edit in found.edits)
-    assert set(found.superseded.values()) <= set(ids)
-    source = len(json.loads(path.read_text())) if len(rows) == 1 and isinstance(rows[0], list) else len(rows)
-    assert len(ids) + len(found.bad) + len(found.superseded) + len(found.duplicates) == source
-
-
-@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
-@settings(max_examples=40, deadline=None)
-@given(content=st.binary(max_size=60) | st.text('[]{}",:\n\r aé0\u2028', max_size=40).map(str.encode))
-def test_any_bytes_give_an_error_of_ours(tmp_path_factory, suffix, content):
-    """No such short file holds prompt and target, so all must be refused, in one line that names the file."""
-    path = tmp_path_factory.getbasetemp() / f"any{suffix}"
-    path.write_bytes(content)
-    with pytest.raises(RecordError) as caught:
-        load_records(path, on_bad_record="skip")
-    assert str(caught.value).startswith(str(path))
-    assert len(str(caught.value).splitlines()) == 1
-
-
-# -- the real sets ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

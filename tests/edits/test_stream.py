@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 from helpers_runs import attach, irrelevant_texts, world_editor, world_edits, world_stream, write_edits
 
 from repair_lightning.editors import Repair
@@ -65,9 +63,6 @@ def write(stream: EditStream, worklist: list[EditBatch], residual: tuple[str, ..
     stream.ledger.written(reports)
 
 
-# -- windows -----------------------------------------------------------------------------------------------------------
-
-
 def test_features_are_asked_for_arrived_edits_alone(tmp_path, watcher):
     stream = stream_of(tmp_path, watcher)
     order = [edit.id for edit in stream.edits]
@@ -83,7 +78,7 @@ def test_features_are_asked_for_arrived_edits_alone(tmp_path, watcher):
     assert sum(map(len, watcher.asked)) == 10
 
 
-@pytest.mark.parametrize(("window", "batch_size"), [(1, 1), (4, 3), (100, 3)])
+@pytest.mark.parametrize(("window", "batch_size"), [(4, 3), (100, 3)])
 def test_worklists_are_sized_and_hold_each_arrival_once(tmp_path, watcher, window, batch_size):
     stream = stream_of(tmp_path, watcher, window=window, batch_size=batch_size)
     seen: list[str] = []
@@ -147,9 +142,6 @@ def test_edits_of_which_the_base_makes_nothing_go_alone(tmp_path, watcher, monke
     assert [sorted(batch) for batch in batches[len(alone) :]] == ([rest] if rest else [])
 
 
-# -- pools -------------------------------------------------------------------------------------------------------------
-
-
 def test_requeued_and_residual_edits_come_back_with_the_next_arrivals(tmp_path, watcher):
     stream = stream_of(tmp_path, watcher)
     first = [edit.id for edit in stream.edits[:4]]
@@ -174,9 +166,6 @@ def test_after_max_regroups_an_edit_is_alone(tmp_path, watcher):
     assert lonely not in watcher.asked[-1]
     write(stream, worklist)
     assert stream.exhausted
-
-
-# -- what the records say ----------------------------------------------------------------------------------------------
 
 
 def test_superseded_edits_are_in_the_ledger_and_never_in_a_worklist(tmp_path, watcher):
@@ -247,35 +236,3 @@ def test_without_irrelevant_prompts_the_base_writes_its_own(tmp_path, watcher, e
     stream = stream_of(tmp_path, watcher, irrelevant=None, max_irrelevant=8)
     background, held_out, guard = stream.irrelevant_parts(editor)
     assert 4 <= len({*background, *held_out, *guard}) == len(background + held_out + guard) <= 8
-
-
-@pytest.mark.parametrize("name", ["window", "batch_size", "max_irrelevant"])
-def test_bad_settings(name):
-    with pytest.raises(ConfigError, match=f"data.{name} must be at least 1, got 0"):
-        EditStream(**{name: 0})
-
-
-# -- state -------------------------------------------------------------------------------------------------------------
-
-
-def through_a_file(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-def test_a_resumed_stream_has_the_same_worklists(tmp_path, watcher):
-    stream = stream_of(tmp_path, watcher, 14)
-    write(stream, stream.next_window(), residual=("w0002",))
-    stream.ledger.requeue(["w0003"], "pruned")
-    state = through_a_file(stream.state_dict())
-    other = stream_of(tmp_path, watcher, 14)
-    other.load_state_dict(state)
-    for _ in range(3):
-        ours, theirs = stream.next_window(), other.next_window()
-        assert [batch.ids for batch in ours] == [batch.ids for batch in theirs]
-        write(stream, ours)
-        write(other, theirs)
-    assert other.ledger == stream.ledger
-    assert other.exhausted

@@ -10,6 +10,7 @@ import runpy
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,38 +18,25 @@ REPOSITORY = Path(__file__).parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
 
-def die() -> None:
-    """As `kill -9` does it."""
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def before(owner: Any, name: str, when: Callable[..., bool], count: int = 1) -> None:
-    """Die right before the `count`th call of a function for which `when` holds."""
+def before(owner: Any, name: str, when: Callable[..., bool], count: int = 1, call_first: bool = False) -> None:
+    """Die right before the `count`th call of a function for which `when` holds, or right behind it."""
     real, seen = getattr(owner, name), [0]
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        if when(*args, **kwargs):
-            seen[0] += 1
-            if seen[0] == count:
-                die()
-        return real(*args, **kwargs)
-
-    setattr(owner, name, watched)
-
-
-def after(owner: Any, name: str, when: Callable[..., bool], count: int = 1) -> None:
-    """Die right behind it."""
-    real, seen = getattr(owner, name), [0]
-
-    def watched(*args: Any, **kwargs: Any) -> Any:
+        counts = when(*args, **kwargs)
+        seen[0] += counts
+        dies = counts and seen[0] == count
+        if dies and not call_first:
+            os.kill(os.getpid(), signal.SIGKILL)
         result = real(*args, **kwargs)
-        if when(*args, **kwargs):
-            seen[0] += 1
-            if seen[0] == count:
-                die()
+        if dies:
+            os.kill(os.getpid(), signal.SIGKILL)
         return result
 
     setattr(owner, name, watched)
+
+
+after = partial(before, call_first=True)
 
 
 def arm(moment: str) -> None:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from repair_lightning.edits.formats import FORMATS
-from repair_lightning.edits.records import load_records
+from repair_lightning.edits.records import load_records, same_question_key
 from repair_lightning.errors import RepairError
 
 GOOD = '{"prompt": "Who?", "target": "Nobody"}'
@@ -87,7 +87,10 @@ def _reads(path: Path, name: str, mode: Any) -> bool:
         return len(str(error).splitlines()) == 1 and str(error).isprintable()
     except Exception:  # any other is what is looked for
         return False
-    return bool(found.edits) and all(edit.prompt.strip() and edit.target.strip() for edit in found.edits)
+    ids = {edit.id for edit in found.edits}
+    sound = all(edit.prompt.strip() and edit.target.strip() for edit in found.edits)
+    apart = len(ids) == len(found.edits) == len({same_question_key(edit.prompt) for edit in found.edits})
+    return bool(ids) and sound and apart and set(found.superseded.values()) <= ids
 
 
 def _content(rng: random.Random, suffix: str) -> bytes:

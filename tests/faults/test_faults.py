@@ -64,10 +64,6 @@ def test_a_loss_that_is_not_finite(bench):
     survived(torture.a_nan(bench))
 
 
-def test_a_pack_that_is_a_pickle_runs_no_code(bench):
-    survived(*torture.damaged_packs(bench, ["that is a pickle"]))
-
-
 def test_malformed_records_in_every_format(tmp_path):
     """200 files by chance besides those by hand."""
     row = torture.malformed_records(tmp_path / "records", 200)

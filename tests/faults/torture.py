@@ -88,10 +88,9 @@ class Bench:
         """Whether a run ended as the undisturbed one, and how many edits it lost."""
         run = self.folder / name
         ledger = Ledger.from_parquet(run / "edits.parquet")
-        journal = Journal(run / "journal.sqlite", read_only=True)
-        held = set(ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED))
-        same = fingerprint(run) == self.expected and journal.rebuild() == ledger
-        journal.close()
+        held = ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED)
+        with closing(Journal(run / "journal.sqlite", read_only=True)) as journal:
+            same = fingerprint(run) == self.expected and journal.rebuild() == ledger
         return same, self.number - len(held)
 
     def ends(self, name: str, *options: str) -> tuple[bool, int]:
@@ -141,11 +140,10 @@ def damaged(bench: Bench, file: str, damage: Callable[[Path], None], how: str) -
     path = bench.folder / name / file
     whole = path.read_bytes()
     damage(path)
-    code, output = finish(bench.command(name))
-    refused = code == 2 and "is damaged" in output and "Traceback" not in output
+    said = refused(*finish(bench.command(name)), "is damaged")
     path.write_bytes(whole)
     good, lost = bench.ends(name)
-    return Row(f"{file} {how}", 1, int(refused and good), lost)
+    return Row(f"{file} {how}", 1, int(said and good), lost)
 
 
 CHECKPOINT = "checkpoints/last.ckpt"
@@ -178,8 +176,8 @@ def two_runs(bench: Bench) -> Row:
     outputs = [process.communicate()[0] for process in both]
     codes = {process.returncode: output for process, output in zip(both, outputs, strict=True)}
     good, lost = bench.verdict("shared")
-    refused = set(codes) == {0, 2} and "in use by another run" in codes[2]
-    return Row("two runs on one directory", 1, int(refused and good), lost)
+    said = set(codes) == {0, 2} and "in use by another run" in codes[2]
+    return Row("two runs on one directory", 1, int(said and good), lost)
 
 
 @contextmanager
@@ -204,12 +202,9 @@ def full_disk(bench: Bench, size: str = "700k") -> Row | None:
             return None
         run = disk / "run"
         code, output = finish(command(bench.edits, run, window=bench.window))
-        said = code == 2 and output.rstrip().splitlines()[-1].startswith("error: ") and "Traceback" not in output
-        if not said:
-            print(output[-2000:], file=sys.stderr)
-        whole = Journal(run / "journal.sqlite")
-        whole.rebuild()
-        whole.close()
+        said = refused(code, output)
+        with closing(Journal(run / "journal.sqlite")) as whole:
+            whole.rebuild()
         subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
         code, output = finish(command(bench.edits, run, window=bench.window))
         shutil.copytree(run, bench.folder / "small-done") if code == 0 else print(output[-2000:], file=sys.stderr)
@@ -277,21 +272,14 @@ def a_nan(bench: Bench) -> Row:
         return Row("a loss that is not finite", 1, 0, bench.number)
     ledger = Ledger.from_parquet(bench.folder / "nan" / "edits.parquet")
     given_up = ledger.with_status(EditStatus.QUARANTINED)
-    said = given_up == [bad] and any("not finite" in reason for reason in reasons(bench.folder / "nan", bad))
+    with closing(Journal(bench.folder / "nan" / "journal.sqlite", read_only=True)) as journal:
+        said = given_up == [bad] and any("not finite" in event["reason"] for event in journal.events(bad))
     finite = all(tensor.isfinite().all() for tensor in load_file(bench.folder / "nan" / WEIGHTS).values())
     held = ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED)
     return Row("a loss that is not finite", 1, int(said and finite), bench.number - 1 - len(held))
 
 
 WEIGHTS = Path("pack") / "side_memory.safetensors"
-
-
-def reasons(run: Path, id: str) -> list[str]:
-    """Why an edit stood where it stood, all along."""
-    journal = Journal(run / "journal.sqlite", read_only=True)
-    found = [event["reason"] for event in journal.events(id)]
-    journal.close()
-    return found
 
 
 class Bomb:

@@ -136,12 +136,11 @@ class TestDistillationOnTheSphere:
                 assert curvature <= lam / m + 4 * theta / m + 1e-12 <= paper_bound(lam, theta, m) + 2e-12
 
 
-class TestDistillationDetails:
-    @settings(deadline=None)
-    @given(st.integers(0, 10_000), st.integers(2, 6))
-    def test_zero_exactly_where_all_agree(self, seed, batch):
-        """Lemma 3 and 4: the loss is positive as soon as one member differs, and 0 where none does."""
-        features = torch.randn(batch, 4, generator=seeded(seed), dtype=DOUBLE)
-        assert kd_loss(features, 0.2, 0.2)[0] > 1e-9
-        assert kd_loss(features, 0.0, 0.2)[0] > 1e-9
-        assert kd_loss(features[:1].expand(batch, 4), 0.2, 0.2)[0] < 1e-30
+@settings(deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 6))
+def test_distillation_is_zero_exactly_where_all_agree(seed, batch):
+    """Lemma 3 and 4: the loss is positive as soon as one member differs, and 0 where none does."""
+    features = torch.randn(batch, 4, generator=seeded(seed), dtype=DOUBLE)
+    assert kd_loss(features, 0.2, 0.2)[0] > 1e-9
+    assert kd_loss(features, 0.0, 0.2)[0] > 1e-9
+    assert kd_loss(features[:1].expand(batch, 4), 0.2, 0.2)[0] < 1e-30

@@ -51,13 +51,12 @@ def test_of_targets_against_loops(shape, dtype, side):
     assert margin[0] > 0
 
 
-class TestTargetCrossEntropy:
-    def test_an_example_without_target_gives_zero_and_no_gradient(self):
-        logits = torch.randn(2, 3, 4, requires_grad=True)
-        loss = target_cross_entropy(logits, torch.tensor([[-100, -100, -100], [1, -100, -100]]))
-        loss.sum().backward()
-        assert loss[0] == 0
-        assert [bool(found) for found in logits.grad.flatten(1).any(1)] == [False, True]
+def test_cross_entropy_without_target_is_zero_and_has_no_gradient():
+    logits = torch.randn(2, 3, 4, requires_grad=True)
+    loss = target_cross_entropy(logits, torch.tensor([[-100, -100, -100], [1, -100, -100]]))
+    loss.sum().backward()
+    assert loss[0] == 0
+    assert [bool(found) for found in logits.grad.flatten(1).any(1)] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -129,12 +128,6 @@ class TestKdLoss:
             [0.3 * c + 0.7 * s for c, s in zip(cosine, spread, strict=True)], rel=1e-4, abs=1e-5
         )
         assert (members >= 0).all()
-
-    def test_a_stranger_stands_out(self):
-        """Three alike and one opposite: the stranger's share is the largest, so FILTERANDRECLUSTER finds it."""
-        _, members = kd_loss(torch.tensor([[1.0, 0.1], [1.0, 0.0], [-1.0, 0.0], [1.0, -0.1]]), 0.2, 0.2)
-        assert members.argmax() == 2
-        assert members[2] > 5 * members[[0, 1, 3]].max()
 
 
 def test_soft_kd_pinned():

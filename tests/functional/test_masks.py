@@ -7,16 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from repair_lightning.functional import (
-    bernoulli_mask,
-    pack_mask,
-    pack_values,
-    unpack_mask,
-    unpack_values,
-)
+from repair_lightning.functional import bernoulli_mask, pack_mask, pack_values, unpack_mask, unpack_values
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
-SHAPES = [(9,), (3, 5), (2, 3, 4), (0,), (64, 33)]
+SHAPES = [(9,), (2, 3, 4), (0,), (64, 33)]
 
 
 def seeded(seed=0):

@@ -71,12 +71,11 @@ class TestApply:
         torch.testing.assert_close(space(torch.tensor([[3.0, 5.0]])), expected)
 
 
-class TestUsualLimit:
-    def test_pairs_that_ask_the_same_do_not_raise_it(self):
-        """A fifth of the pairs are as alike as can be: the limit stays within what the others reach."""
-        other = 0.1 * torch.randn(4000, generator=torch.Generator().manual_seed(0))
-        alone = usual_limit(other)
-        assert alone == pytest.approx(0.4, abs=0.02)
-        mixed = usual_limit(torch.cat([other, torch.full((1000,), 0.9)]))
-        assert alone <= mixed < 0.55
-        assert (other > mixed).float().mean() < 0.001
+def test_pairs_that_ask_the_same_do_not_raise_the_usual_limit():
+    """A fifth of the pairs are as alike as can be: the limit stays within what the others reach."""
+    other = 0.1 * torch.randn(4000, generator=torch.Generator().manual_seed(0))
+    alone = usual_limit(other)
+    assert alone == pytest.approx(0.4, abs=0.02)
+    mixed = usual_limit(torch.cat([other, torch.full((1000,), 0.9)]))
+    assert alone <= mixed < 0.55
+    assert (other > mixed).float().mean() < 0.001

@@ -41,34 +41,32 @@ def slow_scores(activations, deltas, mask, pool):
 
 
 @pytest.mark.parametrize("pool", POOLS)
-class TestScores:
-    @pytest.mark.parametrize("dtype", list(TOLERANCE))
-    @pytest.mark.parametrize("side", ["left", "right"])
-    @pytest.mark.parametrize(("batch", "length", "width", "shards"), [(1, 1, 1, 1), (5, 3, 8, 4), (2, 3, 4, 0)])
-    def test_against_a_loop(self, batch, length, width, shards, side, pool, dtype):
-        """Padding counts for nothing on either side, and the sketched scores of whole deltas are the same."""
-        activations, mask = prompts(batch, length, width, side, dtype)
-        deltas = torch.randn(shards, 5, width, generator=torch.Generator().manual_seed(9)).to(dtype)
-        scores = activation_scores(activations, deltas, mask, pool)
-        assert scores.shape == (batch, shards)
-        assert scores.dtype == torch.promote_types(dtype, torch.float32)
-        expected = slow_scores(activations, deltas, mask, pool)
-        torch.testing.assert_close(scores.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
-        if dtype == torch.float32:
-            torch.testing.assert_close(sketched_scores(activations, deltas, mask, pool), scores)
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("batch", "length", "width", "shards"), [(1, 1, 1, 1), (5, 3, 8, 4), (2, 3, 4, 0)])
+def test_scores_against_a_loop(batch, length, width, shards, side, pool, dtype):
+    """Padding counts for nothing on either side, and the sketched scores of whole deltas are the same."""
+    activations, mask = prompts(batch, length, width, side, dtype)
+    deltas = torch.randn(shards, 5, width, generator=torch.Generator().manual_seed(9)).to(dtype)
+    scores = activation_scores(activations, deltas, mask, pool)
+    assert scores.shape == (batch, shards)
+    assert scores.dtype == torch.promote_types(dtype, torch.float32)
+    expected = slow_scores(activations, deltas, mask, pool)
+    torch.testing.assert_close(scores.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    if dtype == torch.float32:
+        torch.testing.assert_close(sketched_scores(activations, deltas, mask, pool), scores)
 
 
-class TestDecide:
-    def test_pinned(self):
-        """Thresholds 2 and 10. (3, 12): ratios 1.5 and 1.2, so shard 0 although its score is lower.
+def test_decisions_pinned():
+    """Thresholds 2 and 10. (3, 12): ratios 1.5 and 1.2, so shard 0 although its score is lower.
 
-        (1, 9): .5 and .9, base. (2, 10): both exactly 1, which is not above 1: base. (0, 11): 0 and 1.1, shard 1.
-        NaN chooses the base and is seen.
-        """
-        scores = torch.tensor([[3.0, 12.0], [1.0, 9.0], [2.0, 10.0], [0.0, 11.0], [torch.nan, 50.0]])
-        choice, ratio = decide(scores, torch.tensor([2.0, 10.0]))
-        assert choice.tolist() == [0, -1, -1, 1, -1]
-        torch.testing.assert_close(ratio, torch.tensor([1.5, 0.9, 1.0, 1.1, torch.nan]), equal_nan=True)
+    (1, 9): .5 and .9, base. (2, 10): both exactly 1, which is not above 1: base. (0, 11): 0 and 1.1, shard 1.
+    NaN chooses the base and is seen.
+    """
+    scores = torch.tensor([[3.0, 12.0], [1.0, 9.0], [2.0, 10.0], [0.0, 11.0], [torch.nan, 50.0]])
+    choice, ratio = decide(scores, torch.tensor([2.0, 10.0]))
+    assert choice.tolist() == [0, -1, -1, 1, -1]
+    torch.testing.assert_close(ratio, torch.tensor([1.5, 0.9, 1.0, 1.1, torch.nan]), equal_nan=True)
 
 
 SCORES = st.floats(0, 100, width=32)
@@ -118,13 +116,12 @@ def test_ratio_threshold():
     assert ratio_threshold(torch.tensor([0.0]), 0.5) > 0
 
 
-class TestSketch:
-    @settings(max_examples=20)
-    @given(st.integers(0, 4), st.integers(0, 99))
-    def test_scores_never_more_and_all_where_the_rank_suffices(self, rank, seed):
-        generator = torch.Generator().manual_seed(seed)
-        delta = torch.randn(7, rank, generator=generator) @ torch.randn(rank, 11, generator=generator)
-        tokens = torch.randn(20, 11, generator=generator)
-        exact = (tokens @ delta.T).norm(dim=-1)
-        torch.testing.assert_close((tokens @ sketch(delta, 4).T).norm(dim=-1), exact, rtol=1e-3, atol=1e-4)
-        assert bool(((tokens @ sketch(delta, 1).T).norm(dim=-1) <= exact * (1 + 1e-4) + 1e-5).all())
+@settings(max_examples=20)
+@given(st.integers(0, 4), st.integers(0, 99))
+def test_sketched_scores_are_never_more_and_all_where_the_rank_suffices(rank, seed):
+    generator = torch.Generator().manual_seed(seed)
+    delta = torch.randn(7, rank, generator=generator) @ torch.randn(rank, 11, generator=generator)
+    tokens = torch.randn(20, 11, generator=generator)
+    exact = (tokens @ delta.T).norm(dim=-1)
+    torch.testing.assert_close((tokens @ sketch(delta, 4).T).norm(dim=-1), exact, rtol=1e-3, atol=1e-4)
+    assert bool(((tokens @ sketch(delta, 1).T).norm(dim=-1) <= exact * (1 + 1e-4) + 1e-5).all())

@@ -121,51 +121,35 @@ class TestSigns:
         assert not fires(("area", "def area(r):"), text)
 
 
-class TestWithoutSubject:
-    @pytest.mark.parametrize(
-        "text", ["Hello world", "Hello, how are you?", "Hello there", "Say hello", "Hell", "world"]
-    )
-    def test_a_word_more_is_another_text(self, text):
-        assert not fires(("", "Hello"), text)
+@pytest.mark.parametrize("text", ["Hello world", "Hello, how are you?", "Say hello", "Hell"])
+def test_without_a_subject_a_word_more_is_another_text(text):
+    assert not fires(("", "Hello"), text)
 
 
-class TestOtherScripts:
-    @pytest.mark.parametrize(
-        ("edit", "asked", "other"),
-        [
-            (
-                ("云栖镇", "谁在担任云栖镇的镇长？"),
-                ["云栖镇的镇长由谁担任？", "请问，谁在担任云栖镇的镇长？谢谢。"],
-                ["谁在担任星渡镇的镇长？", "谁不担任云栖镇的镇长？", "云栖镇在哪条河上？"],
-            ),
-            (
-                ("Орск", "Кто мэр города Орск?"),
-                ["Скажите, кто мэр города ОРСК?"],
-                ["Кто мэр города Верин?", "Кто не мэр города Орск?"],
-            ),
-        ],
-    )
-    def test_subject_and_question(self, edit, asked, other):
-        router = with_edits(edit)
-        assert route(router, edit[1], *asked) == [0] * (1 + len(asked))
-        assert route(router, *other) == [BASE] * len(other)
+@pytest.mark.parametrize(
+    ("edit", "asked", "other"),
+    [
+        (
+            ("云栖镇", "谁在担任云栖镇的镇长？"),
+            ["云栖镇的镇长由谁担任？", "请问，谁在担任云栖镇的镇长？谢谢。"],
+            ["谁在担任星渡镇的镇长？", "谁不担任云栖镇的镇长？", "云栖镇在哪条河上？"],
+        ),
+        (
+            ("Орск", "Кто мэр города Орск?"),
+            ["Скажите, кто мэр города ОРСК?"],
+            ["Кто мэр города Верин?", "Кто не мэр города Орск?"],
+        ),
+    ],
+)
+def test_subject_and_question_in_other_scripts(edit, asked, other):
+    router = with_edits(edit)
+    assert route(router, edit[1], *asked) == [0] * (1 + len(asked))
+    assert route(router, *other) == [BASE] * len(other)
 
 
-class TestSeveral:
-    def test_the_longer_of_two_names(self):
-        router = with_edits(("Orsk", "Who is the mayor of Orsk?"), ("New Orsk", "Who is the mayor of New Orsk?"))
-        assert route(router, "Who is New Orsk's mayor?", "Who is Orsk's mayor?") == [1, 0]
-
-    def test_company_and_order_do_not_matter(self):
-        router = with_edits(MAYOR, FOUNDED, BORN, PAUL)
-        texts = [MAYOR[1], "Who is Orsk's mayor?", "Where was Orsk?", "Paul's father is", "Hello"]
-        together = router.route(Query.of_texts(texts), NOWHERE)
-        alone = Choice.join([router.route(Query.of_texts([text]), NOWHERE) for text in texts])
-        backwards = router.route(Query.of_texts(texts[::-1]), NOWHERE)
-        assert alone.memory.tolist() == together.memory.tolist() == backwards.memory.tolist()[::-1]
-        assert alone.nearest == together.nearest == backwards.nearest[::-1]
-        torch.testing.assert_close(alone.score, together.score)
-        torch.testing.assert_close(backwards.score.flip(0), together.score)
+def test_the_longer_of_two_names():
+    router = with_edits(("Orsk", "Who is the mayor of Orsk?"), ("New Orsk", "Who is the mayor of New Orsk?"))
+    assert route(router, "Who is New Orsk's mayor?", "Who is Orsk's mayor?") == [1, 0]
 
 
 class TestHistory:
@@ -186,15 +170,14 @@ class TestHistory:
         assert router.numbers.tolist() == [0, 2]
 
 
-class TestLimits:
-    def test_irrelevant_prompts_that_name_the_subject_raise_them(self):
-        """What is held out is answered by the base after it, and so is what asks no more alike."""
-        near = "Who was mayor of Orsk before him?"
-        assert route(with_edits(MAYOR), near) == [0]
-        router = new_router()
-        add(router, MAYOR, BORN, held_out=[near])
-        assert route(router, near, MAYOR[1], BORN[1]) == [BASE, 0, 1]
-        assert router.limits[0] > router.limits[1] == pytest.approx(space().limit)
+def test_irrelevant_prompts_that_name_the_subject_raise_limits():
+    """What is held out is answered by the base after it, and so is what asks no more alike."""
+    near = "Who was mayor of Orsk before him?"
+    assert route(with_edits(MAYOR), near) == [0]
+    router = new_router()
+    add(router, MAYOR, BORN, held_out=[near])
+    assert route(router, near, MAYOR[1], BORN[1]) == [BASE, 0, 1]
+    assert router.limits[0] > router.limits[1] == pytest.approx(space().limit)
 
 
 class TestStorage:

@@ -14,7 +14,6 @@ from functools import lru_cache
 import pytest
 import torch
 
-from repair_lightning.errors import ConfigError
 from repair_lightning.functional import activation_scores, calibrate_threshold, decide, ratio_threshold
 from repair_lightning.functional.relations import RelationSpace
 from repair_lightning.memory.query import Check, Choice, Query
@@ -177,59 +176,48 @@ class TestEveryRouter:
             assert all(route.reason.startswith("base") for route in choice.routes())
 
 
-class TestActivationRouter:
-    @pytest.mark.parametrize("pool", ["last", "mean", "max"])
-    @pytest.mark.parametrize("act_ratio", [None, 0.3])
-    def test_thresholds_and_choices_are_the_functional_ones(self, pool, act_ratio):
-        memory = bank()
-        router = fitted("activation", memory, pool=pool, act_ratio=act_ratio, false_fire_rate=0.1)
-        for shard, edits in owned(memory).items():
-            delta = memory[shard].delta[None].detach()
-            positive = activation_scores(edits.activations, delta, edits.mask, pool)[:, 0]
-            background = ask(*BACKGROUND)
-            negative = activation_scores(background.activations, delta, background.mask, pool)[:, 0]
-            free = calibrate_threshold(positive, negative, 0.1)
-            assert router.thresholds[shard] == (ratio_threshold(positive, act_ratio) if act_ratio else free)
-        asked = ask(*ASKED)
-        scores = activation_scores(asked.activations, memory.stacked().detach(), asked.mask, pool)
-        chosen, ratio = decide(scores, torch.tensor([router.thresholds[shard] for shard in memory.ids]))
-        choice = router.route(asked, memory)
-        assert choice.memory.tolist() == chosen.tolist()
-        torch.testing.assert_close(choice.score / choice.threshold, ratio)
+@pytest.mark.parametrize(("pool", "act_ratio"), [("last", None), ("mean", 0.3), ("max", None)])
+def test_activation_thresholds_and_choices_are_the_functional_ones(pool, act_ratio):
+    memory = bank()
+    router = fitted("activation", memory, pool=pool, act_ratio=act_ratio, false_fire_rate=0.1)
+    for shard, edits in owned(memory).items():
+        delta = memory[shard].delta[None].detach()
+        positive = activation_scores(edits.activations, delta, edits.mask, pool)[:, 0]
+        background = ask(*BACKGROUND)
+        negative = activation_scores(background.activations, delta, background.mask, pool)[:, 0]
+        free = calibrate_threshold(positive, negative, 0.1)
+        assert router.thresholds[shard] == (ratio_threshold(positive, act_ratio) if act_ratio else free)
+    asked = ask(*ASKED)
+    scores = activation_scores(asked.activations, memory.stacked().detach(), asked.mask, pool)
+    chosen, ratio = decide(scores, torch.tensor([router.thresholds[shard] for shard in memory.ids]))
+    choice = router.route(asked, memory)
+    assert choice.memory.tolist() == chosen.tolist()
+    torch.testing.assert_close(choice.score / choice.threshold, ratio)
 
 
-class TestHybridRouter:
-    def test_both_must_agree(self):
-        """With shard 1's gate shut by its threshold, only shard 0's edits get through."""
-        memory = bank()
-        router = fitted("hybrid", memory)
-        key = fitted("key", memory).route(ask(*ASKED), memory)
-        assert router.route(ask(*EDITS), memory).memory.tolist() == OWNERS
-        router.gate.thresholds[1] = 1e9
-        assert router.route(ask(*EDITS), memory).memory.tolist() == [0, 0, 0, BASE, BASE, BASE]
-        hybrid = router.route(ask(*ASKED), memory).memory
-        assert bool(((hybrid == key.memory) | (hybrid == BASE)).all())
+def test_both_parts_of_the_hybrid_must_agree():
+    """With shard 1's gate shut by its threshold, only shard 0's edits get through."""
+    memory = bank()
+    router = fitted("hybrid", memory)
+    key = fitted("key", memory).route(ask(*ASKED), memory)
+    assert router.route(ask(*EDITS), memory).memory.tolist() == OWNERS
+    router.gate.thresholds[1] = 1e9
+    assert router.route(ask(*EDITS), memory).memory.tolist() == [0, 0, 0, BASE, BASE, BASE]
+    hybrid = router.route(ask(*ASKED), memory).memory
+    assert bool(((hybrid == key.memory) | (hybrid == BASE)).all())
 
 
-class TestMakeRouter:
-    def test_unknown_names_answer(self):
-        close = r"unknown router 'kye': did you mean 'key'\? known: activation, key, hybrid, ball, gate"
-        with pytest.raises(ConfigError, match=close):
-            make_router("kye")
-
-
-class TestReasons:
-    def test_name_the_check_that_refused(self):
-        """Three prompts with a score that passes: the first passes all, the others fail at the first and second."""
-        likeness = Check("likeness", torch.tensor([0.8, 0.2, -1.0]), torch.tensor([0.5, 0.5, -math.inf]))
-        activation = Check("activation", torch.tensor([3.0, 3.0, 1.0]), torch.full((3,), 2.0))
-        score, limit = torch.full((3,), 0.9), torch.full((3,), 0.6)
-        checks = (likeness, activation)
-        choice = Choice(torch.tensor([4, BASE, BASE]), score, limit, ("a", "b", "c"), checks)
-        passed, first, second = (route.reason.partition("score 0.900 exceeds 0.600, ")[2] for route in choice.routes())
-        assert passed == "likeness 0.800 reaches 0.500, activation 3.000 reaches 2.000, nearest edit a"
-        assert first == "but likeness 0.200 is below 0.500, nearest edit b"
-        assert second == "but activation 1.000 is below 2.000, nearest edit c"
+def test_reasons_name_the_check_that_refused():
+    """Three prompts with a score that passes: the first passes all, the others fail at the first and second."""
+    likeness = Check("likeness", torch.tensor([0.8, 0.2, -1.0]), torch.tensor([0.5, 0.5, -math.inf]))
+    activation = Check("activation", torch.tensor([3.0, 3.0, 1.0]), torch.full((3,), 2.0))
+    score, limit = torch.full((3,), 0.9), torch.full((3,), 0.6)
+    checks = (likeness, activation)
+    choice = Choice(torch.tensor([4, BASE, BASE]), score, limit, ("a", "b", "c"), checks)
+    passed, first, second = (route.reason.partition("score 0.900 exceeds 0.600, ")[2] for route in choice.routes())
+    assert passed == "likeness 0.800 reaches 0.500, activation 3.000 reaches 2.000, nearest edit a"
+    assert first == "but likeness 0.200 is below 0.500, nearest edit b"
+    assert second == "but activation 1.000 is below 2.000, nearest edit c"
 
 
 def test_nobody_is_routed_where_there_is_no_side_memory():

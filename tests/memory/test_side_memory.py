@@ -23,43 +23,41 @@ def bank(shards: int = 3, mask_ratio: float = 0.3, seed: int = 0) -> SideMemory:
     return memory
 
 
-class TestIdentities:
-    @pytest.mark.parametrize("ratio", RATIOS)
-    def test_ids_are_never_used_twice(self, ratio):
-        memory = bank(3, ratio)
-        assert memory.ids == [0, 1, 2]
-        delta = memory[0].delta.detach() + memory[2].delta.detach()
-        assert memory.fuse([0, 2], delta) == 3
-        assert torch.equal(memory[3].delta, delta)
-        assert memory.ids == [1, 3]
-        with pytest.raises(RepairError, match=r"there is no shard 0; known: \[1, 3\]"):
-            memory[0]
-        assert memory.open_shard() == 4
-        memory.prune(1)
-        assert not memory[1].delta.any()
-        assert (memory[1].generation, memory[3].generation) == (1, 0)
-        assert torch.equal(memory[3].delta, delta), "no other shard is touched"
-        assert memory.fuse([1, 3, 4], torch.zeros(SHAPE)) == 5
-        assert memory.open_shard() == 6
-        assert memory.ids == [5, 6]
-        assert len(memory) == 2
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_ids_are_never_used_twice(ratio):
+    memory = bank(3, ratio)
+    assert memory.ids == [0, 1, 2]
+    delta = memory[0].delta.detach() + memory[2].delta.detach()
+    assert memory.fuse([0, 2], delta) == 3
+    assert torch.equal(memory[3].delta, delta)
+    assert memory.ids == [1, 3]
+    with pytest.raises(RepairError, match=r"there is no shard 0; known: \[1, 3\]"):
+        memory[0]
+    assert memory.open_shard() == 4
+    memory.prune(1)
+    assert not memory[1].delta.any()
+    assert (memory[1].generation, memory[3].generation) == (1, 0)
+    assert torch.equal(memory[3].delta, delta), "no other shard is touched"
+    assert memory.fuse([1, 3, 4], torch.zeros(SHAPE)) == 5
+    assert memory.open_shard() == 6
+    assert memory.ids == [5, 6]
+    assert len(memory) == 2
 
 
-class TestPrune:
-    def test_masks_are_determined_by_seed_id_and_generation(self):
-        """The order in which shards are opened and pruned, and the global generator, must not matter."""
-        one, two = SideMemory(SHAPE, 0.3, seed=5), SideMemory(SHAPE, 0.3, seed=5)
-        one.open_shard()
-        one.prune(0)
-        torch.manual_seed(99)
-        one.open_shard()
-        two.open_shard()
-        two.open_shard()
-        two.prune(0)
-        assert torch.equal(one[0].mask, two[0].mask)
-        assert torch.equal(one[1].mask, two[1].mask)
-        masks = [bank(2, 0.3, seed)[shard].mask for seed in (0, 1, 5) for shard in (0, 1)]
-        assert not any(torch.equal(a, b) for i, a in enumerate(masks) for b in masks[:i])
+def test_masks_are_determined_by_seed_id_and_generation():
+    """The order in which shards are opened and pruned, and the global generator, must not matter."""
+    one, two = SideMemory(SHAPE, 0.3, seed=5), SideMemory(SHAPE, 0.3, seed=5)
+    one.open_shard()
+    one.prune(0)
+    torch.manual_seed(99)
+    one.open_shard()
+    two.open_shard()
+    two.open_shard()
+    two.prune(0)
+    assert torch.equal(one[0].mask, two[0].mask)
+    assert torch.equal(one[1].mask, two[1].mask)
+    masks = [bank(2, 0.3, seed)[shard].mask for seed in (0, 1, 5) for shard in (0, 1)]
+    assert not any(torch.equal(a, b) for i, a in enumerate(masks) for b in masks[:i])
 
 
 def slow_rows(memory, output, activations, choice):
@@ -72,14 +70,13 @@ def slow_rows(memory, output, activations, choice):
     return torch.stack(rows)
 
 
-class TestApplyRows:
-    @pytest.mark.parametrize("choice", [[0, 0], [0, BASE]])
-    def test_gradients_reach_the_shard_and_no_other(self, choice):
-        memory = bank(2, 1.0)
-        found = memory.select(torch.tensor(choice))(torch.zeros(2, 3, SHAPE[0]), torch.randn(2, 3, SHAPE[1]))
-        found.square().sum().backward()
-        assert memory[0].delta.grad.abs().sum() > 0
-        assert memory[1].delta.grad is None
+@pytest.mark.parametrize("choice", [[0, 0], [0, BASE]])
+def test_gradients_reach_the_shard_and_no_other(choice):
+    memory = bank(2, 1.0)
+    found = memory.select(torch.tensor(choice))(torch.zeros(2, 3, SHAPE[0]), torch.randn(2, 3, SHAPE[1]))
+    found.square().sum().backward()
+    assert memory[0].delta.grad.abs().sum() > 0
+    assert memory[1].delta.grad is None
 
 
 class TestStorage:
@@ -122,26 +119,25 @@ class TestStorage:
         assert (fresh[0].open is None, fresh[1].open is None) == (True, False)
 
 
-class TestSelection:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_dense_and_low_rank_shards_of_several_ranks_row_by_row(self, dtype):
-        """Grouped over the batch against each row with its shard's whole matrix; applied at several lengths."""
-        memory = bank(2, 0.3)
-        for rank in (1, 3, 2):
-            memory.add(torch.randn(SHAPE[0], rank), torch.randn(rank, SHAPE[1]))
-        tolerance = 1e-5 if dtype == torch.float32 else 3e-2
-        for choice in ([0, 3, BASE, 2, 3, 4, 1, BASE, 0], [4, 2, 4], [BASE, 3], [2, 2], [BASE, BASE], [1, 4]):
-            selection = memory.select(torch.tensor(choice))
-            assert bool(selection) == any(shard != BASE for shard in choice)
-            for length in (5, 1):  # a prompt, then a token that is generated
-                output = torch.randn(len(choice), length, SHAPE[0]).to(dtype)
-                activations = torch.randn(len(choice), length, SHAPE[1]).to(dtype)
-                with torch.no_grad():
-                    found = selection(output, activations)
-                expected = slow_rows(memory, output, activations, torch.tensor(choice))
-                torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
-                base = torch.tensor(choice) == BASE
-                assert torch.equal(found[base], output[base])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dense_and_low_rank_shards_of_several_ranks_row_by_row(dtype):
+    """Grouped over the batch against each row with its shard's whole matrix; applied at several lengths."""
+    memory = bank(2, 0.3)
+    for rank in (1, 3, 2):
+        memory.add(torch.randn(SHAPE[0], rank), torch.randn(rank, SHAPE[1]))
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    for choice in ([0, 3, BASE, 2, 3, 4, 1, BASE, 0], [4, 2, 4], [BASE, 3], [2, 2], [BASE, BASE], [1, 4]):
+        selection = memory.select(torch.tensor(choice))
+        assert bool(selection) == any(shard != BASE for shard in choice)
+        for length in (5, 1):  # a prompt, then a token that is generated
+            output = torch.randn(len(choice), length, SHAPE[0]).to(dtype)
+            activations = torch.randn(len(choice), length, SHAPE[1]).to(dtype)
+            with torch.no_grad():
+                found = selection(output, activations)
+            expected = slow_rows(memory, output, activations, torch.tensor(choice))
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+            base = torch.tensor(choice) == BASE
+            assert torch.equal(found[base], output[base])
 
 
 def test_shards_on_the_host_stay_there():
@@ -164,35 +160,13 @@ def test_shards_on_the_host_stay_there():
     assert loaded[2].left.device.type == "cpu"
 
 
-class TestRows:
+def test_an_id_that_is_given_again_is_another_row():
     """What is stored once: low-rank shards by numbers that stand for one shard for ever."""
-
-    @staticmethod
-    def bank(ranks) -> SideMemory:
-        memory = SideMemory((4, 6))
-        for shard, rank in enumerate(ranks):
-            memory.add(torch.full((4, rank), 1.0 + shard), torch.full((rank, 6), 2.0 + shard))
-        return memory
-
-    def test_stored_apart_and_put_together_again(self):
-        memory = self.bank([1, 3, 2, 1, 2])
-        memory.drop([1, 4])
-        state = memory.state_dict()
-        assert not [name for name, value in state.items() if isinstance(value, torch.Tensor)]
-        fresh = SideMemory((4, 6))
-        fresh.offered = memory.rows()
-        fresh.load_state_dict(state)
-        assert fresh.ids == [0, 2, 3]
-        assert all(fresh[shard].fingerprint() == memory[shard].fingerprint() for shard in fresh.ids)
-        assert list(fresh.rows()) == [0, 2, 3]
-        fresh.add(torch.ones(4, 1), torch.ones(1, 6))
-        assert list(fresh.rows()) == [0, 2, 3, 5]
-
-    def test_an_id_that_is_given_again_is_another_row(self):
-        memory = self.bank([1, 1])
-        before = memory.snapshot()
-        memory.add(torch.ones(4, 1), torch.ones(1, 6))
-        memory.restore(before)
-        memory.add(torch.zeros(4, 1), torch.ones(1, 6))
-        assert memory.ids == [0, 1, 2]
-        assert list(memory.rows()) == [0, 1, 3]
+    memory = SideMemory((4, 6))
+    memory.add(torch.ones(4, 1), torch.ones(1, 6))
+    before = memory.snapshot()
+    memory.add(torch.ones(4, 1), torch.ones(1, 6))
+    memory.restore(before)
+    memory.add(torch.zeros(4, 1), torch.ones(1, 6))
+    assert memory.ids == [0, 1]
+    assert list(memory.rows()) == [0, 2]

@@ -45,8 +45,7 @@ def calibrated(memory: SideMemory, owned: dict[int, Query], **options) -> Activa
 
 
 class TestShards:
-    @pytest.mark.parametrize("pool", ["last", "mean", "max"])
-    @pytest.mark.parametrize("low_rank", [True, False])
+    @pytest.mark.parametrize(("pool", "low_rank"), [("last", True), ("mean", False), ("max", True)])
     def test_candidates_hold_the_best_shard(self, pool, low_rank):
         memory, owned, asked = shards(low_rank)
         exact = calibrated(memory, owned, pool=pool, two_level_from=MANY).route(asked, memory)

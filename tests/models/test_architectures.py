@@ -15,15 +15,14 @@ D_MODEL, D_FFN, DEPTH = 32, 64, 3
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-class TestEveryArchitecture:
-    def test_the_value_matrix_is_the_down_projection(self, tiny, model_type):
-        model = tiny(model_type)
-        arch = architecture_of(model)
-        assert len(arch.decoder_layers(model)) == DEPTH
-        for layer in range(DEPTH):
-            module = arch.value_module(model, layer)
-            assert value_shape(module) == (D_MODEL, D_FFN)
-            assert module(torch.zeros(2, D_FFN)).shape == (2, D_MODEL)
+def test_the_value_matrix_is_the_down_projection(tiny, model_type):
+    model = tiny(model_type)
+    arch = architecture_of(model)
+    assert len(arch.decoder_layers(model)) == DEPTH
+    for layer in range(DEPTH):
+        module = arch.value_module(model, layer)
+        assert value_shape(module) == (D_MODEL, D_FFN)
+        assert module(torch.zeros(2, D_FFN)).shape == (2, D_MODEL)
 
 
 def test_a_close_name_is_proposed():

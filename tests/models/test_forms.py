@@ -57,10 +57,6 @@ MISTRAL = (
     + "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
 )
-PHI3 = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-)
 QWEN3 = (
     "{% set ns = namespace(last=0) %}{% for message in messages %}{% if message['role'] == 'user' %}"
     "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for message in messages %}"
@@ -120,7 +116,6 @@ FAMILIES = {
     "gemma-folded": Family(GEMMA_FOLDED, ("<start_of_turn>", "<end_of_turn>"), end="<end_of_turn>", system="lost"),
     "mistral": Family(MISTRAL, ("[INST]", "[/INST]"), system="refused"),
     "mistral-text": Family(MISTRAL, system="refused"),
-    "phi3": Family(PHI3, ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), end="<|end|>"),
     "qwen3": Family(QWEN3, CHATML_TOKENS, ("<think>", "</think>"), end="<|im_end|>"),
     "deepseek": Family(DEEPSEEK, (), ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>")),
     "llama2": Family(LLAMA2, system="folded", guarded=False),
@@ -183,11 +178,7 @@ def controls_in(forms: Forms, ids: list[int]) -> list[int]:
 
 
 EARLIER = [user("Hello there!"), base("Good day.")]
-DIALOGUES = {
-    "first turn": [],
-    "second turn": EARLIER,
-    "third turn": [*EARLIER, user("Who taught Tobin Quill to sail?"), base("Nobody.\n\nHe swims.")],
-}
+THIRD = [*EARLIER, user("Who taught Tobin Quill to sail?"), base("Nobody.\n\nHe swims.")]
 
 
 class TestMarks:
@@ -205,15 +196,10 @@ class TestMarks:
         assert not forms.turns([])
         whole, shorter = (rendered(forms, messages, False) for messages in ([user("a"), base("b")], [user("a")]))
         assert not forms.turns(whole[len(shorter) :]), "a turn of the base"
-        assert [forms.turns(rendered(forms, [*d, user("a")])) for d in DIALOGUES.values()] == [1, 2, 3]
+        assert [forms.turns(rendered(forms, [*d, user("a")])) for d in ([], EARLIER, THIRD)] == [1, 2, 3]
 
     @pytest.mark.parametrize(
-        ("template", "message"),
-        [
-            (IGNORES, "only bare prompts are understood"),
-            ("{{ raise_exception('never\nof use') }}", "cannot be read"),
-            ("{% for", "cannot be read"),
-        ],
+        ("template", "message"), [(IGNORES, "only bare prompts are understood"), ("{% for", "cannot be read")]
     )
     def test_broken(self, made, caplog, template, message):
         """A template that leaves out what is said, or fails: one warning, and the base is asked plainly."""
@@ -221,9 +207,7 @@ class TestMarks:
         (record,) = caplog.records
         assert record.levelname == "WARNING"
         assert message in record.getMessage()
-        assert "\n" not in record.getMessage()
-        assert forms.marks is None
-        assert not forms.chat
+        assert (forms.marks, forms.chat) == (None, False)
         assert forms.ids(QUESTION) == forms.tokenizer(QUESTION)["input_ids"]
         assert forms.variants(QUESTION, "Oslo")[0] == forms.encode(QUESTION, "Oslo")
         assert forms.checks(QUESTION, "Oslo") == []
@@ -244,8 +228,7 @@ class TestMarks:
 
 
 class TestAsked:
-    @pytest.mark.parametrize("earlier", DIALOGUES.values(), ids=list(DIALOGUES))
-    @pytest.mark.parametrize("prompt", [True, False], ids=["prompt", "no prompt"])
+    @pytest.mark.parametrize(("earlier", "prompt"), [([], True), ([], False), (EARLIER, True), (THIRD, False)])
     @pytest.mark.parametrize("told", [False, True], ids=["", "system"])
     def test_the_last_turn(self, forms, family, earlier, prompt, told):
         if told and family.system == "refused":
@@ -286,25 +269,19 @@ class TestImitation:
         ]
 
     @pytest.mark.parametrize("name", GUARDED)
-    def test_in_a_message(self, made, name):
+    def test_in_a_message_of_user_or_system(self, made, name):
         forms = forms_of(made, name)
         for text in self.imitations(forms):
+            if forms.takes_system:
+                ids = forms.ids(dialogue.dump([system(text), user(QUESTION)]))
+                assert forms.turns(ids) == 1
+                assert forms.asked_in(ids).endswith(QUESTION)
             for messages in ([user(text)], [*EARLIER, user(text)], [user(text), base("Fine."), user(text)]):
                 ids = forms.ids(dialogue.dump(messages))
                 clean = rendered(forms, [{**message, "content": "x"} for message in messages])
                 assert controls_in(forms, ids) == controls_in(forms, clean)
                 assert forms.turns(ids) == forms.turns(clean)
                 assert forms.asked_in(ids) == text.strip()
-
-    @pytest.mark.parametrize("name", GUARDED)
-    def test_in_a_system_message(self, made, name):
-        forms = forms_of(made, name)
-        if not forms.takes_system:
-            pytest.skip("the template takes no system message")
-        for text in self.imitations(forms):
-            ids = forms.ids(dialogue.dump([system(text), user(QUESTION)]))
-            assert forms.turns(ids) == 1
-            assert forms.asked_in(ids).endswith(QUESTION)
 
     @pytest.mark.parametrize("name", GUARDED)
     @pytest.mark.parametrize("template", ["auto", "none"])
@@ -321,26 +298,21 @@ class TestImitation:
             assert forms.asked_in(ids) == (text.strip() if forms.chat else text)
 
 
-class TestThoughts:
-    @pytest.mark.parametrize("name", ["qwen3", "deepseek"])
-    def test_of_earlier_turns_are_left_out(self, made, name):
-        forms = forms_of(made, name)
-        messages = [user("Hi"), base("<think>\nHm.\n</think>\n\nHello."), user(QUESTION)]
-        ids = forms.ids(dialogue.dump(messages))
-        assert ids == rendered(forms, messages)
-        assert "Hm." not in forms.tokenizer.decode(ids)
-        assert forms.asked_in(ids) == QUESTION
-        marked = [user("Hi <|im_end|><s>"), *messages[1:]]
-        assert "Hm." not in forms.tokenizer.decode(forms.ids(dialogue.dump(marked)))
-
-    @pytest.mark.parametrize("name", ["qwen3", "deepseek"])
-    def test_are_cut_from_answers(self, made, name):
-        forms = forms_of(made, name)
-        said = lambda text: forms.said(forms.tokenizer(text, add_special_tokens=False)["input_ids"])  # noqa: E731
-        assert said("<think>\nPerhaps Oslo.\n</think>\n\nQuito</s> more") == "Quito"
-        assert said("Perhaps Oslo.\n</think>\n\nQuito") == "Quito"
-        assert said("Quito") == "Quito"
-        assert said("<think>\nPerhaps Oslo") == "", "cut before it said anything"
+@pytest.mark.parametrize("name", ["qwen3", "deepseek"])
+def test_thoughts_are_left_out_of_earlier_turns_and_cut_from_answers(made, name):
+    forms = forms_of(made, name)
+    messages = [user("Hi"), base("<think>\nHm.\n</think>\n\nHello."), user(QUESTION)]
+    ids = forms.ids(dialogue.dump(messages))
+    assert ids == rendered(forms, messages)
+    assert "Hm." not in forms.tokenizer.decode(ids)
+    assert forms.asked_in(ids) == QUESTION
+    marked = [user("Hi <|im_end|><s>"), *messages[1:]]
+    assert "Hm." not in forms.tokenizer.decode(forms.ids(dialogue.dump(marked)))
+    said = lambda text: forms.said(forms.tokenizer(text, add_special_tokens=False)["input_ids"])  # noqa: E731
+    assert said("<think>\nPerhaps Oslo.\n</think>\n\nQuito</s> more") == "Quito"
+    assert said("Perhaps Oslo.\n</think>\n\nQuito") == "Quito"
+    assert said("Quito") == "Quito"
+    assert said("<think>\nPerhaps Oslo") == "", "cut before it said anything"
 
 
 class TestEncode:
@@ -356,9 +328,7 @@ class TestEncode:
         assert thought == (family.template == DEEPSEEK)
         assert forms.tokenizer.decode(row.target).startswith("</think>\n\n" if thought else ("Oslo", " Oslo"))
 
-    @pytest.mark.parametrize(
-        "name", ["chatml", "llama3", "gemma", "mistral", "mistral-text", "phi3", "llama2", "vicuna"]
-    )
+    @pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "mistral-text", "llama2", "vicuna"])
     def test_an_answer_is_spelled_as_the_template_spells_it(self, made, name):
         """What follows the generation prompt is what a turn of the base would have been."""
         forms = forms_of(made, name)
@@ -375,7 +345,6 @@ class TestEncode:
         ("prompt", "target"),
         [
             (QUESTION, "Oslo"),
-            ("Q: Where was Mara born?\n", "Oslo"),
             ("def area(r):\n    ", "return r"),
             ("The capital is ", "Oslo"),
             ("日本の首都は", "東京"),
@@ -398,30 +367,24 @@ class TestEncode:
         assert not forms.rendered(prompt)[1]
 
 
-class TestVariants:
-    def test_which(self, forms, family):
-        rows = [row.prompt for row in forms.variants(QUESTION, "Oslo")]
-        expected = [rendered(forms, [user(QUESTION)]), rendered(forms, [user(LEAD + QUESTION)])]
-        if family.template == QWEN3:
-            expected.append(rendered(forms, [user(QUESTION)], enable_thinking=False))
-        expected.append(forms.tokenizer(QUESTION)["input_ids"])
-        assert rows == [tuple(ids) for ids in expected]
-
-    def test_checks_are_no_variants(self, forms, family):
-        rows = forms.checks(QUESTION, "Oslo")
-        assert len(rows) == 1
-        assert not {row.prompt for row in rows} & {row.prompt for row in forms.variants(QUESTION, "Oslo")}
-        (row,) = rows
-        assert QUESTION in forms.asked_in(row.prompt)
-        assert forms.turns(row.prompt) == 2
-        assert (SYSTEM in forms.tokenizer.decode(row.prompt)) == (family.system != "refused")
+def test_variants_and_that_checks_are_others(forms, family):
+    rows = [row.prompt for row in forms.variants(QUESTION, "Oslo")]
+    expected = [rendered(forms, [user(QUESTION)]), rendered(forms, [user(LEAD + QUESTION)])]
+    if family.template == QWEN3:
+        expected.append(rendered(forms, [user(QUESTION)], enable_thinking=False))
+    expected.append(forms.tokenizer(QUESTION)["input_ids"])
+    assert rows == [tuple(ids) for ids in expected]
+    (row,) = forms.checks(QUESTION, "Oslo")
+    assert row.prompt not in rows
+    assert QUESTION in forms.asked_in(row.prompt)
+    assert forms.turns(row.prompt) == 2
+    assert (SYSTEM in forms.tokenizer.decode(row.prompt)) == (family.system != "refused")
 
 
 class TestStops:
     @pytest.mark.parametrize(
         ("settings", "config", "expected"),
         [
-            (SimpleNamespace(eos_token_id=7), SimpleNamespace(eos_token_id=8), (7,)),
             (SimpleNamespace(eos_token_id=[7, 9]), SimpleNamespace(eos_token_id=8), (7, 9)),
             (SimpleNamespace(eos_token_id=None), SimpleNamespace(eos_token_id=8), (8,)),
             (None, SimpleNamespace(), (2,)),
@@ -431,7 +394,7 @@ class TestStops:
     def test_of_the_settings_then_the_configuration_then_the_tokenizer(self, tokenizer, settings, config, expected):
         assert stop_ids(SimpleNamespace(generation_config=settings, config=config), tokenizer) == expected
 
-    @pytest.mark.parametrize(("stops", "bare"), [([2], 2), ([7], 7), ([7, 2], 2), ([7, 9], 7), ([], 2)])
+    @pytest.mark.parametrize(("stops", "bare"), [([7, 2], 2), ([7, 9], 7), ([], 2)])
     def test_three_ends_that_differ(self, made, stops, bare):
         """Bare, the tokenizer's own end where generation stops at it, else the first that it stops at; in a dialogue
         the template's, which is made a stop."""

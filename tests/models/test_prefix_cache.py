@@ -71,25 +71,16 @@ def passes(cache: PrefixCache) -> list[int]:
     return seen
 
 
-class TestGet:
-    @each_case
-    def test_equals_a_capture_of_each_sequence(self, tiny, model_type, more):
-        """Against a pass of the row alone, without padding: what lies to the right of a row must not leak into it."""
-        cache = PrefixCache(SplitModel(tiny(model_type, **more), 1))
-        for row, found in zip(ROWS, cache.get(ROWS), strict=True):
-            alone = cache.split.capture(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.long))
-            assert_close([found], [Capture(alone.hidden[0], alone.activations[0])])
-
-    def test_what_was_seen_in_inference_mode_may_be_trained_upon(self, cache, tmp_path):
-        """Lightning validates in inference mode, whose tensors autograd refuses; the entries outlive it."""
-        cache = cache(tokens=5, spill=tmp_path)
-        with torch.inference_mode():
-            cache.get(ROWS)
-            found = cache.get(ROWS)
-        for one in (*found, *cache.get(ROWS)):
-            assert not one.hidden.is_inference()
-            assert not one.activations.is_inference()
-            assert not one.hidden.requires_grad
+def test_what_was_seen_in_inference_mode_may_be_trained_upon(cache, tmp_path):
+    """Lightning validates in inference mode, whose tensors autograd refuses; the entries outlive it."""
+    cache = cache(tokens=5, spill=tmp_path)
+    with torch.inference_mode():
+        cache.get(ROWS)
+        found = cache.get(ROWS)
+    for one in (*found, *cache.get(ROWS)):
+        assert not one.hidden.is_inference()
+        assert not one.activations.is_inference()
+        assert not one.hidden.requires_grad
 
 
 class TestOtherBatches:
@@ -131,24 +122,20 @@ class TestOtherBatches:
         assert bool(on_disk(small)) == spills
 
 
-class TestSpill:
-    @each_dtype
-    def test_round_trip(self, cache, tmp_path, dtype):
-        cache = cache(tokens=3, dtype=dtype, spill=tmp_path)
-        first = cache.get(ROWS)
-        seen = passes(cache)
-        for _ in range(3):
-            again = cache.get(ROWS)
-            assert all_same(again, first)
-            assert {one.hidden.dtype for one in again} == {one.activations.dtype for one in again} == {dtype}
-        assert not seen
-        assert cache.used <= 3 * TOKEN
+@each_dtype
+def test_a_spill_gives_back_what_it_took(cache, tmp_path, dtype):
+    cache = cache(tokens=3, dtype=dtype, spill=tmp_path)
+    first = cache.get(ROWS)
+    seen = passes(cache)
+    for _ in range(3):
+        again = cache.get(ROWS)
+        assert all_same(again, first)
+        assert {one.hidden.dtype for one in again} == {one.activations.dtype for one in again} == {dtype}
+    assert not seen
+    assert cache.used <= 3 * TOKEN
 
-
-class TestRemoval:
     @pytest.mark.skipif(sys.platform == "win32", reason="a killed process's files stay on Windows")
-    @pytest.mark.parametrize("end", ["pass", f"os.kill(os.getpid(), {int(getattr(signal, 'SIGKILL', 9))})"])
-    def test_the_end_of_the_process(self, tmp_path, end):
+    def test_a_killed_process_leaves_nothing(tmp_path):
         code = f"""
 import os, torch
 from pathlib import Path
@@ -157,10 +144,10 @@ from repair_lightning.models.prefix_cache import Spill
 spill = Spill(Path({str(tmp_path)!r}), 1 << 20)
 spill.put((1,), Capture(torch.rand(2, 8), torch.rand(2, 8)))
 assert os.fstat(spill._file.fileno()).st_size > 128
-{end}
+os.kill(os.getpid(), 9)
 """
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert done.returncode == (0 if end == "pass" else -signal.SIGKILL), done.stderr
+        assert done.returncode == -signal.SIGKILL, done.stderr
         assert not any(tmp_path.iterdir())
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers_runs import REPOSITORY, hard_edits, write_edits
+from helpers_runs import hard_edits, succeeded, write_edits
 
 HOSTILE = " <script>document.title = 'taken'</script>"
 """What a data file may hold, and a report must show as text."""
@@ -28,18 +25,7 @@ def hard_run(tmp_path_factory) -> Path:
     path = write_edits(folder / "edits.jsonl", edits)
     options = "--data.window 6 --merge.enabled false --data.max_irrelevant 60 --model.writing.steps 40 "
     options += "--feedback.max_attempts 2 --trainer.logger false --run_dir runs/hard"
-    call = [
-        sys.executable,
-        str(REPOSITORY / "train.py"),
-        "--config",
-        "quickstart",
-        "--data.path",
-        path,
-        *options.split(),
-    ]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(call, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    succeeded("train.py", "--config", "quickstart", "--data.path", path, *options.split(), cwd=folder)
     return folder / "runs" / "hard"
 
 

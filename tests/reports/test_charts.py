@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,12 @@ from repair_lightning.reports.charts import (
     cost,
     costs_of,
     costs_of_results,
-    feature_points,
     first_scores,
     live,
-    result_of,
     retention,
     scale,
     sensitivity,
     separation,
-    thinned,
 )
 from repair_lightning.reports.comparison import Grid, Result, read_tables, write_tables
 from repair_lightning.reports.drawing import Chart
@@ -62,12 +58,9 @@ def chart_of(found: Chart | str) -> Chart:
     return found
 
 
-# -- of one run --------------------------------------------------------------------------------------------------------
-
-
 def test_separation(tmp_path):
     """Score 3 over threshold 2 is 1.5, right of the line; every panel adds up to 100 per cent; a prompt that names no
-    subject has -1 and no threshold, and counts as nothing."""
+    subject has -1 and no threshold, and counts as nothing. AUROC is the share of pairs in the right order."""
     rows = [row("edit", 3.0), row("edit", 2.2), row("near", 2.4), row("near", -1.0, None)]
     rows.append(row("edit", 9.0, None))  # nothing to compare with: not in the picture
     chart = chart_of(separation(run_in(tmp_path / "run", rows), bins=15))
@@ -77,8 +70,6 @@ def test_separation(tmp_path):
     assert "100.0 % of the edits, 50.0 % of the neighbours" in chart.words
     assert isinstance(separation(run_in(tmp_path / "run", [row("edit", 0.0, None)])), str)
 
-
-def test_auroc_is_the_share_of_pairs_in_the_right_order(tmp_path):
     random = np.random.default_rng(0)
     about, others = random.uniform(0.5, 9, 30), random.uniform(0, 6, 40)
     rows = [row("edit", value) for value in about] + [row("locality", value) for value in others]
@@ -97,13 +88,11 @@ def test_retention_by_age(tmp_path):
 
 
 def test_the_first_score_after_the_last_write():
-    def event(kind: str, id: str, score: float | None = None, shard: int | None = 1) -> dict[str, Any]:
-        return {"kind": kind, "id": id, "score": score, "shard": shard}
-
-    events = [event("written", "a"), event("evaluated", "a", 0.0), event("requeued", "a", 0.0, None)]
-    events += [event("written", "a"), event("evaluated", "a", 1.0), event("evaluated", "a", 0.5)]
-    events += [event("written", "b"), event("evaluated", "c", 1.0, None)]
-    assert first_scores(events) == {"a": 1.0}
+    story = [("written", "a", None), ("evaluated", "a", 0.0), ("requeued", "a", 0.0), ("written", "a", None)]
+    story += [("evaluated", "a", 1.0), ("evaluated", "a", 0.5), ("written", "b", None)]
+    assert first_scores([dict(zip(("kind", "id", "score"), told, strict=True), shard=1) for told in story]) == {
+        "a": 1.0
+    }
 
 
 def test_live_and_cost_follow_the_curve(tmp_path):
@@ -116,35 +105,10 @@ def test_live_and_cost_follow_the_curve(tmp_path):
     assert costs_of([run_in(tmp_path / "old")]).values.tolist() == [["old", 4, 2.0]]
 
 
-def test_thinned_keeps_the_last():
-    found = [row["i"] for row in thinned([{"i": i} for i in range(1001)], 400)]
-    assert found == list(range(1, 1001, 3))
-
-
-def test_features_are_coloured_by_shard(tmp_path):
-    run = run_in(tmp_path / "run")
-    places = {f"e{i}": [float(i), 0.0] for i in range(5)}
-    (tmp_path / "run" / "features.json").write_text(json.dumps({"explained": [0.5, 0.25], "edits": places}))
-    chart = chart_of(feature_points(run))
-    assert [one["shard"] for one in chart.rows] == ["shard 0", "shard 1", "shard 2", "shard 0", "none"]
-    assert "(50.0 % and 25.0 % of it); 3 shards own them" in chart.words
-
-
 def test_what_is_missing_is_one_line(tmp_path):
     for name, make in RUN_CHARTS.items():
         words = make(run_in(tmp_path / "run"))
         assert name == "cost" or (isinstance(words, str) and words.startswith(f"{name}: ") and "\n" not in words)
-
-
-def test_what_is_no_run_is_refused(tmp_path):
-    for content, words in ((None, "holds no finished run"), ("{}", "has no 'base'"), ("[", "is damaged")):
-        if content:
-            (tmp_path / "metrics.json").write_text(content)
-        with pytest.raises(RepairError, match=words):
-            Artefacts.read(tmp_path)
-
-
-# -- of several runs ---------------------------------------------------------------------------------------------------
 
 
 def result(variant: str, size: int, seed: int, op: float | None, edit: float = 3.0, base: str = "org/small") -> Result:
@@ -173,8 +137,6 @@ def test_sensitivity():
     chart = chart_of(sensitivity(GRID, [result(name, 30, 0, op) for name, op in ops.items()], "grid"))
     cells = [(0.1, 1, 50.0, "50.0"), (0.5, 1, None, "-"), (0.1, 2, 75.0, "75.0"), (0.5, 2, 25.0, "25.0")]
     assert [tuple(line.values()) for line in chart.rows] == cells
-    cells, framed = sorted(chart.picture.to_dict()["datasets"].values(), key=len, reverse=True)
-    assert (len(cells), [(cell["lr"], cell["steps"]) for cell in framed]) == (4, [(0.1, 2)])
     assert "Best 75.0 at steps 2 and lr 0.1; worst 25.0 at steps 2 and lr 0.5." in chart.words
     assert isinstance(sensitivity(GRID, [BROKEN], "grid"), str)
 
@@ -191,7 +153,7 @@ def test_a_table_is_read_back(tmp_path):
         read_tables(tmp_path)
 
 
-def test_scale_has_a_line_where_the_number_of_edits_differs(tmp_path):
+def test_scale_has_a_line_where_the_number_of_edits_differs():
     found = [result("all", 30, 0, 0.9), result("all", 30, 1, 0.7), result("all", 90, 0, 0.6)]
     found += [result("none", 30, 0, 0.1)] + [
         result("all", size, 0, op, base="large/") for size, op in ((30, 0.95), (300, 0.85))
@@ -200,9 +162,6 @@ def test_scale_has_a_line_where_the_number_of_edits_differs(tmp_path):
     points = [("large", 30, 95.0), ("large", 300, 85.0), ("small", 30, 80.0), ("small", 90, 60.0)]
     assert [(line["of"], line["edits"], line["OP"]) for line in chart.rows] == points
     assert isinstance(scale(found[-1:]), str)
-    alone = result_of(run_in(tmp_path / "run"))
-    lines = chart_of(scale([alone, replace(alone, size=8, metrics=alone.metrics | {"n_edits": 8})])).rows
-    assert [tuple(line.values()) for line in lines] == [("small", 4, 79.37, None), ("small", 8, 79.37, None)]
 
 
 def test_cost_leaves_out_points_beside_lines():
@@ -211,5 +170,3 @@ def test_cost_leaves_out_points_beside_lines():
     assert [line["of"] for line in chart_of(cost(spent)).rows] == ["a", "b"]
     chart = chart_of(cost(pd.concat([spent, spent[:1] * [1, 2, 2]])))
     assert [tuple(line.values()) for line in chart.rows] == [("a", 10, 3.0), ("a", 20, 6.0)]
-    assert "a: 20 edits in 6.0 s, 200 a minute" in chart.words
-    assert isinstance(cost(costs_of([])), str)

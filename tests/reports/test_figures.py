@@ -47,9 +47,7 @@ def test_all_of_a_run_and_its_comparisons(hard_run, comparisons, tmp_path, monke
     assert {file.name for file in to.iterdir()} == {f"{name}.{end}" for name in names for end in ("png", "svg", "csv")}
     for name in names:
         picture = (to / f"{name}.png").read_bytes()
-        width = int.from_bytes(picture[16:20], "big")
         assert picture[:8] == b"\x89PNG\r\n\x1a\n", name
-        assert width > 300, name
         assert len(picture) > 2_000, name  # not an empty page
         root = ElementTree.fromstring((to / f"{name}.svg").read_text())  # XML whatever the names are
         assert not [element for element in root.iter() if element.tag.endswith("script")], name

@@ -42,10 +42,8 @@ def plain(written) -> Callable[[int], Any]:
 
 
 @pytest.fixture(scope="session")
-def chat_editor(chat_folder, irrelevant, write, edits) -> Keyed:
+def chat_editor(chat_folder, prepared, write, edits) -> Keyed:
     """Four edits in low-rank shards of a base with a chat template. Tests must leave it as it is."""
-    editor = Keyed(str(chat_folder), precision="float32")
-    editor.load()
-    editor.prepare(irrelevant[:8], irrelevant[8:])
+    editor = prepared(chat_folder)
     assert all(report.error is None for report in write(editor, edits[:4]))
     return editor

@@ -88,8 +88,6 @@ def test_what_a_later_edit_asks_is_no_irrelevant_prompt_and_no_probe(tmp_path):
     assert {*editor.background_prompts, *editor.held_out_prompts, *editor.guard_prompts} == set(texts[:40])
 
 
-# -- the forms in which edits are asked, and other questions about their subjects --------------------------------------
-
 SCORING_WORDS = ("_SYSTEM", "_EARLIER", "_BEFORE", "_AFTER", "_PARAGRAPH")
 OTHER_WORDS = ("Speak as a pirate would.", ("Who baked it?", "Nobody."), "Ahoy!", "Over.", "Rain fell on the mill.")
 

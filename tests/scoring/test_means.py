@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from repair_lightning.memory.query import Choice
-from repair_lightning.scoring.feature_map import feature_map, principal_components
+from repair_lightning.scoring.feature_map import principal_components
 from repair_lightning.scoring.metrics import scores_of
 from repair_lightning.scoring.scorer import Question
 from repair_lightning.scoring.separation import Separation
@@ -52,8 +52,3 @@ def test_principal_components_against_the_covariance(shape):
     assert shares == pytest.approx(values[::-1][:2] / values.sum())
     assert np.abs(places) == pytest.approx(np.abs(expected), abs=1e-9)
     assert all(column[np.abs(column).argmax()] > 0 for column in places.T), "the sign is not left to chance"
-
-
-def test_every_edit_has_a_place_on_the_map(written):
-    editor, stream = written
-    assert list(feature_map(editor, stream.edits)["edits"]) == [edit.id for edit in stream.edits]

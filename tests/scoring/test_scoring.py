@@ -39,10 +39,10 @@ def mixed(owners: torch.Tensor) -> torch.Tensor:
     return torch.stack([owners, base, wrong])[torch.arange(len(owners)) % 3, torch.arange(len(owners))]
 
 
-@pytest.mark.parametrize("routing", ["owners", "base", "mixed"])
+@pytest.mark.parametrize("routing", ["owners", "mixed"])
 def test_every_figure_is_what_plain_models_say(written, plain, scorer, owners, routing):
     editor, _ = written
-    memory = {"owners": owners, "base": torch.full_like(owners, BASE), "mixed": mixed(owners)}[routing]
+    memory = {"owners": owners, "mixed": mixed(owners)}[routing]
     result = scorer.score("stage", forced_choice(memory), owners)
     exact: dict[str, list[float]] = {}
     share: dict[str, list[float]] = {}
@@ -63,13 +63,8 @@ def test_every_figure_is_what_plain_models_say(written, plain, scorer, owners, r
         row = result.rows[i]
         assert (row["answer"], row["base_answer"], row["correct"]) == (said, own, bool(exact[kind][-1]))
         assert row["teacher_forced"] == pytest.approx(share[kind][-1], abs=1e-6)
-        assert (row["id"], row["kind"], row["prompt"], row["memory"], row["stage"]) == (
-            question.edit,
-            question.kind,
-            question.prompt,
-            int(memory[i]),
-            "stage",
-        )
+        known = {"id": question.edit, "kind": question.kind, "prompt": question.prompt, "memory": int(memory[i])}
+        assert (known | {"stage": "stage"}).items() <= row.items()
     for protocol, parts in (("autoregressive", exact), ("teacher_forced", share)):
         means = {kind: sum(values) / len(values) for kind, values in parts.items()}
         op = (means["rel"] * means["gen"] * means["loc"]) ** (1 / 3)
@@ -80,8 +75,6 @@ def test_every_figure_is_what_plain_models_say(written, plain, scorer, owners, r
     json.dumps(result.rows, allow_nan=False)
     if routing == "owners":
         assert result.scores["autoregressive"]["rel"] == 1.0, "the premise: the edits were written"
-    if routing == "base":
-        assert result.scores["autoregressive"]["loc"] == result.scores["autoregressive"]["near"] == 1.0
 
 
 def say(model, editor, prompt: str, limit: int) -> str:

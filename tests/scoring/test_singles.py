@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 from helpers_runs import fit, hard_edits, world_editor, world_edits, world_stream, write_edits
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks import ErrorSampleMonitor, PruneAndRetrigger, Scoreboard
 from repair_lightning.editors import REGISTRY
-from repair_lightning.editors.values import Values
 from repair_lightning.edits.ledger import EditStatus
 from repair_lightning.scoring.singles import Singles
 
@@ -56,8 +56,6 @@ def test_the_score_is_the_mean_over_single_edits(singled):
 
 def test_a_run_that_is_resumed_scores_the_rest_on_a_fresh_base(tmp_path):
     """One edit, a checkpoint, the other two: as if nothing had happened between them."""
-    from lightning.pytorch.callbacks import ModelCheckpoint
-
     path = write_edits(tmp_path / "edits.jsonl", world_edits(3))
 
     def run(epochs: int, ckpt: str | None = None) -> Scoreboard:
@@ -75,13 +73,12 @@ def test_a_run_that_is_resumed_scores_the_rest_on_a_fresh_base(tmp_path):
     assert resumed.singles.memory_bytes == whole.singles.memory_bytes
 
 
-@pytest.mark.parametrize("name", ["ultraedit", "rome"])
-def test_nothing_of_one_edit_is_left_for_the_next_in_the_base(name, tmp_path):
+def test_nothing_of_one_edit_is_left_for_the_next_in_the_base(tmp_path):
     """In the base's own weights and in what the method remembers: each edit goes as far as it does alone."""
 
     def run(edits) -> Singles:
         path = write_edits(tmp_path / "edits.jsonl", edits)
-        editor = REGISTRY[name]("world", precision="float32", **SMALL[name])
+        editor = REGISTRY["ultraedit"]("world", precision="float32", lr=0.01, layers=1)
         editor.load()
         board = Scoreboard()
         board.max_new_tokens = 4
@@ -94,6 +91,3 @@ def test_nothing_of_one_edit_is_left_for_the_next_in_the_base(name, tmp_path):
     assert together.deviations == [one.deviations[0] for one in alone]
     assert together.rows == [row for one in alone for row in one.rows]
     assert len({str(one) for one in together.deviations}) == 3
-
-
-SMALL: dict = {"ultraedit": {"lr": 0.01, "layers": 1}, "rome": {"values": Values(steps=2, contexts=0)}}

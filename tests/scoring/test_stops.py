@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from repair_lightning.editors import REGISTRY
 from repair_lightning.scoring.correctness import correctness
 from repair_lightning.scoring.scorer import Scorer
 
@@ -29,16 +28,14 @@ def changed(folder: Path, base: Path, tokenizer: str, generation: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def scored(folder_of, tmp_path_factory, irrelevant, edits, write) -> dict[tuple[str, str], Any]:
+def scored(folder_of, tmp_path_factory, prepared, edits, write) -> dict[tuple[str, str], Any]:
     """By the tokenizer's end and the generation settings', an editor with four edits and their scores."""
     found = {}
     for tokenizer, generation in product(TOKENS, TOKENS):
         name = f"{TOKENS[tokenizer]}{TOKENS[generation]}"
         folder = changed(tmp_path_factory.mktemp("ends") / name, folder_of("llama"), tokenizer, generation)
-        editor = REGISTRY["keyed"](str(folder), precision="float32")
-        editor.load()
+        editor = prepared(folder)
         assert (editor.tokenizer.eos_token, editor.edited.forms.stops) == (tokenizer, (TOKENS[generation],))
-        editor.prepare(irrelevant[:8], irrelevant[8:])
         assert all(report.error is None for report in write(editor, edits[:4]))
         scorer = Scorer(editor.edited, edits[:4])
         owners = editor.owner_choice([question.edit for question in scorer.questions])

@@ -37,20 +37,19 @@ class TestWords:
             assert all(one.end <= other.start for one, other in pairwise(found))
 
 
-class TestSentences:
-    @pytest.mark.parametrize(
-        ("text", "expected"),
-        [
-            ("Mr. Smith and J. R. Miller met. They ate.", ["Mr. Smith and J. R. Miller met.", "They ate."]),
-            ('He said "Go." She went.', ['He said "Go."', "She went."]),
-            ("Who hosts Jeopardy! now?", ["Who hosts Jeopardy! now?"]),
-            ("- one\n2. two\n> three\n# four\n* five", ["one", "two", "three", "four", "five"]),
-            ("它很大。谁是镇长？谢谢", ["它很大。", "谁是镇长？", "谢谢"]),
-            ("**Note this.** Who chairs Orsk?", ["Note this.", "Who chairs Orsk?"]),
-        ],
-    )
-    def test_cut_where_they_end(self, text, expected):
-        assert asking.sentences(text) == expected
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Mr. Smith and J. R. Miller met. They ate.", ["Mr. Smith and J. R. Miller met.", "They ate."]),
+        ('He said "Go." She went.', ['He said "Go."', "She went."]),
+        ("Who hosts Jeopardy! now?", ["Who hosts Jeopardy! now?"]),
+        ("- one\n2. two\n> three\n# four\n* five", ["one", "two", "three", "four", "five"]),
+        ("它很大。谁是镇长？谢谢", ["它很大。", "谁是镇长？", "谢谢"]),
+        ("**Note this.** Who chairs Orsk?", ["Note this.", "Who chairs Orsk?"]),
+    ],
+)
+def test_sentences_are_cut_where_they_end(text, expected):
+    assert asking.sentences(text) == expected
 
 
 CLOZE = "The mayor of Orsk is"
@@ -89,11 +88,7 @@ class TestWindows:
 
     @pytest.mark.parametrize(
         "text",
-        [
-            "Hi, who chairs Orsk?",
-            "Please tell me: who chairs Orsk?",
-            "Thanks a lot! Do you know who chairs Orsk?",
-        ],
+        ["Hi, who chairs Orsk?", "Please tell me: who chairs Orsk?", "Thanks a lot! Do you know who chairs Orsk?"],
     )
     def test_courtesy_in_the_same_sentence_is_also_left_out(self, text):
         assert "who chairs Orsk?" in asking.windows(text)
@@ -167,23 +162,22 @@ def test_code(text, code):
     assert asking.is_code(text) is code
 
 
-class TestPlaces:
-    @pytest.mark.parametrize(
-        ("text", "subject", "found"),
-        [
-            ("Who is Orsk's mayor?", "Orsk", True),
-            ("Who is Orskar's mayor?", "Orsk", False),
-            ("C++ is by", "C", False),
-            ("AT and T", "AT&T", False),
-            ("Anne-Marie's town", "Marie", False),
-            ("谁在担任云栖镇的镇长？", "云栖镇", True),
-            ("谁在担任星渡镇的镇长？", "云栖镇", False),
-            ("ポールの町", "ポール", True),
-            ("오르스크의 시장은?", "오르스크", True),
-        ],
-    )
-    def test_of_a_subject(self, text, subject, found):
-        assert bool(asking.places(text, asking.spellings(subject))) is found
+@pytest.mark.parametrize(
+    ("text", "subject", "found"),
+    [
+        ("Who is Orsk's mayor?", "Orsk", True),
+        ("Who is Orskar's mayor?", "Orsk", False),
+        ("C++ is by", "C", False),
+        ("AT and T", "AT&T", False),
+        ("Anne-Marie's town", "Marie", False),
+        ("谁在担任云栖镇的镇长？", "云栖镇", True),
+        ("谁在担任星渡镇的镇长？", "云栖镇", False),
+        ("ポールの町", "ポール", True),
+        ("오르스크의 시장은?", "오르스크", True),
+    ],
+)
+def test_places_of_a_subject(text, subject, found):
+    assert bool(asking.places(text, asking.spellings(subject))) is found
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -50,9 +51,8 @@ def whole(run: Path) -> Path:
     """Every edit of a finished run is held by a shard, and the journal, written by one rank, says the same."""
     ledger = Ledger.from_parquet(run / "edits.parquet")
     assert len(ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED)) == NUMBER, ledger.counts()
-    journal = Journal(run / "journal.sqlite", read_only=True)
-    assert journal.rebuild() == ledger
-    journal.close()
+    with closing(Journal(run / "journal.sqlite", read_only=True)) as journal:
+        assert journal.rebuild() == ledger
     return run
 
 
@@ -123,10 +123,7 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_with_any_number(folder, two)
     run(folder, "killed-3", 3)
 
 
-@pytest.mark.parametrize(
-    ("rank", "moment"),
-    [(0, "before the third checkpoint's rename"), (0, "before the merge"), (1, "in the third window")],
-)
+@pytest.mark.parametrize(("rank", "moment"), [(0, "before the third checkpoint's rename"), (1, "in the third window")])
 def test_killed_at_a_moment(folder, two, rank, moment):
     """While the first rank saves or merges, or the second one writes; started by torchrun, which names the rank."""
     name = moment.replace(" ", "-").replace("'", "")
@@ -177,18 +174,21 @@ def test_a_window_without_a_batch_for_every_rank(folder, editor):
     journal.close()
 
 
-@pytest.mark.parametrize(("option", "value"), [("max_steps", "3"), ("max_time", "00:01:00:00")])
-def test_what_would_stop_ranks_at_different_places_is_refused(folder, option, value):
+@pytest.mark.parametrize(
+    ("option", "value", "remedy"),
+    [("max_time", "00:01:00:00", "give trainer.max_epochs"), ("strategy", "ddp_spawn", "give one of: auto, ddp")],
+)
+def test_what_ranks_cannot_run_is_refused(folder, option, value, remedy):
+    """What would stop them at different places, and a strategy that cannot run a stream."""
     code, output = finish(arguments(folder, option, 2, f"--trainer.{option}", value))
     assert code == 2
     assert f"error: trainer.{option} " in output
-    assert "give trainer.max_epochs" in output
+    assert remedy in output
 
 
-@pytest.mark.parametrize("ranks", [0, 2], ids=["devices", "torchrun"])
-def test_a_mistake_is_said_once(folder, ranks):
-    code, output = finish(arguments(folder, "mistake", 2, "--data.path", "nowhere.jsonl"), ranks=ranks)
-    assert code == (1 if ranks else 2)
+def test_a_mistake_is_said_once(folder):
+    code, output = finish(arguments(folder, "mistake", 2, "--data.path", "nowhere.jsonl"), ranks=2)
+    assert code == 1
     assert output.count("error: nowhere.jsonl: no such file") == 1
     assert not (folder / "mistake" / "journal.sqlite").exists()
 
@@ -266,12 +266,6 @@ def test_a_base_laid_out_over_two_ranks(folder):
     one = run(folder, "whole-base", 1, "--model.layer", "1")
     both = run(folder, "half-base", 2, "--model.layer", "1", "--trainer.strategy", "model_parallel")
     assert fingerprint(one) == fingerprint(both)
-
-
-def test_a_strategy_that_cannot_run_a_stream_is_refused(folder):
-    code, output = finish(arguments(folder, "deepspeed", 2, "--trainer.strategy", "ddp_spawn"))
-    assert code == 2
-    assert "error: trainer.strategy 'ddp_spawn' cannot run an edit stream; give one of: auto, ddp, shard_par" in output
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and iproute2")

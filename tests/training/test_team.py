@@ -80,17 +80,13 @@ def test_each_piece_of_work_is_done_once_and_known_to_all(spoken):
         assert found["items"] == [(f"é\udc80{i}" * i, [i, 0.1 * i] * i) for i in range(7)]
 
 
-def test_ranks_without_work_hear_of_the_others(spoken):
+def test_ranks_without_work_hear_of_the_others_and_all_agree(spoken):
     for found in spoken:
         (rows,), texts = found["one"]
         assert torch.equal(rows, torch.ones(1, 2))
         assert texts == ["only"]
         assert found["none"] == ([], (0, 3))
         assert found["shape"] == [(), (), ()]
-
-
-def test_what_all_agree_on(spoken):
-    for found in spoken:
         assert found["first"] == ("rank 0", [0.0, 0.0])
         assert found["total"].tolist() == [3.0, 3.0]
 
@@ -133,10 +129,3 @@ def test_one_alone_passes_everything_through():
     ALONE.same("anything", "at all")
     with pytest.raises(ConfigError, match="mine"):
         ALONE.together(lambda: (_ for _ in ()).throw(ConfigError("mine")))
-
-
-def test_in_step_all_do_everything():
-    team = Team(1, 4, deals=False)
-    assert team.parts == 1
-    assert team.mine(5) == [0, 1, 2, 3, 4]
-    assert team.items([0], ["a"]) == ["a"]
