@@ -12,16 +12,18 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from repair_lightning.edits.ledger import EditStatus, Ledger
+from repair_lightning.edits.ledger import EditStatus
 from repair_lightning.errors import ConfigError, counted
 from repair_lightning.scoring.probes import load_probes
 from repair_lightning.scoring.protocols import answers
 from repair_lightning.types import BASE
 
+from .editing import Editing, Remembering, stream_of
+
 log = logging.getLogger(__name__)
 
 
-class ProbeGate(pl.Callback):
+class ProbeGate(Remembering):
     """Rolls a window back that breaks too many probes; its edits are written again, or quarantined.
 
     Args:
@@ -29,15 +31,13 @@ class ProbeGate(pl.Callback):
         probes: file of unrelated questions, in the form that `scoreboard.probes` takes; None asks the part of the
             irrelevant prompts that nothing else sees.
         max_probe_loss: highest share of probes, in [0, 1], that may lose the base's answer.
-
-    Attributes:
-        rolled_back: how many windows were.
     """
 
     sample = 256
     """Most probes that are asked."""
     max_attempts = 4
     """Writes of an edit whose window was rolled back before it is quarantined."""
+    kept = ("rolled_back",)
 
     def __init__(self, enabled: bool = True, probes: str | None = None, max_probe_loss: float = 0.02) -> None:
         if not 0 <= max_probe_loss <= 1:
@@ -53,14 +53,13 @@ class ProbeGate(pl.Callback):
         """Remember how things stand, and what is broken already."""
         if not self.enabled:
             return
-        stream: Any = trainer.datamodule  # type: ignore[attr-defined]
+        stream = stream_of(trainer)
         self.before = pl_module.snapshot()
         self.attempts = {id: stream.ledger.entry(id).attempts for id in stream.ledger}
         if not hasattr(self, "prompts"):
             probes = self.given[: self.sample]
             unasked = stream.unrelated(probes)
-            if len(unasked) < len(probes):
-                left_out = len(probes) - len(unasked)
+            if left_out := len(probes) - len(unasked):
                 log.warning("gate: %d of %d probes are asked in scoring: left out", left_out, len(probes))
             self.prompts = unasked or list(pl_module.guard_prompts[: self.sample])
         self.broken = self._broken(pl_module)
@@ -77,9 +76,9 @@ class ProbeGate(pl.Callback):
             self._roll_back(broken, f"{share:.3f} of the probes lost their answer", pl_module)
         del self.before
 
-    def _roll_back(self, broken: dict[int, int], reason: str, editor: Any) -> None:
+    def _roll_back(self, broken: dict[int, int], reason: str, editor: Editing) -> None:
         """Undo the window's writes. Its edits wait again; those that broke the probes, only so many times."""
-        ledger: Ledger = editor.ledger
+        ledger = editor.ledger
         stored = ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED)
         written = [id for id in stored if ledger.entry(id).attempts > self.attempts.get(id, 0)]
         guilty = {id for shard in set(broken.values()) for id in ledger.owned_by(shard)} & set(written)
@@ -95,7 +94,7 @@ class ProbeGate(pl.Callback):
         said = f"{reason}, more than {self.max_probe_loss}; {counted(len(again), 'edit')} to be written again"
         log.warning("window rolled back: %s, %d quarantined", said, len(spent))
 
-    def _broken(self, editor: Any) -> dict[int, int]:
+    def _broken(self, editor: Editing) -> dict[int, int]:
         """Index of each probe that is not answered as by the base -> the memory that answers it."""
         chosen = editor.choose(self.prompts).memory.cpu()
         ask = [i for i, memory in enumerate(chosen.tolist()) if memory != BASE or editor.base_changed]
@@ -106,11 +105,3 @@ class ProbeGate(pl.Callback):
             said = answers(editor.edited, [self.prompts[i] for i in new], by_base, max_new_tokens=8)
         self.expected |= dict(zip(new, said, strict=True))
         return {i: int(chosen[i]) for i, answer in zip(ask, found, strict=True) if answer != self.expected[i]}
-
-    def state_dict(self) -> dict[str, Any]:
-        """How often it acted."""
-        return {"rolled_back": self.rolled_back}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`."""
-        self.rolled_back = state_dict["rolled_back"]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers_runs import REPOSITORY
+from helpers_runs import REPOSITORY, world_editor
+
+from callbacks.editing import Editing
 
 LIBRARY = REPOSITORY / "repair_lightning"
 SOURCES = sorted([*LIBRARY.rglob("*.py"), *(REPOSITORY / "callbacks").glob("*.py"), *REPOSITORY.glob("*.py")])
@@ -189,3 +192,23 @@ def test_classes_stay_small(path):
             if size > MOST_LINES or methods > MOST_METHODS:
                 large[node.name] = (size, methods)
     assert large == {}
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "callbacks").glob("*.py")), ids=name_of)
+def test_callbacks_meet_editors_through_their_protocol(path):
+    """Only Lightning's own hooks take a `pl_module: Any`."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+    taken = [(node.name, arg) for node in nodes for arg in (*node.args.args, *node.args.kwonlyargs) if arg.annotation]
+    loose = {(name, arg.arg) for name, arg in taken if ast.unparse(arg.annotation) == "Any"}  # type: ignore[arg-type]
+    assert {pair for pair in loose if not (pair[0].startswith("on_") and pair[1] == "pl_module")} == set()
+    assert {ast.unparse(arg.annotation) for _, arg in taken if arg.arg == "editor"} <= {"Editing"}  # type: ignore[arg-type]
+
+
+def test_the_protocol_names_what_an_editor_has():
+    """All of it the closed loop's own method has, once its base is loaded; no member is one that no callback uses."""
+    texts = [path.read_text() for path in (REPOSITORY / "callbacks").glob("*.py") if path.name != "editing.py"]
+    editor = world_editor()
+    methods = [name for name in vars(Editing) if not name.startswith("_")]
+    for name in (*Editing.__annotations__, *methods):
+        assert hasattr(editor, name), name
+        assert any(re.search(rf"(editor|pl_module)\.{name}\b", text) for text in texts), name

@@ -42,11 +42,11 @@ class EarlierEdits:
         the ids of those whose prompt was answered right and no longer is."""
         before = {id: self.before[id] for id in self.after}
         lost = [id for id, found in self.after.items() if before[id]["rel"] == [True] and found["rel"] == [False]]
-        shares = {
-            moment: {kind: mean_of(x for found in answered.values() for x in found[kind]) for kind in ("rel", "gen")}
-            for moment, answered in (("before", before), ("after", self.after))
-        }
-        return {"n_edits": len(self.after), **shares, "lost": lost}
+
+        def shares(answered: Answered) -> dict[str, float | None]:
+            return {kind: mean_of(x for found in answered.values() for x in found[kind]) for kind in ("rel", "gen")}
+
+        return {"n_edits": len(self.after), "before": shares(before), "after": shares(self.after), "lost": lost}
 
 
 def _answered(editor: Editor, ids: Sequence[str]) -> Answered:

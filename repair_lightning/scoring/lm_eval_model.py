@@ -124,20 +124,17 @@ class EditedLM(TemplateLM):
         memory, found = self._memory([context for context, _ in asked]), [""] * len(asked)
         alike: dict[tuple[int, tuple[str, ...]], list[int]] = {}
         for i, (_, options) in enumerate(asked):
-            alike.setdefault(self._limits(options), []).append(i)
+            known = normalize_gen_kwargs(options, min(MAX_GEN_TOKS, self.max_length // 2))
+            if known.get("do_sample"):
+                raise ConfigError("a task asks for sampled answers; set do_sample: false in its generation_kwargs")
+            until = tuple(handle_stop_sequences(known.get("until"), eos=None))
+            alike.setdefault((known["max_gen_toks"], until), []).append(i)
         for (new, until), index in alike.items():
             contexts = [asked[i][0] for i in index]
             texts = completions(self.edited, contexts, memory[index], until, new, self.batch_size)
             for i, text in zip(index, texts, strict=True):
                 found[i] = text
         return found
-
-    def _limits(self, options: dict[str, Any]) -> tuple[int, tuple[str, ...]]:
-        """Most new tokens, and the stop strings, of a request's options."""
-        asked = normalize_gen_kwargs(options, min(MAX_GEN_TOKS, self.max_length // 2))
-        if asked.get("do_sample"):
-            raise ConfigError("a task asks for sampled answers; set do_sample: false in its generation_kwargs")
-        return asked["max_gen_toks"], tuple(handle_stop_sequences(asked.get("until"), eos=None))
 
     def _memory(self, contexts: Sequence[list[int]]) -> Tensor:
         base = torch.full((len(contexts),), BASE)

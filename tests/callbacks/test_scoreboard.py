@@ -9,6 +9,7 @@ from helpers_runs import fit, hard_edits, world_editor, world_edits, world_strea
 
 from callbacks import ErrorSampleMonitor, LossAwareTiesMerge, PruneAndRetrigger, Scoreboard
 from repair_lightning.packs.pack import save_pack
+from repair_lightning.scoring import protocols
 
 
 def run(folder, board: Scoreboard, **stream):
@@ -29,13 +30,14 @@ def scored(tmp_path_factory):
     return board, *run(tmp_path_factory.mktemp("scored"), board)
 
 
-def test_it_only_reports(tmp_path, scored):
+def test_it_only_reports(tmp_path, monkeypatch, scored):
     """Live scores or none, other batches, other seed: the pack and the ledger are the same to the bit."""
     _, editor, stream, trainer = scored
     assert trainer.acted[0] > 0, "the premise: the closed loop acted"
     save_pack(editor, tmp_path / "with", {})
     board = Scoreboard(live=0)
-    board.batch_size, board.seed, board.max_new_tokens = 7, 5, 20
+    board.seed = 5
+    monkeypatch.setattr(protocols, "BATCH", 7)
     _, silent, _ = run(tmp_path, board)
     for name in ("side_memory.safetensors", "repair_config.json"):
         assert (tmp_path / "pack" / name).read_bytes() == (tmp_path / "with" / name).read_bytes(), name
