@@ -38,7 +38,7 @@ from repair_lightning.edits.ledger import EditStatus, KeptElsewhere, Ledger
 from repair_lightning.edits.stream import EditStream
 from repair_lightning.errors import ConfigError, NothingWritten, RepairError, counted
 from repair_lightning.models.base import files_hash
-from repair_lightning.packs.pack import JOURNAL_FILE, PackContent, bytes_left, restore_into, save_pack
+from repair_lightning.packs.pack import JOURNAL_FILE, Pack, bytes_left, save_pack
 from repair_lightning.reports.html_report import try_report
 from repair_lightning.reports.report import print_report, verdict
 from repair_lightning.storage.files import write_json, write_rows
@@ -92,7 +92,7 @@ class EditCLI(LightningCLI):
         early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         early.add_argument("--from_pack", nargs="?")
         folder = early.parse_known_args()[0].from_pack
-        self.started_from = PackContent.read(folder) if folder else None
+        self.started_from = Pack.read(folder) if folder else None
         super().__init__(
             Editor,
             EditStream,
@@ -248,8 +248,8 @@ class EditCLI(LightningCLI):
         self.datamodule.check_fit(self.model.edited.forms, self.model.edited.longest)
         if resumes or not self.config.from_pack:
             return None
-        pack = self.started_from or PackContent.read(self.config.from_pack)
-        restore_into(self.model, pack.folder, pack.config, pack.tensors)
+        pack = self.started_from or Pack.read(self.config.from_pack)
+        pack.restore_into(self.model)
         self.datamodule.join(pack.ledger)
         return pack.ledger
 

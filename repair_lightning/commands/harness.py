@@ -18,7 +18,7 @@ from rich.table import Table
 from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.models.edited import EditedModel
 from repair_lightning.packs.hub import download
-from repair_lightning.packs.pack import fold_into, open_pack, read_pack
+from repair_lightning.packs.pack import Pack
 
 
 def harness(
@@ -32,10 +32,8 @@ def harness(
     """What a pack's base scores on tasks, and what the edited model does.
 
     Args:
-        pack: its folder, or its name on the Hugging Face hub.
+        pack: its folder, or its name on the Hugging Face hub; `base` and `precision` are as `load_edited` takes them.
         tasks: the harness's names of tasks or groups.
-        base: the base's folder or hub name; None takes the one in the pack's folder, else the name that it remembers.
-        precision: of the base.
         include_path: a folder with more tasks, in YAML.
         options: `batch_size`, `limit`, `num_fewshot`, `apply_chat_template` and `system_instruction`.
 
@@ -48,12 +46,10 @@ def harness(
         RepairError: the pack or a task's data cannot be loaded.
     """
     manager = task_manager(tasks, include_path)
-    folder = download(str(pack))
-    config, tensors = read_pack(folder)
-    model = open_pack(folder, config, tensors, base, precision)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    content = Pack.read(download(str(pack)))
+    model = content.open(base, precision).to("cuda" if torch.cuda.is_available() else "cpu")
     before = _scores(model, tasks, manager, routed=False, **options)
-    fold_into(model, tensors)  # only now: a merged W_v is not the plain base's
+    model.weights.load(content.weights)  # only now: a merged W_v is not the plain base's
     return {"lm_eval": version("lm_eval"), "base": before, "edited": _scores(model, tasks, manager, **options)}
 
 
@@ -84,7 +80,7 @@ def _scores(
     return {"scores": scores, "requests": lm.requests, "by_shards": lm.by_shards}
 
 
-def task_manager(tasks: Sequence[str], include_path: str | None = None) -> Any:
+def task_manager(tasks: Sequence[str], include_path: str | None) -> Any:
     """The harness's index of all its tasks, which takes seconds to make, with those of a folder.
 
     Raises:
@@ -117,9 +113,3 @@ def comparison_table(found: Mapping[str, Any]) -> Table:
             name = escape(metric.removesuffix(",none"))
             table.add_row(escape(task), name, f"{value:.4f}", f"{now:.4f}", change)
     return table
-
-
-def who_answered(found: Mapping[str, Any]) -> str:
-    """How many requests of the edited model the base answered still."""
-    edited = found["edited"]
-    return f"{edited['by_shards']} of {edited['requests']} requests were answered by a shard, the others by the base."
