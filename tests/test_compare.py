@@ -114,8 +114,7 @@ def bench(tmp_path, monkeypatch, request) -> Bench:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if "drawn" not in request.keywords:  # pages and pictures take longer than the fake runs
         monkeypatch.setattr(compare, "write_comparison_page", lambda folder, results: folder / "report.html")
-        monkeypatch.setattr(compare, "draw_costs", lambda folder, results: [])
-        monkeypatch.setattr(compare, "draw_grid", lambda folder, grid, results: [])
+        monkeypatch.setattr(compare, "draw_comparison", lambda folder, results, grid: [])
     return Bench(tmp_path)
 
 
@@ -146,18 +145,6 @@ def test_workers_run_at_the_same_time(bench):
     bench.write({"both": {"options": {"fake.together": 2}}})
     bench.run("--workers", "2")
     assert len(bench.new()) == 2
-
-
-def test_dry_run_prints_the_commands_and_writes_nothing(bench, capsys):
-    bench.common = ["--data.irrelevant_prefix", "nq question: "]
-    bench.run("--dry_run")
-    lines = capsys.readouterr().out.splitlines()
-    commands = [shlex.split(line) for line in lines if not line.startswith("#")]
-    assert [command[:2] for command in commands] == [[sys.executable, str(compare.TRAIN)]] * 4
-    assert all("nq question: " in command for command in commands)
-    assert lines[2] == '# plain - part, 30 edits, seed 0: {"fake.op": 0.5, "model.writing.stop_margin": null}'
-    assert not bench.out.exists()
-    assert bench.starts == []
 
 
 # -- what is not run again ---------------------------------------------------------------------------------------------
@@ -375,7 +362,7 @@ def test_a_grid_is_a_variant_for_each_pair_of_values(bench, capsys):
     assert bench.new() == sorted([*cells, "plain/n30-seed0"])
     options = yaml.safe_load((bench.out / cells[1] / "options.yaml").read_text())
     assert options == {"fake": {"op": 0.5}, "model": {"init_args": {"writing": {"steps": 2}}}}
-    assert f"heat map: {bench.out}/heat_map.png, {bench.out}/heat_map.svg" in capsys.readouterr().out
+    assert f"pictures: {bench.out}/heat_map.png" in capsys.readouterr().out
     drawn = set(re.findall(">([^<]+)<", (bench.out / "heat_map.svg").read_text()))
     assert {"steps", "op", "0.5", "49.7", "89.7"} <= drawn
 

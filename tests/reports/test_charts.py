@@ -117,7 +117,7 @@ def test_live_and_cost_follow_the_curve(tmp_path):
 
 
 def test_thinned_keeps_the_last():
-    found = [row["i"] for row in thinned([{"i": i} for i in range(1001)], 400)]
+    found = [row["i"] for row in thinned([{"i": i} for i in range(1001)])]
     assert found == list(range(1, 1001, 3))
 
 
