@@ -42,8 +42,11 @@ class RoutingDashboard(Remembering):
     """Measures routing on a sample of the edits after each window, and says what became of shards and edits.
 
     It stands after the error monitor and before the closed loop, so failed edits are still where they failed; what the
-    loop then does is said when the next window begins, or the stream has ended. More than `shards` shards get no series
-    and histograms of their own, but are taken together.
+    loop then does is said when the next window begins, or the stream has ended.
+
+    Args:
+        enabled: off logs none of it.
+        shards: most shards that get series and histograms of their own; where there are more, all are taken together.
     """
 
     sample = 32

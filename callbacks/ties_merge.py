@@ -144,11 +144,8 @@ class LossAwareTiesMerge(pl.Callback):
 
 
 class MergeGuard:
-    """What a merge must not cost, from data that scoring never uses: what the editor answers now is the reference.
-
-    At most `sample` edits and irrelevant prompts are asked; where the merge changes the base itself (`into_base`), also
-    those that no shard answers.
-    """
+    """What a merge must not cost, against what the editor answers now, on at most `sample` edits and irrelevant prompts
+    of its own; where the merge changes the base itself (`into_base`), also those that no shard answers."""
 
     def __init__(self, editor: Editing, sample: int = 256, into_base: bool = False) -> None:
         self.editor, self.into_base = editor, into_base
@@ -161,11 +158,8 @@ class MergeGuard:
         self.before = self._answers(self._of_interest(self.chosen), self.chosen)
 
     def score(self) -> float:
-        """In [0, 1], higher is better: the geometric mean of three shares.
-
-        Edits answered right; edits answered right after a context that the base wrote; irrelevant prompts that
-        nothing else sees answered as before.
-        """
+        """In [0, 1], higher is better: the geometric mean of the shares of edits answered right, of edits answered
+        right after a context that the base wrote, and of irrelevant prompts answered as before."""
         found = [list(correctness(self.editor, edits).values()) for edits in (self.edits, self.in_context)]
         right, in_context = (sum(scores) / max(len(scores), 1) for scores in found)
         chosen = self.editor.edited.choose(self.unrelated).memory.cpu()

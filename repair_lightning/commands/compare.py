@@ -98,11 +98,7 @@ class Comparison:
 
 
 def read_comparison(path: Path) -> Comparison:
-    """A comparison from its YAML file.
-
-    Raises:
-        ConfigError: where the file says what no comparison has.
-    """
+    """A comparison from its YAML file; a ConfigError where that says what no comparison has."""
     content = _checked(yaml.safe_load(path.read_text(encoding="utf-8")), str(path), Comparison)
     grid = None if content.get("grid") is None else _grid(content["grid"], f"{path}: grid")
     named = _checked(content.get("variants", {} if grid else None), f"{path}: variants")
@@ -170,9 +166,7 @@ class Run:
     folder: Path
     arguments: tuple[str, ...]
 
-    @property
-    def title(self) -> str:
-        """As progress lines name it."""
+    def __str__(self) -> str:
         return f"{self.variant.name}, {self.size} edits, seed {self.seed}"
 
     def asked(self) -> dict[str, Any]:
@@ -185,7 +179,7 @@ class Run:
         return json.loads(json.dumps(found, default=str))  # as it is read again
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Keep what was asked, and how it went, beside the run."""
+        """Keep what was asked, and how it went, beside the run; nothing is rounded."""
         replace_text(self.folder / "compared.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
     def record(self) -> dict[str, Any]:
@@ -215,11 +209,8 @@ class Run:
 
 
 def plan(comparison: Comparison, common: Sequence[str], out: Path) -> list[Run]:
-    """All runs, the smallest first: a complete column of the table after each size.
-
-    Raises:
-        ConfigError: where a common option is one that a comparison sets itself.
-    """
+    """All runs, the smallest first: a complete column of the table after each size. A ConfigError where a common option
+    is one that a comparison sets itself."""
     for part in common:
         if part.removeprefix("--").split("=")[0] in FIXED:
             raise ConfigError(f"{part} is given to each run by the comparison; see --sizes, --seeds and --out")
@@ -269,11 +260,8 @@ class Schedule:
         self.said: list[tuple[str, str | None]] = []  # the variants of the runs so far, and what went wrong
 
     def run_all(self) -> None:
-        """Run everything; what fails is recorded and does not stop the others.
-
-        Raises:
-            ConfigError: the first runs of two variants were refused alike: their common options are at fault.
-        """
+        """Run everything; what fails is recorded and does not stop the others. A ConfigError where the first runs of
+        two variants were refused alike: their common options are at fault."""
         with ThreadPoolExecutor(self.workers) as pool:
             futures = {pool.submit(self._execute, run): run for run in self.runs}
             try:
@@ -298,7 +286,7 @@ class Schedule:
             try:
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                say(f"{run.title}: waiting for a process that a killed comparison left running in {run.folder}")
+                say(f"{run}: waiting for a process that a killed comparison left running in {run.folder}")
                 fcntl.flock(log, fcntl.LOCK_EX)
             if self.stopped or run.settled(self.limit):
                 return 0.0
@@ -347,7 +335,7 @@ class Schedule:
         words = "done" if op is None else f"OP {100 * op:.1f}"
         words = {"failed": f"FAILED: {result.error}", "stopped": f"stopped {result.error}"}.get(result.status, words)
         took, more = (timedelta(seconds=round(time)) for time in (seconds, remaining))
-        say(f"[{self.done}/{self.total}] {run.title}: {words}, {took}; {more} left")
+        say(f"[{self.done}/{self.total}] {run}: {words}, {took}; {more} left")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

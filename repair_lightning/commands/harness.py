@@ -29,13 +29,7 @@ def harness(
     include_path: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """What a pack's base scores on tasks, and what the edited model does.
-
-    Args:
-        pack: its folder, or its name on the Hugging Face hub; `base` and `precision` are as `load_edited` takes them.
-        tasks: the harness's names of tasks or groups.
-        include_path: a folder with more tasks, in YAML.
-        options: `batch_size`, `limit`, `num_fewshot`, `apply_chat_template` and `system_instruction`.
+    """What a pack's base scores on tasks, and what the edited model does; the options are those of the command.
 
     Returns:
         `lm_eval`: its version; `base` and `edited`, each with `scores`: task -> metric -> number, `requests`: how many
@@ -81,11 +75,8 @@ def _scores(
 
 
 def task_manager(tasks: Sequence[str], include_path: str | None) -> Any:
-    """The harness's index of all its tasks, which takes seconds to make, with those of a folder.
-
-    Raises:
-        ConfigError: `lm_eval` is not installed, or one of `tasks` is not known.
-    """
+    """The harness's index of all its tasks, which takes seconds to make, with those of a folder. A ConfigError where
+    `lm_eval` is not installed, or one of `tasks` is not known."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:

@@ -26,16 +26,8 @@ Classes = Mapping[str, Mapping[str, type]]
 
 
 def parse(parser: ArgumentParser, classes: Classes | None = None, defaults: bool = True) -> Any:
-    """The options of this process; `--help` prints and exits.
-
-    Args:
-        parser: made with `exit_on_error=False`.
-        classes: which options take a class; `--option NAME` takes the one of that name.
-        defaults: False leaves out what nobody gave.
-
-    Raises:
-        ConfigError: an option is unknown, misses its value, or cannot take it.
-    """
+    """The options of this process, by a parser with `exit_on_error=False`; without `defaults` what nobody gave is left
+    out. A ConfigError where an option is unknown, misses its value, or cannot take it."""
     known = classes or {}
     try:
         return parser.parse_args(with_nulls(_with_paths(sys.argv[1:], known), known), defaults=defaults)
@@ -75,7 +67,12 @@ def with_nulls(argv: Sequence[str], classes: Iterable[str]) -> list[str]:
 
 def _explained(message: str, parser: ArgumentParser, classes: Classes) -> str:
     """The parser's message in one line, with a remedy."""
-    known = _known_options(parser, classes)
+    parsers = [parser]
+    for option, kind in ((option, kind) for option, kinds in classes.items() for kind in kinds.values()):
+        parsers.append(ArgumentParser(exit_on_error=False))
+        parsers[-1].add_class_arguments(kind, option)
+    names = [name for one in parsers for action in one._actions for name in action.option_strings]
+    known = [name for name in dict.fromkeys(names) if name.startswith("--")]
     help = f"{parser.prog} --help"
     if found := _UNKNOWN_IN_GROUP.search(message):
         name = ".".join(found.groups())
@@ -92,22 +89,10 @@ def _explained(message: str, parser: ArgumentParser, classes: Classes) -> str:
     if not keys or not got:
         return f"{' '.join(message.split())}; {help} explains the options"
     if len(keys) == 1 and keys[0] in classes and "NestedArg(" not in message:
-        names = list(classes[keys[0]])
-        similar = _alike(got[1], names)
-        takes = f"{'It' if similar.endswith('?') else 'it'} takes one of: {', '.join(names)}"
+        similar = _alike(got[1], classes[keys[0]])
+        takes = f"{'It' if similar.endswith('?') else 'it'} takes one of: {', '.join(classes[keys[0]])}"
         return f"--{keys[0]} cannot be '{got[1]}'{similar} {takes}; or the path of a class that can be imported"
     return f"--{'.'.join(keys)} cannot be '{got[1]}': it takes {_expected(message) or 'something else'}; see {help}"
-
-
-def _known_options(parser: ArgumentParser, classes: Classes) -> list[str]:
-    """The names of all options, those of the classes too."""
-    parsers = [parser]
-    for option, kinds in classes.items():
-        for kind in kinds.values():
-            parsers.append(ArgumentParser(exit_on_error=False))
-            parsers[-1].add_class_arguments(kind, option)
-    names = (name for one in parsers for action in one._actions for name in action.option_strings)
-    return list(dict.fromkeys(name for name in names if name.startswith("--")))
 
 
 def _alike(name: str, known: Iterable[str]) -> str:

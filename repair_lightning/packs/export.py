@@ -45,17 +45,11 @@ def export_pack(
     overwrite: bool = False,
     max_edits: int | None = None,
 ) -> dict[str, Any]:
-    """Export an edited model; returns the content of `export.json`.
+    """Export a pack into a new folder, or with `overwrite` in place of an earlier export; returns the content of
+    `export.json`. `base` and `precision` are as `load_edited` takes them.
 
-    Args:
-        pack: the pack's folder.
-        to: the new folder.
-        merged: write a plain checkpoint with all edits fused into W_v; else the pack together with its base, which
-            `load_edited` reads wherever the folder is moved.
-        base: the base, where the pack's own name for it does not lead there.
-        precision: of the base.
-        overwrite: replace an earlier export.
-        max_edits: most live edits that are asked when a merge is measured; None asks all.
+    With `merged` the export is a plain checkpoint with all edits fused into W_v, measured on at most `max_edits` live
+    edits; else the pack together with its base, which `load_edited` reads wherever the folder is moved.
 
     Raises:
         RepairError: the pack is damaged, the folder is taken or cannot be written, or there is nothing to merge.

@@ -163,11 +163,8 @@ def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_pack(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A pack's configuration and tensors; every file of it is checked against its hash first.
-
-    Raises:
-        RepairError: no pack there, damaged, or of a version that this release does not read.
-    """
+    """A pack's configuration and tensors; every file of it is checked against its hash first. Raises `RepairError`
+    where there is none, or it is damaged, or of a version that this release does not read."""
     place = whereabouts(folder)
     if not (place / CONFIG_FILE).is_file():
         raise RepairError(f"'{folder}' is no pack: it has no {CONFIG_FILE}; give the folder that train.py wrote")
@@ -369,10 +366,7 @@ class Pack:
 
     def restore_into(self, editor: Editor) -> None:
         """Give a loaded editor what the pack holds; each W_v that was written into waits for `Editor.change_base`.
-
-        Raises:
-            RepairError: the pack belongs to another base, layer, editor or router, or is damaged.
-        """
+        Raises `RepairError` where the pack belongs to another base, layer, editor or router, or is damaged."""
         assert editor.base is not None
         self.check_base(editor.base.name, editor.base.sha256)
         asked = {"editor": editor.editor_name, "layer": editor.layer, "router": editor.router.name}  # type: ignore[attr-defined]

@@ -24,12 +24,9 @@ TABLE = "table.json"
 
 @dataclass(frozen=True)
 class Result:
-    """What one run came to.
-
-    `size` is what was asked for; the data may hold fewer edits. `failed` is also a run that ended well without figures,
-    `missing` one that was not run to its end, `stopped` one whose time was over, and `not run` one that the comparison
-    does not ask for. `error` is a failed run's last line, or why the others have no figures.
-    """
+    """What one run came to: `failed` also where it ended well without figures, `missing` where it was not run to its
+    end, `stopped` where its time was over, `not run` where the comparison does not ask for it. `size` is what was asked
+    for; `error` is a failed run's last line, or why the others have no figures."""
 
     variant: str
     note: str

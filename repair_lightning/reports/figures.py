@@ -27,10 +27,7 @@ class Comparison(NamedTuple):
 
 def draw_figures(folders: Sequence[Path], to: Path) -> tuple[list[Path], list[str]]:
     """Draw all figures that some runs, comparisons, or folders of either provide, into a folder, which is made.
-
-    Returns the files, and a line for every figure that is left out, with what it misses; a ConfigError where a folder
-    holds no finished run.
-    """
+    Returns the files, and a line for every figure that is left out, with what it misses."""
     made = list(charts_of(*gather(folders)))
     to.mkdir(parents=True, exist_ok=True)
     files = [file for chart in made if isinstance(chart, Chart) for file in chart.write(to)]
@@ -45,7 +42,8 @@ def draw_comparison(folder: Path, results: Sequence[Result], grid: Grid | None =
 
 
 def gather(folders: Sequence[Path]) -> tuple[list[Artefacts], list[Comparison]]:
-    """The runs and comparisons in some folders. A comparison's own runs are its results, and not runs besides."""
+    """The runs and comparisons in some folders; a ConfigError where one holds none. A comparison's own runs are its
+    results, and not runs besides."""
     runs: list[Artefacts] = []
     comparisons: list[Comparison] = []
     for folder in folders:

@@ -101,9 +101,9 @@ def side_words(metrics: Mapping[str, Any]) -> Iterator[str]:
 
 def loop_words(metrics: Mapping[str, Any]) -> str:
     """What the closed loop and the merge did; empty where the run has no such figures."""
-    if not metrics.get("closed_loop") or not metrics.get("merge"):
+    loop, merge = metrics.get("closed_loop"), metrics.get("merge")
+    if not loop or not merge:
         return ""
-    loop, merge = metrics["closed_loop"], metrics["merge"]
     return (
         f"Closed loop: {counted(loop['windows'], 'window')}, {loop['rolled_back']} rolled back, "
         f"{counted(loop['pruned'], 'shard')} pruned, {counted(loop['retriggered'], 'edit')} written again, "

@@ -85,15 +85,6 @@ def others_table(run: Artefacts) -> Table:
     return table("others-table", "Other prompts that are answered wrong", columns, rows, "generations.jsonl")
 
 
-def skipped_table(run: Artefacts) -> Table:
-    """Bad records, duplicates and superseded ones."""
-    records = run.metrics.get("records", {})
-    rows = [["bad", words] for words in records.get("bad", ())]
-    rows += [["duplicate", words] for words in records.get("duplicates", ())]
-    rows += [["superseded", f"{old}, by {new}"] for old, new in records.get("superseded", {}).items()]
-    return table("skipped-table", "Records that were not written", ("kind", "which"), rows, "metrics.json")
-
-
 def edits_table(run: Artefacts) -> Table:
     """All edits: failed ones first with the reason, then in order of arrival."""
     why = problems(run)

@@ -79,10 +79,7 @@ class EditedLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A dialogue as the base's chat template writes it; where that has no place for a system message, without.
-
-        Raises:
-            ConfigError: there is no template, or one that does not take the dialogue.
-        """
+        Raises `ConfigError` where there is no template, or one that does not take the dialogue."""
         if not getattr(self.tokenizer, "chat_template", None):
             raise ConfigError("the base's tokenizer has no chat template; leave --apply_chat_template out")
         options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}

@@ -24,12 +24,8 @@ class KnownQuestion:
 
 
 def load_probes(path: str | Path) -> tuple[KnownQuestion, ...]:
-    """Reads probes: records with `question` or `prompt`, and `answers` (a list) or `answer`.
-
-    Raises:
-        RecordError: for the first bad record.
-        RepairError: where the file cannot be read at all.
-    """
+    """Reads probes: records with `question` or `prompt`, and `answers` (a list) or `answer`. Raises `RepairError` for
+    the first bad record, or where the file cannot be read at all."""
     found = []
     for number, row in enumerate(read_rows(path), 1):
         if isinstance(row, FieldError):
