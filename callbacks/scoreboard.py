@@ -15,9 +15,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from repair_lightning.edits.ledger import EditStatus
 from repair_lightning.errors import counted
 from repair_lightning.packs.pack import bytes_left
-from repair_lightning.scoring.earlier import EarlierEdits
+from repair_lightning.scoring.earlier import Answered, answered, kept
 from repair_lightning.scoring.feature_map import feature_map
 from repair_lightning.scoring.forms import form_scores
 from repair_lightning.scoring.metrics import Scores
@@ -53,7 +54,8 @@ class Scoreboard(pl.Callback):
         self.oracle: Scores | None = None  # the final model's under perfect routing
         self.perplexity: dict[str, float] | None = None  # of hallucination records' targets, `pre` and `final`
         self.kept: dict[str, float | int] | None = None  # what the probes say
-        self.earlier: EarlierEdits | None = None  # how the edits of the pack that the run started from are answered
+        self.answered: Answered | None = None  # how the edits of the pack that the run starts from were, before it
+        self.earlier: dict[str, Any] | None = None  # and what has become of them
         self.beside: dict[str, Any] = {"forms": None, "same_subject": None}
         self.form_rows: list[dict[str, Any]] = []  # each raw answer of the forms
         self.seconds = 0.0  # of scoring
@@ -85,9 +87,9 @@ class Scoreboard(pl.Callback):
         """How a pack's edits are answered before the first new one is written."""
         self.prepare_seconds += self._edited() - self._before
         stream = stream_of(trainer)
-        if stream.joined and self.earlier is None:
+        if stream.joined and self.answered is None:
             with self._timed():
-                self.earlier = EarlierEdits.ask(pl_module, stream.inherited)
+                self.answered = answered(pl_module, stream.inherited)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Live scores on a sample of the edits that are written."""
@@ -131,8 +133,8 @@ class Scoreboard(pl.Callback):
                 self.beside["same_subject"] = same_subject(pl_module.edited, edits, pl_module.base_changed)
             if self.forms and self.singles is None:
                 self.beside["forms"], self.form_rows = form_scores(pl_module.edited, edits, self.forms)
-            if self.earlier is not None:
-                self.earlier.ask_again(pl_module)
+            if self.answered is not None:
+                self.earlier = kept(self.answered, answered(pl_module, self.answered, (EditStatus.SUPERSEDED,)))
             self.features = feature_map(pl_module, edits)
             if self.probes:
                 self.kept = self.probe_scorer.score(pl_module.base_changed)
@@ -156,16 +158,14 @@ class Scoreboard(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The time spent so far on editing, the curve, and how a pack's edits were answered at the start."""
-        earlier = self.earlier.before if self.earlier else None
         singles = self.singles.as_dict() if self.singles else None
         seconds = {"edit_seconds": self._edited(), "prepare_seconds": self.prepare_seconds}
-        return {**seconds, "curve": self.curve, "earlier": earlier, "singles": singles}
+        return {**seconds, "curve": self.curve, "earlier": self.answered, "singles": singles}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self._before, self.curve = state_dict["edit_seconds"], state_dict["curve"]
-        self.prepare_seconds = state_dict["prepare_seconds"]
-        self.earlier = EarlierEdits(state_dict["earlier"]) if state_dict["earlier"] is not None else None
+        self.prepare_seconds, self.answered = state_dict["prepare_seconds"], state_dict["earlier"]
         self.singles = Singles(**state_dict["singles"]) if state_dict["singles"] is not None else None
 
     def _edited(self) -> float:

@@ -403,7 +403,7 @@ def _more_metrics(cli: EditCLI) -> dict[str, Any]:
         "ranks": [pace.as_dict() for pace in editor.paces] or None,
         "perplexity": board.perplexity,
         "probes": board.kept,
-        "earlier": board.earlier.report() | {"superseded": replaced} if board.earlier else None,
+        "earlier": board.earlier | {"superseded": replaced} if board.earlier else None,
         "singles": means.get("number"),
         "method": {"deviation": means["deviation"]} if "deviation" in means else None,
     }

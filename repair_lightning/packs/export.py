@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -183,12 +184,10 @@ def report_lines(report: dict[str, Any], to: Path) -> list[str]:
     if report["kind"] != "merged":
         return [f"{to}: the base with {edits}; repair_lightning.load_edited('{to}') needs no more"]
     asked, unrelated = report["asked"], counted(report["asked"]["unrelated"], "unrelated prompt")
-    lines = [
+    shares = 100 * pd.DataFrame([report["routed"], report["merged"]], ["routed", "merged"], dtype=float)
+    names = ["rel", "gen", "loc", "near"]
+    return [
         f"{to}: a plain Hugging Face checkpoint with {edits} in one matrix",
         f"free generation, {counted(asked['edits'], 'edit')}, {unrelated}, in per cent:",
-        "          " + "".join(f"{name.capitalize():>8}" for name in ("rel", "gen", "loc", "near")),
+        shares[names].rename(columns=str.capitalize).to_string(float_format="{:.1f}".format, na_rep="-"),
     ]
-    for kind in ("routed", "merged"):
-        shares = [report[kind][name] for name in ("rel", "gen", "loc", "near")]
-        lines.append(f"  {kind:<8}" + "".join("       -" if x is None else f"{100 * x:8.1f}" for x in shares))
-    return lines
