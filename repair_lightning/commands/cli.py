@@ -112,8 +112,8 @@ class EditCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Lightning's own, with the parser's complaints in one line."""
-        self.config = parse(parser, {"model": REGISTRY})
-        given = self.config if self.started_from else parse(parser, {"model": REGISTRY}, defaults=False)
+        self.config = parse(parser, REGISTRY)
+        given = self.config if self.started_from else parse(parser, REGISTRY, defaults=False)
         self.seed_given = given.get("model.init_args.seed") is not None  # by somebody, or by the pack: 0 is a seed too
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

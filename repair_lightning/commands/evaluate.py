@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from repair_lightning.edits.ledger import Ledger
 from repair_lightning.edits.records import load_records
 from repair_lightning.models.prefix_cache import PrefixCache
 from repair_lightning.packs.pack import Pack
@@ -15,7 +18,7 @@ from repair_lightning.scoring.forms import form_scores
 from repair_lightning.scoring.same_subject import same_subject
 from repair_lightning.scoring.scorer import Scorer, oracle_choice
 from repair_lightning.storage.files import write_rows
-from repair_lightning.types import BASE
+from repair_lightning.types import BASE, Edit
 from repair_lightning.world import WORLD, edits_path
 
 
@@ -41,12 +44,7 @@ def evaluate_pack(
     model.prefixes = PrefixCache(model.split)  # prompts come again
     loaded = time.perf_counter() - started
     scorer = Scorer(model, edits)
-    known = {
-        (edit.prompt, edit.target): model.ledger.owner_of(edit.id) for edit in map(model.ledger.edit, model.ledger)
-    }
-    shards = {edit.id: known.get((edit.prompt, edit.target)) for edit in edits}
-    found = [shards[question.edit] for question in scorer.questions]
-    owners = torch.tensor([BASE if shard is None else shard for shard in found], dtype=torch.long)
+    owners = _owners(content.ledger, edits, scorer)
     before = scorer.by_base("pre_edit")
     perplexity = scorer.perplexity(scorer.nobody) if format == "hallucination" else None
     model.weights.load(content.weights)  # only now: the base's own answers are what must be kept
@@ -73,3 +71,11 @@ def evaluate_pack(
         metrics["perplexity"] = {"pre": perplexity, "final": scorer.perplexity(choice.memory)}
     seconds = time.perf_counter() - started
     return metrics | {"seconds": {"load": loaded, "evaluate": seconds - loaded, "total": seconds}}
+
+
+def _owners(ledger: Ledger, edits: Sequence[Edit], scorer: Scorer) -> Tensor:
+    """The shard that should answer each of the scorer's questions."""
+    known = {(ledger.edit(id).prompt, ledger.edit(id).target): ledger.owner_of(id) for id in ledger}
+    shards = {edit.id: known.get((edit.prompt, edit.target)) for edit in edits}
+    found = [shards[question.edit] for question in scorer.questions]
+    return torch.tensor([BASE if shard is None else shard for shard in found], dtype=torch.long)
