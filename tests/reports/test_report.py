@@ -69,6 +69,8 @@ def test_the_tables_have_a_dash_or_no_row_for_what_was_not_asked():
 def test_the_report_of_a_run(tmp_path, width):
     """A pipe gets whole lines; names and reasons of the user's are no markup."""
     folder = tmp_path / ("long name [1] " * 8)
+    folder.mkdir()
+    (folder / "metrics.json").touch()
     screen = io.StringIO()
     print_report(METRICS | {"perplexity": {"pre": 30.125, "final": 1.5}}, folder, Console(file=screen, width=width))
     text = screen.getvalue()
@@ -78,7 +80,7 @@ def test_the_report_of_a_run(tmp_path, width):
         f"{loop} Merge: not applied (shards [0, 1]: guard score).",
         "180 edits a minute: 1.0 s editing, 2.0 s scoring, 4.0 s in all.",
         "Perplexity of the targets: pre 30.12, final 1.50",
-        f"Everything is in {folder}; open report.html first.",
+        f"Everything is in {folder}, for a reader in report.html: metrics.json",
     } <= set(text.splitlines())
 
 
