@@ -15,6 +15,8 @@ from repair_lightning.edits.ledger import EditStatus, Ledger
 from repair_lightning.errors import ConfigError
 from repair_lightning.scoring.correctness import correctness
 
+from .editing import stream_of
+
 
 def sample_to_check(ledger: Ledger, window: int, older: int, generator: random.Random) -> list[str]:
     """Ids of the edits that were written since their last check, with up to `older` of those checked before."""
@@ -46,7 +48,7 @@ class ErrorSampleMonitor(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Ask, and tell the ledger."""
-        stream: Any = trainer.datamodule  # type: ignore[attr-defined]
+        stream = stream_of(trainer)
         window = stream.windows - 1
         ids = sample_to_check(stream.ledger, window, self.older, random.Random(f"{self.seed}/{window}"))
         scores = correctness(pl_module, [stream.ledger.edit(id) for id in ids], self.protocol)

@@ -21,10 +21,12 @@ from repair_lightning.scoring.probes import load_probes
 from repair_lightning.scoring.protocols import answers
 from repair_lightning.types import BASE
 
+from .editing import Editing, Remembering, stream_of
+
 log = logging.getLogger(__name__)
 
 
-class ProbeGate(pl.Callback):
+class ProbeGate(Remembering):
     """Rolls a window back that breaks too many probes; its edits are written again, or quarantined.
 
     Args:
@@ -32,9 +34,6 @@ class ProbeGate(pl.Callback):
         probes: file of unrelated questions, in the form that `scoreboard.probes` takes; None asks the part of the
             irrelevant prompts that nothing else sees.
         max_probe_loss: highest share of unrelated probes, in [0, 1], that may lose the base's answer.
-
-    Attributes:
-        rolled_back: how many windows were.
     """
 
     sample = 256
@@ -45,6 +44,7 @@ class ProbeGate(pl.Callback):
     """Highest share of these that may lose the base's answer: which of them ask for the edit itself is not known."""
     max_attempts = 4
     """Writes of an edit whose window was rolled back before it is quarantined."""
+    kept = ("rolled_back",)
 
     def __init__(self, enabled: bool = True, probes: str | None = None, max_probe_loss: float = 0.02) -> None:
         if not 0 <= max_probe_loss <= 1:
@@ -60,14 +60,13 @@ class ProbeGate(pl.Callback):
         """Remember how things stand, and what is broken already."""
         if not self.enabled:
             return
-        stream: Any = trainer.datamodule  # type: ignore[attr-defined]
+        stream = stream_of(trainer)
         self.before = pl_module.snapshot()
         self.attempts = {id: stream.ledger.entry(id).attempts for id in stream.ledger}
         if not hasattr(self, "prompts"):
             probes = self.given[: self.sample]
             unasked = stream.unrelated(probes)
-            if len(unasked) < len(probes):
-                left_out = len(probes) - len(unasked)
+            if left_out := len(probes) - len(unasked):
                 log.warning("gate: %d of %d probes are asked in scoring: left out", left_out, len(probes))
             self.prompts = unasked or list(pl_module.guard_prompts[: self.sample])
         self.broken = self._broken(self.prompts, pl_module)
@@ -97,9 +96,9 @@ class ProbeGate(pl.Callback):
         stored = ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED)
         return [id for id in stored if ledger.entry(id).attempts > self.attempts.get(id, 0)]
 
-    def _roll_back(self, broken: dict[str, int], reason: str, limit: str, editor: Any) -> None:
+    def _roll_back(self, broken: dict[str, int], reason: str, limit: str, editor: Editing) -> None:
         """Undo the window's writes. Its edits wait again; those that broke the probes, only so many times."""
-        ledger: Ledger = editor.ledger
+        ledger = editor.ledger
         written = self._written(ledger)
         guilty = {id for shard in set(broken.values()) for id in ledger.owned_by(shard)} & set(written)
         editor.rollback(self.before)
@@ -114,7 +113,7 @@ class ProbeGate(pl.Callback):
         said = f"{reason}, {limit}; {counted(len(again), 'edit')} to be written again"
         log.warning("window rolled back: %s, %d quarantined", said, len(spent))
 
-    def _broken(self, prompts: Sequence[str], editor: Any) -> dict[str, int]:
+    def _broken(self, prompts: Sequence[str], editor: Editing) -> dict[str, int]:
         """Each prompt that is not answered as by the base -> the memory that answers it."""
         if not prompts:
             return {}
@@ -127,11 +126,3 @@ class ProbeGate(pl.Callback):
         self.expected |= dict(zip(new, said, strict=True))
         pairs = zip(at, found, strict=True)
         return {prompts[i]: int(chosen[i]) for i, answer in pairs if answer != self.expected[prompts[i]]}
-
-    def state_dict(self) -> dict[str, Any]:
-        """How often it acted."""
-        return {"rolled_back": self.rolled_back}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`."""
-        self.rolled_back = state_dict["rolled_back"]

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Column
 
+from .editing import stream_of
+
 _SHOWN = {"live/rel": "Rel", "live/gen": "Gen", "live/loc": "Loc", "live/near": "Near", "live/op": "OP"}
 
 
@@ -40,7 +42,7 @@ class StreamProgress(ProgressBar):
         words = TextColumn("{task.description}", table_column=Column(ratio=1))  # wraps where it must
         self._bar = Progress(SpinnerColumn(), *bar, words, console=self._console, expand=True)
         self._bar.start()
-        total = len(trainer.datamodule.edits)  # type: ignore[attr-defined]
+        total = len(stream_of(trainer).edits)
         self._task = self._bar.add_task(self._words(trainer), total=total, completed=self._had)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
@@ -66,7 +68,7 @@ class StreamProgress(ProgressBar):
 
     def _words(self, trainer: pl.Trainer) -> str:
         """Where the stream stands: `window 2: 256/300 edits  Rel 100.0  ...  950 edits/min  0:00:03 left`."""
-        stream: Any = trainer.datamodule  # type: ignore[attr-defined]
+        stream = stream_of(trainer)
         written, total = self._written(trainer), len(stream.edits)
         pace = (written - self._had) / max(time.perf_counter() - self._start, 1e-9)
         known = trainer.callback_metrics
@@ -78,5 +80,5 @@ class StreamProgress(ProgressBar):
         return "  ".join(parts)
 
     def _written(self, trainer: pl.Trainer) -> int:
-        stream: Any = trainer.datamodule  # type: ignore[attr-defined]
+        stream = stream_of(trainer)
         return stream.arrived if stream.singles else len(stream.written())  # of single edits the model holds one

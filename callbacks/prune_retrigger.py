@@ -13,9 +13,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from repair_lightning.edits.ledger import EditStatus, Ledger
+from repair_lightning.edits.ledger import EditStatus
 from repair_lightning.errors import ConfigError, counted
 from repair_lightning.types import BASE, Decision
+
+from .editing import Editing, Remembering, stream_of
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ def should_prune(rates: ErrorRates, pool: int, tau_prune: float, tau_pool: int) 
     return Decision(False, f"worst shard {worst}: error {rate:.2f} over {over}, {waiting} in the pool")
 
 
-class PruneAndRetrigger(pl.Callback):
+class PruneAndRetrigger(Remembering):
     """Prunes shards, requeues their edits, and quarantines what cannot be written.
 
     Args:
@@ -53,6 +55,7 @@ class PruneAndRetrigger(pl.Callback):
 
     tau_pool = 32
     """Most failed edits that may wait (tau_E); at the stream's end all are written again."""
+    kept = ("pruned", "retriggered")
 
     def __init__(self, enabled: bool = True, tau_prune: float = 0.35, max_attempts: int = 4) -> None:
         if not 0 <= tau_prune <= 1:
@@ -66,9 +69,8 @@ class PruneAndRetrigger(pl.Callback):
         """Decide and act, once per window."""
         if not self.enabled:
             return
-        stream: Any = trainer.datamodule  # type: ignore[attr-defined]
-        ledger: Ledger = stream.ledger
-        self._give_up(ledger, pl_module)
+        stream, ledger = stream_of(trainer), stream_of(trainer).ledger
+        self._give_up(pl_module)
         failed = ledger.with_status(EditStatus.FAILED)
         rates = {shard: rate for shard, rate in ledger.error_rates().items() if shard != BASE}
         decision = should_prune(rates, len(failed), self.tau_prune, self.tau_pool)
@@ -79,14 +81,14 @@ class PruneAndRetrigger(pl.Callback):
             log.info("prune: %s; to be written again: %s", decision.reason, counted(len(ids), "edit"))
             pl_module.prune(worst)
             self.pruned += 1
-            self._retry(ids, f"pruned: {decision.reason}", ledger, pl_module)
+            self._retry(ids, f"pruned: {decision.reason}", pl_module)
         elif failed and stream.complete:
-            self._retry(failed, "the stream has ended", ledger, pl_module)
+            self._retry(failed, "the stream has ended", pl_module)
 
-    def _give_up(self, ledger: Ledger, editor: Any) -> None:
+    def _give_up(self, editor: Editing) -> None:
         """Quarantine what has had all its attempts; the base answers its prompts again."""
-        failed = ledger.with_status(EditStatus.FAILED)
-        ids = [id for id in failed if ledger.entry(id).attempts >= self.max_attempts]
+        ledger = editor.ledger
+        ids = [id for id in ledger.with_status(EditStatus.FAILED) if ledger.entry(id).attempts >= self.max_attempts]
         if not ids:
             return
         for id in ids:
@@ -97,15 +99,7 @@ class PruneAndRetrigger(pl.Callback):
         said = f"{counted(self.max_attempts, 'attempt')}: {counted(len(ids), 'edit')} ({named})"
         log.warning("quarantined, still wrong after %s; edits.parquet says which and why", said)
 
-    def _retry(self, ids: list[str], reason: str, ledger: Ledger, editor: Any) -> None:
+    def _retry(self, ids: list[str], reason: str, editor: Editing) -> None:
         editor.forget(ids)  # until they are written again
-        ledger.requeue(ids, reason)
+        editor.ledger.requeue(ids, reason)
         self.retriggered += len(ids)
-
-    def state_dict(self) -> dict[str, Any]:
-        """How often it acted."""
-        return {"pruned": self.pruned, "retriggered": self.retriggered}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`."""
-        self.pruned, self.retriggered = state_dict["pruned"], state_dict["retriggered"]

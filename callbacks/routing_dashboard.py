@@ -10,7 +10,7 @@ import random
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,11 +20,14 @@ import torch
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
-from repair_lightning.edits.ledger import EditStatus, Ledger, LedgerEntry
+from repair_lightning.edits.ledger import EditStatus, LedgerEntry
+from repair_lightning.edits.stream import EditStream
 from repair_lightning.errors import ConfigError
 from repair_lightning.scoring.protocols import answers
 from repair_lightning.scoring.separation import MEANT, OTHERS, SCORE, Separation
 from repair_lightning.texts import dialogue
+
+from .editing import Editing, Remembering, stream_of
 
 _POOLS = {
     "pool/residual": EditStatus.RESIDUAL,
@@ -35,7 +38,7 @@ _POOLS = {
 FAILED = ("window", "edit", "prompt", "target", "answer", "memory", "score", "threshold", "correctness", "why")
 
 
-class RoutingDashboard(pl.Callback):
+class RoutingDashboard(Remembering):
     """Measures routing on a sample of the edits after each window, and says what became of shards and edits.
 
     It stands after the error monitor and before the closed loop, so failed edits are still where they failed; what the
@@ -52,6 +55,7 @@ class RoutingDashboard(pl.Callback):
     """Most rows of a table, the latest."""
     seed = 0
     """Of the sample; `train.py` sets it to the run's."""
+    kept = ("seconds",)
 
     def __init__(self, enabled: bool = True, shards: int = 8) -> None:
         if shards < 0:
@@ -66,7 +70,7 @@ class RoutingDashboard(pl.Callback):
         """Everything is drawn over the number of edits."""
         if not self._on(trainer):
             return
-        self._start, self._had = time.perf_counter(), len(_stream(trainer).written())
+        self._start, self._had = time.perf_counter(), len(stream_of(trainer).written())
         for run in _wandb_runs(trainer):
             run.define_metric("edits", hidden=True)
             run.define_metric("*", step_metric="edits", step_sync=True)
@@ -75,54 +79,51 @@ class RoutingDashboard(pl.Callback):
         """What the closed loop did after the last window."""
         self._follow_up(trainer, pl_module)
         if self._on(trainer):
-            ledger: Ledger = _stream(trainer).ledger
-            self._before = {id: ledger.entry(id) for id in ledger}
-            self._window = _stream(trainer).windows
+            stream = stream_of(trainer)
+            self._before = {id: stream.ledger.entry(id) for id in stream.ledger}
+            self._window = stream.windows
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
         """The place of the batch's losses on the axis."""
         if self._on(trainer):
-            pl_module.log("edits", float(len(_stream(trainer).written())), batch_size=1)
+            pl_module.log("edits", float(len(stream_of(trainer).written())), batch_size=1)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Measure, and tell the loggers."""
         if not self._on(trainer):
             return
         with self._timed():
-            stream = _stream(trainer)
+            stream = stream_of(trainer)
             written = stream.written()
             draw = random.Random(f"{self.seed}/{stream.windows}").sample(written, min(self.sample, len(written)))
             found = Separation.measure(pl_module, map(stream.ledger.edit, draw)) if draw else None
             rates = {shard: rate for shard, (rate, asked) in stream.ledger.error_rates().items() if asked}
             minutes = max(time.perf_counter() - self._start, 1e-9) / 60
             known = {"edits": float(len(written)), "speed/edits_per_minute": (len(written) - self._had) / minutes}
-            known |= _memory_in_use(pl_module) | _shard_errors(rates, self.shards)
-            known |= _routing_scores(found) if found else {}
+            known |= _memory_in_use(pl_module) | (_shard_errors(rates, self.shards) if rates else {})
+            if found:
+                areas = {"routing/auroc": found.auroc(), "routing/auroc_near": found.auroc(others=("near",))}
+                areas |= {f"routing/auroc {name}": found.auroc(name) for name in found.values if name != SCORE}
+                known |= {name: area for name, area in areas.items() if area is not None}
+                known |= {f"routing/{kind}_right": share for kind, share in found.right().items()}
             wanted = any(isinstance(logger, WandbLogger) for logger in trainer.loggers)
-            tables = self._failures(stream, pl_module) if wanted else {}  # asked by all ranks together
+            shown = self._failures(stream, pl_module) if wanted else {}  # asked by all ranks together
             for run in _wandb_runs(trainer):
-                tables |= {"tables/confusion": _confusion(found)} if found else {}
-                run.log(self._histograms(found, rates) | tables | {"edits": known["edits"]})
+                shown |= _histograms({"shards/error_rates": torch.tensor(list(rates.values()))})
+                shown |= self._of_routing(found) if found else {}
+                run.log(shown | {"edits": known["edits"]})
         pl_module.log_dict(known | {"speed/dashboard_seconds": self.seconds}, batch_size=max(len(draw), 1))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """What the closed loop did after the last window, and the merge after it."""
         self._follow_up(trainer, pl_module)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The time spent so far."""
-        return {"seconds": self.seconds}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`."""
-        self.seconds = state_dict["seconds"]
-
-    def _follow_up(self, trainer: pl.Trainer, editor: Any) -> None:
+    def _follow_up(self, trainer: pl.Trainer, editor: Editing) -> None:
         """Pools, and what has changed since the window began for other reasons than that it was written."""
         if not self._on(trainer) or self._before is None:
             return
         with self._timed():
-            ledger: Ledger = _stream(trainer).ledger
+            ledger = editor.ledger
             now = map(ledger.entry, ledger.with_status(EditStatus.REQUEUED, EditStatus.QUARANTINED))
             acted = [entry for entry in now if self._before.get(entry.edit.id) is not entry]
             # Each shard that was pruned and each window that was rolled back has left one reason with all its edits.
@@ -139,7 +140,7 @@ class RoutingDashboard(pl.Callback):
                 run.log({"tables/events": _table(("window", "edit", "became", "reason"), self._events)})
             self._before = None
 
-    def _failures(self, stream: Any, editor: Any) -> dict[str, Any]:
+    def _failures(self, stream: EditStream, editor: Editing) -> dict[str, Any]:
         """The table of failed edits, where there are new ones: those are asked once more, for the answer itself."""
         entries = [stream.ledger.entry(id) for id in stream.ledger.with_status(EditStatus.FAILED)]
         new = [entry for entry in entries if (entry.edit.id, entry.attempts) not in self._failed][-self.rows :]
@@ -154,10 +155,11 @@ class RoutingDashboard(pl.Callback):
             self._failed[edit.id, entry.attempts] = [*row, route.score, route.threshold, entry.score, why]
         return {"tables/failed": _table(FAILED, list(self._failed.values())[-self.rows :])}
 
-    def _histograms(self, found: Separation | None, rates: dict[int, float]) -> dict[str, Any]:
-        drawn = _histograms({"shards/error_rates": torch.tensor(list(rates.values()))})
-        if found is None:
-            return drawn
+    def _of_routing(self, found: Separation) -> dict[str, Any]:
+        """Who answered, as a table; scores and limits as histograms, for each shard too where they are few."""
+        names = ("base", "right", "wrong")
+        rows = [[kind, *map(who.get, names)] for kind, who in found.confusion().items() if who]
+        drawn = {"tables/confusion": _table(("prompt", "base", "right shard", "wrong shard"), rows)}
         owners = found.owners.unique().tolist()
         few = len(owners) <= self.shards and 2 * len(owners) <= int(found.of("edit").sum())
         for name, (value, limit) in found.values.items():
@@ -179,37 +181,23 @@ class RoutingDashboard(pl.Callback):
         self.seconds += time.perf_counter() - start
 
 
-def _routing_scores(found: Separation) -> dict[str, float]:
-    """Overlap as AUROC, and the share of prompts that reached who must answer them."""
-    areas = {"routing/auroc": found.auroc(), "routing/auroc_near": found.auroc(others=("near",))}
-    areas |= {f"routing/auroc {name}": found.auroc(name) for name in found.values if name != SCORE}
-    known = {name: area for name, area in areas.items() if area is not None}
-    return known | {f"routing/{kind}_right": share for kind, share in found.right().items()}
-
-
 def _shard_errors(rates: dict[int, float], most: int) -> dict[str, float]:
     """The shards' error rates: how many fail at all, the worst and the mean; each, where they are few."""
-    if not rates:
-        return {}
     found = list(rates.values())
-    failing = float(sum(rate > 0 for rate in found))
-    summary = {"shards/number": float(len(found)), "shards/failing": failing}
+    summary = {"shards/number": float(len(found)), "shards/failing": float(sum(rate > 0 for rate in found))}
     summary |= {"shards/worst_error": max(found), "shards/mean_error": sum(found) / len(found)}
     return summary | {f"shards/error/{shard}": rate for shard, rate in rates.items() if len(rates) <= most}
 
 
-def _memory_in_use(editor: Any) -> dict[str, float]:
+def _memory_in_use(editor: Editing) -> dict[str, float]:
     """MiB: of the shards, the process's peak, and the accelerator's where there is one."""
-    shards = sum(tensor.nbytes for tensor in (*editor.memory.parameters(), *editor.memory.buffers()))
+    memory = editor.edited.memory
+    shards = sum(tensor.nbytes for tensor in (*memory.parameters(), *memory.buffers()))
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, others KiB
     found = {"shards": shards, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     if editor.device.type == "cuda":
         found["gpu_peak"] = torch.cuda.max_memory_allocated(editor.device)
     return {f"memory/{name}_mib": size / 2**20 for name, size in found.items()}
-
-
-def _stream(trainer: pl.Trainer) -> Any:
-    return trainer.datamodule  # type: ignore[attr-defined]
 
 
 def _wandb_runs(trainer: pl.Trainer) -> list[Any]:
@@ -228,13 +216,7 @@ def _histograms(parts: Mapping[str, Tensor]) -> dict[str, Any]:
     return {name: wandb.Histogram(np_histogram=histogram) for name, histogram in kept.items()}
 
 
-def _confusion(found: Separation) -> Any:
-    shares = [(kind, who) for kind, who in found.confusion().items() if who]
-    rows = [[kind, who["base"], who["right"], who["wrong"]] for kind, who in shares]
-    return _table(("prompt", "base", "right shard", "wrong shard"), rows)
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
+def _table(columns: tuple[str, ...], rows: list[list[Any]]) -> Any:
     import wandb
 
-    return wandb.Table(columns=list(columns), data=[list(row) for row in rows])
+    return wandb.Table(columns=list(columns), data=rows)

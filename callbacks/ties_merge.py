@@ -24,6 +24,8 @@ from repair_lightning.scoring.metrics import overall_performance
 from repair_lightning.scoring.protocols import answers
 from repair_lightning.types import BASE, Decision
 
+from .editing import Editing, stream_of
+
 log = logging.getLogger(__name__)
 
 
@@ -72,8 +74,8 @@ class LossAwareTiesMerge(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Every n windows, if asked."""
-        windows = trainer.datamodule.windows  # type: ignore[attr-defined]
-        if self.enabled and self.every_n_windows and windows % self.every_n_windows == 0:
+        every = self.every_n_windows
+        if self.enabled and every and stream_of(trainer).windows % every == 0:
             self.merge(pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -91,12 +93,12 @@ class LossAwareTiesMerge(pl.Callback):
         self.outcome = None if state_dict["outcome"] is None else Decision(*state_dict["outcome"])
         self.weights = dict(state_dict["weights"])
 
-    def merge(self, editor: Any) -> None:
+    def merge(self, editor: Editing) -> None:
         """Merge all shards that own edits, if they bear it; says in `outcome` whether they did and why."""
         if not editor.can_merge:
             self.outcome = Decision(False, "this editor cannot merge")
             return
-        shards = [shard for shard in editor.memory.ids if editor.ledger.owned_by(shard)]
+        shards = [shard for shard in editor.edited.memory.ids if editor.ledger.owned_by(shard)]
         if len(shards) < (1 if self.target == "main" else 2):
             if self.outcome is None:
                 self.outcome = Decision(False, f"{len(shards)} shard: nothing to merge")
@@ -109,10 +111,10 @@ class LossAwareTiesMerge(pl.Callback):
         weights = {f"merge/weight/{shard}": weight for shard, weight in self.weights.items()}
         editor.log_now({"merge/accepted": float(bool(self.outcome)), **weights})
 
-    def _merge(self, shards: list[int], editor: Any) -> Decision:
-        guard = MergeGuard(editor, into_base=self.target == "main")
+    def _merge(self, shards: list[int], editor: Editing) -> Decision:
+        guard, model = MergeGuard(editor, into_base=self.target == "main"), editor.edited
         before = guard.score()
-        snapshot, router = editor.memory.snapshot(), editor.router.state_dict()
+        snapshot, router = model.memory.snapshot(), model.router.state_dict()
         owned = {shard: editor.ledger.owned_by(shard) for shard in shards}
         fused = editor.fuse(shards, self.fused_delta(shards, editor))
         editor.ledger.reassign([id for ids in owned.values() for id in ids], fused)
@@ -124,8 +126,8 @@ class LossAwareTiesMerge(pl.Callback):
         if not decision:
             if self.target == "main":
                 editor.unfold()
-            editor.memory.restore(snapshot)
-            editor.router.load_state_dict(router)
+            model.memory.restore(snapshot)
+            model.router.load_state_dict(router)
             for shard, ids in owned.items():
                 editor.ledger.reassign(ids, shard, "unmerged")
         elif self.target == "main":
@@ -134,25 +136,20 @@ class LossAwareTiesMerge(pl.Callback):
         return Decision(decision.yes, f"{named}: {decision.reason}")
 
     @torch.no_grad()
-    def fused_delta(self, shards: list[int], editor: Any) -> Tensor:
+    def fused_delta(self, shards: list[int], editor: Editing) -> Tensor:
         """The weighted TIES merge of some shards' deltas, (D, F)."""
         losses = torch.tensor([mean_loss(editor.ledger, shard) for shard in shards])
         weights = loss_weights(losses, self.alpha)
         self.weights = {str(shard): float(weight) for shard, weight in zip(shards, weights, strict=True)}
-        deltas = editor.memory.stacked(shards)
+        deltas = editor.edited.memory.stacked(shards)
         return ties_merge(deltas, weights.to(deltas), self.normalize)
 
 
 class MergeGuard:
-    """What a merge must not cost, from data that scoring never uses.
+    """What a merge must not cost, against what the editor answers now, on at most `sample` edits and irrelevant prompts
+    of its own; where the merge changes the base itself (`into_base`), also those that no shard answers."""
 
-    Args:
-        editor: whose memory is about to be merged; what it answers now is the reference.
-        sample: most edits, and most irrelevant prompts, that are asked.
-        into_base: the merge will change the base itself, so that prompts which no shard answers must be asked too.
-    """
-
-    def __init__(self, editor: Any, sample: int = 256, into_base: bool = False) -> None:
+    def __init__(self, editor: Editing, sample: int = 256, into_base: bool = False) -> None:
         self.editor, self.into_base = editor, into_base
         ledger = editor.ledger
         written = [ledger.edit(id) for id in ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED)]
@@ -165,22 +162,17 @@ class MergeGuard:
         self.before = self._answers(self._of_interest(self.chosen), self.chosen)
 
     def score(self) -> float:
-        """In [0, 1], higher is better: the geometric mean of three shares.
-
-        Edits answered right; edits answered right after a context that the base wrote; irrelevant prompts that
-        nothing else sees, and other questions about edited subjects, answered as before.
-        """
+        """In [0, 1], higher is better: the geometric mean of the shares of edits answered right, of edits answered
+        right after a context that the base wrote, and of irrelevant prompts and other questions about edited subjects
+        answered as before."""
         found = [list(correctness(self.editor, edits).values()) for edits in (self.edits, self.in_context)]
         right, in_context = (sum(scores) / max(len(scores), 1) for scores in found)
-        return overall_performance(right, in_context, self._same()) or 0.0
-
-    def _same(self) -> float:
-        """The share of irrelevant prompts that are answered as before; those that were and are the base's are."""
         chosen = self.editor.edited.choose(self.unrelated).memory.cpu()
-        ask = self._of_interest(chosen)
+        ask = self._of_interest(chosen)  # what was and is the base's is answered as before
         self.before |= self._answers([i for i in ask if i not in self.before], torch.full_like(chosen, BASE))
         after = self._answers(ask, chosen)
-        return 1 - sum(self.before[i] != after[i] for i in ask) / max(len(chosen), 1)
+        same = 1 - sum(self.before[i] != after[i] for i in ask) / max(len(chosen), 1)
+        return overall_performance(right, in_context, same) or 0.0
 
     def _of_interest(self, chosen: Tensor) -> list[int]:
         """Which irrelevant prompts a shard answers or answered; all, where the base itself will change."""

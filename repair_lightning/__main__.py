@@ -17,7 +17,7 @@ from rich.console import Console
 from repair_lightning.commands import undo as undoing
 from repair_lightning.commands.ask import Pair, difference_lines, given_prompt, read_prompts
 from repair_lightning.commands.cli import guarded
-from repair_lightning.commands.harness import comparison_table, who_answered
+from repair_lightning.commands.harness import comparison_table
 from repair_lightning.commands.harness import harness as score_on_tasks
 from repair_lightning.edits.journal import FILE, Journal
 from repair_lightning.errors import ConfigError, RepairError
@@ -122,7 +122,8 @@ def harness(out: Path | None, **given: Any) -> None:
     """Score a pack's base and the edited model on benchmarks of lm-evaluation-harness (an extra: lm-eval)."""
     found = score_on_tasks(**given)
     Console().print(comparison_table(found))
-    print(who_answered(found))
+    edited = found["edited"]
+    print(f"{edited['by_shards']} of {edited['requests']} requests were answered by a shard, the others by the base.")
     if out:
         write_json(out, found)
 

@@ -332,7 +332,7 @@ def test_null_on_the_command_line_is_null():
     argv = ["--model.writing.stop_margin", "null", "--model.routing.act_ratio=null", "--data.path", "null"]
     expected = ['--config={"model": {"init_args": {"writing": {"stop_margin": null}}}}']
     expected += ['--config={"model": {"init_args": {"routing": {"act_ratio": null}}}}', "--data.path", "null"]
-    assert with_nulls(argv, {"model": {}}) == expected
+    assert with_nulls(argv) == expected
 
 
 def test_debug_shows_where_it_came_from(monkeypatch, tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -104,8 +103,7 @@ def bench(tmp_path, monkeypatch, request) -> Bench:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if "drawn" not in request.keywords:  # pages and pictures take longer than the fake runs
         monkeypatch.setattr(compare, "write_comparison_page", lambda folder, results: folder / "report.html")
-        monkeypatch.setattr(compare, "draw_costs", lambda folder, results: [])
-        monkeypatch.setattr(compare, "draw_grid", lambda folder, grid, results: [])
+        monkeypatch.setattr(compare, "draw_comparison", lambda folder, results, grid: [])
     return Bench(tmp_path)
 
 
@@ -122,16 +120,6 @@ def test_each_variant_runs_with_each_size_and_seed(bench):
     assert starts["wise_one/n40-seed1"]["argv"] == expected
     assert not [part for part in starts["plain/n30-seed0"]["argv"] if "options.yaml" in part]
     assert {start["threads"] for start in starts.values()} == {"1"}
-
-
-def test_dry_run_prints_the_commands_and_writes_nothing(bench, capsys):
-    bench.common = ["--data.irrelevant_prefix", "nq question: "]
-    bench.run("--dry_run")
-    lines = capsys.readouterr().out.splitlines()
-    commands = [shlex.split(line) for line in lines if not line.startswith("#")]
-    assert [command[:2] for command in commands] == [[sys.executable, str(compare.TRAIN)]] * 4
-    assert all("nq question: " in command for command in commands)
-    assert (bench.out.exists(), bench.starts) == (False, [])
 
 
 def test_what_is_missing_or_has_another_command_is_run_again(bench):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from helpers_runs import REPOSITORY
+from helpers_runs import REPOSITORY, world_editor
+
+from callbacks.editing import Editing
 
 LIBRARY = REPOSITORY / "repair_lightning"
 SOURCES = sorted([*LIBRARY.rglob("*.py"), *(REPOSITORY / "callbacks").glob("*.py"), *REPOSITORY.glob("*.py")])
@@ -138,3 +141,24 @@ def test_a_light_import():
     """`import repair_lightning` alone must not load torch: the heavy parts come when they are asked for."""
     eager = [node for node in TREES[LIBRARY / "__init__.py"].body if isinstance(node, ast.Import | ast.ImportFrom)]
     assert {getattr(node, "module", None) for node in eager} <= {"__future__", "typing"}
+
+
+def test_callbacks_meet_editors_through_their_protocol():
+    """Only Lightning's own hooks take a `pl_module: Any`."""
+    for path in (REPOSITORY / "callbacks").glob("*.py"):
+        nodes = [node for node in ast.walk(TREES[path]) if isinstance(node, ast.FunctionDef)]
+        arguments = [(n.name, a) for n in nodes for a in (*n.args.args, *n.args.kwonlyargs) if a.annotation]
+        taken = [(name, a.arg, ast.unparse(a.annotation)) for name, a in arguments]
+        loose = {(name, arg) for name, arg, kind in taken if kind == "Any"}
+        assert {pair for pair in loose if not (pair[0].startswith("on_") and pair[1] == "pl_module")} == set(), path
+        assert {kind for _, arg, kind in taken if arg == "editor"} <= {"Editing"}, path
+
+
+def test_the_protocol_names_what_an_editor_has():
+    """All of it the closed loop's own method has, once its base is loaded; no member is one that no callback uses."""
+    texts = [path.read_text() for path in (REPOSITORY / "callbacks").glob("*.py") if path.name != "editing.py"]
+    editor = world_editor()
+    methods = [name for name in vars(Editing) if not name.startswith("_")]
+    for name in (*Editing.__annotations__, *methods):
+        assert hasattr(editor, name), name
+        assert any(re.search(rf"(editor|pl_module)\.{name}\b", text) for text in texts), name

@@ -12,7 +12,7 @@ import torch
 from repair_lightning.edits.records import read_rows
 from repair_lightning.errors import ConfigError, FieldError, RecordError, RepairError, counted
 from repair_lightning.models.edited import Prompts, prompts_of
-from repair_lightning.packs.pack import changed_weights, open_pack, read_pack
+from repair_lightning.packs.pack import Pack
 from repair_lightning.scoring.continuations import longest_text
 from repair_lightning.scoring.protocols import answers
 from repair_lightning.texts import dialogue
@@ -66,12 +66,8 @@ def _plain(prompt: str) -> Any:
 class Pair:
     """A base and its edited model, which are one model with two sets of weights for the matrices that were changed.
 
-    Args:
-        pack: the pack's folder; `base` and `precision` are those of :func:`repair_lightning.packs.pack.load_edited`.
-        max_new_tokens: most tokens of an answer.
-
-    Raises:
-        RepairError: the pack is damaged or belongs to another base.
+    `pack`, `base` and `precision` are as :func:`repair_lightning.packs.pack.load_edited` takes them; an answer has at
+    most `max_new_tokens`.
     """
 
     def __init__(
@@ -80,20 +76,25 @@ class Pair:
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         self.max_new_tokens = max_new_tokens
-        config, tensors = read_pack(pack)
-        self.model, self.changed = open_pack(pack, config, tensors, base, precision), changed_weights(tensors)
+        content = Pack.read(pack)
+        self.model, self.changed = content.open(base, precision), content.weights
 
     def ask(self, asked: Prompts) -> list[Reply]:
-        """Both answers to each prompt. A prompt that no shard answers is asked once: its answers are the same bits.
+        """Both answers to each prompt: texts, messages, or several of either. Raises `RepairError` where one is longer
+        than the base reads, or has no words.
 
-        Args:
-            asked: texts, messages, or several of either.
-
-        Raises:
-            RepairError: a prompt is longer than the base reads, or has no words.
+        A prompt that no shard answers is asked once: its answers are the same bits.
         """
         model, prompts = self.model, prompts_of(asked)
-        self._check(prompts)
+        for prompt in prompts:
+            if not dialogue.question_of(prompt).strip():
+                raise ConfigError("a prompt is empty; give a question")
+            length, limit = len(model.forms.ids(prompt)), longest_text(model)
+            if length + self.max_new_tokens > limit:
+                raise ConfigError(
+                    f"prompt '{dialogue.shown(prompt)[:40]}...' has {counted(length, 'token')}, with "
+                    f"{self.max_new_tokens} for the answer more than the {limit:,} that the base reads; shorten it"
+                )
         routes = model.route(prompts)
         memory = torch.tensor([route.memory for route in routes], dtype=torch.long)
         by_base = answers(model, prompts, torch.full_like(memory, BASE), self.max_new_tokens)
@@ -104,35 +105,20 @@ class Pair:
         finally:
             model.weights.restore()
         changed = dict(zip(again, said, strict=True))
-        edited = [changed.get(i, answer) for i, answer in enumerate(by_base)]
-        ledger, in_base = model.ledger, len(model.ledger.owned_by(BASE))
-        ids = [route.nearest for route in routes]
-        nearest = [ledger.edit(id) if id is not None and id in ledger else None for id in ids]
-        told = zip(prompts, by_base, edited, routes, nearest, strict=True)
-        return [Reply(*one, in_base) for one in told]
-
-    def _check(self, prompts: Sequence[str]) -> None:
-        limit = longest_text(self.model)
-        for prompt in prompts:
-            if not dialogue.question_of(prompt).strip():
-                raise ConfigError("a prompt is empty; give a question")
-            length = len(self.model.forms.ids(prompt))
-            if length + self.max_new_tokens > limit:
-                raise ConfigError(
-                    f"prompt '{dialogue.shown(prompt)[:40]}...' has {counted(length, 'token')}, with "
-                    f"{self.max_new_tokens} for the answer more than the {limit:,} that the base reads; shorten it"
-                )
+        ledger, in_base, found = model.ledger, len(model.ledger.owned_by(BASE)), []
+        for i, (prompt, answer, route) in enumerate(zip(prompts, by_base, routes, strict=True)):
+            known = route.nearest is not None and route.nearest in ledger
+            nearest = ledger.edit(str(route.nearest)) if known else None
+            found.append(Reply(prompt, answer, changed.get(i, answer), route, nearest, in_base))
+        return found
 
 
 def read_prompts(path: str | Path) -> list[str]:
     """The prompts of a file, as they are written there: one a line of plain text, or records.
 
     A record is a text or messages, or has one of them as `prompt`, `question` or `messages`. A line of plain text loses
-    the blanks around it, and may be messages as JSON.
-
-    Raises:
-        RecordError: for the first record without one.
-        RepairError: the file cannot be read, or holds no prompt.
+    the blanks around it, and may be messages as JSON. Raises `RepairError` where the file cannot be read, or a record
+    has no prompt.
     """
     file = Path(path).expanduser()
     if file.is_file() and file.suffix.lower() in ("", ".txt", ".md"):
@@ -146,8 +132,14 @@ def read_prompts(path: str | Path) -> list[str]:
         rows = [rows] if dialogue.is_messages(rows) else rows  # a file that is one dialogue
     found = []
     for number, row in enumerate(rows, 1):
+        name = None
+        if isinstance(row, Mapping):
+            name = next((name for name in ("prompt", "question", "messages") if row.get(name)), "prompt")
+            row = row.get(name)
         try:
-            found.append(_prompt(row))
+            if isinstance(row, FieldError):
+                raise row
+            found.append(given_prompt(row, name))
         except FieldError as error:
             raise RecordError.at(str(path), number, error) from None
     if not found:
@@ -155,22 +147,9 @@ def read_prompts(path: str | Path) -> list[str]:
     return found
 
 
-def _prompt(row: Any) -> str:
-    name = None
-    if isinstance(row, Mapping):
-        name = next((name for name in ("prompt", "question", "messages") if row.get(name)), "prompt")
-        row = row.get(name)
-    if isinstance(row, FieldError):
-        raise row
-    return given_prompt(row, name)
-
-
 def given_prompt(value: Any, field: str | None = None) -> str:
-    """What somebody gave as a prompt: a text as it is, or messages, also as the text of their JSON.
-
-    Raises:
-        FieldError: it is neither, or asks nothing.
-    """
+    """What somebody gave as a prompt: a text as it is, or messages, also as the text of their JSON. Raises
+    `FieldError` where it is neither, or asks nothing."""
     messages = dialogue.given(value, field or "messages")
     if messages is not None:
         return dialogue.dump(messages)

@@ -38,7 +38,7 @@ from repair_lightning.edits.ledger import EditStatus, KeptElsewhere, Ledger
 from repair_lightning.edits.stream import EditStream
 from repair_lightning.errors import ConfigError, NothingWritten, RepairError, counted
 from repair_lightning.models.base import files_hash
-from repair_lightning.packs.pack import JOURNAL_FILE, PackContent, bytes_left, restore_into, save_pack
+from repair_lightning.packs.pack import JOURNAL_FILE, Pack, bytes_left, save_pack
 from repair_lightning.reports.html_report import try_report
 from repair_lightning.reports.report import print_report, verdict
 from repair_lightning.storage.files import write_json, write_rows
@@ -80,9 +80,8 @@ def resolve_configs(argv: Sequence[str], folders: Sequence[Path]) -> tuple[list[
 class EditCLI(LightningCLI):
     """`train.py`'s command line: an editor, a stream and a trainer from YAML and options.
 
-    Args:
-        callbacks: option name -> callback class, configured under that name and always present, in this order.
-        configs: folders in which `--config NAME` is looked up.
+    `callbacks` (option name -> class) are configured under their names and always present, in this order; `--config
+    NAME` is looked up in the folders `configs`.
     """
 
     def __init__(self, callbacks: Mapping[str, type[pl.Callback]], configs: Sequence[Path]) -> None:
@@ -92,7 +91,7 @@ class EditCLI(LightningCLI):
         early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         early.add_argument("--from_pack", nargs="?")
         folder = early.parse_known_args()[0].from_pack
-        self.started_from = PackContent.read(folder) if folder else None
+        self.started_from = Pack.read(folder) if folder else None
         super().__init__(
             Editor,
             EditStream,
@@ -113,8 +112,8 @@ class EditCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Lightning's own, with the parser's complaints in one line."""
-        self.config = parse(parser, {"model": REGISTRY})
-        given = self.config if self.started_from else parse(parser, {"model": REGISTRY}, defaults=False)
+        self.config = parse(parser, REGISTRY)
+        given = self.config if self.started_from else parse(parser, REGISTRY, defaults=False)
         self.seed_given = given.get("model.init_args.seed") is not None  # by somebody, or by the pack: 0 is a seed too
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -123,8 +122,7 @@ class EditCLI(LightningCLI):
         parser.add_argument("--resume", type=Resume, default="auto", help="'never' refuses to go on with a stopped run")
         parser.add_argument("--quiet", action="store_true", help="only errors, and the score in one last line")
         parser.add_argument("--overwrite", action="store_true", help="remove a run that cannot go on in run_dir")
-        words = "go on with the edited model of this pack"
-        parser.add_argument("--from_pack", type=str | None, default=None, help=words)
+        parser.add_argument("--from_pack", type=str | None, default=None, help="go on with this pack's edited model")
         if self.started_from is not None:
             parser.set_defaults({"model": self.started_from.model_options()})
         for name, callback in self.forced.items():
@@ -154,7 +152,11 @@ class EditCLI(LightningCLI):
         options = self.config_init.trainer
         self._choose_strategy(options)
         checkpoint = SaveEachWindow(self.run_dir / CHECKPOINT)
-        plugins = [*(options.plugins or []), self.run.checkpoint_io(lambda: self.datamodule.windows, self._tables)]
+
+        def tables() -> Tables:  # the checkpoint's rows, read by the first rank for all
+            return self.team.first(self.run.journal.tables() if self.team.rank == 0 else {})
+
+        plugins = [*(options.plugins or []), self.run.checkpoint_io(lambda: self.datamodule.windows, tables)]
         if SLURMEnvironment.detect() and not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
             plugins.append(SLURMEnvironment(auto_requeue=False))  # the same command goes on, from a whole window
         if options.max_epochs == 0:
@@ -168,9 +170,8 @@ class EditCLI(LightningCLI):
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
         for option, unset in (("max_steps", -1), ("max_time", None)):
             if trainer.world_size > 1 and options[option] not in (unset, None):
-                words = f"would stop each of {trainer.world_size} ranks at a place of its own"
-                remedy = "give trainer.max_epochs, the number of windows"
-                raise ConfigError(f"trainer.{option} {options[option]} {words}; {remedy}")
+                words = f"would stop each of {trainer.world_size} ranks at a place of its own; give trainer.max_epochs"
+                raise ConfigError(f"trainer.{option} {options[option]} {words}, the number of windows")
         return trainer
 
     def _choose_strategy(self, trainer: Any) -> None:
@@ -228,15 +229,12 @@ class EditCLI(LightningCLI):
         else:
             stream.ledger.journal = KeptElsewhere()
 
-    def _tables(self) -> Tables:
-        """The checkpoint's rows, read by the first rank for all."""
-        return self.team.first(self.run.journal.tables() if self.team.rank == 0 else {})
-
     def _read(self) -> None:
         pack = self.config.from_pack
         if pack and Path(pack).resolve() == (self.run_dir / "pack").resolve():
-            words = "lies in the run directory and would be replaced; give another --run_dir"
-            raise ConfigError(f"from_pack '{pack}' {words}")
+            raise ConfigError(
+                f"from_pack '{pack}' lies in the run directory and would be replaced; give another --run_dir"
+            )
         self.datamodule.setup()
         self.datamodule.also_scored = tuple(probe.prompt for probe in self.part("scoreboard").probes)
 
@@ -248,8 +246,8 @@ class EditCLI(LightningCLI):
         self.datamodule.check_fit(self.model.edited.forms, self.model.edited.longest)
         if resumes or not self.config.from_pack:
             return None
-        pack = self.started_from or PackContent.read(self.config.from_pack)
-        restore_into(self.model, pack.folder, pack.config, pack.tensors)
+        pack = self.started_from or Pack.read(self.config.from_pack)
+        pack.restore_into(self.model)
         self.datamodule.join(pack.ledger)
         return pack.ledger
 
@@ -302,11 +300,8 @@ class EditCLI(LightningCLI):
 
 
 def finish(cli: EditCLI) -> None:
-    """Write a finished run's artefacts and print its report, on the first rank.
-
-    Raises:
-        NothingWritten: none of the run's edits is written at its end; all artefacts are there.
-    """
+    """Write a finished run's artefacts and print its report, on the first rank. Raises `NothingWritten` where, with all
+    artefacts there, none of the run's edits is written at its end."""
     if cli.team.rank:
         return
     run_dir, editor, stream, board = cli.run_dir, cli.model, cli.datamodule, cli.part("scoreboard")
@@ -408,7 +403,7 @@ def _more_metrics(cli: EditCLI) -> dict[str, Any]:
         "ranks": [pace.as_dict() for pace in editor.paces] or None,
         "perplexity": board.perplexity,
         "probes": board.kept,
-        "earlier": board.earlier.report() | {"superseded": replaced} if board.earlier else None,
+        "earlier": board.earlier | {"superseded": replaced} if board.earlier else None,
         "singles": means.get("number"),
         "method": {"deviation": means["deviation"]} if "deviation" in means else None,
     }

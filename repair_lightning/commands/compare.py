@@ -34,7 +34,7 @@ from rich.console import Console
 from repair_lightning.commands.cli import config_path, guarded, resolve_configs
 from repair_lightning.errors import ConfigError
 from repair_lightning.reports.comparison import Grid, Result, write_tables
-from repair_lightning.reports.figures import draw_costs, draw_grid
+from repair_lightning.reports.figures import draw_comparison
 from repair_lightning.reports.html_report import write_comparison_page
 from repair_lightning.storage.files import replace_text
 
@@ -98,11 +98,7 @@ class Comparison:
 
 
 def read_comparison(path: Path) -> Comparison:
-    """A comparison from its YAML file.
-
-    Raises:
-        ConfigError: where the file says what no comparison has.
-    """
+    """A comparison from its YAML file; a ConfigError where that says what no comparison has."""
     content = _checked(yaml.safe_load(path.read_text(encoding="utf-8")), str(path), Comparison)
     grid = None if content.get("grid") is None else _grid(content["grid"], f"{path}: grid")
     named = _checked(content.get("variants", {} if grid else None), f"{path}: variants")
@@ -170,15 +166,8 @@ class Run:
     folder: Path
     arguments: tuple[str, ...]
 
-    @property
-    def title(self) -> str:
-        """As progress lines name it."""
+    def __str__(self) -> str:
         return f"{self.variant.name}, {self.size} edits, seed {self.seed}"
-
-    @property
-    def command(self) -> list[str]:
-        """What is executed."""
-        return [sys.executable, str(TRAIN), *self.arguments]
 
     def asked(self) -> dict[str, Any]:
         """All that decides what comes out, short of the code and the data: a run is repeated where it changes. Where a
@@ -190,7 +179,7 @@ class Run:
         return json.loads(json.dumps(found, default=str))  # as it is read again
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Keep what was asked, and how it went, beside the run."""
+        """Keep what was asked, and how it went, beside the run; nothing is rounded."""
         replace_text(self.folder / "compared.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
     def record(self) -> dict[str, Any]:
@@ -220,11 +209,8 @@ class Run:
 
 
 def plan(comparison: Comparison, common: Sequence[str], out: Path) -> list[Run]:
-    """All runs, the smallest first: a complete column of the table after each size.
-
-    Raises:
-        ConfigError: where a common option is one that a comparison sets itself.
-    """
+    """All runs, the smallest first: a complete column of the table after each size. A ConfigError where a common option
+    is one that a comparison sets itself."""
     for part in common:
         if part.removeprefix("--").split("=")[0] in FIXED:
             raise ConfigError(f"{part} is given to each run by the comparison; see --sizes, --seeds and --out")
@@ -263,31 +249,19 @@ def overlay(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Schedule:
-    """Runs processes, some at a time, and says how far it is.
-
-    Args:
-        runs: those that are not finished.
-        workers: at a time.
-        done: how many were finished before.
-        limit: minutes that a run may take; None lets it take what it takes.
-    """
+    """Runs what is not finished, `workers` processes at a time, and says how far it is; `done` were finished before. A
+    run may take `limit` minutes; None lets it take what it takes."""
 
     def __init__(self, runs: Sequence[Run], workers: int, done: int, limit: float | None = None) -> None:
         self.runs, self.workers, self.done, self.limit = runs, workers, done, limit
-        self.total = len(runs) + done
+        self.total, self.waiting = len(runs) + done, list(runs)
         self.processes: set[subprocess.Popen[bytes]] = set()
-        self.stopped = False
-        self.spent = 0.0
-        self.said: list[tuple[str, str | None]] = []
-        """The variants of the runs so far, and what went wrong."""
-        self.waiting = list(runs)
+        self.stopped, self.spent = False, 0.0
+        self.said: list[tuple[str, str | None]] = []  # the variants of the runs so far, and what went wrong
 
     def run_all(self) -> None:
-        """Run everything; what fails is recorded and does not stop the others.
-
-        Raises:
-            ConfigError: the first runs of two variants were refused alike: their common options are at fault.
-        """
+        """Run everything; what fails is recorded and does not stop the others. A ConfigError where the first runs of
+        two variants were refused alike: their common options are at fault."""
         with ThreadPoolExecutor(self.workers) as pool:
             futures = {pool.submit(self._execute, run): run for run in self.runs}
             try:
@@ -312,17 +286,18 @@ class Schedule:
             try:
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                say(f"{run.title}: waiting for a process that a killed comparison left running in {run.folder}")
+                say(f"{run}: waiting for a process that a killed comparison left running in {run.folder}")
                 fcntl.flock(log, fcntl.LOCK_EX)
             if self.stopped or run.settled(self.limit):
                 return 0.0
             started = time.perf_counter()
-            record = {"asked": run.asked(), "command": shlex.join(run.command)}
+            command = [sys.executable, str(TRAIN), *run.arguments]
+            record = {"asked": run.asked(), "command": shlex.join(command)}
             log.truncate(0)
             (run.folder / "metrics.json").unlink(missing_ok=True)
             run.write(record)
             (run.folder / "options.yaml").write_text(yaml.safe_dump(overlay(run.variant.options)), encoding="utf-8")
-            code = self._call(run.command, log)
+            code = self._call(command, log)
         seconds = time.perf_counter() - started
         if not self.stopped:
             over = self.limit if code is None else None
@@ -360,7 +335,7 @@ class Schedule:
         words = "done" if op is None else f"OP {100 * op:.1f}"
         words = {"failed": f"FAILED: {result.error}", "stopped": f"stopped {result.error}"}.get(result.status, words)
         took, more = (timedelta(seconds=round(time)) for time in (seconds, remaining))
-        say(f"[{self.done}/{self.total}] {run.title}: {words}, {took}; {more} left")
+        say(f"[{self.done}/{self.total}] {run}: {words}, {took}; {more} left")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -409,7 +384,6 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="run only these; the tables hold all")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time (default: cores)")
     parser.add_argument("--out", type=Path, help="default: runs/<name of the configuration>")
-    parser.add_argument("--dry_run", action="store_true", help="print the commands")
     options = parser.parse_args(list(argv[:at]))
     if options.workers < 1:
         raise ConfigError(f"--workers must be at least 1, got {options.workers}")
@@ -430,10 +404,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError(f"a comparison runs train.py, and {TRAIN} is not there: {words}")
     for run in runs:
         run.asked()  # every configuration is there
-        if options.dry_run:
-            say(f"# {run.title}: {json.dumps(dict(run.variant.options))}\n{shlex.join(run.command)}")
-    if options.dry_run:
-        return
     todo = [run for run in runs if not run.settled(options.limit_minutes)]
     say(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished before; {options.workers} at a time")
     try:
@@ -479,12 +449,8 @@ def _tables(whole: Comparison, everything: Sequence[Run], asked: Sequence[Run], 
     said = f"{counts['finished']} runs finished, {counts['failed']} failed{stopped}"
     say(f"{said}; tables: {out}/table.md .tex .csv .json")
     if whole.grid is None:
-        page = write_comparison_page(out, begun)
-        words = ", ".join(file.name for file in draw_costs(out, begun)) or "no run has an OP to draw"
-        say(f"report: {page}; the paper's tables: {out}/scores.md .tex .csv; {words}")
-    else:
-        files = ", ".join(map(str, draw_grid(out, whole.grid, begun)))
-        say(f"heat map: {files}" if files else "no heat map: no cell of the grid has an OP")
+        say(f"report: {write_comparison_page(out, begun)}; the paper's tables: {out}/scores.md .tex .csv")
+    say(f"pictures: {', '.join(map(str, draw_comparison(out, begun, whole.grid))) or 'none: no run has an OP'}")
     return sum(one.status == "failed" for one in mine)
 
 

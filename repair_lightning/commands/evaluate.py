@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from repair_lightning.edits.ledger import Ledger
 from repair_lightning.edits.records import load_records
 from repair_lightning.models.prefix_cache import PrefixCache
-from repair_lightning.packs.pack import fold_into, load_ledger, open_pack, read_pack
-from repair_lightning.scoring.continuations import longest_text
+from repair_lightning.packs.pack import Pack
 from repair_lightning.scoring.forms import form_scores
 from repair_lightning.scoring.same_subject import same_subject
 from repair_lightning.scoring.scorer import Scorer, oracle_choice
@@ -37,33 +38,32 @@ def evaluate_pack(
     Every prompt with its answers goes to `generations`, a JSON Lines file.
     """
     started = time.perf_counter()
-    config, tensors = read_pack(pack)
+    content = Pack.read(pack)
     edits = load_records(str(edits_path()) if path == WORLD else path, format, max_edits, on_bad_record).edits  # type: ignore[arg-type]
-    model = open_pack(pack, config, tensors, base, precision)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = content.open(base, precision).to("cuda" if torch.cuda.is_available() else "cpu")
     model.prefixes = PrefixCache(model.split)  # prompts come again
     loaded = time.perf_counter() - started
     scorer = Scorer(model, edits)
-    owners = _owners(pack, edits, scorer)
-    nobody = torch.full_like(owners, BASE)
-    before = scorer.score("pre_edit", oracle_choice(scorer.questions, nobody), owners)
-    perplexity = scorer.perplexity(nobody) if format == "hallucination" else None
-    changed = fold_into(model, tensors)  # only now: the base's own answers are what must be kept
+    owners = _owners(content.ledger, edits, scorer)
+    before = scorer.by_base("pre_edit")
+    perplexity = scorer.perplexity(scorer.nobody) if format == "hallucination" else None
+    model.weights.load(content.weights)  # only now: the base's own answers are what must be kept
+    changed = bool(content.weights)
     final = scorer.score("final", choice := scorer.choose(), owners, changed)
     oracle = scorer.score("oracle", oracle_choice(scorer.questions, owners), owners, changed)
-    forms, rows = form_scores(model, edits, longest=longest_text(model))
+    forms, rows = form_scores(model, edits)
     if generations is not None:
         write_rows(Path(generations), [*before.rows, *final.rows, *rows])
     metrics: dict[str, Any] = {
-        "editor": config["editor"],
-        "base": {key: config["base"][key] for key in ("name", "sha256")},
+        "editor": content.config["editor"],
+        "base": {key: content.config["base"][key] for key in ("name", "sha256")},
         "n_edits": len(edits),
         "shards": len(model.memory),
         "pre_edit": before.scores,
         "final": final.scores | {"forms": forms, "same_subject": same_subject(model, edits, changed)},
         "routing": final.routing,
         "oracle_routing": oracle.scores,
-        "provenance": config["provenance"],
+        "provenance": content.config["provenance"],
     }
     if changed:
         metrics["method"] = {"deviation": {str(layer): d for layer, d in model.weights.deviations().items()}}
@@ -73,10 +73,9 @@ def evaluate_pack(
     return metrics | {"seconds": {"load": loaded, "evaluate": seconds - loaded, "total": seconds}}
 
 
-def _owners(pack: str | Path, edits: tuple[Edit, ...], scorer: Scorer) -> Tensor:
+def _owners(ledger: Ledger, edits: Sequence[Edit], scorer: Scorer) -> Tensor:
     """The shard that should answer each of the scorer's questions."""
-    ledger = load_ledger(pack)
     known = {(ledger.edit(id).prompt, ledger.edit(id).target): ledger.owner_of(id) for id in ledger}
-    found = {edit.id: known.get((edit.prompt, edit.target)) for edit in edits}
-    owner = {id: BASE if shard is None else shard for id, shard in found.items()}
-    return torch.tensor([owner[question.edit] for question in scorer.questions], dtype=torch.long)
+    shards = {edit.id: known.get((edit.prompt, edit.target)) for edit in edits}
+    found = [shards[question.edit] for question in scorer.questions]
+    return torch.tensor([BASE if shard is None else shard for shard in found], dtype=torch.long)

@@ -18,7 +18,7 @@ from rich.table import Table
 from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.models.edited import EditedModel
 from repair_lightning.packs.hub import download
-from repair_lightning.packs.pack import fold_into, open_pack, read_pack
+from repair_lightning.packs.pack import Pack
 
 
 def harness(
@@ -29,15 +29,7 @@ def harness(
     include_path: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """What a pack's base scores on tasks, and what the edited model does.
-
-    Args:
-        pack: its folder, or its name on the Hugging Face hub.
-        tasks: the harness's names of tasks or groups.
-        base: the base's folder or hub name; None takes the one in the pack's folder, else the name that it remembers.
-        precision: of the base.
-        include_path: a folder with more tasks, in YAML.
-        options: `batch_size`, `limit`, `num_fewshot`, `apply_chat_template` and `system_instruction`.
+    """What a pack's base scores on tasks, and what the edited model does; the options are those of the command.
 
     Returns:
         `lm_eval`: its version; `base` and `edited`, each with `scores`: task -> metric -> number, `requests`: how many
@@ -48,12 +40,10 @@ def harness(
         RepairError: the pack or a task's data cannot be loaded.
     """
     manager = task_manager(tasks, include_path)
-    folder = download(str(pack))
-    config, tensors = read_pack(folder)
-    model = open_pack(folder, config, tensors, base, precision)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    content = Pack.read(download(str(pack)))
+    model = content.open(base, precision).to("cuda" if torch.cuda.is_available() else "cpu")
     before = _scores(model, tasks, manager, routed=False, **options)
-    fold_into(model, tensors)  # only now: a merged W_v is not the plain base's
+    model.weights.load(content.weights)  # only now: a merged W_v is not the plain base's
     return {"lm_eval": version("lm_eval"), "base": before, "edited": _scores(model, tasks, manager, **options)}
 
 
@@ -84,12 +74,9 @@ def _scores(
     return {"scores": scores, "requests": lm.requests, "by_shards": lm.by_shards}
 
 
-def task_manager(tasks: Sequence[str], include_path: str | None = None) -> Any:
-    """The harness's index of all its tasks, which takes seconds to make, with those of a folder.
-
-    Raises:
-        ConfigError: `lm_eval` is not installed, or one of `tasks` is not known.
-    """
+def task_manager(tasks: Sequence[str], include_path: str | None) -> Any:
+    """The harness's index of all its tasks, which takes seconds to make, with those of a folder. A ConfigError where
+    `lm_eval` is not installed, or one of `tasks` is not known."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -117,9 +104,3 @@ def comparison_table(found: Mapping[str, Any]) -> Table:
             name = escape(metric.removesuffix(",none"))
             table.add_row(escape(task), name, f"{value:.4f}", f"{now:.4f}", change)
     return table
-
-
-def who_answered(found: Mapping[str, Any]) -> str:
-    """How many requests of the edited model the base answered still."""
-    edited = found["edited"]
-    return f"{edited['by_shards']} of {edited['requests']} requests were answered by a shard, the others by the base."

@@ -21,61 +21,57 @@ _EXPECTED = re.compile(r"Expected (?:a )?(?:<class '(\w+)'>|typing\.(Literal\[.*
 _GOT = re.compile(r"(?:Got|Given) value: (.*)")
 _WORDS = {"NoneType": "null", "bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text"}
 
-Classes = Mapping[str, Mapping[str, type]]
-"""Option that takes a class -> name -> class: those that may be named there."""
+Editors = Mapping[str, type]
+"""Name -> class: what `--model NAME` may be."""
 
 
-def parse(parser: ArgumentParser, classes: Classes | None = None, defaults: bool = True) -> Any:
-    """The options of this process; `--help` prints and exits.
-
-    Args:
-        parser: made with `exit_on_error=False`.
-        classes: which options take a class; `--option NAME` takes the one of that name.
-        defaults: False leaves out what nobody gave.
-
-    Raises:
-        ConfigError: an option is unknown, misses its value, or cannot take it.
-    """
-    known = classes or {}
+def parse(parser: ArgumentParser, editors: Editors | None = None, defaults: bool = True) -> Any:
+    """The options of this process, by a parser with `exit_on_error=False`; without `defaults` what nobody gave is left
+    out. A ConfigError where an option is unknown, misses its value, or cannot take it."""
+    known = editors or {}
     try:
-        return parser.parse_args(with_nulls(_with_paths(sys.argv[1:], known), known), defaults=defaults)
+        return parser.parse_args(with_nulls(_with_paths(sys.argv[1:], known)), defaults=defaults)
     except ArgumentError as error:
         raise ConfigError(_explained(str(error), parser, known)) from error
 
 
-def _with_paths(argv: Sequence[str], classes: Classes) -> list[str]:
-    """The arguments, where a class's own name stands for its path."""
+def _with_paths(argv: Sequence[str], editors: Editors) -> list[str]:
+    """The arguments, where an editor's name stands for its class's path."""
     found: list[str] = []
     for before, argument in zip(["", *argv], argv, strict=False):
-        option, given, value = argument.partition("=") if argument.startswith("--") else (before, "", argument)
-        kind = classes.get(option.removeprefix("--"), {}).get(value) if option.startswith("--") else None
-        path = value if kind is None else f"{kind.__module__}.{kind.__qualname__}"
-        found.append(f"{option}={path}" if given else argument if kind is None else path)
+        start = "--model=" if argument.startswith("--model=") else ""
+        kind = editors.get(argument.removeprefix(start)) if start or before == "--model" else None
+        found.append(argument if kind is None else f"{start}{kind.__module__}.{kind.__qualname__}")
     return found
 
 
-def with_nulls(argv: Sequence[str], classes: Iterable[str]) -> list[str]:
-    """The arguments, where a class's option is to be `null` as a configuration in line: as an option it would be the
+def with_nulls(argv: Sequence[str]) -> list[str]:
+    """The arguments, where an editor's option is to be `null` as a configuration in line: as an option it would be the
     text `None` by the time the class's own parser sees it."""
     found: list[str] = []
     rest = list(argv)
     while rest:
         name, given, value = rest.pop(0).partition("=")
-        option, _, inner = name.removeprefix("--").partition(".")
-        if option in classes and inner and not given and rest[:1] == ["null"]:
+        of_editor = name.startswith("--model.")
+        if of_editor and not given and rest[:1] == ["null"]:
             given, value = "=", rest.pop(0)
-        if option in classes and inner and value == "null":
+        if of_editor and value == "null":
             nested: Any = None
-            for part in reversed([option, "init_args", *inner.split(".")]):
+            for part in reversed(["model", "init_args", *name.split(".")[1:]]):
                 nested = {part: nested}
-            name, given, value = "--config", "=", json.dumps(nested)
+            name, value = "--config", json.dumps(nested)
         found.append(f"{name}{given}{value}")
     return found
 
 
-def _explained(message: str, parser: ArgumentParser, classes: Classes) -> str:
+def _explained(message: str, parser: ArgumentParser, editors: Editors) -> str:
     """The parser's message in one line, with a remedy."""
-    known = _known_options(parser, classes)
+    parsers = [parser]
+    for kind in editors.values():
+        parsers.append(ArgumentParser(exit_on_error=False))
+        parsers[-1].add_class_arguments(kind, "model")
+    names = [name for one in parsers for action in one._actions for name in action.option_strings]
+    known = [name for name in dict.fromkeys(names) if name.startswith("--")]
     help = f"{parser.prog} --help"
     if found := _UNKNOWN_IN_GROUP.search(message):
         name = ".".join(found.groups())
@@ -91,23 +87,11 @@ def _explained(message: str, parser: ArgumentParser, classes: Classes) -> str:
     keys, got = _KEY.findall(message), _GOT.search(message)
     if not keys or not got:
         return f"{' '.join(message.split())}; {help} explains the options"
-    if len(keys) == 1 and keys[0] in classes and "NestedArg(" not in message:
-        names = list(classes[keys[0]])
-        similar = _alike(got[1], names)
-        takes = f"{'It' if similar.endswith('?') else 'it'} takes one of: {', '.join(names)}"
-        return f"--{keys[0]} cannot be '{got[1]}'{similar} {takes}; or the path of a class that can be imported"
+    if keys == ["model"] and editors and "NestedArg(" not in message:
+        similar = _alike(got[1], editors)
+        takes = f"{'It' if similar.endswith('?') else 'it'} takes one of: {', '.join(editors)}"
+        return f"--model cannot be '{got[1]}'{similar} {takes}; or the path of a class that can be imported"
     return f"--{'.'.join(keys)} cannot be '{got[1]}': it takes {_expected(message) or 'something else'}; see {help}"
-
-
-def _known_options(parser: ArgumentParser, classes: Classes) -> list[str]:
-    """The names of all options, those of the classes too."""
-    parsers = [parser]
-    for option, kinds in classes.items():
-        for kind in kinds.values():
-            parsers.append(ArgumentParser(exit_on_error=False))
-            parsers[-1].add_class_arguments(kind, option)
-    names = (name for one in parsers for action in one._actions for name in action.option_strings)
-    return list(dict.fromkeys(name for name in names if name.startswith("--")))
 
 
 def _alike(name: str, known: Iterable[str]) -> str:

@@ -179,7 +179,7 @@ class EditSource(pl.LightningDataModule):
 
 def asked_of(edits: Iterable[Edit]) -> set[str]:
     """Everything that some edits' records ask, folded: none of it may serve as another prompt."""
-    found = set()
+    found: set[str] = set()
     for edit in edits:
         probes = (probe.prompt for probe in (*edit.locality, *edit.near))
         found.update(map(folded, (edit.prompt, *edit.rephrases, *probes)))

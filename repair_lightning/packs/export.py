@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -21,20 +22,10 @@ from repair_lightning.errors import ConfigError, RepairError, counted
 from repair_lightning.functional import fused_delta
 from repair_lightning.models.base import base_files, weights_hash_of
 from repair_lightning.models.prefix_cache import PrefixCache
-from repair_lightning.packs.pack import (
-    BASE_FOLDER,
-    CONFIG_FILE,
-    PackedModel,
-    base_of,
-    check_base,
-    fold_into,
-    load_ledger,
-    open_pack,
-    read_pack,
-)
+from repair_lightning.packs.pack import BASE_FOLDER, CONFIG_FILE, Pack, PackedModel
 from repair_lightning.scoring.metrics import overall_performance
 from repair_lightning.scoring.protocols import AUTOREGRESSIVE, answers, normalise
-from repair_lightning.scoring.scorer import Scorer, oracle_choice
+from repair_lightning.scoring.scorer import Scorer
 from repair_lightning.storage.files import write_json
 from repair_lightning.storage.folders import replace_folder, whereabouts
 from repair_lightning.types import BASE, Edit, Probe
@@ -55,22 +46,16 @@ def export_pack(
     overwrite: bool = False,
     max_edits: int | None = None,
 ) -> dict[str, Any]:
-    """Export an edited model; returns the content of `export.json`.
+    """Export a pack into a new folder, or with `overwrite` in place of an earlier export; returns the content of
+    `export.json`. `base` and `precision` are as `load_edited` takes them.
 
-    Args:
-        pack: the pack's folder.
-        to: the new folder.
-        merged: write a plain checkpoint with all edits fused into W_v; else the pack together with its base, which
-            `load_edited` reads wherever the folder is moved.
-        base: the base, where the pack's own name for it does not lead there.
-        precision: of the base.
-        overwrite: replace an earlier export.
-        max_edits: most live edits that are asked when a merge is measured; None asks all.
+    With `merged` the export is a plain checkpoint with all edits fused into W_v, measured on at most `max_edits` live
+    edits; else the pack together with its base, which `load_edited` reads wherever the folder is moved.
 
     Raises:
         RepairError: the pack is damaged, the folder is taken or cannot be written, or there is nothing to merge.
     """
-    pack, to = Path(pack), Path(to)
+    to = Path(to)
     if max_edits is not None and max_edits < 1:
         raise ConfigError(f"max_edits must be at least 1, got {max_edits}; leave it out to ask all")
     taken = to.exists() and not (to.is_dir() and not any(to.iterdir()))
@@ -78,29 +63,24 @@ def export_pack(
         raise ConfigError(f"'{to}' is not empty and no export; give --to a new folder")
     if taken and not overwrite:
         raise ConfigError(f"'{to}' is not empty; give --to a new folder, or --overwrite to replace that export")
-    config, tensors = read_pack(pack)
-    if not merged:
-        return _export_whole(pack, to, config, base)
-    model = open_pack(pack, config, tensors, base, precision)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return _export_merged(model, tensors, to, max_edits)
+    content = Pack.read(pack)
+    return _export_merged(content, to, base, precision, max_edits) if merged else _export_whole(content, to, base)
 
 
-def _export_whole(pack: Path, to: Path, config: dict[str, Any], base: str | None) -> dict[str, Any]:
+def _export_whole(pack: Pack, to: Path, base: str | None) -> dict[str, Any]:
     """Nothing is loaded: the files are copied as they are, and what came over is checked."""
-    files = base_files(base or base_of(pack, config))
-    check_base(config, str(files[0].parent), weights_hash_of(files[0].parent))
-    report = {"kind": "with its base", "base": config["base"], "live_edits": len(live_edits(load_ledger(pack)))}
+    files = base_files(base or pack.base)
+    pack.check_base(str(files[0].parent), weights_hash_of(files[0].parent))
+    report = {"kind": "with its base", "base": pack.config["base"], "live_edits": len(live_edits(pack.ledger))}
 
     def fill(part: Path) -> None:
         (part / BASE_FOLDER).mkdir()
-        for name in (CONFIG_FILE, *config["files"]):
-            shutil.copyfile(whereabouts(pack) / name, part / name)
+        for name in (CONFIG_FILE, *pack.config["files"]):
+            shutil.copyfile(whereabouts(pack.folder) / name, part / name)
         for file in files:
             shutil.copyfile(file, part / BASE_FOLDER / file.name)
         write_json(part / REPORT_FILE, report)
-        read_pack(part)
-        check_base(config, str(part / BASE_FOLDER), weights_hash_of(part / BASE_FOLDER))
+        Pack.read(part).check_base(str(part / BASE_FOLDER), weights_hash_of(part / BASE_FOLDER))
 
     replace_folder(to, fill, what="export")
     return report
@@ -112,7 +92,8 @@ def live_edits(ledger: Ledger) -> list[Edit]:
     return [ledger.edit(id) for id in held if ledger.owner_of(id) is not None]
 
 
-def _export_merged(model: PackedModel, tensors: dict[str, Tensor], to: Path, max_edits: int | None) -> dict[str, Any]:
+def _export_merged(pack: Pack, to: Path, base: str | None, precision: str, max_edits: int | None) -> dict[str, Any]:
+    model = pack.open(base, precision).to("cuda" if torch.cuda.is_available() else "cpu")
     edits, irrelevant = live_edits(model.ledger), model.card["irrelevant"]
     if not edits:
         raise RepairError("the pack holds no live edit: there is nothing to merge; export without --merged")
@@ -122,14 +103,13 @@ def _export_merged(model: PackedModel, tensors: dict[str, Tensor], to: Path, max
         asked[0] = replace(asked[0], locality=tuple(map(Probe, irrelevant["held_out"][1::2])))
     scorer = Scorer(model, asked)
     owners = torch.tensor([model.ledger.owner_of(question.edit) for question in scorer.questions])
-    nobody = torch.full((len(owners),), BASE)
     log.info("measuring the routed model: %d prompts", len(scorer.questions))
-    scorer.score("before", oracle_choice(scorer.questions, nobody), nobody)  # the base, before anything changes it
-    changed = fold_into(model, tensors)
-    routed = scorer.score("routed", scorer.choose(), owners, changed).scores[AUTOREGRESSIVE]
+    scorer.by_base("before")  # before anything changes the base
+    model.weights.load(pack.weights)
+    routed = scorer.score("routed", scorer.choose(), owners, bool(pack.weights)).scores[AUTOREGRESSIVE]
     keep = merge_into_base(model, edits, irrelevant["background"], irrelevant["held_out"][::2])
     log.info("measuring the merged model")
-    after = scorer.score("merged", oracle_choice(scorer.questions, nobody), nobody, True).scores[AUTOREGRESSIVE]
+    after = scorer.by_base("merged", fresh=True).scores[AUTOREGRESSIVE]
     report = {
         "kind": "merged",
         "base": model.card["base"],
@@ -204,12 +184,10 @@ def report_lines(report: dict[str, Any], to: Path) -> list[str]:
     if report["kind"] != "merged":
         return [f"{to}: the base with {edits}; repair_lightning.load_edited('{to}') needs no more"]
     asked, unrelated = report["asked"], counted(report["asked"]["unrelated"], "unrelated prompt")
-    lines = [
+    shares = 100 * pd.DataFrame([report["routed"], report["merged"]], ["routed", "merged"], dtype=float)
+    names = ["rel", "gen", "loc", "near"]
+    return [
         f"{to}: a plain Hugging Face checkpoint with {edits} in one matrix",
         f"free generation, {counted(asked['edits'], 'edit')}, {unrelated}, in per cent:",
-        "          " + "".join(f"{name.capitalize():>8}" for name in ("rel", "gen", "loc", "near")),
+        shares[names].rename(columns=str.capitalize).to_string(float_format="{:.1f}".format, na_rep="-"),
     ]
-    for kind in ("routed", "merged"):
-        shares = [report[kind][name] for name in ("rel", "gen", "loc", "near")]
-        lines.append(f"  {kind:<8}" + "".join("       -" if x is None else f"{100 * x:8.1f}" for x in shares))
-    return lines

@@ -57,19 +57,13 @@ Put = Callable[[Path], object]
 def save_pack(
     editor: Editor, folder: str | Path, provenance: Mapping[str, Any], also: Mapping[str, Put] | None = None
 ) -> Path:
-    """Write an editor's memory, router and ledger, in place of what the folder holds; returns the folder.
+    """Write an editor's memory, router and ledger, in place of what the folder holds; returns the folder. A process
+    that is killed on the way leaves the old pack or the new one.
 
     Where something wrote into the base's own W_v, that matrix goes along; after a merge into it the whole base beside
-    it as a plain Hugging Face checkpoint that needs neither pack nor router.
-
-    Args:
-        editor: with its base loaded.
-        folder: where. A process that is killed on the way leaves the old pack or the new one.
-        provenance: how the pack came about, in plain types.
-        also: further files of the pack by name, and who writes them.
-
-    Raises:
-        RepairError: it cannot be written, or what is read back is not what was written.
+    it as a plain Hugging Face checkpoint that needs neither pack nor router. `provenance` says in plain types how the
+    pack came about, `also` names further files of it and who writes them. Raises `RepairError` where it cannot be
+    written, or what is read back is not what was written.
     """
     base = editor.base
     assert base is not None
@@ -95,7 +89,6 @@ def _write(
     ledger: Ledger,
     also: Mapping[str, Put],
 ) -> Path:
-    """Write a pack: what `config` says of its origin, and the memory, the router and the weights as they are."""
     router, memory, tensors = edited.router, edited.memory, written_tensors(edited, own)
     content = {
         "format_version": FORMAT_VERSION,
@@ -169,17 +162,9 @@ def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in state.items() if not isinstance(value, Tensor)}
 
 
-def _part(tensors: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
-    """The tensors whose names begin so, by the rest of their names."""
-    return {key[len(start) :]: value for key, value in tensors.items() if key.startswith(start)}
-
-
 def read_pack(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A pack's configuration and tensors; every file of it is checked against its hash first.
-
-    Raises:
-        RepairError: no pack there, damaged, or of a version that this release does not read.
-    """
+    """A pack's configuration and tensors; every file of it is checked against its hash first. Raises `RepairError`
+    where there is none, or it is damaged, or of a version that this release does not read."""
     place = whereabouts(folder)
     if not (place / CONFIG_FILE).is_file():
         raise RepairError(f"'{folder}' is no pack: it has no {CONFIG_FILE}; give the folder that train.py wrote")
@@ -218,19 +203,15 @@ def _fits(folder: str | Path) -> Iterator[None]:
 
 
 class PackedModel(EditedModel):
-    """The edited model of a pack: it can be saved and shared like any Hugging Face model.
-
-    Attributes:
-        card: the pack's configuration.
-        ledger: what became of each edit.
-        own: what the method remembers, for whoever goes on editing.
-        more: the content of the pack's further files by name.
-    """
+    """The edited model of a pack: it can be saved and shared like any Hugging Face model."""
 
     card: dict[str, Any]
+    """The pack's configuration."""
     ledger: Ledger
     own: Mapping[str, Any]
+    """What the method remembers, for whoever goes on editing."""
     more: Mapping[str, bytes]
+    """The content of the pack's further files by name."""
 
     @classmethod
     def from_pretrained(
@@ -253,13 +234,12 @@ class PackedModel(EditedModel):
         Raises:
             RepairError: no such pack, or it is damaged or belongs to another base.
         """
-        folder = download(str(name_or_path), **hub)
-        config, tensors = read_pack(folder)
-        model = open_pack(folder, config, tensors, base, precision, trust_remote_code)
-        fold_into(model, tensors)
+        pack = Pack.read(download(str(name_or_path), **hub))
+        model = pack.open(base, precision, trust_remote_code)
+        model.weights.load(pack.weights)
         if not any(model.ledger.owner_of(id) is not None for id in model.ledger):
             counts = ", ".join(f"{n:,} {status}" for status, n in model.ledger.counts().items() if n) or "none at all"
-            log.warning("pack '%s' holds no written edit (%s): the base answers every prompt", folder, counts)
+            log.warning("pack '%s' holds no written edit (%s): the base answers every prompt", pack.folder, counts)
         return model
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **hub: Any) -> Path:
@@ -292,100 +272,88 @@ def load_edited(
     return model, model.tokenizer
 
 
-def open_pack(
-    folder: str | Path,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    base: str | None = None,
-    precision: str = "auto",
-    trust_remote_code: bool = False,
-) -> PackedModel:
-    """The model of a pack that was read, before :func:`fold_into`: its base still has its own weights."""
-    ledger = load_ledger(folder)
-    with _fits(folder):
-        layer, router = config["layer"], make_router(config["router"]["name"], **config["router"]["options"])
-        loaded = load_base(base or base_of(folder, config), precision, trust_remote_code)
-        check_base(config, loaded.name, loaded.sha256)
-        memory = memory_from(config, tensors)
-        found = value_shape(architecture_of(loaded.model).value_module(loaded.model, layer))
-        if found != memory.shape:
-            raise ValueError(f"its shards are {memory.shape}, the value matrix of layer {layer} is {found}")
-        router.load_state_dict(config["router"]["state"] | _part(tensors, ROUTER))
-        forms = loaded.forms(config["options"].get("template", "auto"))
-        memory = memory.to(loaded.model.device)
-        model = PackedModel(loaded.model, loaded.tokenizer, memory, router, layer, forms)
-        more = [name for name in config["files"] if name not in (WEIGHTS_FILE, LEDGER_FILE)]
-        model.more = {name: (whereabouts(folder) / name).read_bytes() for name in more}
-        model.own = config["own"] | _part(tensors, OWN)
-    model.card, model.ledger = dict(config), ledger
-    model.target_of = lambda id: ledger.edit(id).target if id in ledger else None
-    return model.eval()
-
-
-def base_of(folder: str | Path, config: Mapping[str, Any]) -> str:
-    """The base that a self-contained pack holds, else the name of the one that it was made with."""
-    inside = whereabouts(folder) / BASE_FOLDER
-    return str(inside) if (inside / "config.json").is_file() else config["base"]["name"]
-
-
-def check_base(config: Mapping[str, Any], name: str, sha256: str) -> None:
-    """Raise `RepairError` where a base is not the one that a pack was made with."""
-    wanted = config["base"]["sha256"]
-    if sha256 != wanted:
-        raise RepairError(
-            f"the pack belongs to base '{config['base']['name']}' ({wanted[:12]}), but '{name}' is "
-            f"{sha256[:12]}; give the base that it was made with"
-        )
-
-
-def memory_from(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SideMemory:
-    """The bank of shards that a pack holds."""
-    shape = (int(config["shape"][0]), int(config["shape"][1]))
-    memory = SideMemory(shape, config["mask_ratio"])
-    memory.next_id = int(config["next_shard"])
-    low_rank = _part(tensors, LOW_RANK)
-    if low_rank:
-        memory.load_low_rank(low_rank)
-    for name, generation in config["shards"].items():
-        if name in memory.shards:
-            continue
-        state = _part(tensors, f"shard.{name}.")
-        if not any(kind <= state.keys() for kind in ({"delta"}, {"mask", "values"}, {"value"})):
-            raise RepairError(f"the pack lacks shard {name}; restore it from a copy")
-        memory.shards[name] = shard_from(shape, state, generation).requires_grad_(False)
-    memory.shards = nn.ModuleDict({name: memory.shards[name] for name in sorted(memory.shards, key=int)})
-    return memory
-
-
 def load_ledger(folder: str | Path) -> Ledger:
     """The ledger that travels with a pack."""
     return Ledger.from_parquet(whereabouts(folder) / LEDGER_FILE)
 
 
-def fold_into(model: PackedModel, tensors: Mapping[str, Tensor]) -> bool:
-    """Write each W_v that the pack holds into the base; returns whether it holds any."""
-    model.weights.load(changed_weights(tensors))
-    return bool(model.weights)
-
-
-def changed_weights(tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
-    """Each W_v that a pack holds, by layer."""
-    return {int(layer): value for layer, value in _part(tensors, FOLDED).items()}
-
-
 @dataclass(frozen=True)
-class PackContent:
+class Pack:
     """A pack that was read: its configuration, its tensors and its ledger."""
 
-    folder: str
+    folder: str | Path
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     ledger: Ledger
 
     @classmethod
-    def read(cls, folder: str) -> PackContent:
-        """Raises `RepairError` where there is no pack or it is damaged."""
+    def read(cls, folder: str | Path) -> Pack:
+        """A folder's pack; see :func:`read_pack`."""
         return cls(folder, *read_pack(folder), load_ledger(folder))
+
+    @property
+    def base(self) -> str:
+        """The base that a self-contained pack holds, else the name of the one that it was made with."""
+        inside = whereabouts(self.folder) / BASE_FOLDER
+        return str(inside) if (inside / "config.json").is_file() else self.config["base"]["name"]
+
+    @property
+    def weights(self) -> dict[int, Tensor]:
+        """Each W_v that was written into, by layer."""
+        return {int(layer): value for layer, value in self.part(FOLDED).items()}
+
+    def part(self, start: str) -> dict[str, Tensor]:
+        """The tensors whose names begin so, by the rest of their names."""
+        return {key[len(start) :]: value for key, value in self.tensors.items() if key.startswith(start)}
+
+    def check_base(self, name: str, sha256: str) -> None:
+        """Raise `RepairError` where a base is not the one that the pack was made with."""
+        known, wanted = self.config["base"]["name"], self.config["base"]["sha256"]
+        if sha256 != wanted:
+            raise RepairError(
+                f"the pack belongs to base '{known}' ({wanted[:12]}), but '{name}' is {sha256[:12]}; give the base "
+                "that it was made with"
+            )
+
+    def memory(self) -> SideMemory:
+        """The bank of shards."""
+        config, low_rank = self.config, self.part(LOW_RANK)
+        shape = (int(config["shape"][0]), int(config["shape"][1]))
+        memory = SideMemory(shape, config["mask_ratio"])
+        memory.next_id = int(config["next_shard"])
+        if low_rank:
+            memory.load_low_rank(low_rank)
+        for name, generation in config["shards"].items():
+            if name in memory.shards:
+                continue
+            state = self.part(f"shard.{name}.")
+            if not any(kind <= state.keys() for kind in ({"delta"}, {"mask", "values"}, {"value"})):
+                raise RepairError(f"the pack lacks shard {name}; restore it from a copy")
+            memory.shards[name] = shard_from(shape, state, generation).requires_grad_(False)
+        memory.shards = nn.ModuleDict({name: memory.shards[name] for name in sorted(memory.shards, key=int)})
+        return memory
+
+    def open(self, base: str | None = None, precision: str = "auto", trust_remote_code: bool = False) -> PackedModel:
+        """The edited model, while its base still has its own weights: `weights` are to be loaded into it."""
+        config = self.config
+        with _fits(self.folder):
+            layer, router = config["layer"], make_router(config["router"]["name"], **config["router"]["options"])
+            loaded = load_base(base or self.base, precision, trust_remote_code)
+            self.check_base(loaded.name, loaded.sha256)
+            memory = self.memory()
+            found = value_shape(architecture_of(loaded.model).value_module(loaded.model, layer))
+            if found != memory.shape:
+                raise ValueError(f"its shards are {memory.shape}, the value matrix of layer {layer} is {found}")
+            router.load_state_dict(config["router"]["state"] | self.part(ROUTER))
+            forms = loaded.forms(config["options"].get("template", "auto"))
+            memory = memory.to(loaded.model.device)
+            model = PackedModel(loaded.model, loaded.tokenizer, memory, router, layer, forms)
+            more = [name for name in config["files"] if name not in (WEIGHTS_FILE, LEDGER_FILE)]
+            model.more = {name: (whereabouts(self.folder) / name).read_bytes() for name in more}
+            model.own = config["own"] | self.part(OWN)
+        model.card, model.ledger = dict(config), self.ledger
+        model.target_of = lambda id: self.ledger.edit(id).target if id in self.ledger else None
+        return model.eval()
 
     def model_options(self) -> dict[str, Any]:
         """The editor as the command line configures one."""
@@ -393,8 +361,29 @@ class PackContent:
 
         with _fits(self.folder):
             name = editor_class(self.config["editor"]).__name__
-            chosen = {"base": base_of(self.folder, self.config), "layer": self.config["layer"]}
+            chosen = {"base": self.base, "layer": self.config["layer"]}
             return {"class_path": f"repair_lightning.editors.{name}", "init_args": self.config["options"] | chosen}
+
+    def restore_into(self, editor: Editor) -> None:
+        """Give a loaded editor what the pack holds; each W_v that was written into waits for `Editor.change_base`.
+        Raises `RepairError` where the pack belongs to another base, layer, editor or router, or is damaged."""
+        assert editor.base is not None
+        self.check_base(editor.base.name, editor.base.sha256)
+        asked = {"editor": editor.editor_name, "layer": editor.layer, "router": editor.router.name}  # type: ignore[attr-defined]
+        with _fits(self.folder):
+            config = self.config
+            made = {"editor": config["editor"], "layer": config["layer"], "router": config["router"]["name"]}
+            for name, value in made.items():
+                if asked[name] != value:
+                    words = f"pack '{self.folder}' was made with {name} {value}, got {asked[name]}"
+                    raise ConfigError(f"{words}; leave that option out")
+            memory = self.memory().requires_grad_(True).to(editor.memory.device)
+            if memory.shape != editor.memory.shape:
+                raise ValueError(f"its shards are {memory.shape}, the value matrix is {editor.memory.shape}")
+            editor.memory.restore((dict(memory.shards.items()), memory.next_id))
+            editor.router.load_state_dict(config["router"]["state"] | self.part(ROUTER))
+            editor.load_own_state(config["own"] | self.part(OWN))
+            editor.changed_weights = self.weights
 
 
 def restore_editor(
@@ -402,54 +391,26 @@ def restore_editor(
 ) -> Editor:
     """The editor that wrote a pack, as it was then: it can write, forget, calibrate, merge and be saved again.
 
-    Args:
-        folder: the pack.
-        base: the base's folder or hub name; None takes the one in the pack's folder, else the one it remembers.
-        precision: of the base; None takes the one that the pack was written with.
-        trust_remote_code: let the base's repository run its own code; None does as when the pack was written.
+    `base`, `precision` and `trust_remote_code` are those of :meth:`PackedModel.from_pretrained`; None does as when the
+    pack was written.
 
     Raises:
         RepairError: the pack is damaged, belongs to another base, or its editor is not known.
     """
     from repair_lightning.editors import make_editor
 
-    config, tensors = read_pack(folder)
+    pack = Pack.read(folder)
     with _fits(folder):
         given = {"precision": precision, "trust_remote_code": trust_remote_code}
         chosen = {name: value for name, value in given.items() if value is not None}
-        chosen |= {"base": base or base_of(folder, config), "layer": config["layer"]}
-        editor = make_editor(config["editor"], config["options"] | chosen)
+        chosen |= {"base": base or pack.base, "layer": pack.config["layer"]}
+        editor = make_editor(pack.config["editor"], pack.config["options"] | chosen)
     editor.load()
-    editor.ledger = load_ledger(folder)
+    editor.ledger = pack.ledger
     with _fits(folder):
-        irrelevant = config["irrelevant"]
+        irrelevant = pack.config["irrelevant"]
         if irrelevant["background"]:
             editor.prepare(irrelevant["background"], irrelevant["held_out"])
-    restore_into(editor, folder, config, tensors)
+    pack.restore_into(editor)
     editor.change_base()
     return editor
-
-
-def restore_into(editor: Editor, folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Give a loaded editor what a pack holds; each W_v that was written into waits for `Editor.change_base`.
-
-    Raises:
-        RepairError: the pack belongs to another base, layer, editor or router, or is damaged.
-    """
-    assert editor.base is not None
-    check_base(config, editor.base.name, editor.base.sha256)
-    asked = {"editor": editor.editor_name, "layer": editor.layer, "router": editor.router.name}  # type: ignore[attr-defined]
-    with _fits(folder):
-        made = {"editor": config["editor"], "layer": config["layer"], "router": config["router"]["name"]}
-        for name, value in made.items():
-            if asked[name] != value:
-                raise ConfigError(
-                    f"pack '{folder}' was made with {name} {value}, got {asked[name]}; leave that option out"
-                )
-        memory = memory_from(config, tensors).requires_grad_(True).to(editor.memory.device)
-        if memory.shape != editor.memory.shape:
-            raise ValueError(f"its shards are {memory.shape}, the value matrix is {editor.memory.shape}")
-        editor.memory.restore((dict(memory.shards.items()), memory.next_id))
-        editor.router.load_state_dict(config["router"]["state"] | _part(tensors, ROUTER))
-        editor.load_own_state(config["own"] | _part(tensors, OWN))
-        editor.changed_weights = changed_weights(tensors)

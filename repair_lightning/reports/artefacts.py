@@ -33,10 +33,10 @@ class Artefacts:
         found = run.objects("metrics.json")
         if not found:
             raise RepairError(f"'{path}' holds no finished run: there is no metrics.json; give the directory of one")
-        missing = [name for name in ("base", "n_edits", "final", "pre_edit") if name not in found[0]]
-        if missing:
-            file = run.path / "metrics.json"
-            raise RepairError(f"'{file}' has no '{missing[0]}': it is not of a run; give the directory of one")
+        for name in ("base", "n_edits", "final", "pre_edit"):
+            if name not in found[0]:
+                file = run.path / "metrics.json"
+                raise RepairError(f"'{file}' has no '{name}': it is not of a run; give the directory of one")
         return cls(run.path, found[0])
 
     @property
@@ -48,6 +48,11 @@ class Artefacts:
     def final(self) -> list[Row]:
         """The lines of `generations.jsonl` about the final model."""
         return [row for row in self.objects("generations.jsonl", lines=True) if row.get("stage") == "final"]
+
+    @property
+    def own_rows(self) -> dict[str, Row]:
+        """Id -> the final model's line for the edit's own prompt."""
+        return {row["id"]: row for row in self.final if row["kind"] == "edit"}
 
     @cached_property
     def entries(self) -> dict[str, LedgerEntry]:

@@ -34,9 +34,7 @@ def separation(run: Artefacts, bins: int = 40) -> Chart | str:
     found = {kind: part.to_numpy() for kind, part in ratio.groupby(frame["kind"])}
     edges = np.linspace(0.0, max(1.2, 1.05 * float(ratio.quantile(0.995))), bins + 1)
     rows, above = [], []
-    for kind, name in KINDS_IN_WORDS.items():
-        if kind not in found:
-            continue
+    for kind, name in ((kind, name) for kind, name in KINDS_IN_WORDS.items() if kind in found):
         above.append(f"{percent(float(np.mean(found[kind] > 1)))} of the {name}")
         shares = 100 * np.histogram(found[kind].clip(edges[0], edges[-1]), edges)[0] / len(found[kind])
         for centre, share in zip((edges[:-1] + edges[1:]) / 2, shares, strict=True):
@@ -161,10 +159,9 @@ def feature_points(run: Artefacts) -> Chart | str:
     return Chart("features", "Where the edits lie", words, rows, picture)
 
 
-def thinned(rows: Sequence[Row], most: int = 400) -> list[Row]:
-    """At most so many rows, at even distances, the last among them."""
-    step = -(-len(rows) // most) if rows else 1
-    return list(rows[::-1][::step][::-1])
+def thinned(rows: Sequence[Row]) -> list[Row]:
+    """At most 400 rows, at even distances, the last among them."""
+    return list(rows[::-1][:: -(-len(rows) // 400) or 1][::-1])
 
 
 def costs_of(runs: Sequence[Artefacts]) -> pd.DataFrame:

@@ -24,12 +24,9 @@ TABLE = "table.json"
 
 @dataclass(frozen=True)
 class Result:
-    """What one run came to.
-
-    `size` is what was asked for; the data may hold fewer edits. `failed` is also a run that ended well without figures,
-    `missing` one that was not run to its end, `stopped` one whose time was over, and `not run` one that the comparison
-    does not ask for. `error` is a failed run's last line, or why the others have no figures.
-    """
+    """What one run came to: `failed` also where it ended well without figures, `missing` where it was not run to its
+    end, `stopped` where its time was over, `not run` where the comparison does not ask for it. `size` is what was asked
+    for; `error` is a failed run's last line, or why the others have no figures."""
 
     variant: str
     note: str
@@ -193,9 +190,10 @@ def tables_of(results: Sequence[Result]) -> list[Table]:
 def editor_parts(results: Sequence[Result]) -> list[Part]:
     """The paper's Tables 3, 4, 7 and 8 with scores as shares: Rel, Gen, Loc and OP in both protocols; perplexity and
     Loc where targets' perplexity was asked; costs. Their first row is the base as it was."""
-    first = {(run.size, run.seed): run for run in reversed(results) if run.status == "finished"}
-    both = [*(_before(run) for run in first.values() if run.figure(["pre_edit"])), *results]
-    found = []
+    both, found = list(results), []
+    for run in {(run.size, run.seed): run for run in reversed(results) if run.figure(["pre_edit"])}.values():
+        before = {"final": run.figure(["pre_edit"]), "perplexity": {"final": run.figure(("perplexity", "pre"))}}
+        both.insert(0, replace(run, variant=BEFORE, metrics=before))
     for one in PROTOCOLS:
         shares = {name: Column(("final", one, name.lower()), 1.0, 2) for name in ("Rel", "Gen", "Loc", "OP")}
         found.append(Part(one, f"Scores, {one.replace('_', ' ')}", shares, both))
@@ -204,12 +202,6 @@ def editor_parts(results: Sequence[Result]) -> list[Part]:
         found.append(Part("perplexity", "Perplexity of the targets (lower is better) and Loc", figures, both))
     spent = {name: column for name, column in COSTS.items() if name != "GPU MiB" or values_of(results, column)}
     return [*found, Part("costs", "What editing costs", spent, results, COSTS_IN_WORDS)]
-
-
-def _before(run: Result) -> Result:
-    """A run's figures before its first edit, in the places of the final ones."""
-    perplexity = {"final": run.figure(("perplexity", "pre"))}
-    return replace(run, variant=BEFORE, metrics={"final": run.figure(["pre_edit"]), "perplexity": perplexity})
 
 
 def lead(results: Sequence[Result]) -> list[str]:
@@ -257,21 +249,13 @@ def write_tables(folder: Path, results: Sequence[Result], grid: Grid | None = No
     runs = pd.DataFrame(rows).drop(columns="metrics")
     figures = pd.json_normalize([row["metrics"] or {} for row in rows])  # named `final.autoregressive.op` and so on
     tables, words = tables_of(results), [*lead(results), "Every run's command and figures are in `table.json`."]
-    texts = {
-        "table.csv": pd.concat([runs, figures], axis=1).to_csv(index=False),
-        "table.tex": latex(tables),
-        "table.md": markdown(tables, words, remarks(results)),
-    }
-    if grid is None:
-        parts = editor_parts(results)
-        tables = [part.table() for part in parts]
-        texts |= {
-            "scores.csv": scores_frame(parts).to_csv(index=False),
-            "scores.tex": latex(tables),
-            "scores.md": markdown(tables, lead(results), remarks(results)),
-        }
-    for name, text in texts.items():
-        replace_text(folder / name, text)
+    parts = editor_parts(results) if grid is None else []
+    written = [("table", pd.concat([runs, figures], axis=1), tables, words)]
+    written += [("scores", scores_frame(parts), [part.table() for part in parts], lead(results))] if parts else []
+    for name, frame, shown, first in written:
+        replace_text(folder / f"{name}.csv", frame.to_csv(index=False))
+        replace_text(folder / f"{name}.tex", latex(shown))
+        replace_text(folder / f"{name}.md", markdown(shown, first, remarks(results)))
 
 
 def read_tables(folder: Path) -> tuple[list[Result], Grid | None]:

@@ -27,30 +27,23 @@ class Comparison(NamedTuple):
 
 def draw_figures(folders: Sequence[Path], to: Path) -> tuple[list[Path], list[str]]:
     """Draw all figures that some runs, comparisons, or folders of either provide, into a folder, which is made.
-
-    Returns the files, and a line for every figure that is left out, with what it misses; a ConfigError where a folder
-    holds no finished run.
-    """
+    Returns the files, and a line for every figure that is left out, with what it misses."""
     made = list(charts_of(*gather(folders)))
     to.mkdir(parents=True, exist_ok=True)
     files = [file for chart in made if isinstance(chart, Chart) for file in chart.write(to)]
     return files, [words for words in made if isinstance(words, str)]
 
 
-def draw_costs(folder: Path, results: Sequence[Result]) -> list[Path]:
-    """Draw OP against what an edit costs; returns the PNG files."""
-    drawn = [charts.op_against(cost, results) for cost in charts.COSTS]
+def draw_comparison(folder: Path, results: Sequence[Result], grid: Grid | None = None) -> list[Path]:
+    """Draw OP over a grid as `heat_map`, or against what an edit costs; returns the PNG files, none without an OP."""
+    costs = [charts.op_against(cost, results) for cost in charts.COSTS]
+    drawn = costs if grid is None else [charts.sensitivity(grid, results, "heat_map")]
     return [chart.write(folder)[0] for chart in drawn if isinstance(chart, Chart)]
 
 
-def draw_grid(folder: Path, grid: Grid, results: Sequence[Result]) -> list[Path]:
-    """Draw OP over a grid; returns `heat_map.png` and `heat_map.svg`, or nothing where no cell has an OP."""
-    chart = charts.sensitivity(grid, results, "heat_map")
-    return chart.write(folder)[:2] if isinstance(chart, Chart) else []
-
-
 def gather(folders: Sequence[Path]) -> tuple[list[Artefacts], list[Comparison]]:
-    """The runs and comparisons in some folders. A comparison's own runs are its results, and not runs besides."""
+    """The runs and comparisons in some folders; a ConfigError where one holds none. A comparison's own runs are its
+    results, and not runs besides."""
     runs: list[Artefacts] = []
     comparisons: list[Comparison] = []
     for folder in folders:
@@ -76,10 +69,8 @@ def charts_of(runs: Sequence[Artefacts], comparisons: Sequence[Comparison]) -> I
     plain = [one for one in comparisons if one.grid is None]
     several = [one for one in plain if len({result.variant for result in one.results}) > 1]
     for one in several:
-        for chart in (
-            charts.components(one.results),
-            *(charts.op_against(spent, one.results) for spent in charts.COSTS),
-        ):
+        costs = (charts.op_against(spent, one.results) for spent in charts.COSTS)
+        for chart in (charts.components(one.results), *costs):
             yield _named(chart, one.name if len(several) > 1 else "")
     if not several:
         yield charts.components([])

@@ -48,11 +48,8 @@ class Section(NamedTuple):
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Make `report.html` of a finished run from its artefacts, in place of an earlier one; returns the file.
-
-    Raises:
-        RepairError: there is no finished run, or its files are damaged.
-    """
+    """Make `report.html` of a finished run from its artefacts, in place of an earlier one; returns the file. Raises
+    `RepairError` where there is no finished run, or its files are damaged."""
     run = Artefacts.read(run_dir)
     ended = max((event["time"] for event in run.events), default=None)
     when = f", {datetime.fromtimestamp(ended, timezone.utc):%Y-%m-%d %H:%M} UTC" if ended else ""
@@ -73,9 +70,8 @@ def try_report(run_dir: str | Path) -> Path | None:
     try:
         return write_report(run_dir)
     except Exception as error:
-        words = f"{type(error).__name__}: {error}"
-        again = f"`repair-lightning report --run {run_dir}` tries again"
-        log.warning("%s could not be made (%s); the run is whole: %s", REPORT_FILE, words, again)
+        again = f"the run is whole: `repair-lightning report --run {run_dir}` tries again"
+        log.warning("%s could not be made (%s: %s); %s", REPORT_FILE, type(error).__name__, error, again)
         return None
 
 
@@ -118,9 +114,7 @@ def _shown(cell: Any) -> str:
 
 
 def _numbers(chart: Chart) -> Table:
-    """The first rows of a picture's data."""
-    rows = [list(row.values()) for row in chart.rows]
-    rest = "what `repair-lightning figures` writes as CSV"
+    rows, rest = [list(row.values()) for row in chart.rows], "what `repair-lightning figures` writes as CSV"
     return report_tables.table(f"table-{chart.name}", "", list(chart.rows[0]), rows, rest, most=60)
 
 
@@ -137,7 +131,7 @@ def _sections(run: Artefacts) -> list[Section]:
     quarantined = m.get("closed_loop", {}).get("quarantined", 0)
     failed += f"; {quarantined:,} of them were quarantined, so the base answers them." if quarantined else "."
     counts = f"Failed ones come first. {', '.join(f'{number:,} {status}' for status, number in known.items())}"
-    edits = [report_tables.edits_table(run), report_tables.others_table(run), report_tables.skipped_table(run)]
+    edits = [report_tables.edits_table(run), report_tables.others_table(run)]
     texts = [("The command", _provenance(run).get("command")), ("The complete configuration", run.config_text)]
     return [
         Section("scores", "Scores", list(side_words(m)), [Table("", score_frame(m), id="score-table"), forms]),

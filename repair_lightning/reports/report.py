@@ -16,19 +16,6 @@ from repair_lightning.scoring.protocols import AUTOREGRESSIVE, PROTOCOLS
 
 STAGES = {"pre_edit": "before", "before_merge": "before merge", "final": "after", "oracle_routing": "oracle routing"}
 SCORES_IN_WORDS = {**{name: name.capitalize() for name in KINDS}, "op": "OP"}
-FILES = {
-    "report.html": "everything below for a reader, with pictures: open it in a browser",
-    "metrics.json": "all figures",
-    "generations.jsonl": "every prompt with every answer, before and after",
-    "curves.jsonl": "how things stood after each window",
-    "features.json": "where the edits' features lie, in two dimensions",
-    "edits.parquet": "the ledger: what became of each edit",
-    "journal.sqlite": "every event of every edit: `repair-lightning log --run ...`",
-    "pack": "the edited model: repair_lightning.load_edited('.../pack')",
-    "checkpoints": "the state of the stream",
-    "config.yaml": "the complete configuration",
-    "wandb": "the dashboard's data; `wandb sync` sends it where you want it",
-}
 
 
 def only_in_base(metrics: Mapping[str, Any]) -> bool:
@@ -49,19 +36,16 @@ def score_frame(metrics: Mapping[str, Any]) -> pd.DataFrame:
 
 def routing_frame(routing: Mapping[str, Mapping[str, float] | None]) -> pd.DataFrame:
     """Which memory answered each kind of prompt, in per cent."""
-    return _share_frame(routing, {"base": "base", "right": "right shard", "wrong": "wrong shard"}, "prompt")
+    rows = [[kind, *(_percent(of[name]) for name in ("base", "right", "wrong"))] for kind, of in routing.items() if of]
+    return pd.DataFrame(rows, columns=["prompt", "base", "right shard", "wrong shard"])
 
 
 def form_frame(forms: Mapping[str, Mapping[str, float | None]] | None) -> pd.DataFrame:
     """How edits hold in each form, in per cent; forms that the base does not have are left out."""
-    shown = {form: found for form, found in (forms or {}).items() if found["rel"] is not None}
-    names = {"rel": "exact", "contains": "contains", "fires": "fires", "garbled": "garbled"}
-    return _share_frame(shown, names, "form")
-
-
-def _share_frame(rows: Mapping[str, Any], names: Mapping[str, str], head: str) -> pd.DataFrame:
-    lines = [[row.replace("_", " "), *(_percent(of[name]) for name in names)] for row, of in rows.items() if of]
-    return pd.DataFrame(lines, columns=[head, *names.values()])
+    names, known = ("rel", "contains", "fires", "garbled"), (forms or {}).items()
+    asked = {form.replace("_", " "): of for form, of in known if of["rel"] is not None}
+    rows = [[form, *(_percent(of[name]) for name in names)] for form, of in asked.items()]
+    return pd.DataFrame(rows, columns=["form", "exact", *names[1:]])
 
 
 def _percent(value: float | None) -> str:
@@ -86,8 +70,8 @@ def print_report(metrics: Mapping[str, Any], run_dir: Path | None, console: Cons
         times = {"edit": "editing", "evaluate": "scoring", "total": "in all"}
         took = ", ".join(f"{metrics['seconds'][key]:.1f} s {word}" for key, word in times.items())
         said += [loop_words(metrics), f"{metrics['edits_per_minute']:.0f} edits a minute: {took}."]
-        said.append(f"Everything is in {run_dir}:")
-        said += [f"  {name:<18} {words}" for name, words in FILES.items() if (run_dir / name).exists()]
+        names = ", ".join(sorted(path.name for path in run_dir.iterdir()))
+        said.append(f"Everything is in {run_dir}, for a reader in report.html: {names}")
     (console or Console()).print("\n".join(said), markup=False, highlight=False, soft_wrap=True)
 
 
@@ -118,9 +102,9 @@ def side_words(metrics: Mapping[str, Any]) -> Iterator[str]:
 
 def loop_words(metrics: Mapping[str, Any]) -> str:
     """What the closed loop and the merge did; empty where the run has no such figures."""
-    if not metrics.get("closed_loop") or not metrics.get("merge"):
+    loop, merge = metrics.get("closed_loop"), metrics.get("merge")
+    if not loop or not merge:
         return ""
-    loop, merge = metrics["closed_loop"], metrics["merge"]
     return (
         f"Closed loop: {counted(loop['windows'], 'window')}, {loop['rolled_back']} rolled back, "
         f"{counted(loop['pruned'], 'shard')} pruned, {counted(loop['retriggered'], 'edit')} written again, "

@@ -30,14 +30,9 @@ def table(
     return Table(title, frame, note, id)
 
 
-def _edit_rows(run: Artefacts) -> dict[str, Row]:
-    """Id -> the final model's line for the edit's own prompt."""
-    return {row["id"]: row for row in run.final if row["kind"] == "edit"}
-
-
 def problems(run: Artefacts) -> dict[str, str]:
     """Id -> why, for every edit that is not answered right at the end or whose place in the ledger says so."""
-    rows = _edit_rows(run)
+    rows = run.own_rows
     found: dict[str, str] = {}
     for id in dict.fromkeys([*run.entries, *rows]):
         entry, row = run.entries.get(id), rows.get(id)
@@ -87,24 +82,14 @@ def others_table(run: Artefacts) -> Table:
             asked = [names[row["kind"]], row["id"], dialogue.shown(row["prompt"]), expected]
             rows.append([*asked, row["answer"], why_wrong(row, run.entries.get(row["id"]))])
     columns = ("kind", "of edit", "asked", "should say", "says", "why")
-    title = "Other prompts that are answered wrong"
-    return table("others-table", title, columns, rows, "generations.jsonl")
-
-
-def skipped_table(run: Artefacts) -> Table:
-    """Bad records, duplicates and superseded ones."""
-    records = run.metrics.get("records", {})
-    rows = [["bad", words] for words in records.get("bad", ())]
-    rows += [["duplicate", words] for words in records.get("duplicates", ())]
-    rows += [["superseded", f"{old}, by {new}"] for old, new in records.get("superseded", {}).items()]
-    return table("skipped-table", "Records that were not written", ("kind", "which"), rows, "metrics.json")
+    return table("others-table", "Other prompts that are answered wrong", columns, rows, "generations.jsonl")
 
 
 def edits_table(run: Artefacts) -> Table:
     """All edits: failed ones first with the reason, then in order of arrival."""
     why = problems(run)
     columns = ("edit", "asked", "should say", "says", "before", "now", "answered by", "status", "writes", "why")
-    answered, base = _edit_rows(run), "base, changed" if "deviation" in run.metrics.get("method", {}) else "base"
+    answered, base = run.own_rows, "base, changed" if "deviation" in run.metrics.get("method", {}) else "base"
     rows = []
     for one in dict.fromkeys([*why, *run.entries, *answered]):
         entry, row = run.entries.get(one), answered.get(one, {})

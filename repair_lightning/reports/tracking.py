@@ -129,12 +129,8 @@ def layout(entity: str, project: str) -> Any:
 
 
 def create(entity: str, project: str) -> str:
-    """Make the workspace on the server; returns its address.
-
-    Raises:
-        ConfigError: no key, or the package is missing.
-        RepairError: the server does not take it.
-    """
+    """Make the workspace on the server; returns its address. Raises `RepairError` where there is no key, the package
+    is missing, or the server does not take it."""
     if not os.environ.get("WANDB_API_KEY"):
         raise ConfigError("the layout is made on the server of W&B: set WANDB_API_KEY")
     workspace = layout(entity, project)

@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from torch import Tensor
-
+from repair_lightning.memory.query import Choice
+from repair_lightning.models.edited import EditedModel
 from repair_lightning.scoring import protocols
 from repair_lightning.scoring.protocols import AUTOREGRESSIVE
-
-if TYPE_CHECKING:
-    from repair_lightning.editors.base import Editor
-    from repair_lightning.types import Edit
+from repair_lightning.types import Edit
 
 
-def correctness(
-    editor: Editor, edits: Sequence[Edit], protocol: str = AUTOREGRESSIVE, memory: Tensor | None = None
-) -> dict[str, float]:
+class Asked(Protocol):
+    """An editor, as far as its edits are asked."""
+
+    @property
+    def edited(self) -> EditedModel:
+        """Who is asked."""
+
+    def choose_for(self, edits: Sequence[Edit]) -> Choice:
+        """The router's choice for the edits' own prompts."""
+
+
+def correctness(editor: Asked, edits: Sequence[Edit], protocol: str = AUTOREGRESSIVE) -> dict[str, float]:
     """Score in [0, 1] per edit id, on the edit's own prompt, never a scoring prompt: `autoregressive` gives 0 or 1,
-    `teacher_forced` the share of right tokens. `memory` (n,) is a choice to use instead of the router's."""
+    `teacher_forced` the share of right tokens."""
     if not edits:
         return {}
     prompts, targets = [edit.prompt for edit in edits], [edit.target for edit in edits]
-    chosen = editor.choose_for(edits).memory if memory is None else memory
+    model, chosen = editor.edited, editor.choose_for(edits).memory
     if protocol == AUTOREGRESSIVE:
-        scores = [float(right) for right in protocols.answered(editor.edited, prompts, targets, chosen)]
+        scores = [float(right) for right in protocols.answered(model, prompts, targets, chosen)]
     else:
-        tokens = protocols.forced_tokens(editor.edited, prompts, targets, chosen)
-        scores = [protocols.token_share(a, editor.encode(edit).target) for a, edit in zip(tokens, edits, strict=True)]
+        tokens = protocols.forced_tokens(model, prompts, targets, chosen)
+        right = [model.forms.encode(edit.prompt, edit.target).target for edit in edits]
+        scores = list(map(protocols.token_share, tokens, right))
     return {edit.id: score for edit, score in zip(edits, scores, strict=True)}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 from repair_lightning.edits.ledger import EditStatus
@@ -16,41 +15,13 @@ if TYPE_CHECKING:
 
 Answered = dict[str, dict[str, list[bool]]]
 """Per edit: whether its prompt (`rel`) and its rephrases (`gen`) are answered with its target."""
+NOT_LIVE = (EditStatus.SUPERSEDED, EditStatus.UNDONE, EditStatus.QUARANTINED)
 
 
-@dataclass
-class EarlierEdits:
-    """How a pack's edits are answered `before` the run and `after` it, there without those that new records replaced:
-    free generation through the router."""
-
-    before: Answered
-    after: Answered = field(default_factory=dict)
-
-    @classmethod
-    def ask(cls, editor: Editor, ids: Sequence[str]) -> EarlierEdits:
-        """Ask the live ones among some edits before the run."""
-        gone = (EditStatus.SUPERSEDED, EditStatus.UNDONE, EditStatus.QUARANTINED)
-        return cls(_answered(editor, [id for id in ids if editor.ledger.entry(id).status not in gone]))
-
-    def ask_again(self, editor: Editor) -> None:
-        """Ask them after the run."""
-        gone = set(editor.ledger.with_status(EditStatus.SUPERSEDED))
-        self.after = _answered(editor, [id for id in self.before if id not in gone])
-
-    def report(self) -> dict[str, Any]:
-        """The figures of `metrics.json`: of the edits that are still live, Rel and Gen in [0, 1] before and after, and
-        the ids of those whose prompt was answered right and no longer is."""
-        before = {id: self.before[id] for id in self.after}
-        lost = [id for id, found in self.after.items() if before[id]["rel"] == [True] and found["rel"] == [False]]
-        shares = {
-            moment: {kind: mean_of(x for found in answered.values() for x in found[kind]) for kind in ("rel", "gen")}
-            for moment, answered in (("before", before), ("after", self.after))
-        }
-        return {"n_edits": len(self.after), **shares, "lost": lost}
-
-
-def _answered(editor: Editor, ids: Sequence[str]) -> Answered:
-    edits = [editor.ledger.edit(id) for id in ids]
+def answered(editor: Editor, ids: Iterable[str], gone: Collection[EditStatus] = NOT_LIVE) -> Answered:
+    """How some edits, without those that are `gone`, are answered: free generation through the router."""
+    entries = [editor.ledger.entry(id) for id in ids]
+    edits = [entry.edit for entry in entries if entry.status not in gone]
     found: Answered = {id: {"rel": [score == 1], "gen": []} for id, score in correctness(editor, edits).items()}
     asked = [(edit.id, prompt, edit.target) for edit in edits for prompt in edit.rephrases]
     if asked:
@@ -59,3 +30,14 @@ def _answered(editor: Editor, ids: Sequence[str]) -> Answered:
         for id, right in zip(owners, protocols.answered(editor.edited, prompts, targets, chosen), strict=True):
             found[id]["gen"].append(right)
     return found
+
+
+def kept(before: Answered, after: Answered) -> dict[str, Any]:
+    """The figures of `metrics.json`: Rel and Gen in [0, 1] before and after the run, of the edits that are asked after
+    it, and the ids of those whose prompt was answered right and no longer is."""
+
+    def shares(found: Answered) -> dict[str, float | None]:
+        return {kind: mean_of(x for id in after for x in found[id][kind]) for kind in ("rel", "gen")}
+
+    lost = [id for id, found in after.items() if before[id]["rel"] == [True] and found["rel"] == [False]]
+    return {"n_edits": len(after), "before": shares(before), "after": shares(after), "lost": lost}

@@ -16,6 +16,7 @@ from torch import Tensor
 from repair_lightning.models.edited import EditedModel
 from repair_lightning.models.forms import Forms
 from repair_lightning.scoring import protocols
+from repair_lightning.scoring.continuations import longest_text
 from repair_lightning.scoring.metrics import mean_of
 from repair_lightning.types import BASE, Edit
 
@@ -34,6 +35,7 @@ _PARAGRAPH = (
 )
 _LONG = 500
 """Tokens of other text before a question."""
+_BATCH = 32
 
 
 def form_rows(forms: Forms, question: str) -> dict[str, list[int] | None]:
@@ -57,17 +59,18 @@ def form_rows(forms: Forms, question: str) -> dict[str, list[int] | None]:
 
 
 def form_scores(
-    model: EditedModel, edits: Sequence[Edit], number: int = 128, longest: int = 1 << 20, batch_size: int = 32
+    model: EditedModel, edits: Sequence[Edit], number: int = 128
 ) -> tuple[dict[str, dict[str, float | None]], list[dict[str, Any]]]:
     """Shares per form, and each raw answer as a row, of `number` edits, drawn at random with a fixed seed where there
-    are more. A prompt with as many tokens as `longest` is not asked."""
+    are more. A prompt with as many tokens as the base reads is not asked."""
     drawn = random.Random(0).sample(list(edits), number) if len(edits) > number else list(edits)
     asked = [(edit, form_rows(model.forms, model.forms.asked(edit.prompt))) for edit in drawn]
     scores: dict[str, dict[str, float | None]] = {}
     lines: list[dict[str, Any]] = []
     for form in FORMS:
-        rows = [(edit, row) for edit, forms in asked if (row := forms[form]) is not None and len(row) < longest]
-        parts = [_answered(model, rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+        rows = [(edit, row) for edit, forms in asked if (row := forms[form]) is not None]
+        rows = [(edit, row) for edit, row in rows if len(row) < longest_text(model)]
+        parts = [_answered(model, rows[start : start + _BATCH]) for start in range(0, len(rows), _BATCH)]
         found = [{"stage": "forms", "form": form, **line} for part in parts for line in part]
         scores[form] = {name: mean_of(line[name] for line in found) for name in FIGURES}
         lines += found

@@ -79,10 +79,7 @@ class EditedLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A dialogue as the base's chat template writes it; where that has no place for a system message, without.
-
-        Raises:
-            ConfigError: there is no template, or one that does not take the dialogue.
-        """
+        Raises `ConfigError` where there is no template, or one that does not take the dialogue."""
         if not getattr(self.tokenizer, "chat_template", None):
             raise ConfigError("the base's tokenizer has no chat template; leave --apply_chat_template out")
         options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
@@ -124,20 +121,17 @@ class EditedLM(TemplateLM):
         memory, found = self._memory([context for context, _ in asked]), [""] * len(asked)
         alike: dict[tuple[int, tuple[str, ...]], list[int]] = {}
         for i, (_, options) in enumerate(asked):
-            alike.setdefault(self._limits(options), []).append(i)
+            known = normalize_gen_kwargs(options, min(MAX_GEN_TOKS, self.max_length // 2))
+            if known.get("do_sample"):
+                raise ConfigError("a task asks for sampled answers; set do_sample: false in its generation_kwargs")
+            until = tuple(handle_stop_sequences(known.get("until"), eos=None))
+            alike.setdefault((known["max_gen_toks"], until), []).append(i)
         for (new, until), index in alike.items():
             contexts = [asked[i][0] for i in index]
             texts = completions(self.edited, contexts, memory[index], until, new, self.batch_size)
             for i, text in zip(index, texts, strict=True):
                 found[i] = text
         return found
-
-    def _limits(self, options: dict[str, Any]) -> tuple[int, tuple[str, ...]]:
-        """Most new tokens, and the stop strings, of a request's options."""
-        asked = normalize_gen_kwargs(options, min(MAX_GEN_TOKS, self.max_length // 2))
-        if asked.get("do_sample"):
-            raise ConfigError("a task asks for sampled answers; set do_sample: false in its generation_kwargs")
-        return asked["max_gen_toks"], tuple(handle_stop_sequences(asked.get("until"), eos=None))
 
     def _memory(self, contexts: Sequence[list[int]]) -> Tensor:
         base = torch.full((len(contexts),), BASE)

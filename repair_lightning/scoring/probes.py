@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,41 +24,36 @@ class KnownQuestion:
 
 
 def load_probes(path: str | Path) -> tuple[KnownQuestion, ...]:
-    """Reads probes: records with `question` or `prompt`, and `answers` (a list) or `answer`.
-
-    Raises:
-        RecordError: for the first bad record.
-        RepairError: where the file cannot be read at all.
-    """
-    return tuple(_probe(str(path), number, row) for number, row in enumerate(read_rows(path), 1))
-
-
-def _probe(source: str, number: int, row: Any) -> KnownQuestion:
-    if isinstance(row, FieldError):
-        raise RecordError.at(source, number, row)
-    row = row if isinstance(row, Mapping) else {}
-    prompt = row.get("question") or row.get("prompt")
-    if not isinstance(prompt, str) or not prompt.strip():
-        remedy = 'write {"question": ..., "answers": [...]}'
-        raise RecordError(source, number, "question", "is missing or no text", remedy)
-    answers = row.get("answers", row.get("answer")) or []
-    answers = [answers] if isinstance(answers, str) else answers
-    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-        raise RecordError(source, number, "answers", "is no list of texts", 'write "answers": ["...", ...]')
-    return KnownQuestion(prompt, tuple(answers))
+    """Reads probes: records with `question` or `prompt`, and `answers` (a list) or `answer`. Raises `RepairError` for
+    the first bad record, or where the file cannot be read at all."""
+    found = []
+    for number, row in enumerate(read_rows(path), 1):
+        if isinstance(row, FieldError):
+            raise RecordError.at(str(path), number, row)
+        row = row if isinstance(row, Mapping) else {}
+        prompt = row.get("question") or row.get("prompt")
+        if not isinstance(prompt, str) or not prompt.strip():
+            remedy = 'write {"question": ..., "answers": [...]}'
+            raise RecordError(str(path), number, "question", "is missing or no text", remedy)
+        answers = row.get("answers", row.get("answer")) or []
+        answers = [answers] if isinstance(answers, str) else answers
+        if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+            raise RecordError(str(path), number, "answers", "is no list of texts", 'write "answers": ["...", ...]')
+        found.append(KnownQuestion(prompt, tuple(answers)))
+    return tuple(found)
 
 
 class ProbeScorer:
-    """Asks a model its probes, `batch_size` at once; the base is asked first, so make it before the first edit."""
+    """Asks a model its probes; the base is asked first, so make it before the first edit."""
 
-    def __init__(self, model: EditedModel, probes: tuple[KnownQuestion, ...], batch_size: int = 64) -> None:
-        self.model, self.probes, self.batch_size = model, probes, batch_size
+    def __init__(self, model: EditedModel, probes: tuple[KnownQuestion, ...]) -> None:
+        self.model, self.probes = model, probes
         self.base = self._answers([BASE] * len(probes), list(range(len(probes))))
 
     def score(self, base_changed: bool = False) -> dict[str, float | int]:
         """Shares of right answers before (`pre`) and now (`final`), of unchanged answers (`same`), and of probes that a
         shard answers (`fired`)."""
-        chosen = self.model.choose([probe.prompt for probe in self.probes], self.batch_size).memory.tolist()
+        chosen = self.model.choose([probe.prompt for probe in self.probes]).memory.tolist()
         asked = [i for i, memory in enumerate(chosen) if base_changed or memory != BASE]
         now = self.base | self._answers(chosen, asked)
         number = max(len(self.probes), 1)
@@ -74,7 +68,7 @@ class ProbeScorer:
     def _answers(self, chosen: list[int], index: list[int]) -> dict[int, str]:
         memory = torch.tensor([chosen[i] for i in index], dtype=torch.long)
         prompts = [self.probes[i].prompt for i in index]
-        return dict(zip(index, protocols.answers(self.model, prompts, memory, 32, self.batch_size), strict=True))
+        return dict(zip(index, protocols.answers(self.model, prompts, memory, 32), strict=True))
 
     def _right(self, i: int, said: str) -> bool:
         return protocols.normalise(said) in {protocols.normalise(answer) for answer in self.probes[i].answers}

@@ -27,6 +27,8 @@ from repair_lightning.training.sharing import team_of
 AUTOREGRESSIVE, TEACHER_FORCED = "autoregressive", "teacher_forced"
 PROTOCOLS = (AUTOREGRESSIVE, TEACHER_FORCED)
 
+BATCH = 64
+"""Prompts in a forward pass."""
 GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 """Greedy decoding, whatever the base's own generation settings say."""
 
@@ -71,11 +73,7 @@ def sorted_batches(keys: Sequence[int], batch_size: int) -> Iterator[list[int]]:
 
 
 def answers(
-    model: EditedModel,
-    prompts: Sequence[str],
-    memory: Tensor,
-    max_new_tokens: int | Sequence[int],
-    batch_size: int = 64,
+    model: EditedModel, prompts: Sequence[str], memory: Tensor, max_new_tokens: int | Sequence[int]
 ) -> list[str]:
     """Greedy answers to B prompts, each by the memory that was chosen for it ((B,) shard ids or `BASE`), until the
     model itself stops or at most so many tokens, for all or for each, are said."""
@@ -84,16 +82,14 @@ def answers(
     team = team_of(model)
     mine = team.mine_of(prompts)
     own = [rows[i] for i in mine], memory[mine], [limits[i] for i in mine]
-    return team.items(mine, answer_rows(model, *own, batch_size))
+    return team.items(mine, answer_rows(model, *own))
 
 
 @torch.no_grad()
-def answer_rows(
-    model: EditedModel, rows: Sequence[Sequence[int]], memory: Tensor, limits: Sequence[int], batch_size: int = 64
-) -> list[str]:
+def answer_rows(model: EditedModel, rows: Sequence[Sequence[int]], memory: Tensor, limits: Sequence[int]) -> list[str]:
     """Greedy answers to prompts, given as token ids, each of at most so many tokens; see :func:`answers`."""
     found = [""] * len(rows)
-    for index in sorted_batches([len(row) for row in rows], batch_size):
+    for index in sorted_batches([len(row) for row in rows], BATCH):
         read = model.read([rows[i] for i in index], memory[index])
         said = decoded(model, read, memory[index], max(limits[i] for i in index))
         for i, ids in zip(index, said, strict=True):
@@ -120,7 +116,6 @@ def _over_targets(
     targets: Sequence[str],
     memory: Tensor,
     read: Callable[[Tensor, Tensor], list[Any]],
-    batch_size: int,
 ) -> list[Any]:
     """Feed prompts with their targets; `read(logits (B, T, V), labels (B, T))` says what to keep per row."""
     team = team_of(model)
@@ -128,36 +123,33 @@ def _over_targets(
     own = [model.forms.encode(prompts[i], targets[i]) for i in mine]
     read_as = model.read([row.prompt for row in own], memory[mine])
     own = [replace(row, prompt=tuple(prompt)) for row, prompt in zip(own, read_as, strict=True)]
-    return team.items(mine, model.over_targets(own, memory[mine], read, batch_size))
-
-
-def _argmax_rows(logits: Tensor, labels: Tensor) -> list[list[int]]:
-    chosen = logits.argmax(-1)
-    return [row[keep].tolist() for row, keep in zip(chosen, labels >= 0, strict=True)]
+    return team.items(mine, model.over_targets(own, memory[mine], read, BATCH))
 
 
 def forced_tokens(
-    model: EditedModel, prompts: Sequence[str], targets: Sequence[str], memory: Tensor, batch_size: int = 64
+    model: EditedModel, prompts: Sequence[str], targets: Sequence[str], memory: Tensor
 ) -> list[list[int]]:
     """The argmax token at each position of the target and its end, under teacher forcing."""
-    return _over_targets(model, prompts, targets, memory, _argmax_rows, batch_size)
+
+    def read(logits: Tensor, labels: Tensor) -> list[list[int]]:
+        return [row[keep].tolist() for row, keep in zip(logits.argmax(-1), labels >= 0, strict=True)]
+
+    return _over_targets(model, prompts, targets, memory, read)
 
 
-def answered(
-    model: EditedModel, prompts: Sequence[str], targets: Sequence[str], memory: Tensor, batch_size: int = 64
-) -> list[bool]:
+def answered(model: EditedModel, prompts: Sequence[str], targets: Sequence[str], memory: Tensor) -> list[bool]:
     """Whether each greedy answer equals its target, as :func:`answers` and :func:`normalise` would find.
 
     One pass with the target fed settles nearly all: where every token, the end included, is the argmax, greedy decoding
     says just that; where the first other token cannot lead to the same text, it does not. Only the rest is generated.
     """
     rows = [model.forms.encode(prompt, target).target for prompt, target in zip(prompts, targets, strict=True)]
-    forced = forced_tokens(model, prompts, targets, memory, batch_size)
+    forced = forced_tokens(model, prompts, targets, memory)
     found = [_settled(model.forms, said, row, target) for said, row, target in zip(forced, rows, targets, strict=True)]
     unsettled = [i for i, right in enumerate(found) if right is None]
     # Two tokens past the target are enough to see that an answer does not stop where it should.
     limits = [len(rows[i]) + 2 for i in unsettled]
-    said = answers(model, [prompts[i] for i in unsettled], memory[unsettled], limits, batch_size)
+    said = answers(model, [prompts[i] for i in unsettled], memory[unsettled], limits)
     for i, text in zip(unsettled, said, strict=True):
         found[i] = same_answer(text, targets[i])
     return [bool(right) for right in found]
@@ -180,17 +172,17 @@ def token_share(found: Sequence[int], expected: Sequence[int]) -> float:
     return sum(a == b for a, b in zip(found, expected, strict=True)) / max(len(expected), 1)
 
 
-def _nll_sums(logits: Tensor, labels: Tensor) -> list[tuple[float, int]]:
-    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
-    return list(zip(losses.sum(-1).tolist(), (labels >= 0).sum(-1).tolist(), strict=True))
-
-
 def target_loss(
-    model: EditedModel, prompts: Sequence[str], targets: Sequence[str], memory: Tensor, batch_size: int = 64
+    model: EditedModel, prompts: Sequence[str], targets: Sequence[str], memory: Tensor
 ) -> tuple[float, int]:
     """The negative log likelihood of the targets' tokens (with their end) given their prompts, in nats, summed; and
     how many tokens they are."""
-    sums = _over_targets(model, prompts, targets, memory, _nll_sums, batch_size)
+
+    def read(logits: Tensor, labels: Tensor) -> list[tuple[float, int]]:
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
+        return list(zip(losses.sum(-1).tolist(), (labels >= 0).sum(-1).tolist(), strict=True))
+
+    sums = _over_targets(model, prompts, targets, memory, read)
     return sum(total for total, _ in sums), sum(count for _, count in sums)
 
 

@@ -6,6 +6,7 @@ The base is asked once; later only prompts that a shard answers are asked again,
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -63,33 +64,35 @@ class Result:
 
 
 class Scorer:
-    """Asks a model the prompts of a set of edits, before and after editing, `batch_size` in a forward pass.
+    """Asks a model the prompts of a set of edits, before and after editing.
 
-    Answers have at most `max_new_tokens`; None takes the longest target and 8 more, at least 32.
+    Answers have at most as many tokens as the longest target and 8 more, or 32.
     """
 
-    def __init__(
-        self, model: EditedModel, edits: Sequence[Edit], max_new_tokens: int | None = None, batch_size: int = 64
-    ) -> None:
-        self.model, self.batch_size = model, batch_size
-        self.questions = questions_of(edits)
+    def __init__(self, model: EditedModel, edits: Sequence[Edit]) -> None:
+        self.model, self.questions = model, questions_of(edits)
         longest = max((len(model.forms.encode(e.prompt, e.target).target) for e in edits), default=0)
-        self.max_new_tokens = max(32, longest + 8) if max_new_tokens is None else max_new_tokens
+        self.max_new_tokens = max(32, longest + 8)
         self._fed: list[str] = []
         self._said: dict[tuple[int, str], Reply] = {}
 
     def subset(self, ids: Collection[str]) -> Scorer:
         """A scorer of some of the edits that shares what the base replied."""
         wanted = [i for i, question in enumerate(self.questions) if question.edit in ids]
-        part = Scorer(self.model, (), self.max_new_tokens, self.batch_size)
-        part.base = [self.base[i] for i in wanted]
+        part = copy(self)
+        part.base, part._said = [self.base[i] for i in wanted], {}
         part.questions, part._fed = [self.questions[i] for i in wanted], [self._fed[i] for i in wanted]
         return part
+
+    @property
+    def nobody(self) -> Tensor:
+        """`BASE` (n,) for each question."""
+        return torch.full((len(self.questions),), BASE)
 
     @cached_property
     def base(self) -> list[Reply]:
         """The base's own replies; asked once, so ask before anything changes the base."""
-        return self._ask(list(range(len(self.questions))), torch.full((len(self.questions),), BASE))
+        return self._ask(list(range(len(self.questions))), self.nobody)
 
     def score(self, stage: str, choice: Choice, owners: Tensor, fresh: bool = False) -> Result:
         """Score a stage, given the memory of each question and `owners` (n,), the shard that owns its edit, or `BASE`.
@@ -103,13 +106,9 @@ class Scorer:
                 right_tokens = list(self.model.forms.encode(question.prompt, self._fed[i]).target)
             exact = protocols.same_answer(said, right)
             marks.append((question.kind, float(exact), protocols.token_share(tokens, right_tokens)))
-            row: dict[str, Any] = {
-                "stage": stage,
-                "id": question.edit,
-                "kind": question.kind,
-                "prompt": question.prompt,
-            }
-            row |= {"expected": question.expected, "answer": said, "base_answer": own, "correct": exact}
+            row: dict[str, Any] = {"stage": stage, "id": question.edit, "kind": question.kind}
+            row |= {"prompt": question.prompt, "expected": question.expected, "answer": said}
+            row |= {"base_answer": own, "correct": exact}
             row |= {"teacher_forced": rounded(marks[-1][2]), "memory": int(choice.memory[i])}
             row |= {"score": rounded(float(choice.score[i])), "threshold": rounded(float(choice.threshold[i]))}
             rows.append(row | {"nearest": choice.nearest[i]})
@@ -120,9 +119,13 @@ class Scorer:
         }
         return Result(stage, scores, confusion(self.questions, choice.memory, owners), rows)
 
+    def by_base(self, stage: str, fresh: bool = False) -> Result:
+        """Score a stage in which the base answers everything and owns every edit."""
+        return self.score(stage, Choice.base(len(self.nobody)), self.nobody, fresh)
+
     def choose(self) -> Choice:
         """The router's choice for every question, from its prompt alone."""
-        return self.model.choose([question.prompt for question in self.questions], self.batch_size)
+        return self.model.choose([question.prompt for question in self.questions])
 
     def perplexity(self, memory: Tensor) -> float:
         """Perplexity of the targets after the edits' own prompts."""
@@ -133,21 +136,25 @@ class Scorer:
         index = [i for i, question in enumerate(self.questions) if question.kind == "edit"]
         prompts = [self.questions[i].prompt for i in index]
         targets = [self.questions[i].expected or "" for i in index]
-        return protocols.target_loss(self.model, prompts, targets, memory[index], self.batch_size)
+        return protocols.target_loss(self.model, prompts, targets, memory[index])
 
     def _ask(self, index: list[int], memory: Tensor) -> list[Reply]:
         """The replies to some questions; the base is the first to be asked."""
         prompts = [self.questions[i].prompt for i in index]
-        text = protocols.answers(self.model, prompts, memory, self.max_new_tokens, self.batch_size)
+        text = protocols.answers(self.model, prompts, memory, self.max_new_tokens)
         if not self._fed:  # where the data set gives no answer to feed, the base's own serves
             self._fed = [self.questions[i].expected or said or "." for i, said in zip(index, text, strict=True)]
         fed = [self._fed[i] for i in index]
-        tokens = protocols.forced_tokens(self.model, prompts, fed, memory, self.batch_size)
+        tokens = protocols.forced_tokens(self.model, prompts, fed, memory)
         return list(zip(text, tokens, strict=True))
 
     def _replies(self, memory: Tensor, fresh: bool) -> list[Reply]:
         """What each question's memory says; it is asked again only if it changed since it was last asked."""
-        found, holds = list(self.base), self._fingerprints(memory, fresh)
+        found = list(self.base)
+        changed = f"base {self.model.weights.fingerprint()} " if fresh else ""
+        holds = {BASE: changed}  # what each memory in use holds, as a hash: equal ones give equal answers
+        for shard in set(memory.tolist()) - {BASE}:
+            holds[shard] = changed + self.model.memory[shard].fingerprint() + self.model.router.fingerprint(shard)
         keys = {i: (i, holds[shard]) for i, shard in enumerate(memory.tolist()) if fresh or shard != BASE}
         ask = [i for i, key in keys.items() if key not in self._said]
         if ask:
@@ -155,15 +162,6 @@ class Scorer:
         for i, key in keys.items():
             found[i] = self._said[key]
         return found
-
-    def _fingerprints(self, memory: Tensor, fresh: bool) -> dict[int, str]:
-        """What each memory in use holds, as a hash: equal ones give equal answers."""
-        changed = f"base {self.model.weights.fingerprint()} " if fresh else ""
-        used = [shard for shard in memory.unique().tolist() if shard != BASE]
-        return {BASE: changed} | {
-            shard: changed + self.model.memory[shard].fingerprint() + self.model.router.fingerprint(shard)
-            for shard in used
-        }
 
     def _garbled(self, row: dict[str, Any]) -> bool:
         """Whether a shard's answer is neither a target nor the base's."""

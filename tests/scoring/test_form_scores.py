@@ -15,7 +15,7 @@ from repair_lightning.types import BASE
 
 @pytest.fixture(scope="module")
 def in_chat(chat_editor, edits) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    return form_scores(chat_editor.edited, edits[:4], longest=chat_editor.edited.longest)
+    return form_scores(chat_editor.edited, edits[:4])
 
 
 def test_each_form_ends_in_the_question_and_opens_the_answer(chat_editor, edits):
@@ -56,7 +56,7 @@ def test_a_damaged_shard_is_silent(chat_editor, edits, in_chat):
     shards = [chat_editor.memory[shard] for shard in chat_editor.memory.ids]
     for shard in shards:
         shard.left.neg_()
-    scores, rows = form_scores(chat_editor.edited, edits[:4], longest=chat_editor.edited.longest)
+    scores, rows = form_scores(chat_editor.edited, edits[:4])
     for shard in shards:
         shard.left.neg_()
     for form, found in scores.items():
@@ -73,7 +73,7 @@ def test_an_editor_that_is_not_asked_for_its_target_can_be_garbled(editor_of, wr
         for value in editor.memory[shard].state_dict().values():
             if value.is_floating_point():
                 value.copy_(3 * value.abs().max() * torch.randn(value.shape))
-    scores, rows = form_scores(editor.edited, edits[:4], longest=editor.edited.longest)
+    scores, rows = form_scores(editor.edited, edits[:4])
     assert scores["bare"]["fires"] == 1.0
     assert scores["bare"]["rel"] == 0.0
     assert scores["bare"]["garbled"] > 0

@@ -115,10 +115,11 @@ def slow_logits(model: Any, tokenizer: Any, prompt: str, target: str) -> tuple[t
     return logits[len(row.prompt) - 1 : -1], list(row.target)
 
 
-def test_forced_tokens_are_the_plain_models(written, plain, asked):
+def test_forced_tokens_are_the_plain_models(monkeypatch, written, plain, asked):
+    monkeypatch.setattr(protocols, "BATCH", 5)
     editor, _ = written
     prompts, targets, memory = asked
-    found = forced_tokens(editor.edited, prompts, targets, memory, 5)
+    found = forced_tokens(editor.edited, prompts, targets, memory)
     for prompt, target, chosen, tokens in zip(prompts, targets, memory.tolist(), found, strict=True):
         logits, expected = slow_logits(plain(chosen), editor.tokenizer, prompt, target)
         assert tokens == logits.argmax(-1).tolist()
@@ -135,7 +136,7 @@ def test_perplexity_is_the_plain_models(written, plain, asked):
         logs = logits.log_softmax(-1)
         total -= sum(float(logs[i, token]) for i, token in enumerate(expected))
         count += len(expected)
-    whole = protocols.target_loss(editor.edited, prompts, targets, memory, batch_size=5)
+    whole = protocols.target_loss(editor.edited, prompts, targets, memory)
     assert protocols.perplexity([whole]) == pytest.approx(math.exp(total / count), rel=1e-4)
 
 
