@@ -13,6 +13,7 @@ Our deviations, each a switch:
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from repair_lightning.editors.shards import ShardEditor, Steps
 from repair_lightning.errors import ConfigError
 from repair_lightning.functional import Margins, activation_scores
 from repair_lightning.functional.routing import Pool
-from repair_lightning.memory.routers import Router, make_router
+from repair_lightning.memory.routers import ROUTERS, Router, make_router
 from repair_lightning.memory.shards import Shard
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.models.base import Base
@@ -47,9 +48,6 @@ class Routing:
         false_fire_rate: share of irrelevant prompts that a calibrated threshold lets fire.
         relation_false_rate: share of other questions about a subject, from a bank of our own, that may pass for the one
             that was edited.
-        two_level_from: activation: from how many shards on candidates are looked for first, by their sketches; None
-            takes 256, from where it was measured to pay.
-        candidates: activation: how many shards are then looked at; None takes 32.
         weight: lambda_a, the routing loss's weight; 0 leaves it out.
         margins: (g1, g2, g) of Eq. 7.
         relative: scores and margins in units of the base's typical `||A W_v^T||`, else absolute.
@@ -61,8 +59,6 @@ class Routing:
     act_ratio: float | None = None
     false_fire_rate: float = 0.01
     relation_false_rate: float = 0.01
-    two_level_from: int | None = None
-    candidates: int | None = None
     weight: float = 0.0
     margins: tuple[float, float, float] = (0.1, 1.0, 0.5)
     relative: bool = True
@@ -144,21 +140,11 @@ class Repair(ShardEditor):
         **common: Any,
     ) -> None:
         super().__init__(base, seed, **common)
-        self.routing = routing
+        if routing.router in ROUTERS and routing.router not in ("key", "activation", "hybrid"):
+            raise ConfigError(f"routing.router must be key, activation or hybrid, got '{routing.router}'")
+        writing.check()
+        self.routing, self.distillation = routing, distillation
         self.writing: Writing = writing
-        self.distillation = distillation
-        self._check()
-
-    def _check(self) -> None:
-        self.writing.check()
-        for name in ("two_level_from", "candidates"):
-            value = getattr(self.routing, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"routing.{name} must be at least 1, or null for the default, got {value}")
-        if self.routing.router == "nobody":
-            raise ConfigError(
-                "routing.router must be key, activation or hybrid, got 'nobody': no edit would be answered"
-            )
 
     # -- building -----------------------------------------------------------------------------------------------------
 
@@ -177,17 +163,9 @@ class Repair(ShardEditor):
 
     def build_router(self) -> Router:
         """The router that `routing` names, with the options that it takes."""
-        options = self.routing
-        scoring: dict[str, Any] = {
-            "pool": options.pool,
-            "act_ratio": options.act_ratio,
-            "false_fire_rate": options.false_fire_rate,
-        }
-        levels = {"two_level_from": options.two_level_from, "candidates": options.candidates}
-        levels = {name: value for name, value in levels.items() if value is not None}
-        keys: dict[str, Any] = {"relation_false_rate": options.relation_false_rate}
-        by_name: dict[str, dict[str, Any]] = {"activation": scoring | levels, "key": keys, "hybrid": scoring | keys}
-        router = make_router(options.router, **by_name.get(options.router, {}))
+        options, kind = self.routing, ROUTERS.get(self.routing.router, Router)
+        taken = {name: getattr(options, name) for name in inspect.signature(kind).parameters}
+        router = make_router(options.router, **taken)
         router.reads_all_tokens = options.pool != "last"  # the routing loss and the assignment pool too
         return router
 

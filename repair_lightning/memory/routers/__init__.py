@@ -9,22 +9,13 @@ from typing import Any
 from repair_lightning.errors import ConfigError
 from repair_lightning.memory.routers.activation import ActivationRouter
 from repair_lightning.memory.routers.ball import BallRouter
-from repair_lightning.memory.routers.base import Anchor, Router
+from repair_lightning.memory.routers.base import Anchor, NobodyRouter, Router
 from repair_lightning.memory.routers.gate import GateRouter
 from repair_lightning.memory.routers.hybrid import HybridRouter
 from repair_lightning.memory.routers.key import KeyRouter
-from repair_lightning.memory.routers.nobody import NobodyRouter
 from repair_lightning.memory.routers.retrieval import RetrievalRouter
 
-_KINDS = (
-    ActivationRouter,
-    KeyRouter,
-    HybridRouter,
-    BallRouter,
-    GateRouter,
-    RetrievalRouter,
-    NobodyRouter,
-)
+_KINDS = (ActivationRouter, KeyRouter, HybridRouter, BallRouter, GateRouter, RetrievalRouter, NobodyRouter)
 ROUTERS: Mapping[str, type[Router]] = {cls.name: cls for cls in _KINDS}
 
 

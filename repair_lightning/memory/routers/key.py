@@ -74,10 +74,6 @@ class KeyRouter(Router):
         self._rows: list[dict[str, Tensor]] = []
         self._vectors_of: dict[str, Tensor] = {}  # of texts that were read
 
-    def options(self) -> dict[str, Any]:
-        """As given to the constructor."""
-        return {"relation_false_rate": self.relation_false_rate}
-
     # -- what is known ------------------------------------------------------------------------------------------------
 
     def fit(self, background: Query) -> None:
