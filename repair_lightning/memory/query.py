@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,13 +48,6 @@ class Query:
         rows = torch.arange(len(self), device=last.device)
         one = torch.ones(len(self), 1, dtype=torch.bool, device=last.device)
         return Query(self.texts, one, self.hidden[rows, last][:, None], self.activations[rows, last][:, None])
-
-    @classmethod
-    def join(cls, parts: Sequence[Query]) -> Query:
-        """Several batches of prompts with states of one width as one."""
-        texts = tuple(text for part in parts for text in part.texts)
-        states = [torch.cat([getattr(part, name) for part in parts]) for name in ("mask", "hidden", "activations")]
-        return cls(texts, *states)
 
     @classmethod
     def of_texts(cls, texts: Sequence[str]) -> Query:
@@ -105,24 +98,21 @@ class Choice:
         return cls(torch.full((size,), BASE), none, torch.full((size,), float("inf")), (None,) * size)
 
     @classmethod
+    def of(cls, tensors: Sequence[Tensor], nearest: Iterable[str | None], names: Iterable[str]) -> Choice:
+        """From its :meth:`tensors` and the names of its checks."""
+        memory, score, threshold, *more = tensors
+        checks = tuple(map(Check, names, more[::2], more[1::2]))
+        return cls(memory, score, threshold, tuple(nearest), checks)
+
+    def tensors(self) -> list[Tensor]:
+        """Memory, score and threshold, then each check's value and limit, (B,) each."""
+        return [self.memory, self.score, self.threshold, *(x for c in self.checks for x in (c.value, c.limit))]
+
+    @classmethod
     def join(cls, parts: Sequence[Choice]) -> Choice:
         """Several batches' choices as one."""
-        memory, score, threshold = (
-            torch.cat([getattr(part, name) for part in parts]) for name in ("memory", "score", "threshold")
-        )
-        checks = tuple(
-            Check(same[0].name, torch.cat([check.value for check in same]), torch.cat([check.limit for check in same]))
-            for same in zip(*(part.checks for part in parts), strict=True)
-        )
-        return cls(memory, score, threshold, tuple(name for part in parts for name in part.nearest), checks)
-
-    def repeated(self, times: int) -> Choice:
-        """Each prompt's choice so many times, one behind the other."""
-        checks = tuple(
-            Check(c.name, c.value.repeat_interleave(times), c.limit.repeat_interleave(times)) for c in self.checks
-        )
-        memory, score, threshold = (x.repeat_interleave(times) for x in (self.memory, self.score, self.threshold))
-        return Choice(memory, score, threshold, tuple(name for name in self.nearest for _ in range(times)), checks)
+        whole = [torch.cat(same) for same in zip(*(part.tensors() for part in parts), strict=True)]
+        return cls.of(whole, [name for part in parts for name in part.nearest], [c.name for c in parts[0].checks])
 
     def routes(self) -> list[Route]:
         """The choice in words, a `Route` per prompt."""

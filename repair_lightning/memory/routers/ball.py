@@ -76,11 +76,6 @@ class BallRouter(Router):
         self.keys, self.radii, self.shards = self.keys[kept], self.radii[kept], self.shards[kept]
         self.members = [left[entry] for entry in kept.tolist()]
 
-    def reassign(self, shards: Sequence[int], fused: int) -> None:
-        """Entries of the given shards are `fused`'s."""
-        mine = torch.isin(self.shards, torch.tensor(list(shards), dtype=torch.long))
-        self.shards = torch.where(mine, fused, self.shards)
-
     def route(self, query: Query, memory: SideMemory) -> Choice:
         """The nearest key, if a prompt lies in its ball; the score is the distance, negated."""
         if not len(self.keys):

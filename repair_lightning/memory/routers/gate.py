@@ -7,7 +7,7 @@ token.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -113,9 +113,3 @@ class GateRouter(Router):
         return Choice(
             torch.where(score > limit, torch.tensor(self.shards)[best], BASE), score, limit, (None,) * len(query)
         )
-
-    def reassign(self, shards: Sequence[int], fused: int) -> None:
-        """The fused shard starts without a gate; calibrate before routing."""
-        kept = [i for i, shard in enumerate(self.shards) if shard not in set(shards)]
-        self.shards = [self.shards[i] for i in kept]
-        self.gates, self.limits = self.gates[kept], self.limits[kept]
