@@ -35,8 +35,7 @@ class SaveEachWindow(CheckpointCallback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save, unless nothing is left to arrive or to be written."""
-        limit = trainer.max_epochs
-        last = limit is not None and 0 <= limit <= trainer.current_epoch + 1
+        last = 0 <= (trainer.max_epochs or -1) <= trainer.current_epoch + 1
         if not last and not trainer.datamodule.exhausted:  # type: ignore[attr-defined]
             trainer.save_checkpoint(self.path)
 

@@ -36,10 +36,10 @@ RESUMED = "resumed"
 """The event of a run that goes on from a checkpoint; what lies between the two is void."""
 
 _STATE = tuple(field.name for field in fields(LedgerEntry) if field.name != "edit")
-_COLUMNS = ("time", "kind", "id", *_STATE, "edit")
+_SAID = ("time", "kind", "id", *_STATE, "edit")
 _TABLES = f"""
 CREATE TABLE events (
-    seq INTEGER PRIMARY KEY, time REAL NOT NULL, kind TEXT NOT NULL, id TEXT, arrival INTEGER, "window" INTEGER,
+    seq INTEGER PRIMARY KEY, time REAL NOT NULL, kind TEXT NOT NULL, id TEXT, arrival INTEGER, window INTEGER,
     status TEXT, shard INTEGER, attempts INTEGER, regroups INTEGER, loss REAL, kd REAL, score REAL, reason TEXT,
     edit TEXT, back_to INTEGER, void INTEGER NOT NULL DEFAULT 0);
 CREATE INDEX events_of_an_edit ON events (id);
@@ -108,10 +108,18 @@ class Journal:
 
     def append(self, kind: str, entries: Sequence[LedgerEntry]) -> None:
         """What became of some edits, in one transaction that is on the disk when this returns."""
-        now = time.time()
-        rows = [(now, kind, entry.edit.id, *_state_of(entry), _edit_of(entry, kind)) for entry in entries]
-        names = ", ".join(f'"{name}"' for name in _COLUMNS)
-        marks = ", ".join("?" * len(_COLUMNS))
+        said = kind in ("arrived", "inherited")  # the edit itself is said once
+        rows = [
+            entry.as_dict()
+            | {
+                "time": time.time(),
+                "kind": kind,
+                "id": entry.edit.id,
+                "edit": json.dumps(entry.edit.as_dict(), ensure_ascii=False) if said else None,
+            }
+            for entry in entries
+        ]
+        names, marks = (", ".join(f"{sign}{name}" for name in _SAID) for sign in ("", ":"))
         with self._transaction():
             self._db.executemany(f"INSERT INTO events ({names}) VALUES ({marks})", rows)
 
@@ -138,16 +146,12 @@ class Journal:
             windows: how many the run has ended.
             tables: the rows, each a mapping from names to tensors.
         """
-        tables = tables or {}
+        found = {(name, number): row for name, rows in (tables or {}).items() for number, row in rows.items()}
         with self._transaction():
-            names = {name for (name,) in self._db.execute("SELECT DISTINCT name FROM rows")}
-            for name in names | set(tables):
-                rows = tables.get(name, {})
-                stored = {number for (number,) in self._db.execute("SELECT number FROM rows WHERE name = ?", (name,))}
-                gone = [(name, number) for number in stored - rows.keys()]
-                self._db.executemany("DELETE FROM rows WHERE name = ? AND number = ?", gone)
-                new = ((name, number, *_encoded(rows[number])) for number in sorted(rows.keys() - stored))
-                self._db.executemany("INSERT INTO rows VALUES (?, ?, ?, ?)", new)
+            stored = set(self._db.execute("SELECT name, number FROM rows"))
+            self._db.executemany("DELETE FROM rows WHERE name = ? AND number = ?", stored - found.keys())
+            new = ((*key, *_encoded(found[key])) for key in sorted(found.keys() - stored))
+            self._db.executemany("INSERT INTO rows VALUES (?, ?, ?, ?)", new)
             row = (sha256, self.last, windows, time.time())
             self._db.execute("INSERT OR REPLACE INTO checkpoint VALUES (1, ?, ?, ?, ?)", row)
 
@@ -197,21 +201,15 @@ class Journal:
         return found
 
     def events(self, id: str | None = None) -> Iterator[dict[str, Any]]:
-        """All events in their order, or those of one edit.
-
-        Raises:
-            UnknownEditError: nothing was ever said of this edit.
-        """
+        """All events in their order, or those of one edit: `UnknownEditError` where nothing was ever said of it."""
         where, what = ("", ()) if id is None else ("WHERE id = ?", (id,))
         with self._explained("read"):
             found = self._db.execute(f"SELECT * FROM events {where} ORDER BY seq", what)
-            names = [column[0] for column in found.description]
-            row = found.fetchone()
-            if row is None and id is not None:
-                raise UnknownEditError(id)
-            while row is not None:
+            names, row = [column[0] for column in found.description], None
+            for row in found:
                 yield dict(zip(names, row, strict=True))
-                row = found.fetchone()
+        if row is None and id is not None:
+            raise UnknownEditError(id)
 
     def rebuild(self) -> Ledger:
         """The ledger as the events left it; void ones do not count."""
@@ -238,12 +236,11 @@ class Journal:
 
     def to_parquet(self, path: str | Path) -> None:
         """All events as a Parquet table."""
+        types = {"INTEGER": pa.int64(), "REAL": pa.float64(), "TEXT": pa.string()}
         with self._explained("read"):
-            found = self._db.execute("SELECT * FROM events ORDER BY seq")
-            names = [column[0] for column in found.description]
-            columns = list(zip(*found.fetchall(), strict=True)) or [()] * len(names)
-        arrays = [pa.array(column, type=_parquet_type(name)) for name, column in zip(names, columns, strict=True)]
-        pq.write_table(pa.table(arrays, names=names), path)
+            columns = self._db.execute("SELECT name, type FROM pragma_table_info('events')").fetchall()
+        schema = pa.schema([(name, types[kind]) for name, kind in columns])
+        pq.write_table(pa.Table.from_pylist(list(self.events()), schema=schema), path)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -274,18 +271,3 @@ def _encoded(row: Mapping[str, Tensor]) -> tuple[bytes, bytes]:
     """A row's hash and content."""
     content = save({name: tensor.detach().cpu().contiguous() for name, tensor in row.items()})
     return hashlib.sha256(content).digest(), content
-
-
-def _state_of(entry: LedgerEntry) -> tuple[Any, ...]:
-    return tuple(str(value) if name == "status" else value for name in _STATE for value in (getattr(entry, name),))
-
-
-def _edit_of(entry: LedgerEntry, kind: str) -> str | None:
-    """The edit itself, said once: when it arrives, or comes along with a pack."""
-    return json.dumps(entry.edit.as_dict(), ensure_ascii=False) if kind in ("arrived", "inherited") else None
-
-
-def _parquet_type(name: str) -> pa.DataType:
-    if name in ("time", "loss", "kd", "score"):
-        return pa.float64()
-    return pa.string() if name in ("kind", "id", "status", "reason", "edit") else pa.int64()
