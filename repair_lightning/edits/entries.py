@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import Any
 
-from repair_lightning.errors import LedgerError, UnknownEditError
+from repair_lightning.errors import UnknownEditError
 from repair_lightning.types import Edit, EditReport
 
 
@@ -125,16 +125,20 @@ class Entries:
         return {shard: len(ids) for shard, ids in sorted(self._owned_by.items()) if ids}
 
     def with_status(self, *statuses: EditStatus | str) -> list[str]:
-        """The ids of the edits in one of `statuses`, in order of arrival. Raises `LedgerError` for an unknown one."""
-        wanted = {_status(status) for status in statuses}
-        return self._in_order(id for status in wanted for id in self._with_status[status])
+        """The ids of the edits in one of `statuses`, in order of arrival."""
+        return self._in_order(id for status in set(map(EditStatus, statuses)) for id in self._with_status[status])
 
     def error_rates(self) -> dict[int, tuple[float, int]]:
         """For each shard that owns edits: the share of failed ones among those evaluated, and how many were evaluated.
 
         An edit counts as evaluated if it was scored since it was last written. A shard without any has (0.0, 0).
         """
-        return {shard: _error_rate(map(self._entries.__getitem__, self.owned_by(shard))) for shard in self.sizes()}
+        rates = {}
+        for shard in self.sizes():
+            evaluated = [entry for entry in map(self.entry, self.owned_by(shard)) if entry.score is not None]
+            failed = sum(entry.status is EditStatus.FAILED for entry in evaluated)
+            rates[shard] = (failed / max(len(evaluated), 1), len(evaluated))
+        return rates
 
     def counts(self) -> dict[str, int]:
         """How many edits are in each status; every status is listed."""
@@ -153,20 +157,6 @@ class Entries:
 
     def _in_order(self, ids: Iterable[str]) -> list[str]:
         return sorted(ids, key=lambda id: self._entries[id].arrival)
-
-
-def _status(status: EditStatus | str) -> EditStatus:
-    try:
-        return EditStatus(status)
-    except ValueError:
-        known = ", ".join(s.value for s in EditStatus)
-        raise LedgerError(f"unknown status '{status}'; known: {known}") from None
-
-
-def _error_rate(owned: Iterable[LedgerEntry]) -> tuple[float, int]:
-    evaluated = [entry for entry in owned if entry.score is not None]
-    failed = sum(entry.status is EditStatus.FAILED for entry in evaluated)
-    return failed / max(len(evaluated), 1), len(evaluated)
 
 
 def _finite(value: float) -> float | None:

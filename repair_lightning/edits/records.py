@@ -1,7 +1,7 @@
 """Reading edit records: every record is checked, and named by file, number and field, before anything is written.
 
-Files are parsed here, by the plain parsers of their format, so that a bad line is found under its own number; only
-records that passed become a `datasets.Dataset` with declared features, never one whose column types were guessed.
+Files are parsed by the plain parsers of their format, so that a bad line is found under its own number and no column's
+type is guessed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, Features, Value, load_dataset
+from datasets import load_dataset
 
 from repair_lightning.edits import formats
 from repair_lightning.errors import ConfigError, FieldError, RecordError, RepairError, counted
@@ -53,8 +53,6 @@ class RecordSet:
             later one, which is always in `edits`.
         duplicates: Ids of records that were dropped because question and target repeat an earlier record's.
         superseded_edits: The replaced edits themselves, for the ledger.
-        alike: Ids (earlier, later) of records that ask the same question in prompts that differ, see
-            :func:`same_question_key`; the later one is a duplicate or supersedes the earlier.
     """
 
     edits: tuple[Edit, ...]
@@ -62,7 +60,6 @@ class RecordSet:
     superseded: Mapping[str, str] = field(default_factory=dict)
     duplicates: tuple[str, ...] = ()
     superseded_edits: tuple[Edit, ...] = ()
-    alike: tuple[tuple[str, str], ...] = ()
 
     def __len__(self) -> int:
         return len(self.edits)
@@ -126,8 +123,8 @@ def load_records(
         good, repeated = _draw(good, repeated, max_edits, sample_seed)
         max_edits = None  # all that is said of the drawn prompts counts, also after the last of them has come up
     messages = tuple(str(RecordError.at(source, number, error)) for number, error in bad)
-    found = _settle(good, repeated, messages, max_edits)
-    _log_summary(source, found)
+    found, alike = _settle(good, repeated, messages, max_edits)
+    _log_summary(source, found, alike)
     return found
 
 
@@ -338,33 +335,33 @@ def named(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMED_AT_MOST]) + (f" and {more:,} more" if more > 0 else "")
 
 
-def _settle(edits: Sequence[Edit], repeated: Sequence[Edit], bad: tuple[str, ...], max_edits: int | None) -> RecordSet:
-    """Drops duplicates and lets later edits supersede earlier ones, over the first records that yield `max_edits`."""
+def _settle(
+    edits: Sequence[Edit], repeated: Sequence[Edit], bad: tuple[str, ...], max_edits: int | None
+) -> tuple[RecordSet, list[str]]:
+    """Drops duplicates and lets later edits supersede earlier ones, over the first records that yield `max_edits`; also
+    says which pairs ask the same question in prompts that differ."""
     live: dict[str, int] = {}
     replaced: dict[int, str] = {}
     prompts = {edit.id: edit.prompt for edit in edits}
     duplicates = [edit.id for edit in repeated]
-    alike = [(edit.id, edit.id) for edit in repeated if edit.prompt != prompts[edit.id]]
+    alike = [f"'{edit.id}' and '{edit.id}'" for edit in repeated if edit.prompt != prompts[edit.id]]
     for i, edit in enumerate(edits):
         if len(live) == max_edits:
             break
         key = same_question_key(edit.prompt)
         earlier = live.get(key)
         if earlier is not None and edits[earlier].prompt != edit.prompt:
-            alike.append((edits[earlier].id, edit.id))
+            alike.append(f"'{edits[earlier].id}' and '{edit.id}'")
         if earlier is not None and edits[earlier].target == edit.target:
             duplicates.append(edit.id)
             continue
         if earlier is not None:
             replaced[earlier] = key
         live[key] = i
-    text, probes = Value("string"), [{"prompt": Value("string"), "answer": Value("string")}]
-    features = Features(id=text, subject=text, prompt=text, target=text, rephrases=[text], locality=probes, near=probes)
-    records = [edits[i].as_dict() for i in sorted(live.values())]
-    kept = tuple(map(Edit.from_dict, Dataset.from_list(records, features=features).to_list()))
+    kept = tuple(edits[i] for i in sorted(live.values()))
     superseded = {edits[old].id: edits[live[key]].id for old, key in replaced.items()}
     older = tuple(edits[old] for old in sorted(replaced))
-    return RecordSet(kept, bad, superseded, tuple(duplicates), older, tuple(alike))
+    return RecordSet(kept, bad, superseded, tuple(duplicates), older), alike
 
 
 def _draw(good: Sequence[Edit], repeated: Sequence[Edit], number: int, seed: int) -> tuple[list[Edit], list[Edit]]:
@@ -379,24 +376,20 @@ def _draw(good: Sequence[Edit], repeated: Sequence[Edit], number: int, seed: int
     return kept, again
 
 
-def _log_summary(source: str, found: RecordSet) -> None:
-    if found.alike:
+def _log_summary(source: str, found: RecordSet, alike: Sequence[str]) -> None:
+    if alike:
         logger.warning(
             "%s: %s with the same question but for case, blanks or the final mark: %s; the later of two is dropped "
             "where its target is the same, and supersedes the earlier where it is another",
-            source,
-            counted(len(found.alike), "pair"),
-            named([f"'{earlier}' and '{later}'" for earlier, later in found.alike]),
+            *(source, counted(len(alike), "pair"), named(alike)),
         )
     subjects = [(edit, edit.subject.casefold()) for edit in found.edits if edit.subject]
     absent = [f"'{edit.id}'" for edit, subject in subjects if subject not in dialogue.shown(edit.prompt).casefold()]
     if absent:
         logger.warning(
-            "%s: %s a subject that does not stand in the prompt: %s; such an edit is found by its whole prompt alone; "
+            "%s: the subject does not stand in the prompt of %s: %s; such an edit is found by its whole prompt alone; "
             "write the subject as the prompt does, or leave it out",
-            source,
-            f"{counted(len(absent), 'edit')} {'has' if len(absent) == 1 else 'have'}",
-            named(absent),
+            *(source, counted(len(absent), "edit"), named(absent)),
         )
     parts = [counted(len(found.edits), "edit"), f"{counted(len(found.bad), 'bad record')} skipped"]
     parts += [f"{counted(len(found.duplicates), 'duplicate')} dropped", f"{len(found.superseded)} superseded"]
