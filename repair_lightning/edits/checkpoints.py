@@ -62,10 +62,10 @@ class JournaledCheckpointIO(TorchCheckpointIO):
         if not self._is_ours(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        aside = _aside(self.path)
-        content = io.BytesIO()
+        content, aside = io.BytesIO(), _aside(self.path)
         torch.save({key: value for key, value in checkpoint.items() if key != ROWS}, content)
         sha256 = hashlib.sha256(content.getbuffer()).hexdigest()
+        known = False
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(aside, "wb") as file:
@@ -75,16 +75,17 @@ class JournaledCheckpointIO(TorchCheckpointIO):
             if files_hash([aside]) != sha256:
                 raise RepairError(f"checkpoint '{path}': what is read back is not what was written; check the disk")
             self.save(sha256, checkpoint.get(ROWS, {}))
-        except (OSError, RepairError) as error:
-            aside.unlink(missing_ok=True)  # what has failed takes no room
-            if isinstance(error, RepairError):
-                raise
-            raise _unwritable(self.path, error) from error
-        try:
+            known = True
             os.replace(aside, self.path)
             sync(self.path.parent)
         except OSError as error:
-            raise _unwritable(self.path, error) from error
+            raise RepairError(
+                f"checkpoint '{path}' cannot be written ({error.strerror or error}); the previous one and the journal "
+                "are whole: make room and give the same command again"
+            ) from error
+        finally:
+            if not known:
+                aside.unlink(missing_ok=True)  # what has failed takes no room
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """A checkpoint with its rows."""
@@ -119,10 +120,3 @@ def settle(path: Path, known: Checkpoint | None) -> None:
 
 def _aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.part")
-
-
-def _unwritable(path: Path, error: OSError) -> RepairError:
-    return RepairError(
-        f"checkpoint '{path}' cannot be written ({error.strerror or error}); the previous one and the journal are "
-        "whole: make room and give the same command again"
-    )

@@ -47,7 +47,7 @@ VERSION = 1
 
 
 class KeptElsewhere:
-    """The record of a ledger whose history another process keeps; see `repair_lightning.edits.journal` for one's own."""
+    """The record of a ledger whose history another process keeps; see `journal` for one's own."""
 
     def append(self, kind: str, entries: Sequence[LedgerEntry]) -> None:
         """What became of some edits: on the disk, where there is one, when this returns."""

@@ -91,13 +91,13 @@ def load_records(
     """Reads, checks and converts the edits of a local file or of a hub data set, also those past `max_edits`.
 
     Args:
-        path_or_hub_name: A file (`.jsonl`, `.json` with a list or with one object per line, `.csv`, `.tsv`,
-            `.parquet`) or a hub name (`org/name`) where no such file exists.
-        format: A name of :data:`formats.FORMATS`.
-        max_edits: Stop after so many edits, not counting duplicates; None for all.
+        path_or_hub_name: a file (`.jsonl`, `.json` with a list or with one object per line, `.csv`, `.tsv`,
+            `.parquet`), or a hub name (`org/name`) where no such file exists.
+        format: a name of :data:`formats.FORMATS`.
+        max_edits: stop after so many edits, not counting duplicates; None for all.
         on_bad_record: `stop` raises for the first bad record, `skip` lists bad records in `bad`.
-        split: The hub data set's split.
-        sample_seed: Draw the `max_edits` edits at random with this seed and keep the source's order; what repeats a
+        split: the hub data set's split.
+        sample_seed: draw the `max_edits` edits at random with this seed and keep the source's order; what repeats a
             drawn edit, or was superseded by it, comes along. None takes the first.
 
     Raises:
@@ -132,9 +132,8 @@ def load_irrelevant(path: str | Path, prefix: str = "") -> tuple[str, ...]:
     """Reads prompts that no edit should touch, in the file's order, for calibrating and training the router.
 
     Args:
-        path: A file of records with one of the fields `question`, `locality_prompt`, `loc`, `prompt` (the first that
-            the record has counts), or a hub name.
-        prefix: Put before each prompt as it stands, such as `nq question: `; of messages, before the last turn.
+        path: a file or hub name; of `question`, `locality_prompt`, `loc`, `prompt` the first that a record has counts.
+        prefix: put before each prompt as it stands, such as `nq question: `; of messages, before the last turn.
 
     Raises:
         RecordError: for the first bad record, saying how many more there are.
@@ -150,31 +149,24 @@ def load_irrelevant(path: str | Path, prefix: str = "") -> tuple[str, ...]:
 
 
 def check_lengths(edits: Sequence[Edit], forms: Forms, max_tokens: int) -> dict[str, str]:
-    """Finds edits with a text of more than `max_tokens` tokens, or a dialogue that the base cannot be asked.
-
-    Prompt and rephrases count with target and EOS. Returns, in the order of `edits`, the id of each offending edit and
-    a message that names the first such field.
-    """
+    """By id, a message for each edit with a text of more than `max_tokens` tokens (prompt and rephrases with target and
+    EOS), or a dialogue that the base cannot be asked; it names the first such field."""
     messages: dict[str, str] = {}
+    remedy = "shorten it or raise the limit, if the model reads that much"
     for edit in edits:
         asked = [("prompt and target", edit.prompt, edit.target)]
         asked += [(f"rephrases[{i}] and target", text, edit.target) for i, text in enumerate(edit.rephrases)]
         for name in ("locality", "near"):
             asked += [(f"{name}[{i}]", probe.prompt, probe.answer or "") for i, probe in enumerate(getattr(edit, name))]
         for name, prompt, target in asked:
-            problem = _unfit(forms, prompt, target, max_tokens)
-            if problem is not None:
+            try:
+                length = len(forms.encode(prompt, target).ids)
+                problem = f"is {length} tokens long, at most {max_tokens} fit; {remedy}" if length > max_tokens else ""
+            except ConfigError as error:
+                problem = str(error)
+            if problem:
                 messages.setdefault(edit.id, f"edit '{edit.id}', field '{name}': {problem}")
     return messages
-
-
-def _unfit(forms: Forms, prompt: str, target: str, max_tokens: int) -> str | None:
-    try:
-        length = len(forms.encode(prompt, target).ids)
-    except ConfigError as error:
-        return str(error)
-    remedy = "shorten it or raise the limit, if the model reads that much"
-    return f"is {length} tokens long, at most {max_tokens} fit; {remedy}" if length > max_tokens else None
 
 
 def read_rows(path_or_hub_name: str | Path, split: str = "train") -> list[Any]:
@@ -227,16 +219,14 @@ def _read_json(path: Path) -> list[Any]:
     except (ValueError, RecursionError) as error:
         if text.lstrip().startswith("[") and path.suffix.lower() == ".json":
             raise FieldError(None, _json_problem(error), "correct the file at that line") from None
-        lines = enumerate(text.split("\n"), start=1)  # not splitlines: U+2028 may stand inside a JSON string
-        return [_parse_line(number, line) for number, line in lines if line.strip()]
+        found: list[Any] = []
+        for number, line in enumerate(text.split("\n"), start=1):  # U+2028 may stand inside a JSON string
+            try:
+                found += [json.loads(line)] if line.strip() else []
+            except (ValueError, RecursionError) as error:
+                found.append(FieldError(None, _json_problem(error, number), "correct or remove that line"))
+        return found
     return whole if isinstance(whole, list) else [whole]
-
-
-def _parse_line(number: int, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return FieldError(None, _json_problem(error, number), "correct or remove that line")
 
 
 def _json_problem(error: Exception, line: int | None = None) -> str:
@@ -255,8 +245,7 @@ def _read_csv(path: Path) -> list[Any]:
     try:
         header, *cells = [line for line in lines if line] or [[]]
     except csv.Error as error:
-        problem = f"is not valid CSV (line {lines.line_num}: {error})"
-        raise FieldError(None, problem, "correct the file at that line") from None
+        raise FieldError(None, f"is not valid CSV (line {lines.line_num}: {error})", "correct that line") from None
     remedy = "put cells with commas in quotes"
     return [
         {name: cell or None for name, cell in zip_longest(header, row)}

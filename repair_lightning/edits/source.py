@@ -123,9 +123,8 @@ class EditSource(pl.LightningDataModule):
 
     def _follow(self, joined: Joined) -> None:
         self.setup()
-        assert self.records is not None
         self._own_records = self._own_records or self.records
-        self.joined, self.records = joined, apply(self._own_records, joined)
+        self.joined, self.records = joined, apply(self._own_records, joined)  # type: ignore[arg-type]
 
     @property
     def inherited(self) -> list[str]:
@@ -139,9 +138,10 @@ class EditSource(pl.LightningDataModule):
 
     def unrelated(self, texts: Sequence[str]) -> list[str]:
         """Those texts, once each, that no edit's record asks and `also_scored` does not hold."""
-        known = (*self.edits, *map(self.ledger.edit, self.inherited))
-        asked = {_folded(text) for edit in known for text in _prompts_of(edit)}
-        asked |= {_folded(text) for text in self.also_scored}
+        said = list(self.also_scored)
+        for edit in (*self.edits, *map(self.ledger.edit, self.inherited)):
+            said += [edit.prompt, *edit.rephrases, *(probe.prompt for probe in (*edit.locality, *edit.near))]
+        asked = set(map(_folded, said))
         return [text for text in dict.fromkeys(texts) if _folded(text) not in asked]
 
     def irrelevant_parts(self, editor: Any) -> tuple[list[str], list[str], list[str]]:
@@ -160,11 +160,6 @@ class EditSource(pl.LightningDataModule):
         if len(texts) < 4:
             raise ConfigError(f"data.irrelevant: at least 4 unrelated prompts are needed, got {len(texts)}")
         return list(texts[::2]), list(texts[1::4]), list(texts[3::4])
-
-
-def _prompts_of(edit: Edit) -> list[str]:
-    """Everything that an edit's record asks: none of it may serve as an irrelevant prompt."""
-    return [edit.prompt, *edit.rephrases, *(probe.prompt for probe in (*edit.locality, *edit.near))]
 
 
 def _folded(text: str) -> str:
