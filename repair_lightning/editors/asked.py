@@ -91,12 +91,6 @@ class AskedModel(HeldModel):
 
     def _relation_space(self) -> RelationSpace:
         """The router's space of relations: learnt once per base, layer, precision and form, and kept on the disk."""
-        learning = (str(SHRINKAGE), str(DIMENSIONS), str(STEM))
-        known = (
-            self.identity,
-            str(self.edited.forms.chat),
-            *learning,
-            *map(str, self.router.options().values()),
-            *bank()[0],
-        )
+        learning = (SHRINKAGE, DIMENSIONS, STEM, *self.router.options().values())
+        known = (self.identity, str(self.edited.forms.chat), *map(str, learning), *bank()[0])
         return kept_space(known, lambda: self.router.learn_space(self.edited.last_states))  # type: ignore[attr-defined]

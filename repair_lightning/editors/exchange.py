@@ -62,17 +62,14 @@ class Written:
 
     def exchange(self, editor: AskedModel) -> list[Pace]:
         """Give this to all ranks and enter what each has written in ledger, router and bank; returns their paces."""
-        self._exchange_reports(editor)
+        for rank, reports in enumerate(editor.team.gather_objects(self.reports)):
+            if rank != editor.team.rank:
+                editor.ledger.written(reports)
         self._exchange_shards(editor)
         self._exchange_entries(editor)
         found = editor.team.gather_objects((len(self.reports), self._seconds, editor.memory.next_id))
         editor.memory.next_id = max(next_id for *_, next_id in found)
         return [Pace(edits, seconds) for edits, seconds, _ in found]
-
-    def _exchange_reports(self, editor: AskedModel) -> None:
-        for rank, reports in enumerate(editor.team.gather_objects(self.reports)):
-            if rank != editor.team.rank:
-                editor.ledger.written(reports)
 
     def _exchange_shards(self, editor: AskedModel) -> None:
         memory, team = editor.memory, editor.team

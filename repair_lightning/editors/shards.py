@@ -39,8 +39,6 @@ class ShardEditor(AdaptiveEditor):
         self.lr_unit = self.value_rate = 1.0
         self.tail: Tail = "model"
 
-    # -- settings -----------------------------------------------------------------------------------------------------
-
     @property
     def stepping(self) -> str:
         """The optimiser's name."""
@@ -108,23 +106,17 @@ class ShardEditor(AdaptiveEditor):
     @contextmanager
     def bound(self, parameter: torch.nn.Parameter, rate: float) -> Iterator[Any]:
         """The trainer's optimiser, bound to a parameter with a fresh state; a plain one where there is no trainer."""
-        if self._trainer is None:
-            with torch.enable_grad():
-                plain = self.build_optimizer([parameter])
-                plain.param_groups[0]["lr"] = rate
-                yield plain
-            return
-        optimizer: Any = self.optimizers()
-        raw = optimizer.optimizer
-        placeholder = raw.param_groups[0]["params"]
-        raw.param_groups[0]["params"] = [parameter]
-        raw.param_groups[0]["lr"] = rate  # its unit was measured after the optimiser was made
+        optimizer: Any = self.build_optimizer([parameter]) if self._trainer is None else self.optimizers()
+        raw = getattr(optimizer, "optimizer", optimizer)
+        group = raw.param_groups[0]
+        placeholder, group["params"] = group["params"], [parameter]
+        group["lr"] = rate  # its unit was measured after the optimiser was made
         raw.state.clear()
         try:
             with torch.enable_grad():
                 yield optimizer
         finally:
-            raw.param_groups[0]["params"] = placeholder
+            group["params"] = placeholder
             raw.state.clear()
 
     def attempts(self, edits: Sequence[Edit]) -> int:

@@ -31,12 +31,7 @@ class SharedModel(EditedModel):
         return Choice.of(self.team.rows(mine, *tensors), self.team.items(mine, part.nearest), names)
 
     def shared_query(self, number: int, ask: Callable[[list[int]], Query]) -> Query:
-        """The states of `number` prompts, each computed by one rank.
-
-        Args:
-            number: of prompts.
-            ask: gives the states of those with the given indices.
-        """
+        """The states of `number` prompts, each computed by one rank; `ask` gives those with the given indices."""
         mine = self.team.mine(number)
         if self.team.parts == 1 or self.router.reads_all_tokens:  # whole prompts are too much to send around
             return ask(list(range(number)))
