@@ -146,10 +146,8 @@ class Repair(ShardEditor):
         self.routing, self.distillation = routing, distillation
         self.writing: Writing = writing
 
-    # -- building -----------------------------------------------------------------------------------------------------
-
     def build(self, base: Base, layer: int) -> None:
-        """Besides building, initialise the shards that are opened at the start."""
+        """Besides, initialise the shards that are opened at the start."""
         super().build(base, layer)
         for shard in self.memory.ids:
             self._initialise(shard)
@@ -187,8 +185,6 @@ class Repair(ShardEditor):
         """For the routing loss."""
         return bool(self.routing.weight)
 
-    # -- writing ------------------------------------------------------------------------------------------------------
-
     def write(self, batch: EditBatch) -> list[EditReport]:
         """Write a batch into the shard that :meth:`assign` names: train, register."""
         return self.rewrite(batch, self.assign(batch))
@@ -209,13 +205,12 @@ class Repair(ShardEditor):
             module.delta.data.copy_(before)
             if len(batch.edits) > 1:  # find the edit that spoils the batch
                 half = len(batch.edits) // 2
-                return [
-                    *self.rewrite(EditBatch(batch.edits[:half]), shard),
-                    *self.rewrite(EditBatch(batch.edits[half:]), shard),
-                ]
+                halves = EditBatch(batch.edits[:half]), EditBatch(batch.edits[half:])
+                return [report for part in halves for report in self.rewrite(part, shard)]
             reason = f"the loss or the shard was not finite after {steps} steps: rolled back"
             return [EditReport(id, shard, loss[i], kd[i], steps, error=reason) for i, id in enumerate(batch.ids)]
-        stays = [len(batch.edits) == 1 or not self._inconsistent(value) for value in kd]
+        limit = self.distillation.consistency if self.distillation.weight and len(batch.edits) > 1 else None
+        stays = [limit is None or value < limit for value in kd]
         kept = [edit for edit, stay in zip(batch.edits, stays, strict=True) if stay]
         self.enter(kept, [shard] * len(kept), rows.prompts.rows(torch.tensor(stays)))
         return [EditReport(id, shard, loss[i], kd[i], steps, not stays[i]) for i, id in enumerate(batch.ids)]
@@ -256,11 +251,9 @@ class Repair(ShardEditor):
         module = self._dense(shard)
         if self.writing.init_scale:
             scale = self.writing.init_scale * float(self.edited.value_weight.float().std())
-            noise = torch.randn(module.delta.shape, generator=self._generator(shard, module.generation)) * scale
+            seed = (self.seed * 1_000_003 + shard) * 1_000_003 + module.generation
+            noise = torch.randn(module.delta.shape, generator=torch.Generator().manual_seed(seed)) * scale
             module.delta.data.copy_(noise if module.open is None else noise.to(module.open.device) * module.open)
-
-    def _generator(self, shard: int, generation: int) -> torch.Generator:
-        return torch.Generator().manual_seed((self.seed * 1_000_003 + shard) * 1_000_003 + generation)
 
     def _rehearsal(self, shard: int, batch: EditBatch) -> list[Edit]:
         known = [id for id in self.ledger.owned_by(shard) if id not in batch.ids]
@@ -280,12 +273,6 @@ class Repair(ShardEditor):
     def in_step(self) -> bool:
         """Whether the ranks train the same shard at the same time."""
         return super().in_step or (self.team.size > 1 and self.splits_rows)
-
-    def _inconsistent(self, kd: float) -> bool:
-        limit = self.distillation.consistency if self.distillation.weight else None
-        return limit is not None and kd >= limit
-
-    # -- commands of the closed loop ----------------------------------------------------------------------------------
 
     def prune(self, shard: int) -> None:
         """Empty a shard: it starts with a fresh delta and mask. None of its edits is routed to it."""
@@ -308,9 +295,7 @@ class Repair(ShardEditor):
         self._folded = (self.edited.weights.state(), self.memory.snapshot())
         self.edited.weights.add(self.layer, self.memory[shard].delta.detach())
         self.forget(self.ledger.owned_by(shard))
-        shards, next_id = self.memory.snapshot()
-        del shards[str(shard)]
-        self.memory.restore((shards, next_id))
+        self.memory.drop([shard])
 
     def unfold(self) -> None:
         """Take the last :meth:`fold` back, bit by bit; the router's state is the caller's to restore."""

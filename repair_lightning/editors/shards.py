@@ -61,8 +61,6 @@ class ShardEditor(AdaptiveEditor):
         self.lr_unit = float((size / reach.clamp_min(1e-12)).mean())
         self.value_rate = self.writing.rate * float(size.mean())
 
-    # -- inner steps --------------------------------------------------------------------------------------------------
-
     def rows(
         self, edits: Sequence[Edit], more: Sequence[tuple[int, Encoded]], rehearsed: Sequence[Edit] = ()
     ) -> TargetRows:
@@ -128,8 +126,6 @@ class ShardEditor(AdaptiveEditor):
         tokens = [len(self.encode(edit).target) for edit in edits]
         return max(1, int(self.writing.batch_tokens / max(sum(tokens) / max(len(tokens), 1), 1)))
 
-    # -- routing ------------------------------------------------------------------------------------------------------
-
     def enter(self, edits: Sequence[Edit], shards: Sequence[int], prompts: Query) -> None:
         """Tell the router which shard answers which edit."""
         if not edits:
@@ -149,15 +145,12 @@ class ShardEditor(AdaptiveEditor):
         owned = {}
         if self.router.needs_owned:
             for shard in self.memory.ids:
-                edits = [self.ledger.edit(id) for id in self.ledger.owned_by(shard)]
+                edits = list(map(self.ledger.edit, self.ledger.owned_by(shard)))
                 if edits:
-                    owned[shard] = self._shared_query_of(edits)
+                    owned[shard] = self.edited.shared_query(
+                        len(edits), lambda index, own=edits: self.query_of([own[i] for i in index])
+                    )
         self.router.calibrate(self.memory, owned, self.held_out)
-
-    def _shared_query_of(self, edits: Sequence[Edit]) -> Query:
-        return self.edited.shared_query(len(edits), lambda index: self.query_of([edits[i] for i in index]))
-
-    # -- commands of the closed loop ----------------------------------------------------------------------------------
 
     def forget(self, ids: Iterable[str]) -> None:
         """The router drops the edits; their prompts are the base's again where routing is by key."""
@@ -193,9 +186,8 @@ class ShardEditor(AdaptiveEditor):
             self.ledger.written(reports)
             left = {report.id: report.error for report in reports if report.residual or report.error}
             if left and len(batch.edits) == 1:
-                raise RepairError(
-                    f"edit {batch.ids[0]!r} cannot be written again ({left[batch.ids[0]]}): nothing is undone"
-                )
+                id = batch.ids[0]
+                raise RepairError(f"edit {id!r} cannot be written again ({left[id]}): nothing is undone")
             groups += [(edit,) for edit in batch.edits if edit.id in left]
 
     @abstractmethod

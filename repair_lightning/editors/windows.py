@@ -101,8 +101,7 @@ class WindowModule(AskedModel):
         self.log("write/steps", float(reports[0].steps), batch_size=size)
 
     def log_now(self, values: Mapping[str, float]) -> None:
-        """Values to the loggers at once, beside the number of edits written: for hooks in which Lightning's `log` is
-        closed."""
+        """Values to the loggers at once, for hooks in which Lightning's `log` is closed."""
         if self._trainer is None:
             return
         edits = float(len(self.trainer.datamodule.written()))  # type: ignore[attr-defined]
@@ -110,10 +109,7 @@ class WindowModule(AskedModel):
             logger.log_metrics({"edits": edits, **values}, step=self.trainer.fit_loop.total_batch_idx)
 
     def on_train_epoch_end(self) -> None:
-        """Runs behind the callbacks: stop when the stream and the pools are empty.
-
-        Before anything else is written, the ranks make sure that they have all decided alike.
-        """
+        """After the callbacks: the ranks make sure that they have all decided alike, and stop when nothing is left."""
         stream = self.trainer.datamodule  # type: ignore[attr-defined]
         if self.team.size > 1:
             self.team.same("what became of the window", json.dumps([stream.verdict(), self.memory.ids[-64:]]))
