@@ -348,7 +348,7 @@ def test_ctrl_c_is_one_line_that_says_what_resumes_the_run(tmp_path):
     again = shlex.split(last.partition("window: ")[2])
     assert again == ["python", script, *options]
     more = succeeded("train.py", *again[2:], cwd=tmp_path)
-    assert re.search(r"resuming 'a run' behind window [12]; void: ", more.err)
+    assert re.search(r"resuming 'a run' after window [12]; void: ", more.err)
     assert re.search(r"^window 6: 24/24 edits ", more.err, re.MULTILINE)
 
 

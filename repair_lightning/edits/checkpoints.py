@@ -41,13 +41,8 @@ class SaveEachWindow(CheckpointCallback):
 
 
 class JournaledCheckpointIO(TorchCheckpointIO):
-    """The run's own checkpoint is whole or not there; any other is Lightning's.
-
-    Args:
-        path: of the run's own checkpoint.
-        save: stores a file's hash and the rows, see `Journal.save`.
-        tables: gives the rows back.
-    """
+    """The run's own checkpoint, at `path`, is whole or not there; any other is Lightning's. `save` stores a file's hash
+    and the rows (see `Journal.save`), and `tables` gives the rows back."""
 
     def __init__(self, path: Path, save: Callable[[str, Tables], None], tables: Callable[[], Tables]) -> None:
         super().__init__()

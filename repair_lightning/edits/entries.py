@@ -40,17 +40,15 @@ class LedgerEntry:
     """What is known about one edit.
 
     Attributes:
-        edit: The edit itself.
-        arrival: Its place in the order of arrival, from 0.
-        window: The window it arrived in.
-        status: Where it stands.
-        shard: The shard that owns it, `BASE` where a merge wrote it into the base's own weights, or None.
-        attempts: How often it was written, residual writes not counted.
-        regroups: How often it was moved to the residual pool.
-        loss: Edit loss after its last write, in nats per token; None before that or where it was not finite.
-        kd: Distillation loss after its last write, in nats; None as for `loss`.
-        score: Correctness in [0, 1] when it was last evaluated; None since its last write.
-        reason: Why it stands where it stands.
+        arrival: its place in the order of arrival, from 0.
+        window: the window it arrived in.
+        shard: the shard that owns it, `BASE` where a merge wrote it into the base's own weights, or None.
+        attempts: how often it was written, residual writes not counted.
+        regroups: how often it was moved to the residual pool.
+        loss: edit loss after its last write, in nats per token; None before that or where it was not finite.
+        kd: distillation loss after its last write, in nats; None as for `loss`.
+        score: correctness in [0, 1] when it was last evaluated; None since its last write.
+        reason: why it stands where it stands.
     """
 
     edit: Edit
@@ -80,9 +78,6 @@ class Entries:
     """Entries in order of arrival, with indexes by status and by owner."""
 
     def __init__(self) -> None:
-        self._clear()
-
-    def _clear(self) -> None:
         self._entries: dict[str, LedgerEntry] = {}
         self._with_status: dict[EditStatus, set[str]] = {status: set() for status in EditStatus}
         self._owned_by: dict[int, set[str]] = {}
@@ -103,10 +98,9 @@ class Entries:
 
     def entry(self, id: str) -> LedgerEntry:
         """All that is known about an edit. Raises `UnknownEditError`."""
-        try:
-            return self._entries[id]
-        except KeyError:
-            raise UnknownEditError(id) from None
+        if id not in self._entries:
+            raise UnknownEditError(id)
+        return self._entries[id]
 
     def edit(self, id: str) -> Edit:
         """The edit with this id. Raises `UnknownEditError`."""

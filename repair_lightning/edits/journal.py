@@ -104,8 +104,6 @@ class Journal:
         """Fold the write-ahead log into the file and let go of it; the journal is of no use afterwards."""
         self._db.close()
 
-    # -- writing ------------------------------------------------------------------------------------------------------
-
     def append(self, kind: str, entries: Sequence[LedgerEntry]) -> None:
         """What became of some edits, in one transaction that is on the disk when this returns."""
         said = kind in ("arrived", "inherited")  # the edit itself is said once
@@ -139,12 +137,8 @@ class Journal:
     def save(self, sha256: str, windows: int, tables: Tables | None = None) -> None:
         """Make all that was said so far the checkpoint, with these rows and no others, in one transaction.
 
-        Only rows that are not stored yet are written.
-
-        Args:
-            sha256: of the file that holds all else; it is on the disk, and gets its name when this has returned.
-            windows: how many the run has ended.
-            tables: the rows, each a mapping from names to tensors.
+        The file with this hash, which holds all else, is on the disk, and gets its name when this has returned. The run
+        has ended so many windows. Only rows that are not stored yet are written.
         """
         found = {(name, number): row for name, rows in (tables or {}).items() for number, row in rows.items()}
         with self._transaction():
@@ -163,8 +157,6 @@ class Journal:
             self._db.execute("INSERT INTO events (time, kind, reason, back_to) VALUES (?, ?, ?, ?)", row)
         return int(void)
 
-    # -- reading ------------------------------------------------------------------------------------------------------
-
     @property
     def last(self) -> int:
         """The number of the last event; 0 before the first."""
@@ -179,11 +171,7 @@ class Journal:
         return None if row is None else Checkpoint(*row)
 
     def check_rows(self) -> None:
-        """Read every row.
-
-        Raises:
-            JournalError: one is not as it was written.
-        """
+        """Read every row: a `JournalError` where one is not as it was written."""
         with self._explained("read"):
             for name, number, sha256, content in self._db.execute("SELECT name, number, sha256, content FROM rows"):
                 if hashlib.sha256(content).digest() != sha256:
@@ -241,8 +229,6 @@ class Journal:
             columns = self._db.execute("SELECT name, type FROM pragma_table_info('events')").fetchall()
         schema = pa.schema([(name, types[kind]) for name, kind in columns])
         pq.write_table(pa.Table.from_pylist(list(self.events()), schema=schema), path)
-
-    # -- inside -------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def _explained(self, verb: str) -> Iterator[None]:

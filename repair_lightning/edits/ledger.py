@@ -67,8 +67,6 @@ class Ledger(Entries):
         super().__init__()
         self.journal: Any = None
 
-    # -- commands ----------------------------------------------------------------------------------------------------
-
     def arrive(self, edits: Iterable[Edit], window: int) -> None:
         """Enters new edits as pending; no id may be here already, or occur twice."""
         edits = list(edits)
@@ -132,8 +130,6 @@ class Ledger(Entries):
             raise LedgerError(f"cannot reassign edit {homeless[0]!r}: no shard owns it; write it first")
         self._enter(kind, [replace(self._entries[id], shard=int(shard)) for id in ids])
 
-    # -- storage -----------------------------------------------------------------------------------------------------
-
     def state_dict(self) -> dict[str, Any]:
         """The ledger in plain types (it survives `torch.load(weights_only=True)`)."""
         return {"version": VERSION, "entries": [entry.as_dict() for entry in self._entries.values()]}
@@ -152,7 +148,7 @@ class Ledger(Entries):
             raise LedgerError(
                 f"this is not the state of a ledger ({error!r}); use one that `state_dict` made"
             ) from error
-        self._clear()
+        Entries.__init__(self)  # empty again
         for entry in entries:
             self._put(entry)
 
@@ -189,8 +185,6 @@ class Ledger(Entries):
             raise LedgerError(f"{path}: no readable ledger ({reason}); use one that `to_parquet` wrote") from error
         return ledger
 
-    # -- inside ------------------------------------------------------------------------------------------------------
-
     def _check(self, ids: Iterable[str], allowed: frozenset[EditStatus], verb: str) -> None:
         for id in ids:
             status = self.entry(id).status
@@ -226,13 +220,13 @@ def _from_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _schema() -> pa.Schema:
-    probes = pa.list_(pa.struct([("prompt", pa.string()), ("answer", pa.string())]))
-    edit = [("id", pa.string()), ("prompt", pa.string()), ("target", pa.string()), ("subject", pa.string())]
-    lists = [("rephrases", pa.list_(pa.string())), ("locality", probes), ("near", probes)]
-    state = [("arrival", pa.int64()), ("window", pa.int64()), ("status", pa.string()), ("shard", pa.int64())]
-    numbers = [("attempts", pa.int64()), ("regroups", pa.int64())]
-    scores = [("loss", pa.float64()), ("kd", pa.float64()), ("score", pa.float64()), ("reason", pa.string())]
-    return pa.schema(edit + lists + state + numbers + scores, metadata={"repair_ledger": str(VERSION)})
+    text, whole, real = pa.string(), pa.int64(), pa.float64()
+    probes = pa.list_(pa.struct([("prompt", text), ("answer", text)]))
+    edit = [("id", text), ("prompt", text), ("target", text), ("subject", text)]
+    lists = [("rephrases", pa.list_(text)), ("locality", probes), ("near", probes)]
+    state = [("arrival", whole), ("window", whole), ("status", text), ("shard", whole), ("attempts", whole)]
+    more = [("regroups", whole), ("loss", real), ("kd", real), ("score", real), ("reason", text)]
+    return pa.schema(edit + lists + state + more, metadata={"repair_ledger": str(VERSION)})
 
 
 __all__ = ["EditStatus", "KeptElsewhere", "Ledger", "LedgerEntry"]

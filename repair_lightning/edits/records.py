@@ -47,12 +47,12 @@ class RecordSet:
     """The edits of one source and what was not taken over from it.
 
     Attributes:
-        edits: The edits to write, in the source's order.
-        bad: One message per record that was skipped.
-        superseded: Id of an edit that a later one with the same question and another target replaced -> id of that
+        edits: to write, in the source's order.
+        bad: one message per record that was skipped.
+        superseded: id of an edit that a later one with the same question and another target replaced -> id of that
             later one, which is always in `edits`.
-        duplicates: Ids of records that were dropped because question and target repeat an earlier record's.
-        superseded_edits: The replaced edits themselves, for the ledger.
+        duplicates: ids of records that were dropped because question and target repeat an earlier record's.
+        superseded_edits: the replaced edits themselves, for the ledger.
     """
 
     edits: tuple[Edit, ...]

@@ -7,7 +7,7 @@ of the future is looked at. Everything waits in the ledger, so nothing is lost b
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -38,12 +38,10 @@ class EditStream(EditSource):
         clustering: form batches by the similarity of the base's features; else in the order of arrival.
         irrelevant: file of unrelated questions, `world` for the embedded ones; None lets the base write its own.
         irrelevant_prefix: put before each of them.
-        max_irrelevant: take so many of them; half train, a quarter calibrates the router, a
-            quarter guards.
+        max_irrelevant: take so many of them; half train, a quarter calibrates the router, a quarter guards.
         split: of a hub data set.
-        sample_seed: draw `max_edits` of the good records at random with this seed; they arrive in the file's order, so
-            that a correction stays later than what it corrects, and a larger draw holds every smaller one of its seed.
-            None takes the first.
+        sample_seed: draw `max_edits` of the good records at random with this seed, None takes the first; they arrive in
+            the file's order, and a larger draw holds every smaller one of its seed.
         singles: every edit by itself: a window holds one, and when all has been done for it and it is scored, the
             editor goes back to the model that it began with. Scores are then means over single edits (N = 1).
     """
@@ -74,14 +72,10 @@ class EditStream(EditSource):
             if value < 1:
                 raise ConfigError(f"data.{name} must be at least 1, got {value}")
         self.window, self.batch_size = 1 if singles else window, batch_size
-        self.singles = singles
-        self.clustering = clustering
+        self.singles, self.clustering = singles, clustering
         self.arrived = 0
-        self.windows = 0
         self._open: list[EditBatch] = []  # handed out; still the same as long as nothing of it was written
         self._open_entries: dict[str, LedgerEntry] = {}
-
-    # -- the worklist -------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> DataLoader:
         """The next window's batches. Lightning asks for it at the start of every epoch, and twice when it resumes.
@@ -177,11 +171,8 @@ class EditStream(EditSource):
         """Batches are plain text and stay where they are."""
         return batch
 
-    # -- state --------------------------------------------------------------------------------------------------------
-
     def state_dict(self) -> dict[str, Any]:
-        """The place in the stream and the ledger, in plain types; of a ledger whose journal holds it already only how
-        many edits are in which state."""
+        """The place in the stream and the ledger; where a journal holds it, only how many edits are in which state."""
         return {
             "ledger": {"counts": self.ledger.counts()} if self.ledger.journal else self.ledger.state_dict(),
             "arrived": self.arrived,
@@ -201,14 +192,11 @@ class EditStream(EditSource):
         if "counts" not in saved:
             self.ledger.load_state_dict(saved)
         elif saved["counts"] != self.ledger.counts():
-            known, told = _said(saved["counts"]), _said(self.ledger.counts())
+            both = (self.ledger.counts(), saved["counts"])
+            told, known = (", ".join(f"{n} {status}" for status, n in counts.items() if n) or "none" for counts in both)
             raise RepairError(
                 f"the journal is damaged: it tells of edits {told}, the checkpoint of {known}; restore it from a copy, "
                 "or --overwrite starts the run anew"
             )
         self.arrived, self.windows = state_dict["arrived"], state_dict["windows"]
         self._open, self._open_entries = [], {}
-
-
-def _said(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {status}" for status, count in counts.items() if count) or "none"

@@ -117,8 +117,7 @@ class ShardBank(nn.Module):
         return {"next_id": self.next_id, "next_number": self.next_number, "generations": dense, "low_rank": apart}
 
     def set_extra_state(self, state: dict) -> None:
-        """Accepts what :meth:`get_extra_state` gave, and makes the low-rank shards from the `offered` rows; others were
-        made by `_load_from_state_dict`."""
+        """The inverse of :meth:`get_extra_state`; makes the low-rank shards from the `offered` rows."""
         self.next_id = state["next_id"]
         self.next_number = max(self.next_number, state["next_number"])
         for key, generation in state["generations"].items():

@@ -60,9 +60,8 @@ class Query:
 def pad_right(rows: Sequence[Sequence[int]]) -> Tensor:
     """Ragged rows of ids as one tensor (B, W), -1 past each row's end."""
     width = max((len(row) for row in rows), default=0)
-    return torch.tensor([[*row, *[-1] * (width - len(row))] for row in rows], dtype=torch.long).reshape(
-        len(rows), width
-    )
+    padded = [[*row, *[-1] * (width - len(row))] for row in rows]
+    return torch.tensor(padded, dtype=torch.long).reshape(len(rows), width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +116,11 @@ class Choice:
     def routes(self) -> list[Route]:
         """The choice in words, a `Route` per prompt."""
         rows = zip(self.memory.tolist(), self.score.tolist(), self.threshold.tolist(), self.nearest, strict=True)
-        found = []
-        for i, row in enumerate(rows):
-            checks = [(check.name, float(check.value[i]), float(check.limit[i])) for check in self.checks]
-            found.append(Route(*row, reason=_reason(*row, checks)))
-        return found
+        named = [(check.name, check.value.tolist(), check.limit.tolist()) for check in self.checks]
+        return [
+            Route(*row, reason=_reason(*row, [(name, value[i], limit[i]) for name, value, limit in named]))
+            for i, row in enumerate(rows)
+        ]
 
 
 def _reason(

@@ -43,13 +43,9 @@ class LostError(RankError):
 class Team:
     """This process among the ranks of a run.
 
-    Args:
-        rank: its number, from 0.
-        size: how many there are.
-        device: where tensors must lie to be sent.
-        deals: whether work is dealt out. Off, all ranks do all of it in step, as they must where each holds but a part
-            of the base's weights.
-        rows_of_batches: whether one batch is dealt out among the ranks (data-parallel), not the batches of a window.
+    Tensors lie on `device` to be sent. Where it does not deal, all ranks do all of the work in step, as they must where
+    each holds but a part of the base's weights; `rows_of_batches` says that one batch is dealt out among the ranks
+    (data-parallel), not the batches of a window.
     """
 
     rank: int = 0

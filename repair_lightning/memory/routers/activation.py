@@ -59,10 +59,11 @@ class ActivationRouter(Router):
     ) -> None:
         self.pool, self.act_ratio, self.false_fire_rate = pool, act_ratio, false_fire_rate
         self.reads_all_tokens = pool != "last"
-        self.thresholds: dict[int, float] = {}
-        self._forget_sketches()
+        self._set({})
 
-    def _forget_sketches(self) -> None:
+    def _set(self, thresholds: dict[int, float]) -> None:
+        """Begin with thresholds and no sketches: shards may have changed."""
+        self.thresholds = thresholds
         self._sketched: list[AnyShard] = []
         self._sketches = torch.zeros(0, 0, 0)
 
@@ -73,8 +74,7 @@ class ActivationRouter(Router):
 
     def calibrate(self, memory: SideMemory, owned: Mapping[int, Query], background: Query) -> None:
         """Thresholds per shard; a shard without edits never fires."""
-        self.thresholds = {}
-        self._forget_sketches()  # a shard may have changed
+        self._set({})
         for shard, edits in owned.items():
             positive = self.scores(edits, memory, [shard]).flatten()
             negative = self.scores(background, memory, [shard]).flatten()
@@ -136,5 +136,4 @@ class ActivationRouter(Router):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Accepts what :meth:`state_dict` gave; what is derived from the shards is made anew."""
-        self._forget_sketches()
-        self.thresholds = {int(shard): limit for shard, limit in state["thresholds"].items()}
+        self._set({int(shard): limit for shard, limit in state["thresholds"].items()})
