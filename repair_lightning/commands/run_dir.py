@@ -67,8 +67,7 @@ class RunDirectory:
         Args:
             settings: everything that decides what the run computes; a run is resumed under the same.
             resume: `auto` goes on with an unfinished run, `never` does not.
-            overwrite: a run that cannot go on here, because it has finished, has other settings or must not be resumed,
-                is going to be removed.
+            overwrite: what cannot go on (finished, other settings, not to be resumed) is going to be removed.
 
         Raises:
             ConfigError: another process has the directory; a run that cannot go on lies there.
@@ -134,8 +133,6 @@ class RunDirectory:
         self.journal.close()
         self._held.close()
 
-    # -- starting -----------------------------------------------------------------------------------------------------
-
     def _begun(self) -> bool:
         return (self.path / JOURNAL_FILE).is_file() and (self.path / SETTINGS_FILE).is_file()
 
@@ -185,8 +182,6 @@ class RunDirectory:
                 return journal.checkpoint is None and not any(ledger.entry(id).attempts for id in ledger)
         except (RepairError, OSError):  # it is told of where the journal is needed
             return False
-
-    # -- saving -------------------------------------------------------------------------------------------------------
 
     def checkpoint_io(self, windows: Callable[[], int], tables: Callable[[], Tables]) -> JournaledCheckpointIO:
         """How the trainer saves, given how many windows have ended, and where it finds the rows again."""

@@ -70,12 +70,10 @@ class AskedModel(HeldModel):
     def choose_for(self, edits: Sequence[Edit]) -> Choice:
         """The router's choice for the edits' own prompts, from the states that are known of them."""
         mine = self.team.mine_of([edit.prompt for edit in edits])
-        own = [edits[i] for i in mine]
-        if not own:
-            return self.edited.shared_choice(mine, Choice.base(0))
-        texts = [self.edited.forms.asked(edit.prompt) for edit in own]
-        query = self.query_of(own) if self.router.reads_states else Query.of_texts(texts)
-        part = self.edited.held(self.router.route(query, self.memory), [self.encode(edit).prompt for edit in own])
+        own, part = [edits[i] for i in mine], Choice.base(0)
+        if own:
+            query = self.query_of(own) if self.router.reads_states else self._asked([edit.prompt for edit in own])
+            part = self.edited.held(self.router.route(query, self.memory), [self.encode(edit).prompt for edit in own])
         return self.edited.shared_choice(mine, part)
 
     def owner_choice(self, ids: Sequence[str]) -> Tensor:

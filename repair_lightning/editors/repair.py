@@ -237,8 +237,7 @@ class Repair(ShardEditor):
             shard = self.memory.open_shard()
             self._initialise(shard)
             return shard
-        teacher = self.query_of(batch.edits[:1])
-        deltas = [self.memory[shard].delta.detach() for shard in room]
+        teacher, deltas = self.query_of(batch.edits[:1]), [self.memory[shard].delta.detach() for shard in room]
         scores = activation_scores(teacher.activations.float(), deltas, teacher.mask, self.routing.pool)[0].tolist()
         return max(zip(room, scores, strict=True), key=lambda pair: (round(pair[1], 6), -load[pair[0]], -pair[0]))[0]
 

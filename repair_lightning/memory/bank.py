@@ -26,8 +26,7 @@ class ShardBank(nn.Module):
     def __init__(self, shape: tuple[int, int], host: bool = False) -> None:
         super().__init__()
         self.shape, self.host = shape, host
-        self.next_id = 0
-        self.next_number = 0
+        self.next_id = self.next_number = 0
         self.offered: Mapping[int, Mapping[str, Tensor]] = {}
         """The :meth:`rows` that belong to the state that is loaded next."""
         self.shards = nn.ModuleDict()

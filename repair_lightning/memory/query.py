@@ -66,10 +66,8 @@ def pad_right(rows: Sequence[Sequence[int]]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What a prompt must pass besides the score: `value` (B,) must reach `limit` (B,).
-
-    `name` is what was measured, in the words of a reason. A limit of minus infinity asks for nothing.
-    """
+    """What a prompt must pass besides the score: `value` (B,) of what `name` says must reach `limit` (B,). A limit of
+    minus infinity asks for nothing."""
 
     name: str
     value: Tensor

@@ -112,10 +112,9 @@ class LowRankShard(nn.Module):
         return content_hash(self.left) + content_hash(self.right)
 
     def _save_to_state_dict(self, *_: object) -> None:
-        """The bank gives its low-rank shards apart, see `SideMemory.rows`."""
+        """The bank gives its low-rank shards apart, see `SideMemory.rows`; they are loaded where they are made."""
 
-    def _load_from_state_dict(self, *_: object) -> None:
-        """They were loaded when they were made."""
+    def _load_from_state_dict(self, *_: object) -> None: ...
 
 
 class ValueShard(nn.Module):

@@ -87,10 +87,10 @@ class RetrievalRouter(Router):
         places = {shard: i for i, shard in enumerate(self.shards.tolist())}
         found = []
         for row, shard in zip(likeness, memory, strict=True):
-            own = places.get(int(shard))
-            order = row.argsort(descending=True).tolist() if own is not None and self.number > 1 else []
-            others = [i for i in order if i != own][: self.number - 1]
-            shown = [] if own is None else [*others[::-1], own]
+            shown = [places[int(shard)]] if int(shard) in places else []
+            if shown and self.number > 1:
+                others = [i for i in row.argsort(descending=True).tolist() if i not in shown][: self.number - 1]
+                shown = [*others[::-1], *shown]
             found.append([token for i in shown for token in self.lines[i].tolist() if token >= 0])
         return found
 
