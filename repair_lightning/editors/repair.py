@@ -140,11 +140,15 @@ class Repair(ShardEditor):
         **common: Any,
     ) -> None:
         super().__init__(base, seed, **common)
-        if routing.router in ROUTERS and routing.router not in ("key", "activation", "hybrid"):
-            raise ConfigError(f"routing.router must be key, activation or hybrid, got '{routing.router}'")
-        writing.check()
         self.routing, self.distillation = routing, distillation
         self.writing: Writing = writing
+        self._check()
+
+    def _check(self) -> None:
+        self.writing.check()
+        router = self.routing.router
+        if router in ROUTERS and router not in ("key", "activation", "hybrid"):
+            raise ConfigError(f"routing.router must be key, activation or hybrid, got '{router}'")
 
     def build(self, base: Base, layer: int) -> None:
         """Besides, initialise the shards that are opened at the start."""

@@ -143,14 +143,14 @@ class ShardEditor(AdaptiveEditor):
     def calibrate(self) -> None:
         """Thresholds again, from what the shards own and held-out irrelevant prompts; call it when a shard changed."""
         owned = {}
-        if self.router.needs_owned:
-            for shard in self.memory.ids:
-                edits = list(map(self.ledger.edit, self.ledger.owned_by(shard)))
-                if edits:
-                    owned[shard] = self.edited.shared_query(
-                        len(edits), lambda index, own=edits: self.query_of([own[i] for i in index])
-                    )
+        for shard in self.memory.ids if self.router.needs_owned else ():
+            edits = list(map(self.ledger.edit, self.ledger.owned_by(shard)))
+            if edits:
+                owned[shard] = self._shared_query_of(edits)
         self.router.calibrate(self.memory, owned, self.held_out)
+
+    def _shared_query_of(self, edits: Sequence[Edit]) -> Query:
+        return self.edited.shared_query(len(edits), lambda index: self.query_of([edits[i] for i in index]))
 
     def forget(self, ids: Iterable[str]) -> None:
         """The router drops the edits; their prompts are the base's again where routing is by key."""

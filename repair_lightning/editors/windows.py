@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 
 import lightning.pytorch as pl
@@ -17,7 +18,7 @@ from repair_lightning.types import EditBatch, EditReport
 
 
 class WindowModule(AskedModel):
-    """Drives windows; what is done in them is the method's: its `prepare`, `write` and `finish_window`.
+    """Drives windows; what is done in them is the method's.
 
     Attributes:
         guard_prompts: irrelevant prompts that neither writing nor thresholds have seen.
@@ -32,6 +33,18 @@ class WindowModule(AskedModel):
     def configure_callbacks(self) -> list[pl.Callback]:
         """What goes back to the start after each edit, where the stream's edits are scored one by one."""
         return [SingleEdits()] if self.trainer.datamodule.singles else []  # type: ignore[attr-defined]
+
+    @abstractmethod
+    def prepare(self, background: Sequence[str], held_out: Sequence[str]) -> None:
+        """Take in irrelevant prompts, before the first edit."""
+
+    @abstractmethod
+    def write(self, batch: EditBatch) -> list[EditReport]:
+        """Write one batch into the memory; one report per edit."""
+
+    @abstractmethod
+    def finish_window(self) -> None:
+        """Called when a window's last batch is written."""
 
     def configure_model(self) -> None:
         """Lightning's hook for building the model."""

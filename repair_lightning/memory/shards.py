@@ -136,6 +136,10 @@ class ValueShard(nn.Module):
         """It has none: a `RepairError`."""
         raise RepairError("a shard that replaces the output has no delta: it cannot be merged or scored by activation")
 
+    def product(self, activations: Tensor) -> Tensor:
+        """It adds nothing, so this is refused too."""
+        return activations @ self.delta.T
+
     def fingerprint(self) -> str:
         """A hash of what it holds."""
         return content_hash(self.value)
