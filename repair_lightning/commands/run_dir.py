@@ -27,24 +27,6 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
 METRICS_FILE, SETTINGS_FILE, LOCK_FILE = "metrics.json", "run.json", ".lock"
-_WRITTEN = (
-    SETTINGS_FILE,
-    JOURNAL_FILE,
-    f"{JOURNAL_FILE}-wal",
-    f"{JOURNAL_FILE}-shm",
-    "checkpoints",
-    "pack",
-    "scratch",
-    "config.yaml",
-    "edits.parquet",
-    "generations.jsonl",
-    "curves.jsonl",
-    "features.json",
-    "report.html",
-    METRICS_FILE,
-)
-"""What a run writes, and `overwrite` therefore removes; nothing else in the directory is touched."""
-
 _RESULTS = (
     "pack",
     "checkpoints",
@@ -55,7 +37,10 @@ _RESULTS = (
     "features.json",
     "report.html",
 )
-"""What of it is there only behind a journal: without one it is not ours to remove."""
+"""What a run writes beside its journal: without one it is not ours to remove."""
+_JOURNAL = (JOURNAL_FILE, f"{JOURNAL_FILE}-wal", f"{JOURNAL_FILE}-shm")
+_WRITTEN = (SETTINGS_FILE, *_JOURNAL, "scratch", *_RESULTS, METRICS_FILE)
+"""All that a run writes, and `overwrite` therefore removes; nothing else in the directory is touched."""
 
 Resume = Literal["auto", "never"]
 
@@ -82,8 +67,7 @@ class RunDirectory:
         Args:
             settings: everything that decides what the run computes; a run is resumed under the same.
             resume: `auto` goes on with an unfinished run, `never` does not.
-            overwrite: a run that cannot go on here, because it has finished, has other settings or must not be resumed,
-                is going to be removed.
+            overwrite: what cannot go on (finished, other settings, not to be resumed) is going to be removed.
 
         Raises:
             ConfigError: another process has the directory; a run that cannot go on lies there.
@@ -95,15 +79,11 @@ class RunDirectory:
         if obstacle and not overwrite:
             self._held.close()
             raise ConfigError(f"run_dir '{self.path}' holds {obstacle}")
-        self._anew = bool(obstacle) or not self._begun() or self._replaced()
+        # Other settings that are no obstacle are those of a run that has written nothing.
+        self._anew = bool(obstacle) or not self._begun() or self._known() != self.settings
 
     def hold(self) -> None:
-        """Take hold of the directory, for as long as this process lives or until :meth:`close`.
-
-        Raises:
-            ConfigError: another process has it.
-            RepairError: it cannot be written.
-        """
+        """Take hold of the directory, for as long as this process lives or until :meth:`close`; errors as of `open`."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._held = open(self.path / LOCK_FILE, "a")  # noqa: SIM115 - held on purpose
@@ -142,10 +122,7 @@ class RunDirectory:
         seq, windows = (known.seq, known.windows) if known else (0, 0)
         self.checkpoint = self.path / CHECKPOINT if known else None
         void = self.journal.rewind(seq, f"resumed after window {windows}")
-        if windows:
-            log.info("resuming '%s' after window %d; void: %s", self.path, windows, counted(void, "later event"))
-        else:
-            log.info("resuming '%s' from its first edit: no window was saved", self.path)
+        log.info("resuming '%s' after window %d; void: %s", self.path, windows, counted(void, "later event"))
 
     def history(self) -> Ledger:
         """The ledger as the journal tells it, up to the checkpoint."""
@@ -156,10 +133,11 @@ class RunDirectory:
         self.journal.close()
         self._held.close()
 
-    # -- starting -----------------------------------------------------------------------------------------------------
-
     def _begun(self) -> bool:
         return (self.path / JOURNAL_FILE).is_file() and (self.path / SETTINGS_FILE).is_file()
+
+    def _known(self) -> Any:
+        return json.loads((self.path / SETTINGS_FILE).read_text(encoding="utf-8"))
 
     def _unwritable(self, error: OSError) -> RepairError:
         return RepairError(f"run_dir '{self.path}' cannot be written ({error.strerror or error}); give another")
@@ -184,7 +162,7 @@ class RunDirectory:
         if resume == "never":
             return "an unfinished run; --resume auto goes on with it, --overwrite starts it anew"
         try:
-            known = _flat(json.loads((self.path / SETTINGS_FILE).read_text(encoding="utf-8")))
+            known = _flat(self._known())
         except (ValueError, AttributeError, OSError) as error:  # no JSON, no settings, not to be read
             return f"an unfinished run whose {SETTINGS_FILE} is damaged ({error}); --overwrite starts it anew"
         now = _flat(self.settings)
@@ -193,10 +171,6 @@ class RunDirectory:
                 values = f"{name} {known.get(name)!r}, now {now.get(name)!r}"
                 return f"an unfinished run with {values}; give the same, another --run_dir, or --overwrite"
         return None
-
-    def _replaced(self) -> bool:
-        """Whether a run under other settings lies here, which :meth:`_obstacle` has let pass."""
-        return json.loads((self.path / SETTINGS_FILE).read_text(encoding="utf-8")) != self.settings
 
     def _fruitless(self) -> bool:
         """Whether the run was stopped before it had written an edit: it begins anew, under whatever settings."""
@@ -209,15 +183,12 @@ class RunDirectory:
         except (RepairError, OSError):  # it is told of where the journal is needed
             return False
 
-    # -- saving -------------------------------------------------------------------------------------------------------
-
     def checkpoint_io(self, windows: Callable[[], int], tables: Callable[[], Tables]) -> JournaledCheckpointIO:
         """How the trainer saves, given how many windows have ended, and where it finds the rows again."""
 
-        def save(sha256: str, found: Tables) -> None:
-            self.journal.save(sha256, windows(), found)
-
-        return JournaledCheckpointIO(self.path / CHECKPOINT, save, tables)
+        return JournaledCheckpointIO(
+            self.path / CHECKPOINT, lambda sha256, found: self.journal.save(sha256, windows(), found), tables
+        )
 
 
 def plain(value: Any) -> Any:

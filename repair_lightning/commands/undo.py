@@ -33,7 +33,7 @@ def undo(
 ) -> dict[str, Any]:
     """Take edits of a finished run back: in its pack, its ledger and its journal.
 
-    Killed or refused before the pack is replaced, it has not happened, and the same command does it again; behind that
+    Killed or refused before the pack is replaced, it has not happened, and the same command does it again; after that
     it has.
 
     Args:
@@ -100,11 +100,7 @@ def _undo(
 
 
 def check(editor: Editor, ids: Sequence[str]) -> None:
-    """Whether these edits can be taken back.
-
-    Raises:
-        RepairError: it says which cannot, and what is possible.
-    """
+    """Refuse, where one of these edits cannot be taken back, and say what is possible."""
     if not editor.can_undo:
         name = editor.editor_name  # type: ignore[attr-defined]
         raise ConfigError(f"the editor {name} cannot take edits back; a new run without the record can")
@@ -123,18 +119,13 @@ def check(editor: Editor, ids: Sequence[str]) -> None:
 
 def settle(journal: Journal, ledger: Ledger) -> bool:
     """Finish or take back what a killed undo left: the pack has its ledger, or it did not happen. Returns whether one
-    was finished.
-
-    Raises:
-        RepairError: journal and pack tell different stories.
-    """
-    last, finished = journal.last_note(BEGUN, DONE), False
-    if last is not None and last[1] == BEGUN:
-        if journal.rebuild() == ledger:
-            journal.note(DONE, "the pack was there")
-            finished = True
-        else:
-            journal.rewind(last[0] - 1, "an undo was killed")
+    was finished; refuses where journal and pack tell different stories."""
+    seq, kind = journal.last_note(BEGUN, DONE) or (0, DONE)
+    finished = kind == BEGUN and journal.rebuild() == ledger
+    if finished:
+        journal.note(DONE, "the pack was there")
+    elif kind == BEGUN:
+        journal.rewind(seq - 1, "an undo was killed")
     if journal.rebuild() != ledger:
         raise RepairError(f"'{journal.path}' and the pack beside it differ; restore both from the same copy")
     return finished

@@ -83,12 +83,12 @@ class AdaptiveEditor(Editor):
             return
         if not self.team.deals:
             raise ConfigError("'auto' needs the whole base on one rank; give layer, writing.lr and writing.stop_margin")
-        found = adapt(self, background, held_out).as_dict() if self.team.rank == 0 else {}
+        found = adapt(self, background, held_out).as_dict() if self.team.rank == 0 else {}  # type: ignore[arg-type]
         self.adopt(Adapted.from_dict(self.team.first(found)))
         log.info("%s", self.adapted)
 
     @contextmanager
-    def trial(self, layer: int) -> Iterator[AdaptiveEditor]:
+    def trial(self, layer: int) -> Iterator[Any]:
         """Another editor of the same base, with a ledger, a memory and a router of its own; afterwards it is gone."""
         assert self.base is not None
         other: Any = make_editor(self.editor_name, self.options() | {"base": "", "layer": layer})  # type: ignore[arg-type]

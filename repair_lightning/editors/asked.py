@@ -70,12 +70,10 @@ class AskedModel(HeldModel):
     def choose_for(self, edits: Sequence[Edit]) -> Choice:
         """The router's choice for the edits' own prompts, from the states that are known of them."""
         mine = self.team.mine_of([edit.prompt for edit in edits])
-        own = [edits[i] for i in mine]
-        if not own:
-            return self.edited.shared_choice(mine, Choice.base(0))
-        texts = [self.edited.forms.asked(edit.prompt) for edit in own]
-        query = self.query_of(own) if self.router.reads_states else Query.of_texts(texts)
-        part = self.edited.held(self.router.route(query, self.memory), [self.encode(edit).prompt for edit in own])
+        own, part = [edits[i] for i in mine], Choice.base(0)
+        if own:
+            query = self.query_of(own) if self.router.reads_states else self._asked([edit.prompt for edit in own])
+            part = self.edited.held(self.router.route(query, self.memory), [self.encode(edit).prompt for edit in own])
         return self.edited.shared_choice(mine, part)
 
     def owner_choice(self, ids: Sequence[str]) -> Tensor:
@@ -91,12 +89,6 @@ class AskedModel(HeldModel):
 
     def _relation_space(self) -> RelationSpace:
         """The router's space of relations: learnt once per base, layer, precision and form, and kept on the disk."""
-        learning = (str(SHRINKAGE), str(DIMENSIONS), str(STEM))
-        known = (
-            self.identity,
-            str(self.edited.forms.chat),
-            *learning,
-            *map(str, self.router.options().values()),
-            *bank()[0],
-        )
+        learning = (SHRINKAGE, DIMENSIONS, STEM, *self.router.options().values())
+        known = (self.identity, str(self.edited.forms.chat), *map(str, learning), *bank()[0])
         return kept_space(known, lambda: self.router.learn_space(self.edited.last_states))  # type: ignore[attr-defined]

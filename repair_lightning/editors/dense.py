@@ -30,11 +30,7 @@ CHECK_EVERY = 10
 
 
 class DenseWriter:
-    """Trains a batch into a dense shard.
-
-    Args:
-        editor: whose options, base and optimiser are used.
-    """
+    """Trains a batch into a dense shard, with an editor's options, base and optimiser."""
 
     def __init__(self, editor: Repair) -> None:
         self.editor, self.team = editor, editor.team
@@ -45,7 +41,7 @@ class DenseWriter:
         mine, part = self._own_rows(rows)  # of all rows, where they are not dealt out, mine is None
         tail = TargetTail(self.editor.edited.split, part, self.editor.tail)
         trained = OpenCoordinates(module)
-        irrelevant = self._irrelevant(budget)
+        generator, size = torch.Generator().manual_seed(self.editor.seed * 1_000_003), len(self.editor.background)
         rate = self.editor.writing.rate * self.editor.lr_unit
         with (
             self.editor.bound(trained.parameter, rate) as optimizer,
@@ -62,7 +58,8 @@ class DenseWriter:
                 total = total + self.distillation.weight * kd
                 if self.routing.weight:
                     share = 1 if mine is None else self.team.size
-                    total = total + self._routing_loss(module, rows, irrelevant[step]) / share
+                    irrelevant = torch.randperm(size, generator=generator)[: self.routing.sample]
+                    total = total + self._routing_loss(module, rows, irrelevant.to(module.delta.device)) / share
                 self.editor.backpropagate(total)
                 self.editor.share_gradient(module.delta, summed=mine is not None)
                 trained.step(optimizer)
@@ -102,24 +99,17 @@ class DenseWriter:
         (everyone,) = self.team.rows(mine, own.detach())
         return everyone.index_copy(0, torch.tensor(mine, device=own.device), own)
 
-    def _irrelevant(self, steps: int) -> Tensor:
-        """Indices (steps, `routing.sample`) of the irrelevant prompts that each step's routing loss sees."""
-        if not self.routing.weight:
-            return torch.zeros(0, dtype=torch.long)
-        generator = torch.Generator().manual_seed(self.editor.seed * 1_000_003)
-        size = len(self.editor.background)
-        draws = [torch.randperm(size, generator=generator)[: self.routing.sample] for _ in range(steps)]
-        return torch.stack(draws).to(self.editor.device)
-
     def _routing_loss(self, module: Shard, rows: TargetRows, sample: Tensor) -> Tensor:
         known, unit = self.editor.background, self.editor.unit if self.routing.relative else 1.0
-        edit = self._score(rows.prompts.activations, rows.prompts.mask, module)
-        irrelevant = self._score(known.activations[sample], known.mask[sample], module)
+        edit, irrelevant = (
+            activation_scores(prompts.float(), [module.delta], mask, self.routing.pool, check=False)[:, 0]
+            for prompts, mask in (
+                (rows.prompts.activations, rows.prompts.mask),
+                (known.activations[sample], known.mask[sample]),
+            )
+        )
         # The scores, not the margins, are scaled: the loss stays near one.
         return self.routing.weight * routing_margin_loss(edit / unit, irrelevant / unit, self.editor.margins)
-
-    def _score(self, activations: Tensor, mask: Tensor, module: Shard) -> Tensor:
-        return activation_scores(activations.float(), [module.delta], mask, self.routing.pool, check=False)[:, 0]
 
     def _written(self, step: int, logits: Tensor, labels: Tensor) -> bool:
         """Whether every target token, on every rank that trains the same shard, leads its best rival by the margin;

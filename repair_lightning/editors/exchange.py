@@ -30,7 +30,7 @@ class Pace:
         return 60 * self.edits / max(self.seconds, 1e-9)
 
     def as_dict(self) -> dict[str, float]:
-        """In plain types, for the report."""
+        """For the report."""
         return {"edits": self.edits, "seconds": self.seconds, "edits_per_minute": self.per_minute}
 
     def plus(self, other: Pace) -> Pace:

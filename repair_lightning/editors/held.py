@@ -29,11 +29,8 @@ from repair_lightning.training.team import ALONE, Team
 class Snapshot:
     """What an editor has learnt at one moment.
 
-    Attributes:
-        shards: of the side memory.
-        router: its state.
-        weights: by layer, W_v (as the base stores it) where it is no longer the base's own.
-        own: what the method remembers besides, see `Editor.remember`.
+    `weights` are by layer, W_v (as the base stores it) where it is no longer the base's own; `own` is what the method
+    remembers besides, see `Editor.remember`.
     """
 
     shards: tuple[dict[str, torch.nn.Module], int]
@@ -87,8 +84,7 @@ class HeldModel(pl.LightningModule):
         template: Template = "auto",
     ) -> None:
         super().__init__()
-        kind = type(self)
-        lacks = [name for name in dir(kind) if getattr(getattr(kind, name, None), "__isabstractmethod__", False)]
+        lacks = [n for n in dir(type(self)) if getattr(getattr(type(self), n, None), "__isabstractmethod__", False)]
         if lacks:
             raise ConfigError(f"{type(self).__name__} must have {' and '.join(lacks)}; see docs/adding-an-editor.md")
         for name, value in (("cache_mib", cache_mib), ("cache_disk_mib", cache_disk_mib)):
@@ -98,12 +94,9 @@ class HeldModel(pl.LightningModule):
             words = "a whole number, null for the default, or 'auto'" if self.can_adapt else "a whole number or null"
             raise ConfigError(f"layer must be {words}, got '{layer}'; negative numbers count from the last layer")
         self.automatic_optimization = False
-        self.base_option = base
-        self.layer_option = layer
-        self.precision_option = precision
-        self.trust_remote_code = trust_remote_code
+        self.base_option, self.layer_option, self.precision_option = base, layer, precision
+        self.trust_remote_code, self.template = trust_remote_code, template
         self.cache_mib, self.cache_disk_mib = cache_mib, cache_disk_mib
-        self.template = template
         self.ledger = Ledger()
         self.base: Base | None = None
         self.changed_weights: dict[int, Tensor] = {}
@@ -111,8 +104,6 @@ class HeldModel(pl.LightningModule):
         self.team = ALONE
         self.scratch: Path | None = None
         """A folder for what the prefix cache cannot hold in memory; None computes it anew."""
-
-    # -- the base -----------------------------------------------------------------------------------------------------
 
     def load(self) -> None:
         """Load the base and build the memory around it; does nothing the second time."""
@@ -183,8 +174,6 @@ class HeldModel(pl.LightningModule):
         assert self.base is not None
         return f"{self.base.sha256[:16]}-{self.layer}-{str(self.base.model.dtype).removeprefix('torch.')}"
 
-    # -- what was learnt ----------------------------------------------------------------------------------------------
-
     def change_base(self) -> None:
         """Put each W_v that earlier writing or a merge has left into the base, where there is any."""
         if self.changed_weights:
@@ -225,8 +214,6 @@ class HeldModel(pl.LightningModule):
 
     def load_own_state(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`own_state`; called before or after :meth:`prepare`."""
-
-    # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Everything but the base's weights."""

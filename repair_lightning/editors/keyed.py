@@ -104,10 +104,8 @@ class Keyed(ShardEditor):
 
     def _checks(self, edits: Sequence[Edit]) -> list[tuple[int, Encoded]]:
         """The edits in the forms that they are asked back in, as (edit, row)."""
-        forms = self.edited.forms
-        return self._readable(
-            [(i, row) for i, edit in enumerate(edits) for row in forms.checks(edit.prompt, edit.target)]
-        )
+        checks = self.edited.forms.checks
+        return self._readable([(i, row) for i, edit in enumerate(edits) for row in checks(edit.prompt, edit.target)])
 
     def _readable(self, rows: Sequence[tuple[int, Encoded]]) -> list[tuple[int, Encoded]]:
         """The rows that are not longer than what the base reads."""

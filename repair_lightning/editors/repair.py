@@ -13,6 +13,7 @@ Our deviations, each a switch:
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from repair_lightning.editors.shards import ShardEditor, Steps
 from repair_lightning.errors import ConfigError
 from repair_lightning.functional import Margins, activation_scores
 from repair_lightning.functional.routing import Pool
-from repair_lightning.memory.routers import Router, make_router
+from repair_lightning.memory.routers import ROUTERS, Router, make_router
 from repair_lightning.memory.shards import Shard
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.models.base import Base
@@ -47,9 +48,6 @@ class Routing:
         false_fire_rate: share of irrelevant prompts that a calibrated threshold lets fire.
         relation_false_rate: share of other questions about a subject, from a bank of our own, that may pass for the one
             that was edited.
-        two_level_from: activation: from how many shards on candidates are looked for first, by their sketches; None
-            takes 256, from where it was measured to pay.
-        candidates: activation: how many shards are then looked at; None takes 32.
         weight: lambda_a, the routing loss's weight; 0 leaves it out.
         margins: (g1, g2, g) of Eq. 7.
         relative: scores and margins in units of the base's typical `||A W_v^T||`, else absolute.
@@ -61,8 +59,6 @@ class Routing:
     act_ratio: float | None = None
     false_fire_rate: float = 0.01
     relation_false_rate: float = 0.01
-    two_level_from: int | None = None
-    candidates: int | None = None
     weight: float = 0.0
     margins: tuple[float, float, float] = (0.1, 1.0, 0.5)
     relative: bool = True
@@ -144,26 +140,18 @@ class Repair(ShardEditor):
         **common: Any,
     ) -> None:
         super().__init__(base, seed, **common)
-        self.routing = routing
+        self.routing, self.distillation = routing, distillation
         self.writing: Writing = writing
-        self.distillation = distillation
         self._check()
 
     def _check(self) -> None:
         self.writing.check()
-        for name in ("two_level_from", "candidates"):
-            value = getattr(self.routing, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"routing.{name} must be at least 1, or null for the default, got {value}")
-        if self.routing.router == "nobody":
-            raise ConfigError(
-                "routing.router must be key, activation or hybrid, got 'nobody': no edit would be answered"
-            )
-
-    # -- building -----------------------------------------------------------------------------------------------------
+        router = self.routing.router
+        if router in ROUTERS and router not in ("key", "activation", "hybrid"):
+            raise ConfigError(f"routing.router must be key, activation or hybrid, got '{router}'")
 
     def build(self, base: Base, layer: int) -> None:
-        """Besides building, initialise the shards that are opened at the start."""
+        """Besides, initialise the shards that are opened at the start."""
         super().build(base, layer)
         for shard in self.memory.ids:
             self._initialise(shard)
@@ -177,17 +165,9 @@ class Repair(ShardEditor):
 
     def build_router(self) -> Router:
         """The router that `routing` names, with the options that it takes."""
-        options = self.routing
-        scoring: dict[str, Any] = {
-            "pool": options.pool,
-            "act_ratio": options.act_ratio,
-            "false_fire_rate": options.false_fire_rate,
-        }
-        levels = {"two_level_from": options.two_level_from, "candidates": options.candidates}
-        levels = {name: value for name, value in levels.items() if value is not None}
-        keys: dict[str, Any] = {"relation_false_rate": options.relation_false_rate}
-        by_name: dict[str, dict[str, Any]] = {"activation": scoring | levels, "key": keys, "hybrid": scoring | keys}
-        router = make_router(options.router, **by_name.get(options.router, {}))
+        options, kind = self.routing, ROUTERS.get(self.routing.router, Router)
+        taken = {name: getattr(options, name) for name in inspect.signature(kind).parameters}
+        router = make_router(options.router, **taken)
         router.reads_all_tokens = options.pool != "last"  # the routing loss and the assignment pool too
         return router
 
@@ -209,8 +189,6 @@ class Repair(ShardEditor):
         """For the routing loss."""
         return bool(self.routing.weight)
 
-    # -- writing ------------------------------------------------------------------------------------------------------
-
     def write(self, batch: EditBatch) -> list[EditReport]:
         """Write a batch into the shard that :meth:`assign` names: train, register."""
         return self.rewrite(batch, self.assign(batch))
@@ -231,13 +209,12 @@ class Repair(ShardEditor):
             module.delta.data.copy_(before)
             if len(batch.edits) > 1:  # find the edit that spoils the batch
                 half = len(batch.edits) // 2
-                return [
-                    *self.rewrite(EditBatch(batch.edits[:half]), shard),
-                    *self.rewrite(EditBatch(batch.edits[half:]), shard),
-                ]
+                halves = EditBatch(batch.edits[:half]), EditBatch(batch.edits[half:])
+                return [report for part in halves for report in self.rewrite(part, shard)]
             reason = f"the loss or the shard was not finite after {steps} steps: rolled back"
             return [EditReport(id, shard, loss[i], kd[i], steps, error=reason) for i, id in enumerate(batch.ids)]
-        stays = [len(batch.edits) == 1 or not self._inconsistent(value) for value in kd]
+        limit = self.distillation.consistency if self.distillation.weight and len(batch.edits) > 1 else None
+        stays = [limit is None or value < limit for value in kd]
         kept = [edit for edit, stay in zip(batch.edits, stays, strict=True) if stay]
         self.enter(kept, [shard] * len(kept), rows.prompts.rows(torch.tensor(stays)))
         return [EditReport(id, shard, loss[i], kd[i], steps, not stays[i]) for i, id in enumerate(batch.ids)]
@@ -264,8 +241,7 @@ class Repair(ShardEditor):
             shard = self.memory.open_shard()
             self._initialise(shard)
             return shard
-        teacher = self.query_of(batch.edits[:1])
-        deltas = [self.memory[shard].delta.detach() for shard in room]
+        teacher, deltas = self.query_of(batch.edits[:1]), [self.memory[shard].delta.detach() for shard in room]
         scores = activation_scores(teacher.activations.float(), deltas, teacher.mask, self.routing.pool)[0].tolist()
         return max(zip(room, scores, strict=True), key=lambda pair: (round(pair[1], 6), -load[pair[0]], -pair[0]))[0]
 
@@ -278,11 +254,9 @@ class Repair(ShardEditor):
         module = self._dense(shard)
         if self.writing.init_scale:
             scale = self.writing.init_scale * float(self.edited.value_weight.float().std())
-            noise = torch.randn(module.delta.shape, generator=self._generator(shard, module.generation)) * scale
+            seed = (self.seed * 1_000_003 + shard) * 1_000_003 + module.generation
+            noise = torch.randn(module.delta.shape, generator=torch.Generator().manual_seed(seed)) * scale
             module.delta.data.copy_(noise if module.open is None else noise.to(module.open.device) * module.open)
-
-    def _generator(self, shard: int, generation: int) -> torch.Generator:
-        return torch.Generator().manual_seed((self.seed * 1_000_003 + shard) * 1_000_003 + generation)
 
     def _rehearsal(self, shard: int, batch: EditBatch) -> list[Edit]:
         known = [id for id in self.ledger.owned_by(shard) if id not in batch.ids]
@@ -302,12 +276,6 @@ class Repair(ShardEditor):
     def in_step(self) -> bool:
         """Whether the ranks train the same shard at the same time."""
         return super().in_step or (self.team.size > 1 and self.splits_rows)
-
-    def _inconsistent(self, kd: float) -> bool:
-        limit = self.distillation.consistency if self.distillation.weight else None
-        return limit is not None and kd >= limit
-
-    # -- commands of the closed loop ----------------------------------------------------------------------------------
 
     def prune(self, shard: int) -> None:
         """Empty a shard: it starts with a fresh delta and mask. None of its edits is routed to it."""
@@ -330,9 +298,7 @@ class Repair(ShardEditor):
         self._folded = (self.edited.weights.state(), self.memory.snapshot())
         self.edited.weights.add(self.layer, self.memory[shard].delta.detach())
         self.forget(self.ledger.owned_by(shard))
-        shards, next_id = self.memory.snapshot()
-        del shards[str(shard)]
-        self.memory.restore((shards, next_id))
+        self.memory.drop([shard])
 
     def unfold(self) -> None:
         """Take the last :meth:`fold` back, bit by bit; the router's state is the caller's to restore."""

@@ -39,8 +39,6 @@ class ShardEditor(AdaptiveEditor):
         self.lr_unit = self.value_rate = 1.0
         self.tail: Tail = "model"
 
-    # -- settings -----------------------------------------------------------------------------------------------------
-
     @property
     def stepping(self) -> str:
         """The optimiser's name."""
@@ -62,8 +60,6 @@ class ShardEditor(AdaptiveEditor):
         reach = prompts.activations.float().abs().sum(-1)
         self.lr_unit = float((size / reach.clamp_min(1e-12)).mean())
         self.value_rate = self.writing.rate * float(size.mean())
-
-    # -- inner steps --------------------------------------------------------------------------------------------------
 
     def rows(
         self, edits: Sequence[Edit], more: Sequence[tuple[int, Encoded]], rehearsed: Sequence[Edit] = ()
@@ -108,23 +104,17 @@ class ShardEditor(AdaptiveEditor):
     @contextmanager
     def bound(self, parameter: torch.nn.Parameter, rate: float) -> Iterator[Any]:
         """The trainer's optimiser, bound to a parameter with a fresh state; a plain one where there is no trainer."""
-        if self._trainer is None:
-            with torch.enable_grad():
-                plain = self.build_optimizer([parameter])
-                plain.param_groups[0]["lr"] = rate
-                yield plain
-            return
-        optimizer: Any = self.optimizers()
-        raw = optimizer.optimizer
-        placeholder = raw.param_groups[0]["params"]
-        raw.param_groups[0]["params"] = [parameter]
-        raw.param_groups[0]["lr"] = rate  # its unit was measured after the optimiser was made
+        optimizer: Any = self.build_optimizer([parameter]) if self._trainer is None else self.optimizers()
+        raw = getattr(optimizer, "optimizer", optimizer)
+        group = raw.param_groups[0]
+        placeholder, group["params"] = group["params"], [parameter]
+        group["lr"] = rate  # its unit was measured after the optimiser was made
         raw.state.clear()
         try:
             with torch.enable_grad():
                 yield optimizer
         finally:
-            raw.param_groups[0]["params"] = placeholder
+            group["params"] = placeholder
             raw.state.clear()
 
     def attempts(self, edits: Sequence[Edit]) -> int:
@@ -135,8 +125,6 @@ class ShardEditor(AdaptiveEditor):
         """How many such edits are written together: fewer where targets are long."""
         tokens = [len(self.encode(edit).target) for edit in edits]
         return max(1, int(self.writing.batch_tokens / max(sum(tokens) / max(len(tokens), 1), 1)))
-
-    # -- routing ------------------------------------------------------------------------------------------------------
 
     def enter(self, edits: Sequence[Edit], shards: Sequence[int], prompts: Query) -> None:
         """Tell the router which shard answers which edit."""
@@ -155,17 +143,14 @@ class ShardEditor(AdaptiveEditor):
     def calibrate(self) -> None:
         """Thresholds again, from what the shards own and held-out irrelevant prompts; call it when a shard changed."""
         owned = {}
-        if self.router.needs_owned:
-            for shard in self.memory.ids:
-                edits = [self.ledger.edit(id) for id in self.ledger.owned_by(shard)]
-                if edits:
-                    owned[shard] = self._shared_query_of(edits)
+        for shard in self.memory.ids if self.router.needs_owned else ():
+            edits = list(map(self.ledger.edit, self.ledger.owned_by(shard)))
+            if edits:
+                owned[shard] = self._shared_query_of(edits)
         self.router.calibrate(self.memory, owned, self.held_out)
 
     def _shared_query_of(self, edits: Sequence[Edit]) -> Query:
         return self.edited.shared_query(len(edits), lambda index: self.query_of([edits[i] for i in index]))
-
-    # -- commands of the closed loop ----------------------------------------------------------------------------------
 
     def forget(self, ids: Iterable[str]) -> None:
         """The router drops the edits; their prompts are the base's again where routing is by key."""
@@ -201,9 +186,8 @@ class ShardEditor(AdaptiveEditor):
             self.ledger.written(reports)
             left = {report.id: report.error for report in reports if report.residual or report.error}
             if left and len(batch.edits) == 1:
-                raise RepairError(
-                    f"edit {batch.ids[0]!r} cannot be written again ({left[batch.ids[0]]}): nothing is undone"
-                )
+                id = batch.ids[0]
+                raise RepairError(f"edit {id!r} cannot be written again ({left[id]}): nothing is undone")
             groups += [(edit,) for edit in batch.edits if edit.id in left]
 
     @abstractmethod

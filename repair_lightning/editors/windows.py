@@ -75,7 +75,7 @@ class WindowModule(AskedModel):
         self.change_base()  # of a resumed run or a pack; until here the base was asked as it was
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> None:
-        """Write one batch and enter what came of it in the ledger; behind the last one ranks exchange their work."""
+        """Write one batch and enter what came of it in the ledger; after the last one ranks exchange their work."""
         if self.shares:
             self.written = self.written or Written()
             self.written.begin()
@@ -114,8 +114,7 @@ class WindowModule(AskedModel):
         self.log("write/steps", float(reports[0].steps), batch_size=size)
 
     def log_now(self, values: Mapping[str, float]) -> None:
-        """Values to the loggers at once, beside the number of edits written: for hooks in which Lightning's `log` is
-        closed."""
+        """Values to the loggers at once, for hooks in which Lightning's `log` is closed."""
         if self._trainer is None:
             return
         edits = float(len(self.trainer.datamodule.written()))  # type: ignore[attr-defined]
@@ -123,10 +122,7 @@ class WindowModule(AskedModel):
             logger.log_metrics({"edits": edits, **values}, step=self.trainer.fit_loop.total_batch_idx)
 
     def on_train_epoch_end(self) -> None:
-        """Runs behind the callbacks: stop when the stream and the pools are empty.
-
-        Before anything else is written, the ranks make sure that they have all decided alike.
-        """
+        """After the callbacks: the ranks make sure that they have all decided alike, and stop when nothing is left."""
         stream = self.trainer.datamodule  # type: ignore[attr-defined]
         if self.team.size > 1:
             self.team.same("what became of the window", json.dumps([stream.verdict(), self.memory.ids[-64:]]))

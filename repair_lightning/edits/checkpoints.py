@@ -35,20 +35,14 @@ class SaveEachWindow(CheckpointCallback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save, unless nothing is left to arrive or to be written."""
-        limit = trainer.max_epochs
-        last = limit is not None and 0 <= limit <= trainer.current_epoch + 1
+        last = 0 <= (trainer.max_epochs or -1) <= trainer.current_epoch + 1
         if not last and not trainer.datamodule.exhausted:  # type: ignore[attr-defined]
             trainer.save_checkpoint(self.path)
 
 
 class JournaledCheckpointIO(TorchCheckpointIO):
-    """The run's own checkpoint is whole or not there; any other is Lightning's.
-
-    Args:
-        path: of the run's own checkpoint.
-        save: stores a file's hash and the rows, see `Journal.save`.
-        tables: gives the rows back.
-    """
+    """The run's own checkpoint, at `path`, is whole or not there; any other is Lightning's. `save` stores a file's hash
+    and the rows (see `Journal.save`), and `tables` gives the rows back."""
 
     def __init__(self, path: Path, save: Callable[[str, Tables], None], tables: Callable[[], Tables]) -> None:
         super().__init__()
@@ -63,10 +57,10 @@ class JournaledCheckpointIO(TorchCheckpointIO):
         if not self._is_ours(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        aside = _aside(self.path)
-        content = io.BytesIO()
+        content, aside = io.BytesIO(), _aside(self.path)
         torch.save({key: value for key, value in checkpoint.items() if key != ROWS}, content)
         sha256 = hashlib.sha256(content.getbuffer()).hexdigest()
+        known = False
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(aside, "wb") as file:
@@ -76,16 +70,17 @@ class JournaledCheckpointIO(TorchCheckpointIO):
             if files_hash([aside]) != sha256:
                 raise RepairError(f"checkpoint '{path}': what is read back is not what was written; check the disk")
             self.save(sha256, checkpoint.get(ROWS, {}))
-        except (OSError, RepairError) as error:
-            aside.unlink(missing_ok=True)  # what has failed takes no room
-            if isinstance(error, RepairError):
-                raise
-            raise _unwritable(self.path, error) from error
-        try:
+            known = True
             os.replace(aside, self.path)
             sync(self.path.parent)
         except OSError as error:
-            raise _unwritable(self.path, error) from error
+            raise RepairError(
+                f"checkpoint '{path}' cannot be written ({error.strerror or error}); the previous one and the journal "
+                "are whole: make room and give the same command again"
+            ) from error
+        finally:
+            if not known:
+                aside.unlink(missing_ok=True)  # what has failed takes no room
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """A checkpoint with its rows."""
@@ -120,10 +115,3 @@ def settle(path: Path, known: Checkpoint | None) -> None:
 
 def _aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.part")
-
-
-def _unwritable(path: Path, error: OSError) -> RepairError:
-    return RepairError(
-        f"checkpoint '{path}' cannot be written ({error.strerror or error}); the previous one and the journal are "
-        "whole: make room and give the same command again"
-    )

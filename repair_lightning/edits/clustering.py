@@ -17,16 +17,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import faiss
 import numpy as np
 
-from repair_lightning.errors import ConfigError, RepairError
-
 DECIMALS = 9
 """Cosines that agree to so many decimals are tied."""
-_CHUNK = 4096
 _SLACK = 32
 
 
@@ -34,132 +30,64 @@ def form_batches(features: np.ndarray, batch_size: int, limit: int = 10_000) -> 
     """Groups points into batches of similar ones.
 
     Args:
-        features: Shape (n, D), float32; any length per row, only directions count.
-        batch_size: Members per batch (the last batch may have fewer), at least 1.
-        limit: Most points that are grouped together.
+        features: shape (n, D), float32, finite; any length per row, only directions count.
+        batch_size: members per batch, at least 1; the last batch of a part may have fewer.
+        limit: most points that are grouped together.
 
     Returns:
         Batches of indices into `features`, in the order they were formed. A batch's first member is its seed (the
         teacher), the others follow by falling cosine to it. Every index occurs once.
-
-    Raises:
-        ConfigError: if `batch_size` or `limit` is below 1.
-        RepairError: if `features` is not (n, D) or holds a value that is not finite.
     """
-    for name, value in (("batch_size", batch_size), ("limit", limit)):
-        if value < 1:
-            raise ConfigError(f"{name} must be 1 or more, got {value}")
-    features = _checked(features)
     parts = range(0, len(features), limit)
-    return [(at + b).tolist() for at in parts for b in _exact_batches(features[at : at + limit], batch_size)]
+    return [(at + b).tolist() for at in parts for b in _batches(features[at : at + limit], batch_size)]
 
 
-def unit_vectors(features: np.ndarray) -> np.ndarray:
-    """Rows of `features`, shape (n, D), scaled to length 1 (zero rows stay zero), as float32 of the same shape.
-
-    Raises:
-        RepairError: if `features` is not (n, D) or holds a value that is not finite.
-    """
-    features = _checked(features)
-    units = np.empty(features.shape, dtype=np.float32)
-    for part in _chunks(np.arange(len(features))):
-        units[part] = _directions(features[part])
-    return units
-
-
-def _checked(features: np.ndarray) -> np.ndarray:
-    """The features as float32, shape (n, D). Raises `RepairError` as :func:`unit_vectors` does."""
-    features = np.asarray(features, dtype=np.float32)
-    if features.ndim != 2 or (len(features) and not features.shape[1]):
-        raise RepairError(f"features must have shape (points, dimensions), got {features.shape}")
-    bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
-    if len(bad):
-        few = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
-        problem = f"features of {len(bad)} of {len(features)} points are not finite (points {few})"
-        raise RepairError(f"{problem}; leave those points out")
-    return features
-
-
-def _chunks(ids: np.ndarray) -> Iterator[np.ndarray]:
-    return (ids[start : start + _CHUNK] for start in range(0, len(ids), _CHUNK))
-
-
-def _directions(features: np.ndarray) -> np.ndarray:
-    """The rows (k, D) at length 1 in float64; zero rows stay zero."""
-    wide = features.astype(np.float64)
-    lengths = np.sqrt((wide**2).sum(axis=1, keepdims=True))
-    return wide / np.where(lengths > 0, lengths, 1.0)
+def _batches(features: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
+    pool = _Pool(features)
+    while left := int(pool.alive.sum()):
+        seed = pool.take(pool.total / left, 1)
+        nearest = pool.take(pool.units[seed[0]], min(batch_size, left) - 1)
+        yield np.concatenate([seed, nearest])
 
 
 class _Pool:
-    """The points that remain: all features (n, D) float32, which are left, and the sum of their float64 directions."""
+    """The points that remain: all directions (n, D) in float64, which are left, and the sum of theirs."""
 
-    def __init__(self, features: np.ndarray, index: Any) -> None:
-        self.features, self.index = features, index
+    def __init__(self, features: np.ndarray) -> None:
+        wide = features.astype(np.float64)
+        lengths = np.sqrt((wide**2).sum(axis=1, keepdims=True))
+        self.units = wide / np.where(lengths > 0, lengths, 1.0)
+        self.total = self.units.sum(axis=0)
         self.alive = np.ones(len(features), dtype=bool)
-        self.left = len(features)
-        self.total = np.zeros(features.shape[1])
-        for part in _chunks(np.arange(len(features))):
-            self.total += self.directions(part).sum(axis=0)
+        self.index = faiss.IndexFlatIP(features.shape[1])
+        self.index.add(self.units.astype(np.float32))
 
-    def directions(self, ids: np.ndarray) -> np.ndarray:
-        """The points `ids` as float64 unit vectors, shape (k, D)."""
-        return _directions(self.features[ids])
+    def take(self, query: np.ndarray, k: int) -> np.ndarray:
+        """Takes out the `k` remaining points with the highest inner product, exact in float64, ties by index.
 
-    def remove(self, ids: np.ndarray) -> None:
-        """Takes the points `ids` out."""
-        self.alive[ids] = False
-        self.left -= len(ids)
-        self.total -= self.directions(ids).sum(axis=0)
+        FAISS's float32 scores are off by less than `margin`, so once the k-th score exceeds its worst candidate by
+        more, no point outside the candidates can be among the first k.
+        """
+        rounding = 4 * math.sqrt(len(query)) * float(np.finfo(np.float32).eps) * float(np.linalg.norm(query))
+        margin = rounding + 2 * 10.0**-DECIMALS
+        ask, sure = k + _SLACK, k == 0
+        ids = np.empty(0, dtype=np.int64)
+        while not sure:
+            if sure := ask >= self.alive.sum():
+                ids, _ = self._ranked(query, np.flatnonzero(self.alive))
+            else:
+                selector = faiss.IDSelectorBitmap(np.packbits(self.alive, bitorder="little"))  # type: ignore[call-arg, arg-type]
+                options = faiss.SearchParameters(sel=selector)  # type: ignore[call-arg]
+                rough, found = self.index.search(query[None].astype(np.float32), ask, params=options)
+                ids, scores = self._ranked(query, found[0])
+                sure = scores[k - 1] > rough[0][-1] + margin
+            ask *= 8
+        self.alive[ids[:k]] = False
+        self.total -= self.units[ids[:k]].sum(axis=0)
+        return ids[:k]
 
-    def search(self, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """FAISS's `k` best remaining points for `query` (D,), or as many as it finds: float32 scores and ids."""
-        selector = faiss.IDSelectorBitmap(np.packbits(self.alive, bitorder="little"))  # type: ignore[call-arg, arg-type]
-        options = faiss.SearchParameters(sel=selector)  # type: ignore[call-arg]
-        scores, ids = self.index.search(query[None].astype(np.float32), k, params=options)
-        found = ids[0] >= 0
-        return scores[0][found], ids[0][found]
-
-    def ranked(self, query: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _ranked(self, query: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The points `ids` by falling float64 score (rounded), equal ones by index: ids and scores."""
-        parts = [(self.directions(part) * query).sum(axis=1) for part in _chunks(ids)]
-        scores = np.round(np.concatenate([np.empty(0), *parts]), DECIMALS)
+        scores = np.round((self.units[ids] * query).sum(axis=1), DECIMALS)
         order = np.lexsort((ids, -scores))
         return ids[order], scores[order]
-
-
-def _flat_index(units: np.ndarray) -> Any:
-    index = faiss.IndexFlatIP(max(units.shape[1], 1))
-    if len(units):
-        index.add(units)
-    return index
-
-
-def _exact_top(pool: _Pool, query: np.ndarray, k: int) -> np.ndarray:
-    """Ids of the `k` remaining points with the highest inner product, exact in float64, ties by index.
-
-    FAISS's float32 scores are off by less than `margin`, so once the k-th score exceeds its worst candidate by more, no
-    point outside the candidates can be among the first k.
-    """
-    rounding = 4 * math.sqrt(len(query)) * float(np.finfo(np.float32).eps) * float(np.linalg.norm(query))
-    margin = rounding + 2 * 10.0**-DECIMALS
-    ask = k + _SLACK
-    while True:
-        if ask >= pool.left:
-            return pool.ranked(query, np.flatnonzero(pool.alive))[0][:k]
-        rough, ids = pool.search(query, ask)
-        ids, scores = pool.ranked(query, ids)
-        if scores[k - 1] > rough[-1] + margin:
-            return ids[:k]
-        ask *= 8
-
-
-def _exact_batches(features: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
-    pool = _Pool(features, _flat_index(unit_vectors(features)))
-    while pool.left:
-        seed = _exact_top(pool, pool.total / pool.left, 1)
-        query = pool.directions(seed)[0]
-        pool.remove(seed)
-        nearest = _exact_top(pool, query, min(batch_size - 1, pool.left))
-        pool.remove(nearest)
-        yield np.concatenate([seed, nearest])

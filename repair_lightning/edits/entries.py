@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import Any
 
-from repair_lightning.errors import LedgerError, UnknownEditError
+from repair_lightning.errors import UnknownEditError
 from repair_lightning.types import Edit, EditReport
 
 
@@ -40,17 +40,15 @@ class LedgerEntry:
     """What is known about one edit.
 
     Attributes:
-        edit: The edit itself.
-        arrival: Its place in the order of arrival, from 0.
-        window: The window it arrived in.
-        status: Where it stands.
-        shard: The shard that owns it, `BASE` where a merge wrote it into the base's own weights, or None.
-        attempts: How often it was written, residual writes not counted.
-        regroups: How often it was moved to the residual pool.
-        loss: Edit loss after its last write, in nats per token; None before that or where it was not finite.
-        kd: Distillation loss after its last write, in nats; None as for `loss`.
-        score: Correctness in [0, 1] when it was last evaluated; None since its last write.
-        reason: Why it stands where it stands.
+        arrival: its place in the order of arrival, from 0.
+        window: the window it arrived in.
+        shard: the shard that owns it, `BASE` where a merge wrote it into the base's own weights, or None.
+        attempts: how often it was written, residual writes not counted.
+        regroups: how often it was moved to the residual pool.
+        loss: edit loss after its last write, in nats per token; None before that or where it was not finite.
+        kd: distillation loss after its last write, in nats; None as for `loss`.
+        score: correctness in [0, 1] when it was last evaluated; None since its last write.
+        reason: why it stands where it stands.
     """
 
     edit: Edit
@@ -80,9 +78,6 @@ class Entries:
     """Entries in order of arrival, with indexes by status and by owner."""
 
     def __init__(self) -> None:
-        self._clear()
-
-    def _clear(self) -> None:
         self._entries: dict[str, LedgerEntry] = {}
         self._with_status: dict[EditStatus, set[str]] = {status: set() for status in EditStatus}
         self._owned_by: dict[int, set[str]] = {}
@@ -103,10 +98,9 @@ class Entries:
 
     def entry(self, id: str) -> LedgerEntry:
         """All that is known about an edit. Raises `UnknownEditError`."""
-        try:
-            return self._entries[id]
-        except KeyError:
-            raise UnknownEditError(id) from None
+        if id not in self._entries:
+            raise UnknownEditError(id)
+        return self._entries[id]
 
     def edit(self, id: str) -> Edit:
         """The edit with this id. Raises `UnknownEditError`."""
@@ -125,16 +119,20 @@ class Entries:
         return {shard: len(ids) for shard, ids in sorted(self._owned_by.items()) if ids}
 
     def with_status(self, *statuses: EditStatus | str) -> list[str]:
-        """The ids of the edits in one of `statuses`, in order of arrival. Raises `LedgerError` for an unknown one."""
-        wanted = {_status(status) for status in statuses}
-        return self._in_order(id for status in wanted for id in self._with_status[status])
+        """The ids of the edits in one of `statuses`, in order of arrival."""
+        return self._in_order(id for status in set(map(EditStatus, statuses)) for id in self._with_status[status])
 
     def error_rates(self) -> dict[int, tuple[float, int]]:
         """For each shard that owns edits: the share of failed ones among those evaluated, and how many were evaluated.
 
         An edit counts as evaluated if it was scored since it was last written. A shard without any has (0.0, 0).
         """
-        return {shard: _error_rate(map(self._entries.__getitem__, self.owned_by(shard))) for shard in self.sizes()}
+        rates = {}
+        for shard in self.sizes():
+            evaluated = [entry for entry in map(self.entry, self.owned_by(shard)) if entry.score is not None]
+            failed = sum(entry.status is EditStatus.FAILED for entry in evaluated)
+            rates[shard] = (failed / max(len(evaluated), 1), len(evaluated))
+        return rates
 
     def counts(self) -> dict[str, int]:
         """How many edits are in each status; every status is listed."""
@@ -153,20 +151,6 @@ class Entries:
 
     def _in_order(self, ids: Iterable[str]) -> list[str]:
         return sorted(ids, key=lambda id: self._entries[id].arrival)
-
-
-def _status(status: EditStatus | str) -> EditStatus:
-    try:
-        return EditStatus(status)
-    except ValueError:
-        known = ", ".join(s.value for s in EditStatus)
-        raise LedgerError(f"unknown status '{status}'; known: {known}") from None
-
-
-def _error_rate(owned: Iterable[LedgerEntry]) -> tuple[float, int]:
-    evaluated = [entry for entry in owned if entry.score is not None]
-    failed = sum(entry.status is EditStatus.FAILED for entry in evaluated)
-    return failed / max(len(evaluated), 1), len(evaluated)
 
 
 def _finite(value: float) -> float | None:

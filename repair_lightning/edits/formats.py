@@ -1,7 +1,7 @@
 """Record formats: how each data set names its fields, and what its records say as the project's `jsonl` records.
 
 A `jsonl` record is `{id, subject, prompt, target, rephrases, locality, near}`: `rephrases` is a list of texts,
-`locality` and `near` are lists of `{prompt, answer}`. `id` is None where the source has none.
+`locality` and `near` are lists of `{prompt, answer}`.
 
 The project's own format keeps prompts, targets and answers as they were written: an indentation, a blank or a line
 break at an end belongs to the text. Each of its prompts may be messages, carried as one text (see `dialogue`), and may
@@ -28,7 +28,7 @@ _PROMPT_REMEDY = "give the question or the beginning of the sentence that the mo
 _TARGET_REMEDY = "give the text the model should answer"
 _TEXT_REMEDY = "write a text in quotes, or leave the field out"
 _OPEN_REMEDY = "give 'subject', or write {{}} for the two signs themselves"
-_LOCALITY = ("locality_prompt", "locality_ground_truth")
+_LOC, _LOCALITY = ("loc", "loc_ans"), ("locality_prompt", "locality_ground_truth")
 _KINDS = {str: "a text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
 
 
@@ -38,8 +38,7 @@ class Format:
 
     Attributes:
         name: what the user writes in `data.format`.
-        required: alternative layouts; a record has this format if it has all fields of one of them. The first begins
-            with the names of prompt and target.
+        required: alternative layouts, of one of which a record has all fields; the first begins with prompt and target.
         optional: further fields by which a record is recognised.
         rephrases: fields that hold one rephrase or a list of them.
         locality: the fields of the locality prompt and its answer.
@@ -157,12 +156,9 @@ def _identity(record: Record) -> dict[str, str | None]:
     """The id, text or whole number, and the subject, both stripped; None where there is none."""
     name = "id" if record.get("id") is not None else "case_id"
     id, subject = record.get(name), _optional_text(record, "subject")
-    if type(id) is int:
-        id = str(id)
-    elif id is not None:
-        remedy = "give each record its own id, or leave the field out everywhere"
-        id = required_text(record, name, remedy).strip()
-    return {"id": id, "subject": subject and subject.strip()}
+    if id is not None and type(id) is not int:
+        id = required_text(record, name, "give each record its own id, or leave the field out everywhere").strip()
+    return {"id": None if id is None else str(id), "subject": subject and subject.strip()}
 
 
 def _own(record: Record) -> dict[str, Any]:
@@ -222,13 +218,8 @@ def _nested_counterfact(record: Record, chosen: Format) -> dict[str, Any]:
 
 _ALL = (
     Format("jsonl", (("prompt", "target"),), ("id", "subject", "rephrases", "locality", "near")),
-    Format(  # as prepared for MEND and WISE; the locality prompt is `loc` as it stands (`nq question: ...`)
-        "zsre",
-        (("src", "alt"),),
-        ("subject", "rephrase", "loc", "loc_ans"),
-        rephrases=("rephrase",),
-        locality=("loc", "loc_ans"),
-    ),
+    # as prepared for MEND and WISE; the locality prompt is `loc` as it stands (`nq question: ...`)
+    Format("zsre", (("src", "alt"),), ("subject", "rephrase", *_LOC), rephrases=("rephrase",), locality=_LOC),
     Format(  # flat, or in ROME's own layout
         "counterfact",
         (("prompt", "target_new", "rephrase_prompt"), ("requested_rewrite",)),
@@ -239,19 +230,14 @@ _ALL = (
     Format(  # changes of Wikidata over time; a persona's way of asking counts as a rephrase
         "wikibigedit",
         (("update", "ans"),),
-        ("subject", "rephrase", "personas", "mhop", "mhop_ans", "loc", "loc_ans", "tag"),
+        ("subject", "rephrase", "personas", "mhop", "mhop_ans", *_LOC, "tag"),
         rephrases=("rephrase", "personas"),
-        locality=("loc", "loc_ans"),
+        locality=_LOC,
     ),
-    Format(  # SelfCheckGPT's WikiBio passages with the sentence that should follow; locality from RedPajama
-        "hallucination", (("prompt", "target_new", "locality_prompt"),), ("subject", "locality_ground_truth")
-    ),
-    Format(  # WISE's out-of-distribution set: recent facts, with a rephrase from the wild
-        "temporal",
-        (("prompt", "target_new", "ood_rephrase"),),
-        ("subject", *_LOCALITY),
-        rephrases=("ood_rephrase",),
-    ),
+    # SelfCheckGPT's WikiBio passages with the sentence that should follow; locality from RedPajama
+    Format("hallucination", (("prompt", "target_new", "locality_prompt"),), ("subject", "locality_ground_truth")),
+    # WISE's out-of-distribution set: recent facts, with a rephrase from the wild
+    Format("temporal", (("prompt", "target_new", "ood_rephrase"),), ("subject", *_LOCALITY), ("ood_rephrase",)),
 )
 FORMATS: Mapping[str, Format] = MappingProxyType({entry.name: entry for entry in _ALL})
 
@@ -268,11 +254,12 @@ def get_format(name: str) -> Format:
 def guess_format(record: Record) -> str | None:
     """The format whose fields look most like the record's (largest share in common), or None where none fits."""
 
-    def likeness(entry: Format) -> float:
-        return len(entry.fields & record.keys()) / len(entry.fields | record.keys())
-
-    fitting = [entry for entry in FORMATS.values() if entry.fits(record)]
-    return max(fitting, key=likeness).name if fitting else None
+    likeness = {
+        entry.name: len(entry.fields & record.keys()) / len(entry.fields | record.keys())
+        for entry in FORMATS.values()
+        if entry.fits(record)
+    }
+    return max(likeness, key=likeness.__getitem__, default=None)
 
 
 def convert(record: Any, name: str) -> dict[str, Any]:
@@ -280,9 +267,8 @@ def convert(record: Any, name: str) -> dict[str, Any]:
 
     Raises:
         FieldError: if it is no object, looks like another format, or one of its fields is wrong.
-        ConfigError: if the format is unknown.
     """
-    chosen = get_format(name)
+    chosen = FORMATS[name]
     if not isinstance(record, Mapping):
         raise FieldError(None, f"is {kind_of(record)}, not an object", 'write each record as {"prompt": ..., ...}')
     if not chosen.fits(record):

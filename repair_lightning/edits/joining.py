@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import count
 
 from repair_lightning.edits.ledger import EditStatus, Ledger
 from repair_lightning.edits.records import RecordSet, named, same_question_key
 from repair_lightning.errors import counted
-from repair_lightning.types import Edit
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +26,6 @@ class Joined:
         renamed: new id of a record whose own id the pack uses for another edit.
         known: for a record that says what a live edit of the pack says, that edit's id.
         replaced: for an edit of the pack that a record contradicts, the record's (new) id.
-        alike: ids (pack's edit, record's (new) id) where both ask the same question in prompts that differ.
     """
 
     inherited: int
@@ -35,11 +33,6 @@ class Joined:
     renamed: Mapping[str, str]
     known: Mapping[str, str]
     replaced: Mapping[str, str]
-    alike: Sequence[tuple[str, str]] = ()
-
-    def as_dict(self) -> dict[str, Any]:
-        """In plain types."""
-        return asdict(self)
 
 
 def join(found: RecordSet, ledger: Ledger) -> Joined:
@@ -54,31 +47,32 @@ def join(found: RecordSet, ledger: Ledger) -> Joined:
             live.setdefault(same_question_key(ledger.edit(id).prompt), []).append(id)
     known: dict[str, str] = {}
     replaced: dict[str, str] = {}
-    alike: list[tuple[str, str]] = []
+    alike: list[str] = []
     for edit in found.edits:
         ids = live.get(same_question_key(edit.prompt), [])
-        alike += [(id, edit.id) for id in ids if ledger.edit(id).prompt != edit.prompt]
-        if ids and _says(ledger, ids[-1], edit):
+        alike += [f"'{id}' and '{edit.id}'" for id in ids if ledger.edit(id).prompt != edit.prompt]
+        last = ledger.entry(ids[-1]) if ids else None
+        if last and last.edit.target == edit.target and last.status is not EditStatus.QUARANTINED:
             known[edit.id] = ids[-1]
         else:
             replaced |= dict.fromkeys(ids, edit.id)
+    if alike:
+        log.warning("the same question as in the pack but for case, blanks or the final mark: %s", named(alike))
     new = [edit.id for edit in (*found.superseded_edits, *found.edits) if edit.id not in known]
     taken = {*ledger, *new}
     renamed: dict[str, str] = {}
     for id in new:
         if id in ledger:
-            renamed[id] = _fresh(id, taken)
+            renamed[id] = next(name for n in count(2) if (name := f"{id}~{n}") not in taken)
             taken.add(renamed[id])
     replaced = {old: renamed.get(id, id) for old, id in replaced.items()}
     windows = max((ledger.entry(id).window + 1 for id in ledger), default=0)
-    pairs = tuple((old, renamed.get(id, id)) for old, id in alike)
-    return Joined(len(ledger), windows, renamed, known, replaced, pairs)
-
-
-def _says(ledger: Ledger, id: str, edit: Edit) -> bool:
-    """Whether the edit of the ledger says what another does, and was written."""
-    entry = ledger.entry(id)
-    return entry.edit.target == edit.target and entry.status is not EditStatus.QUARANTINED
+    numbers = (counted(len(ledger), "edit"), len(replaced), len(known))
+    log.info("the pack holds %s; new records supersede %d and repeat %d (dropped)", *numbers)
+    if renamed:
+        some = named([f"'{old}' is '{new}'" for old, new in renamed.items()])
+        log.info("ids that belong to other edits of the pack: %s", some)
+    return Joined(len(ledger), windows, renamed, known, replaced)
 
 
 def apply(found: RecordSet, joined: Joined) -> RecordSet:
@@ -93,31 +87,4 @@ def apply(found: RecordSet, joined: Joined) -> RecordSet:
         superseded | dict(joined.replaced),
         (*found.duplicates, *joined.known),
         tuple(replace(edit, id=joined.renamed.get(edit.id, edit.id)) for edit in older),
-        (*((joined.renamed.get(a, a), joined.renamed.get(b, b)) for a, b in found.alike), *map(_pair, joined.alike)),
     )
-
-
-def _pair(ids: Sequence[str]) -> tuple[str, str]:
-    """Two ids, which a checkpoint may hold as a list."""
-    earlier, later = ids
-    return earlier, later
-
-
-def log_joined(joined: Joined) -> None:
-    """Say in a line or two what was joined with what."""
-    numbers = (counted(joined.inherited, "edit"), len(joined.replaced), len(joined.known))
-    log.info("the pack holds %s; new records supersede %d and repeat %d (dropped)", *numbers)
-    if joined.alike:
-        pairs = named([f"'{old}' and '{new}'" for old, new in joined.alike])
-        log.warning("the same question as in the pack but for case, blanks or the final mark: %s", pairs)
-    if joined.renamed:
-        some = ", ".join(f"'{old}' is '{new}'" for old, new in list(joined.renamed.items())[:5])
-        more = ", ..." if len(joined.renamed) > 5 else ""
-        log.info("ids that belong to other edits of the pack: %s%s", some, more)
-
-
-def _fresh(id: str, taken: set[str]) -> str:
-    number = 2
-    while f"{id}~{number}" in taken:
-        number += 1
-    return f"{id}~{number}"

@@ -36,10 +36,10 @@ RESUMED = "resumed"
 """The event of a run that goes on from a checkpoint; what lies between the two is void."""
 
 _STATE = tuple(field.name for field in fields(LedgerEntry) if field.name != "edit")
-_COLUMNS = ("time", "kind", "id", *_STATE, "edit")
+_SAID = ("time", "kind", "id", *_STATE, "edit")
 _TABLES = f"""
 CREATE TABLE events (
-    seq INTEGER PRIMARY KEY, time REAL NOT NULL, kind TEXT NOT NULL, id TEXT, arrival INTEGER, "window" INTEGER,
+    seq INTEGER PRIMARY KEY, time REAL NOT NULL, kind TEXT NOT NULL, id TEXT, arrival INTEGER, window INTEGER,
     status TEXT, shard INTEGER, attempts INTEGER, regroups INTEGER, loss REAL, kd REAL, score REAL, reason TEXT,
     edit TEXT, back_to INTEGER, void INTEGER NOT NULL DEFAULT 0);
 CREATE INDEX events_of_an_edit ON events (id);
@@ -104,14 +104,20 @@ class Journal:
         """Fold the write-ahead log into the file and let go of it; the journal is of no use afterwards."""
         self._db.close()
 
-    # -- writing ------------------------------------------------------------------------------------------------------
-
     def append(self, kind: str, entries: Sequence[LedgerEntry]) -> None:
         """What became of some edits, in one transaction that is on the disk when this returns."""
-        now = time.time()
-        rows = [(now, kind, entry.edit.id, *_state_of(entry), _edit_of(entry, kind)) for entry in entries]
-        names = ", ".join(f'"{name}"' for name in _COLUMNS)
-        marks = ", ".join("?" * len(_COLUMNS))
+        said = kind in ("arrived", "inherited")  # the edit itself is said once
+        rows = [
+            entry.as_dict()
+            | {
+                "time": time.time(),
+                "kind": kind,
+                "id": entry.edit.id,
+                "edit": json.dumps(entry.edit.as_dict(), ensure_ascii=False) if said else None,
+            }
+            for entry in entries
+        ]
+        names, marks = (", ".join(f"{sign}{name}" for name in _SAID) for sign in ("", ":"))
         with self._transaction():
             self._db.executemany(f"INSERT INTO events ({names}) VALUES ({marks})", rows)
 
@@ -131,23 +137,15 @@ class Journal:
     def save(self, sha256: str, windows: int, tables: Tables | None = None) -> None:
         """Make all that was said so far the checkpoint, with these rows and no others, in one transaction.
 
-        Only rows that are not stored yet are written.
-
-        Args:
-            sha256: of the file that holds all else; it is on the disk, and gets its name when this has returned.
-            windows: how many the run has ended.
-            tables: the rows, each a mapping from names to tensors.
+        The file with this hash, which holds all else, is on the disk, and gets its name when this has returned. The run
+        has ended so many windows. Only rows that are not stored yet are written.
         """
-        tables = tables or {}
+        found = {(name, number): row for name, rows in (tables or {}).items() for number, row in rows.items()}
         with self._transaction():
-            names = {name for (name,) in self._db.execute("SELECT DISTINCT name FROM rows")}
-            for name in names | set(tables):
-                rows = tables.get(name, {})
-                stored = {number for (number,) in self._db.execute("SELECT number FROM rows WHERE name = ?", (name,))}
-                gone = [(name, number) for number in stored - rows.keys()]
-                self._db.executemany("DELETE FROM rows WHERE name = ? AND number = ?", gone)
-                new = ((name, number, *_encoded(rows[number])) for number in sorted(rows.keys() - stored))
-                self._db.executemany("INSERT INTO rows VALUES (?, ?, ?, ?)", new)
+            stored = set(self._db.execute("SELECT name, number FROM rows"))
+            self._db.executemany("DELETE FROM rows WHERE name = ? AND number = ?", stored - found.keys())
+            new = ((*key, *_encoded(found[key])) for key in sorted(found.keys() - stored))
+            self._db.executemany("INSERT INTO rows VALUES (?, ?, ?, ?)", new)
             row = (sha256, self.last, windows, time.time())
             self._db.execute("INSERT OR REPLACE INTO checkpoint VALUES (1, ?, ?, ?, ?)", row)
 
@@ -158,8 +156,6 @@ class Journal:
             row = (time.time(), RESUMED, reason, seq)
             self._db.execute("INSERT INTO events (time, kind, reason, back_to) VALUES (?, ?, ?, ?)", row)
         return int(void)
-
-    # -- reading ------------------------------------------------------------------------------------------------------
 
     @property
     def last(self) -> int:
@@ -175,11 +171,7 @@ class Journal:
         return None if row is None else Checkpoint(*row)
 
     def check_rows(self) -> None:
-        """Read every row.
-
-        Raises:
-            JournalError: one is not as it was written.
-        """
+        """Read every row: a `JournalError` where one is not as it was written."""
         with self._explained("read"):
             for name, number, sha256, content in self._db.execute("SELECT name, number, sha256, content FROM rows"):
                 if hashlib.sha256(content).digest() != sha256:
@@ -197,21 +189,15 @@ class Journal:
         return found
 
     def events(self, id: str | None = None) -> Iterator[dict[str, Any]]:
-        """All events in their order, or those of one edit.
-
-        Raises:
-            UnknownEditError: nothing was ever said of this edit.
-        """
+        """All events in their order, or those of one edit: `UnknownEditError` where nothing was ever said of it."""
         where, what = ("", ()) if id is None else ("WHERE id = ?", (id,))
         with self._explained("read"):
             found = self._db.execute(f"SELECT * FROM events {where} ORDER BY seq", what)
-            names = [column[0] for column in found.description]
-            row = found.fetchone()
-            if row is None and id is not None:
-                raise UnknownEditError(id)
-            while row is not None:
+            names, row = [column[0] for column in found.description], None
+            for row in found:
                 yield dict(zip(names, row, strict=True))
-                row = found.fetchone()
+        if row is None and id is not None:
+            raise UnknownEditError(id)
 
     def rebuild(self) -> Ledger:
         """The ledger as the events left it; void ones do not count."""
@@ -238,14 +224,11 @@ class Journal:
 
     def to_parquet(self, path: str | Path) -> None:
         """All events as a Parquet table."""
+        types = {"INTEGER": pa.int64(), "REAL": pa.float64(), "TEXT": pa.string()}
         with self._explained("read"):
-            found = self._db.execute("SELECT * FROM events ORDER BY seq")
-            names = [column[0] for column in found.description]
-            columns = list(zip(*found.fetchall(), strict=True)) or [()] * len(names)
-        arrays = [pa.array(column, type=_parquet_type(name)) for name, column in zip(names, columns, strict=True)]
-        pq.write_table(pa.table(arrays, names=names), path)
-
-    # -- inside -------------------------------------------------------------------------------------------------------
+            columns = self._db.execute("SELECT name, type FROM pragma_table_info('events')").fetchall()
+        schema = pa.schema([(name, types[kind]) for name, kind in columns])
+        pq.write_table(pa.Table.from_pylist(list(self.events()), schema=schema), path)
 
     @contextmanager
     def _explained(self, verb: str) -> Iterator[None]:
@@ -274,18 +257,3 @@ def _encoded(row: Mapping[str, Tensor]) -> tuple[bytes, bytes]:
     """A row's hash and content."""
     content = save({name: tensor.detach().cpu().contiguous() for name, tensor in row.items()})
     return hashlib.sha256(content).digest(), content
-
-
-def _state_of(entry: LedgerEntry) -> tuple[Any, ...]:
-    return tuple(str(value) if name == "status" else value for name in _STATE for value in (getattr(entry, name),))
-
-
-def _edit_of(entry: LedgerEntry, kind: str) -> str | None:
-    """The edit itself, said once: when it arrives, or comes along with a pack."""
-    return json.dumps(entry.edit.as_dict(), ensure_ascii=False) if kind in ("arrived", "inherited") else None
-
-
-def _parquet_type(name: str) -> pa.DataType:
-    if name in ("time", "loss", "kd", "score"):
-        return pa.float64()
-    return pa.string() if name in ("kind", "id", "status", "reason", "edit") else pa.int64()

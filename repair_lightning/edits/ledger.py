@@ -16,14 +16,13 @@ changes nothing. Where a journal is attached, a command is on the disk before it
 
 from __future__ import annotations
 
-import os
+import io
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -41,23 +40,17 @@ from repair_lightning.edits.entries import (
     verdict,
 )
 from repair_lightning.errors import LedgerError, RepairError
+from repair_lightning.storage.files import replace_bytes
 from repair_lightning.types import Edit, EditReport
 
 VERSION = 1
 
 
-class Record(Protocol):
-    """Where the ledger's changes are kept; see `repair_lightning.edits.journal`."""
-
-    def append(self, kind: str, entries: Sequence[LedgerEntry]) -> None:
-        """What became of some edits: on the disk when this returns."""
-
-
 class KeptElsewhere:
-    """The record of a ledger whose history another process keeps."""
+    """The record of a ledger whose history another process keeps; see `journal` for one's own."""
 
     def append(self, kind: str, entries: Sequence[LedgerEntry]) -> None:
-        """Nothing to do."""
+        """What became of some edits: on the disk, where there is one, when this returns."""
 
 
 class Ledger(Entries):
@@ -67,21 +60,15 @@ class Ledger(Entries):
     nothing has changed.
 
     Attributes:
-        journal: told of every change before it counts; None keeps no history.
+        journal: its `append` is told of every change before it counts; None keeps no history.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.journal: Record | None = None
-
-    # -- commands ----------------------------------------------------------------------------------------------------
+        self.journal: Any = None
 
     def arrive(self, edits: Iterable[Edit], window: int) -> None:
-        """Enters new edits as pending.
-
-        Raises:
-            LedgerError: if one of the ids is here already, or occurs twice.
-        """
+        """Enters new edits as pending; no id may be here already, or occur twice."""
         edits = list(edits)
         repeated = [id for id, n in Counter(edit.id for edit in edits).items() if n > 1 or id in self._entries]
         if repeated:
@@ -90,13 +77,7 @@ class Ledger(Entries):
         self._enter("arrived", [LedgerEntry(edit, first + i, int(window)) for i, edit in enumerate(edits)])
 
     def inherit(self, earlier: Ledger) -> None:
-        """Takes over the edits of an earlier model as they stand, before anything arrives.
-
-        Raises:
-            LedgerError: if something has arrived already.
-        """
-        if len(self):
-            raise LedgerError(f"cannot inherit {len(earlier)} edits: {len(self)} have arrived already; start empty")
+        """Takes over the edits of an earlier model as they stand, before anything arrives."""
         self._enter("inherited", [earlier.entry(id) for id in earlier])
 
     def written(self, reports: Iterable[EditReport]) -> None:
@@ -110,14 +91,8 @@ class Ledger(Entries):
         self._enter("written", [after_write(self._entries[report.id], report) for report in reports])
 
     def evaluated(self, scores: Mapping[str, float], tau_correct: float) -> None:
-        """Takes over scores: an edit that a shard owns is now written where `score >= tau_correct`, else failed.
-
-        Edits without an owner keep their state and only remember the score.
-
-        Args:
-            scores: Correctness per edit, in [0, 1].
-            tau_correct: Least score that counts as correct, in [0, 1].
-        """
+        """Takes over scores in [0, 1]: an edit that a shard owns is now written where `score >= tau_correct`, else
+        failed; others keep their state and only remember the score."""
         self._check(scores, ALL, "score")
         wrong = [id for id, score in scores.items() if not 0.0 <= float(score) <= 1.0]
         if wrong:
@@ -128,10 +103,7 @@ class Ledger(Entries):
     def requeue(self, ids: Iterable[str], reason: str, attempts: Mapping[str, int] | None = None) -> None:
         """Sends edits back to be written anew; they have no owner until then.
 
-        Args:
-            ids: of the edits.
-            reason: why.
-            attempts: of some edits, how many writes are to count: another's fault is not held against them.
+        Of some, `attempts` says how many writes are to count: another's fault is not held against them.
         """
         self._move(ids, REQUEUABLE, "requeue", EditStatus.REQUEUED, reason, attempts or {})
 
@@ -158,8 +130,6 @@ class Ledger(Entries):
             raise LedgerError(f"cannot reassign edit {homeless[0]!r}: no shard owns it; write it first")
         self._enter(kind, [replace(self._entries[id], shard=int(shard)) for id in ids])
 
-    # -- storage -----------------------------------------------------------------------------------------------------
-
     def state_dict(self) -> dict[str, Any]:
         """The ledger in plain types (it survives `torch.load(weights_only=True)`)."""
         return {"version": VERSION, "entries": [entry.as_dict() for entry in self._entries.values()]}
@@ -178,7 +148,7 @@ class Ledger(Entries):
             raise LedgerError(
                 f"this is not the state of a ledger ({error!r}); use one that `state_dict` made"
             ) from error
-        self._clear()
+        Entries.__init__(self)  # empty again
         for entry in entries:
             self._put(entry)
 
@@ -188,22 +158,15 @@ class Ledger(Entries):
         Raises:
             RepairError: if it cannot be written (a full disk, a missing folder).
         """
-        path = Path(path)
-        rows = [_to_row(entry) for entry in self._entries.values()]
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        rows = [(row := entry.as_dict()).pop("edit") | row for entry in self._entries.values()]
+        content = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows, schema=_schema()), content)
         try:
-            with open(temporary, "wb") as file:
-                pq.write_table(pa.Table.from_pylist(rows, schema=_schema()), file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            replace_bytes(Path(path), content.getvalue())
         except OSError as error:
             raise RepairError(
                 f"{path}: the ledger cannot be written ({error.strerror or error}); free the path"
             ) from error
-        finally:
-            with suppress(OSError):
-                temporary.unlink()
 
     @classmethod
     def from_parquet(cls, path: str | Path) -> Ledger:
@@ -221,8 +184,6 @@ class Ledger(Entries):
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise LedgerError(f"{path}: no readable ledger ({reason}); use one that `to_parquet` wrote") from error
         return ledger
-
-    # -- inside ------------------------------------------------------------------------------------------------------
 
     def _check(self, ids: Iterable[str], allowed: frozenset[EditStatus], verb: str) -> None:
         for id in ids:
@@ -252,12 +213,6 @@ class Ledger(Entries):
         self._enter(status.value, [replace(e, attempts=attempts.get(e.edit.id, e.attempts)) for e in entries])
 
 
-def _to_row(entry: LedgerEntry) -> dict[str, Any]:
-    """The entry as one flat row: the edit's fields beside its own."""
-    row = entry.as_dict()
-    return {**row.pop("edit"), **row}
-
-
 def _from_row(row: Mapping[str, Any]) -> dict[str, Any]:
     own = {field.name for field in fields(LedgerEntry)}
     entry = {name: value for name, value in row.items() if name in own}
@@ -265,13 +220,13 @@ def _from_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _schema() -> pa.Schema:
-    probes = pa.list_(pa.struct([("prompt", pa.string()), ("answer", pa.string())]))
-    edit = [("id", pa.string()), ("prompt", pa.string()), ("target", pa.string()), ("subject", pa.string())]
-    lists = [("rephrases", pa.list_(pa.string())), ("locality", probes), ("near", probes)]
-    state = [("arrival", pa.int64()), ("window", pa.int64()), ("status", pa.string()), ("shard", pa.int64())]
-    numbers = [("attempts", pa.int64()), ("regroups", pa.int64())]
-    scores = [("loss", pa.float64()), ("kd", pa.float64()), ("score", pa.float64()), ("reason", pa.string())]
-    return pa.schema(edit + lists + state + numbers + scores, metadata={"repair_ledger": str(VERSION)})
+    text, whole, real = pa.string(), pa.int64(), pa.float64()
+    probes = pa.list_(pa.struct([("prompt", text), ("answer", text)]))
+    edit = [("id", text), ("prompt", text), ("target", text), ("subject", text)]
+    lists = [("rephrases", pa.list_(text)), ("locality", probes), ("near", probes)]
+    state = [("arrival", whole), ("window", whole), ("status", text), ("shard", whole), ("attempts", whole)]
+    more = [("regroups", whole), ("loss", real), ("kd", real), ("score", real), ("reason", text)]
+    return pa.schema(edit + lists + state + more, metadata={"repair_ledger": str(VERSION)})
 
 
 __all__ = ["EditStatus", "KeptElsewhere", "Ledger", "LedgerEntry"]

@@ -1,7 +1,7 @@
 """Reading edit records: every record is checked, and named by file, number and field, before anything is written.
 
-Files are parsed here, by the plain parsers of their format, so that a bad line is found under its own number; only
-records that passed become a `datasets.Dataset` with declared features, never one whose column types were guessed.
+Files are parsed by the plain parsers of their format, so that a bad line is found under its own number and no column's
+type is guessed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, Features, Value, load_dataset
+from datasets import load_dataset
 
 from repair_lightning.edits import formats
 from repair_lightning.errors import ConfigError, FieldError, RecordError, RepairError, counted
@@ -47,14 +47,12 @@ class RecordSet:
     """The edits of one source and what was not taken over from it.
 
     Attributes:
-        edits: The edits to write, in the source's order.
-        bad: One message per record that was skipped.
-        superseded: Id of an edit that a later one with the same question and another target replaced -> id of that
+        edits: to write, in the source's order.
+        bad: one message per record that was skipped.
+        superseded: id of an edit that a later one with the same question and another target replaced -> id of that
             later one, which is always in `edits`.
-        duplicates: Ids of records that were dropped because question and target repeat an earlier record's.
-        superseded_edits: The replaced edits themselves, for the ledger.
-        alike: Ids (earlier, later) of records that ask the same question in prompts that differ, see
-            :func:`same_question_key`; the later one is a duplicate or supersedes the earlier.
+        duplicates: ids of records that were dropped because question and target repeat an earlier record's.
+        superseded_edits: the replaced edits themselves, for the ledger.
     """
 
     edits: tuple[Edit, ...]
@@ -62,7 +60,6 @@ class RecordSet:
     superseded: Mapping[str, str] = field(default_factory=dict)
     duplicates: tuple[str, ...] = ()
     superseded_edits: tuple[Edit, ...] = ()
-    alike: tuple[tuple[str, str], ...] = ()
 
     def __len__(self) -> int:
         return len(self.edits)
@@ -94,13 +91,13 @@ def load_records(
     """Reads, checks and converts the edits of a local file or of a hub data set, also those past `max_edits`.
 
     Args:
-        path_or_hub_name: A file (`.jsonl`, `.json` with a list or with one object per line, `.csv`, `.tsv`,
-            `.parquet`) or a hub name (`org/name`) where no such file exists.
-        format: A name of :data:`formats.FORMATS`.
-        max_edits: Stop after so many edits, not counting duplicates; None for all.
+        path_or_hub_name: a file (`.jsonl`, `.json` with a list or with one object per line, `.csv`, `.tsv`,
+            `.parquet`), or a hub name (`org/name`) where no such file exists.
+        format: a name of :data:`formats.FORMATS`.
+        max_edits: stop after so many edits, not counting duplicates; None for all.
         on_bad_record: `stop` raises for the first bad record, `skip` lists bad records in `bad`.
-        split: The hub data set's split.
-        sample_seed: Draw the `max_edits` edits at random with this seed and keep the source's order; what repeats a
+        split: the hub data set's split.
+        sample_seed: draw the `max_edits` edits at random with this seed and keep the source's order; what repeats a
             drawn edit, or was superseded by it, comes along. None takes the first.
 
     Raises:
@@ -126,8 +123,8 @@ def load_records(
         good, repeated = _draw(good, repeated, max_edits, sample_seed)
         max_edits = None  # all that is said of the drawn prompts counts, also after the last of them has come up
     messages = tuple(str(RecordError.at(source, number, error)) for number, error in bad)
-    found = _settle(good, repeated, messages, max_edits)
-    _log_summary(source, found)
+    found, alike = _settle(good, repeated, messages, max_edits)
+    _log_summary(source, found, alike)
     return found
 
 
@@ -135,9 +132,8 @@ def load_irrelevant(path: str | Path, prefix: str = "") -> tuple[str, ...]:
     """Reads prompts that no edit should touch, in the file's order, for calibrating and training the router.
 
     Args:
-        path: A file of records with one of the fields `question`, `locality_prompt`, `loc`, `prompt` (the first that
-            the record has counts), or a hub name.
-        prefix: Put before each prompt as it stands, such as `nq question: `; of messages, before the last turn.
+        path: a file or hub name; of `question`, `locality_prompt`, `loc`, `prompt` the first that a record has counts.
+        prefix: put before each prompt as it stands, such as `nq question: `; of messages, before the last turn.
 
     Raises:
         RecordError: for the first bad record, saying how many more there are.
@@ -153,31 +149,24 @@ def load_irrelevant(path: str | Path, prefix: str = "") -> tuple[str, ...]:
 
 
 def check_lengths(edits: Sequence[Edit], forms: Forms, max_tokens: int) -> dict[str, str]:
-    """Finds edits with a text of more than `max_tokens` tokens, or a dialogue that the base cannot be asked.
-
-    Prompt and rephrases count with target and EOS. Returns, in the order of `edits`, the id of each offending edit and
-    a message that names the first such field.
-    """
+    """By id, a message for each edit with a text of more than `max_tokens` tokens (prompt and rephrases with target and
+    EOS), or a dialogue that the base cannot be asked; it names the first such field."""
     messages: dict[str, str] = {}
+    remedy = "shorten it or raise the limit, if the model reads that much"
     for edit in edits:
         asked = [("prompt and target", edit.prompt, edit.target)]
         asked += [(f"rephrases[{i}] and target", text, edit.target) for i, text in enumerate(edit.rephrases)]
         for name in ("locality", "near"):
             asked += [(f"{name}[{i}]", probe.prompt, probe.answer or "") for i, probe in enumerate(getattr(edit, name))]
         for name, prompt, target in asked:
-            problem = _unfit(forms, prompt, target, max_tokens)
-            if problem is not None:
+            try:
+                length = len(forms.encode(prompt, target).ids)
+                problem = f"is {length} tokens long, at most {max_tokens} fit; {remedy}" if length > max_tokens else ""
+            except ConfigError as error:
+                problem = str(error)
+            if problem:
                 messages.setdefault(edit.id, f"edit '{edit.id}', field '{name}': {problem}")
     return messages
-
-
-def _unfit(forms: Forms, prompt: str, target: str, max_tokens: int) -> str | None:
-    try:
-        length = len(forms.encode(prompt, target).ids)
-    except ConfigError as error:
-        return str(error)
-    remedy = "shorten it or raise the limit, if the model reads that much"
-    return f"is {length} tokens long, at most {max_tokens} fit; {remedy}" if length > max_tokens else None
 
 
 def read_rows(path_or_hub_name: str | Path, split: str = "train") -> list[Any]:
@@ -230,16 +219,14 @@ def _read_json(path: Path) -> list[Any]:
     except (ValueError, RecursionError) as error:
         if text.lstrip().startswith("[") and path.suffix.lower() == ".json":
             raise FieldError(None, _json_problem(error), "correct the file at that line") from None
-        lines = enumerate(text.split("\n"), start=1)  # not splitlines: U+2028 may stand inside a JSON string
-        return [_parse_line(number, line) for number, line in lines if line.strip()]
+        found: list[Any] = []
+        for number, line in enumerate(text.split("\n"), start=1):  # U+2028 may stand inside a JSON string
+            try:
+                found += [json.loads(line)] if line.strip() else []
+            except (ValueError, RecursionError) as error:
+                found.append(FieldError(None, _json_problem(error, number), "correct or remove that line"))
+        return found
     return whole if isinstance(whole, list) else [whole]
-
-
-def _parse_line(number: int, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return FieldError(None, _json_problem(error, number), "correct or remove that line")
 
 
 def _json_problem(error: Exception, line: int | None = None) -> str:
@@ -258,8 +245,7 @@ def _read_csv(path: Path) -> list[Any]:
     try:
         header, *cells = [line for line in lines if line] or [[]]
     except csv.Error as error:
-        problem = f"is not valid CSV (line {lines.line_num}: {error})"
-        raise FieldError(None, problem, "correct the file at that line") from None
+        raise FieldError(None, f"is not valid CSV (line {lines.line_num}: {error})", "correct that line") from None
     remedy = "put cells with commas in quotes"
     return [
         {name: cell or None for name, cell in zip_longest(header, row)}
@@ -338,33 +324,33 @@ def named(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMED_AT_MOST]) + (f" and {more:,} more" if more > 0 else "")
 
 
-def _settle(edits: Sequence[Edit], repeated: Sequence[Edit], bad: tuple[str, ...], max_edits: int | None) -> RecordSet:
-    """Drops duplicates and lets later edits supersede earlier ones, over the first records that yield `max_edits`."""
+def _settle(
+    edits: Sequence[Edit], repeated: Sequence[Edit], bad: tuple[str, ...], max_edits: int | None
+) -> tuple[RecordSet, list[str]]:
+    """Drops duplicates and lets later edits supersede earlier ones, over the first records that yield `max_edits`; also
+    says which pairs ask the same question in prompts that differ."""
     live: dict[str, int] = {}
     replaced: dict[int, str] = {}
     prompts = {edit.id: edit.prompt for edit in edits}
     duplicates = [edit.id for edit in repeated]
-    alike = [(edit.id, edit.id) for edit in repeated if edit.prompt != prompts[edit.id]]
+    alike = [f"'{edit.id}' and '{edit.id}'" for edit in repeated if edit.prompt != prompts[edit.id]]
     for i, edit in enumerate(edits):
         if len(live) == max_edits:
             break
         key = same_question_key(edit.prompt)
         earlier = live.get(key)
         if earlier is not None and edits[earlier].prompt != edit.prompt:
-            alike.append((edits[earlier].id, edit.id))
+            alike.append(f"'{edits[earlier].id}' and '{edit.id}'")
         if earlier is not None and edits[earlier].target == edit.target:
             duplicates.append(edit.id)
             continue
         if earlier is not None:
             replaced[earlier] = key
         live[key] = i
-    text, probes = Value("string"), [{"prompt": Value("string"), "answer": Value("string")}]
-    features = Features(id=text, subject=text, prompt=text, target=text, rephrases=[text], locality=probes, near=probes)
-    records = [edits[i].as_dict() for i in sorted(live.values())]
-    kept = tuple(map(Edit.from_dict, Dataset.from_list(records, features=features).to_list()))
+    kept = tuple(edits[i] for i in sorted(live.values()))
     superseded = {edits[old].id: edits[live[key]].id for old, key in replaced.items()}
     older = tuple(edits[old] for old in sorted(replaced))
-    return RecordSet(kept, bad, superseded, tuple(duplicates), older, tuple(alike))
+    return RecordSet(kept, bad, superseded, tuple(duplicates), older), alike
 
 
 def _draw(good: Sequence[Edit], repeated: Sequence[Edit], number: int, seed: int) -> tuple[list[Edit], list[Edit]]:
@@ -379,24 +365,20 @@ def _draw(good: Sequence[Edit], repeated: Sequence[Edit], number: int, seed: int
     return kept, again
 
 
-def _log_summary(source: str, found: RecordSet) -> None:
-    if found.alike:
+def _log_summary(source: str, found: RecordSet, alike: Sequence[str]) -> None:
+    if alike:
         logger.warning(
             "%s: %s with the same question but for case, blanks or the final mark: %s; the later of two is dropped "
             "where its target is the same, and supersedes the earlier where it is another",
-            source,
-            counted(len(found.alike), "pair"),
-            named([f"'{earlier}' and '{later}'" for earlier, later in found.alike]),
+            *(source, counted(len(alike), "pair"), named(alike)),
         )
     subjects = [(edit, edit.subject.casefold()) for edit in found.edits if edit.subject]
     absent = [f"'{edit.id}'" for edit, subject in subjects if subject not in dialogue.shown(edit.prompt).casefold()]
     if absent:
         logger.warning(
-            "%s: %s a subject that does not stand in the prompt: %s; such an edit is found by its whole prompt alone; "
+            "%s: the subject does not stand in the prompt of %s: %s; such an edit is found by its whole prompt alone; "
             "write the subject as the prompt does, or leave it out",
-            source,
-            f"{counted(len(absent), 'edit')} {'has' if len(absent) == 1 else 'have'}",
-            named(absent),
+            *(source, counted(len(absent), "edit"), named(absent)),
         )
     parts = [counted(len(found.edits), "edit"), f"{counted(len(found.bad), 'bad record')} skipped"]
     parts += [f"{counted(len(found.duplicates), 'duplicate')} dropped", f"{len(found.superseded)} superseded"]

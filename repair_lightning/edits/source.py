@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 
-from repair_lightning.edits.joining import Joined, apply, join, log_joined
+from repair_lightning.edits.joining import Joined, apply, join
 from repair_lightning.edits.ledger import EditStatus, Ledger
 from repair_lightning.edits.records import RecordSet, check_lengths, load_irrelevant, load_records
 from repair_lightning.errors import ConfigError, RepairError, counted
@@ -22,28 +22,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class WritesTexts(Protocol):
-    """What writes irrelevant texts where no file gives any."""
-
-    def base_texts(self, number: int) -> Sequence[str]:
-        """Texts that the base wrote by itself."""
-        ...
-
-
 class EditSource(pl.LightningDataModule):
-    """Records and irrelevant prompts, read and checked once.
+    """Records and irrelevant prompts, read and checked once; see `EditStream` for the arguments."""
 
-    Args:
-        path: a local file, a hub data set, or `world` for the embedded one.
-        format: of the records, see `repair_lightning.edits.formats`.
-        max_edits: take the first so many good records.
-        on_bad_record: `stop` writes nothing when a record is bad, `skip` writes the good ones and lists the bad ones.
-        irrelevant: file of unrelated questions, `world` for the embedded ones; None lets the base write its own.
-        irrelevant_prefix: put before each of them.
-        max_irrelevant: take so many of them.
-        split: of a hub data set.
-        sample_seed: draw `max_edits` of the good records at random with this seed.
-    """
+    singles = False
+    """Whether every edit is written into the model that the stream began with."""
+    windows = 0
+    """How many have begun."""
 
     def __init__(
         self,
@@ -114,11 +99,13 @@ class EditSource(pl.LightningDataModule):
         )
 
     def join(self, earlier: Ledger) -> None:
-        """Go on behind the edits of a pack: drop what it says already, and supersede what it says otherwise.
+        """Go on after the edits of a pack: drop what it says already, and supersede what it says otherwise.
 
         Raises:
-            ConfigError: there is nothing that the pack does not say.
+            ConfigError: there is nothing that the pack does not say, or edits are to be written one by one.
         """
+        if self.singles:
+            raise ConfigError("data.singles begins with the plain base for every edit; leave --from_pack out")
         self.setup()
         assert self.records is not None
         joined = join(self.records, earlier)
@@ -127,20 +114,19 @@ class EditSource(pl.LightningDataModule):
                 f"'{self.path}' holds no edit that the pack lacks: all {len(joined.known)} are its own already; give "
                 "new records"
             )
-        log_joined(joined)
         self._follow(joined)
 
     def inherit(self, earlier: Ledger) -> None:
         """Start with the ledger of the pack that was joined."""
         assert self.joined is not None
         self.ledger.inherit(earlier)
+        self.windows = self.joined.windows
 
     def _follow(self, joined: Joined) -> None:
         self.setup()
-        assert self.records is not None
         self._own_records = self._own_records or self.records
         self._asked = None
-        self.joined, self.records = joined, apply(self._own_records, joined)
+        self.joined, self.records = joined, apply(self._own_records, joined)  # type: ignore[arg-type]
 
     @property
     def inherited(self) -> list[str]:
@@ -159,7 +145,7 @@ class EditSource(pl.LightningDataModule):
             self._asked |= {folded(text) for text in self.also_scored}
         return [text for text in dict.fromkeys(texts) if folded(text) not in self._asked]
 
-    def irrelevant_parts(self, editor: WritesTexts) -> tuple[list[str], list[str], list[str]]:
+    def irrelevant_parts(self, editor: Any) -> tuple[list[str], list[str], list[str]]:
         """Irrelevant prompts in three parts, so that what guards can fail: half for losses and centring, a quarter for
         thresholds, and a quarter that the gate and the merge guard alone ask."""
         if self.irrelevant is None:

@@ -7,53 +7,22 @@ of the future is looked at. Everything waits in the ledger, so nothing is lost b
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, Literal
 
 import numpy as np
 from torch.utils.data import DataLoader
 
 from repair_lightning.edits.clustering import form_batches
 from repair_lightning.edits.joining import Joined
-from repair_lightning.edits.ledger import EditStatus, Ledger, LedgerEntry
-from repair_lightning.edits.source import EditSource, WritesTexts
+from repair_lightning.edits.ledger import EditStatus, LedgerEntry
+from repair_lightning.edits.source import EditSource
 from repair_lightning.errors import ConfigError, RepairError
-from repair_lightning.models.tokenizing import Encoded
-from repair_lightning.training.team import Team
 from repair_lightning.types import Edit, EditBatch
 from repair_lightning.world import WORLD
 
-if TYPE_CHECKING:
-    pass
-
 log = logging.getLogger(__name__)
-
-
-class WindowEditor(WritesTexts, Protocol):
-    """What the stream asks of an editor to form and deal out a window's batches."""
-
-    team: Team
-
-    @property
-    def shares(self) -> bool:
-        """Whether the ranks write different batches of a window."""
-        ...
-
-    def batch_limit(self, edits: Sequence[Edit]) -> int:
-        """Most edits of a batch."""
-        ...
-
-    def encode(self, edit: Edit) -> Encoded:
-        """Its prompt and target as token ids."""
-        ...
-
-    def features(self, edits: Sequence[Edit]) -> np.ndarray:
-        """Unit features (n, D) for clustering."""
-        ...
-
-    def forget(self, ids: Iterable[str]) -> None:
-        """Stop answering for edits."""
-        ...
 
 
 class EditStream(EditSource):
@@ -69,12 +38,10 @@ class EditStream(EditSource):
         clustering: form batches by the similarity of the base's features; else in the order of arrival.
         irrelevant: file of unrelated questions, `world` for the embedded ones; None lets the base write its own.
         irrelevant_prefix: put before each of them.
-        max_irrelevant: take so many of them; half train, a quarter calibrates the router, a
-            quarter guards.
+        max_irrelevant: take so many of them; half train, a quarter calibrates the router, a quarter guards.
         split: of a hub data set.
-        sample_seed: draw `max_edits` of the good records at random with this seed; they arrive in the file's order, so
-            that a correction stays later than what it corrects, and a larger draw holds every smaller one of its seed.
-            None takes the first.
+        sample_seed: draw `max_edits` of the good records at random with this seed, None takes the first; they arrive in
+            the file's order, and a larger draw holds every smaller one of its seed.
         singles: every edit by itself: a window holds one, and when all has been done for it and it is scored, the
             editor goes back to the model that it began with. Scores are then means over single edits (N = 1).
     """
@@ -105,30 +72,10 @@ class EditStream(EditSource):
             if value < 1:
                 raise ConfigError(f"data.{name} must be at least 1, got {value}")
         self.window, self.batch_size = 1 if singles else window, batch_size
-        self.singles = singles
-        self.clustering = clustering
+        self.singles, self.clustering = singles, clustering
         self.arrived = 0
-        self.windows = 0
         self._open: list[EditBatch] = []  # handed out; still the same as long as nothing of it was written
         self._open_entries: dict[str, LedgerEntry] = {}
-
-    def join(self, earlier: Ledger) -> None:
-        """Go on after the edits of a pack: drop what it says already, and supersede what it says otherwise.
-
-        Raises:
-            ConfigError: there is nothing that the pack does not say, or edits are to be written one by one.
-        """
-        if self.singles:
-            raise ConfigError("data.singles begins with the plain base for every edit; leave --from_pack out")
-        super().join(earlier)
-
-    def inherit(self, earlier: Ledger) -> None:
-        """Start with the ledger of the pack that was joined."""
-        super().inherit(earlier)
-        assert self.joined is not None
-        self.windows = self.joined.windows
-
-    # -- the worklist -------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> DataLoader:
         """The next window's batches. Lightning asks for it at the start of every epoch, and twice when it resumes.
@@ -138,7 +85,7 @@ class EditStream(EditSource):
         if not self._open or any(self.ledger.entry(id) is not entry for id, entry in self._open_entries.items()):
             self._open = self.next_window()
             self._open_entries = {id: self.ledger.entry(id) for batch in self._open for id in batch.ids}
-        return DataLoader(self._dealt(self._open), batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
+        return DataLoader(self._dealt(self._open), batch_size=None, collate_fn=lambda batch: batch)  # type: ignore[arg-type]
 
     def _dealt(self, batches: list[EditBatch]) -> list[EditBatch]:
         """This rank's batches: the longest go round first."""
@@ -207,8 +154,8 @@ class EditStream(EditSource):
         return [EditBatch(tuple(edits[i] for i in group)) for group in groups]
 
     @property
-    def _editor(self) -> WindowEditor:
-        return self.trainer.lightning_module  # type: ignore[union-attr,return-value]
+    def _editor(self) -> Any:  # an `Editor`, whose part of the house may import this one and not be imported
+        return self.trainer.lightning_module  # type: ignore[union-attr]
 
     @property
     def exhausted(self) -> bool:
@@ -224,17 +171,13 @@ class EditStream(EditSource):
         """Batches are plain text and stay where they are."""
         return batch
 
-    # -- state --------------------------------------------------------------------------------------------------------
-
     def state_dict(self) -> dict[str, Any]:
-        """The place in the stream and the ledger, in plain types; of a ledger whose journal holds it already only how
-        many edits are in which state."""
-        joined = self.joined.as_dict() if self.joined else None
+        """The place in the stream and the ledger; where a journal holds it, only how many edits are in which state."""
         return {
             "ledger": {"counts": self.ledger.counts()} if self.ledger.journal else self.ledger.state_dict(),
             "arrived": self.arrived,
             "windows": self.windows,
-            "joined": joined,
+            "joined": asdict(self.joined) if self.joined else None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -249,18 +192,11 @@ class EditStream(EditSource):
         if "counts" not in saved:
             self.ledger.load_state_dict(saved)
         elif saved["counts"] != self.ledger.counts():
-            known, told = _said(saved["counts"]), _said(self.ledger.counts())
+            both = (self.ledger.counts(), saved["counts"])
+            told, known = (", ".join(f"{n} {status}" for status, n in counts.items() if n) or "none" for counts in both)
             raise RepairError(
                 f"the journal is damaged: it tells of edits {told}, the checkpoint of {known}; restore it from a copy, "
                 "or --overwrite starts the run anew"
             )
         self.arrived, self.windows = state_dict["arrived"], state_dict["windows"]
         self._open, self._open_entries = [], {}
-
-
-def _said(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {status}" for status, count in counts.items() if count) or "none"
-
-
-def _as_it_is(batch: EditBatch) -> EditBatch:
-    return batch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,8 +26,7 @@ class ShardBank(nn.Module):
     def __init__(self, shape: tuple[int, int], host: bool = False) -> None:
         super().__init__()
         self.shape, self.host = shape, host
-        self.next_id = 0
-        self.next_number = 0
+        self.next_id = self.next_number = 0
         self.offered: Mapping[int, Mapping[str, Tensor]] = {}
         """The :meth:`rows` that belong to the state that is loaded next."""
         self.shards = nn.ModuleDict()
@@ -69,13 +68,14 @@ class ShardBank(nn.Module):
         self.shards = nn.ModuleDict(shards)
         self.next_number = max(self.next_number, 1 + max((s.number for s in self._low_rank().values()), default=-1))
 
-    def _number(self) -> int:
-        """A number for a low-rank shard; none is given twice, whatever is restored."""
+    def _low_rank_shard(self, left: Tensor, right: Tensor) -> LowRankShard:
+        """A shard with a number that is never given twice, whatever is restored."""
         self.next_number += 1
-        return self.next_number - 1
+        return LowRankShard(left, right, self.next_number - 1, self.host)
 
-    def _put(self, shard: int, module: AnyShard) -> None:
+    def _put(self, shard: int, module: AnyShard) -> int:
         self.shards[str(shard)] = module.to(self.device)
+        return shard
 
     def _sort(self) -> None:
         self.shards = nn.ModuleDict({key: self.shards[key] for key in sorted(self.shards, key=int)})
@@ -85,21 +85,28 @@ class ShardBank(nn.Module):
 
     def rows(self) -> dict[int, dict[str, Tensor]]:
         """The low-rank shards, which a `state_dict` leaves out, by number."""
-        return {shard.number: shard.row for shard in self._low_rank().values()}
+        return {shard.number: {"left": shard.left, "right": shard.right} for shard in self._low_rank().values()}
 
     def low_rank_tensors(self, shards: Iterable[int] | None = None) -> dict[str, Tensor]:
         """Low-rank shards, by default all, as tensors: `ids`, `ranks` and numbers (N,), `left` (sum R, D) and `right`
         (sum R, F); nothing where there are none."""
         found = self._low_rank()
-        found = found if shards is None else {shard: found[shard] for shard in shards}
-        return _stacked([*found], [*found.values()]) if found else {}
+        ids = list(found if shards is None else shards)
+        if not ids:
+            return {}
+        return {
+            "ids": torch.tensor(ids),
+            "ranks": torch.tensor([len(found[shard].right) for shard in ids]),
+            "left": torch.cat([found[shard].left.T for shard in ids]),
+            "right": torch.cat([found[shard].right for shard in ids]),
+        }
 
     def load_low_rank(self, tensors: Mapping[str, Tensor]) -> None:
         """Take in what :meth:`low_rank_tensors` gave, beside the shards that are here."""
         ids, ranks = tensors["ids"].tolist(), tensors["ranks"].tolist()
         factors = zip(tensors["left"].split(ranks), tensors["right"].split(ranks), strict=True)
         for id, (left, right) in zip(ids, factors, strict=True):
-            self._put(id, LowRankShard(left.T.clone(), right.clone(), self._number(), self.host))
+            self._put(id, self._low_rank_shard(left.T.clone(), right.clone()))
         self._sort()
 
     def get_extra_state(self) -> dict:
@@ -109,13 +116,11 @@ class ShardBank(nn.Module):
         return {"next_id": self.next_id, "next_number": self.next_number, "generations": dense, "low_rank": apart}
 
     def set_extra_state(self, state: dict) -> None:
-        """Accepts what :meth:`get_extra_state` gave, and makes the low-rank shards from the `offered` rows; others were
-        made by `_load_from_state_dict`."""
+        """The inverse of :meth:`get_extra_state`; makes the low-rank shards from the `offered` rows."""
         self.next_id = state["next_id"]
         self.next_number = max(self.next_number, state["next_number"])
         for key, generation in state["generations"].items():
-            if isinstance(self.shards[key], Shard):
-                self.shards[key].generation = generation  # type: ignore[assignment]
+            self.shards[key].generation = generation  # type: ignore[assignment]
         lacking = set(state["low_rank"].values()) - self.offered.keys()
         if lacking:
             raise RepairError(f"this state lacks {len(lacking)} low-rank shards; set `offered` to the `rows` beside it")
@@ -132,13 +137,3 @@ class ShardBank(nn.Module):
         made = {name: Shard(self.shape) if value is None else ValueShard(value) for name, value in values.items()}
         self.shards = nn.ModuleDict({name: made[name].to(self.device) for name in sorted(names, key=int)})
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _stacked(ids: Sequence[int], shards: Sequence[LowRankShard]) -> dict[str, Tensor]:
-    """Low-rank shards in four tensors, see :meth:`SideMemory.low_rank_tensors`."""
-    return {
-        "ids": torch.tensor(ids),
-        "ranks": torch.tensor([len(shard.right) for shard in shards]),
-        "left": torch.cat([shard.left.T for shard in shards]),
-        "right": torch.cat([shard.right for shard in shards]),
-    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,13 +50,6 @@ class Query:
         return Query(self.texts, one, self.hidden[rows, last][:, None], self.activations[rows, last][:, None])
 
     @classmethod
-    def join(cls, parts: Sequence[Query]) -> Query:
-        """Several batches of prompts with states of one width as one."""
-        texts = tuple(text for part in parts for text in part.texts)
-        states = [torch.cat([getattr(part, name) for part in parts]) for name in ("mask", "hidden", "activations")]
-        return cls(texts, *states)
-
-    @classmethod
     def of_texts(cls, texts: Sequence[str]) -> Query:
         """Prompts without states, for a router that reads none."""
         none = torch.zeros(len(texts), 0, 0)
@@ -67,17 +60,14 @@ class Query:
 def pad_right(rows: Sequence[Sequence[int]]) -> Tensor:
     """Ragged rows of ids as one tensor (B, W), -1 past each row's end."""
     width = max((len(row) for row in rows), default=0)
-    return torch.tensor([[*row, *[-1] * (width - len(row))] for row in rows], dtype=torch.long).reshape(
-        len(rows), width
-    )
+    padded = [[*row, *[-1] * (width - len(row))] for row in rows]
+    return torch.tensor(padded, dtype=torch.long).reshape(len(rows), width)
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What a prompt must pass besides the score: `value` (B,) must reach `limit` (B,).
-
-    `name` is what was measured, in the words of a reason. A limit of minus infinity asks for nothing.
-    """
+    """What a prompt must pass besides the score: `value` (B,) of what `name` says must reach `limit` (B,). A limit of
+    minus infinity asks for nothing."""
 
     name: str
     value: Tensor
@@ -105,33 +95,30 @@ class Choice:
         return cls(torch.full((size,), BASE), none, torch.full((size,), float("inf")), (None,) * size)
 
     @classmethod
+    def of(cls, tensors: Sequence[Tensor], nearest: Iterable[str | None], names: Iterable[str]) -> Choice:
+        """From its :meth:`tensors` and the names of its checks."""
+        memory, score, threshold, *more = tensors
+        checks = tuple(map(Check, names, more[::2], more[1::2]))
+        return cls(memory, score, threshold, tuple(nearest), checks)
+
+    def tensors(self) -> list[Tensor]:
+        """Memory, score and threshold, then each check's value and limit, (B,) each."""
+        return [self.memory, self.score, self.threshold, *(x for c in self.checks for x in (c.value, c.limit))]
+
+    @classmethod
     def join(cls, parts: Sequence[Choice]) -> Choice:
         """Several batches' choices as one."""
-        memory, score, threshold = (
-            torch.cat([getattr(part, name) for part in parts]) for name in ("memory", "score", "threshold")
-        )
-        checks = tuple(
-            Check(same[0].name, torch.cat([check.value for check in same]), torch.cat([check.limit for check in same]))
-            for same in zip(*(part.checks for part in parts), strict=True)
-        )
-        return cls(memory, score, threshold, tuple(name for part in parts for name in part.nearest), checks)
-
-    def repeated(self, times: int) -> Choice:
-        """Each prompt's choice so many times, one behind the other."""
-        checks = tuple(
-            Check(c.name, c.value.repeat_interleave(times), c.limit.repeat_interleave(times)) for c in self.checks
-        )
-        memory, score, threshold = (x.repeat_interleave(times) for x in (self.memory, self.score, self.threshold))
-        return Choice(memory, score, threshold, tuple(name for name in self.nearest for _ in range(times)), checks)
+        whole = [torch.cat(same) for same in zip(*(part.tensors() for part in parts), strict=True)]
+        return cls.of(whole, [name for part in parts for name in part.nearest], [c.name for c in parts[0].checks])
 
     def routes(self) -> list[Route]:
         """The choice in words, a `Route` per prompt."""
         rows = zip(self.memory.tolist(), self.score.tolist(), self.threshold.tolist(), self.nearest, strict=True)
-        found = []
-        for i, row in enumerate(rows):
-            checks = [(check.name, float(check.value[i]), float(check.limit[i])) for check in self.checks]
-            found.append(Route(*row, reason=_reason(*row, checks)))
-        return found
+        named = [(check.name, check.value.tolist(), check.limit.tolist()) for check in self.checks]
+        return [
+            Route(*row, reason=_reason(*row, [(name, value[i], limit[i]) for name, value, limit in named]))
+            for i, row in enumerate(rows)
+        ]
 
 
 def _reason(

@@ -111,16 +111,10 @@ class LowRankShard(nn.Module):
         """A hash of what it holds."""
         return content_hash(self.left) + content_hash(self.right)
 
-    @property
-    def row(self) -> dict[str, Tensor]:
-        """Its factors (D, R) and (R, F), by name."""
-        return {"left": self.left, "right": self.right}
-
     def _save_to_state_dict(self, *_: object) -> None:
-        """The bank gives its low-rank shards apart, see `SideMemory.rows`."""
+        """The bank gives its low-rank shards apart, see `SideMemory.rows`; they are loaded where they are made."""
 
-    def _load_from_state_dict(self, *_: object) -> None:
-        """They were loaded when they were made."""
+    def _load_from_state_dict(self, *_: object) -> None: ...
 
 
 class ValueShard(nn.Module):
@@ -139,11 +133,7 @@ class ValueShard(nn.Module):
 
     @property
     def delta(self) -> Tensor:
-        """It has none.
-
-        Raises:
-            RepairError: always.
-        """
+        """It has none: a `RepairError`."""
         raise RepairError("a shard that replaces the output has no delta: it cannot be merged or scored by activation")
 
     def product(self, activations: Tensor) -> Tensor:
@@ -167,19 +157,13 @@ def shard_from(shape: tuple[int, int], state: Mapping[str, Tensor], generation: 
     return shard
 
 
-class Factors(nn.Module):
-    """The low-rank shards of some rows, gathered: `left` (n, D, R) and `right` (n, R, F), each row with its own."""
+class Factors:
+    """The low-rank shards of n rows, of any ranks, gathered on a device, filled up with zeros to the highest rank."""
 
-    def __init__(self, left: Tensor, right: Tensor) -> None:
-        super().__init__()
-        self.left, self.right = left, right
-
-    @classmethod
-    def of(cls, shards: Sequence[LowRankShard], device: torch.device) -> Factors:
-        """Shards of any ranks, filled up with zeros to the highest, on a device."""
-        left = pad_sequence([shard.left.T for shard in shards], batch_first=True).mT
+    def __init__(self, shards: Sequence[LowRankShard], device: torch.device) -> None:
+        left = pad_sequence([shard.left.T for shard in shards], batch_first=True)
         right = pad_sequence([shard.right for shard in shards], batch_first=True)
-        return cls(left.to(device), right.to(device))
+        self.left, self.right = left.mT.to(device), right.to(device)
 
     def product(self, activations: Tensor) -> Tensor:
         """`A_n delta_n^T` (n, T, D) for float32 activations (n, T, F)."""
@@ -208,9 +192,7 @@ class Selection:
         parts: Sequence[tuple[Adds, Tensor | None]],
         replaced: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        self.size = size
-        self._parts = parts
-        self._replaced = replaced
+        self.size, self._parts, self._replaced = size, parts, replaced
 
     def __bool__(self) -> bool:
         """Whether any row is a shard's."""
@@ -230,10 +212,8 @@ class Selection:
             changed = output.clone() if changed is output else changed
             pushed = shard.product(activations.index_select(0, rows).float())
             changed.index_add_(0, rows, pushed.to(output.dtype))
-        return changed if self._replaced is None else _replace(changed, *self._replaced)
-
-
-def _replace(output: Tensor, values: Tensor, rows: Tensor) -> Tensor:
-    """An output (B, ..., D) that is values (n, D) throughout its rows (n,)."""
-    spread = values.to(output.dtype).view(len(values), *[1] * (output.ndim - 2), values.shape[-1])
-    return output.index_copy(0, rows, spread.expand(len(values), *output.shape[1:]))
+        if self._replaced is None:
+            return changed
+        values, rows = self._replaced
+        spread = values.to(output.dtype).view(len(values), *[1] * (output.ndim - 2), values.shape[-1])
+        return changed.index_copy(0, rows, spread.expand(len(values), *output.shape[1:]))

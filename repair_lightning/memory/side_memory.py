@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,33 +28,9 @@ class SideMemory(ShardBank):
         super().__init__(shape, host)
         if not 0 < mask_ratio <= 1:
             raise ValueError(f"mask_ratio must be in (0, 1], got {mask_ratio}")
-        self.mask_ratio = mask_ratio
-        self.seed = seed
+        self.mask_ratio, self.seed = mask_ratio, seed
         self.turn = (0, 1)
         """Of several banks that open shards side by side: which one this is, and how many there are."""
-
-    def open_shard(self) -> int:
-        """Add an empty shard with a fresh mask; returns its id."""
-        shard = self._new_id()
-        self._put(shard, Shard(self.shape, self._mask(shard, 0)))
-        return shard
-
-    def add(self, left: Tensor, right: Tensor) -> int:
-        """Add a low-rank shard `left` (D, R) times `right` (R, F); returns its id."""
-        shard = self._new_id()
-        self._put(shard, LowRankShard(left, right, self._number(), self.host))
-        return shard
-
-    def add_value(self, value: Tensor) -> int:
-        """Add a shard that is one output (D,); returns its id."""
-        shard = self._new_id()
-        self._put(shard, ValueShard(value))
-        return shard
-
-    def put_value(self, shard: int, value: Tensor) -> None:
-        """Replace a shard by one that is one output (D,), under its id."""
-        self[shard]  # an unknown id is refused
-        self._put(shard, ValueShard(value))
 
     def _new_id(self) -> int:
         """The next id that is this bank's to give."""
@@ -66,10 +43,33 @@ class SideMemory(ShardBank):
         """Whether a shard is written by this bank, of those that stand side by side."""
         return shard % self.turn[1] == self.turn[0]
 
+    def open_shard(self) -> int:
+        """Add an empty dense shard with a fresh mask; returns its id."""
+        shard = self._new_id()
+        return self._put(shard, Shard(self.shape, self._mask(shard, 0)))
+
+    def add(self, left: Tensor, right: Tensor) -> int:
+        """Add a low-rank shard `left` (D, R) times `right` (R, F); returns its id."""
+        return self._put(self._new_id(), self._low_rank_shard(left, right))
+
     def put(self, shard: int, left: Tensor, right: Tensor) -> None:
         """Replace a shard by another low-rank one, under its id."""
-        self[shard]  # an unknown id is refused
-        self._put(shard, LowRankShard(left, right, self._number(), self.host))
+        self._put(shard, self._low_rank_shard(left, right))
+
+    def add_value(self, value: Tensor) -> int:
+        """Add a shard that is one output (D,); returns its id."""
+        return self._put(self._new_id(), ValueShard(value))
+
+    def put_value(self, shard: int, value: Tensor) -> None:
+        """Replace a shard by one that is one output (D,), under its id."""
+        self._put(shard, ValueShard(value))
+
+    def put_dense(self, shard: int, generation: int, delta: Tensor) -> None:
+        """Take in what another bank has written into a dense shard, a new one or one that is here."""
+        if str(shard) not in self.shards:
+            self._put(shard, Shard(self.shape, self._mask(shard, generation), generation))
+            self._sort()
+        self[shard].delta.data.copy_(delta)
 
     def drop(self, shards: Iterable[int]) -> None:
         """Take shards out for good."""
@@ -102,35 +102,28 @@ class SideMemory(ShardBank):
 
     def select(self, choice: Tensor) -> Selection:
         """What a choice (B,) of shard ids or `BASE` does to the value matrix's output."""
-        choice = choice.cpu()
-        wanted = [shard for shard in choice.unique().tolist() if shard != BASE]
-        values = [shard for shard in wanted if isinstance(self[shard], ValueShard)]
-        if values:
-            rest = torch.where(torch.isin(choice, torch.tensor(values)), BASE, choice)
-            return Selection(len(choice), self._added(rest), self._replaced(choice, values))
-        return Selection(len(choice), self._added(choice))
+        owners = choice.tolist()
+        wanted = {shard: self[shard] for shard in sorted(set(owners)) if shard != BASE}
+        if len(wanted) == 1 and BASE not in owners and not isinstance(wanted[owners[0]], ValueShard):
+            return Selection(len(owners), [(wanted[owners[0]], None)])  # type: ignore[list-item]
 
-    def _replaced(self, choice: Tensor, shards: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The values (n, D) of the rows (n,) that some shards replace."""
-        rows = [i for i, shard in enumerate(choice.tolist()) if shard in shards]
-        found = torch.stack([self[shard].value for shard in choice[rows].tolist()])  # type: ignore[union-attr, misc]
-        return found.to(self.device), torch.tensor(rows, device=self.device)
+        def of(shards: Iterable[int]) -> tuple[list[Any], Tensor]:
+            """The rows' shards, and the rows (n,)."""
+            rows = [i for i, shard in enumerate(owners) if shard in shards]
+            return [wanted[owners[i]] for i in rows], torch.tensor(rows, device=self.device)
 
-    def _added(self, choice: Tensor) -> list[tuple[Adds, Tensor | None]]:
-        """What the shards of a choice (B,) add, and to which rows."""
-        wanted = [shard for shard in choice.unique().tolist() if shard != BASE]
-        if len(wanted) == 1 and bool((choice == wanted[0]).all()):
-            return [(self[wanted[0]], None)]
-        dense = [shard for shard in wanted if isinstance(self[shard], Shard)]
-        parts: list[tuple[Adds, Tensor | None]] = [
-            (self[shard], (choice == shard).nonzero()[:, 0].to(self.device)) for shard in dense
-        ]
-        rows = [i for i, shard in enumerate(choice.tolist()) if shard != BASE and shard not in dense]
-        if rows:
-            shards = [self[shard] for shard in choice[rows].tolist()]
-            factors = Factors.of(shards, self.device)  # type: ignore[arg-type]
-            parts.append((factors, torch.tensor(rows, device=self.device)))
-        return parts
+        dense, low, values = (
+            [shard for shard, module in wanted.items() if isinstance(module, kind)]
+            for kind in (Shard, LowRankShard, ValueShard)
+        )
+        parts: list[tuple[Adds, Tensor | None]] = [(wanted[shard], of([shard])[1]) for shard in dense]  # type: ignore[misc]
+        if low:
+            modules, rows = of(low)
+            parts.append((Factors(modules, self.device), rows))
+        if not values:
+            return Selection(len(owners), parts)
+        modules, rows = of(values)
+        return Selection(len(owners), parts, (torch.stack([one.value for one in modules]).to(self.device), rows))
 
     def _mask(self, shard: int, generation: int) -> Tensor | None:
         if self.mask_ratio == 1:
@@ -139,10 +132,3 @@ class SideMemory(ShardBank):
             ((self.seed * 1_000_003 + shard) * 1_000_003 + generation) % (1 << 63)
         )
         return bernoulli_mask(self.shape, self.mask_ratio, generator)
-
-    def put_dense(self, shard: int, generation: int, delta: Tensor) -> None:
-        """Take in what another bank has written into a dense shard, a new one or one that is here."""
-        if str(shard) not in self.shards:
-            self._put(shard, Shard(self.shape, self._mask(shard, generation), generation))
-            self._sort()
-        self[shard].delta.data.copy_(delta)

@@ -1,4 +1,4 @@
-"""Text files that are written whole: by way of a temporary name, synced, then renamed."""
+"""Files that are written whole: by way of a temporary name, synced, then renamed."""
 
 from __future__ import annotations
 
@@ -32,10 +32,18 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a text by way of a temporary name."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Write a file by way of a temporary name, which is not left behind."""
     path.parent.mkdir(parents=True, exist_ok=True)
     waiting = path.with_name(path.name + ".part")
-    with open(waiting, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(waiting, path)
+    try:
+        with open(waiting, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(waiting, path)
+    finally:
+        waiting.unlink(missing_ok=True)

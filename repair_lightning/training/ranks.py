@@ -46,6 +46,8 @@ def start_ranks(number: int, nodes: int, node: int, address: str, patience: floa
     Raises:
         LostError: a rank has ended without a word, or a machine has not come.
     """
+    spec = sys.modules["__main__"].__spec__
+    command = [os.path.abspath(sys.argv[0])] if spec is None else ["-m", spec.name]
     config = LaunchConfig(
         nodes,
         nodes,
@@ -61,27 +63,19 @@ def start_ranks(number: int, nodes: int, node: int, address: str, patience: floa
     logging.disable(logging.CRITICAL)  # what the agent would say is said below
     try:
         with plain_signals():
-            elastic_launch(config, sys.executable)(*_command())
+            elastic_launch(config, sys.executable)(*command, *sys.argv[1:])
     except ChildFailedError as error:
-        return _code_of(error)
+        rank, failure = error.get_first_failure()
+        if failure.exitcode in (RankError.exit_code, LostError.exit_code, 0 if rank else 1):
+            return failure.exitcode  # it has said why
+        words = f"rank {rank} is lost: its process ended with code {failure.exitcode}"
+        raise LostError(f"{words}; {REMEDY}") from None
     except SignalException as stopped:
         signal.raise_signal(stopped.sigval)
         raise
     except RuntimeError as error:
         raise not_met(number * nodes, patience, error) from error
     return 0
-
-
-def _command() -> list[str]:
-    spec = sys.modules["__main__"].__spec__
-    return [*([os.path.abspath(sys.argv[0])] if spec is None else ["-m", spec.name]), *sys.argv[1:]]
-
-
-def _code_of(error: ChildFailedError) -> int:
-    rank, failure = error.get_first_failure()
-    if failure.exitcode in (RankError.exit_code, LostError.exit_code, 0 if rank else 1):
-        return failure.exitcode  # it has said why
-    raise LostError(f"rank {rank} is lost: its process ended with code {failure.exitcode}; {REMEDY}") from None
 
 
 @contextmanager

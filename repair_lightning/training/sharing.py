@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from repair_lightning.memory.query import Check, Choice, Query
+from repair_lightning.memory.query import Choice, Query
 from repair_lightning.models.edited import EditedModel
 from repair_lightning.training.team import ALONE, Team
 
@@ -26,23 +26,12 @@ class SharedModel(EditedModel):
         """The choices of all ranks, from this one's `part` for the prompts with the indices `mine`."""
         if self.team.parts == 1:
             return part
-        memory, score, threshold = self.team.rows(mine, part.memory, part.score, part.threshold)
-        nearest = tuple(self.team.items(mine, part.nearest))
-        return Choice(memory, score, threshold, nearest, self._shared_checks(mine, part))
-
-    def _shared_checks(self, mine: Sequence[int], part: Choice) -> tuple[Check, ...]:
         names = max(self.team.gather_objects([check.name for check in part.checks] if mine else []), key=len)
-        values = [tensor for check in part.checks for tensor in (check.value, check.limit)]
-        whole = self.team.rows(mine, *(values if mine else [part.score] * 2 * len(names)))
-        return tuple(Check(name, *whole[2 * i : 2 * i + 2]) for i, name in enumerate(names))
+        tensors = part.tensors() if mine else [part.memory, *[part.score] * (2 + 2 * len(names))]
+        return Choice.of(self.team.rows(mine, *tensors), self.team.items(mine, part.nearest), names)
 
     def shared_query(self, number: int, ask: Callable[[list[int]], Query]) -> Query:
-        """The states of `number` prompts, each computed by one rank.
-
-        Args:
-            number: of prompts.
-            ask: gives the states of those with the given indices.
-        """
+        """The states of `number` prompts, each computed by one rank; `ask` gives those with the given indices."""
         mine = self.team.mine(number)
         if self.team.parts == 1 or self.router.reads_all_tokens:  # whole prompts are too much to send around
             return ask(list(range(number)))

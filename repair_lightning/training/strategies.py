@@ -48,11 +48,8 @@ class EditStrategy(DDPStrategy):
     def join(self) -> Team:
         """Meet the other ranks; does nothing the second time.
 
-        Where nobody has started this machine's ranks, this process starts them, and ends when they have.
-
-        Raises:
-            LostError: not all ranks have come.
-            SystemExit: this process has started the ranks, and they have ended.
+        Where nobody has started this machine's ranks, this process starts them, and ends (`SystemExit`) when they have.
+        A `LostError` says that not all ranks have come.
         """
         if self.team.size > 1 or self.world_size == 1:
             return self.team
@@ -60,9 +57,8 @@ class EditStrategy(DDPStrategy):
         assert there is not None
         if not there.creates_processes_externally:
             address = f"{there.main_address}:{there.main_port}"
-            raise SystemExit(
-                start_ranks(self.num_processes, self.num_nodes, there.node_rank(), address, self.meet_within)
-            )
+            machine = (self.num_processes, self.num_nodes, there.node_rank())
+            raise SystemExit(start_ranks(*machine, address, self.meet_within))
         follow_agent()
         self._sigterm = signal.getsignal(signal.SIGTERM)
         self.accelerator.setup_device(self.root_device)  # type: ignore[union-attr]
@@ -116,8 +112,7 @@ class DataParallelStrategy(EditStrategy):
 class ShardedBaseStrategy(EditStrategy):
     """The base's layers are laid out over the ranks (FSDP2), for a base larger than one device; shards are replicated.
 
-    Every layer's weights are put together where they are needed and let go of again, so all ranks must run the same
-    passes at the same time: they do the same work, and their gradients are averaged. It saves memory, not time. The
+    All ranks run the same passes at the same time, and their gradients are averaged: it saves memory, not time. The
     edited layer, the embeddings and the head stay whole on every rank.
     """
 

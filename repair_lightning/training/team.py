@@ -43,13 +43,9 @@ class LostError(RankError):
 class Team:
     """This process among the ranks of a run.
 
-    Args:
-        rank: its number, from 0.
-        size: how many there are.
-        device: where tensors must lie to be sent.
-        deals: whether work is dealt out. Off, all ranks do all of it in step, as they must where each holds but a part
-            of the base's weights.
-        rows_of_batches: whether one batch is dealt out among the ranks (data-parallel), not the batches of a window.
+    Tensors lie on `device` to be sent. Where it does not deal, all ranks do all of the work in step, as they must where
+    each holds but a part of the base's weights; `rows_of_batches` says that one batch is dealt out among the ranks
+    (data-parallel), not the batches of a window.
     """
 
     rank: int = 0
@@ -63,8 +59,6 @@ class Team:
         """Into how many parts work is dealt."""
         return self.size if self.deals else 1
 
-    # -- dealing ------------------------------------------------------------------------------------------------------
-
     def mine(self, number: int, costs: Sequence[float] | None = None) -> list[int]:
         """This rank's share of `number` pieces of work, as indices; the costliest pieces go round first."""
         order = list(range(number)) if costs is None else sorted(range(number), key=lambda i: (-costs[i], i))
@@ -77,15 +71,10 @@ class Team:
         return [i for i, number in enumerate(numbers) if self.parts == 1 or number % self.parts == self.rank]
 
     def rows(self, index: Sequence[int], *tensors: Tensor) -> list[Tensor]:
-        """Every rank's rows in the order of their indices.
+        """Every rank's rows of some tensors in the order of their indices, on the device that they came from.
 
-        Args:
-            index: of this rank's rows; together the ranks' indices are 0 to n - 1.
-            tensors: each with a row per index. All but the first dimension must agree among the ranks, but may be
-                anything where a rank has no rows.
-
-        Returns:
-            per tensor its n rows, on the device that they came from.
+        The ranks' indices together are 0 to n - 1. All but the first dimension must agree among the ranks, but may be
+        anything where a rank has no rows.
         """
         if self.parts == 1:
             return list(tensors)
@@ -105,8 +94,6 @@ class Team:
         for part in self.gather_objects(dict(zip(index, items, strict=True))):
             found |= part
         return [found[i] for i in range(len(found))]
-
-    # -- sending ------------------------------------------------------------------------------------------------------
 
     def gather(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
         """Every rank's tensors, rank by rank; shapes may differ, dtypes and the number of tensors may not."""
@@ -155,15 +142,9 @@ class Team:
         dist.all_reduce(found)
         return found.to(tensor.device)
 
-    # -- agreeing -----------------------------------------------------------------------------------------------------
-
     def same(self, what: str, content: str) -> None:
-        """Check that all ranks hold the same.
-
-        Raises:
-            RankError: on rank 0, they do not; the message names the ranks that differ from the first.
-            LeftOutError: on the others.
-        """
+        """Check that all ranks hold the same: else a `RankError` on rank 0 names those that differ from it, and the
+        others leave with a `LeftOutError`."""
         found = self.gather_objects(hashlib.sha256(content.encode()).hexdigest())
         others = [str(rank) for rank, other in enumerate(found) if other != found[0]]
         if others:
@@ -179,8 +160,7 @@ class Team:
             RepairError: on rank 0, what the first failing rank said, with that rank's number where it is not rank 0.
             LeftOutError: on the others, which have nothing to add.
         """
-        error: RepairError | None = None
-        result: list[T] = []
+        error, result = None, []
         try:
             result.append(task())
         except RepairError as found:

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from repair_lightning.edits import ledger as ledger_module
 from repair_lightning.edits.ledger import EditStatus, Ledger
 from repair_lightning.errors import LedgerError, RepairError, UnknownEditError
+from repair_lightning.storage import files
 from repair_lightning.types import Edit, EditReport, Probe
 
 
@@ -64,7 +64,7 @@ def test_scores_decide_between_written_and_failed(ledger):
         (lambda x: x.evaluated({"a": float("nan")}, 0.5), LedgerError, r"must be in \[0, 1\], got nan"),
         (lambda x: x.supersede("f", "a"), LedgerError, "'a' cannot supersede 'f': it did not arrive after it"),
         (lambda x: x.written([report("s")]), LedgerError, "edit 's': it is superseded; it must be one of "),
-        (lambda x: x.with_status("done"), LedgerError, "unknown status 'done'; known: pending, written"),
+        (lambda x: x.reassign(["s"], 1), LedgerError, "edit 's': it is superseded; it must be one of "),
     ],
 )
 def test_a_refused_command_changes_nothing(ledger, command, error, message):
@@ -111,11 +111,10 @@ def test_a_write_that_breaks_off_keeps_the_old_file(used, tmp_path, monkeypatch)
     path = tmp_path / "ledger.parquet"
     Ledger().to_parquet(path)
 
-    def full_disk(table, file):
-        file.write(b"PAR1")
+    def full_disk(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ledger_module.pq, "write_table", full_disk)
+    monkeypatch.setattr(files.os, "fsync", full_disk)
     with pytest.raises(RepairError, match=r"ledger\.parquet: the ledger cannot be written \(No space left on device\)"):
         used.to_parquet(path)
     assert len(Ledger.from_parquet(path)) == 0

@@ -128,7 +128,6 @@ def test_the_same_question_in_other_signs_is_a_duplicate_that_is_mentioned(jsonl
     found = load_records(jsonl(ROME, OSLO, {**ROME, "prompt": prompt}))
     assert found.edits == (Edit("jsonl-1", **ROME), Edit("jsonl-2", **OSLO))
     assert (found.duplicates, found.superseded) == (("jsonl-3",), {})
-    assert found.alike == (("jsonl-1", "jsonl-3"),)
     (warning,) = caplog.messages
     assert "1 pair with the same question but for case, blanks or the final mark: 'jsonl-1' and 'jsonl-3';" in warning
 
@@ -396,5 +395,4 @@ def test_lengths_cover_every_text_the_model_reads(forms, edit, field):
 def test_real_sets(path, name, edits, superseded, near):
     found = load_records(real(path), name)
     assert (len(found), len(found.superseded), found.bad, found.duplicates) == (edits, superseded, (), ())
-    assert found.alike == ()
     assert all(len(edit.locality) == 1 and len(edit.near) == near for edit in found.edits)

@@ -17,7 +17,7 @@ import torch
 from repair_lightning.functional import activation_scores, calibrate_threshold, decide, ratio_threshold
 from repair_lightning.functional.relations import RelationSpace
 from repair_lightning.memory.query import Check, Choice, Query
-from repair_lightning.memory.routers import ROUTERS, Anchor, KeyRouter, make_router
+from repair_lightning.memory.routers import ROUTERS, Anchor, BallRouter, KeyRouter, make_router
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.texts import asking
 from repair_lightning.types import BASE
@@ -107,10 +107,19 @@ def new_router(name: str, **options):
     return router
 
 
+def tell(router, ids: Sequence[str], asked, shards: Sequence[int]) -> None:
+    """Of edits; balls are opened one by one."""
+    if isinstance(router, BallRouter):
+        for id, key, shard in zip(ids, router.key_of(ask(*asked)), shards, strict=True):
+            router.open(id, key, router.radius, shard)
+    else:
+        router.add(ids, anchors(asked), ask(*asked), shards)
+
+
 def fitted(name: str, memory: SideMemory, **options):
     router = new_router(name, **options)
     router.fit(ask(*BACKGROUND[:5]))
-    router.add([f"e{i}" for i in range(len(EDITS))], anchors(), ask(*EDITS), OWNERS)
+    tell(router, [f"e{i}" for i in range(len(EDITS))], EDITS, OWNERS)
     router.calibrate(memory, owned(memory), ask(*BACKGROUND))
     return router
 
@@ -163,7 +172,7 @@ class TestEveryRouter:
         assert same(fresh.route(ask(*ASKED), memory), router.route(ask(*ASKED), memory))
         for either in (router, fresh):
             either.forget(["e1"])
-            either.add(["new"], anchors([(4, 7)]), ask((4, 7)), [1])
+            tell(either, ["new"], [(4, 7)], [1])
             either.calibrate(memory, owned(memory) | {1: ask(*EDITS[3:], (4, 7))}, ask(*BACKGROUND))
         assert same(fresh.route(ask(*ASKED, (4, 7)), memory), router.route(ask(*ASKED, (4, 7)), memory))
 

@@ -38,8 +38,14 @@ def prompts_of(activations: torch.Tensor) -> Query:
     return Query(("",) * len(activations), mask, states[..., :0], states)
 
 
-def calibrated(memory: SideMemory, owned: dict[int, Query], **options) -> ActivationRouter:
+def leveled(two_level_from: int, candidates: int = 32, **options) -> ActivationRouter:
     router = ActivationRouter(**options)
+    router.two_level_from, router.candidates = two_level_from, candidates
+    return router
+
+
+def calibrated(memory: SideMemory, owned: dict[int, Query], **options) -> ActivationRouter:
+    router = leveled(**options)
     router.calibrate(memory, owned, prompts_of(table(200, F, 9)))
     return router
 
@@ -64,7 +70,7 @@ class TestShards:
         background = prompts_of(table(200, F, 9))
 
         def agrees(router=router) -> bool:
-            exact = ActivationRouter(two_level_from=MANY)
+            exact = leveled(MANY)
             exact.load_state_dict(router.state_dict())
             return router.route(asked, memory).memory.tolist() == exact.route(asked, memory).memory.tolist()
 
@@ -82,6 +88,6 @@ class TestShards:
         memory.restore(before)
         router.calibrate(memory, owned, background)
         assert agrees()
-        fresh = ActivationRouter(**router.options())
+        fresh = leveled(1, 4, **router.options())
         fresh.load_state_dict(router.state_dict())
         assert same(fresh.route(asked, memory), router.route(asked, memory))

@@ -9,12 +9,11 @@ from typing import Any
 from repair_lightning.errors import ConfigError
 from repair_lightning.memory.routers.activation import ActivationRouter
 from repair_lightning.memory.routers.ball import BallRouter
-from repair_lightning.memory.routers.base import Anchor, Router
+from repair_lightning.memory.routers.base import Anchor, NobodyRouter, Router
 from repair_lightning.memory.routers.gate import GateRouter
 from repair_lightning.memory.routers.hybrid import HybridRouter
 from repair_lightning.memory.routers.key import KeyRouter
 from repair_lightning.memory.routers.lookup import LookupRouter
-from repair_lightning.memory.routers.nobody import NobodyRouter
 from repair_lightning.memory.routers.retrieval import RetrievalRouter
 
 _KINDS = (

@@ -33,20 +33,22 @@ from repair_lightning.types import BASE
 class ActivationRouter(Router):
     """The paper's router: a shard answers where its pooled `||A(x) delta^T||` exceeds its threshold the most.
 
-    From `two_level_from` shards on that is looked up in two levels: the shards whose sketches exceed their thresholds
-    the most are the candidates, and these alone are scored. Thresholds are calibrated on exact scores always.
+    Where there are many shards, that is looked up in two levels: those whose sketches exceed their thresholds the most
+    are the candidates, and these alone are scored. Thresholds are calibrated on exact scores always.
 
     Args:
         pool: `last`, `mean` or `max` over the prompt's tokens.
         act_ratio: the paper's rule, threshold = `act_ratio * min edit score`; None calibrates instead.
         false_fire_rate: share of irrelevant prompts that may fire, for the calibrated threshold.
-        two_level_from: number of shards from which on candidates are chosen first; below, all shards are scored.
-        candidates: shards that are then scored per prompt.
     """
 
     sketch_rank: ClassVar[int] = 8
     """Rows of a shard's sketch: on dense shards of eight ZsRE edits each, 16 candidates held the best shard for 99.6 %
     of the prompts with 8 rows and for 93 % with 4; for 92 % by the centroid of the shard's own edits."""
+    two_level_from = 256
+    """Shards from which on candidates are chosen first: from where it was measured to pay."""
+    candidates = 32
+    """Shards that are then scored per prompt."""
     name = "activation"
 
     def __init__(
@@ -54,25 +56,16 @@ class ActivationRouter(Router):
         pool: Pool = "last",
         act_ratio: float | None = None,
         false_fire_rate: float = 0.01,
-        two_level_from: int = 256,
-        candidates: int = 32,
     ) -> None:
-        self.pool = pool
-        self.act_ratio = act_ratio
-        self.false_fire_rate = false_fire_rate
-        self.two_level_from, self.candidates = two_level_from, candidates
+        self.pool, self.act_ratio, self.false_fire_rate = pool, act_ratio, false_fire_rate
         self.reads_all_tokens = pool != "last"
-        self.thresholds: dict[int, float] = {}
-        self._forget_sketches()
+        self._set({})
 
-    def _forget_sketches(self) -> None:
+    def _set(self, thresholds: dict[int, float]) -> None:
+        """Begin with thresholds and no sketches: shards may have changed."""
+        self.thresholds = thresholds
         self._sketched: list[AnyShard] = []
         self._sketches = torch.zeros(0, 0, 0)
-
-    def options(self) -> dict[str, Any]:
-        """As given to the constructor."""
-        names = ("pool", "act_ratio", "false_fire_rate", "two_level_from", "candidates")
-        return {name: getattr(self, name) for name in names}
 
     def scores(self, query: Query, memory: SideMemory, shards: Sequence[int] | None = None) -> Tensor:
         """Activation scores (B, K) on the CPU."""
@@ -81,8 +74,7 @@ class ActivationRouter(Router):
 
     def calibrate(self, memory: SideMemory, owned: Mapping[int, Query], background: Query) -> None:
         """Thresholds per shard; a shard without edits never fires."""
-        self.thresholds = {}
-        self._forget_sketches()  # a shard may have changed
+        self._set({})
         for shard, edits in owned.items():
             positive = self.scores(edits, memory, [shard]).flatten()
             negative = self.scores(background, memory, [shard]).flatten()
@@ -111,7 +103,8 @@ class ActivationRouter(Router):
         """Activation scores (B, K) on the CPU of each prompt's candidates; 0, which never fires, for other shards."""
         query = query.at_last() if self.pool == "last" else query
         activations, mask = query.activations.float(), query.mask
-        modules = self._modules(memory, shards)
+        found = dict(zip(memory.ids, memory.shards.values(), strict=True))
+        modules: list[AnyShard] = [found[shard] for shard in shards]  # type: ignore[misc]
         rough = sketched_scores(activations, self._sketches_of(modules).to(activations.device), mask, self.pool)
         chosen = (rough.cpu() / limits).topk(min(self.candidates, len(shards)), dim=-1).indices
         scores = torch.zeros(len(query), len(shards))
@@ -121,11 +114,6 @@ class ActivationRouter(Router):
             own = activation_scores(activations[at], [delta], mask[at], self.pool, check=False)
             scores[rows, column] = own[:, 0].detach().cpu()
         return scores
-
-    @staticmethod
-    def _modules(memory: SideMemory, shards: Sequence[int]) -> list[AnyShard]:
-        found = dict(zip(memory.ids, memory.shards.values(), strict=True))
-        return [found[shard] for shard in shards]  # type: ignore[misc]
 
     @torch.no_grad()
     def _sketches_of(self, shards: list[AnyShard]) -> Tensor:
@@ -148,5 +136,4 @@ class ActivationRouter(Router):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Accepts what :meth:`state_dict` gave; what is derived from the shards is made anew."""
-        self._forget_sketches()
-        self.thresholds = {int(shard): limit for shard, limit in state["thresholds"].items()}
+        self._set({int(shard): limit for shard, limit in state["thresholds"].items()})

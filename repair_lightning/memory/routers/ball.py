@@ -6,14 +6,13 @@ token, the distance is Euclidean.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from repair_lightning.memory.query import Choice, Query
-from repair_lightning.memory.routers.base import Anchor, Router
+from repair_lightning.memory.routers.base import Router
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.types import BASE
 
@@ -33,6 +32,7 @@ class BallRouter(Router):
 
     name = "ball"
     needs_owned = False
+    remembered = ("keys", "radii", "shards", "members")
 
     def __init__(self, radius: float = 1.0) -> None:
         self.radius = radius
@@ -40,10 +40,6 @@ class BallRouter(Router):
         self.radii = torch.zeros(0)
         self.shards = torch.zeros(0, dtype=torch.long)
         self.members: list[list[str]] = []
-
-    def options(self) -> dict[str, Any]:
-        """As given to the constructor."""
-        return {"radius": self.radius}
 
     @staticmethod
     def key_of(prompts: Query) -> Tensor:
@@ -54,16 +50,6 @@ class BallRouter(Router):
         """From keys (B, F) to those of the entries, (B, N); not by way of products, which are blurred near zero."""
         known = self.keys.reshape(-1, keys.shape[1])
         return torch.cdist(keys, known, compute_mode="donot_use_mm_for_euclid_dist")
-
-    def describe(self, anchors: Sequence[Anchor], prompts: Query, shards: Sequence[int]) -> dict[str, Tensor]:
-        """Keys and shards; what the edits are about is not looked at."""
-        return {"keys": self.key_of(prompts), "shards": torch.tensor(list(shards), dtype=torch.long)}
-
-    def insert(self, ids: Sequence[str], described: Mapping[str, Tensor]) -> None:
-        """An entry for each edit."""
-        self.forget(ids)
-        for id, key, shard in zip(ids, described["keys"], described["shards"].tolist(), strict=True):
-            self.open(id, key, self.radius, shard)
 
     def open(self, id: str, key: Tensor, radius: float, shard: int) -> None:
         """A new entry for an edit, with a key (F,)."""
@@ -90,14 +76,6 @@ class BallRouter(Router):
         self.keys, self.radii, self.shards = self.keys[kept], self.radii[kept], self.shards[kept]
         self.members = [left[entry] for entry in kept.tolist()]
 
-    def reassign(self, shards: Sequence[int], fused: int) -> None:
-        """Entries of the given shards are `fused`'s."""
-        mine = torch.isin(self.shards, torch.tensor(list(shards), dtype=torch.long))
-        self.shards = torch.where(mine, fused, self.shards)
-
-    def calibrate(self, memory: SideMemory, owned: Mapping[int, Query], background: Query) -> None:
-        """Radii follow from the edits alone."""
-
     def route(self, query: Query, memory: SideMemory) -> Choice:
         """The nearest key, if a prompt lies in its ball; the score is the distance, negated."""
         if not len(self.keys):
@@ -108,12 +86,3 @@ class BallRouter(Router):
         found, score = distance < self.radii[best], -distance
         nearest = tuple(self.members[entry][0] for entry in best.tolist())
         return Choice(torch.where(found, self.shards[best], BASE), score, -self.radii[best], nearest)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The entries."""
-        return {"keys": self.keys, "radii": self.radii, "shards": self.shards, "members": self.members}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`."""
-        self.keys, self.radii, self.shards = state["keys"].cpu(), state["radii"].cpu(), state["shards"].cpu()
-        self.members = [list(members) for members in state["members"]]

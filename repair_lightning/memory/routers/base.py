@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ class Router(ABC):
     prompts."""
 
     name: ClassVar[str]
+    remembered: ClassVar[tuple[str, ...]] = ()
+    """The attributes that are its state: tensors, numbers, and lists and mappings that are never changed in place."""
     needs_owned: ClassVar[bool] = True
     """Whether calibration looks at the shards' own edits."""
     reads_all_tokens: bool = False
@@ -51,13 +54,7 @@ class Router(ABC):
     def fit(self, background: Query) -> None:  # noqa: B027 - nothing to learn by default
         """Learn what is common from irrelevant prompts, once, before the first edit."""
 
-    def add(
-        self,
-        ids: Sequence[str],
-        anchors: Sequence[Anchor],
-        prompts: Query,
-        shards: Sequence[int],
-    ) -> None:
+    def add(self, ids: Sequence[str], anchors: Sequence[Anchor], prompts: Query, shards: Sequence[int]) -> None:
         """Take in edits that were written: their ids, anchors, prompts and shards; known ids are replaced."""
         self.insert(ids, self.describe(anchors, prompts, shards))
 
@@ -78,9 +75,8 @@ class Router(ABC):
     def reassign(self, shards: Sequence[int], fused: int) -> None:  # noqa: B027
         """Follow a merge: what the given shards owned belongs to `fused` now."""
 
-    @abstractmethod
-    def calibrate(self, memory: SideMemory, owned: Mapping[int, Query], background: Query) -> None:
-        """Set the thresholds from the shards' own edits and from held-out irrelevant prompts."""
+    def calibrate(self, memory: SideMemory, owned: Mapping[int, Query], background: Query) -> None:  # noqa: B027
+        """Set the thresholds from the shards' own edits and from held-out irrelevant prompts, where there are any."""
 
     @abstractmethod
     def route(self, query: Query, memory: SideMemory) -> Choice:
@@ -98,17 +94,19 @@ class Router(ABC):
         """Besides what the shard holds, what its answers depend on; empty where nothing is."""
         return ""
 
-    @abstractmethod
     def options(self) -> dict[str, Any]:
-        """The constructor's arguments, in plain types."""
+        """The constructor's arguments, in plain types; each is kept under its name."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
-    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain types only."""
+        """What is remembered: tensors and plain types only."""
+        return {name: getattr(self, name) for name in self.remembered}
 
-    @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
+        for name in self.remembered:
+            value = state[name]
+            setattr(self, name, value.cpu() if isinstance(value, Tensor) else value)
 
     def rows(self) -> dict[int, dict[str, Tensor]]:
         """What of its state is said once per edit and never changes, as tensors under a number that no other edit ever
@@ -119,3 +117,14 @@ class Router(ABC):
     def from_rows(rows: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Any]:
         """The entries `per_edit` of a :meth:`state_dict` whose :meth:`rows` these were."""
         return {}
+
+
+class NobodyRouter(Router):
+    """The router of editors without side memory: the base, with what was written into it, answers every prompt."""
+
+    name = "nobody"
+    needs_owned = False
+
+    def route(self, query: Query, memory: SideMemory) -> Choice:
+        """Every prompt to the base."""
+        return Choice.base(len(query))

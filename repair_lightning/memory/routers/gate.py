@@ -7,8 +7,7 @@ token.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -60,6 +59,7 @@ class GateRouter(Router):
     """
 
     name = "gate"
+    remembered = ("gates", "limits", "mean", "scale", "background", "shards")
 
     def __init__(self, threshold: float = 0.5, false_fire_rate: float = 0.01, ridge: float = 1e-2) -> None:
         self.threshold, self.false_fire_rate, self.ridge = threshold, false_fire_rate, ridge
@@ -67,10 +67,6 @@ class GateRouter(Router):
         self.shards: list[int] = []
         self.gates = torch.zeros(0, 0)
         self.limits = torch.zeros(0)
-
-    def options(self) -> dict[str, Any]:
-        """As given to the constructor."""
-        return {name: getattr(self, name) for name in ("threshold", "false_fire_rate", "ridge")}
 
     def fit(self, background: Query) -> None:
         """What is outside every scope, and the features' unit."""
@@ -117,20 +113,3 @@ class GateRouter(Router):
         return Choice(
             torch.where(score > limit, torch.tensor(self.shards)[best], BASE), score, limit, (None,) * len(query)
         )
-
-    def reassign(self, shards: Sequence[int], fused: int) -> None:
-        """The fused shard starts without a gate; calibrate before routing."""
-        kept = [i for i, shard in enumerate(self.shards) if shard not in set(shards)]
-        self.shards = [self.shards[i] for i in kept]
-        self.gates, self.limits = self.gates[kept], self.limits[kept]
-
-    def state_dict(self) -> dict[str, Any]:
-        """The gates, their thresholds, the features' unit, and what is outside every scope."""
-        names = ("gates", "limits", "mean", "scale", "background")
-        return {name: getattr(self, name) for name in names} | {"shards": list(self.shards)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`."""
-        for name in ("gates", "limits", "mean", "scale", "background"):
-            setattr(self, name, state[name].cpu())
-        self.shards = list(state["shards"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -21,23 +21,19 @@ class HybridRouter(KeyRouter):
 
     name = "hybrid"
     needs_owned = True
-    reads_states: ClassVar[bool] = True
+    reads_states = True
 
     def __init__(
         self,
         pool: Pool = "last",
         act_ratio: float | None = None,
         false_fire_rate: float = 0.01,
-        **options: Any,
+        relation_false_rate: float = 0.01,
     ) -> None:
-        super().__init__(**options)
+        super().__init__(relation_false_rate)
+        self.pool, self.act_ratio, self.false_fire_rate = pool, act_ratio, false_fire_rate
         self.gate = ActivationRouter(pool, act_ratio, false_fire_rate)
         self.reads_all_tokens = self.gate.reads_all_tokens
-
-    def options(self) -> dict[str, Any]:
-        """Both routers' options; the key alone looks for candidates."""
-        gate = self.gate.options()
-        return super().options() | {name: gate[name] for name in ("pool", "act_ratio", "false_fire_rate")}
 
     def calibrate(self, memory: SideMemory, owned: Mapping[int, Query], background: Query) -> None:
         """Both routers' thresholds."""

@@ -74,12 +74,6 @@ class KeyRouter(Router):
         self._rows: list[dict[str, Tensor]] = []
         self._vectors_of: dict[str, Tensor] = {}  # of texts that were read
 
-    def options(self) -> dict[str, Any]:
-        """As given to the constructor."""
-        return {"relation_false_rate": self.relation_false_rate}
-
-    # -- what is known ------------------------------------------------------------------------------------------------
-
     def fit(self, background: Query) -> None:
         """Which words are common, from irrelevant prompts, and the space of relations, from a bank of our own. A router
         that holds edits keeps what it has."""
@@ -93,9 +87,8 @@ class KeyRouter(Router):
     def learn_space(self, read: Read) -> RelationSpace:
         """The space in which wordings of one question lie together, from a bank of our own."""
         wordings, relation = bank()
-        return fit_relations(
-            read(wordings), torch.tensor(relation), _words_in_common(wordings), self.relation_false_rate
-        )
+        common = _words_in_common(wordings)
+        return fit_relations(read(wordings), torch.tensor(relation), common, self.relation_false_rate)
 
     def describe(self, anchors: Sequence[Anchor], prompts: Query, shards: Sequence[int]) -> dict[str, Tensor]:
         """What the edits are about, and the vectors of what they ask."""
@@ -159,8 +152,6 @@ class KeyRouter(Router):
         """The edits of the given shards belong to `fused`."""
         self.shards = torch.where(torch.isin(self.shards, torch.tensor(list(shards))), fused, self.shards)
 
-    # -- limits -------------------------------------------------------------------------------------------------------
-
     def calibrate(self, memory: SideMemory, owned: Mapping[int, Query], background: Query) -> None:
         """The limits of new edits: above what other questions reach, of a bank or of the edits where those lie further
         apart, and above irrelevant prompts that name the subject."""
@@ -185,26 +176,23 @@ class KeyRouter(Router):
         both = alike(vectors @ vectors.T, _words_in_common(texts))
         return usual_limit(both[torch.ones_like(both, dtype=torch.bool).triu(1)])
 
-    # -- routing ------------------------------------------------------------------------------------------------------
-
     def route(self, query: Query, memory: SideMemory) -> Choice:
         """The best edit of each prompt, if it asks the same."""
         if not self.ids:
             return Choice.base(len(query))
-        best: dict[int, tuple[tuple[float, ...], Candidate, float]] = {}
+        best: dict[int, tuple[float, ...]] = {}
         for candidate, score in self._compared(query.texts):
-            fires = score > self._limit(candidate.edit)
-            rank = (float(fires), float(candidate.same), float(candidate.named), score, float(candidate.edit))
-            if candidate.row not in best or rank > best[candidate.row][0]:
-                best[candidate.row] = rank, candidate, score
-        memories, scores, limits = [BASE] * len(query), [-1.0] * len(query), [float("inf")] * len(query)
-        nearest: list[str | None] = [None] * len(query)
-        for row, (order, candidate, score) in best.items():
-            memories[row] = int(self.shards[candidate.edit]) if order[0] else BASE
-            scores[row], limits[row] = score, self._limit(candidate.edit)
-            nearest[row] = self.ids[candidate.edit]
-        found = torch.tensor(memories, dtype=torch.long)
-        return Choice(found, torch.tensor(scores), torch.tensor(limits), tuple(nearest))
+            fires = float(score > self._limit(candidate.edit))
+            rank = (fires, float(candidate.same), float(candidate.named), score, float(candidate.edit))
+            best[candidate.row] = max(rank, best.get(candidate.row, rank))
+        size = len(query)
+        memories, scores, limits = torch.full((size,), BASE), torch.full((size,), -1.0), torch.full((size,), torch.inf)
+        nearest: list[str | None] = [None] * size
+        for row, (fires, _, _, score, place) in best.items():
+            edit = int(place)
+            memories[row] = self.shards[edit] if fires else BASE
+            scores[row], limits[row], nearest[row] = score, self._limit(edit), self.ids[edit]
+        return Choice(memories, scores, limits, tuple(nearest))
 
     def _limit(self, place: int) -> float:
         """An edit's limit; the space's own until it is calibrated."""
@@ -213,35 +201,25 @@ class KeyRouter(Router):
 
     def _compared(self, texts: Sequence[str], among: set[int] | None = None) -> list[tuple[Candidate, float]]:
         """The candidates of prompts, each with how alike it asks, in [-1, 1]; the base reads only what must be read."""
-        found = [
-            candidate
-            for row, text in enumerate(texts)
-            for candidate in self.names.candidates(row, text)
-            if among is None or candidate.edit in among
-        ]
+        found = [c for row, text in enumerate(texts) for c in self.names.candidates(row, text)]
+        found = [c for c in found if among is None or c.edit in among]
         open_ones = [candidate for candidate in found if not candidate.same]
         if not open_ones:
             return [(candidate, 1.0) for candidate in found]
         vectors = self._vectors([candidate.relation for candidate in open_ones], anew=among is not None)
         own = self.relations[torch.tensor([candidate.edit for candidate in open_ones])]
         words = [share_in_common(stems(c.relation), stems(self.names.known[c.edit].relation)) for c in open_ones]
-        scores = alike((vectors * own).sum(-1), torch.tensor(words)).clamp(-1, _ALIKE).tolist()
-        said = dict(zip(map(id, open_ones), scores, strict=True))
-        return [(candidate, said.get(id(candidate), 1.0)) for candidate in found]
-
-    # -- state --------------------------------------------------------------------------------------------------------
+        scores = iter(alike((vectors * own).sum(-1), torch.tensor(words)).clamp(-1, _ALIKE).tolist())
+        return [(candidate, 1.0 if candidate.same else next(scores)) for candidate in found]
 
     def state_dict(self) -> dict[str, Any]:
         """What is known of the edits, and what was learnt before them."""
         return {
             "ids": list(self.ids),
             "texts": [[" ".join(known.subject), known.asked] for known in self.names.known],
-            **{field: getattr(self, field) for field in _OF_EDITS},
-            "next_number": self.next_number,
+            **{field: getattr(self, field) for field in (*_OF_EDITS, "next_number")},
+            **{field: getattr(self.space, field) for field in ("limit", "centre", "projection")},
             "frequent": dict(self.names.frequent),
-            "limit": self.space.limit,
-            "centre": self.space.centre,
-            "projection": self.space.projection,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -16,17 +16,9 @@ _UNNAMED = 0.75
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What an edit's prompt asks, as it is compared.
-
-    Attributes:
-        subject: the words of its subject; empty where the prompt does not name it.
-        asked: what its prompt asks, as it was written.
-        relation: the same with the stand-in.
-        code: whether every sign counts.
-        denies: whether it denies something.
-        numbers: its words with digits, outside the subject.
-        sentences: how many it has.
-    """
+    """What an edit's prompt asks, as it is compared: with the words of its subject (none where the prompt does not name
+    it), as it was written, and with the stand-in; whether every sign counts, whether it denies something, its words
+    with digits outside the subject, and how many sentences it has."""
 
     subject: tuple[str, ...]
     asked: str
@@ -60,16 +52,12 @@ class Candidate:
 
 
 class NameIndex:
-    """Edits by the words of their subjects; a place is an edit's number in the order of entry.
-
-    Attributes:
-        known: what is known of each edit.
-        frequent: how many irrelevant prompts hold a word; rare words are looked up first.
-    """
+    """Edits by the words of their subjects; a place is an edit's number in the order of entry."""
 
     def __init__(self, frequent: Mapping[str, int] | None = None) -> None:
         self.known: list[Known] = []
         self.frequent = Counter(frequent or {})
+        """How many irrelevant prompts hold a word; rare words are looked up first."""
         self._index: dict[str, list[int]] = {}
         self._exact: dict[str, list[int]] = {}
 
@@ -97,16 +85,14 @@ class NameIndex:
 
     def candidates(self, row: int, text: str) -> list[Candidate]:
         """The parts of a prompt, of row `row`, that may ask what an edit is about."""
-        found = [
-            Candidate(row, place, "", True, len(self.known[place].subject))
-            for place in self._exact.get(_exactly(text), ())
-        ]
-        if found:
-            return found
+        if exact := self._exact.get(_exactly(text)):
+            return [Candidate(row, place, "", True, len(self.known[place].subject)) for place in exact]
         by_edit: dict[int, list[Candidate]] = defaultdict(list)
         for window in asking.windows(text):
             spelled = asking.spellings(window)
-            places = sorted({place for key in {*spelled, *_pairs(spelled)} for place in self._with(key)})
+            keys = {*spelled, *_pairs(spelled)}
+            keys |= {key[:-1] for key in keys if key.endswith("s")}  # in the plural too
+            places = sorted({place for key in keys for place in self._index.get(key, ())})
             long = len(asking.sentences(window)) if len(places) else 0
             for place in places:
                 if by_edit.get(place) and long != self.known[place].sentences:
@@ -114,14 +100,10 @@ class NameIndex:
                 candidate = self._candidate(row, place, window)
                 if candidate is not None:
                     by_edit[place].append(candidate)
-        longest = _longest_names({place: self.known[place].subject for place, parts in by_edit.items() if parts})
+        names = {place: f" {' '.join(self.known[place].subject)} " for place, parts in by_edit.items() if parts}
+        longer = sorted(set(names.values()), key=len, reverse=True)
+        longest = [p for p, own in names.items() if not any(own != other and own in other for other in longer)]
         return [candidate for place in longest for candidate in by_edit[place]]
-
-    def _with(self, key: str) -> Iterable[int]:
-        """The edits that are entered under a word or a pair of words, in the plural too."""
-        yield from self._index.get(key, ())
-        if key.endswith("s"):
-            yield from self._index.get(key[:-1], ())
 
     def _candidate(self, row: int, place: int, window: str) -> Candidate | None:
         """The window as a candidate for an edit; None where it is about something else, or plainly asks something
@@ -167,10 +149,3 @@ def _masked(window: str, subject: Sequence[str]) -> str | None:
         if found and not all(asking.longer_name(window, end) for _, end in found):
             return asking.without(window, words, STAND_IN)
     return None
-
-
-def _longest_names(subjects: Mapping[int, Sequence[str]]) -> list[int]:
-    """The edits whose subject is not a part of another one's that is named too."""
-    spelled = {place: f" {' '.join(words)} " for place, words in subjects.items()}
-    longer = sorted(set(spelled.values()), key=len, reverse=True)
-    return [p for p, own in spelled.items() if not any(own != other and own in other for other in longer)]

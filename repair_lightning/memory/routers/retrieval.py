@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,8 +27,9 @@ class RetrievalRouter(Router):
     """
 
     name = "retrieval"
-    needs_owned: ClassVar[bool] = False
-    prefaces: ClassVar[bool] = True
+    needs_owned = False
+    prefaces = True
+    remembered = ("ids", "threshold", "keys", "shards", "lines", "centre")
 
     def __init__(self, number: int = 1, false_fire_rate: float = 0.01) -> None:
         self.number, self.false_fire_rate = number, false_fire_rate
@@ -37,11 +37,7 @@ class RetrievalRouter(Router):
         self.keys, self.shards = torch.zeros(0, 0), torch.zeros(0, dtype=torch.long)
         self.lines = torch.zeros(0, 0, dtype=torch.long)
         self.centre = torch.zeros(0)
-        self.threshold = float("inf")
-
-    def options(self) -> dict[str, Any]:
-        """As given to the constructor."""
-        return {"number": self.number, "false_fire_rate": self.false_fire_rate}
+        self.threshold = 2.0  # which no cosine exceeds
 
     def fit(self, background: Query) -> None:
         """What is common to all prompts."""
@@ -54,7 +50,7 @@ class RetrievalRouter(Router):
     def insert(self, ids: Sequence[str], described: Mapping[str, Tensor]) -> None:
         """Take in edits with their lines: token ids, -1 past the end."""
         self.forget(ids)
-        self.ids += ids
+        self.ids = [*self.ids, *ids]
         lines = described.get("lines", torch.zeros(len(ids), 0, dtype=torch.long))
         rows = [[token for token in row if token >= 0] for row in (*self.lines.tolist(), *lines.tolist())]
         self.lines = pad_right(rows)
@@ -91,10 +87,10 @@ class RetrievalRouter(Router):
         places = {shard: i for i, shard in enumerate(self.shards.tolist())}
         found = []
         for row, shard in zip(likeness, memory, strict=True):
-            own = places.get(int(shard))
-            order = row.argsort(descending=True).tolist() if own is not None and self.number > 1 else []
-            others = [i for i in order if i != own][: self.number - 1]
-            shown = [] if own is None else [*others[::-1], own]
+            shown = [places[int(shard)]] if int(shard) in places else []
+            if shown and self.number > 1:
+                others = [i for i in row.argsort(descending=True).tolist() if i not in shown][: self.number - 1]
+                shown = [*others[::-1], *shown]
             found.append([token for i in shown for token in self.lines[i].tolist() if token >= 0])
         return found
 
@@ -105,16 +101,3 @@ class RetrievalRouter(Router):
     def _directions(self, query: Query) -> Tensor:
         last = query.last_hidden().cpu()
         return normalize(last - self.centre if len(self.centre) else last, dim=-1)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The edits, their directions and lines, and what is calibrated."""
-        tensors = {name: getattr(self, name) for name in ("keys", "shards", "lines", "centre")}
-        limit = None if self.threshold == float("inf") else self.threshold
-        return {"ids": list(self.ids), "threshold": limit, **tensors}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`."""
-        self.ids = list(state["ids"])
-        self.threshold = float("inf") if state["threshold"] is None else state["threshold"]
-        for name in ("keys", "shards", "lines", "centre"):
-            setattr(self, name, state[name].cpu())
