@@ -50,24 +50,24 @@ class LossAwareTiesMerge(pl.Callback):
         enabled: off keeps all shards.
         alpha: sensitivity of the weights to the shards' losses, per nat; 0 weighs all alike.
         normalize: `contributors` or `global`.
-        max_shards: more shards than this are not merged: what so many say does not fit one matrix, and each is laid
-            out in full for it.
         every_n_windows: also merge so often during the stream; None merges at its end alone.
         target: `side` keeps the fused shard routed, `main` writes it into the base's W_v.
         max_op_drop: a merge that costs more of the guard's score is undone.
     """
+
+    max_shards = 64
+    """More are not merged: what so many say does not fit one matrix, and each is laid out in full for it."""
 
     def __init__(
         self,
         enabled: bool = True,
         alpha: float = 1.0,
         normalize: Normalize = "contributors",
-        max_shards: int = 64,
         every_n_windows: int | None = None,
         target: Literal["side", "main"] = "side",
         max_op_drop: float = 0.01,
     ) -> None:
-        self.enabled, self.alpha, self.normalize, self.max_shards = enabled, alpha, normalize, max_shards
+        self.enabled, self.alpha, self.normalize = enabled, alpha, normalize
         self.every_n_windows, self.target, self.max_op_drop = every_n_windows, target, max_op_drop
         self.outcome: Decision | None = None
         self.weights: dict[str, float] = {}
@@ -104,7 +104,7 @@ class LossAwareTiesMerge(pl.Callback):
                 self.outcome = Decision(False, f"{len(shards)} shard: nothing to merge")
             return
         if len(shards) > self.max_shards:
-            self.outcome = Decision(False, f"{len(shards)} shards are more than merge.max_shards, {self.max_shards}")
+            self.outcome = Decision(False, f"{len(shards)} shards are more than {self.max_shards}")
             return
         self.outcome = self._merge(shards, editor)
         log.info("merge %s: %s", "accepted" if self.outcome else "rejected", self.outcome.reason)

@@ -42,7 +42,6 @@ def command(edits: Path, run_dir: Path, *options: str, window: int = 8) -> list[
         str(run_dir),
     ]
     quiet = ["--data.max_edits", "1000000", "--data.max_irrelevant", "100", "--trainer.logger", "false"]
-    quiet += ["--merge.max_shards", "1000"]  # a merge is a moment to be killed at
     return [*given, *quiet, "--scoreboard.live", "0", "--trainer.accelerator", "cpu", *options]
 
 
