@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from repair_lightning.editors.dense import CHECK_EVERY
 from repair_lightning.editors.inner_loop import TargetRows, TargetTail, descend
-from repair_lightning.memory.shards import Selection
-from repair_lightning.memory.side_memory import Factors
+from repair_lightning.memory.shards import Factors, Selection
 
 if TYPE_CHECKING:
     from repair_lightning.editors.keyed import Keyed
@@ -105,7 +104,7 @@ class Outcome:
 @torch.no_grad()
 def held_outside(editor: Keyed, outcomes: Sequence[Outcome], rows: TargetRows) -> list[bool]:
     """Whether each edit's outcome says its target in rows that it was not trained on."""
-    factors = Factors.of([outcomes[edit] for edit in rows.owner.tolist()], editor.edited.device)
+    factors = Factors([outcomes[edit] for edit in rows.owner.tolist()], editor.edited.device)
     tail = TargetTail(editor.edited.split, rows, editor.tail)
     with tail.cut(), editor.edited.forced(Selection(len(rows), [(factors, None)])):
         logits, _ = tail(lambda _: rows.reading(factors.product(rows.activations.float())))

@@ -157,10 +157,17 @@ def shard_from(shape: tuple[int, int], state: Mapping[str, Tensor], generation: 
     return shard
 
 
+class HasFactors(Protocol):
+    """What has two factors, `left` (D, R) and `right` (R, F)."""
+
+    left: Tensor
+    right: Tensor
+
+
 class Factors:
     """The low-rank shards of n rows, of any ranks, gathered on a device, filled up with zeros to the highest rank."""
 
-    def __init__(self, shards: Sequence[LowRankShard], device: torch.device) -> None:
+    def __init__(self, shards: Sequence[HasFactors], device: torch.device) -> None:
         left = pad_sequence([shard.left.T for shard in shards], batch_first=True)
         right = pad_sequence([shard.right for shard in shards], batch_first=True)
         self.left, self.right = left.mT.to(device), right.to(device)
