@@ -7,7 +7,7 @@ is asked, because a later write can break an earlier edit. Only the edits' own p
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 
@@ -31,6 +31,7 @@ class ErrorSampleMonitor(pl.Callback):
 
     Args:
         tau_correct: least score that counts as right, in (0, 1] (Err_Thresh in the paper).
+        protocol: `autoregressive` (exact answer, 0 or 1) or `teacher_forced` (share of tokens).
     """
 
     older = 64
@@ -38,17 +39,19 @@ class ErrorSampleMonitor(pl.Callback):
     seed = 0
     """Of their sample; `train.py` sets it to the run's."""
 
-    def __init__(self, tau_correct: float = 0.85) -> None:
+    def __init__(
+        self, tau_correct: float = 0.85, protocol: Literal["autoregressive", "teacher_forced"] = "autoregressive"
+    ) -> None:
         if not 0 < tau_correct <= 1:
             raise ConfigError(f"monitor.tau_correct must be in (0, 1], got {tau_correct}")
-        self.tau_correct = tau_correct
+        self.tau_correct, self.protocol = tau_correct, protocol
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Ask, and tell the ledger."""
         stream = stream_of(trainer)
         window = stream.windows - 1
         ids = sample_to_check(stream.ledger, window, self.older, random.Random(f"{self.seed}/{window}"))
-        scores = correctness(pl_module, [stream.ledger.edit(id) for id in ids])
+        scores = correctness(pl_module, [stream.ledger.edit(id) for id in ids], self.protocol)
         stream.ledger.evaluated(scores, self.tau_correct)
         if scores:
             failed = sum(score < self.tau_correct for score in scores.values())
