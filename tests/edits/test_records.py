@@ -128,7 +128,7 @@ def test_the_same_question_in_other_signs_is_a_duplicate_that_is_mentioned(jsonl
     found = load_records(jsonl(ROME, OSLO, {**ROME, "prompt": prompt}))
     assert found.edits == (Edit("jsonl-1", **ROME), Edit("jsonl-2", **OSLO))
     assert (found.duplicates, found.superseded) == (("jsonl-3",), {})
-    (warning,) = caplog.messages
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert "1 pair with the same question but for case, blanks or the final mark: 'jsonl-1' and 'jsonl-3';" in warning
 
 

@@ -170,7 +170,7 @@ def test_a_window_without_a_batch_for_every_rank(folder, editor):
     code, output = finish([*arguments(folder, name, 2), *options])
     assert code == 0, output
     journal = sqlite3.connect(folder / name / "journal.sqlite")
-    assert journal.execute("select count(*) from checkpoints").fetchone() == (4,)
+    assert journal.execute("select windows from checkpoint").fetchone() == (4,)
     journal.close()
 
 
