@@ -30,7 +30,7 @@ def score_frame(metrics: Mapping[str, Any]) -> pd.DataFrame:
         for protocol in PROTOCOLS
         for stage, words in STAGES.items()
         if metrics.get(stage) and not (stage == "oracle_routing" and only_in_base(metrics))
-        if stage != "before_merge" or metrics[stage] != metrics["final"]  # nothing was merged
+        if stage != "before_merge" or metrics[stage][protocol] != metrics["final"][protocol]  # as where nothing merges
     ]
     return pd.DataFrame(rows, columns=["protocol", "model", *SCORES_IN_WORDS.values()])
 
