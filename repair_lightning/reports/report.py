@@ -71,7 +71,7 @@ def print_report(metrics: Mapping[str, Any], run_dir: Path | None, console: Cons
         times = {"edit": "editing", "evaluate": "scoring", "total": "in all"}
         took = ", ".join(f"{metrics['seconds'][key]:.1f} s {word}" for key, word in times.items())
         said += [loop_words(metrics), f"{metrics['edits_per_minute']:.0f} edits a minute: {took}."]
-        names = ", ".join(sorted(path.name for path in run_dir.iterdir()))
+        names = ", ".join(sorted(path.name for path in run_dir.iterdir() if not path.name.startswith(".")))
         said.append(f"Everything is in {run_dir}, for a reader in report.html: {names}")
     (console or Console()).print("\n".join(said), markup=False, highlight=False, soft_wrap=True)
 
