@@ -13,6 +13,7 @@ from repair_lightning.editors.held import Snapshot
 from repair_lightning.edits.ledger import Ledger
 from repair_lightning.edits.stream import EditStream
 from repair_lightning.memory.query import Choice
+from repair_lightning.memory.routers import Anchor
 from repair_lightning.models.edited import EditedModel
 from repair_lightning.training.team import Team
 from repair_lightning.types import Edit
@@ -48,6 +49,9 @@ class Editing(Protocol):
 
     def owner_choice(self, ids: Sequence[str]) -> Tensor:
         """The shard that owns each edit."""
+
+    def anchors_of(self, edits: Sequence[Edit]) -> list[Anchor]:
+        """What the edits are about, and what they ask."""
 
     def in_context(self, edits: Sequence[Edit]) -> list[Edit]:
         """The edits, asked after other words."""

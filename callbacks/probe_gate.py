@@ -77,7 +77,7 @@ class ProbeGate(Remembering):
             return
         stream: Any = trainer.datamodule  # type: ignore[attr-defined]
         new = [stream.ledger.edit(id) for id in self._written(stream.ledger)]
-        about = stream.unrelated(guard_questions(new, self.subjects))
+        about = stream.unrelated(guard_questions(pl_module.anchors_of(new), self.subjects))
         broken, hijacked = self._broken(self.prompts, pl_module), self._broken(about, pl_module)
         share, share_about = len(broken) / len(self.prompts), len(hijacked) / max(len(about), 1)
         pl_module.log("gate/probe_loss", share, batch_size=len(self.prompts))

@@ -156,7 +156,8 @@ class MergeGuard:
         self.edits = written[:: max(1, len(written) // sample)][:sample]
         self.in_context = editor.in_context(self.edits)
         asked = asked_of(map(ledger.edit, ledger))
-        about = [text for text in guard_questions(self.edits, sample // 4) if folded(text) not in asked]
+        about = guard_questions(editor.anchors_of(self.edits), sample // 4)
+        about = [text for text in about if folded(text) not in asked]
         self.unrelated = [*editor.guard_prompts[:sample], *about]
         self.chosen = editor.edited.choose(self.unrelated).memory.cpu()
         self.before = self._answers(self._of_interest(self.chosen), self.chosen)

@@ -12,10 +12,12 @@ from torch import Tensor
 from repair_lightning.editors.held import HeldModel
 from repair_lightning.functional.relations import DIMENSIONS, SHRINKAGE, RelationSpace
 from repair_lightning.memory.query import Choice, Query
+from repair_lightning.memory.routers import Anchor
 from repair_lightning.models.cache import kept_space
 from repair_lightning.models.sampling import greedy_rows, own_texts
 from repair_lightning.models.tokenizing import Encoded
 from repair_lightning.texts.dialogue import behind
+from repair_lightning.texts.naming import named_in
 from repair_lightning.texts.relations import STEM, bank
 from repair_lightning.types import BASE, Edit
 
@@ -32,6 +34,11 @@ class AskedModel(HeldModel):
     def encode(self, edit: Edit) -> Encoded:
         """An edit's prompt and target as token ids."""
         return self._encode(edit.prompt, edit.target)
+
+    def anchors_of(self, edits: Sequence[Edit]) -> list[Anchor]:
+        """What the edits are about: the record's subject, else the name in what is asked; and what that is."""
+        asked = [self.edited.forms.asked(edit.prompt) for edit in edits]
+        return [Anchor(edit.subject or named_in(text), text) for edit, text in zip(edits, asked, strict=True)]
 
     def in_context(self, edits: Sequence[Edit]) -> list[Edit]:
         """The edits asked behind a context that the base wrote itself: a stand-in for other words."""

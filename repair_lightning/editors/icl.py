@@ -9,13 +9,11 @@ prompts are to theirs, the base answers alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
-
-from repair_lightning.editors.base import Editor, register
+from repair_lightning.editors.base import register
 from repair_lightning.editors.checks import at_least, share
+from repair_lightning.editors.stored import StoredTexts
 from repair_lightning.errors import ConfigError
 from repair_lightning.memory.query import pad_right
 from repair_lightning.memory.routers import Router, make_router
@@ -23,7 +21,7 @@ from repair_lightning.types import Edit, EditBatch, EditReport
 
 
 @register("icl")
-class InContext(Editor):
+class InContext(StoredTexts):
     """Edits as text before the prompts that they are near to.
 
     Args:
@@ -33,8 +31,6 @@ class InContext(Editor):
         line: how an edit reads there, with `{prompt}` and `{target}`.
         false_fire_rate: share of the held-out irrelevant prompts that may get anything put before them.
     """
-
-    can_undo: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -56,11 +52,8 @@ class InContext(Editor):
         return make_router("retrieval", number=self.number, false_fire_rate=self.false_fire_rate)
 
     def write(self, batch: EditBatch) -> list[EditReport]:
-        """Remember the edits; each owns an empty shard, so that it can be said which one answered."""
-        rows, columns = self.memory.shape
-        device = self.edited.device
-        nothing = torch.zeros(rows, 0, device=device), torch.zeros(0, columns, device=device)
-        shards = [self.memory.add(*nothing) for _ in batch.edits]
+        """Remember the edits."""
+        shards = self.empty_shards(len(batch.edits))
         described = self.router.describe((), self.query_of(batch.edits), shards)
         lines = pad_right([self.tokens_of(edit) for edit in batch.edits])
         self.router.insert(batch.ids, described | {"lines": lines})
@@ -71,13 +64,3 @@ class InContext(Editor):
         text = self.line.replace("{prompt}", self.edited.forms.asked(edit.prompt)).replace("{target}", edit.target)
         found: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return found
-
-    def finish_window(self) -> None:
-        """Drop what no edit owns any more, and calibrate on held-out irrelevant prompts."""
-        owned = self.ledger.sizes()
-        self.memory.drop([shard for shard in self.memory.ids if shard not in owned])
-        self.router.calibrate(self.memory, {}, self.held_out)
-
-    def forget(self, ids: Iterable[str]) -> None:
-        """The edits are put before no prompt any more."""
-        self.router.forget(list(ids))

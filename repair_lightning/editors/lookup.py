@@ -7,19 +7,17 @@ something in writing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
-
-from repair_lightning.editors.base import Editor, register
-from repair_lightning.memory.routers import Anchor, Router, make_router
-from repair_lightning.texts.naming import named_in
+from repair_lightning.editors.base import register
+from repair_lightning.editors.stored import StoredTexts
+from repair_lightning.memory.query import Query
+from repair_lightning.memory.routers import Router, make_router
 from repair_lightning.types import EditBatch, EditReport
 
 
 @register("lookup")
-class Lookup(Editor):
+class Lookup(StoredTexts):
     """Edits as texts, found by the key router.
 
     Args:
@@ -28,8 +26,6 @@ class Lookup(Editor):
             that was edited.
         common: what every editor takes, see `Editor`.
     """
-
-    can_undo: ClassVar[bool] = True
 
     def __init__(self, base: str = "", relation_false_rate: float = 0.01, **common: Any) -> None:
         super().__init__(base, **common)
@@ -40,21 +36,7 @@ class Lookup(Editor):
         return make_router("lookup", relation_false_rate=self.relation_false_rate)
 
     def write(self, batch: EditBatch) -> list[EditReport]:
-        """Enter the edits; each owns an empty shard, so that it can be said which one answered."""
-        width, inner = self.memory.shape
-        nothing = torch.zeros(width, 0), torch.zeros(0, inner)
-        shards = [self.memory.add(*nothing) for _ in batch.edits]
-        asked = [self.edited.forms.asked(edit.prompt) for edit in batch.edits]
-        anchors = [Anchor(e.subject or named_in(text), text) for e, text in zip(batch.edits, asked, strict=True)]
-        self.router.add(batch.ids, anchors, self.query_of(batch.edits), shards)
+        """Enter the edits; of their prompts the router reads the words, not the base's states."""
+        anchors, shards = self.anchors_of(batch.edits), self.empty_shards(len(batch.edits))
+        self.router.add(batch.ids, anchors, Query.of_texts([anchor.asked for anchor in anchors]), shards)
         return [EditReport(id, shard, 0.0, 0.0, 0) for id, shard in zip(batch.ids, shards, strict=True)]
-
-    def finish_window(self) -> None:
-        """Drop what no edit owns any more, and calibrate on held-out irrelevant prompts."""
-        owned = self.ledger.sizes()
-        self.memory.drop([shard for shard in self.memory.ids if shard not in owned])
-        self.router.calibrate(self.memory, {}, self.held_out)
-
-    def forget(self, ids: Iterable[str]) -> None:
-        """The router drops the edits."""
-        self.router.forget(list(ids))

@@ -14,9 +14,7 @@ from repair_lightning.editors.adaptive import OPTIMIZERS, AdaptiveEditor, Steps
 from repair_lightning.editors.inner_loop import Tail, TargetRows
 from repair_lightning.errors import RepairError
 from repair_lightning.memory.query import Query
-from repair_lightning.memory.routers import Anchor
 from repair_lightning.models.tokenizing import Encoded
-from repair_lightning.texts.naming import named_in
 from repair_lightning.types import Edit, EditBatch
 
 
@@ -130,9 +128,7 @@ class ShardEditor(AdaptiveEditor):
         """Tell the router which shard answers which edit."""
         if not edits:
             return
-        asked = [self.edited.forms.asked(edit.prompt) for edit in edits]
-        anchors = [Anchor(edit.subject or named_in(text), text) for edit, text in zip(edits, asked, strict=True)]
-        described = self.router.describe(anchors, prompts, shards)
+        described = self.router.describe(self.anchors_of(edits), prompts, shards)
         take = self.router.insert if self.written is None else self.written.describe
         take([edit.id for edit in edits], described)
 

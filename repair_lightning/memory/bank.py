@@ -88,7 +88,7 @@ class ShardBank(nn.Module):
         return {shard.number: {"left": shard.left, "right": shard.right} for shard in self._low_rank().values()}
 
     def low_rank_tensors(self, shards: Iterable[int] | None = None) -> dict[str, Tensor]:
-        """Low-rank shards, by default all, as tensors: `ids`, `ranks` and numbers (N,), `left` (sum R, D) and `right`
+        """Low-rank shards, by default all, as tensors: `ids` and `ranks` (N,), `left` (sum R, D) and `right`
         (sum R, F); nothing where there are none."""
         found = self._low_rank()
         ids = list(found if shards is None else shards)

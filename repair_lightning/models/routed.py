@@ -116,7 +116,8 @@ class RoutedModel(nn.Module):
         """The target that each memory says after its row, as token ids; None for the base."""
         found: list[Sequence[int] | None] = []
         for shard, row in zip(memory.tolist(), rows, strict=True):
-            target = None if shard == BASE else self.target_of(self.router.edit_of(shard))
+            id = None if shard == BASE else self.router.edit_of(shard)
+            target = None if id is None else self.target_of(id)
             found.append(None if target is None else self.forms.continued(row, target).target)
         return found
 

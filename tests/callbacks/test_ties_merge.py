@@ -134,7 +134,7 @@ def test_the_guard_asks_no_scoring_prompt(monkeypatch):
     assert unrelated <= set(asked)
     assert set(own) <= set(asked)
     edits = [editor.ledger.edit(id) for id in editor.ledger]
-    about = set(guard_questions(edits, 64))
+    about = set(guard_questions(editor.anchors_of(edits), 64))
     assert not {folded(text) for text in set(asked) - set(own)} & asked_of(edits)
     rest = set(asked) - unrelated - set(own) - about
     assert len(rest) == len(own)

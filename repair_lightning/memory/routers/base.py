@@ -86,9 +86,9 @@ class Router(ABC):
         """Token ids that the base reads before each prompt, given who answers it; only asked where `prefaces`."""
         return [[] for _ in memory]
 
-    def edit_of(self, shard: int) -> str:
-        """The id of the edit that a memory is of; only asked where a router `quotes`."""
-        raise NotImplementedError
+    def edit_of(self, shard: int) -> str | None:
+        """Where a router `quotes`, the id of the edit whose target a memory is; None where it is none."""
+        return None
 
     def fingerprint(self, shard: int) -> str:
         """Besides what the shard holds, what its answers depend on; empty where nothing is."""
