@@ -117,7 +117,7 @@ def run_part(context: Context) -> Rows:
 def merges(editor: Repair, scorer: Scorer, rules: Sequence[Rule]) -> Iterator[dict[str, Any]]:
     """The figures of a bank as it is, and after each rule has fused all of it."""
     shards = editor.memory.ids
-    guard = MergeGuard(editor, 256)
+    guard = MergeGuard(editor, [id for shard in shards for id in editor.ledger.owned_by(shard)])
     before = guard.score()
     yield dict.fromkeys(asdict(Rule())) | {"kind": "before"} | figures(editor, scorer) | {"accepted": None}
     for rule in rules:

@@ -65,6 +65,9 @@ class Editing(Protocol):
     def fuse(self, shards: Sequence[int], delta: Tensor) -> int:
         """Put one shard, whose id is returned, in the place of several."""
 
+    def least_squares(self, shards: Sequence[int], weights: Sequence[float]) -> Tensor:
+        """One delta (D, F) that adds what weighted shards add at their own edits' positions."""
+
     def fold(self, shard: int) -> None:
         """Write a shard into the base."""
 

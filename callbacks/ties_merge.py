@@ -1,15 +1,17 @@
-"""Fuse shards with a loss-aware TIES merge, if that costs nothing that matters.
+"""Fuse shards, weighted by their losses, if that costs nothing that matters.
 
-REPAIR (arXiv 2510.01879), Sec. 2.5 and LOSSAWARETIESMERGE of Alg. 4. Deviations: weights are renormalised over the
-shards that contribute at a coordinate (`normalize: global` is the literal rule); the merge is measured before it
-counts and undone where it costs more than `max_op_drop`; the fused shard stays routed by default (`target: main`
-writes it into W_v).
+REPAIR (arXiv 2510.01879), Sec. 2.5 and LOSSAWARETIESMERGE of Alg. 4. Deviations: the fused shard meets what the shards
+add at their own edits' positions by least squares (`rule: ties` is the paper's, with weights renormalised over the
+shards that contribute at a coordinate; `normalize: global` is the literal rule); shards are merged in groups; each is
+measured before it counts and undone where it costs more than `max_op_drop`; the fused shard stays routed by default
+(`target: main` writes it into W_v).
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from repair_lightning.edits.ledger import EditStatus, Ledger
 from repair_lightning.edits.source import asked_of, folded
+from repair_lightning.errors import ConfigError, counted
 from repair_lightning.functional import Normalize, loss_weights, ties_merge
 from repair_lightning.scoring.correctness import correctness
 from repair_lightning.scoring.guard_questions import guard_questions
@@ -27,6 +30,8 @@ from repair_lightning.types import BASE, Decision
 from .editing import Editing, stream_of
 
 log = logging.getLogger(__name__)
+
+Rule = Literal["least_squares", "ties"]
 
 
 def mean_loss(ledger: Ledger, shard: int) -> float:
@@ -44,39 +49,48 @@ def accept(before: float, after: float, max_drop: float) -> Decision:
 
 
 class LossAwareTiesMerge(pl.Callback):
-    """Merges all shards into one at the end of the stream and, if asked, every few windows.
+    """Merges shards at the end of the stream and, if asked, every few windows; what was merged is not merged again.
 
     Args:
         enabled: off keeps all shards.
+        rule: `least_squares` or `ties`.
+        group: how many shards become one; None merges all at once.
         alpha: sensitivity of the weights to the shards' losses, per nat; 0 weighs all alike.
-        normalize: `contributors` or `global`.
-        every_n_windows: also merge so often during the stream; None merges at its end alone.
+        normalize: of `ties`: `contributors` or `global`.
+        every_n_windows: also merge so often during the stream, full groups alone; None merges at its end alone.
         target: `side` keeps the fused shard routed, `main` writes it into the base's W_v.
         max_op_drop: a merge that costs more of the guard's score is undone.
     """
 
     max_shards = 64
-    """More are not merged: what so many say does not fit one matrix, and each is laid out in full for it."""
+    """More are not merged at once: what so many say does not fit one matrix, and each is laid out in full for it."""
 
     def __init__(
         self,
         enabled: bool = True,
+        rule: Rule = "least_squares",
+        group: int | None = 4,
         alpha: float = 1.0,
         normalize: Normalize = "contributors",
         every_n_windows: int | None = None,
         target: Literal["side", "main"] = "side",
-        max_op_drop: float = 0.01,
+        max_op_drop: float = 0.02,
     ) -> None:
-        self.enabled, self.alpha, self.normalize = enabled, alpha, normalize
+        if rule not in get_args(Rule):
+            raise ConfigError(f"merge.rule must be one of {', '.join(get_args(Rule))}, got '{rule}'")
+        if group is not None and group < 2:
+            raise ConfigError(f"merge.group must be at least 2, or null for all at once, got {group}")
+        self.enabled, self.rule, self.group, self.alpha, self.normalize = enabled, rule, group, alpha, normalize
         self.every_n_windows, self.target, self.max_op_drop = every_n_windows, target, max_op_drop
         self.outcome: Decision | None = None
         self.weights: dict[str, float] = {}
+        self.merged: list[int] = []
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Every n windows, if asked."""
         every = self.every_n_windows
         if self.enabled and every and stream_of(trainer).windows % every == 0:
-            self.merge(pl_module)
+            self.merge(pl_module, whole=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """At the end of the stream."""
@@ -86,73 +100,89 @@ class LossAwareTiesMerge(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         """What came of the merges so far."""
         known = None if self.outcome is None else [self.outcome.yes, self.outcome.reason]
-        return {"outcome": known, "weights": dict(self.weights)}
+        return {"outcome": known, "weights": dict(self.weights), "merged": list(self.merged)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self.outcome = None if state_dict["outcome"] is None else Decision(*state_dict["outcome"])
-        self.weights = dict(state_dict["weights"])
+        self.weights, self.merged = dict(state_dict["weights"]), list(state_dict["merged"])
 
-    def merge(self, editor: Editing) -> None:
-        """Merge all shards that own edits, if they bear it; says in `outcome` whether they did and why."""
+    def merge(self, editor: Editing, whole: bool = False) -> None:
+        """Merge the shards that own edits, group by group, where they bear it; with `whole`, full groups alone.
+
+        Says in `outcome` how many merges stay, and why.
+        """
         if not editor.can_merge:
             self.outcome = Decision(False, "this editor cannot merge")
             return
-        shards = [shard for shard in editor.edited.memory.ids if editor.ledger.owned_by(shard)]
-        if len(shards) < (1 if self.target == "main" else 2):
-            if self.outcome is None:
-                self.outcome = Decision(False, f"{len(shards)} shard: nothing to merge")
+        shards = [s for s in editor.edited.memory.ids if editor.ledger.owned_by(s) and s not in self.merged]
+        size = self.group or max(len(shards), 1)
+        groups = [shards[at : at + size] for at in range(0, len(shards), size)]
+        least = size if whole else 1 if self.target == "main" else 2
+        groups = [group for group in groups if len(group) >= least]
+        if not groups:
+            self.outcome = self.outcome or Decision(False, f"{counted(len(shards), 'shard')}: nothing to merge")
             return
-        if len(shards) > self.max_shards:
-            self.outcome = Decision(False, f"{len(shards)} shards are more than {self.max_shards}")
-            return
-        self.outcome = self._merge(shards, editor)
-        log.info("merge %s: %s", "accepted" if self.outcome else "rejected", self.outcome.reason)
+        outcomes = [self._merge(group, editor) for group in groups]
+        stay = sum(map(bool, outcomes))
+        said = "; ".join(outcome.reason for outcome in outcomes[:8])
+        self.outcome = Decision(stay > 0, f"{stay} of {counted(len(groups), 'merge')}: {said}")
+        log.info("merges: %s", self.outcome.reason)
         weights = {f"merge/weight/{shard}": weight for shard, weight in self.weights.items()}
-        editor.log_now({"merge/accepted": float(bool(self.outcome)), **weights})
+        editor.log_now({"merge/accepted": stay / len(groups), **weights})
 
     def _merge(self, shards: list[int], editor: Editing) -> Decision:
-        guard, model = MergeGuard(editor, into_base=self.target == "main"), editor.edited
+        if len(shards) > self.max_shards:
+            return Decision(False, f"{len(shards)} shards are more than {self.max_shards}")
+        model, into_base = editor.edited, self.target == "main"
+        owned = {shard: editor.ledger.owned_by(shard) for shard in shards}
+        ids = [id for known in owned.values() for id in known]
+        guard = MergeGuard(editor, ids, into_base)
         before = guard.score()
         snapshot, router = model.memory.snapshot(), model.router.state_dict()
-        owned = {shard: editor.ledger.owned_by(shard) for shard in shards}
         fused = editor.fuse(shards, self.fused_delta(shards, editor))
-        editor.ledger.reassign([id for ids in owned.values() for id in ids], fused)
+        editor.ledger.reassign(ids, fused)
         editor.calibrate()
-        if self.target == "main":
+        if into_base:
             editor.fold(fused)
         decision = accept(before, guard.score(), self.max_op_drop)
         editor.team.same("whether a merge may stay", decision.reason)
-        if not decision:
-            if self.target == "main":
+        if decision:
+            self.merged.append(fused)
+            if into_base:
+                editor.ledger.reassign(editor.ledger.owned_by(fused), BASE)
+        else:
+            if into_base:
                 editor.unfold()
             model.memory.restore(snapshot)
             model.router.load_state_dict(router)
-            for shard, ids in owned.items():
-                editor.ledger.reassign(ids, shard, "unmerged")
-        elif self.target == "main":
-            editor.ledger.reassign(editor.ledger.owned_by(fused), BASE)
+            for shard, known in owned.items():
+                editor.ledger.reassign(known, shard, "unmerged")
         named = f"shards {shards}" if len(shards) <= 8 else f"{len(shards)} shards"
         return Decision(decision.yes, f"{named}: {decision.reason}")
 
     @torch.no_grad()
     def fused_delta(self, shards: list[int], editor: Editing) -> Tensor:
-        """The weighted TIES merge of some shards' deltas, (D, F)."""
+        """The weighted merge of some shards' deltas, (D, F), by the rule."""
         losses = torch.tensor([mean_loss(editor.ledger, shard) for shard in shards])
         weights = loss_weights(losses, self.alpha)
-        self.weights = {str(shard): float(weight) for shard, weight in zip(shards, weights, strict=True)}
+        self.weights |= {str(shard): float(weight) for shard, weight in zip(shards, weights, strict=True)}
+        if self.rule == "least_squares":
+            return editor.least_squares(shards, weights.tolist())
         deltas = editor.edited.memory.stacked(shards)
         return ties_merge(deltas, weights.to(deltas), self.normalize)
 
 
 class MergeGuard:
-    """What a merge must not cost, against what the editor answers now, on at most `sample` edits and irrelevant prompts
-    of its own; where the merge changes the base itself (`into_base`), also those that no shard answers."""
+    """What a merge must not cost, against what the editor answers now, on at most `sample` of the edits `ids` and of
+    irrelevant prompts of its own; where the merge changes the base itself (`into_base`), on any edits and also on those
+    prompts that no shard answers."""
 
-    def __init__(self, editor: Editing, sample: int = 256, into_base: bool = False) -> None:
+    def __init__(self, editor: Editing, ids: Sequence[str], into_base: bool = False, sample: int = 256) -> None:
         self.editor, self.into_base = editor, into_base
         ledger = editor.ledger
-        written = [ledger.edit(id) for id in ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED)]
+        asked_for = ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED) if into_base else ids
+        written = [ledger.edit(id) for id in asked_for]
         self.edits = written[:: max(1, len(written) // sample)][:sample]
         self.in_context = editor.in_context(self.edits)
         asked = asked_of(map(ledger.edit, ledger))

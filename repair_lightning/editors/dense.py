@@ -1,15 +1,21 @@
 """The inner loop over one dense shard: the edit loss, intra-batch distillation (Eq. 4) and the routing loss (Eq. 6, 7).
 
+A gradient step on the delta moves what the shard says at one edit's positions together with what it says at all that
+look alike, so that many edits in one shard undo each other. By default the delta is trained in dual coordinates
+instead: `delta = V^T C`, where C is the dual basis of the batch's activations and of irrelevant prompts'. A step of V's
+gradient is then a step of the delta's gradient preconditioned by the second moment of its inputs (the input factor of
+K-FAC, arXiv 1503.05671): each position moves by itself, and irrelevant prompts stay where they are.
+
 Shapes: M target tokens, n batch members, D = d_model, F = d_ffn, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from repair_lightning.editors.inner_loop import OpenCoordinates, TargetRows, TargetTail
 from repair_lightning.functional import (
@@ -20,13 +26,54 @@ from repair_lightning.functional import (
     target_cross_entropy,
     target_margin,
 )
-from repair_lightning.memory.shards import Shard
+from repair_lightning.functional.least_squares import dual_basis
+from repair_lightning.memory.shards import Selection, Shard
 
 if TYPE_CHECKING:
     from repair_lightning.editors.repair import Repair
 
-CHECK_EVERY = 10
-"""Steps between looks at the margin."""
+RIDGE = 1e-2  # of the dual basis: smaller ones fit as well and separate less, larger ones need more steps
+QUIET = 256  # irrelevant prompts that the dual basis keeps still
+
+
+class DualCoordinates:
+    """A shard's delta in training as `known + mask (V^T C)`, with V (M, D) trained from zero.
+
+    Args:
+        shard: what is trained; it changes with each step.
+        keys: (M, F) the activations at the target tokens' positions.
+        quiet: (N, F) activations at which nothing should be added.
+    """
+
+    def __init__(self, shard: Shard, keys: Tensor, quiet: Tensor) -> None:
+        self.shard, self.known = shard, shard.delta.detach().clone()
+        self.basis = dual_basis(keys, quiet, RIDGE)
+        self.parameter = nn.Parameter(keys.new_zeros(len(keys), len(self.known)))
+
+    def delta(self) -> Tensor:
+        """The whole delta (D, F), from which gradients reach V."""
+        change = self.parameter.T @ self.basis
+        return self.known + (change if self.shard.open is None else change * self.shard.open)
+
+    def product(self, activations: Tensor) -> Tensor:
+        """`A delta^T` (..., D) for float32 activations (..., F)."""
+        if self.shard.open is not None:
+            return nn.functional.linear(activations, self.delta())
+        return nn.functional.linear(activations, self.known) + (activations @ self.basis.T) @ self.parameter
+
+    @property
+    def trained(self) -> nn.Parameter:
+        """What a backward pass leaves its gradient in."""
+        return self.parameter
+
+    def step(self, optimizer: Any) -> None:
+        """One step from V's gradient, which is used up."""
+        optimizer.step()
+        self.parameter.grad = None
+
+    def finish(self) -> None:
+        """The shard holds what was trained."""
+        self.shard.delta.data.copy_(self.delta().detach())
 
 
 class DenseWriter:
@@ -36,36 +83,47 @@ class DenseWriter:
         self.editor, self.team = editor, editor.team
         self.distillation, self.routing = editor.distillation, editor.routing
 
-    def train(self, shard: int, module: Shard, rows: TargetRows, budget: int) -> tuple[int, list[float], list[float]]:
+    def train(self, module: Shard, rows: TargetRows, budget: int) -> tuple[int, list[float], list[float]]:
         """The inner loop; returns the steps taken and each member's last edit loss and distillation loss."""
         mine, part = self._own_rows(rows)  # of all rows, where they are not dealt out, mine is None
         tail = TargetTail(self.editor.edited.split, part, self.editor.tail)
-        trained = OpenCoordinates(module)
+        trained = self._coordinates(module, rows)
+        margin, every, rate = self.editor.pace(tail.states, self.editor.writing.rate * self.editor.lr_unit)
         generator, size = torch.Generator().manual_seed(self.editor.seed * 1_000_003), len(self.editor.background)
-        rate = self.editor.writing.rate * self.editor.lr_unit
+        hook = Selection(len(part), [(trained, None)])
         with (
             self.editor.bound(trained.parameter, rate) as optimizer,
             self.editor.cut(),
-            self.editor.edited.forced(shard),
+            self.editor.edited.forced(hook),
         ):
             for step in range(budget + 1):  # the last round only looks at what the steps made
-                logits, features = tail(module.product)
+                logits, features = tail(trained.product)
                 losses = part.per_row(target_cross_entropy(logits[:, None], part.labels[:, None]))
                 kd, per_sample = self._distil(logits, features, part, mine)
-                if step == budget or self._written(step, logits, part.labels):
+                if step == budget or (step % every == 0 and self._written(logits, part.labels, margin)):
                     break
                 total = losses.mean() if mine is None else losses.sum() / len(rows)
                 total = total + self.distillation.weight * kd
                 if self.routing.weight:
                     share = 1 if mine is None else self.team.size
                     irrelevant = torch.randperm(size, generator=generator)[: self.routing.sample]
-                    total = total + self._routing_loss(module, rows, irrelevant.to(module.delta.device)) / share
+                    total = (
+                        total + self._routing_loss(trained.delta(), rows, irrelevant.to(module.delta.device)) / share
+                    )
                 self.editor.backpropagate(total)
-                self.editor.share_gradient(module.delta, summed=mine is not None)
+                self.editor.share_gradient(trained.trained, summed=mine is not None)
                 trained.step(optimizer)
+        trained.finish()
         lost = self._among_all(mine, part.per_member(losses.detach()))
         apart = per_sample.detach() if self.distillation.weight else torch.zeros(rows.members)
         return step, lost.tolist(), apart.tolist()
+
+    def _coordinates(self, module: Shard, rows: TargetRows) -> DualCoordinates | OpenCoordinates:
+        """What is trained: V of the batch's dual coordinates, or with another optimiser than ours the delta itself."""
+        if self.editor.stepping != "normalized":
+            return OpenCoordinates(module)
+        quiet = self.editor.background.at_last().activations[:QUIET, 0].float()
+        return DualCoordinates(module, rows.reading(rows.activations).float(), quiet)
 
     def _own_rows(self, rows: TargetRows) -> tuple[list[int] | None, TargetRows]:
         """The members whose rows this rank trains on, and those rows; None and all where there are fewer than ranks."""
@@ -99,10 +157,10 @@ class DenseWriter:
         (everyone,) = self.team.rows(mine, own.detach())
         return everyone.index_copy(0, torch.tensor(mine, device=own.device), own)
 
-    def _routing_loss(self, module: Shard, rows: TargetRows, sample: Tensor) -> Tensor:
+    def _routing_loss(self, delta: Tensor, rows: TargetRows, sample: Tensor) -> Tensor:
         known, unit = self.editor.background, self.editor.unit if self.routing.relative else 1.0
         edit, irrelevant = (
-            activation_scores(prompts.float(), [module.delta], mask, self.routing.pool, check=False)[:, 0]
+            activation_scores(prompts.float(), [delta], mask, self.routing.pool, check=False)[:, 0]
             for prompts, mask in (
                 (rows.prompts.activations, rows.prompts.mask),
                 (known.activations[sample], known.mask[sample]),
@@ -111,11 +169,9 @@ class DenseWriter:
         # The scores, not the margins, are scaled: the loss stays near one.
         return self.routing.weight * routing_margin_loss(edit / unit, irrelevant / unit, self.editor.margins)
 
-    def _written(self, step: int, logits: Tensor, labels: Tensor) -> bool:
-        """Whether every target token, on every rank that trains the same shard, leads its best rival by the margin;
-        looked at every few steps."""
-        margin = self.editor.writing.margin
-        if margin is None or step % CHECK_EVERY:
+    def _written(self, logits: Tensor, labels: Tensor, margin: float | None) -> bool:
+        """Whether every target token, on every rank that trains the same shard, leads its best rival by the margin."""
+        if margin is None:
             return False
         own = (target_margin(logits.detach()[:, None], labels[:, None]) >= margin).all()
         return bool(self.editor.agreed(own))

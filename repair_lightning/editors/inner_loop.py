@@ -218,11 +218,20 @@ class OpenCoordinates:
     """
 
     def __init__(self, shard: Shard) -> None:
-        self.shard = shard
+        self.shard, self.product = shard, shard.product
         self.index = None if shard.open is None else shard.open.flatten().nonzero()[:, 0]
         self.parameter: nn.Parameter = shard.delta
         if self.index is not None:
             self.parameter = nn.Parameter(shard.delta.detach().flatten()[self.index])
+
+    @property
+    def trained(self) -> nn.Parameter:
+        """What a backward pass leaves its gradient in."""
+        return self.shard.delta
+
+    def delta(self) -> Tensor:
+        """The whole delta (D, F), which gradients reach."""
+        return self.shard.delta
 
     def step(self, optimizer: Any) -> None:
         """One step from the gradient of the shard's delta, which is used up."""
@@ -235,3 +244,6 @@ class OpenCoordinates:
             optimizer.step()
             delta.data.view(-1).index_copy_(0, self.index, self.parameter.detach())
         delta.grad = None
+
+    def finish(self) -> None:
+        """The shard already holds what was trained."""

@@ -20,8 +20,8 @@ from repair_lightning.editors.low_rank import LowRankWriter, Outcome, held_outsi
 from repair_lightning.editors.shards import ShardEditor, Steps
 from repair_lightning.errors import ConfigError
 from repair_lightning.memory.routers import Router, make_router
+from repair_lightning.memory.shards import Factors
 from repair_lightning.memory.side_memory import SideMemory
-from repair_lightning.models.tokenizing import Encoded
 from repair_lightning.types import BASE, Edit, EditBatch, EditReport
 
 
@@ -98,28 +98,16 @@ class Keyed(ShardEditor):
 
     def _rows(self, edits: Sequence[Edit], checked: bool = False) -> TargetRows:
         """Rows of the edits in the forms that they are written in; `checked`: also in those they are asked back in."""
-        forms = self.edited.forms
-        more = [(i, row) for i, edit in enumerate(edits) for row in forms.variants(edit.prompt, edit.target)[1:]]
-        return self.rows(edits, self._readable(more) + (self._checks(edits) if checked else []))
-
-    def _checks(self, edits: Sequence[Edit]) -> list[tuple[int, Encoded]]:
-        """The edits in the forms that they are asked back in, as (edit, row)."""
-        checks = self.edited.forms.checks
-        return self._readable([(i, row) for i, edit in enumerate(edits) for row in checks(edit.prompt, edit.target)])
-
-    def _readable(self, rows: Sequence[tuple[int, Encoded]]) -> list[tuple[int, Encoded]]:
-        """The rows that are not longer than what the base reads."""
-        return [(i, row) for i, row in rows if len(row.ids) <= self.edited.longest]
+        return self.rows(edits, self.variants(edits) + (self.checks(edits) if checked else []))
 
     def _asked_back(self, edits: Sequence[Edit], outcomes: list[Outcome], budget: int) -> list[Outcome]:
         """The outcomes where each edit is asked in forms that it was not written in; those that do not hold there are
         written again with these forms among the others."""
-        asked = self._checks(edits)
-        if not asked:
+        rows = self.asked_back(edits)
+        if rows is None:
             return outcomes
-        captures = self.edited.captures([row.ids for _, row in asked])
-        rows = TargetRows([row for _, row in asked], captures, [i for i, _ in asked], len(edits))
-        fails = [i for i, holds in enumerate(held_outside(self, outcomes, rows)) if not holds]
+        factors = Factors([outcomes[edit] for edit in rows.owner.tolist()], self.edited.device)
+        fails = [i for i, holds in enumerate(held_outside(self, factors, rows)) if not holds]
         if not fails:
             return outcomes
         again = LowRankWriter(self).train(self._rows([edits[i] for i in fails], checked=True), budget)

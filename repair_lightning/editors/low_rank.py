@@ -12,24 +12,21 @@ D = d_model, F = d_ffn.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from repair_lightning.editors.dense import CHECK_EVERY
 from repair_lightning.editors.inner_loop import TargetRows, TargetTail, descend
-from repair_lightning.memory.shards import Factors, Selection
+from repair_lightning.memory.shards import Adds, Selection
 
 if TYPE_CHECKING:
     from repair_lightning.editors.keyed import Keyed
+    from repair_lightning.editors.shards import ShardEditor
 
 RIDGE = 1e-4  # added to `K K^T`, as a share of its mean diagonal: two positions with one key must not blow up
-REACH = 0.1  # a step of the normalised gradient, as a share of the length of the states that it moves, at a rate of 1
-LEAD = 2.5  # steps of the normalised gradient end just beyond the margin; so much of it they go for
-OFTEN = 3  # most of these steps between looks at the margin: there are few
 
 
 class NormalizedGradient(torch.optim.Optimizer):
@@ -102,14 +99,13 @@ class Outcome:
 
 
 @torch.no_grad()
-def held_outside(editor: Keyed, outcomes: Sequence[Outcome], rows: TargetRows) -> list[bool]:
-    """Whether each edit's outcome says its target in rows that it was not trained on."""
-    factors = Factors([outcomes[edit] for edit in rows.owner.tolist()], editor.edited.device)
+def held_outside(editor: ShardEditor, added: Adds, rows: TargetRows) -> list[bool]:
+    """Whether what is added says each edit's target in rows that it was not trained on."""
     tail = TargetTail(editor.edited.split, rows, editor.tail)
-    with tail.cut(), editor.edited.forced(Selection(len(rows), [(factors, None)])):
-        logits, _ = tail(lambda _: rows.reading(factors.product(rows.activations.float())))
+    with tail.cut(), editor.edited.forced(Selection(len(rows), [(added, None)])):
+        logits, _ = tail(lambda _: rows.reading(added.product(rows.activations.float())))
     wrong = set(rows.owner[rows.row[logits.argmax(-1) != rows.labels]].tolist())
-    return [edit not in wrong for edit in range(len(outcomes))]
+    return [edit not in wrong for edit in range(rows.members)]
 
 
 class LowRankWriter:
@@ -140,12 +136,9 @@ class LowRankWriter:
 
     def _phase(self, rows: TargetRows, training: LowRankTraining, budget: int) -> tuple[int, list[bool], list[float]]:
         """Steps until half of the edits are done or the budget is used; returns how many, who is, and the losses."""
-        editor, margin, every, rate = self.editor, self.editor.writing.margin, CHECK_EVERY, self.editor.value_rate
-        tail, values = TargetTail(editor.edited.split, rows, editor.tail), training.values
-        if editor.stepping == "normalized":
-            margin, every = None if margin is None else LEAD * margin, OFTEN
-            sizes = tail.states.float().norm(dim=-1)
-            rate = editor.writing.rate * REACH * float(sizes[sizes.isfinite()].mean())  # one bad edit spoils no other
+        editor, values = self.editor, training.values
+        tail = TargetTail(editor.edited.split, rows, editor.tail)
+        margin, every, rate = editor.pace(tail.states, editor.value_rate)
         ready = torch.zeros(rows.members, dtype=torch.bool)
 
         def done(step: int, logits: Tensor, losses: Tensor) -> bool:

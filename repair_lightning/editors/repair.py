@@ -3,8 +3,10 @@
 Paper: "REPAIR: Robust Editing via Progressive Adaptive Intervention and Reintegration", arXiv 2510.01879, Sec. 2,
 Alg. 1-4. WISE (arXiv 2405.14768) is the special case of one shard at a time, batches of one and no feedback.
 
-Our deviations, each a switch:
-  * routing by key is the default, the paper's activation score is `routing.router=activation`;
+Our deviations, each a switch (docs/studies/repair-on-a-real-model.md says why):
+  * shards are trained in dual coordinates (`editors/dense.py`); `writing.optimizer` takes the paper's steps;
+  * an edit is written in several forms, and asked back in another;
+  * routing by key is the default, the paper's activation score is `routing.router=activation`, both are `hybrid`;
   * the router sees the prompt alone, once per sequence; thresholds are calibrated on held-out irrelevant prompts;
   * the edit loss includes the end-of-sequence token and may be averaged over contexts that the base wrote;
   * rates and margins are relative to the base's own states and activations unless `relative` is off;
@@ -23,18 +25,22 @@ import torch
 from torch import Tensor
 
 from repair_lightning.editors.base import register
-from repair_lightning.editors.dense import DenseWriter
+from repair_lightning.editors.dense import QUIET, DenseWriter
 from repair_lightning.editors.inner_loop import TargetRows
+from repair_lightning.editors.low_rank import held_outside
 from repair_lightning.editors.shards import ShardEditor, Steps
 from repair_lightning.errors import ConfigError
-from repair_lightning.functional import Margins, activation_scores
+from repair_lightning.functional import Margins, activation_scores, fused_delta
 from repair_lightning.functional.routing import Pool
 from repair_lightning.memory.routers import ROUTERS, Router, make_router
 from repair_lightning.memory.shards import Shard
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.models.base import Base
+from repair_lightning.models.tokenizing import Encoded
 from repair_lightning.texts.dialogue import behind
 from repair_lightning.types import Edit, EditBatch, EditReport
+
+MERGE_RIDGE = 1e-3  # of the least-squares merge: ten times as much loses the edits
 
 
 @dataclass
@@ -80,7 +86,7 @@ class Writing(Steps):
     """
 
     relative: bool = True
-    capacity: int = 128
+    capacity: int = 16
     contexts: int = 0
     mask_ratio: float = 1.0
     shards: int = 0
@@ -201,9 +207,8 @@ class Repair(ShardEditor):
         """
         module = self._dense(shard)
         before = module.delta.detach().clone()
-        rows = self._rows(batch.edits, self._rehearsal(shard, batch))
         budget = self.writing.steps * (1 + self.attempts(batch.edits))
-        steps, loss, kd = DenseWriter(self).train(shard, module, rows, budget)
+        rows, steps, loss, kd = self._train(module, batch.edits, self._rehearsal(shard, batch), budget)
         size = float(module.delta.detach().norm())  # a norm layer can hide an overflow from the loss
         if not all(math.isfinite(value) for value in [*loss, *kd, size]):
             module.delta.data.copy_(before)
@@ -219,10 +224,55 @@ class Repair(ShardEditor):
         self.enter(kept, [shard] * len(kept), rows.prompts.rows(torch.tensor(stays)))
         return [EditReport(id, shard, loss[i], kd[i], steps, not stays[i]) for i, id in enumerate(batch.ids)]
 
-    def _rows(self, edits: Sequence[Edit], rehearsed: Sequence[Edit] = ()) -> TargetRows:
-        """The training rows of a batch: its own, each again after texts that the base wrote, and rehearsed edits."""
+    def _train(
+        self, module: Shard, edits: Sequence[Edit], rehearsed: Sequence[Edit], budget: int
+    ) -> tuple[TargetRows, int, list[float], list[float]]:
+        """Train a batch; where an edit does not hold in a form that it was not written in, once more with that form.
+
+        Returns the rows, the steps taken, and each member's last edit loss and distillation loss.
+        """
+        rows = self._rows(edits, rehearsed)
+        steps, loss, kd = DenseWriter(self).train(module, rows, budget)
+        asked = self.asked_back(edits) if self.in_forms else None
+        fails = [] if asked is None else [i for i, holds in enumerate(held_outside(self, module, asked)) if not holds]
+        if fails and all(map(math.isfinite, loss)):
+            rows = self._rows(edits, rehearsed, [(i, row) for i, row in self.checks(edits) if i in fails])
+            more, loss, kd = DenseWriter(self).train(module, rows, budget)
+            steps += more
+        return rows, steps, loss, kd
+
+    def _rows(
+        self, edits: Sequence[Edit], rehearsed: Sequence[Edit] = (), more: Sequence[tuple[int, Encoded]] = ()
+    ) -> TargetRows:
+        """The training rows of a batch: its own in several forms, each again after texts that the base wrote, `more`,
+        and rehearsed edits."""
         texts = [(i, behind(context, edit.prompt)) for i, edit in enumerate(edits) for context in self.contexts]
-        return self.rows(edits, [(i, self._encode(text, edits[i].target)) for i, text in texts], rehearsed)
+        after = [(i, self._encode(text, edits[i].target)) for i, text in texts]
+        return self.rows(edits, [*(self.variants(edits) if self.in_forms else ()), *after, *more], rehearsed)
+
+    @property
+    def stepping(self) -> str:
+        """`writing.optimizer`, or steps in dual coordinates."""
+        return self.writing.optimizer or "normalized"
+
+    @property
+    def in_forms(self) -> bool:
+        """Whether edits are written in several forms: not by the paper's own steps."""
+        return self.stepping == "normalized"
+
+    @torch.no_grad()
+    def least_squares(self, shards: Sequence[int], weights: Sequence[float]) -> Tensor:
+        """The delta (D, F) that adds what the shards add where their own edits are read, as far as one can, and nothing
+        to irrelevant prompts; edits of a shard with a larger weight are met more closely."""
+        keys, values = [], []
+        for shard, weight in zip(shards, weights, strict=True):
+            rows = self._rows([self.ledger.edit(id) for id in self.ledger.owned_by(shard)])
+            own = rows.reading(rows.activations).float() * math.sqrt(weight * len(shards))
+            keys.append(own)
+            values.append(self.memory[shard].product(own))
+        quiet = self.background.at_last().activations[:QUIET, 0].float()
+        keep = len(quiet) / sum(map(len, keys))
+        return fused_delta(torch.cat(keys), torch.cat(values), quiet, keep, MERGE_RIDGE).to(quiet.device)
 
     def batch_limit(self, edits: Sequence[Edit]) -> int:
         """Besides, no more than `capacity`, a quarter of it after each attempt."""

@@ -17,6 +17,11 @@ from repair_lightning.memory.query import Query
 from repair_lightning.models.tokenizing import Encoded
 from repair_lightning.types import Edit, EditBatch
 
+CHECK_EVERY = 10  # steps between looks at the margin
+REACH = 0.1  # a step of the normalised gradient, as a share of the length of the states that it moves, at a rate of 1
+LEAD = 2.5  # steps of the normalised gradient end just beyond the margin; so much of it they go for
+OFTEN = 3  # most of these steps between looks at the margin: there are few
+
 
 class ShardEditor(AdaptiveEditor):
     """An editor whose edits live in shards of the side memory, found by a router.
@@ -58,6 +63,37 @@ class ShardEditor(AdaptiveEditor):
         reach = prompts.activations.float().abs().sum(-1)
         self.lr_unit = float((size / reach.clamp_min(1e-12)).mean())
         self.value_rate = self.writing.rate * float(size.mean())
+
+    def pace(self, states: Tensor, otherwise: float) -> tuple[float | None, int, float]:
+        """The margin that inner steps go for, how many come between looks at it, and their rate: `otherwise`, but for
+        steps of the normalised gradient what suits the states (M, D) that they move."""
+        margin = self.writing.margin
+        if self.stepping != "normalized":
+            return margin, CHECK_EVERY, otherwise
+        sizes = states.float().norm(dim=-1)
+        rate = self.writing.rate * REACH * float(sizes[sizes.isfinite()].mean())  # one bad edit spoils no other
+        return None if margin is None else LEAD * margin, OFTEN, rate
+
+    def variants(self, edits: Sequence[Edit]) -> list[tuple[int, Encoded]]:
+        """The edits in the other forms that they are written in, as (edit, row), but for what the base cannot read."""
+        forms = self.edited.forms
+        return self._readable([(i, row) for i, e in enumerate(edits) for row in forms.variants(e.prompt, e.target)[1:]])
+
+    def checks(self, edits: Sequence[Edit]) -> list[tuple[int, Encoded]]:
+        """The edits in the forms that they are asked back in, likewise."""
+        forms = self.edited.forms
+        return self._readable([(i, row) for i, e in enumerate(edits) for row in forms.checks(e.prompt, e.target)])
+
+    def asked_back(self, edits: Sequence[Edit]) -> TargetRows | None:
+        """Rows of the edits in the forms that they are asked back in; None where a base has no such form."""
+        found = self.checks(edits)
+        if not found:
+            return None
+        captures = self.edited.captures([row.ids for _, row in found])
+        return TargetRows([row for _, row in found], captures, [i for i, _ in found], len(edits))
+
+    def _readable(self, rows: Sequence[tuple[int, Encoded]]) -> list[tuple[int, Encoded]]:
+        return [(i, row) for i, row in rows if len(row.ids) <= self.edited.longest]
 
     def rows(
         self, edits: Sequence[Edit], more: Sequence[tuple[int, Encoded]], rehearsed: Sequence[Edit] = ()

@@ -54,6 +54,19 @@ def damped_change(keys: Tensor, residual: Tensor, moment: Tensor) -> Tensor:
     return torch.linalg.solve(normal, keys.double().T @ residual.double()).T.to(residual.dtype)
 
 
+def dual_basis(keys: Tensor, quiet: Tensor, ridge: float) -> Tensor:
+    """C (n, F) with `K C^T` near the identity and `Q C^T` near zero, for keys K (n, F) and quiet keys Q (m, F).
+
+    `delta = V^T C` is then the ridge solution that gives values V (n, D) for the keys and nothing for the quiet ones:
+    `C` are the first n rows of `(Z Z^T + ridge c I)^-1 Z` with `Z = [K; Q]` and c the keys' mean square length.
+    """
+    stacked = torch.cat([keys, quiet.to(keys)]).double()
+    gram = stacked @ stacked.T
+    gram.diagonal().add_(ridge * gram.diagonal()[: len(keys)].mean() + torch.finfo(gram.dtype).tiny)
+    weights = torch.linalg.solve(gram, torch.eye(len(gram), len(keys), dtype=gram.dtype, device=gram.device))
+    return (weights.T @ stacked).to(keys.dtype)
+
+
 @dataclass(frozen=True)
 class Recursion:
     """A least-squares problem that grows: its minimiser, and what is needed to take in more.
