@@ -18,15 +18,13 @@ import torch
 from repair_lightning.edits.ledger import EditStatus
 from repair_lightning.errors import counted
 from repair_lightning.packs.pack import bytes_left
-from repair_lightning.scoring.earlier import Answered, answered, kept
-from repair_lightning.scoring.feature_map import feature_map
+from repair_lightning.scoring.correctness import Answered, answered, kept
 from repair_lightning.scoring.forms import form_scores
-from repair_lightning.scoring.metrics import Scores
-from repair_lightning.scoring.peak_memory import PeakMemory
+from repair_lightning.scoring.measures import PeakMemory, feature_map
 from repair_lightning.scoring.probes import ProbeScorer, load_probes
-from repair_lightning.scoring.protocols import AUTOREGRESSIVE, TEACHER_FORCED
+from repair_lightning.scoring.protocols import AUTOREGRESSIVE, TEACHER_FORCED, Scores
 from repair_lightning.scoring.same_subject import same_subject
-from repair_lightning.scoring.scorer import Result, Scorer, oracle_choice
+from repair_lightning.scoring.scorer import Result, Scorer
 from repair_lightning.scoring.singles import Singles
 
 from .editing import Editing, stream_of
@@ -146,8 +144,9 @@ class Scoreboard(pl.Callback):
 
     def _ask(self, stage: str, scorer: Scorer, editor: Editing, perfect: bool = False) -> Result:
         owners = editor.owner_choice([question.edit for question in scorer.questions])
-        choice = oracle_choice(scorer.questions, owners) if perfect else scorer.choose()
-        return scorer.score(stage, choice, owners, editor.base_changed)
+        if perfect:
+            return scorer.by_oracle(owners, editor.base_changed)
+        return scorer.score(stage, scorer.choose(), owners, editor.base_changed)
 
     def _score(self, stage: str, editor: Editing) -> None:
         if self.singles is not None:

@@ -23,8 +23,7 @@ from repair_lightning.functional import fused_delta
 from repair_lightning.models.base import base_files, weights_hash_of
 from repair_lightning.models.prefix_cache import PrefixCache
 from repair_lightning.packs.pack import BASE_FOLDER, CONFIG_FILE, Pack, PackedModel
-from repair_lightning.scoring.metrics import overall_performance
-from repair_lightning.scoring.protocols import AUTOREGRESSIVE, answers, normalise
+from repair_lightning.scoring.protocols import AUTOREGRESSIVE, answers, normalise, overall_performance
 from repair_lightning.scoring.scorer import Scorer
 from repair_lightning.storage.files import write_json
 from repair_lightning.storage.folders import replace_folder, whereabouts

@@ -11,8 +11,7 @@ from rich.console import Console
 
 from repair_lightning.errors import counted
 from repair_lightning.reports.tables import Table
-from repair_lightning.scoring.metrics import KINDS
-from repair_lightning.scoring.protocols import AUTOREGRESSIVE, PROTOCOLS
+from repair_lightning.scoring.protocols import AUTOREGRESSIVE, KINDS, PROTOCOLS
 
 STAGES = {"pre_edit": "before", "before_merge": "before merge", "final": "after", "oracle_routing": "oracle routing"}
 SCORES_IN_WORDS = {**{name: name.capitalize() for name in KINDS}, "op": "OP"}

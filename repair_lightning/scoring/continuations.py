@@ -15,13 +15,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from repair_lightning.errors import RepairError
 from repair_lightning.models.edited import EditedModel
 from repair_lightning.models.prefix import pad_left
-from repair_lightning.scoring.protocols import decoded, forced_choice, sorted_batches
+from repair_lightning.scoring.protocols import decoded, sorted_batches
 from repair_lightning.types import BASE
-
-
-def longest_text(model: EditedModel) -> int:
-    """The longest text that the base reads, in tokens; 2048 where its configuration does not say."""
-    return model.longest or 2048
 
 
 @torch.no_grad()
@@ -31,8 +26,8 @@ def route_contexts(model: EditedModel, contexts: Sequence[Sequence[int]], batch_
     Equal contexts are asked once. One without words asks for nothing: the base answers. Of one that is longer than the
     base reads, the end counts.
     """
-    special, limit = set(model.tokenizer.all_special_ids), longest_text(model)
-    rows = [tuple(context[-limit:]) for context in contexts]
+    special = set(model.tokenizer.all_special_ids)
+    rows = [tuple(context[-model.longest :]) for context in contexts]
     asked = [row for row in dict.fromkeys(rows) if not special.issuperset(row)]
     found = dict.fromkeys(rows, BASE)
     for start in range(0, len(asked), batch_size):
@@ -54,7 +49,7 @@ def log_likelihoods(
     Contexts have at least one token; of what is too long for the base, the end is read, and a continuation alone that
     is too long is a RepairError. `memory` holds (B,) shard ids or `BASE`.
     """
-    limit = longest_text(model)
+    limit = model.longest
     if (most := max(map(len, continuations), default=0)) > limit:
         raise RepairError(f"a continuation has {most} tokens, and the base reads {limit}; leave its task out")
     rows = [[*context, *then][-limit - 1 :] for context, then in zip(contexts, continuations, strict=True)]
@@ -62,7 +57,7 @@ def log_likelihoods(
     for index in sorted_batches([len(row) for row in rows], batch_size):
         ids, mask = pad_left([rows[i][:-1] for i in index], device=model.device)
         keep = max(1, *(len(continuations[i]) for i in index))
-        with model.forced(forced_choice(memory[index])):
+        with model.forced(memory[index]):
             logits = model.base(**model.split.inputs(ids, mask), logits_to_keep=keep).logits
         for i, row in zip(index, logits, strict=True):
             then = torch.tensor(continuations[i], dtype=torch.long, device=row.device)
@@ -110,12 +105,10 @@ def completions(
     Contexts have at least one token; of what is too long for the base, the end is read. `memory` holds (B,) shard ids
     or `BASE`.
     """
-    room = longest_text(model) - max_new_tokens
+    room = model.longest - max_new_tokens
     if room < 1:
-        raise RepairError(
-            f"max_gen_toks is {max_new_tokens}, and the base reads {longest_text(model)} tokens, the context's with "
-            "them; give fewer"
-        )
+        words = f"max_gen_toks is {max_new_tokens}, and the base reads {model.longest} tokens, the context's with them"
+        raise RepairError(f"{words}; give fewer")
     rows, found = [context[-room:] for context in contexts], [""] * len(contexts)
     for index in sorted_batches([len(row) for row in rows], batch_size):
         stop = StoppingCriteriaList([_Until(model, until)])

@@ -16,8 +16,7 @@ from torch import Tensor
 from repair_lightning.models.edited import EditedModel
 from repair_lightning.models.forms import Forms
 from repair_lightning.scoring import protocols
-from repair_lightning.scoring.continuations import longest_text
-from repair_lightning.scoring.metrics import mean_of
+from repair_lightning.scoring.protocols import contains, mean_of, same_answer
 from repair_lightning.types import BASE, Edit
 
 FORMS = ("bare", "chat", "system", "second_turn", "wrapped", "long")
@@ -68,8 +67,7 @@ def form_scores(
     scores: dict[str, dict[str, float | None]] = {}
     lines: list[dict[str, Any]] = []
     for form in FORMS:
-        rows = [(edit, row) for edit, forms in asked if (row := forms[form]) is not None]
-        rows = [(edit, row) for edit, row in rows if len(row) < longest_text(model)]
+        rows = [(edit, row) for edit, forms in asked if (row := forms[form]) and len(row) < model.longest]
         parts = [_answered(model, rows[start : start + _BATCH]) for start in range(0, len(rows), _BATCH)]
         found = [{"stage": "forms", "form": form, **line} for part in parts for line in part]
         scores[form] = {name: mean_of(line[name] for line in found) for name in FIGURES}
@@ -77,26 +75,27 @@ def form_scores(
     return scores, lines
 
 
-def _answered(model: EditedModel, rows: Sequence[tuple[Edit, list[int]]]) -> list[dict[str, Any]]:
-    limits = [len(model.forms.continued(row, edit.target).target) + 8 for edit, row in rows]
-    choice = model.choose_rows([row for _, row in rows])
+def _answered(model: EditedModel, asked: Sequence[tuple[Edit, list[int]]]) -> list[dict[str, Any]]:
+    rows = [row for _, row in asked]
+    limits = [len(model.forms.continued(row, edit.target).target) + 8 for edit, row in asked]
+    choice = model.choose_rows(rows)
     targets = [model.target_of(nearest) or "" if nearest is not None else "" for nearest in choice.nearest]
 
     def answers(at: list[int], memory: Tensor) -> dict[int, str]:
-        found = protocols.answer_rows(model, [rows[i][1] for i in at], memory, [limits[i] for i in at])
+        found = protocols.answer_rows(model, [rows[i] for i in at], memory[at], [limits[i] for i in at])
         return dict(zip(at, found, strict=True))
 
     fires = (choice.memory != BASE).tolist()
     # Where the choice has asked the shard for its target already, that is the answer.
     ask = [i for i, fired in enumerate(fires) if not (fired and model.router.vouches)]
-    said = {i: protocols.shown_answer(target) for i, target in enumerate(targets)} | answers(ask, choice.memory[ask])
-    right = [protocols.same_answer(said[i], edit.target) for i, (edit, _) in enumerate(rows)]
+    said = {i: protocols.shown_answer(target) for i, target in enumerate(targets)} | answers(ask, choice.memory)
+    right = [same_answer(said[i], edit.target) for i, (edit, _) in enumerate(asked)]
     doubtful = [i for i, fired in enumerate(fires) if fired and not right[i]]
-    base_says = answers(doubtful, torch.full((len(doubtful),), BASE))
+    base_says = answers(doubtful, torch.full_like(choice.memory, BASE))
     found = []
-    for i, (edit, _) in enumerate(rows):
-        garbled = i in base_says and said[i] != base_says[i] and not protocols.same_answer(said[i], targets[i])
+    for i, (edit, _) in enumerate(asked):
+        garbled = i in base_says and said[i] != base_says[i] and not same_answer(said[i], targets[i])
         line = {"id": edit.id, "expected": edit.target, "answer": said[i], "memory": int(choice.memory[i])}
-        line |= {"nearest": choice.nearest[i], "rel": right[i], "contains": protocols.contains(said[i], edit.target)}
+        line |= {"nearest": choice.nearest[i], "rel": right[i], "contains": contains(said[i], edit.target)}
         found.append(line | {"fires": fires[i], "garbled": garbled})
     return found

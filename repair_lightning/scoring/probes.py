@@ -1,8 +1,10 @@
-"""General-knowledge probes: questions that no edit touches, asked before and after, to see what else changed."""
+"""Questions that no edit should touch: general-knowledge probes, asked before and after, and questions about edited
+subjects for what guards."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +12,10 @@ import torch
 
 from repair_lightning.edits.records import read_rows
 from repair_lightning.errors import FieldError, RecordError
+from repair_lightning.memory.routers import Anchor
 from repair_lightning.models.edited import EditedModel
 from repair_lightning.scoring import protocols
+from repair_lightning.texts.relations import STAND_IN, bank
 from repair_lightning.types import BASE
 
 
@@ -72,3 +76,23 @@ class ProbeScorer:
 
     def _right(self, i: int, said: str) -> bool:
         return protocols.normalise(said) in {protocols.normalise(answer) for answer in self.probes[i].answers}
+
+
+_EACH = 8
+"""Most questions about one subject."""
+_WORDINGS = 64
+"""So many wordings of the bank, at even distances, are put to use: what the router reads of them it reads once."""
+
+
+def guard_questions(anchors: Sequence[Anchor], number: int) -> list[str]:
+    """At most `number` other questions about what some edits are about, for what guards, the same for the same edits:
+    from the bank of wordings, so none that scoring asks."""
+    named = [anchor for anchor in anchors if anchor.subject][:number]
+    each = min(_EACH, number // max(len(named), 1))
+    wordings = bank()[0][:: len(bank()[0]) // _WORDINGS]
+    found = [
+        wording.replace(STAND_IN, anchor.subject)
+        for anchor in named
+        for wording in random.Random(anchor.asked).sample(wordings, each)
+    ]
+    return list(dict.fromkeys(found))

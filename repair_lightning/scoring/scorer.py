@@ -17,8 +17,7 @@ from torch import Tensor
 from repair_lightning.memory.query import Choice
 from repair_lightning.models.edited import EditedModel
 from repair_lightning.scoring import protocols
-from repair_lightning.scoring.metrics import KIND_OF_PROMPT, Scores, mean_of, scores_of
-from repair_lightning.scoring.protocols import AUTOREGRESSIVE
+from repair_lightning.scoring.protocols import AUTOREGRESSIVE, KIND_OF_PROMPT, Scores, mean_of, scores_of
 from repair_lightning.storage.files import rounded
 from repair_lightning.types import BASE, Edit
 
@@ -28,8 +27,7 @@ Reply = tuple[str, list[int]]
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One prompt of an edit: `kind` is `edit`, `rephrase`, `locality` or `near`; `expected` is the data set's
-    answer."""
+    """One prompt of an edit of a kind in `KIND_OF_PROMPT`; `expected` is the data set's answer."""
 
     edit: str
     kind: str
@@ -94,9 +92,10 @@ class Scorer:
         """The base's own replies; asked once, so ask before anything changes the base."""
         return self._ask(list(range(len(self.questions))), self.nobody)
 
-    def score(self, stage: str, choice: Choice, owners: Tensor, fresh: bool = False) -> Result:
-        """Score a stage, given the memory of each question and `owners` (n,), the shard that owns its edit, or `BASE`.
-        `fresh` asks every question again, because the base itself has changed."""
+    def score(self, stage: str, who: Choice | Tensor, owners: Tensor, fresh: bool = False) -> Result:
+        """Score a stage, given who answers each question, a choice or memories (n,), and `owners` (n,), the shard that
+        owns its edit, or `BASE`. `fresh` asks every question again, because the base itself has changed."""
+        choice = who if isinstance(who, Choice) else replace(Choice.base(len(who)), memory=who)
         marks, rows = [], []
         for i, (said, tokens) in enumerate(self._replies(choice.memory, fresh)):
             question, (own, own_tokens) = self.questions[i], self.base[i]
@@ -107,9 +106,8 @@ class Scorer:
             exact = protocols.same_answer(said, right)
             marks.append((question.kind, float(exact), protocols.token_share(tokens, right_tokens)))
             row: dict[str, Any] = {"stage": stage, "id": question.edit, "kind": question.kind}
-            row |= {"prompt": question.prompt, "expected": question.expected, "answer": said}
-            row |= {"base_answer": own, "correct": exact}
-            row |= {"teacher_forced": rounded(marks[-1][2]), "memory": int(choice.memory[i])}
+            row |= {"prompt": question.prompt, "expected": question.expected, "answer": said, "base_answer": own}
+            row |= {"correct": exact, "teacher_forced": rounded(marks[-1][2]), "memory": int(choice.memory[i])}
             row |= {"score": rounded(float(choice.score[i])), "threshold": rounded(float(choice.threshold[i]))}
             rows.append(row | {"nearest": choice.nearest[i]})
         scores = {name: found | {"contains": None, "garbled": None} for name, found in scores_of(marks).items()}
@@ -121,7 +119,12 @@ class Scorer:
 
     def by_base(self, stage: str, fresh: bool = False) -> Result:
         """Score a stage in which the base answers everything and owns every edit."""
-        return self.score(stage, Choice.base(len(self.nobody)), self.nobody, fresh)
+        return self.score(stage, self.nobody, self.nobody, fresh)
+
+    def by_oracle(self, owners: Tensor, fresh: bool = False) -> Result:
+        """Score perfect routing: an edit's prompts to its owner, everything else to the base."""
+        keeps = torch.tensor([question.keeps_base for question in self.questions], dtype=torch.bool)
+        return self.score("oracle", owners.masked_fill(keeps, BASE), owners, fresh)
 
     def choose(self) -> Choice:
         """The router's choice for every question, from its prompt alone."""
@@ -150,18 +153,15 @@ class Scorer:
 
     def _replies(self, memory: Tensor, fresh: bool) -> list[Reply]:
         """What each question's memory says; it is asked again only if it changed since it was last asked."""
-        found = list(self.base)
         changed = f"base {self.model.weights.fingerprint()} " if fresh else ""
         holds = {BASE: changed}  # what each memory in use holds, as a hash: equal ones give equal answers
         for shard in set(memory.tolist()) - {BASE}:
             holds[shard] = changed + self.model.memory[shard].fingerprint() + self.model.router.fingerprint(shard)
         keys = {i: (i, holds[shard]) for i, shard in enumerate(memory.tolist()) if fresh or shard != BASE}
-        ask = [i for i, key in keys.items() if key not in self._said]
-        if ask:
+        base = self.base  # asked first
+        if ask := [i for i, key in keys.items() if key not in self._said]:
             self._said.update(zip((keys[i] for i in ask), self._ask(ask, memory[ask]), strict=True))
-        for i, key in keys.items():
-            found[i] = self._said[key]
-        return found
+        return [self._said[keys[i]] if i in keys else own for i, own in enumerate(base)]
 
     def _garbled(self, row: dict[str, Any]) -> bool:
         """Whether a shard's answer is neither a target nor the base's."""
@@ -184,9 +184,3 @@ def confusion(questions: Sequence[Question], memory: Tensor, owners: Tensor) -> 
         kind: {name: found.count(name) / len(found) for name in ("base", "right", "wrong")} if found else None
         for kind, found in who.items()
     }
-
-
-def oracle_choice(questions: Sequence[Question], owners: Tensor) -> Choice:
-    """Perfect routing: an edit's prompts to its owner, everything else to the base."""
-    memory = [BASE if q.keeps_base else owner for q, owner in zip(questions, owners.tolist(), strict=True)]
-    return replace(Choice.base(len(questions)), memory=torch.tensor(memory, dtype=torch.long))

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from repair_lightning.scoring.metrics import Scores, scores_of
-from repair_lightning.scoring.protocols import perplexity
-from repair_lightning.scoring.scorer import Result, Scorer, confusion, oracle_choice
+from repair_lightning.scoring.protocols import Scores, perplexity, scores_of
+from repair_lightning.scoring.scorer import Result, Scorer, confusion
 
 if TYPE_CHECKING:
     from repair_lightning.editors.base import Editor
@@ -39,7 +38,7 @@ class Singles:
         choice, fresh = part.choose(), editor.base_changed
         self.rows += part.score("final", choice, owners, fresh).rows
         self.owners += owners.tolist()
-        self.oracle += _marks(part.score("oracle", oracle_choice(part.questions, owners), owners, fresh).rows)
+        self.oracle += _marks(part.by_oracle(owners, fresh).rows)
         self.memory_bytes.append(memory_bytes)
         self.deviations.append({str(layer): x for layer, x in editor.edited.weights.deviations().items()})
         if losses:
