@@ -36,8 +36,7 @@ def draw_figures(folders: Sequence[Path], to: Path) -> tuple[list[Path], list[st
 
 def draw_comparison(folder: Path, results: Sequence[Result], grid: Grid | None = None) -> list[Path]:
     """Draw OP over a grid as `heat_map`, or against what an edit costs; returns the PNG files, none without an OP."""
-    costs = [charts.op_against(cost, results) for cost in charts.COSTS]
-    drawn = costs if grid is None else [charts.sensitivity(grid, results, "heat_map")]
+    drawn = charts.op_against(results) if grid is None else [charts.sensitivity(grid, results, "heat_map")]
     return [chart.write(folder)[0] for chart in drawn if isinstance(chart, Chart)]
 
 
@@ -51,9 +50,8 @@ def gather(folders: Sequence[Path]) -> tuple[list[Artefacts], list[Comparison]]:
         inside = [file.parent for file in sorted(folder.rglob("metrics.json"))]
         alone = [run for run in inside if not any(run.is_relative_to(table) for table in tables)]
         if not tables and not alone:
-            raise ConfigError(
-                f"'{folder}' holds no finished run and no comparison; give a run directory or a folder of them"
-            )
+            words = "holds no finished run and no comparison; give a run directory or a folder of them"
+            raise ConfigError(f"'{folder}' {words}")
         comparisons += [Comparison(table.resolve().name, *read_tables(table)) for table in tables]
         runs += [Artefacts.read(run) for run in alone]
     return runs, comparisons
@@ -63,15 +61,14 @@ def charts_of(runs: Sequence[Artefacts], comparisons: Sequence[Comparison]) -> I
     """Every chart, or why there is none: of each run, of each comparison, and of all together."""
     of_runs = {name: make for name, make in charts.RUN_CHARTS.items() if name != "cost"}
     for run in runs:
-        yield from (_named(make(run), run.name if len(runs) > 1 else "") for make in of_runs.values())
+        yield from (_named(make(run), run.name, len(runs)) for make in of_runs.values())
     if not runs:
         yield f"{', '.join(of_runs)}: need the directory of a run"
     plain = [one for one in comparisons if one.grid is None]
     several = [one for one in plain if len({result.variant for result in one.results}) > 1]
     for one in several:
-        costs = (charts.op_against(spent, one.results) for spent in charts.COSTS)
-        for chart in (charts.components(one.results), *costs):
-            yield _named(chart, one.name if len(several) > 1 else "")
+        drawn = (charts.components(one.results), *charts.op_against(one.results))
+        yield from (_named(chart, one.name, len(several)) for chart in drawn)
     if not several:
         yield charts.components([])
     for one in comparisons:
@@ -84,9 +81,9 @@ def charts_of(runs: Sequence[Artefacts], comparisons: Sequence[Comparison]) -> I
     yield charts.cost(pd.concat([charts.costs_of(runs), *spent]))
 
 
-def _named(chart: Chart | str, of: str) -> Chart | str:
-    """A chart whose files, or a line that, says what it is of."""
-    if not of:
+def _named(chart: Chart | str, of: str, among: int) -> Chart | str:
+    """A chart whose files, or a line that, says what it is of, where it is one among several."""
+    if among < 2:
         return chart
     return f"{of}: {chart}" if isinstance(chart, str) else replace(chart, name=f"{chart.name}-{_plain(of)}")
 

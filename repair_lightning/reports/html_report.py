@@ -23,7 +23,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from repair_lightning.edits.ledger import EditStatus
 from repair_lightning.reports import comparison, report_tables
 from repair_lightning.reports.artefacts import Artefacts, base_name
-from repair_lightning.reports.charts import COSTS, RUN_CHARTS, op_against, scale
+from repair_lightning.reports.charts import RUN_CHARTS, op_against, scale
 from repair_lightning.reports.drawing import Chart
 from repair_lightning.reports.report import form_frame, loop_words, percent, score_frame, side_words
 from repair_lightning.reports.tables import Table
@@ -88,7 +88,7 @@ def write_comparison_page(folder: Path, results: Sequence[comparison.Result]) ->
         lead=comparison.lead(results),
         sections=[
             Section("scores", "Scores and costs", comparison.remarks(results), tables),
-            _pictures([scale(results), *(op_against(spent, results) for spent in COSTS)]),
+            _pictures([scale(results), *op_against(results)]),
             Section("how", "What was run", tables=[Table("", runs, id="runs")]),
         ],
         tiles={},
