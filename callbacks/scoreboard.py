@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
@@ -22,7 +23,7 @@ from repair_lightning.scoring.correctness import Answered, answered, kept
 from repair_lightning.scoring.forms import form_scores
 from repair_lightning.scoring.measures import PeakMemory, feature_map
 from repair_lightning.scoring.probes import ProbeScorer, load_probes
-from repair_lightning.scoring.protocols import AUTOREGRESSIVE, TEACHER_FORCED, Scores
+from repair_lightning.scoring.protocols import AUTOREGRESSIVE, TEACHER_FORCED, Scores, scores_of
 from repair_lightning.scoring.same_subject import same_subject
 from repair_lightning.scoring.scorer import Result, Scorer
 from repair_lightning.scoring.singles import Singles
@@ -125,7 +126,7 @@ class Scoreboard(pl.Callback):
             self._score("final", pl_module)
             edits = stream_of(trainer).edits
             if self.singles is not None:
-                self.oracle = self.singles.oracle_scores()
+                self.oracle = scores_of(self.singles.oracle)
             else:
                 self.oracle = self._ask("oracle", self.scorer, pl_module, perfect=True).scores
                 self.beside["same_subject"] = same_subject(pl_module.edited, edits, pl_module.base_changed)
@@ -157,7 +158,7 @@ class Scoreboard(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The time spent so far on editing, the curve, and how a pack's edits were answered at the start."""
-        singles = self.singles.as_dict() if self.singles else None
+        singles = asdict(self.singles) if self.singles else None
         seconds = {"edit_seconds": self._edited(), "prepare_seconds": self.prepare_seconds}
         return {**seconds, "curve": self.curve, "earlier": self.answered, "singles": singles}
 

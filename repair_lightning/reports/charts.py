@@ -41,7 +41,9 @@ def separation(run: Artefacts, bins: int = 40) -> Chart | str:
         panel = f"{KINDS_IN_WORDS[kind]} ({len(values):,})"
         shares = 100 * np.histogram(values.clip(edges[0], edges[-1]), edges)[0] / len(values)
         places = zip((edges[:-1] + edges[1:]) / 2, shares, strict=True)
-        rows += [{"prompts": panel, "ratio": round(x, 4), "share": round(y, 3)} for x, y in np.array([*places]).tolist()]
+        rows += [
+            {"prompts": panel, "ratio": round(x, 4), "share": round(y, 3)} for x, y in np.array([*places]).tolist()
+        ]
     about = torch.tensor(np.concatenate([found[kind] for kind in MEANT]))
     areas = {kind: auroc(about, torch.tensor(found[kind])) for kind in OTHERS}
     apart = [f"{area:.3f} against {KINDS_IN_WORDS[kind]} prompts" for kind, area in areas.items() if area is not None]
@@ -303,17 +305,17 @@ def costs_of_results(results: Sequence[Result], before: str = "") -> pd.DataFram
 def op_against(results: Sequence[Result]) -> Iterator[Chart | str]:
     """OP of editors against what an edit costs, each of `COSTS`, a point for each number of edits: upper left is
     best."""
-    for cost, title in COSTS.items():
-        frame = finished(results).dropna(subset=[cost, "OP"])
-        frame = frame[frame[cost] > 0]
+    for spent, title in COSTS.items():
+        frame = finished(results).dropna(subset=[spent, "OP"])
+        frame = frame[frame[spent] > 0]
         if frame.empty:
-            yield f"op_against_{cost}: needs a comparison with finished runs that say what an edit cost"
+            yield f"op_against_{spent}: needs a comparison with finished runs that say what an edit cost"
             continue
-        found = frame.groupby(["size", "variant"], sort=False)[[cost, "OP"]].mean().round(4).reset_index()
-        found = found.rename(columns={"variant": "editor", cost: "cost"})
+        found = frame.groupby(["size", "variant"], sort=False)[[spent, "OP"]].mean().round(4).reset_index()
+        found = found.rename(columns={"variant": "editor", spent: "cost"})
         found = found.assign(id=found["size"].map(lambda size: f"N = {size:,}"))[["id", "editor", "cost", "OP"]]
         best = records(found.loc[found.groupby("id", sort=False)["OP"].idxmax()])
         said = "; ".join(f"{row['id']}: {row['editor']} {row['OP']:.1f} at {row['cost']:,g}" for row in best)
         said = f"Free generation, a picture per number of edits; upper left is best. Highest OP at {said}."
         picture = drawing.points(records(found), "cost", "OP", "editor", (title, "OP, per cent"), panel="id")
-        yield Chart(f"op_against_{cost}", f"OP against {title}", said, records(found), picture)
+        yield Chart(f"op_against_{spent}", f"OP against {title}", said, records(found), picture)

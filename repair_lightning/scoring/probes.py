@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from repair_lightning.edits.records import read_rows
 from repair_lightning.errors import FieldError, RecordError
@@ -52,30 +53,26 @@ class ProbeScorer:
 
     def __init__(self, model: EditedModel, probes: tuple[KnownQuestion, ...]) -> None:
         self.model, self.probes = model, probes
-        self.base = self._answers([BASE] * len(probes), list(range(len(probes))))
+        self.base = self._said(range(len(probes)), torch.full((len(probes),), BASE))
 
     def score(self, base_changed: bool = False) -> dict[str, float | int]:
         """Shares of right answers before (`pre`) and now (`final`), of unchanged answers (`same`), and of probes that a
         shard answers (`fired`)."""
-        chosen = self.model.choose([probe.prompt for probe in self.probes]).memory.tolist()
-        asked = [i for i, memory in enumerate(chosen) if base_changed or memory != BASE]
-        now = self.base | self._answers(chosen, asked)
-        number = max(len(self.probes), 1)
-        return {
-            "number": len(self.probes),
-            "pre": sum(self._right(i, said) for i, said in self.base.items()) / number,
-            "final": sum(self._right(i, said) for i, said in now.items()) / number,
-            "same": sum(now[i] == said for i, said in self.base.items()) / number,
-            "fired": sum(memory != BASE for memory in chosen) / number,
-        }
+        memory = self.model.choose([probe.prompt for probe in self.probes]).memory
+        fired = (memory != BASE).tolist()
+        now = self.base | self._said([i for i, fires in enumerate(fired) if fires or base_changed], memory)
+        number, same = max(len(self.probes), 1), sum(now[i] == said for i, said in self.base.items())
+        pre, final = self._right(self.base), self._right(now)
+        shares = {"pre": pre, "final": final, "same": same, "fired": sum(fired)}
+        return {"number": len(self.probes)} | {name: count / number for name, count in shares.items()}
 
-    def _answers(self, chosen: list[int], index: list[int]) -> dict[int, str]:
-        memory = torch.tensor([chosen[i] for i in index], dtype=torch.long)
-        prompts = [self.probes[i].prompt for i in index]
-        return dict(zip(index, protocols.answers(self.model, prompts, memory, 32), strict=True))
+    def _said(self, at: Sequence[int], memory: Tensor) -> dict[int, str]:
+        prompts = [self.probes[i].prompt for i in at]
+        return dict(zip(at, protocols.answers(self.model, prompts, memory[list(at)], 32), strict=True))
 
-    def _right(self, i: int, said: str) -> bool:
-        return protocols.normalise(said) in {protocols.normalise(answer) for answer in self.probes[i].answers}
+    def _right(self, said: Mapping[int, str]) -> int:
+        known = [set(map(protocols.normalise, probe.answers)) for probe in self.probes]
+        return sum(protocols.normalise(text) in known[i] for i, text in said.items())
 
 
 _EACH = 8

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from repair_lightning.scoring.protocols import Scores, perplexity, scores_of
+from repair_lightning.scoring.protocols import perplexity, scores_of
 from repair_lightning.scoring.scorer import Result, Scorer, confusion
 
 if TYPE_CHECKING:
@@ -17,19 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class Singles:
-    """What single edits came to; a score over them is the mean over all their prompts, as over those of one model.
+    """What single edits came to, in plain types; a score over them is the mean over all their prompts."""
 
-    Of each prompt, asked of the model with its edit alone: its line of `generations.jsonl`, the shard that owned its
-    edit, and under perfect routing its kind and two scores. Of each edit: what it left in bytes, how far the base's own
-    weights went by layer, and for a hallucination record its target's summed loss and number of tokens.
-    """
-
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    owners: list[int] = field(default_factory=list)
-    oracle: list[tuple[str, float, float]] = field(default_factory=list)
-    memory_bytes: list[int] = field(default_factory=list)
-    deviations: list[dict[str, float]] = field(default_factory=list)
-    target_losses: list[tuple[float, int]] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of each prompt its line of `generations.jsonl`,
+    owners: list[int] = field(default_factory=list)  # the shard that owned its edit,
+    oracle: list[tuple[str, float, float]] = field(default_factory=list)  # and its mark under perfect routing
+    memory_bytes: list[int] = field(default_factory=list)  # of each edit what it left,
+    deviations: list[dict[str, float]] = field(default_factory=list)  # how far each layer of the base went,
+    target_losses: list[tuple[float, int]] = field(default_factory=list)  # and for a hallucination record its loss
 
     def take(self, editor: Editor, part: Scorer, memory_bytes: int, losses: bool = False) -> None:
         """Score one edit, the only one that the editor holds: `part` asks its prompts, `memory_bytes` is what it has
@@ -52,10 +47,6 @@ class Singles:
         routing = confusion(questions, memory, torch.tensor(self.owners, dtype=torch.long))
         return Result(stage, scores_of(_marks(self.rows)), routing, [row | {"stage": stage} for row in self.rows])
 
-    def oracle_scores(self) -> Scores:
-        """Under perfect routing."""
-        return scores_of(self.oracle)
-
     def figures(self) -> dict[str, Any]:
         """Means over the edits for `metrics.json`; the perplexity is over all tokens of all targets."""
         found: dict[str, Any] = {"number": len(self.memory_bytes), "memory_bytes": mean(self.memory_bytes or [0])}
@@ -63,10 +54,6 @@ class Singles:
         if layers:
             found["deviation"] = {layer: mean(one.get(layer, 0.0) for one in self.deviations) for layer in layers}
         return found | ({"perplexity": perplexity(self.target_losses)} if self.target_losses else {})
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain types, for checkpoints; `Singles(**state)` is the inverse."""
-        return asdict(self)
 
 
 def _marks(rows: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
