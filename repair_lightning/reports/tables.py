@@ -44,11 +44,7 @@ def markdown(tables: Sequence[Table], lead: Sequence[str], remarks: Sequence[str
 def latex(tables: Sequence[Table]) -> str:
     """The tables as a document that compiles as it is, and serves a paper by `\\input` where the packages `standalone`
     and `booktabs` are loaded."""
-    texts = [
-        r"\documentclass[varwidth=\maxdimen, border=6pt]{standalone}",
-        r"\usepackage{booktabs}",
-        r"\begin{document}",
-    ]
+    texts = [r"\documentclass[varwidth=\maxdimen, border=6pt]{standalone}", r"\usepackage{booktabs}", r"\begin{document}"]
     for table in tables:
         columns = "l" + "r" * (len(table.frame.columns) - 1)
         cells = table.frame.to_latex(index=False, escape=True, column_format=columns, multicolumn_format="c")

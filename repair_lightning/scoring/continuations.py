@@ -7,6 +7,7 @@ edit is meant, and every score would flatter the model; so :func:`route_contexts
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -21,11 +22,8 @@ from repair_lightning.types import BASE
 
 @torch.no_grad()
 def route_contexts(model: EditedModel, contexts: Sequence[Sequence[int]], batch_size: int = 64) -> Tensor:
-    """The memory (B,) that answers each context: a shard's id or `BASE`.
-
-    Equal contexts are asked once. One without words asks for nothing: the base answers. Of one that is longer than the
-    base reads, the end counts.
-    """
+    """The memory (B,) that answers each context: a shard's id, or `BASE`, also where it has no words. Equal ones are
+    asked once; of one that is longer than the base reads, the end counts."""
     special = set(model.tokenizer.all_special_ids)
     rows = [tuple(context[-model.longest :]) for context in contexts]
     asked = [row for row in dict.fromkeys(rows) if not special.issuperset(row)]
@@ -81,8 +79,7 @@ class _Until(StoppingCriteria):
 
 def _texts(model: EditedModel, rows: Sequence[Sequence[int]]) -> list[str]:
     """Rows as texts up to the first stop: not every end of a turn is one that decoding leaves out."""
-    stops = model.forms.stops
-    said = [row[: next((i for i, id in enumerate(row) if id in stops), len(row))] for row in rows]
+    said = [list(takewhile(lambda id: id not in model.forms.stops, row)) for row in rows]
     return model.tokenizer.batch_decode(said, skip_special_tokens=True)
 
 
@@ -100,11 +97,7 @@ def completions(
     batch_size: int = 16,
 ) -> list[str]:
     """Greedy continuations of contexts, up to a string of `until` (not part of them), the model's own end or
-    `max_new_tokens`; a RepairError where these leave no room for a context.
-
-    Contexts have at least one token; of what is too long for the base, the end is read. `memory` holds (B,) shard ids
-    or `BASE`.
-    """
+    `max_new_tokens`; a RepairError where these leave no room for a context. Contexts and memory are as above."""
     room = model.longest - max_new_tokens
     if room < 1:
         words = f"max_gen_toks is {max_new_tokens}, and the base reads {model.longest} tokens, the context's with them"

@@ -17,8 +17,6 @@ from repair_lightning.scoring import protocols
 from repair_lightning.texts import asking
 from repair_lightning.types import BASE, Edit
 
-NUMBER = 200
-"""Most questions that are asked."""
 OWN = (
     "What do people usually say about {}?",
     "What does {} smell of?",
@@ -37,7 +35,7 @@ _EACH = 4
 """Questions of our own about each subject, at the least one."""
 
 
-def questions_about_subjects(edits: Sequence[Edit], number: int = NUMBER) -> list[str]:
+def questions_about_subjects(edits: Sequence[Edit], number: int = 200) -> list[str]:
     """At most `number` questions, the same for the same edits."""
     dice = random.Random(0)
     named = [edit for edit in edits if edit.subject and asking.places(edit.prompt, asking.spellings(edit.subject))]
@@ -60,20 +58,20 @@ def _meanings(edits: Sequence[Edit]) -> dict[str, str]:
     """Of each edit's id one wording of what it asks, the same for edits whose records' rephrases join their prompts."""
     joined: dict[str, str] = {}
 
-    def root(text: str) -> str:
+    def root(text: str, subject: str | None) -> str:
+        text = _plain(text, subject)
         while joined.setdefault(text, text) != text:
             text = joined[text]
         return text
 
     for edit in edits:
         for text in edit.rephrases:
-            joined[root(_plain(text, edit.subject))] = root(_plain(edit.prompt, edit.subject))
-    return {edit.id: root(_plain(edit.prompt, edit.subject)) for edit in edits}
+            joined[root(text, edit.subject)] = root(edit.prompt, edit.subject)
+    return {edit.id: root(edit.prompt, edit.subject) for edit in edits}
 
 
 def _plain(text: str, subject: str | None) -> str:
-    masked = asking.without(text, asking.spellings(subject or ""), "_")
-    return " ".join(asking.spellings(masked or text))
+    return " ".join(asking.spellings(asking.without(text, asking.spellings(subject or ""), "_") or text))
 
 
 @torch.no_grad()
