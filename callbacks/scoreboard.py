@@ -25,8 +25,7 @@ from repair_lightning.scoring.measures import PeakMemory, feature_map
 from repair_lightning.scoring.probes import ProbeScorer, load_probes
 from repair_lightning.scoring.protocols import AUTOREGRESSIVE, TEACHER_FORCED, Scores, scores_of
 from repair_lightning.scoring.same_subject import same_subject
-from repair_lightning.scoring.scorer import Result, Scorer
-from repair_lightning.scoring.singles import Singles
+from repair_lightning.scoring.scorer import Result, Scorer, Singles
 
 from .editing import Editing, stream_of
 

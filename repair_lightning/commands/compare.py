@@ -33,8 +33,8 @@ from rich.console import Console
 
 from repair_lightning.commands.cli import config_path, guarded, resolve_configs
 from repair_lightning.errors import ConfigError
+from repair_lightning.reports.charts import draw_comparison
 from repair_lightning.reports.comparison import Grid, Result, write_tables
-from repair_lightning.reports.figures import draw_comparison
 from repair_lightning.reports.html_report import write_comparison_page
 from repair_lightning.storage.files import replace_text
 

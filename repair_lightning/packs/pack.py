@@ -132,9 +132,8 @@ def sealed(config: State) -> dict[str, Any]:
 
 def written_tensors(edited: EditedModel, own: State) -> dict[str, Tensor]:
     """All that editing has left, by name: shards, router, each W_v that was written into, what the method remembers."""
-    state = {f"{ROUTER}{key}": value for key, value in edited.router.state_dict().items()}
-    state |= {f"{FOLDED}{layer}": value for layer, value in edited.weights.state().items()}
-    state |= {f"{OWN}{key}": value for key, value in own.items()}
+    parts = {ROUTER: edited.router.state_dict(), FOLDED: edited.weights.state(), OWN: own}
+    state = {f"{start}{key}": value for start, part in parts.items() for key, value in part.items()}
     tensors = {key: value.cpu().contiguous() for key, value in state.items() if isinstance(value, Tensor)}
     return shard_tensors(edited.memory) | tensors
 
@@ -332,10 +331,8 @@ class Pack:
         """Raise `RepairError` where a base is not the one that the pack was made with."""
         known, wanted = self.config["base"]["name"], self.config["base"]["sha256"]
         if sha256 != wanted:
-            raise RepairError(
-                f"the pack belongs to base '{known}' ({wanted[:12]}), but '{name}' is {sha256[:12]}; give the base "
-                "that it was made with"
-            )
+            words = f"the pack belongs to base '{known}' ({wanted[:12]}), but '{name}' is {sha256[:12]}"
+            raise RepairError(f"{words}; give the base that it was made with")
 
     def memory(self) -> SideMemory:
         """The bank of shards."""

@@ -49,7 +49,7 @@ class Artefacts:
         """The lines of `generations.jsonl` about the final model."""
         return [row for row in self.objects("generations.jsonl", lines=True) if row.get("stage") == "final"]
 
-    @property
+    @cached_property
     def own_rows(self) -> dict[str, Row]:
         """Id -> the final model's line for the edit's own prompt."""
         return {row["id"]: row for row in self.final if row["kind"] == "edit"}

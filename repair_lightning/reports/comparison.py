@@ -14,7 +14,7 @@ import pandas as pd
 
 from repair_lightning.errors import RepairError
 from repair_lightning.reports.artefacts import base_name
-from repair_lightning.reports.tables import Table, latex, markdown
+from repair_lightning.reports.report import Table, latex, markdown
 from repair_lightning.scoring.protocols import AUTOREGRESSIVE, PROTOCOLS, TEACHER_FORCED
 from repair_lightning.storage.files import replace_text, write_json
 

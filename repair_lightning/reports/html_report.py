@@ -25,8 +25,7 @@ from repair_lightning.reports import comparison, report
 from repair_lightning.reports.artefacts import Artefacts, base_name
 from repair_lightning.reports.charts import RUN_CHARTS, op_against, scale
 from repair_lightning.reports.drawing import Chart
-from repair_lightning.reports.report import percent
-from repair_lightning.reports.tables import Table
+from repair_lightning.reports.report import Table, percent
 from repair_lightning.scoring.protocols import AUTOREGRESSIVE
 from repair_lightning.storage.files import replace_text
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import groupby
 from pathlib import Path
@@ -14,8 +15,8 @@ from rich.console import Console
 from repair_lightning.edits.ledger import EditStatus, LedgerEntry
 from repair_lightning.errors import counted
 from repair_lightning.reports.artefacts import Artefacts, Row
-from repair_lightning.reports.tables import Table
 from repair_lightning.scoring.protocols import AUTOREGRESSIVE, KINDS, PROTOCOLS
+from repair_lightning.scoring.separation import OTHERS
 from repair_lightning.texts import dialogue
 from repair_lightning.types import BASE
 
@@ -23,6 +24,30 @@ STAGES = {"pre_edit": "before", "before_merge": "before merge", "final": "after"
 SCORES_IN_WORDS = {**{name: name.capitalize() for name in KINDS}, "op": "OP"}
 EDITS_SHOWN, ROWS_SHOWN, TEXT_SHOWN = 2000, 200, 240
 """Most edits in the searchable table, rows of another table, characters of a text."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, the cells as texts or numbers, and what a reader must know of them.
+
+    The columns may have two levels: what comes again for each group, and the groups above it.
+    """
+
+    title: str
+    frame: pd.DataFrame
+    note: str = ""
+    id: str = ""
+
+    def flat(self) -> pd.DataFrame:
+        """The cells under one line of titles: `OP, N = 30`."""
+        columns = [", ".join(filter(None, one[::-1])) if isinstance(one, tuple) else one for one in self.frame.columns]
+        return self.frame.set_axis(columns, axis=1)
+
+    def text(self, form: str = "pipe") -> str:
+        """The cells in a form of `tabulate`'s, Markdown by default; the first column is left-aligned."""
+        cells = self.flat().map(lambda cell: str(cell).replace("|", r"\|"))
+        align = ["left", *["right"] * (len(cells.columns) - 1)]
+        return cells.to_markdown(index=False, disable_numparse=True, colalign=align, tablefmt=form)
 
 
 def only_in_base(metrics: Mapping[str, Any]) -> bool:
@@ -140,10 +165,9 @@ def table(id: str, title: str, rows: Sequence[Row], rest: str, most: int = ROWS_
 
 def problems(run: Artefacts) -> dict[str, str]:
     """Id -> why, for every edit that is not answered right at the end or whose place in the ledger says so."""
-    rows = run.own_rows
     found: dict[str, str] = {}
-    for id in dict.fromkeys([*run.entries, *rows]):
-        entry, row = run.entries.get(id), rows.get(id)
+    for id in dict.fromkeys([*run.entries, *run.own_rows]):
+        entry, row = run.entries.get(id), run.own_rows.get(id)
         wrong = why_wrong(row, entry) if row is not None and not row["correct"] else None
         if entry is None or entry.status == EditStatus.WRITTEN:
             found |= {id: wrong} if wrong else {}
@@ -158,26 +182,26 @@ def problems(run: Artefacts) -> dict[str, str]:
 
 def why_wrong(row: Row, entry: LedgerEntry | None) -> str:
     """Why a prompt is answered wrong, from who answered it."""
-    owner, memory = (entry.shard if entry else None), row["memory"]
-    scored = row["score"] is not None and row["threshold"] is not None
-    score = f"score {row['score']:.2f}, needed {row['threshold']:.2f}" if scored else ""
-    kept = row["kind"] in ("locality", "near")
+    owner, memory, kept = entry.shard if entry else None, row["memory"], row["kind"] in OTHERS
+    score, threshold = row["score"], row["threshold"]
+    scored = score is not None and threshold is not None
+    words = f"score {score:.2f}, needed {threshold:.2f}" if scored else ""
     if memory == BASE:
         if kept:
             return "the base answered, and its own weights have changed"
         if owner == BASE:
             return "the base answered, into whose weights the edit is written"
-        nameless = row["score"] is not None and row["score"] < 0 and row["threshold"] is None
-        words = "it names nothing that an edit is about" if nameless else score
-        if scored and row["score"] > row["threshold"]:
+        if scored and score > threshold:
             words = "the nearest edit's shard would not say its target here"
-        return "no shard answered" + (f": {words}" if words else "")
-    nearest = f", nearest edit {row['nearest']}" if row.get("nearest") else ""
+        elif score is not None and score < 0 and threshold is None:
+            words = "it names nothing that an edit is about"
+        return f"no shard answered: {words}".removesuffix(": ")
+    words += f", nearest edit {row['nearest']}" if row.get("nearest") else ""
     if kept:
-        return f"shard {memory} answered in place of the base ({score}{nearest})"
+        return f"shard {memory} answered in place of the base ({words})"
     if memory == owner:
         return "its own shard answered, in other words than the target"
-    return f"another edit's shard answered: {memory} ({score}{nearest})"
+    return f"another edit's shard answered: {memory} ({words})"
 
 
 def others_table(run: Artefacts) -> Table:
@@ -221,3 +245,31 @@ def event_table(run: Artefacts) -> Table:
         when = f"{datetime.fromtimestamp(first['time'], timezone.utc):%H:%M:%S}"
         rows.append({"time, UTC": when, "what": kind, "edits": edits, "arrived in window": window, "why": reason})
     return table("event-table", "", rows, "`repair-lightning log --run DIR`")
+
+
+# -- tables as files ---------------------------------------------------------------------------------------------------
+
+
+def markdown(tables: Sequence[Table], lead: Sequence[str], remarks: Sequence[str]) -> str:
+    """Some sentences, the tables, and remarks as a list."""
+    parts = list(lead)
+    for table in tables:
+        parts += [f"## {table.title}", table.text(), table.note]
+    parts.append("\n".join(f"- {remark}" for remark in remarks))
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def latex(tables: Sequence[Table]) -> str:
+    """The tables as a document that compiles as it is, and serves a paper by `\\input` where the packages `standalone`
+    and `booktabs` are loaded."""
+    texts = [
+        r"\documentclass[varwidth=\maxdimen, border=6pt]{standalone}",
+        r"\usepackage{booktabs}",
+        r"\begin{document}",
+    ]
+    for table in tables:
+        columns = "l" + "r" * (len(table.frame.columns) - 1)
+        cells = table.frame.to_latex(index=False, escape=True, column_format=columns, multicolumn_format="c")
+        texts.append(rf"\textbf{{{table.title}}}\par\smallskip")
+        texts.append(cells.replace("±", r"$\pm$") + r"\par\bigskip" + "\n")
+    return "\n".join([*texts, r"\end{document}", ""])

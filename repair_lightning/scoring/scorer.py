@@ -9,7 +9,8 @@ from collections.abc import Collection, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from statistics import mean
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from repair_lightning.scoring import protocols
 from repair_lightning.scoring.protocols import AUTOREGRESSIVE, KIND_OF_PROMPT, Scores, mean_of, scores_of
 from repair_lightning.storage.files import rounded
 from repair_lightning.types import BASE, Edit
+
+if TYPE_CHECKING:
+    from repair_lightning.editors.base import Editor
 
 Reply = tuple[str, list[int]]
 """What a model says to a question: its answer, and its argmax tokens when the expected text is fed."""
@@ -184,3 +188,48 @@ def confusion(questions: Sequence[Question], memory: Tensor, owners: Tensor) -> 
         kind: {name: found.count(name) / len(found) for name in ("base", "right", "wrong")} if found else None
         for kind, found in who.items()
     }
+
+
+@dataclass
+class Singles:
+    """What single edits came to, in plain types; a score over them is the mean over all their prompts."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of each prompt its line of `generations.jsonl`,
+    owners: list[int] = field(default_factory=list)  # the shard that owned its edit,
+    oracle: list[tuple[str, float, float]] = field(default_factory=list)  # and its mark under perfect routing
+    memory_bytes: list[int] = field(default_factory=list)  # of each edit what it left,
+    deviations: list[dict[str, float]] = field(default_factory=list)  # how far each layer of the base went,
+    target_losses: list[tuple[float, int]] = field(default_factory=list)  # and for a hallucination record its loss
+
+    def take(self, editor: Editor, part: Scorer, memory_bytes: int, losses: bool = False) -> None:
+        """Score one edit, the only one that the editor holds: `part` asks its prompts, `memory_bytes` is what it has
+        left in a pack, `losses` asks for that of its target."""
+        owners = editor.owner_choice([question.edit for question in part.questions])
+        choice, fresh = part.choose(), editor.base_changed
+        self.rows += part.score("final", choice, owners, fresh).rows
+        self.owners += owners.tolist()
+        self.oracle += _marks(part.by_oracle(owners, fresh).rows)
+        self.memory_bytes.append(memory_bytes)
+        self.deviations.append({str(layer): x for layer, x in editor.edited.weights.deviations().items()})
+        if losses:
+            self.target_losses.append(part.target_loss(choice.memory))
+
+    def result(self, stage: str, scorer: Scorer) -> Result:
+        """The score over all of them, as of a stage; the scorer is that of all the edits."""
+        places = {(q.edit, q.kind, q.prompt): q for q in scorer.questions}
+        questions = [places[row["id"], row["kind"], row["prompt"]] for row in self.rows]
+        memory = torch.tensor([row["memory"] for row in self.rows], dtype=torch.long)
+        routing = confusion(questions, memory, torch.tensor(self.owners, dtype=torch.long))
+        return Result(stage, scores_of(_marks(self.rows)), routing, [row | {"stage": stage} for row in self.rows])
+
+    def figures(self) -> dict[str, Any]:
+        """Means over the edits for `metrics.json`; the perplexity is over all tokens of all targets."""
+        found: dict[str, Any] = {"number": len(self.memory_bytes), "memory_bytes": mean(self.memory_bytes or [0])}
+        layers = dict.fromkeys(layer for one in self.deviations for layer in one)
+        if layers:
+            found["deviation"] = {layer: mean(one.get(layer, 0.0) for one in self.deviations) for layer in layers}
+        return found | ({"perplexity": protocols.perplexity(self.target_losses)} if self.target_losses else {})
+
+
+def _marks(rows: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
+    return [(row["kind"], float(row["correct"]), row["teacher_forced"]) for row in rows]
