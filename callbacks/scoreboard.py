@@ -20,11 +20,10 @@ from repair_lightning.edits.ledger import EditStatus
 from repair_lightning.errors import counted
 from repair_lightning.packs.pack import bytes_left
 from repair_lightning.scoring.correctness import Answered, answered, kept
-from repair_lightning.scoring.forms import form_scores
+from repair_lightning.scoring.forms import form_scores, same_subject
 from repair_lightning.scoring.measures import PeakMemory, feature_map
 from repair_lightning.scoring.probes import ProbeScorer, load_probes
 from repair_lightning.scoring.protocols import AUTOREGRESSIVE, TEACHER_FORCED, Scores, scores_of
-from repair_lightning.scoring.same_subject import same_subject
 from repair_lightning.scoring.scorer import Result, Scorer, Singles
 
 from .editing import Editing, stream_of
@@ -150,7 +149,7 @@ class Scoreboard(pl.Callback):
 
     def _score(self, stage: str, editor: Editing) -> None:
         if self.singles is not None:
-            self.results[stage] = self.singles.result(stage, self.scorer)
+            self.results[stage] = self.singles.result(stage)
         else:
             log.info("scoring: %s, %s", stage, counted(len(self.scorer.questions), "prompt"))
             self.results[stage] = self._ask(stage, self.scorer, editor)

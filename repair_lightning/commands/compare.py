@@ -190,15 +190,14 @@ class Run:
 
     def result(self) -> Result:
         """What the run came to."""
-        record, metrics = self.record(), self.folder / "metrics.json"
+        record, file = self.record(), self.folder / "metrics.json"
         found = Result(self.variant.name, self.variant.note, self.size, self.seed, "missing", record.get("command", ""))
         if record.get("stopped"):
             return replace(found, status="stopped", error=f"after {record['stopped']:g} min")
         if record.get("error"):
             return replace(found, status="failed", error=record["error"])
-        if not record or not metrics.is_file():
-            return found
-        return replace(found, status="finished", metrics=json.loads(metrics.read_text(encoding="utf-8")))
+        known = json.loads(file.read_text(encoding="utf-8")) if record and file.is_file() else None
+        return found if known is None else replace(found, status="finished", metrics=known)
 
     def settled(self, limit: float | None) -> bool:
         """Whether it need not be run: it is finished, or it was stopped though it had as long as it would have now."""

@@ -14,8 +14,7 @@ from repair_lightning.edits.ledger import Ledger
 from repair_lightning.edits.records import load_records
 from repair_lightning.models.prefix_cache import PrefixCache
 from repair_lightning.packs.pack import Pack
-from repair_lightning.scoring.forms import form_scores
-from repair_lightning.scoring.same_subject import same_subject
+from repair_lightning.scoring.forms import form_scores, same_subject
 from repair_lightning.scoring.scorer import Scorer
 from repair_lightning.storage.files import write_rows
 from repair_lightning.types import BASE, Edit

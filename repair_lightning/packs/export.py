@@ -50,10 +50,8 @@ def export_pack(
     `export.json`. `base` and `precision` are as `load_edited` takes them.
 
     With `merged` the export is a plain checkpoint with all edits fused into W_v, measured on at most `max_edits` live
-    edits; else the pack together with its base, which `load_edited` reads wherever the folder is moved.
-
-    Raises:
-        RepairError: the pack is damaged, the folder is taken or cannot be written, or there is nothing to merge.
+    edits; else the pack together with its base, which `load_edited` reads wherever the folder is moved. RepairError
+    where the pack is damaged, the folder is taken or cannot be written, or there is nothing to merge.
     """
     to = Path(to)
     if max_edits is not None and max_edits < 1:
@@ -110,15 +108,9 @@ def _export_merged(pack: Pack, to: Path, base: str | None, precision: str, max_e
     keep = merge_into_base(model, edits, irrelevant["background"], irrelevant["held_out"][::2])
     log.info("measuring the merged model")
     after = scorer.by_base("merged", fresh=True).scores[AUTOREGRESSIVE]
-    report = {
-        "kind": "merged",
-        "base": model.card["base"],
-        "live_edits": len(edits),
-        "asked": {"edits": len(asked), "unrelated": sum(len(edit.locality) for edit in asked)},
-        "keep": keep,
-        "routed": routed,
-        "merged": after,
-    }
+    number = {"edits": len(asked), "unrelated": sum(len(edit.locality) for edit in asked)}
+    report = {"kind": "merged", "base": model.card["base"], "live_edits": len(edits), "asked": number, "keep": keep}
+    report |= {"routed": routed, "merged": after}
 
     def fill(part: Path) -> None:
         model.base.save_pretrained(part)

@@ -125,8 +125,8 @@ def _pictures(drawn: Sequence[Chart | str]) -> Section:
 
 def _sections(run: Artefacts) -> list[Section]:
     m, known = run.metrics, Counter(str(entry.status) for entry in run.entries.values())
-    scores = [Table("", report.score_frame(m), id="score-table")]
-    scores.append(Table("Edits in other forms", report.form_frame(m["final"].get("forms")), id="forms-table"))
+    forms = Table("Edits in other forms", report.form_frame(m["final"].get("forms")), id="forms-table")
+    scores = [Table("", report.score_frame(m), id="score-table"), forms]
     failed = f"{len(report.problems(run)):,} of {m['n_edits']:,} edits failed"
     quarantined = m.get("closed_loop", {}).get("quarantined", 0)
     failed += f"; {quarantined:,} of them were quarantined, so the base answers them." if quarantined else "."

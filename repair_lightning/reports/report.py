@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -81,13 +82,12 @@ def form_frame(forms: Mapping[str, Mapping[str, float | None]] | None) -> pd.Dat
     return pd.DataFrame(rows, columns=["form", "exact", *names[1:]])
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
-
-
-def percent(value: float | None) -> str:
+def percent(value: float | None, sign: str = " %") -> str:
     """A share in [0, 1] as a sentence has it."""
-    return "-" if value is None else f"{_percent(value)} %"
+    return "-" if value is None else f"{100 * value:.1f}{sign}"
+
+
+_percent = partial(percent, sign="")
 
 
 def print_report(metrics: Mapping[str, Any], run_dir: Path | None, console: Console | None = None) -> None:

@@ -134,8 +134,7 @@ class EditedLM(TemplateLM):
         return found
 
     def _memory(self, contexts: Sequence[list[int]]) -> Tensor:
-        base = torch.full((len(contexts),), BASE)
-        memory = route_contexts(self.edited, contexts) if self.routed else base
+        memory = route_contexts(self.edited, contexts) if self.routed else torch.full((len(contexts),), BASE)
         self.requests += len(memory)
         self.by_shards += int((memory != BASE).sum())
         return memory

@@ -140,10 +140,9 @@ class Scorer:
 
     def target_loss(self, memory: Tensor) -> tuple[float, int]:
         """Of the targets after the edits' own prompts, see `protocols.target_loss`."""
-        index = [i for i, question in enumerate(self.questions) if question.kind == "edit"]
-        prompts = [self.questions[i].prompt for i in index]
-        targets = [self.questions[i].expected or "" for i in index]
-        return protocols.target_loss(self.model, prompts, targets, memory[index])
+        asked = {i: question for i, question in enumerate(self.questions) if question.kind == "edit"}
+        prompts, targets = [q.prompt for q in asked.values()], [q.expected or "" for q in asked.values()]
+        return protocols.target_loss(self.model, prompts, targets, memory[list(asked)])
 
     def _ask(self, index: list[int], memory: Tensor) -> list[Reply]:
         """The replies to some questions; the base is the first to be asked."""
@@ -177,10 +176,8 @@ class Scorer:
 
 
 def confusion(questions: Sequence[Question], memory: Tensor, owners: Tensor) -> dict[str, dict[str, float] | None]:
-    """Who answered N prompts, in shares per kind of prompt: the base, the `right` shard or a `wrong` one.
-
-    `memory` (N,) is who answered each, `owners` (N,) the shard that owns each question's edit, or `BASE`.
-    """
+    """Who answered N prompts, in shares per kind of prompt: the base, the `right` shard or a `wrong` one. `memory` (N,)
+    is who answered each, `owners` (N,) the shard that owns each question's edit, or `BASE`."""
     who: dict[str, list[str]] = {kind: [] for kind in KIND_OF_PROMPT}
     for question, chosen, owner in zip(questions, memory.tolist(), owners.tolist(), strict=True):
         who[question.kind].append("base" if chosen == BASE else "right" if chosen == owner else "wrong")
@@ -214,10 +211,9 @@ class Singles:
         if losses:
             self.target_losses.append(part.target_loss(choice.memory))
 
-    def result(self, stage: str, scorer: Scorer) -> Result:
-        """The score over all of them, as of a stage; the scorer is that of all the edits."""
-        places = {(q.edit, q.kind, q.prompt): q for q in scorer.questions}
-        questions = [places[row["id"], row["kind"], row["prompt"]] for row in self.rows]
+    def result(self, stage: str) -> Result:
+        """The score over all of them, as of a stage."""
+        questions = [Question(row["id"], row["kind"], row["prompt"], row["expected"]) for row in self.rows]
         memory = torch.tensor([row["memory"] for row in self.rows], dtype=torch.long)
         routing = confusion(questions, memory, torch.tensor(self.owners, dtype=torch.long))
         return Result(stage, scores_of(_marks(self.rows)), routing, [row | {"stage": stage} for row in self.rows])
