@@ -430,8 +430,7 @@ def _tables(whole: Comparison, everything: Sequence[Run], asked: Sequence[Run], 
         say(f"no run is finished in {out}; no table is written")
         return 0
     mine = [results[run.folder] for run in asked]
-    missing = dict.fromkeys(f"{one.variant} ({one.size})" for one in mine if one.status == "missing")
-    if missing:
+    if missing := dict.fromkeys(f"{one.variant} ({one.size})" for one in mine if one.status == "missing"):
         say(f"not there yet: {', '.join(missing)}")
     counts = Counter(result.status for result in begun)
     names, sizes = {result.variant for result in begun}, {result.size for result in begun}
@@ -440,8 +439,8 @@ def _tables(whole: Comparison, everything: Sequence[Run], asked: Sequence[Run], 
             begun.append(Result(variant.name, variant.note, size, seed, "not run", error=variant.reason))
     write_tables(out, begun, whole.grid)
     stopped = f", {counts['stopped']} stopped" if counts["stopped"] else ""
-    said = f"{counts['finished']} runs finished, {counts['failed']} failed{stopped}"
-    say(f"{said}; tables: {out}/table.md .tex .csv .json")
+    words = f"{counts['finished']} runs finished, {counts['failed']} failed{stopped}"
+    say(f"{words}; tables: {out}/table.md .tex .csv .json")
     if whole.grid is None:
         say(f"report: {write_comparison_page(out, begun)}; the paper's tables: {out}/scores.md .tex .csv")
     say(f"pictures: {', '.join(map(str, draw_comparison(out, begun, whole.grid))) or 'none: no run has an OP'}")

@@ -132,7 +132,7 @@ def sealed(config: State) -> dict[str, Any]:
 
 def written_tensors(edited: EditedModel, own: State) -> dict[str, Tensor]:
     """All that editing has left, by name: shards, router, each W_v that was written into, what the method remembers."""
-    parts = {ROUTER: edited.router.state_dict(), FOLDED: edited.weights.state(), OWN: own}
+    parts: dict[str, Mapping[Any, Any]] = {ROUTER: edited.router.state_dict(), FOLDED: edited.weights.state(), OWN: own}
     state = {f"{start}{key}": value for start, part in parts.items() for key, value in part.items()}
     tensors = {key: value.cpu().contiguous() for key, value in state.items() if isinstance(value, Tensor)}
     return shard_tensors(edited.memory) | tensors

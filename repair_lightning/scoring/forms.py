@@ -66,15 +66,14 @@ def form_scores(
     are more. A prompt with as many tokens as the base reads is not asked."""
     drawn = random.Random(0).sample(list(edits), number) if len(edits) > number else list(edits)
     asked = [(edit, form_rows(model.forms, model.forms.asked(edit.prompt))) for edit in drawn]
-    scores: dict[str, dict[str, float | None]] = {}
-    lines: list[dict[str, Any]] = []
+    lines: dict[str, list[dict[str, Any]]] = {form: [] for form in FORMS}
     for form in FORMS:
         rows = [(edit, row) for edit, forms in asked if (row := forms[form]) and len(row) < model.longest]
-        parts = [_answered(model, rows[start : start + _BATCH]) for start in range(0, len(rows), _BATCH)]
-        found = [{"stage": "forms", "form": form, **line} for part in parts for line in part]
-        scores[form] = {name: mean_of(line[name] for line in found) for name in FIGURES}
-        lines += found
-    return scores, lines
+        for start in range(0, len(rows), _BATCH):
+            found = _answered(model, rows[start : start + _BATCH])
+            lines[form] += [{"stage": "forms", "form": form, **line} for line in found]
+    scores = {form: {name: mean_of(line[name] for line in lines[form]) for name in FIGURES} for form in FORMS}
+    return scores, [line for found in lines.values() for line in found]
 
 
 def _answered(model: EditedModel, asked: Sequence[tuple[Edit, list[int]]]) -> list[dict[str, Any]]:
