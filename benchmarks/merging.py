@@ -26,7 +26,7 @@ from repair_lightning.editors import Repair
 from repair_lightning.editors.repair import Writing
 from repair_lightning.functional import Normalize, loss_weights, ties_merge, trim
 from repair_lightning.scoring.protocols import AUTOREGRESSIVE, TEACHER_FORCED
-from repair_lightning.scoring.scorer import Scorer, oracle_choice
+from repair_lightning.scoring.scorer import Scorer
 
 FORMS: Mapping[str, Writing] = {
     "dense": Writing(),
@@ -131,7 +131,7 @@ def figures(editor: Repair, scorer: Scorer) -> dict[str, float | None]:
     """The scores, and OP with perfect routing."""
     owners = editor.owner_choice([question.edit for question in scorer.questions])
     routed = scorer.score("routed", scorer.choose(), owners).scores
-    oracle = scorer.score("oracle", oracle_choice(scorer.questions, owners), owners).scores
+    oracle = scorer.by_oracle(owners).scores
     found = {name: percent(routed[AUTOREGRESSIVE][name.lower()]) for name in ("Rel", "Gen", "OP")}
     found["OP forced"] = percent(routed[TEACHER_FORCED]["op"])
     return found | {"OP oracle": percent(oracle[AUTOREGRESSIVE]["op"])}

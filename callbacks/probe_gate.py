@@ -16,8 +16,7 @@ import torch
 
 from repair_lightning.edits.ledger import EditStatus, Ledger
 from repair_lightning.errors import ConfigError, counted
-from repair_lightning.scoring.guard_questions import guard_questions
-from repair_lightning.scoring.probes import load_probes
+from repair_lightning.scoring.probes import guard_questions, load_probes
 from repair_lightning.scoring.protocols import answers
 from repair_lightning.types import BASE
 

@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,16 +19,12 @@ import torch
 from repair_lightning.edits.ledger import EditStatus
 from repair_lightning.errors import counted
 from repair_lightning.packs.pack import bytes_left
-from repair_lightning.scoring.earlier import Answered, answered, kept
-from repair_lightning.scoring.feature_map import feature_map
-from repair_lightning.scoring.forms import form_scores
-from repair_lightning.scoring.metrics import Scores
-from repair_lightning.scoring.peak_memory import PeakMemory
+from repair_lightning.scoring.correctness import Answered, answered, kept
+from repair_lightning.scoring.forms import form_scores, same_subject
+from repair_lightning.scoring.measures import PeakMemory, feature_map
 from repair_lightning.scoring.probes import ProbeScorer, load_probes
-from repair_lightning.scoring.protocols import AUTOREGRESSIVE, TEACHER_FORCED
-from repair_lightning.scoring.same_subject import same_subject
-from repair_lightning.scoring.scorer import Result, Scorer, oracle_choice
-from repair_lightning.scoring.singles import Singles
+from repair_lightning.scoring.protocols import AUTOREGRESSIVE, TEACHER_FORCED, Scores, scores_of
+from repair_lightning.scoring.scorer import Result, Scorer, Singles
 
 from .editing import Editing, stream_of
 
@@ -127,7 +124,7 @@ class Scoreboard(pl.Callback):
             self._score("final", pl_module)
             edits = stream_of(trainer).edits
             if self.singles is not None:
-                self.oracle = self.singles.oracle_scores()
+                self.oracle = scores_of(self.singles.oracle)
             else:
                 self.oracle = self._ask("oracle", self.scorer, pl_module, perfect=True).scores
                 self.beside["same_subject"] = same_subject(pl_module.edited, edits, pl_module.base_changed)
@@ -146,19 +143,20 @@ class Scoreboard(pl.Callback):
 
     def _ask(self, stage: str, scorer: Scorer, editor: Editing, perfect: bool = False) -> Result:
         owners = editor.owner_choice([question.edit for question in scorer.questions])
-        choice = oracle_choice(scorer.questions, owners) if perfect else scorer.choose()
-        return scorer.score(stage, choice, owners, editor.base_changed)
+        if perfect:
+            return scorer.by_oracle(owners, editor.base_changed)
+        return scorer.score(stage, scorer.choose(), owners, editor.base_changed)
 
     def _score(self, stage: str, editor: Editing) -> None:
         if self.singles is not None:
-            self.results[stage] = self.singles.result(stage, self.scorer)
+            self.results[stage] = self.singles.result(stage)
         else:
             log.info("scoring: %s, %s", stage, counted(len(self.scorer.questions), "prompt"))
             self.results[stage] = self._ask(stage, self.scorer, editor)
 
     def state_dict(self) -> dict[str, Any]:
         """The time spent so far on editing, the curve, and how a pack's edits were answered at the start."""
-        singles = self.singles.as_dict() if self.singles else None
+        singles = asdict(self.singles) if self.singles else None
         seconds = {"edit_seconds": self._edited(), "prepare_seconds": self.prepare_seconds}
         return {**seconds, "curve": self.curve, "earlier": self.answered, "singles": singles}
 

@@ -22,9 +22,8 @@ from repair_lightning.edits.source import asked_of, folded
 from repair_lightning.errors import ConfigError, counted
 from repair_lightning.functional import Normalize, loss_weights, ties_merge
 from repair_lightning.scoring.correctness import correctness
-from repair_lightning.scoring.guard_questions import guard_questions
-from repair_lightning.scoring.metrics import overall_performance
-from repair_lightning.scoring.protocols import answers
+from repair_lightning.scoring.probes import guard_questions
+from repair_lightning.scoring.protocols import answers, overall_performance
 from repair_lightning.types import BASE, Decision
 
 from .editing import Editing, stream_of

@@ -22,7 +22,7 @@ from repair_lightning.commands.harness import harness as score_on_tasks
 from repair_lightning.edits.journal import FILE, Journal
 from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.packs import export as exporting
-from repair_lightning.reports.figures import draw_figures
+from repair_lightning.reports.charts import draw_figures
 from repair_lightning.reports.html_report import try_report, write_report
 from repair_lightning.reports.tracking import create
 from repair_lightning.storage.files import write_json, write_rows

@@ -18,7 +18,6 @@ from repair_lightning.editors.repair import Routing, Writing
 from repair_lightning.editors.shards import Steps
 from repair_lightning.errors import RepairError
 from repair_lightning.models.base import files_hash
-from repair_lightning.packs import hub
 from repair_lightning.packs import pack as packs
 from repair_lightning.packs.pack import (
     CONFIG_FILE,
@@ -393,8 +392,8 @@ class TestSharing:
                 shutil.copy(repository / name / file, target / file)
             return str(target)
 
-        monkeypatch.setattr(hub, "HfApi", Api)
-        monkeypatch.setattr(hub, "snapshot_download", snapshot)
+        monkeypatch.setattr(packs, "HfApi", Api)
+        monkeypatch.setattr(packs, "snapshot_download", snapshot)
         model, tokenizer = load_edited(pack, precision="float32")
         assert model.push_to_hub("me/corrected", private=True, token="t") == "https://hub/me/corrected"
         assert asked["files"] == [LEDGER_FILE, CONFIG_FILE, WEIGHTS_FILE]
@@ -413,8 +412,8 @@ class TestSharing:
         def refuse(*_, **__):
             raise ConnectionError("no route to host\nand more")
 
-        monkeypatch.setattr(hub, "snapshot_download", refuse)
-        monkeypatch.setattr(hub.HfApi, "create_repo", refuse)
+        monkeypatch.setattr(packs, "snapshot_download", refuse)
+        monkeypatch.setattr(packs.HfApi, "create_repo", refuse)
         refused("some/where-else", r"is no folder here, and the hub does not give it \(no route to host\)")
         model, _ = load_edited(pack, precision="float32")
         with pytest.raises(RepairError, match="cannot be uploaded to 'me/x'"):

@@ -13,7 +13,6 @@ from repair_lightning.edits.records import read_rows
 from repair_lightning.errors import ConfigError, FieldError, RecordError, RepairError, counted
 from repair_lightning.models.edited import Prompts, prompts_of
 from repair_lightning.packs.pack import Pack
-from repair_lightning.scoring.continuations import longest_text
 from repair_lightning.scoring.protocols import answers
 from repair_lightning.texts import dialogue
 from repair_lightning.types import BASE, Edit, Route
@@ -89,7 +88,7 @@ class Pair:
         for prompt in prompts:
             if not dialogue.question_of(prompt).strip():
                 raise ConfigError("a prompt is empty; give a question")
-            length, limit = len(model.forms.ids(prompt)), longest_text(model)
+            length, limit = len(model.forms.ids(prompt)), model.longest
             if length + self.max_new_tokens > limit:
                 raise ConfigError(
                     f"prompt '{dialogue.shown(prompt)[:40]}...' has {counted(length, 'token')}, with "

@@ -33,8 +33,8 @@ from rich.console import Console
 
 from repair_lightning.commands.cli import config_path, guarded, resolve_configs
 from repair_lightning.errors import ConfigError
+from repair_lightning.reports.charts import draw_comparison
 from repair_lightning.reports.comparison import Grid, Result, write_tables
-from repair_lightning.reports.figures import draw_comparison
 from repair_lightning.reports.html_report import write_comparison_page
 from repair_lightning.storage.files import replace_text
 
@@ -103,39 +103,37 @@ def read_comparison(path: Path) -> Comparison:
     grid = None if content.get("grid") is None else _grid(content["grid"], f"{path}: grid")
     named = _checked(content.get("variants", {} if grid else None), f"{path}: variants")
     variants = [_variant(str(name), given or {}, str(path)) for name, given in named.items()]
-    if grid is not None:
-        variants += [Variant(name, options=options) for name, options in grid.cells()]
+    variants += [Variant(name, options=options) for name, options in (grid.cells() if grid else ())]
     sizes, seeds = (tuple(dict.fromkeys(_listed(content.get(name)))) for name in ("sizes", "seeds"))
     configs = tuple(map(str, _listed(content.get("config"))))
     return Comparison(configs, sizes, seeds, tuple(variants), grid, content.get("singles", 0))
 
 
 def _variant(name: str, given: Any, file: str) -> Variant:
-    found = _checked(given, f"{file}: variant '{name}'", Variant, without="name")
+    place = f"{file}: variant '{name}'"
+    found = _checked(given, place, Variant, without="name")
     options = _checked(found.get("options") or {}, f"{file}: options of '{name}'")
     for key, value in options.items():
         if isinstance(value, Mapping):
             raise ConfigError(f"{file}: options of '{name}': write dotted options, {key}.<option>: value")
-    sizes, reason = tuple(_listed(found.get("sizes"))), str(found.get("reason") or "")
-    if sizes and not reason:
-        raise ConfigError(f"{file}: variant '{name}': say in `reason` why it runs with {list(sizes)} alone")
-    configs = tuple(map(str, _listed(found.get("configs"))))
-    return Variant(name, configs, options, str(found.get("note") or ""), sizes, reason)
+    configs, sizes = tuple(map(str, _listed(found.get("configs")))), tuple(_listed(found.get("sizes")))
+    if sizes and not found.get("reason"):
+        raise ConfigError(f"{place}: say in `reason` why it runs with {list(sizes)} alone")
+    return Variant(name, configs, options, str(found.get("note") or ""), sizes, str(found.get("reason") or ""))
 
 
 def _grid(given: Any, place: str) -> Grid:
     found = _checked(given, place, Grid)
-    options, default, fixed = (
-        _checked(found.get(part) or {}, f"{place}: {part}") for part in ("options", "default", "fixed")
-    )
+    parts = {part: _checked(found.get(part) or {}, f"{place}: {part}") for part in ("options", "default", "fixed")}
+    options = parts["options"]
     if len(options) != 2 or not all(isinstance(values, list) and values for values in options.values()):
         raise ConfigError(f"{place}: options must be two options, each with a list of its values, got {options!r}")
-    for name, value in default.items():
+    for name, value in parts["default"].items():
         if value not in options.get(name, ()):
             raise ConfigError(f"{place}: default: {name}: {value!r} is not among the grid's values")
-    for name in options.keys() & fixed.keys():
+    for name in options.keys() & parts["fixed"].keys():
         raise ConfigError(f"{place}: fixed: {name} is one of the grid's two options; leave it out")
-    return Grid({name: tuple(values) for name, values in options.items()}, default, fixed)
+    return Grid(**parts)
 
 
 def _checked(found: Any, place: str, kind: type | None = None, without: str = "") -> dict[str, Any]:
@@ -143,9 +141,9 @@ def _checked(found: Any, place: str, kind: type | None = None, without: str = ""
     if not isinstance(found, dict):
         raise ConfigError(f"{place}: must be a mapping, got {found!r}")
     known = [name for name in getattr(kind, "__dataclass_fields__", found) if name != without]
-    unknown = [key for key in found if key not in known]
-    if unknown:
-        raise ConfigError(f"{place}: unknown '{unknown[0]}'; known: {', '.join(known)}")
+    for key in found:
+        if key not in known:
+            raise ConfigError(f"{place}: unknown '{key}'; known: {', '.join(known)}")
     return found
 
 
@@ -192,15 +190,14 @@ class Run:
 
     def result(self) -> Result:
         """What the run came to."""
-        record, metrics = self.record(), self.folder / "metrics.json"
+        record, file = self.record(), self.folder / "metrics.json"
         found = Result(self.variant.name, self.variant.note, self.size, self.seed, "missing", record.get("command", ""))
         if record.get("stopped"):
             return replace(found, status="stopped", error=f"after {record['stopped']:g} min")
         if record.get("error"):
             return replace(found, status="failed", error=record["error"])
-        if not record or not metrics.is_file():
-            return found
-        return replace(found, status="finished", metrics=json.loads(metrics.read_text(encoding="utf-8")))
+        known = json.loads(file.read_text(encoding="utf-8")) if record and file.is_file() else None
+        return found if known is None else replace(found, status="finished", metrics=known)
 
     def settled(self, limit: float | None) -> bool:
         """Whether it need not be run: it is finished, or it was stopped though it had as long as it would have now."""
@@ -254,10 +251,9 @@ class Schedule:
 
     def __init__(self, runs: Sequence[Run], workers: int, done: int, limit: float | None = None) -> None:
         self.runs, self.workers, self.done, self.limit = runs, workers, done, limit
-        self.total, self.waiting = len(runs) + done, list(runs)
         self.processes: set[subprocess.Popen[bytes]] = set()
         self.stopped, self.spent = False, 0.0
-        self.said: list[tuple[str, str | None]] = []  # the variants of the runs so far, and what went wrong
+        self.results: list[Result] = []  # of the runs so far
 
     def run_all(self) -> None:
         """Run everything; what fails is recorded and does not stop the others. A ConfigError where the first runs of
@@ -267,8 +263,8 @@ class Schedule:
             try:
                 for future in as_completed(futures):
                     self._report(futures[future], future.result())
-                    if self.done == len(self.said) == 2:  # what was finished before shows that others can work
-                        (one, words), (other, again) = self.said
+                    if not self.done and len(self.results) == 2:  # what was finished before shows that others can work
+                        (one, words), (other, again) = ((run.variant, run.error) for run in self.results)
                         if one != other and words == again and str(words).endswith("(exit code 2)"):
                             raise ConfigError(f"the first two runs were refused alike, and so would all: {words}")
             except BaseException:
@@ -300,9 +296,8 @@ class Schedule:
             code = self._call(command, log)
         seconds = time.perf_counter() - started
         if not self.stopped:
-            over = self.limit if code is None else None
-            error = None if code is None else failure(run.folder, code)
-            run.write(record | {"seconds": seconds, "error": error, "stopped": over})
+            ended = {"stopped": self.limit} if code is None else {"error": failure(run.folder, code)}
+            run.write(record | {"seconds": seconds, "error": None, "stopped": None} | ended)
         return seconds
 
     def _call(self, command: Sequence[str], log: Any) -> int | None:
@@ -325,17 +320,16 @@ class Schedule:
     def _report(self, run: Run, seconds: float) -> None:
         """One line: how the run went, and the time left if edits go on taking what they took."""
         result = run.result()
-        self.done += 1
-        self.said.append((run.variant.name, result.error if result.status == "failed" else None))
+        self.results.append(result)
         self.spent += seconds
-        self.waiting.remove(run)
-        left, whole = (sum(other.size + STARTUP for other in runs) for runs in (self.waiting, self.runs))
-        remaining = self.spent / (whole - left) * left / self.workers
+        ended, whole = (sum(one.size + STARTUP for one in some) for some in (self.results, self.runs))
+        remaining = self.spent / ended * (whole - ended) / self.workers
         op = result.figure(("final", "autoregressive", "op"))
         words = "done" if op is None else f"OP {100 * op:.1f}"
         words = {"failed": f"FAILED: {result.error}", "stopped": f"stopped {result.error}"}.get(result.status, words)
-        took, more = (timedelta(seconds=round(time)) for time in (seconds, remaining))
-        say(f"[{self.done}/{self.total}] {run}: {words}, {took}; {more} left")
+        took, left = (timedelta(seconds=round(time)) for time in (seconds, remaining))
+        place = f"{self.done + len(self.results)}/{self.done + len(self.runs)}"
+        say(f"[{place}] {run}: {words}, {took}; {left} left")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -436,8 +430,7 @@ def _tables(whole: Comparison, everything: Sequence[Run], asked: Sequence[Run], 
         say(f"no run is finished in {out}; no table is written")
         return 0
     mine = [results[run.folder] for run in asked]
-    missing = dict.fromkeys(f"{one.variant} ({one.size})" for one in mine if one.status == "missing")
-    if missing:
+    if missing := dict.fromkeys(f"{one.variant} ({one.size})" for one in mine if one.status == "missing"):
         say(f"not there yet: {', '.join(missing)}")
     counts = Counter(result.status for result in begun)
     names, sizes = {result.variant for result in begun}, {result.size for result in begun}
@@ -446,8 +439,8 @@ def _tables(whole: Comparison, everything: Sequence[Run], asked: Sequence[Run], 
             begun.append(Result(variant.name, variant.note, size, seed, "not run", error=variant.reason))
     write_tables(out, begun, whole.grid)
     stopped = f", {counts['stopped']} stopped" if counts["stopped"] else ""
-    said = f"{counts['finished']} runs finished, {counts['failed']} failed{stopped}"
-    say(f"{said}; tables: {out}/table.md .tex .csv .json")
+    words = f"{counts['finished']} runs finished, {counts['failed']} failed{stopped}"
+    say(f"{words}; tables: {out}/table.md .tex .csv .json")
     if whole.grid is None:
         say(f"report: {write_comparison_page(out, begun)}; the paper's tables: {out}/scores.md .tex .csv")
     say(f"pictures: {', '.join(map(str, draw_comparison(out, begun, whole.grid))) or 'none: no run has an OP'}")

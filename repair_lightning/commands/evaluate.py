@@ -14,9 +14,8 @@ from repair_lightning.edits.ledger import Ledger
 from repair_lightning.edits.records import load_records
 from repair_lightning.models.prefix_cache import PrefixCache
 from repair_lightning.packs.pack import Pack
-from repair_lightning.scoring.forms import form_scores
-from repair_lightning.scoring.same_subject import same_subject
-from repair_lightning.scoring.scorer import Scorer, oracle_choice
+from repair_lightning.scoring.forms import form_scores, same_subject
+from repair_lightning.scoring.scorer import Scorer
 from repair_lightning.storage.files import write_rows
 from repair_lightning.types import BASE, Edit
 from repair_lightning.world import WORLD, edits_path
@@ -50,7 +49,7 @@ def evaluate_pack(
     model.weights.load(content.weights)  # only now: the base's own answers are what must be kept
     changed = bool(content.weights)
     final = scorer.score("final", choice := scorer.choose(), owners, changed)
-    oracle = scorer.score("oracle", oracle_choice(scorer.questions, owners), owners, changed)
+    oracle = scorer.by_oracle(owners, changed)
     forms, rows = form_scores(model, edits)
     if generations is not None:
         write_rows(Path(generations), [*before.rows, *final.rows, *rows])

@@ -17,8 +17,7 @@ from rich.table import Table
 
 from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.models.edited import EditedModel
-from repair_lightning.packs.hub import download
-from repair_lightning.packs.pack import Pack
+from repair_lightning.packs.pack import Pack, download
 
 
 def harness(

@@ -16,8 +16,7 @@ from repair_lightning.edits.journal import Journal
 from repair_lightning.edits.ledger import EditStatus, Ledger
 from repair_lightning.errors import ConfigError, RepairError, counted
 from repair_lightning.packs.pack import JOURNAL_FILE, read_pack, restore_editor, save_pack
-from repair_lightning.scoring.metrics import KINDS
-from repair_lightning.scoring.protocols import AUTOREGRESSIVE, answers
+from repair_lightning.scoring.protocols import AUTOREGRESSIVE, KINDS, answers
 from repair_lightning.scoring.scorer import Scorer
 from repair_lightning.types import BASE, Edit
 

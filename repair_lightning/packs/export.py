@@ -23,8 +23,7 @@ from repair_lightning.functional import fused_delta
 from repair_lightning.models.base import base_files, weights_hash_of
 from repair_lightning.models.prefix_cache import PrefixCache
 from repair_lightning.packs.pack import BASE_FOLDER, CONFIG_FILE, Pack, PackedModel
-from repair_lightning.scoring.metrics import overall_performance
-from repair_lightning.scoring.protocols import AUTOREGRESSIVE, answers, normalise
+from repair_lightning.scoring.protocols import AUTOREGRESSIVE, KINDS, answers, normalise, overall_performance
 from repair_lightning.scoring.scorer import Scorer
 from repair_lightning.storage.files import write_json
 from repair_lightning.storage.folders import replace_folder, whereabouts
@@ -33,6 +32,7 @@ from repair_lightning.types import BASE, Edit, Probe
 log = logging.getLogger(__name__)
 
 REPORT_FILE = "export.json"
+ASKED = {"edits": "edit", "unrelated": "unrelated prompt"}
 KEEP = (0.3, 1.0, 3.0, 10.0, 30.0)
 """Weights of what must stay that a merge tries; see `functional.fused_delta`."""
 
@@ -50,19 +50,17 @@ def export_pack(
     `export.json`. `base` and `precision` are as `load_edited` takes them.
 
     With `merged` the export is a plain checkpoint with all edits fused into W_v, measured on at most `max_edits` live
-    edits; else the pack together with its base, which `load_edited` reads wherever the folder is moved.
-
-    Raises:
-        RepairError: the pack is damaged, the folder is taken or cannot be written, or there is nothing to merge.
+    edits; else the pack together with its base, which `load_edited` reads wherever the folder is moved. RepairError
+    where the pack is damaged, the folder is taken or cannot be written, or there is nothing to merge.
     """
     to = Path(to)
     if max_edits is not None and max_edits < 1:
         raise ConfigError(f"max_edits must be at least 1, got {max_edits}; leave it out to ask all")
-    taken = to.exists() and not (to.is_dir() and not any(to.iterdir()))
-    if taken and not (to / REPORT_FILE).is_file():
-        raise ConfigError(f"'{to}' is not empty and no export; give --to a new folder")
-    if taken and not overwrite:
-        raise ConfigError(f"'{to}' is not empty; give --to a new folder, or --overwrite to replace that export")
+    if to.exists() and not (to.is_dir() and not any(to.iterdir())):
+        if not (to / REPORT_FILE).is_file():
+            raise ConfigError(f"'{to}' is not empty and no export; give --to a new folder")
+        if not overwrite:
+            raise ConfigError(f"'{to}' is not empty; give --to a new folder, or --overwrite to replace that export")
     content = Pack.read(pack)
     return _export_merged(content, to, base, precision, max_edits) if merged else _export_whole(content, to, base)
 
@@ -110,15 +108,9 @@ def _export_merged(pack: Pack, to: Path, base: str | None, precision: str, max_e
     keep = merge_into_base(model, edits, irrelevant["background"], irrelevant["held_out"][::2])
     log.info("measuring the merged model")
     after = scorer.by_base("merged", fresh=True).scores[AUTOREGRESSIVE]
-    report = {
-        "kind": "merged",
-        "base": model.card["base"],
-        "live_edits": len(edits),
-        "asked": {"edits": len(asked), "unrelated": sum(len(edit.locality) for edit in asked)},
-        "keep": keep,
-        "routed": routed,
-        "merged": after,
-    }
+    number = {"edits": len(asked), "unrelated": sum(len(edit.locality) for edit in asked)}
+    report = {"kind": "merged", "base": model.card["base"], "live_edits": len(edits), "asked": number, "keep": keep}
+    report |= {"routed": routed, "merged": after}
 
     def fill(part: Path) -> None:
         model.base.save_pretrained(part)
@@ -161,16 +153,14 @@ def merge_into_base(
 def _said(model: PackedModel, edits: Sequence[Edit]) -> tuple[Tensor, Tensor]:
     """A(x) (N, F) where the edits' target tokens are read, and what their shards add there (N, D)."""
     rows = [model.forms.encode(edit.prompt, edit.target) for edit in edits]
-    keys: list[Tensor] = []
-    values: list[Tensor] = []
-    captures = model.captures([row.ids for row in rows])
-    for edit, row, capture in zip(edits, rows, captures, strict=True):
+    found = []
+    for edit, row, capture in zip(edits, rows, model.captures([row.ids for row in rows]), strict=True):
         key = capture.activations[len(row.prompt) - 1 : len(row.ids) - 1].float()
         owner = model.ledger.owner_of(edit.id)
-        keys.append(key)
         nothing = key.new_zeros(len(key), model.memory.shape[0])  # an earlier merge wrote it into W_v
-        values.append(nothing if owner in (None, BASE) else model.memory[owner].product(key))
-    return torch.cat(keys), torch.cat(values)
+        found.append((key, nothing if owner in (None, BASE) else model.memory[owner].product(key)))
+    keys, values = map(torch.cat, zip(*found, strict=True))
+    return keys, values
 
 
 def _ask(model: PackedModel, prompts: Sequence[str]) -> list[str]:
@@ -183,11 +173,10 @@ def report_lines(report: dict[str, Any], to: Path) -> list[str]:
     edits = counted(report["live_edits"], "edit")
     if report["kind"] != "merged":
         return [f"{to}: the base with {edits}; repair_lightning.load_edited('{to}') needs no more"]
-    asked, unrelated = report["asked"], counted(report["asked"]["unrelated"], "unrelated prompt")
+    asked = ", ".join(counted(report["asked"][of], noun) for of, noun in ASKED.items())
     shares = 100 * pd.DataFrame([report["routed"], report["merged"]], ["routed", "merged"], dtype=float)
-    names = ["rel", "gen", "loc", "near"]
     return [
         f"{to}: a plain Hugging Face checkpoint with {edits} in one matrix",
-        f"free generation, {counted(asked['edits'], 'edit')}, {unrelated}, in per cent:",
-        shares[names].rename(columns=str.capitalize).to_string(float_format="{:.1f}".format, na_rep="-"),
+        f"free generation, {asked}, in per cent:",
+        shares[list(KINDS)].rename(columns=str.capitalize).to_string(float_format="{:.1f}".format, na_rep="-"),
     ]

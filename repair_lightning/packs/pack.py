@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -30,7 +32,7 @@ from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.models.architectures import architecture_of, value_shape
 from repair_lightning.models.base import files_hash, load_base
 from repair_lightning.models.edited import EditedModel
-from repair_lightning.packs.hub import download, upload
+from repair_lightning.models.gguf import first_line
 from repair_lightning.storage.folders import replace_folder, whereabouts
 
 if TYPE_CHECKING:
@@ -50,13 +52,16 @@ FOLDED, OWN, ROUTER, LOW_RANK = "base.value_weight.", "own.", "router.", "low_ra
 """What the names of tensors begin with: of the W_v that were written into (the layer follows), of what the method and
 the router remember, and of the low-rank shards."""
 
-Put = Callable[[Path], object]
-"""Writes a file or a folder at the path that it is given."""
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+PATTERNS = ["*.json", "*.safetensors", "*.parquet"]
+"""What is downloaded from the hub and uploaded: nothing that could run."""
+
+State = Mapping[str, Any]
+Also = Mapping[str, Callable[[Path], object]]
+"""Further files or folders of a pack by name: what writes each at the path that it is given."""
 
 
-def save_pack(
-    editor: Editor, folder: str | Path, provenance: Mapping[str, Any], also: Mapping[str, Put] | None = None
-) -> Path:
+def save_pack(editor: Editor, folder: str | Path, provenance: State, also: Also | None = None) -> Path:
     """Write an editor's memory, router and ledger, in place of what the folder holds; returns the folder. A process
     that is killed on the way leaves the old pack or the new one.
 
@@ -81,14 +86,7 @@ def save_pack(
     return _write(folder, config, editor.edited, editor.own_state(), editor.ledger, also)
 
 
-def _write(
-    folder: str | Path,
-    config: Mapping[str, Any],
-    edited: EditedModel,
-    own: Mapping[str, Any],
-    ledger: Ledger,
-    also: Mapping[str, Put],
-) -> Path:
+def _write(folder: str | Path, config: State, edited: EditedModel, own: State, ledger: Ledger, also: Also) -> Path:
     router, memory, tensors = edited.router, edited.memory, written_tensors(edited, own)
     content = {
         "format_version": FORMAT_VERSION,
@@ -122,21 +120,20 @@ def _write(
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    flat = [tensor.reshape(-1).view(torch.uint8) for tensor in (a, b)]
+    flat = [tensor.reshape(-1).view(torch.uint8) for tensor in (a, b)]  # NaN is the same as itself
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(*flat)
 
 
-def sealed(config: Mapping[str, Any]) -> dict[str, Any]:
+def sealed(config: State) -> dict[str, Any]:
     """The configuration with the hash of all else that it says."""
     rest = {key: value for key, value in config.items() if key != SEAL}
     return rest | {SEAL: hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
-def written_tensors(edited: EditedModel, own: Mapping[str, Any]) -> dict[str, Tensor]:
+def written_tensors(edited: EditedModel, own: State) -> dict[str, Tensor]:
     """All that editing has left, by name: shards, router, each W_v that was written into, what the method remembers."""
-    state = {f"{ROUTER}{key}": value for key, value in edited.router.state_dict().items()}
-    state |= {f"{FOLDED}{layer}": value for layer, value in edited.weights.state().items()}
-    state |= {f"{OWN}{key}": value for key, value in own.items()}
+    parts: dict[str, Mapping[Any, Any]] = {ROUTER: edited.router.state_dict(), FOLDED: edited.weights.state(), OWN: own}
+    state = {f"{start}{key}": value for start, part in parts.items() for key, value in part.items()}
     tensors = {key: value.cpu().contiguous() for key, value in state.items() if isinstance(value, Tensor)}
     return shard_tensors(edited.memory) | tensors
 
@@ -158,7 +155,7 @@ def bytes_left(editor: Editor) -> int:
     return sum(tensor.nbytes for tensor in written_tensors(editor.edited, editor.own_state()).values()) - before
 
 
-def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(state: State) -> dict[str, Any]:
     return {key: value for key, value in state.items() if not isinstance(value, Tensor)}
 
 
@@ -203,15 +200,13 @@ def _fits(folder: str | Path) -> Iterator[None]:
 
 
 class PackedModel(EditedModel):
-    """The edited model of a pack: it can be saved and shared like any Hugging Face model."""
+    """The edited model of a pack: it can be saved and shared like any Hugging Face model. `card` is the pack's
+    configuration, `own` what the method remembers, `more` the content of the pack's further files by name."""
 
     card: dict[str, Any]
-    """The pack's configuration."""
     ledger: Ledger
-    own: Mapping[str, Any]
-    """What the method remembers, for whoever goes on editing."""
+    own: State
     more: Mapping[str, bytes]
-    """The content of the pack's further files by name."""
 
     @classmethod
     def from_pretrained(
@@ -231,8 +226,7 @@ class PackedModel(EditedModel):
             trust_remote_code: let the base's repository run its own code.
             hub: as `huggingface_hub.snapshot_download` takes it: `revision`, `token`, `cache_dir`.
 
-        Raises:
-            RepairError: no such pack, or it is damaged or belongs to another base.
+        RepairError where there is no such pack, or it is damaged or belongs to another base.
         """
         pack = Pack.read(download(str(name_or_path), **hub))
         model = pack.open(base, precision, trust_remote_code)
@@ -243,11 +237,8 @@ class PackedModel(EditedModel):
         return model
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **hub: Any) -> Path:
-        """Write the pack, without its base; returns the folder.
-
-        With `push_to_hub` it is uploaded too, `hub` as :meth:`push_to_hub` takes it; the default `repo_id` is the
-        folder's name. Raises `RepairError` where it cannot be written or uploaded.
-        """
+        """Write the pack, without its base; returns the folder. With `push_to_hub` it is uploaded too, `hub` as that
+        takes it, by default under the folder's name. RepairError where it cannot be written or uploaded."""
         origin = {key: self.card[key] for key in ("editor", "options", "base", "layer", "irrelevant", "provenance")}
         also = {name: partial(Path.write_bytes, data=content) for name, content in self.more.items()}
         folder = _write(save_directory, origin, self, self.own, self.ledger, also)
@@ -256,12 +247,42 @@ class PackedModel(EditedModel):
         return folder
 
     def push_to_hub(self, repo_id: str, **hub: Any) -> str:
-        """Upload the pack to the Hugging Face hub as `org/name`, made where it is missing; returns the address.
-
-        `hub` holds `private`, `token`, `revision`, `commit_message`. Raises `RepairError` where it cannot be uploaded.
-        """
+        """Upload the pack to the Hugging Face hub as `org/name`, made where it is missing; returns the address. `hub`
+        holds `private`, `token`, `revision`, `commit_message`. RepairError where it cannot be uploaded."""
         with tempfile.TemporaryDirectory() as folder:
             return upload(self.save_pretrained(Path(folder) / "pack"), repo_id=repo_id, **hub)
+
+
+def download(name_or_path: str, **options: Any) -> Path:
+    """The folder of a pack: the one that is named, or what the hub holds under the name `org/name`.
+
+    `options` are those of `snapshot_download`. Raises `RepairError` where the hub does not give it.
+    """
+    path = Path(name_or_path).expanduser()
+    if not _HUB_NAME.fullmatch(name_or_path) or whereabouts(path).exists() or path.parent.exists():
+        return path
+    try:
+        return Path(snapshot_download(name_or_path, allow_patterns=PATTERNS, ignore_patterns="merged/*", **options))
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        raise RepairError(
+            f"'{name_or_path}' is no folder here, and the hub does not give it ({first_line(error)}); give the folder "
+            "that train.py wrote, or check name, token and network"
+        ) from error
+
+
+def upload(folder: Path, repo_id: str, private: bool | None = None, token: str | None = None, **options: Any) -> str:
+    """Upload a pack and return its address; the repository is made where it is missing.
+
+    `options` are those of `upload_folder`. Raises `RepairError` where the hub refuses it or cannot be reached.
+    """
+    options = {"commit_message": "Upload a REPAIR-Lightning pack"} | options
+    api = HfApi(token=token)
+    try:
+        name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        return str(api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=PATTERNS, **options))
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        words = f"the pack cannot be uploaded to '{repo_id}' ({first_line(error)}); check name, token and network"
+        raise RepairError(words) from error
 
 
 def load_edited(
@@ -310,10 +331,8 @@ class Pack:
         """Raise `RepairError` where a base is not the one that the pack was made with."""
         known, wanted = self.config["base"]["name"], self.config["base"]["sha256"]
         if sha256 != wanted:
-            raise RepairError(
-                f"the pack belongs to base '{known}' ({wanted[:12]}), but '{name}' is {sha256[:12]}; give the base "
-                "that it was made with"
-            )
+            words = f"the pack belongs to base '{known}' ({wanted[:12]}), but '{name}' is {sha256[:12]}"
+            raise RepairError(f"{words}; give the base that it was made with")
 
     def memory(self) -> SideMemory:
         """The bank of shards."""
@@ -323,13 +342,11 @@ class Pack:
         memory.next_id = int(config["next_shard"])
         if low_rank:
             memory.load_low_rank(low_rank)
-        for name, generation in config["shards"].items():
-            if name in memory.shards:
-                continue
+        for name in config["shards"].keys() - memory.shards.keys():
             state = self.part(f"shard.{name}.")
             if not any(kind <= state.keys() for kind in ({"delta"}, {"mask", "values"}, {"value"})):
                 raise RepairError(f"the pack lacks shard {name}; restore it from a copy")
-            memory.shards[name] = shard_from(shape, state, generation).requires_grad_(False)
+            memory.shards[name] = shard_from(shape, state, config["shards"][name]).requires_grad_(False)
         memory.shards = nn.ModuleDict({name: memory.shards[name] for name in sorted(memory.shards, key=int)})
         return memory
 
@@ -392,25 +409,21 @@ def restore_editor(
     """The editor that wrote a pack, as it was then: it can write, forget, calibrate, merge and be saved again.
 
     `base`, `precision` and `trust_remote_code` are those of :meth:`PackedModel.from_pretrained`; None does as when the
-    pack was written.
-
-    Raises:
-        RepairError: the pack is damaged, belongs to another base, or its editor is not known.
+    pack was written. RepairError where the pack is damaged, belongs to another base, or its editor is not known.
     """
     from repair_lightning.editors import make_editor
 
     pack = Pack.read(folder)
     with _fits(folder):
-        given = {"precision": precision, "trust_remote_code": trust_remote_code}
-        chosen = {name: value for name, value in given.items() if value is not None}
-        chosen |= {"base": base or pack.base, "layer": pack.config["layer"]}
+        given = {"precision": precision, "trust_remote_code": trust_remote_code, "base": base or pack.base}
+        chosen = {name: value for name, value in given.items() if value is not None} | {"layer": pack.config["layer"]}
         editor = make_editor(pack.config["editor"], pack.config["options"] | chosen)
+        irrelevant = pack.config["irrelevant"]["background"], pack.config["irrelevant"]["held_out"]
     editor.load()
     editor.ledger = pack.ledger
-    with _fits(folder):
-        irrelevant = pack.config["irrelevant"]
-        if irrelevant["background"]:
-            editor.prepare(irrelevant["background"], irrelevant["held_out"])
+    if irrelevant[0]:
+        with _fits(folder):
+            editor.prepare(*irrelevant)
     pack.restore_into(editor)
     editor.change_base()
     return editor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,15 +30,14 @@ class Artefacts:
     @classmethod
     def read(cls, path: str | Path) -> Artefacts:
         """A run by its directory; a RepairError where that holds no finished run, or a damaged one."""
-        run = cls(Path(path), {})
-        found = run.objects("metrics.json")
-        if not found:
+        found = next(iter(cls(Path(path), {}).objects("metrics.json")), None)
+        if found is None:
             raise RepairError(f"'{path}' holds no finished run: there is no metrics.json; give the directory of one")
         for name in ("base", "n_edits", "final", "pre_edit"):
-            if name not in found[0]:
-                file = run.path / "metrics.json"
+            if name not in found:
+                file = Path(path) / "metrics.json"
                 raise RepairError(f"'{file}' has no '{name}': it is not of a run; give the directory of one")
-        return cls(run.path, found[0])
+        return cls(Path(path), found)
 
     @property
     def name(self) -> str:
@@ -49,7 +49,7 @@ class Artefacts:
         """The lines of `generations.jsonl` about the final model."""
         return [row for row in self.objects("generations.jsonl", lines=True) if row.get("stage") == "final"]
 
-    @property
+    @cached_property
     def own_rows(self) -> dict[str, Row]:
         """Id -> the final model's line for the edit's own prompt."""
         return {row["id"]: row for row in self.final if row["kind"] == "edit"}
@@ -68,11 +68,8 @@ class Artefacts:
         """The journal's events that count, without the edits' texts."""
         if not (self.path / JOURNAL_FILE).is_file():
             return []
-        journal = Journal(self.path / JOURNAL_FILE, read_only=True)
-        try:
+        with closing(Journal(self.path / JOURNAL_FILE, read_only=True)) as journal:
             return [{**event, "edit": None} for event in journal.events() if not event["void"]]
-        finally:
-            journal.close()
 
     @cached_property
     def config_text(self) -> str:
@@ -100,10 +97,8 @@ class Artefacts:
             with open(file, encoding="utf-8") as text:
                 for number, part in enumerate(text if lines else [text.read()], 1):
                     where = f"'{file}', line {number}" if lines else where
-                    found.append(json.loads(part))
-                    if not isinstance(found[-1], dict):
-                        raise ValueError("no JSON object")
-        except (OSError, ValueError) as error:
+                    found.append(json.loads(part) | {})  # an object, nothing else
+        except (OSError, ValueError, TypeError) as error:
             raise RepairError(f"{where} is damaged ({error}); restore it from a copy") from error
         return found
 

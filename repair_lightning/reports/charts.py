@@ -1,21 +1,26 @@
-"""The pictures of one run and of several: each is a chart, or one line on what is missing for it."""
+"""The pictures of one run and of several, the paper's figures among them: each is a chart, or one line on what is
+missing for it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 
-from repair_lightning.errors import counted
+from repair_lightning.errors import ConfigError, counted
 from repair_lightning.reports import comparison, drawing
 from repair_lightning.reports.artefacts import Artefacts, Row, base_name
-from repair_lightning.reports.comparison import COLUMNS, Column, Grid, Result, cell, short
+from repair_lightning.reports.comparison import COLUMNS, TABLE, Column, Grid, Result, cell, read_tables, short
 from repair_lightning.reports.drawing import Chart, records
 from repair_lightning.reports.report import SCORES_IN_WORDS, only_in_base, percent
 from repair_lightning.scoring.protocols import AUTOREGRESSIVE
-from repair_lightning.scoring.separation import auroc
+from repair_lightning.scoring.separation import MEANT, OTHERS, auroc
 from repair_lightning.types import BASE
 
 KINDS_IN_WORDS = {"edit": "edits", "rephrase": "rephrases", "locality": "unrelated", "near": "neighbours"}
@@ -27,33 +32,33 @@ def separation(run: Artefacts, bins: int = 40) -> Chart | str:
     """The routing score of every prompt over its threshold, by kind of prompt (paper, Fig. 4)."""
     frame = pd.DataFrame(run.final, columns=["kind", "score", "threshold"])
     score, threshold = frame["score"].astype(float), frame["threshold"].astype(float).replace(0, np.nan)
-    if not (score.notna() & threshold.notna()).any():
+    ratio = score.clip(lower=0) / threshold
+    if ratio.isna().all():
         return "separation: no routing score with a threshold in generations.jsonl"
-    ratio = score.clip(lower=0) / threshold.fillna(1)
-    ratio = ratio[score.notna() & (threshold.notna() | (score < 0))]  # below zero: no edit is about what it names
-    found = {kind: part.to_numpy() for kind, part in ratio.groupby(frame["kind"])}
+    ratio = ratio.mask(threshold.isna() & (score < 0), 0.0).dropna()  # below zero: no edit is about what it names
+    found = {kind: ratio[frame["kind"] == kind].to_numpy() for kind in KINDS_IN_WORDS}
     edges = np.linspace(0.0, max(1.2, 1.05 * float(ratio.quantile(0.995))), bins + 1)
     rows, above = [], []
-    for kind, name in ((kind, name) for kind, name in KINDS_IN_WORDS.items() if kind in found):
-        above.append(f"{percent(float(np.mean(found[kind] > 1)))} of the {name}")
-        shares = 100 * np.histogram(found[kind].clip(edges[0], edges[-1]), edges)[0] / len(found[kind])
-        for centre, share in zip((edges[:-1] + edges[1:]) / 2, shares, strict=True):
-            place = {"ratio": round(float(centre), 4), "share": round(float(share), 3)}
-            rows.append({"prompts": f"{name} ({len(found[kind]):,})", **place})
-    words = f"Routing score over threshold: {', '.join(above)} lie above their threshold. {_overlap(found)}"
+    for kind, values in found.items():
+        if not len(values):
+            continue
+        above.append(f"{percent(float(np.mean(values > 1)))} of the {KINDS_IN_WORDS[kind]}")
+        panel = f"{KINDS_IN_WORDS[kind]} ({len(values):,})"
+        shares = 100 * np.histogram(values.clip(edges[0], edges[-1]), edges)[0] / len(values)
+        places = zip((edges[:-1] + edges[1:]) / 2, shares, strict=True)
+        rows += [
+            {"prompts": panel, "ratio": round(x, 4), "share": round(y, 3)} for x, y in np.array([*places]).tolist()
+        ]
+    about = torch.tensor(np.concatenate([found[kind] for kind in MEANT]))
+    areas = {kind: auroc(about, torch.tensor(found[kind])) for kind in OTHERS}
+    apart = [f"{area:.3f} against {KINDS_IN_WORDS[kind]} prompts" for kind, area in areas.items() if area is not None]
+    words = f"Routing score over threshold: {', '.join(above)} lie above their threshold."
+    words += f" AUROC of edits and rephrases: {', '.join(apart)}." if apart else ""
     if run.option("model.routing.router") != "activation":
         words += " A prompt that names no edited subject counts as 0."
     titles = ("routing score over threshold", "% of prompts")
     picture = drawing.histograms(rows, "ratio", "share", "prompts", titles, mark=1.0)
-    return Chart("separation", "Are edited and unrelated prompts apart?", words.strip(), rows, picture)
-
-
-def _overlap(ratios: Mapping[str, np.ndarray]) -> str:
-    """How well the score tells what an edit is about from what it is not, as a sentence."""
-    about = torch.tensor([value for kind in ("edit", "rephrase") for value in ratios.get(kind, ())])
-    areas = {kind: auroc(about, torch.tensor(ratios.get(kind, ()))) for kind in ("locality", "near")}
-    words = [f"{area:.3f} against {KINDS_IN_WORDS[kind]} prompts" for kind, area in areas.items() if area is not None]
-    return f"AUROC of edits and rephrases: {', '.join(words)}." if words else ""
+    return Chart("separation", "Are edited and unrelated prompts apart?", words, rows, picture)
 
 
 def answered_by(run: Artefacts) -> Chart | str:
@@ -71,7 +76,7 @@ def answered_by(run: Artefacts) -> Chart | str:
     right = "; ".join(f"{row['prompts']} {row['share']:.1f} %" for row in rows if row["memory"] == names["right"])
     words = f"Answered by the edit's own shard: {right}. Edits and rephrases should be, all others not."
     shown = [{**row, "shown": f"{row['share']:.1f}"} for row in rows]
-    picture = drawing.heat(shown, "prompts", "memory", "share", "shown", (None, None))
+    picture = drawing.heat(shown, "prompts", "memory", "share")
     return Chart("answered_by", "Who answered?", words, rows, picture)
 
 
@@ -86,9 +91,8 @@ def live(run: Artefacts) -> Chart | str:
     ]
     if not rows:
         return "live: no live scores in curves.jsonl (scoreboard.live is 0, or an older run)"
-    last = {row["score"]: row["value"] for row in rows}
+    ends = ", ".join(f"{name} {value:.1f}" for name, value in {row["score"]: row["value"] for row in rows}.items())
     asked = max(line.get("live_edits", 0) for line in curve)
-    ends = ", ".join(f"{name} {value:.1f}" for name, value in last.items())
     words = f"Free generation after each window, on samples of at most {asked} written edits; at the end {ends}."
     picture = drawing.lines(rows, "edits", "value", "score", ("edits written", "per cent"))
     return Chart("live", "Scores while editing", words, rows, picture)
@@ -97,21 +101,21 @@ def live(run: Artefacts) -> Chart | str:
 def retention(run: Artefacts, bins: int = 12) -> Chart | str:
     """The final model's score by the age of the edits (the number of edits that arrived after them), beside the score
     right after writing."""
-    final = [row for row in run.final if row["kind"] in ("edit", "rephrase")]
-    asked = {row["id"] for row in final}
-    order = [id for id in run.entries if id in asked] or list(dict.fromkeys(row["id"] for row in final))
+    final = [row for row in run.final if row["kind"] in MEANT]
+    asked = {row["id"]: None for row in final}
+    order = [id for id in run.entries if id in asked] or list(asked)
     if len(order) < 2:
         return "retention: fewer than two scored edits in generations.jsonl"
     rel, gen, first = names = "Rel at the end", "Gen at the end", "Rel right after writing"
     scores = [(rel if row["kind"] == "edit" else gen, row["id"], float(row["correct"])) for row in final]
     scores += [(first, id, score) for id, score in first_scores(run.events).items()]
-    bins, place = min(bins, len(order)), {id: i for i, id in enumerate(order)}
-    frame = pd.DataFrame(scores, columns=["score", "id", "value"])
-    frame = frame[frame["id"].isin(order)].assign(place=lambda known: known["id"].map(place))
-    frame["group"], frame["age"] = frame["place"] * bins // len(order), len(order) - 1 - frame["place"]
-    groups = frame.sort_values("group", kind="stable").groupby(["score", "group"])
-    means = groups.agg(age=("age", "mean"), value=("value", "mean"), n=("value", "size")).reset_index()
-    means["value"] = (100 * means["value"]).round(3)
+    bins, last, place = min(bins, len(order)), len(order) - 1, {id: i for i, id in enumerate(order)}
+    frame = pd.DataFrame(
+        [(name, place[id] * bins // len(order), last - place[id], value) for name, id, value in scores if id in place],
+        columns=["score", "group", "age", "value"],
+    )
+    means = frame.groupby(["score", "group"]).agg(age=("age", "mean"), value=("value", "mean"), n=("value", "size"))
+    means = means.assign(value=(100 * means["value"]).round(3)).reset_index()
     rows = sorted(records(means[["age", "score", "value", "n"]]), key=lambda row: names.index(row["score"]))
     ends = [f"{row['value']:.1f} %" for row in rows if row["score"] == rel]
     words = (
@@ -139,13 +143,12 @@ def feature_points(run: Artefacts) -> Chart | str:
     places: Mapping[str, Sequence[float]] = features.get("edits") or {}
     if len(places) < 2:
         return "features: no features.json with two edits (an older run)"
-    owners = {id: entry.shard for id, entry in run.entries.items()}
-    shards = {owners.get(id) for id in places} - {None, BASE}
+    owners = {id: run.entries[id].shard if id in run.entries else None for id in places}
+    shards = {*owners.values()} - {None, BASE}
     many = len(shards) > MOST_COLOURS
     names = {None: "none", BASE: "base"} | {shard: f"shard {shard}" for shard in shards}
     rows: list[Row] = [
-        {"id": id, "x": x, "y": y, "shard": owners.get(id) if many else names[owners.get(id)]}
-        for id, (x, y) in places.items()
+        {"id": id, "x": x, "y": y, "shard": owners[id] if many else names[owners[id]]} for id, (x, y) in places.items()
     ]
     first, second = features.get("explained") or [0.0, 0.0]
     colour = "The colour is the shard's number, in the order of writing." if many else "Each shard has its colour."
@@ -169,10 +172,8 @@ def costs_of(runs: Sequence[Artefacts]) -> pd.DataFrame:
     rows = []
     for run in runs:
         end = {"edits": run.metrics["n_edits"], "seconds": run.metrics["seconds"]["edit"]}
-        rows += [
-            (run.name, one["edits"], one["seconds"])
-            for one in thinned(run.objects("curves.jsonl", lines=True)) or [end]
-        ]
+        curve = thinned(run.objects("curves.jsonl", lines=True)) or [end]
+        rows += [(run.name, one["edits"], one["seconds"]) for one in curve]
     return pd.DataFrame(rows, columns=["of", "edits", "seconds"])
 
 
@@ -189,8 +190,7 @@ def cost(spent: pd.DataFrame, log: bool = True) -> Chart | str:
         for name, row in {row["of"]: row for row in rows}.items()
     )
     words = f"Seconds of editing, without loading and scoring, for the first so many edits. {ends}."
-    titles = ("edits", "seconds of editing")
-    picture = drawing.lines(rows, "edits", "seconds", "of", titles, log="xy" if log else "", share=False)
+    picture = drawing.lines(rows, "edits", "seconds", "of", ("edits", "seconds of editing"), log="xy" if log else "")
     return Chart("cost", "What editing costs", words, rows, picture)
 
 
@@ -207,7 +207,7 @@ RUN_CHARTS: Mapping[str, Callable[[Artefacts], Chart | str]] = {
 
 # -- of several runs ---------------------------------------------------------------------------------------------------
 
-PANELS = ("Rel", "Gen", "Loc", "OP")
+PANELS = ["Rel", "Gen", "Loc", "OP"]
 COSTS = {
     "seconds": "seconds per edit",
     "kept": "kB per edit that are kept",
@@ -228,8 +228,8 @@ FIGURES = {
 def finished(results: Sequence[Result]) -> pd.DataFrame:
     """A row per finished run: `variant`, `size`, `seed`, `base`, `edits`, scores in per cent, what it cost."""
     rows = [
-        {"variant": run.variant, "size": run.size, "seed": run.seed, "base": base_name(run.metrics or {})}
-        | {"edits": run.edits, **{name: column.of(run) for name, column in FIGURES.items()}}
+        [run.variant, run.size, run.seed, base_name(run.metrics or {}), run.edits]
+        + [column.of(run) for column in FIGURES.values()]
         for run in results
         if run.status == "finished"
     ]
@@ -251,14 +251,12 @@ def components(results: Sequence[Result]) -> Chart | str:
         return "components: needs a comparison (python -m repair_lightning.compare) with two finished variants"
     size = max(variants.index, key=lambda size: (variants[size], size))
     shown = frame[frame["size"] == size]
-    found = averaged(shown.melt("variant", PANELS, "score", "value"), ["variant", "score"], "value")
-    if found.empty:
+    rows = records(averaged(shown.melt("variant", PANELS, "score", "value"), ["variant", "score"], "value"))
+    if not rows:
         return "components: no finished variant has a score"
-    seeds = shown["seed"].nunique()
-    words = f"Free generation, mean over {counted(seeds, 'seed')}."
-    rows = records(found)
-    shown = [{**row, "shown": f"{row['value']:.1f}" + (f" ± {row['sd']:.1f}" if row["sd"] else "")} for row in rows]
-    picture = drawing.heat(shown, "score", "variant", "value", "shown", (None, None))
+    words = f"Free generation, mean over {counted(shown['seed'].nunique(), 'seed')}."
+    cells = [{**row, "shown": f"{row['value']:.1f}" + (f" ± {row['sd']:.1f}" if row["sd"] else "")} for row in rows]
+    picture = drawing.heat(cells, "score", "variant", "value")
     return Chart("components", f"Which parts help, {size:,} edits", words, rows, picture)
 
 
@@ -273,15 +271,13 @@ def sensitivity(grid: Grid, results: Sequence[Result], name: str) -> Chart | str
         values = comparison.values_of(runs, COLUMNS["OP"])
         op = round(sum(values) / len(values), 3) if values else None
         rows.append({x: options[column], y: options[row], "OP": op, "shown": cell(runs, COLUMNS["OP"])})
-    known = [line for line in rows if line["OP"] is not None]
+    known = sorted((line for line in rows if line["OP"] is not None), key=lambda line: line["OP"])
     if not known:
         return f"{name}: no cell of the grid has an OP"
-    best, worst = (pick(known, key=lambda line: line["OP"]) for pick in (max, min))
-    said = [f"{line['OP']:.1f} at {y} {line[y]} and {x} {line[x]}" for line in (best, worst)]
+    worst, best = (f"{line['OP']:.1f} at {y} {line[y]} and {x} {line[x]}" for line in (known[0], known[-1]))
     default = (grid.default[column], grid.default[row]) if len(grid.default) == 2 else None
-    words = f"Best {said[0]}; worst {said[1]}." + " The frame marks the default." * bool(default)
-    titles = [name.replace("_", " ") for name in (x, y)]
-    picture = drawing.heat(rows, x, y, "OP", "shown", titles, default)
+    words = f"Best {best}; worst {worst}." + " The frame marks the default." * bool(default)
+    picture = drawing.heat(rows, x, y, "OP", [name.replace("_", " ") for name in (x, y)], default)
     return Chart(name, f"OP over {size:,} edits", words, rows, picture)
 
 
@@ -308,23 +304,101 @@ def scale(results: Sequence[Result]) -> Chart | str:
 def costs_of_results(results: Sequence[Result], before: str = "") -> pd.DataFrame:
     """What `cost` draws of a comparison: mean seconds of editing; `before` leads the variants' names."""
     found = averaged(finished(results), ["variant", "written"], "spent")
-    found = found.rename(columns={"written": "edits", "spent": "seconds"})
-    return found.assign(of=before + found["variant"])[costs_of(()).columns]
+    return pd.DataFrame({"of": before + found["variant"], "edits": found["written"], "seconds": found["spent"]})
 
 
-def op_against(cost: str, results: Sequence[Result]) -> Chart | str:
-    """OP of editors against what an edit costs (`seconds`, `kept` or `peak`), a point for each number of edits: upper
-    left is best."""
-    frame = finished(results).dropna(subset=[cost, "OP"])
-    frame = frame[frame[cost] > 0]
-    if frame.empty:
-        return f"op_against_{cost}: needs a comparison with finished runs that say what an edit cost"
-    found = frame.groupby(["size", "variant"], sort=False)[[cost, "OP"]].mean().round(4).reset_index()
-    found = found.rename(columns={"variant": "editor", cost: "cost"})
-    found = found.assign(id=found["size"].map(lambda size: f"N = {size:,}"))[["id", "editor", "cost", "OP"]]
-    best = records(found.loc[found.groupby("id", sort=False)["OP"].idxmax()])
-    said = "; ".join(f"{row['id']}: {row['editor']} {row['OP']:.1f} at {row['cost']:,g}" for row in best)
-    said = f"Free generation, a picture per number of edits; upper left is best. Highest OP at {said}."
-    rows = records(found)
-    picture = drawing.points(rows, "cost", "OP", "editor", (COSTS[cost], "OP, per cent"), panel="id")
-    return Chart(f"op_against_{cost}", f"OP against {COSTS[cost]}", said, rows, picture)
+def op_against(results: Sequence[Result]) -> Iterator[Chart | str]:
+    """OP of editors against what an edit costs, each of `COSTS`, a point for each number of edits: upper left is
+    best."""
+    for spent, title in COSTS.items():
+        frame = finished(results).dropna(subset=[spent, "OP"])
+        frame = frame[frame[spent] > 0]
+        if frame.empty:
+            yield f"op_against_{spent}: needs a comparison with finished runs that say what an edit cost"
+            continue
+        found = frame.groupby(["size", "variant"], sort=False)[[spent, "OP"]].mean().round(4).reset_index()
+        found = found.rename(columns={"variant": "editor", spent: "cost"})
+        found = found.assign(id=found["size"].map(lambda size: f"N = {size:,}"))[["id", "editor", "cost", "OP"]]
+        best = records(found.loc[found.groupby("id", sort=False)["OP"].idxmax()])
+        said = "; ".join(f"{row['id']}: {row['editor']} {row['OP']:.1f} at {row['cost']:,g}" for row in best)
+        said = f"Free generation, a picture per number of edits; upper left is best. Highest OP at {said}."
+        picture = drawing.points(records(found), "cost", "OP", "editor", (title, "OP, per cent"), panel="id")
+        yield Chart(f"op_against_{spent}", f"OP against {title}", said, records(found), picture)
+
+
+# -- as files ----------------------------------------------------------------------------------------------------------
+
+
+class Comparison(NamedTuple):
+    """What a comparison measured."""
+
+    name: str
+    results: Sequence[Result]
+    grid: Grid | None
+
+
+def draw_figures(folders: Sequence[Path], to: Path) -> tuple[list[Path], list[str]]:
+    """Draw all figures that some runs, comparisons, or folders of either provide, into a folder, which is made.
+    Returns the files, and a line for every figure that is left out, with what it misses."""
+    made = list(charts_of(*gather(folders)))
+    to.mkdir(parents=True, exist_ok=True)
+    files = [file for chart in made if isinstance(chart, Chart) for file in chart.write(to)]
+    return files, [words for words in made if isinstance(words, str)]
+
+
+def draw_comparison(folder: Path, results: Sequence[Result], grid: Grid | None = None) -> list[Path]:
+    """Draw OP over a grid as `heat_map`, or against what an edit costs; returns the PNG files, none without an OP."""
+    drawn = op_against(results) if grid is None else [sensitivity(grid, results, "heat_map")]
+    return [chart.write(folder)[0] for chart in drawn if isinstance(chart, Chart)]
+
+
+def gather(folders: Sequence[Path]) -> tuple[list[Artefacts], list[Comparison]]:
+    """The runs and comparisons in some folders; a ConfigError where one holds none. A comparison's own runs are its
+    results, and not runs besides."""
+    runs: list[Artefacts] = []
+    comparisons: list[Comparison] = []
+    for folder in folders:
+        tables = [file.parent for file in sorted(folder.rglob(TABLE))]
+        inside = [file.parent for file in sorted(folder.rglob("metrics.json"))]
+        alone = [run for run in inside if not any(run.is_relative_to(table) for table in tables)]
+        if not tables and not alone:
+            words = "holds no finished run and no comparison; give a run directory or a folder of them"
+            raise ConfigError(f"'{folder}' {words}")
+        comparisons += [Comparison(table.resolve().name, *read_tables(table)) for table in tables]
+        runs += [Artefacts.read(run) for run in alone]
+    return runs, comparisons
+
+
+def charts_of(runs: Sequence[Artefacts], comparisons: Sequence[Comparison]) -> Iterator[Chart | str]:
+    """Every chart, or why there is none: of each run, of each comparison, and of all together."""
+    of_runs = {name: make for name, make in RUN_CHARTS.items() if name != "cost"}
+    for run in runs:
+        yield from (_named(make(run), run.name, len(runs)) for make in of_runs.values())
+    if not runs:
+        yield f"{', '.join(of_runs)}: need the directory of a run"
+    plain = [one for one in comparisons if one.grid is None]
+    several = [one for one in plain if len({result.variant for result in one.results}) > 1]
+    for one in several:
+        drawn = (components(one.results), *op_against(one.results))
+        yield from (_named(chart, one.name, len(several)) for chart in drawn)
+    if not several:
+        yield components([])
+    for one in comparisons:
+        if one.grid is not None:
+            yield sensitivity(one.grid, one.results, f"sensitivity-{_plain(one.name)}")
+    if len(plain) == len(comparisons):
+        yield "sensitivity: needs a comparison over a grid, as configs/compare/shards_mask.yaml"
+    yield scale([*map(result_of, runs), *(result for one in plain for result in one.results)])
+    spent = [costs_of_results(one.results, f"{one.name}: ") for one in plain]
+    yield cost(pd.concat([costs_of(runs), *spent]))
+
+
+def _named(chart: Chart | str, of: str, among: int) -> Chart | str:
+    """A chart whose files, or a line that, says what it is of, where it is one among several."""
+    if among < 2:
+        return chart
+    return f"{of}: {chart}" if isinstance(chart, str) else replace(chart, name=f"{chart.name}-{_plain(of)}")
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^\w.+-]+", "_", name)

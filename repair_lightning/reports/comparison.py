@@ -8,18 +8,22 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import pandas as pd
 
 from repair_lightning.errors import RepairError
 from repair_lightning.reports.artefacts import base_name
-from repair_lightning.reports.tables import Table, latex, markdown
+from repair_lightning.reports.report import Table, latex, markdown
 from repair_lightning.scoring.protocols import AUTOREGRESSIVE, PROTOCOLS, TEACHER_FORCED
 from repair_lightning.storage.files import replace_text, write_json
 
 TABLE = "table.json"
 """The file with everything that a comparison measured."""
+
+
+Status = Literal["finished", "failed", "not run", "stopped", "missing"]
+BEST_FIRST: tuple[Status, ...] = get_args(Status)
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Result:
     note: str
     size: int
     seed: int
-    status: Literal["finished", "failed", "missing", "stopped", "not run"]
+    status: Status
     command: str = ""
     error: str | None = None
     metrics: Mapping[str, Any] | None = None
@@ -124,8 +128,7 @@ def costs(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 def standing(results: Sequence[Result]) -> str:
     """How some runs that differ in their seed alone went, in one word: the best that one of them came to."""
-    order = ("finished", "failed", "not run", "stopped", "missing")
-    return min((result.status for result in results), key=order.index, default="missing")
+    return min((result.status for result in results), key=BEST_FIRST.index, default="missing")
 
 
 def values_of(results: Sequence[Result], column: Column) -> list[float]:
@@ -136,14 +139,12 @@ def values_of(results: Sequence[Result], column: Column) -> list[float]:
 
 def cell(results: Sequence[Result], column: Column) -> str:
     """`mean ± deviation` over the finished runs, and how many failed; where none is finished, how they stand."""
-    values = values_of(results, column)
-    failed = sum(result.status == "failed" for result in results)
+    values, word = values_of(results, column), standing(results)
     if not values:
-        word = standing(results)
         return "-" if word in ("finished", "missing") else word
-    text = f"{mean(values):.{column.digits}f}"
-    text += f" ± {stdev(values):.{column.digits}f}" if len(values) > 1 else ""
-    return text + (f" ({failed} failed)" if failed else "")
+    spread = f" ± {stdev(values):.{column.digits}f}" if len(values) > 1 else ""
+    failed = sum(result.status == "failed" for result in results)
+    return f"{mean(values):.{column.digits}f}{spread}" + (f" ({failed} failed)" if failed else "")
 
 
 class Part(NamedTuple):
@@ -168,20 +169,16 @@ class Part(NamedTuple):
         rows = self.rows()
         sizes = next(iter(rows.values()))
         heads = [("", "variant"), *((f"N = {size}", name) for size in sizes for name in self.columns)]
-        lines = [
-            [name, *(cell(runs, column) for runs in by_size.values() for column in self.columns.values())]
-            for name, by_size in rows.items()
-        ]
+        wanted = self.columns.values()
+        lines = [[name, *(cell(of, one) for of in runs.values() for one in wanted)] for name, runs in rows.items()]
         frame = pd.DataFrame(lines, columns=pd.MultiIndex.from_tuples(heads))
         return Table(self.title, frame, self.note, f"table-{self.name}")
 
 
 def tables_of(results: Sequence[Result]) -> list[Table]:
     """OP of variants against sizes for each protocol, and all columns for the largest size of which a run finished."""
-    parts = [
-        Part(one, f"OP, {one.replace('_', ' ')}, per cent", {"": Column(("final", one, "op"))}, results)
-        for one in PROTOCOLS
-    ]
+    titles = {one: f"OP, {one.replace('_', ' ')}, per cent" for one in PROTOCOLS}
+    parts = [Part(one, title, {"": Column(("final", one, "op"))}, results) for one, title in titles.items()]
     largest = max((result.status == "finished", result.size) for result in results)[1]
     parts.append(Part("all", "All figures", COLUMNS, [result for result in results if result.size == largest]))
     return [part.table() for part in parts]
@@ -219,9 +216,8 @@ def lead(results: Sequence[Result]) -> list[str]:
 def remarks(results: Sequence[Result]) -> list[str]:
     """What the variants are, what failed or was not run, and where the data were too few."""
     found = [f"`{name}`: {note}." for name, note in {run.variant: run.note for run in results if run.note}.items()]
-    for run in results:
-        if run.status in ("failed", "stopped"):
-            found.append(f"{run.status.capitalize()}: `{run.variant}`, {run.size} edits, seed {run.seed}: {run.error}")
+    bad = [run for run in results if run.status in ("failed", "stopped")]
+    found += [f"{r.status.capitalize()}: `{r.variant}`, {r.size} edits, seed {r.seed}: {r.error}" for r in bad]
     unasked = {(run.variant, run.size): run.error for run in results if run.status == "not run"}
     found += [f"Not run: `{name}`, {size} edits: {why}." for (name, size), why in unasked.items()]
     few = {run.size: run.edits for run in results if run.metrics}
@@ -235,9 +231,8 @@ def scores_frame(parts: Sequence[Part]) -> pd.DataFrame:
         for editor, by_size in part.rows().items():
             for (size, runs), (name, column) in product(by_size.items(), part.columns.items()):
                 found = values_of(runs, column)
-                centre = f"{mean(found):.8g}" if found else ""
-                spread = f"{stdev(found):.8g}" if len(found) > 1 else ""
-                lines.append([part.name, editor, size, name, centre, spread, len(found), standing(runs)])
+                figures = f"{mean(found):.8g}" if found else "", f"{stdev(found):.8g}" if len(found) > 1 else ""
+                lines.append([part.name, editor, size, name, *figures, len(found), standing(runs)])
     return pd.DataFrame(lines, columns=["table", "editor", "N", "column", "mean", "sd", "seeds", "status"])
 
 
@@ -266,6 +261,5 @@ def read_tables(folder: Path) -> tuple[list[Result], Grid | None]:
         grid = Grid(**content["grid"]) if content.get("grid") else None
         return [Result(**run) for run in content["runs"]], grid
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RepairError(
-            f"'{file}' is no table of a comparison ({error}); the comparison's command writes it"
-        ) from error
+        words = f"'{file}' is no table of a comparison ({error}); the comparison's command writes it"
+        raise RepairError(words) from error

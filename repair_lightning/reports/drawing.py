@@ -26,6 +26,7 @@ CONFIG = {
     "header": {"labelFontWeight": "bold", "labelAnchor": "start", "labelLimit": 300},
     "legend": {"orient": "bottom", "columns": 3, "labelLimit": 0, "title": None},
     "title": {"anchor": "start"},
+    "range": {"category": COLOURS},
 }
 WIDTH = 380
 
@@ -66,22 +67,15 @@ def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def lines(
-    rows: Sequence[Row],
-    x: str,
-    y: str,
-    group: str,
-    titles: Sequence[str],
-    log: str = "",
-    share: bool = True,
-    spread: str | None = None,
+    rows: Sequence[Row], x: str, y: str, group: str, titles: Sequence[str], log: str = "", spread: str = ""
 ) -> Any:
-    """A line for each group. `titles` are those of x and y, `log` names logarithmic axes, `share` says that y is in per
-    cent, `spread` is the column with the standard deviation."""
+    """A line for each group. `titles` are those of x and y, `log` names logarithmic axes; y is in per cent where its
+    title says so, `spread` is the column with the standard deviation."""
     few = len(rows) <= 60 * len(_values(rows, group))
     base = alt.Chart(_data(rows), width=WIDTH, height=230).encode(
-        x=_axis(alt.X, x, titles[0], "x" in log), y=_axis(alt.Y, y, titles[1], "y" in log, share), color=_colour(group)
+        x=_axis(alt.X, x, titles[0], "x" in log), y=_axis(alt.Y, y, titles[1], "y" in log), color=_named(group)
     )
-    dash = alt.StrokeDash(group, type="nominal", sort=None, legend=None)
+    dash = _named(group, alt.StrokeDash, legend=None)
     drawn = [base.mark_line(point={"size": 25} if few else False, clip=False).encode(strokeDash=dash)]
     drawn += [base.mark_errorbar(ticks=True).encode(yError=alt.YError(spread))] if spread else []
     return alt.layer(*drawn)
@@ -93,7 +87,7 @@ def histograms(rows: Sequence[Row], x: str, y: str, panel: str, titles: Sequence
     bars = base.mark_bar(size=0.8 * WIDTH / len(_values(rows, x))).encode(
         x=_axis(alt.X, x, titles[0]),
         y=alt.Y(y, type="quantitative", title=titles[1], axis=alt.Axis(tickCount=3)),
-        color=_colour(panel, legend=None),
+        color=_named(panel, legend=None),
     )
     rule = base.mark_rule(color="#b93a20", strokeDash=[4, 3], strokeWidth=1.5).encode(x=alt.datum(mark))
     drawn = alt.layer(bars, rule, data=_data(rows)).facet(facet=_panels(rows, panel), columns=1)
@@ -101,10 +95,10 @@ def histograms(rows: Sequence[Row], x: str, y: str, panel: str, titles: Sequence
 
 
 def heat(
-    rows: Sequence[Row], x: str, y: str, value: str, text: str, titles: Sequence[str | None], frame: Any = None
+    rows: Sequence[Row], x: str, y: str, value: str, titles: Sequence[str | None] = (None, None), frame: Any = None
 ) -> Any:
-    """A colour and a text for each pair of x and y; `frame` is the pair that is framed. Numbers rise upwards, words are
-    read downwards."""
+    """A colour for each pair of x and y and its text, `shown`; `frame` is the pair that is framed. Numbers rise
+    upwards, words are read downwards."""
     known = [row[value] for row in rows if row[value] is not None]
     top, places = max(known), _values(rows, y)
     low = min([*known, top - 20])  # small differences look small
@@ -115,14 +109,11 @@ def heat(
     scale = alt.Scale(scheme="viridis", domain=[low, top])
     legend = alt.Legend(orient="right", title="per cent")
     cells = base.mark_rect().encode(color=alt.Color(value, type="quantitative", scale=scale, legend=legend))
-    light = alt.datum[value] < (low + top) / 2
-    words = base.mark_text(fontSize=10).encode(
-        text=alt.Text(text, type="nominal"),
-        color=alt.condition((alt.datum[value] != None) & light, alt.value("white"), alt.value("black")),  # noqa: E711
-    )
-    framed = [row for row in rows if (row[x], row[y]) == frame]
-    around = base.mark_rect(fill=None, stroke="red", strokeWidth=3).properties(data=_data(framed))
-    return alt.layer(cells, words, *([around] if framed else []))
+    light = (alt.datum[value] != None) & (alt.datum[value] < (low + top) / 2)  # noqa: E711
+    colour = alt.condition(light, alt.value("white"), alt.value("black"))
+    words = base.mark_text(fontSize=10).encode(text=alt.Text("shown", type="nominal"), color=colour)
+    framed = _data([row for row in rows if (row[x], row[y]) == frame])
+    return alt.layer(cells, words, base.mark_rect(fill=None, stroke="red", strokeWidth=3).properties(data=framed))
 
 
 def points(rows: Sequence[Row], x: str, y: str, group: str, titles: Sequence[str], panel: str | None = None) -> Any:
@@ -130,15 +121,12 @@ def points(rows: Sequence[Row], x: str, y: str, group: str, titles: Sequence[str
     then with shares in per cent over a logarithmic axis."""
     if any(isinstance(row[group], str) for row in rows):  # colours come again with another mark
         shapes = [SHAPES[i // len(COLOURS) % len(SHAPES)] for i in range(len(_values(rows, group)))]
-        shape = alt.Shape(group, type="nominal", sort=None, scale=alt.Scale(range=shapes))
-        look: dict[str, Any] = {"color": _colour(group), "shape": shape}
+        look = {"color": _named(group), "shape": _named(group, alt.Shape, scale=alt.Scale(range=shapes))}
     else:
         legend = alt.Legend(orient="right", title=group)
         look = {"color": alt.Color(f"{group}:Q", scale=alt.Scale(scheme="viridis"), legend=legend)}
     drawn = alt.Chart(_data(rows), width=280 if panel else WIDTH, height=180 if panel else 280).encode(
-        x=_axis(alt.X, x, titles[0], log=bool(panel), zero=False),
-        y=_axis(alt.Y, y, titles[1], share=bool(panel), zero=False),
-        **look,
+        x=_axis(alt.X, x, titles[0], log=bool(panel), zero=False), y=_axis(alt.Y, y, titles[1], zero=False), **look
     )
     drawn = drawn.mark_point(filled=True, size=40)
     return drawn.facet(facet=_panels(rows, panel), columns=2) if panel else drawn
@@ -153,13 +141,14 @@ def _panels(rows: Sequence[Row], panel: str) -> alt.Facet:
     return alt.Facet(panel, type="nominal", sort=_values(rows, panel), title=None)
 
 
-def _colour(group: str, legend: Any = alt.Undefined) -> alt.Color:
-    return alt.Color(group, type="nominal", sort=None, scale=alt.Scale(range=COLOURS), legend=legend)
+def _named(column: str, kind: Any = alt.Color, **more: Any) -> Any:
+    """A column of names, in the order of the rows."""
+    return kind(column, type="nominal", sort=None, **more)
 
 
-def _axis(kind: Any, column: str, title: str, log: bool = False, share: bool = False, zero: bool = True) -> Any:
+def _axis(kind: Any, column: str, title: str, log: bool = False, zero: bool = True) -> Any:
     """A numeric axis; shares in per cent have room for marks that lie on their limits."""
-    limits: dict[str, Any] = {"domain": [-3, 103], "nice": False} if share else {"zero": zero}
+    limits: dict[str, Any] = {"domain": [-3, 103], "nice": False} if "per cent" in title else {"zero": zero}
     scale = alt.Scale(type="log") if log else alt.Scale(**limits)
     return kind(column, type="quantitative", title=title, scale=scale, axis=alt.Axis(format=",~f"))
 

@@ -21,12 +21,11 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from repair_lightning.edits.ledger import EditStatus
-from repair_lightning.reports import comparison, report_tables
+from repair_lightning.reports import comparison, report
 from repair_lightning.reports.artefacts import Artefacts, base_name
-from repair_lightning.reports.charts import COSTS, RUN_CHARTS, op_against, scale
+from repair_lightning.reports.charts import RUN_CHARTS, op_against, scale
 from repair_lightning.reports.drawing import Chart
-from repair_lightning.reports.report import form_frame, loop_words, percent, score_frame, side_words
-from repair_lightning.reports.tables import Table
+from repair_lightning.reports.report import Table, percent
 from repair_lightning.scoring.protocols import AUTOREGRESSIVE
 from repair_lightning.storage.files import replace_text
 
@@ -88,7 +87,7 @@ def write_comparison_page(folder: Path, results: Sequence[comparison.Result]) ->
         lead=comparison.lead(results),
         sections=[
             Section("scores", "Scores and costs", comparison.remarks(results), tables),
-            _pictures([scale(results), *(op_against(spent, results) for spent in COSTS)]),
+            _pictures([scale(results), *op_against(results)]),
             Section("how", "What was run", tables=[Table("", runs, id="runs")]),
         ],
         tiles={},
@@ -114,8 +113,8 @@ def _shown(cell: Any) -> str:
 
 
 def _numbers(chart: Chart) -> Table:
-    rows, rest = [list(row.values()) for row in chart.rows], "what `repair-lightning figures` writes as CSV"
-    return report_tables.table(f"table-{chart.name}", "", list(chart.rows[0]), rows, rest, most=60)
+    rest = "what `repair-lightning figures` writes as CSV"
+    return report.table(f"table-{chart.name}", "", chart.rows, rest, most=60)  # type: ignore[arg-type]
 
 
 def _pictures(drawn: Sequence[Chart | str]) -> Section:
@@ -126,18 +125,19 @@ def _pictures(drawn: Sequence[Chart | str]) -> Section:
 
 def _sections(run: Artefacts) -> list[Section]:
     m, known = run.metrics, Counter(str(entry.status) for entry in run.entries.values())
-    forms = Table("Edits in other forms", form_frame(m["final"].get("forms")), id="forms-table")
-    failed = f"{len(report_tables.problems(run)):,} of {m['n_edits']:,} edits failed"
+    forms = Table("Edits in other forms", report.form_frame(m["final"].get("forms")), id="forms-table")
+    scores = [Table("", report.score_frame(m), id="score-table"), forms]
+    failed = f"{len(report.problems(run)):,} of {m['n_edits']:,} edits failed"
     quarantined = m.get("closed_loop", {}).get("quarantined", 0)
     failed += f"; {quarantined:,} of them were quarantined, so the base answers them." if quarantined else "."
     counts = f"Failed ones come first. {', '.join(f'{number:,} {status}' for status, number in known.items())}"
-    edits = [report_tables.edits_table(run), report_tables.others_table(run)]
+    edits = [report.edits_table(run), report.others_table(run)]
     texts = [("The command", _provenance(run).get("command")), ("The complete configuration", run.config_text)]
     return [
-        Section("scores", "Scores", list(side_words(m)), [Table("", score_frame(m), id="score-table"), forms]),
+        Section("scores", "Scores", list(report.side_words(m)), scores),
         Section("edits", "The edits, and why some failed", [failed, counts], edits),
         _pictures([make(run) for make in RUN_CHARTS.values()]),
-        Section("loop", "What happened", [loop_words(m)], [report_tables.event_table(run)]),
+        Section("loop", "What happened", [report.loop_words(m)], [report.event_table(run)]),
         Section("how", "Configuration", facts=_setup(run), texts=[(name, text) for name, text in texts if text]),
     ]
 

@@ -1,21 +1,54 @@
-"""What a run says at its end: the tables of its scores, and sentences on what was measured besides."""
+"""What a run says: its scores and what was measured besides, and for its page what failed and why, edits, events."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from rich.console import Console
 
+from repair_lightning.edits.ledger import EditStatus, LedgerEntry
 from repair_lightning.errors import counted
-from repair_lightning.reports.tables import Table
-from repair_lightning.scoring.metrics import KINDS
-from repair_lightning.scoring.protocols import AUTOREGRESSIVE, PROTOCOLS
+from repair_lightning.reports.artefacts import Artefacts, Row
+from repair_lightning.scoring.protocols import AUTOREGRESSIVE, KINDS, PROTOCOLS
+from repair_lightning.scoring.separation import OTHERS
+from repair_lightning.texts import dialogue
+from repair_lightning.types import BASE
 
 STAGES = {"pre_edit": "before", "before_merge": "before merge", "final": "after", "oracle_routing": "oracle routing"}
 SCORES_IN_WORDS = {**{name: name.capitalize() for name in KINDS}, "op": "OP"}
+EDITS_SHOWN, ROWS_SHOWN, TEXT_SHOWN = 2000, 200, 240
+"""Most edits in the searchable table, rows of another table, characters of a text."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, the cells as texts or numbers, and what a reader must know of them.
+
+    The columns may have two levels: what comes again for each group, and the groups above it.
+    """
+
+    title: str
+    frame: pd.DataFrame
+    note: str = ""
+    id: str = ""
+
+    def flat(self) -> pd.DataFrame:
+        """The cells under one line of titles: `OP, N = 30`."""
+        columns = [", ".join(filter(None, one[::-1])) if isinstance(one, tuple) else one for one in self.frame.columns]
+        return self.frame.set_axis(columns, axis=1)
+
+    def text(self, form: str = "pipe") -> str:
+        """The cells in a form of `tabulate`'s, Markdown by default; the first column is left-aligned."""
+        cells = self.flat().map(lambda cell: str(cell).replace("|", r"\|"))
+        align = ["left", *["right"] * (len(cells.columns) - 1)]
+        return cells.to_markdown(index=False, disable_numparse=True, colalign=align, tablefmt=form)
 
 
 def only_in_base(metrics: Mapping[str, Any]) -> bool:
@@ -49,13 +82,12 @@ def form_frame(forms: Mapping[str, Mapping[str, float | None]] | None) -> pd.Dat
     return pd.DataFrame(rows, columns=["form", "exact", *names[1:]])
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
-
-
-def percent(value: float | None) -> str:
+def percent(value: float | None, sign: str = " %") -> str:
     """A share in [0, 1] as a sentence has it."""
-    return "-" if value is None else f"{_percent(value)} %"
+    return "-" if value is None else f"{100 * value:.1f}{sign}"
+
+
+_percent = partial(percent, sign="")
 
 
 def print_report(metrics: Mapping[str, Any], run_dir: Path | None, console: Console | None = None) -> None:
@@ -78,22 +110,19 @@ def print_report(metrics: Mapping[str, Any], run_dir: Path | None, console: Cons
 
 def side_words(metrics: Mapping[str, Any]) -> Iterator[str]:
     """What was measured beside the scores."""
-    about = metrics["final"].get("same_subject")
-    if about:
+    if about := metrics["final"].get("same_subject"):
         yield (
             f"{counted(about['asked'], 'other question')} about edited subjects: a shard answers "
             f"{percent(about['fires'])}, {percent(about['changed'])} of the answers changed."
         )
     if metrics.get("perplexity"):
         yield "Perplexity of the targets: " + ", ".join(f"{k} {v:.2f}" for k, v in metrics["perplexity"].items())
-    if metrics.get("probes"):
-        kept = metrics["probes"]
+    if kept := metrics.get("probes"):
         yield (
             f"{counted(kept['number'], 'probe')} that no edit touches: {percent(kept['pre'])} right before, "
             f"{percent(kept['final'])} after; {percent(kept['same'])} of the answers are unchanged."
         )
-    if metrics.get("earlier"):
-        earlier = metrics["earlier"]
+    if earlier := metrics.get("earlier"):
         before, after, lost = earlier["before"], earlier["after"], earlier["lost"]
         words = ", ".join(f"{kind.capitalize()} {_percent(before[kind])} -> {_percent(after[kind])}" for kind in before)
         words += f"; no longer answered right: {', '.join(lost[:5])}{', ...' * (len(lost) > 5)}" * bool(lost)
@@ -120,3 +149,127 @@ def verdict(metrics: Mapping[str, Any], place: str | Path) -> str:
     scores = "  ".join(f"{words} {_percent(final[name])}" for name, words in SCORES_IN_WORDS.items())
     given_up = f"; {metrics['closed_loop']['quarantined']} quarantined" if "closed_loop" in metrics else ""
     return f"{counted(metrics['n_edits'], 'edit')} of {metrics['base']['name']}: {scores}{given_up}; {place}"
+
+
+# -- the tables of its page, which escapes their texts -----------------------------------------------------------------
+
+
+def table(id: str, title: str, rows: Sequence[Row], rest: str, most: int = ROWS_SHOWN) -> Table:
+    """The first rows as a table, long texts cut off, which says how many there are and where the `rest` is."""
+    frame = pd.DataFrame(rows[:most], dtype=object)
+    long = frame.map(lambda cell: isinstance(cell, str) and len(cell) > TEXT_SHOWN)
+    frame = frame.mask(long, frame.map(lambda cell: str(cell)[: TEXT_SHOWN - 1].rstrip() + "…"))
+    note = f"The first {most:,} of {len(rows):,}; the others are in {rest}." if len(rows) > most else ""
+    return Table(title, frame, note, id)
+
+
+def problems(run: Artefacts) -> dict[str, str]:
+    """Id -> why, for every edit that is not answered right at the end or whose place in the ledger says so."""
+    found: dict[str, str] = {}
+    for id in dict.fromkeys([*run.entries, *run.own_rows]):
+        entry, row = run.entries.get(id), run.own_rows.get(id)
+        wrong = why_wrong(row, entry) if row is not None and not row["correct"] else None
+        if entry is None or entry.status == EditStatus.WRITTEN:
+            found |= {id: wrong} if wrong else {}
+        elif entry.status not in (EditStatus.SUPERSEDED, EditStatus.UNDONE):
+            words = f"{entry.status}: {entry.reason}" if entry.reason else str(entry.status)
+            if entry.loss is not None:
+                words += f" (its loss after the last write was {entry.loss:.3g} nats a token)"
+            words += "; the base answers it" if entry.shard is None else f"; {wrong}" if wrong else ""
+            found[id] = words
+    return found
+
+
+def why_wrong(row: Row, entry: LedgerEntry | None) -> str:
+    """Why a prompt is answered wrong, from who answered it."""
+    owner, memory, kept = entry.shard if entry else None, row["memory"], row["kind"] in OTHERS
+    score, threshold = row["score"], row["threshold"]
+    scored = score is not None and threshold is not None
+    words = f"score {score:.2f}, needed {threshold:.2f}" if scored else ""
+    if memory == BASE:
+        if kept:
+            return "the base answered, and its own weights have changed"
+        if owner == BASE:
+            return "the base answered, into whose weights the edit is written"
+        if scored and score > threshold:
+            words = "the nearest edit's shard would not say its target here"
+        elif score is not None and score < 0 and threshold is None:
+            words = "it names nothing that an edit is about"
+        return f"no shard answered: {words}".removesuffix(": ")
+    words += f", nearest edit {row['nearest']}" if row.get("nearest") else ""
+    if kept:
+        return f"shard {memory} answered in place of the base ({words})"
+    if memory == owner:
+        return "its own shard answered, in other words than the target"
+    return f"another edit's shard answered: {memory} ({words})"
+
+
+def others_table(run: Artefacts) -> Table:
+    """Rephrases, unrelated prompts and neighbours that are answered wrong, with the reason."""
+    names = {"rephrase": "in other words", "locality": "unrelated", "near": "neighbour"}
+    rows = []
+    for row in run.final:
+        if row["kind"] != "edit" and not row["correct"]:
+            expected = row["expected"] if row["kind"] == "rephrase" else row["base_answer"]
+            asked = {"kind": names[row["kind"]], "of edit": row["id"], "asked": dialogue.shown(row["prompt"])}
+            why = why_wrong(row, run.entries.get(row["id"]))
+            rows.append(asked | {"should say": expected, "says": row["answer"], "why": why})
+    return table("others-table", "Other prompts that are answered wrong", rows, "generations.jsonl")
+
+
+def edits_table(run: Artefacts) -> Table:
+    """All edits: failed ones first with the reason, then in order of arrival."""
+    why, answered = problems(run), run.own_rows
+    base = "base, changed" if "deviation" in run.metrics.get("method", {}) else "base"
+    rows = []
+    for one in dict.fromkeys([*why, *run.entries, *answered]):
+        entry, row = run.entries.get(one), answered.get(one, {})
+        prompt, target = (entry.edit.prompt, entry.edit.target) if entry else (row["prompt"], row["expected"])
+        said = {"edit": one, "asked": dialogue.shown(prompt), "should say": target, "says": row.get("answer")}
+        said |= {"before": row.get("base_answer"), "now": "not asked", "answered by": None}
+        if row:
+            said["now"] = "right" if row["correct"] else "wrong"
+            said["answered by"] = base if row["memory"] == BASE else f"shard {row['memory']}"
+        said |= {"status": str(entry.status), "writes": entry.attempts} if entry else {"status": None, "writes": None}
+        rows.append(said | {"why": why.get(one) or (entry.reason if entry else None)})
+    return table("all-edits", "", rows, "edits.parquet and generations.jsonl", EDITS_SHOWN)
+
+
+def event_table(run: Artefacts) -> Table:
+    """The journal but for arrivals, writes and checks that went well: what was done to how many edits, and why."""
+    told = [e for e in run.events if e["kind"] not in ("arrived", "written", "evaluated", "inherited")]
+    rows = []
+    for (kind, reason, window), same in groupby(told, key=lambda e: (e["kind"], e["reason"], e["window"])):
+        first, *others = same
+        edits = sum(event["id"] is not None for event in (first, *others))
+        when = f"{datetime.fromtimestamp(first['time'], timezone.utc):%H:%M:%S}"
+        rows.append({"time, UTC": when, "what": kind, "edits": edits, "arrived in window": window, "why": reason})
+    return table("event-table", "", rows, "`repair-lightning log --run DIR`")
+
+
+# -- tables as files ---------------------------------------------------------------------------------------------------
+
+
+def markdown(tables: Sequence[Table], lead: Sequence[str], remarks: Sequence[str]) -> str:
+    """Some sentences, the tables, and remarks as a list."""
+    parts = list(lead)
+    for table in tables:
+        parts += [f"## {table.title}", table.text(), table.note]
+    parts.append("\n".join(f"- {remark}" for remark in remarks))
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def latex(tables: Sequence[Table]) -> str:
+    """The tables as a document that compiles as it is, and serves a paper by `\\input` where the packages `standalone`
+    and `booktabs` are loaded."""
+    texts = [
+        r"\documentclass[varwidth=\maxdimen, border=6pt]{standalone}",
+        r"\usepackage{booktabs}",
+        r"\begin{document}",
+    ]
+    for table in tables:
+        columns = "l" + "r" * (len(table.frame.columns) - 1)
+        cells = table.frame.to_latex(index=False, escape=True, column_format=columns, multicolumn_format="c")
+        texts.append(rf"\textbf{{{table.title}}}\par\smallskip")
+        texts.append(cells.replace("±", r"$\pm$") + r"\par\bigskip" + "\n")
+    return "\n".join([*texts, r"\end{document}", ""])

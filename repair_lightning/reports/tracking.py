@@ -14,6 +14,7 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import WandbLogger
 
 from repair_lightning.errors import ConfigError, RepairError
+from repair_lightning.models.gguf import first_line
 
 log = logging.getLogger(__name__)
 
@@ -94,19 +95,17 @@ class OfflineFirstWandbLogger(WandbLogger):
         """The run of W&B; where the server does not answer, one on the disk."""
         import wandb
 
-        reason = None
-        if self._experiment is None and not self._offline and "WANDB_MODE" not in os.environ:
-            reason = unreachable()
-        try:
-            if reason is None:
+        begins = self._experiment is None and not self._offline
+        reason = unreachable() if begins and "WANDB_MODE" not in os.environ else None
+        if reason is None:
+            try:
                 return WandbLogger.experiment.fget(self)  # type: ignore[attr-defined]
-        except (wandb.errors.CommError, wandb.errors.UsageError) as error:
-            if self._offline:
-                raise
-            reason = str(error).splitlines()[0]
+            except (wandb.errors.CommError, wandb.errors.UsageError) as error:
+                if self._offline:
+                    raise
+                reason = str(error).splitlines()[0]
         log.warning("wandb: no server (%s); the run is kept on the disk", reason)
-        self._offline = True
-        self._wandb_init["mode"] = "offline"
+        self._offline, self._wandb_init["mode"] = True, "offline"
         return WandbLogger.experiment.fget(self)  # type: ignore[attr-defined]
 
 
@@ -134,22 +133,20 @@ def create(entity: str, project: str) -> str:
     if not os.environ.get("WANDB_API_KEY"):
         raise ConfigError("the layout is made on the server of W&B: set WANDB_API_KEY")
     workspace = layout(entity, project)
-    problem = unreachable()
-    if problem is not None:
+    if problem := unreachable():
         raise RepairError(f"W&B did not take the layout ({problem}); check the network")
-    outcome: list[Any] = []
+    outcome: list[Any] = [TimeoutError(f"no answer within {PATIENCE:.0f} s")]
 
     def send() -> None:
         try:
-            outcome.append(workspace.save().url)
+            outcome[:] = [workspace.save().url]
         except Exception as error:  # its client raises a dozen unrelated types
-            outcome.append(error)
+            outcome[:] = [error]
 
     thread = threading.Thread(target=send, daemon=True)  # it tries again for minutes where there is no network
     thread.start()
     thread.join(PATIENCE)
-    found = outcome[0] if outcome else TimeoutError(f"no answer within {PATIENCE:.0f} s")
-    if isinstance(found, Exception):
-        reason = next(iter(str(found).strip().splitlines()), type(found).__name__)
+    if isinstance(outcome[0], Exception):
+        reason = first_line(outcome[0])
         raise RepairError(f"W&B did not take the layout ({reason}); check key, entity, project and network")
-    return str(found)
+    return str(outcome[0])

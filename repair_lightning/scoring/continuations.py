@@ -7,6 +7,7 @@ edit is meant, and every score would flatter the model; so :func:`route_contexts
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -15,24 +16,16 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from repair_lightning.errors import RepairError
 from repair_lightning.models.edited import EditedModel
 from repair_lightning.models.prefix import pad_left
-from repair_lightning.scoring.protocols import decoded, forced_choice, sorted_batches
+from repair_lightning.scoring.protocols import decoded, sorted_batches
 from repair_lightning.types import BASE
-
-
-def longest_text(model: EditedModel) -> int:
-    """The longest text that the base reads, in tokens; 2048 where its configuration does not say."""
-    return model.longest or 2048
 
 
 @torch.no_grad()
 def route_contexts(model: EditedModel, contexts: Sequence[Sequence[int]], batch_size: int = 64) -> Tensor:
-    """The memory (B,) that answers each context: a shard's id or `BASE`.
-
-    Equal contexts are asked once. One without words asks for nothing: the base answers. Of one that is longer than the
-    base reads, the end counts.
-    """
-    special, limit = set(model.tokenizer.all_special_ids), longest_text(model)
-    rows = [tuple(context[-limit:]) for context in contexts]
+    """The memory (B,) that answers each context: a shard's id, or `BASE`, also where it has no words. Equal ones are
+    asked once; of one that is longer than the base reads, the end counts."""
+    special = set(model.tokenizer.all_special_ids)
+    rows = [tuple(context[-model.longest :]) for context in contexts]
     asked = [row for row in dict.fromkeys(rows) if not special.issuperset(row)]
     found = dict.fromkeys(rows, BASE)
     for start in range(0, len(asked), batch_size):
@@ -54,7 +47,7 @@ def log_likelihoods(
     Contexts have at least one token; of what is too long for the base, the end is read, and a continuation alone that
     is too long is a RepairError. `memory` holds (B,) shard ids or `BASE`.
     """
-    limit = longest_text(model)
+    limit = model.longest
     if (most := max(map(len, continuations), default=0)) > limit:
         raise RepairError(f"a continuation has {most} tokens, and the base reads {limit}; leave its task out")
     rows = [[*context, *then][-limit - 1 :] for context, then in zip(contexts, continuations, strict=True)]
@@ -62,7 +55,7 @@ def log_likelihoods(
     for index in sorted_batches([len(row) for row in rows], batch_size):
         ids, mask = pad_left([rows[i][:-1] for i in index], device=model.device)
         keep = max(1, *(len(continuations[i]) for i in index))
-        with model.forced(forced_choice(memory[index])):
+        with model.forced(memory[index]):
             logits = model.base(**model.split.inputs(ids, mask), logits_to_keep=keep).logits
         for i, row in zip(index, logits, strict=True):
             then = torch.tensor(continuations[i], dtype=torch.long, device=row.device)
@@ -86,8 +79,7 @@ class _Until(StoppingCriteria):
 
 def _texts(model: EditedModel, rows: Sequence[Sequence[int]]) -> list[str]:
     """Rows as texts up to the first stop: not every end of a turn is one that decoding leaves out."""
-    stops = model.forms.stops
-    said = [row[: next((i for i, id in enumerate(row) if id in stops), len(row))] for row in rows]
+    said = [list(takewhile(lambda id: id not in model.forms.stops, row)) for row in rows]
     return model.tokenizer.batch_decode(said, skip_special_tokens=True)
 
 
@@ -105,17 +97,11 @@ def completions(
     batch_size: int = 16,
 ) -> list[str]:
     """Greedy continuations of contexts, up to a string of `until` (not part of them), the model's own end or
-    `max_new_tokens`; a RepairError where these leave no room for a context.
-
-    Contexts have at least one token; of what is too long for the base, the end is read. `memory` holds (B,) shard ids
-    or `BASE`.
-    """
-    room = longest_text(model) - max_new_tokens
+    `max_new_tokens`; a RepairError where these leave no room for a context. Contexts and memory are as above."""
+    room = model.longest - max_new_tokens
     if room < 1:
-        raise RepairError(
-            f"max_gen_toks is {max_new_tokens}, and the base reads {longest_text(model)} tokens, the context's with "
-            "them; give fewer"
-        )
+        words = f"max_gen_toks is {max_new_tokens}, and the base reads {model.longest} tokens, the context's with them"
+        raise RepairError(f"{words}; give fewer")
     rows, found = [context[-room:] for context in contexts], [""] * len(contexts)
     for index in sorted_batches([len(row) for row in rows], batch_size):
         stop = StoppingCriteriaList([_Until(model, until)])

@@ -1,7 +1,8 @@
 """How edits hold in other forms than their own: bare, in chat, after a system message, in a second turn, inside
-courtesy, and at the end of other text.
+courtesy, and at the end of other text; and other questions about their subjects.
 
-The words around the questions are this file's own: no edit is written in them, and no threshold sees them.
+The words around the questions, and some of the other questions, are this file's own: no edit is written in them, and no
+threshold sees them.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from torch import Tensor
 from repair_lightning.models.edited import EditedModel
 from repair_lightning.models.forms import Forms
 from repair_lightning.scoring import protocols
-from repair_lightning.scoring.continuations import longest_text
-from repair_lightning.scoring.metrics import mean_of
+from repair_lightning.scoring.protocols import contains, mean_of, same_answer
+from repair_lightning.texts import asking
 from repair_lightning.types import BASE, Edit
 
 FORMS = ("bare", "chat", "system", "second_turn", "wrapped", "long")
@@ -65,38 +66,115 @@ def form_scores(
     are more. A prompt with as many tokens as the base reads is not asked."""
     drawn = random.Random(0).sample(list(edits), number) if len(edits) > number else list(edits)
     asked = [(edit, form_rows(model.forms, model.forms.asked(edit.prompt))) for edit in drawn]
-    scores: dict[str, dict[str, float | None]] = {}
-    lines: list[dict[str, Any]] = []
+    lines: dict[str, list[dict[str, Any]]] = {form: [] for form in FORMS}
     for form in FORMS:
-        rows = [(edit, row) for edit, forms in asked if (row := forms[form]) is not None]
-        rows = [(edit, row) for edit, row in rows if len(row) < longest_text(model)]
-        parts = [_answered(model, rows[start : start + _BATCH]) for start in range(0, len(rows), _BATCH)]
-        found = [{"stage": "forms", "form": form, **line} for part in parts for line in part]
-        scores[form] = {name: mean_of(line[name] for line in found) for name in FIGURES}
-        lines += found
-    return scores, lines
+        rows = [(edit, row) for edit, forms in asked if (row := forms[form]) and len(row) < model.longest]
+        for start in range(0, len(rows), _BATCH):
+            found = _answered(model, rows[start : start + _BATCH])
+            lines[form] += [{"stage": "forms", "form": form, **line} for line in found]
+    scores = {form: {name: mean_of(line[name] for line in lines[form]) for name in FIGURES} for form in FORMS}
+    return scores, [line for found in lines.values() for line in found]
 
 
-def _answered(model: EditedModel, rows: Sequence[tuple[Edit, list[int]]]) -> list[dict[str, Any]]:
-    limits = [len(model.forms.continued(row, edit.target).target) + 8 for edit, row in rows]
-    choice = model.choose_rows([row for _, row in rows])
+def _answered(model: EditedModel, asked: Sequence[tuple[Edit, list[int]]]) -> list[dict[str, Any]]:
+    rows = [row for _, row in asked]
+    limits = [len(model.forms.continued(row, edit.target).target) + 8 for edit, row in asked]
+    choice = model.choose_rows(rows)
     targets = [model.target_of(nearest) or "" if nearest is not None else "" for nearest in choice.nearest]
 
     def answers(at: list[int], memory: Tensor) -> dict[int, str]:
-        found = protocols.answer_rows(model, [rows[i][1] for i in at], memory, [limits[i] for i in at])
+        found = protocols.answer_rows(model, [rows[i] for i in at], memory[at], [limits[i] for i in at])
         return dict(zip(at, found, strict=True))
 
     fires = (choice.memory != BASE).tolist()
     # Where the choice has asked the shard for its target already, that is the answer.
     ask = [i for i, fired in enumerate(fires) if not (fired and model.router.vouches)]
-    said = {i: protocols.shown_answer(target) for i, target in enumerate(targets)} | answers(ask, choice.memory[ask])
-    right = [protocols.same_answer(said[i], edit.target) for i, (edit, _) in enumerate(rows)]
+    said = {i: protocols.shown_answer(target) for i, target in enumerate(targets)} | answers(ask, choice.memory)
+    right = [same_answer(said[i], edit.target) for i, (edit, _) in enumerate(asked)]
     doubtful = [i for i, fired in enumerate(fires) if fired and not right[i]]
-    base_says = answers(doubtful, torch.full((len(doubtful),), BASE))
+    base_says = answers(doubtful, torch.full_like(choice.memory, BASE))
     found = []
-    for i, (edit, _) in enumerate(rows):
-        garbled = i in base_says and said[i] != base_says[i] and not protocols.same_answer(said[i], targets[i])
+    for i, (edit, _) in enumerate(asked):
+        garbled = i in base_says and said[i] != base_says[i] and not same_answer(said[i], targets[i])
         line = {"id": edit.id, "expected": edit.target, "answer": said[i], "memory": int(choice.memory[i])}
-        line |= {"nearest": choice.nearest[i], "rel": right[i], "contains": protocols.contains(said[i], edit.target)}
+        line |= {"nearest": choice.nearest[i], "rel": right[i], "contains": contains(said[i], edit.target)}
         found.append(line | {"fires": fires[i], "garbled": garbled})
     return found
+
+
+# -- other questions about edited subjects -----------------------------------------------------------------------------
+
+OWN = (
+    "What do people usually say about {}?",
+    "What does {} smell of?",
+    "Who are the best friends of {}?",
+    "What colour does {} like most?",
+    "How far is {} from the sea?",
+    "What does {} cost?",
+    "Is {} open on Sundays?",
+    "How does one get to {} by train?",
+    "What did {} have for breakfast?",
+    "Why is {} well known?",
+    "How do you spell {}?",
+    "What is a good gift for somebody who likes {}?",
+)
+_EACH = 4
+"""Questions of our own about each subject, at the least one."""
+
+
+def questions_about_subjects(edits: Sequence[Edit], number: int = 200) -> list[str]:
+    """At most `number` questions, the same for the same edits: from what other edits ask, with the subject put in, and
+    of our own. What some record gives as rephrases of one another are not other questions."""
+    dice = random.Random(0)
+    named = [edit for edit in edits if edit.subject and asking.places(edit.prompt, asking.spellings(edit.subject))]
+    asked_already = {(edit.subject, _plain(edit.prompt, edit.subject)) for edit in named}
+    meaning = _meanings(named)
+    found: dict[str, None] = {}
+    each = max(1, min(len(OWN), -(-number // max(len(named), 1))))
+    for edit in dice.sample(named, len(named)):
+        drawn = dice.sample(named, min(len(named), 4 * each))
+        others = [o for o in drawn if o.subject != edit.subject and meaning[o.id] != meaning[edit.id]]
+        made = [asking.without(o.prompt, asking.spellings(str(o.subject)), str(edit.subject)) for o in others[:each]]
+        made += [text.format(edit.subject) for text in dice.sample(OWN, min(_EACH, each) if others else each)]
+        for text in made[: 2 * each]:
+            if text and (edit.subject, _plain(text, edit.subject)) not in asked_already:
+                found[text] = None
+    return dice.sample(list(found), number) if len(found) > number else list(found)
+
+
+def _meanings(edits: Sequence[Edit]) -> dict[str, str]:
+    """Of each edit's id one wording of what it asks, the same for edits whose records' rephrases join their prompts."""
+    joined: dict[str, str] = {}
+
+    def root(text: str, subject: str | None) -> str:
+        text = _plain(text, subject)
+        while joined.setdefault(text, text) != text:
+            text = joined[text]
+        return text
+
+    for edit in edits:
+        for text in edit.rephrases:
+            joined[root(text, edit.subject)] = root(edit.prompt, edit.subject)
+    return {edit.id: root(edit.prompt, edit.subject) for edit in edits}
+
+
+def _plain(text: str, subject: str | None) -> str:
+    return " ".join(asking.spellings(asking.without(text, asking.spellings(subject or ""), "_") or text))
+
+
+@torch.no_grad()
+def same_subject(model: EditedModel, edits: Sequence[Edit], base_changed: bool = False) -> dict[str, Any] | None:
+    """How many were asked, and the shares of them that a shard answered and whose answer changed; None where no edit
+    names a subject."""
+    questions = questions_about_subjects(edits)
+    if not questions:
+        return None
+    memory = model.choose(questions).memory
+    fires = memory != BASE
+    at = [i for i, fired in enumerate(fires.tolist()) if fired or base_changed]
+    asked = [questions[i] for i in at]
+    now = protocols.answers(model, asked, memory[at], 16)
+    with model.weights.originals():
+        before = protocols.answers(model, asked, torch.full((len(at),), BASE), 16)
+    changed = sum(a != b for a, b in zip(now, before, strict=True))
+    return {"asked": len(questions), "fires": float(fires.float().mean()), "changed": changed / len(questions)}

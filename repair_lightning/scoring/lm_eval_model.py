@@ -15,7 +15,7 @@ from torch import Tensor
 
 from repair_lightning.errors import ConfigError
 from repair_lightning.models.edited import EditedModel
-from repair_lightning.scoring.continuations import completions, log_likelihoods, longest_text, route_contexts
+from repair_lightning.scoring.continuations import completions, log_likelihoods, route_contexts
 from repair_lightning.types import BASE
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class EditedLM(TemplateLM):
     @property
     def max_length(self) -> int:
         """The longest text that the base reads, in tokens."""
-        return longest_text(self.edited)
+        return self.edited.longest
 
     @property
     def tokenizer_name(self) -> str:
@@ -134,8 +134,7 @@ class EditedLM(TemplateLM):
         return found
 
     def _memory(self, contexts: Sequence[list[int]]) -> Tensor:
-        base = torch.full((len(contexts),), BASE)
-        memory = route_contexts(self.edited, contexts) if self.routed else base
+        memory = route_contexts(self.edited, contexts) if self.routed else torch.full((len(contexts),), BASE)
         self.requests += len(memory)
         self.by_shards += int((memory != BASE).sum())
         return memory

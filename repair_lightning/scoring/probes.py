@@ -1,17 +1,22 @@
-"""General-knowledge probes: questions that no edit touches, asked before and after, to see what else changed."""
+"""Questions that no edit should touch: general-knowledge probes, asked before and after, and questions about edited
+subjects for what guards."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from repair_lightning.edits.records import read_rows
 from repair_lightning.errors import FieldError, RecordError
+from repair_lightning.memory.routers import Anchor
 from repair_lightning.models.edited import EditedModel
 from repair_lightning.scoring import protocols
+from repair_lightning.texts.relations import STAND_IN, bank
 from repair_lightning.types import BASE
 
 
@@ -48,27 +53,43 @@ class ProbeScorer:
 
     def __init__(self, model: EditedModel, probes: tuple[KnownQuestion, ...]) -> None:
         self.model, self.probes = model, probes
-        self.base = self._answers([BASE] * len(probes), list(range(len(probes))))
+        self.base = self._said(range(len(probes)), torch.full((len(probes),), BASE))
 
     def score(self, base_changed: bool = False) -> dict[str, float | int]:
         """Shares of right answers before (`pre`) and now (`final`), of unchanged answers (`same`), and of probes that a
         shard answers (`fired`)."""
-        chosen = self.model.choose([probe.prompt for probe in self.probes]).memory.tolist()
-        asked = [i for i, memory in enumerate(chosen) if base_changed or memory != BASE]
-        now = self.base | self._answers(chosen, asked)
-        number = max(len(self.probes), 1)
-        return {
-            "number": len(self.probes),
-            "pre": sum(self._right(i, said) for i, said in self.base.items()) / number,
-            "final": sum(self._right(i, said) for i, said in now.items()) / number,
-            "same": sum(now[i] == said for i, said in self.base.items()) / number,
-            "fired": sum(memory != BASE for memory in chosen) / number,
-        }
+        memory = self.model.choose([probe.prompt for probe in self.probes]).memory
+        fired = (memory != BASE).tolist()
+        now = self.base | self._said([i for i, fires in enumerate(fired) if fires or base_changed], memory)
+        number, same = max(len(self.probes), 1), sum(now[i] == said for i, said in self.base.items())
+        pre, final = self._right(self.base), self._right(now)
+        shares = {"pre": pre, "final": final, "same": same, "fired": sum(fired)}
+        return {"number": len(self.probes)} | {name: count / number for name, count in shares.items()}
 
-    def _answers(self, chosen: list[int], index: list[int]) -> dict[int, str]:
-        memory = torch.tensor([chosen[i] for i in index], dtype=torch.long)
-        prompts = [self.probes[i].prompt for i in index]
-        return dict(zip(index, protocols.answers(self.model, prompts, memory, 32), strict=True))
+    def _said(self, at: Sequence[int], memory: Tensor) -> dict[int, str]:
+        prompts = [self.probes[i].prompt for i in at]
+        return dict(zip(at, protocols.answers(self.model, prompts, memory[list(at)], 32), strict=True))
 
-    def _right(self, i: int, said: str) -> bool:
-        return protocols.normalise(said) in {protocols.normalise(answer) for answer in self.probes[i].answers}
+    def _right(self, said: Mapping[int, str]) -> int:
+        known = [set(map(protocols.normalise, probe.answers)) for probe in self.probes]
+        return sum(protocols.normalise(text) in known[i] for i, text in said.items())
+
+
+_EACH = 8
+"""Most questions about one subject."""
+_WORDINGS = 64
+"""So many wordings of the bank, at even distances, are put to use: what the router reads of them it reads once."""
+
+
+def guard_questions(anchors: Sequence[Anchor], number: int) -> list[str]:
+    """At most `number` other questions about what some edits are about, for what guards, the same for the same edits:
+    from the bank of wordings, so none that scoring asks."""
+    named = [anchor for anchor in anchors if anchor.subject][:number]
+    each = min(_EACH, number // max(len(named), 1))
+    wordings = bank()[0][:: len(bank()[0]) // _WORDINGS]
+    found = [
+        wording.replace(STAND_IN, anchor.subject)
+        for anchor in named
+        for wording in random.Random(anchor.asked).sample(wordings, each)
+    ]
+    return list(dict.fromkeys(found))

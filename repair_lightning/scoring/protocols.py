@@ -1,4 +1,4 @@
-"""How an edited model is asked. Two protocols, never mixed.
+"""How an edited model is asked, and what a score is. Two protocols, never mixed.
 
 `autoregressive`: greedy generation from the prompt alone with natural stop, compared after normalisation.
 `teacher_forced`: the share of the expected tokens that are the argmax when the expected text is fed.
@@ -11,26 +11,54 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from repair_lightning.memory.query import Choice
 from repair_lightning.models.edited import EditedModel
 from repair_lightning.models.forms import Forms
 from repair_lightning.models.prefix import pad_left
+from repair_lightning.models.routed import argmax_rows
 from repair_lightning.training.sharing import team_of
 
-AUTOREGRESSIVE, TEACHER_FORCED = "autoregressive", "teacher_forced"
-PROTOCOLS = (AUTOREGRESSIVE, TEACHER_FORCED)
+AUTOREGRESSIVE, TEACHER_FORCED = PROTOCOLS = ("autoregressive", "teacher_forced")
+KIND_OF_PROMPT: Mapping[str, str] = {"edit": "rel", "rephrase": "gen", "locality": "loc", "near": "near"}
+KINDS = tuple(KIND_OF_PROMPT.values())
+
+Scores = dict[str, dict[str, float | None]]
+"""Protocol -> kind -> mean score in [0, 1]; None for what was not asked."""
 
 BATCH = 64
 """Prompts in a forward pass."""
 GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 """Greedy decoding, whatever the base's own generation settings say."""
+
+
+def mean_of(values: Iterable[float]) -> float | None:
+    """The mean; None of nothing."""
+    found = list(values)
+    return sum(found) / len(found) if found else None
+
+
+def scores_of(marks: Iterable[tuple[str, float, float]]) -> Scores:
+    """The scores of both protocols: the mean per kind (`rel`, `gen`, `loc`, `near`), and `op`.
+
+    A mark is a prompt's kind with its score in each protocol: in free generation, and under teacher forcing.
+    """
+    marks, found = list(marks), {}
+    free, forced = [(kind, mark) for kind, mark, _ in marks], [(kind, mark) for kind, _, mark in marks]
+    for protocol, pairs in zip(PROTOCOLS, (free, forced), strict=True):
+        means = {name: mean_of(mark for of, mark in pairs if of == kind) for kind, name in KIND_OF_PROMPT.items()}
+        found[protocol] = means | {"op": overall_performance(means["rel"], means["gen"], means["loc"])}
+    return found
+
+
+def overall_performance(rel: float | None, gen: float | None, loc: float | None) -> float | None:
+    """The geometric mean of the three, None where one does not apply (paper, Sec. 3)."""
+    return None if rel is None or gen is None or loc is None else (rel * gen * loc) ** (1 / 3)
 
 
 def normalise(text: str) -> str:
@@ -59,17 +87,10 @@ def contains(said: str, target: str) -> bool:
     return bool(wanted) and re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", normalise(said)) is not None
 
 
-def forced_choice(memory: Tensor) -> Choice:
-    """A choice that some other authority made: shard ids or `BASE` per prompt (B,)."""
-    none = torch.zeros(len(memory))
-    return Choice(memory, none, none, (None,) * len(memory))
-
-
 def sorted_batches(keys: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     """The indices of rows in batches of alike keys, the smallest first."""
     order = sorted(range(len(keys)), key=lambda i: (keys[i], i))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+    return (order[start : start + batch_size] for start in range(0, len(order), batch_size))
 
 
 def answers(
@@ -109,32 +130,21 @@ def decoded(
     return output[:, ids.shape[1] :].tolist()
 
 
-@torch.no_grad()
-def _over_targets(
+def forced_tokens(
     model: EditedModel,
     prompts: Sequence[str],
     targets: Sequence[str],
     memory: Tensor,
-    read: Callable[[Tensor, Tensor], list[Any]],
+    read: Callable[[Tensor, Tensor], list[Any]] = argmax_rows,
 ) -> list[Any]:
-    """Feed prompts with their targets; `read(logits (B, T, V), labels (B, T))` says what to keep per row."""
+    """Prompts with their targets fed: the argmax token at each position of the target and its end, or what `read(logits
+    (B, T, V), labels (B, T))` keeps of a row."""
     team = team_of(model)
     mine = team.mine_of(prompts)
     own = [model.forms.encode(prompts[i], targets[i]) for i in mine]
     read_as = model.read([row.prompt for row in own], memory[mine])
     own = [replace(row, prompt=tuple(prompt)) for row, prompt in zip(own, read_as, strict=True)]
     return team.items(mine, model.over_targets(own, memory[mine], read, BATCH))
-
-
-def forced_tokens(
-    model: EditedModel, prompts: Sequence[str], targets: Sequence[str], memory: Tensor
-) -> list[list[int]]:
-    """The argmax token at each position of the target and its end, under teacher forcing."""
-
-    def read(logits: Tensor, labels: Tensor) -> list[list[int]]:
-        return [row[keep].tolist() for row, keep in zip(logits.argmax(-1), labels >= 0, strict=True)]
-
-    return _over_targets(model, prompts, targets, memory, read)
 
 
 def answered(model: EditedModel, prompts: Sequence[str], targets: Sequence[str], memory: Tensor) -> list[bool]:
@@ -182,7 +192,7 @@ def target_loss(
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
         return list(zip(losses.sum(-1).tolist(), (labels >= 0).sum(-1).tolist(), strict=True))
 
-    sums = _over_targets(model, prompts, targets, memory, read)
+    sums = forced_tokens(model, prompts, targets, memory, read)
     return sum(total for total, _ in sums), sum(count for _, count in sums)
 
 

@@ -9,7 +9,8 @@ from collections.abc import Collection, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from statistics import mean
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,10 +18,12 @@ from torch import Tensor
 from repair_lightning.memory.query import Choice
 from repair_lightning.models.edited import EditedModel
 from repair_lightning.scoring import protocols
-from repair_lightning.scoring.metrics import KIND_OF_PROMPT, Scores, mean_of, scores_of
-from repair_lightning.scoring.protocols import AUTOREGRESSIVE
+from repair_lightning.scoring.protocols import AUTOREGRESSIVE, KIND_OF_PROMPT, Scores, mean_of, scores_of
 from repair_lightning.storage.files import rounded
 from repair_lightning.types import BASE, Edit
+
+if TYPE_CHECKING:
+    from repair_lightning.editors.base import Editor
 
 Reply = tuple[str, list[int]]
 """What a model says to a question: its answer, and its argmax tokens when the expected text is fed."""
@@ -28,8 +31,7 @@ Reply = tuple[str, list[int]]
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One prompt of an edit: `kind` is `edit`, `rephrase`, `locality` or `near`; `expected` is the data set's
-    answer."""
+    """One prompt of an edit of a kind in `KIND_OF_PROMPT`; `expected` is the data set's answer."""
 
     edit: str
     kind: str
@@ -94,9 +96,10 @@ class Scorer:
         """The base's own replies; asked once, so ask before anything changes the base."""
         return self._ask(list(range(len(self.questions))), self.nobody)
 
-    def score(self, stage: str, choice: Choice, owners: Tensor, fresh: bool = False) -> Result:
-        """Score a stage, given the memory of each question and `owners` (n,), the shard that owns its edit, or `BASE`.
-        `fresh` asks every question again, because the base itself has changed."""
+    def score(self, stage: str, who: Choice | Tensor, owners: Tensor, fresh: bool = False) -> Result:
+        """Score a stage, given who answers each question, a choice or memories (n,), and `owners` (n,), the shard that
+        owns its edit, or `BASE`. `fresh` asks every question again, because the base itself has changed."""
+        choice = who if isinstance(who, Choice) else replace(Choice.base(len(who)), memory=who)
         marks, rows = [], []
         for i, (said, tokens) in enumerate(self._replies(choice.memory, fresh)):
             question, (own, own_tokens) = self.questions[i], self.base[i]
@@ -107,9 +110,8 @@ class Scorer:
             exact = protocols.same_answer(said, right)
             marks.append((question.kind, float(exact), protocols.token_share(tokens, right_tokens)))
             row: dict[str, Any] = {"stage": stage, "id": question.edit, "kind": question.kind}
-            row |= {"prompt": question.prompt, "expected": question.expected, "answer": said}
-            row |= {"base_answer": own, "correct": exact}
-            row |= {"teacher_forced": rounded(marks[-1][2]), "memory": int(choice.memory[i])}
+            row |= {"prompt": question.prompt, "expected": question.expected, "answer": said, "base_answer": own}
+            row |= {"correct": exact, "teacher_forced": rounded(marks[-1][2]), "memory": int(choice.memory[i])}
             row |= {"score": rounded(float(choice.score[i])), "threshold": rounded(float(choice.threshold[i]))}
             rows.append(row | {"nearest": choice.nearest[i]})
         scores = {name: found | {"contains": None, "garbled": None} for name, found in scores_of(marks).items()}
@@ -121,7 +123,12 @@ class Scorer:
 
     def by_base(self, stage: str, fresh: bool = False) -> Result:
         """Score a stage in which the base answers everything and owns every edit."""
-        return self.score(stage, Choice.base(len(self.nobody)), self.nobody, fresh)
+        return self.score(stage, self.nobody, self.nobody, fresh)
+
+    def by_oracle(self, owners: Tensor, fresh: bool = False) -> Result:
+        """Score perfect routing: an edit's prompts to its owner, everything else to the base."""
+        keeps = torch.tensor([question.keeps_base for question in self.questions], dtype=torch.bool)
+        return self.score("oracle", owners.masked_fill(keeps, BASE), owners, fresh)
 
     def choose(self) -> Choice:
         """The router's choice for every question, from its prompt alone."""
@@ -133,10 +140,9 @@ class Scorer:
 
     def target_loss(self, memory: Tensor) -> tuple[float, int]:
         """Of the targets after the edits' own prompts, see `protocols.target_loss`."""
-        index = [i for i, question in enumerate(self.questions) if question.kind == "edit"]
-        prompts = [self.questions[i].prompt for i in index]
-        targets = [self.questions[i].expected or "" for i in index]
-        return protocols.target_loss(self.model, prompts, targets, memory[index])
+        asked = {i: question for i, question in enumerate(self.questions) if question.kind == "edit"}
+        prompts, targets = [q.prompt for q in asked.values()], [q.expected or "" for q in asked.values()]
+        return protocols.target_loss(self.model, prompts, targets, memory[list(asked)])
 
     def _ask(self, index: list[int], memory: Tensor) -> list[Reply]:
         """The replies to some questions; the base is the first to be asked."""
@@ -150,18 +156,15 @@ class Scorer:
 
     def _replies(self, memory: Tensor, fresh: bool) -> list[Reply]:
         """What each question's memory says; it is asked again only if it changed since it was last asked."""
-        found = list(self.base)
         changed = f"base {self.model.weights.fingerprint()} " if fresh else ""
         holds = {BASE: changed}  # what each memory in use holds, as a hash: equal ones give equal answers
         for shard in set(memory.tolist()) - {BASE}:
             holds[shard] = changed + self.model.memory[shard].fingerprint() + self.model.router.fingerprint(shard)
         keys = {i: (i, holds[shard]) for i, shard in enumerate(memory.tolist()) if fresh or shard != BASE}
-        ask = [i for i, key in keys.items() if key not in self._said]
-        if ask:
+        base = self.base  # asked first
+        if ask := [i for i, key in keys.items() if key not in self._said]:
             self._said.update(zip((keys[i] for i in ask), self._ask(ask, memory[ask]), strict=True))
-        for i, key in keys.items():
-            found[i] = self._said[key]
-        return found
+        return [self._said[keys[i]] if i in keys else own for i, own in enumerate(base)]
 
     def _garbled(self, row: dict[str, Any]) -> bool:
         """Whether a shard's answer is neither a target nor the base's."""
@@ -173,10 +176,8 @@ class Scorer:
 
 
 def confusion(questions: Sequence[Question], memory: Tensor, owners: Tensor) -> dict[str, dict[str, float] | None]:
-    """Who answered N prompts, in shares per kind of prompt: the base, the `right` shard or a `wrong` one.
-
-    `memory` (N,) is who answered each, `owners` (N,) the shard that owns each question's edit, or `BASE`.
-    """
+    """Who answered N prompts, in shares per kind of prompt: the base, the `right` shard or a `wrong` one. `memory` (N,)
+    is who answered each, `owners` (N,) the shard that owns each question's edit, or `BASE`."""
     who: dict[str, list[str]] = {kind: [] for kind in KIND_OF_PROMPT}
     for question, chosen, owner in zip(questions, memory.tolist(), owners.tolist(), strict=True):
         who[question.kind].append("base" if chosen == BASE else "right" if chosen == owner else "wrong")
@@ -186,7 +187,45 @@ def confusion(questions: Sequence[Question], memory: Tensor, owners: Tensor) -> 
     }
 
 
-def oracle_choice(questions: Sequence[Question], owners: Tensor) -> Choice:
-    """Perfect routing: an edit's prompts to its owner, everything else to the base."""
-    memory = [BASE if q.keeps_base else owner for q, owner in zip(questions, owners.tolist(), strict=True)]
-    return replace(Choice.base(len(questions)), memory=torch.tensor(memory, dtype=torch.long))
+@dataclass
+class Singles:
+    """What single edits came to, in plain types; a score over them is the mean over all their prompts."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of each prompt its line of `generations.jsonl`,
+    owners: list[int] = field(default_factory=list)  # the shard that owned its edit,
+    oracle: list[tuple[str, float, float]] = field(default_factory=list)  # and its mark under perfect routing
+    memory_bytes: list[int] = field(default_factory=list)  # of each edit what it left,
+    deviations: list[dict[str, float]] = field(default_factory=list)  # how far each layer of the base went,
+    target_losses: list[tuple[float, int]] = field(default_factory=list)  # and for a hallucination record its loss
+
+    def take(self, editor: Editor, part: Scorer, memory_bytes: int, losses: bool = False) -> None:
+        """Score one edit, the only one that the editor holds: `part` asks its prompts, `memory_bytes` is what it has
+        left in a pack, `losses` asks for that of its target."""
+        owners = editor.owner_choice([question.edit for question in part.questions])
+        choice, fresh = part.choose(), editor.base_changed
+        self.rows += part.score("final", choice, owners, fresh).rows
+        self.owners += owners.tolist()
+        self.oracle += _marks(part.by_oracle(owners, fresh).rows)
+        self.memory_bytes.append(memory_bytes)
+        self.deviations.append({str(layer): x for layer, x in editor.edited.weights.deviations().items()})
+        if losses:
+            self.target_losses.append(part.target_loss(choice.memory))
+
+    def result(self, stage: str) -> Result:
+        """The score over all of them, as of a stage."""
+        questions = [Question(row["id"], row["kind"], row["prompt"], row["expected"]) for row in self.rows]
+        memory = torch.tensor([row["memory"] for row in self.rows], dtype=torch.long)
+        routing = confusion(questions, memory, torch.tensor(self.owners, dtype=torch.long))
+        return Result(stage, scores_of(_marks(self.rows)), routing, [row | {"stage": stage} for row in self.rows])
+
+    def figures(self) -> dict[str, Any]:
+        """Means over the edits for `metrics.json`; the perplexity is over all tokens of all targets."""
+        found: dict[str, Any] = {"number": len(self.memory_bytes), "memory_bytes": mean(self.memory_bytes or [0])}
+        layers = dict.fromkeys(layer for one in self.deviations for layer in one)
+        if layers:
+            found["deviation"] = {layer: mean(one.get(layer, 0.0) for one in self.deviations) for layer in layers}
+        return found | ({"perplexity": protocols.perplexity(self.target_losses)} if self.target_losses else {})
+
+
+def _marks(rows: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
+    return [(row["kind"], float(row["correct"]), row["teacher_forced"]) for row in rows]

@@ -83,5 +83,5 @@ class Separation:
 
     def right(self) -> dict[str, float]:
         """The share of each kind's prompts that reached who must answer them; kinds without prompts are left out."""
-        shares = {kind: found for kind, found in self.confusion().items() if found}
-        return {kind: found["right" if kind in MEANT else "base"] for kind, found in shares.items()}
+        who = {True: "right", False: "base"}
+        return {kind: found[who[kind in MEANT]] for kind, found in self.confusion().items() if found}

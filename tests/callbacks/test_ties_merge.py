@@ -16,7 +16,7 @@ from repair_lightning.edits.source import asked_of, folded
 from repair_lightning.functional import ties_merge
 from repair_lightning.packs.pack import load_edited, save_pack
 from repair_lightning.scoring.correctness import correctness
-from repair_lightning.scoring.guard_questions import guard_questions
+from repair_lightning.scoring.probes import guard_questions
 from repair_lightning.types import BASE
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from repair_lightning.scoring.protocols import AUTOREGRESSIVE, answers, forced_choice, forced_tokens
+from repair_lightning.scoring.protocols import AUTOREGRESSIVE, answers, forced_tokens
 from repair_lightning.scoring.scorer import Scorer
 from repair_lightning.types import BASE
 
@@ -43,6 +43,6 @@ def test_perfect_routing_is_perfect(written, edits):
     scorer = Scorer(written.edited, asked)
     owners = written.owner_choice([question.edit for question in scorer.questions])
     wrong = owners.roll(1)
-    scorer.score("wrong", forced_choice(wrong), owners)
-    found = scorer.score("oracle", forced_choice(owners), owners).scores[AUTOREGRESSIVE]
+    scorer.score("wrong", wrong, owners)
+    found = scorer.score("oracle", owners, owners).scores[AUTOREGRESSIVE]
     assert (found["rel"], found["gen"]) == (1.0, 1.0)

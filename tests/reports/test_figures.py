@@ -12,8 +12,8 @@ import pytest
 
 from repair_lightning.__main__ import main
 from repair_lightning.errors import ConfigError
+from repair_lightning.reports.charts import draw_figures, gather
 from repair_lightning.reports.comparison import Grid, Result, write_tables
-from repair_lightning.reports.figures import draw_figures, gather
 
 HOSTILE = "all - $x^2$ \\frac{ <script>alert(1)</script>\n\x07&"
 

@@ -19,7 +19,7 @@ from repair_lightning.errors import RepairError
 from repair_lightning.reports.artefacts import Artefacts
 from repair_lightning.reports.charts import RUN_CHARTS
 from repair_lightning.reports.html_report import try_report, write_report
-from repair_lightning.reports.report_tables import EDITS_SHOWN, ROWS_SHOWN, edits_table, problems, why_wrong
+from repair_lightning.reports.report import EDITS_SHOWN, ROWS_SHOWN, edits_table, problems, why_wrong
 from repair_lightning.texts import dialogue
 from repair_lightning.types import BASE, Edit, EditReport
 

@@ -17,7 +17,6 @@ from repair_lightning.edits.source import asked_of, folded
 from repair_lightning.models import forms as written_forms
 from repair_lightning.packs.pack import save_pack
 from repair_lightning.scoring import forms as asked_forms
-from repair_lightning.scoring import same_subject as asked_beside
 from repair_lightning.texts.relations import STAND_IN, bank
 from repair_lightning.types import Edit, Probe
 
@@ -116,7 +115,7 @@ def test_forms_and_other_questions_do_not_matter(tmp_path, monkeypatch, chat_fol
     found = [default_run(tmp_path / name, folder, edits, number) for name, number in (("none", 0), ("all", 8))]
     for name, words in zip(SCORING_WORDS, OTHER_WORDS, strict=True):
         monkeypatch.setattr(asked_forms, name, words)
-    monkeypatch.setattr(asked_beside, "OWN", tuple(edit.prompt.replace(str(edit.subject), "{}") for edit in edits[:4]))
+    monkeypatch.setattr(asked_forms, "OWN", tuple(edit.prompt.replace(str(edit.subject), "{}") for edit in edits[:4]))
     found.append(default_run(tmp_path / "other", folder, edits, 8))
     assert found[0] == found[1] == found[2]
 
@@ -124,7 +123,7 @@ def test_forms_and_other_questions_do_not_matter(tmp_path, monkeypatch, chat_fol
 def scoring_texts() -> list[str]:
     """The words of the evaluation's own."""
     found = [getattr(asked_forms, name) for name in SCORING_WORDS]
-    return [*(part for text in found for part in ([text] if isinstance(text, str) else text)), *asked_beside.OWN]
+    return [*(part for text in found for part in ([text] if isinstance(text, str) else text)), *asked_forms.OWN]
 
 
 def runs_of_words(text: str, number: int) -> set[tuple[str, ...]]:

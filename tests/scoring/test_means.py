@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from repair_lightning.memory.query import Choice
-from repair_lightning.scoring.feature_map import principal_components
-from repair_lightning.scoring.metrics import scores_of
+from repair_lightning.scoring.measures import principal_components
+from repair_lightning.scoring.protocols import scores_of
 from repair_lightning.scoring.scorer import Question
 from repair_lightning.scoring.separation import Separation
 from repair_lightning.types import BASE

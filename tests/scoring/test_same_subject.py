@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from repair_lightning.scoring import protocols
-from repair_lightning.scoring.same_subject import OWN, questions_about_subjects, same_subject
+from repair_lightning.scoring.forms import OWN, questions_about_subjects, same_subject
 from repair_lightning.types import BASE
 
 

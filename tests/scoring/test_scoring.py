@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from repair_lightning.scoring.protocols import forced_choice, normalise, token_share
-from repair_lightning.scoring.scorer import Scorer, oracle_choice
+from repair_lightning.scoring.protocols import normalise, token_share
+from repair_lightning.scoring.scorer import Scorer
 from repair_lightning.types import BASE, Probe
 
 
@@ -43,7 +43,7 @@ def mixed(owners: torch.Tensor) -> torch.Tensor:
 def test_every_figure_is_what_plain_models_say(written, plain, scorer, owners, routing):
     editor, _ = written
     memory = {"owners": owners, "mixed": mixed(owners)}[routing]
-    result = scorer.score("stage", forced_choice(memory), owners)
+    result = scorer.score("stage", memory, owners)
     exact: dict[str, list[float]] = {}
     share: dict[str, list[float]] = {}
     held: list[bool] = []
@@ -93,7 +93,7 @@ def force(model, editor, prompt: str, target: str) -> list[int]:
 def test_routing_confusion(scorer, owners):
     """By hand: kinds in the order of the questions, base every second of three, the wrong shard every third."""
     memory = mixed(owners)
-    confusion = scorer.score("stage", forced_choice(memory), owners).routing
+    confusion = scorer.score("stage", memory, owners).routing
     for kind, shares in confusion.items():
         index = [i for i, question in enumerate(scorer.questions) if question.kind == kind]
         counts = [sum(i % 3 == rest for i in index) for rest in (1, 0, 2)]
@@ -107,26 +107,26 @@ def test_a_changed_base_is_measured_against_the_old_one(written, edits):
     editor, _ = written
     scorer = Scorer(editor.edited, edits)
     nobody = torch.full((len(scorer.questions),), BASE)
-    before = scorer.score("before", forced_choice(nobody), nobody)
+    before = scorer.score("before", nobody, nobody)
     owner = editor.ledger.owner_of(edits[0].id)
     weight = editor.edited.split.value.weight
     kept = weight.detach().clone()
     try:
         weight.data += editor.memory[owner].delta.detach()
-        after = scorer.score("after", forced_choice(nobody), nobody, fresh=True)
+        after = scorer.score("after", nobody, nobody, fresh=True)
     finally:
         weight.data.copy_(kept)
-    shard = scorer.score("shard", forced_choice(torch.full_like(nobody, owner)), nobody)
+    shard = scorer.score("shard", torch.full_like(nobody, owner), nobody)
     assert [row["answer"] for row in after.rows] == [row["answer"] for row in shard.rows]
     assert after.scores == shard.scores != before.scores
     assert [row["base_answer"] for row in after.rows] == [row["answer"] for row in before.rows]
 
 
 def test_the_oracle_sends_an_edits_prompts_to_its_owner_and_the_rest_to_the_base(scorer, owners):
-    choice = oracle_choice(scorer.questions, owners)
-    for question, owner, chosen in zip(scorer.questions, owners.tolist(), choice.memory.tolist(), strict=True):
-        assert chosen == (owner if question.kind in ("edit", "rephrase") else BASE)
-    routing = scorer.score("oracle", choice, owners).routing
+    result = scorer.by_oracle(owners)
+    for question, owner, row in zip(scorer.questions, owners.tolist(), result.rows, strict=True):
+        assert row["memory"] == (owner if question.kind in ("edit", "rephrase") else BASE)
+    routing = result.routing
     assert routing["edit"]["right"] == routing["rephrase"]["right"] == 1.0
     assert routing["locality"]["base"] == routing["near"]["base"] == 1.0
 
@@ -134,7 +134,7 @@ def test_the_oracle_sends_an_edits_prompts_to_its_owner_and_the_rest_to_the_base
 def test_what_was_said_is_kept_for_as_long_as_its_shard_holds_the_same(written, edits, owners):
     """After a change in place the rows are those of a scorer without a past; changed back, those from before."""
     shard = written[0].memory[int(owners[0])]
-    settled, choice = Scorer(written[0].edited, edits), forced_choice(owners)
+    settled, choice = Scorer(written[0].edited, edits), owners
     before = settled.score("stage", choice, owners).rows
     try:
         shard.delta.data.neg_()

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from repair_lightning.scoring.correctness import correctness
-from repair_lightning.scoring.scorer import Scorer, oracle_choice
+from repair_lightning.scoring.scorer import Scorer
 from repair_lightning.types import BASE
 
 
@@ -32,5 +32,5 @@ def test_an_edit_whose_target_does_not_hold_in_its_own_prompt_is_not_right(edito
     assert result.scores["autoregressive"]["garbled"] == 0.0
     assert result.scores["teacher_forced"]["rel"] < 1.0
     assert result.routing["edit"] == pytest.approx({"base": 1 / 3, "right": 2 / 3, "wrong": 0.0})
-    forced = scorer.score("oracle", oracle_choice(scorer.questions, owners), owners)
+    forced = scorer.by_oracle(owners)
     assert not forced.rows[1]["correct"], "asked of the shard itself it is no better"

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from callbacks import ErrorSampleMonitor, PruneAndRetrigger, Scoreboard
 from repair_lightning.editors import REGISTRY
 from repair_lightning.edits.ledger import EditStatus
-from repair_lightning.scoring.singles import Singles
+from repair_lightning.scoring.scorer import Singles
 
 
 @pytest.fixture(scope="module")
