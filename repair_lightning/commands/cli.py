@@ -400,7 +400,7 @@ def _more_metrics(cli: EditCLI) -> dict[str, Any]:
         "bytes_per_edit": left / (1 if means else max(len(stream.edits), 1)),
         "peak_bytes": board.peak.figures(),
         "adapted": editor.adapted.as_dict() if editor.adapted else None,
-        "ranks": [pace.as_dict() for pace in editor.paces] or None,
+        "ranks": list(editor.paces) or None,
         "perplexity": board.perplexity,
         "probes": board.kept,
         "earlier": board.earlier | {"superseded": replaced} if board.earlier else None,

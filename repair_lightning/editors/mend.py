@@ -131,7 +131,6 @@ class MEND(WeightEditor):
     """Model editor networks with gradient decomposition; see the module's own docstring.
 
     Args:
-        base: folder or hub name of a Hugging Face causal LM.
         layers: how many layers are written into.
         train_data: file of the edits that the hypernetwork is trained on, by default the stream's own; what the stream
             asks is left out of them.
@@ -159,7 +158,6 @@ class MEND(WeightEditor):
 
     def __init__(
         self,
-        base: str = "",
         layers: int = 3,
         train_data: str = "",
         train_format: str = "jsonl",
@@ -178,7 +176,7 @@ class MEND(WeightEditor):
         seed: int = 0,
         **common: Any,
     ) -> None:
-        super().__init__(base, layers=layers, **common)
+        super().__init__(layers=layers, **common)
         self.train_data, self.train_format, self.train_cache = train_data, train_format, train_cache
         self.steps, self.batch, self.lr, self.lr_steps = steps, batch, lr, lr_steps
         self.alpha, self.rank, self.normalise = alpha, rank, normalise

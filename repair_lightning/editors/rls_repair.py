@@ -27,7 +27,6 @@ class RLSRepair(Keyed, RLSEdit):
     """RLSEdit first, then REPAIR; the options are theirs.
 
     Args:
-        base: folder or hub name of a Hugging Face causal LM.
         relation_false_rate: see `Keyed`.
         writing: how shards are written.
         hold: see `Keyed`.
@@ -43,7 +42,6 @@ class RLSRepair(Keyed, RLSEdit):
 
     def __init__(
         self,
-        base: str = "",
         relation_false_rate: float = 0.01,
         writing: Steps = Steps(),  # noqa: B008 - jsonargparse reads the defaults here
         hold: Literal["device", "host"] = "device",
@@ -54,19 +52,9 @@ class RLSRepair(Keyed, RLSEdit):
         anchors: str | list[str] | None = None,
         **common: Any,
     ) -> None:
-        super().__init__(
-            base,
-            relation_false_rate,
-            writing,
-            hold,
-            seed,
-            layers=1,
-            values=values,
-            ridge=ridge,
-            anchoring=anchoring,
-            anchors=anchors,
-            **common,
-        )
+        keyed = {"relation_false_rate": relation_false_rate, "writing": writing, "hold": hold, "seed": seed}
+        rls = {"layers": 1, "values": values, "ridge": ridge, "anchoring": anchoring, "anchors": anchors}
+        super().__init__(**keyed, **rls, **common)
 
     def write(self, batch: EditBatch) -> list[EditReport]:
         """What is new goes into the matrix, what has failed before into shards."""

@@ -79,7 +79,7 @@ class RLSEdit(ValueEditor):
         anchors: str | list[str] | None = None,
         **common: Any,
     ) -> None:
-        super().__init__(base, layers=layers, values=values, **common)
+        super().__init__(base=base, layers=layers, values=values, **common)
         self.ridge, self.anchoring = ridge, anchoring
         positive(self, "ridge")
         at_least(0, self, "anchoring")

@@ -50,7 +50,6 @@ class WISE(Repair):
     """Side memories that are retrieved or merged; see the module's own docstring.
 
     Args:
-        base: folder or hub name of a Hugging Face causal LM.
         routing: how prompts find their memory.
         writing: how a batch is written.
         distillation: REPAIR's, off.
@@ -65,7 +64,6 @@ class WISE(Repair):
 
     def __init__(
         self,
-        base: str = "",
         routing: Routing = ROUTING,
         writing: Writing = WRITING,
         distillation: Distillation = Distillation(),  # noqa: B008 - jsonargparse reads the defaults here
@@ -76,7 +74,7 @@ class WISE(Repair):
         **common: Any,
     ) -> None:
         self.mode, self.subspaces, self.density = mode, subspaces, density
-        super().__init__(base, routing=routing, writing=writing, distillation=distillation, seed=seed, **common)
+        super().__init__(routing=routing, writing=writing, distillation=distillation, seed=seed, **common)
         self.merged: list[int] = []
         """The memories that came of a merge: what is fused is not written into."""
 

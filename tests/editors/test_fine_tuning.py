@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from repair_lightning.editors.ft import into_ball, rounded_into_ball
-from repair_lightning.editors.ft_ewc import elastic_penalty
+from repair_lightning.editors.ft import elastic_penalty, into_ball, rounded_into_ball
 from repair_lightning.functional import target_cross_entropy
 from repair_lightning.models.architectures import architecture_of
 
