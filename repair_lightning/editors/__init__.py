@@ -6,10 +6,10 @@ from .ft import FT, FTEWC
 from .grace import GRACE
 from .icl import InContext, Lookup
 from .keyed import Keyed
+from .memit import MEMIT, ROME
 from .mend import MEND
 from .repair import Repair
 from .rls_repair import RLSRepair
 from .rlsedit import RLSEdit
-from .rome import MEMIT, ROME
 from .ultraedit import UltraEdit
 from .wise import WISE

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -83,8 +83,8 @@ class AdaptiveEditor(Editor):
             return
         if not self.team.deals:
             raise ConfigError("'auto' needs the whole base on one rank; give layer, writing.lr and writing.stop_margin")
-        found = adapt(self, background, held_out).as_dict() if self.team.rank == 0 else {}  # type: ignore[arg-type]
-        self.adopt(Adapted.from_dict(self.team.first(found)))
+        found = adapt(self, background, held_out) if self.team.rank == 0 else None
+        self.adopt(self.team.first(found))  # type: ignore[arg-type]
         log.info("%s", self.adapted)
 
     @contextmanager
@@ -111,12 +111,13 @@ class AdaptiveEditor(Editor):
         """Besides, what was found for the options that were `auto`."""
         super().on_save_checkpoint(checkpoint)
         if self.adapted is not None:
-            checkpoint["adapted"] = self.adapted.as_dict()
+            checkpoint["adapted"] = asdict(self.adapted)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Settings are not chosen again: the shards belong to those that were chosen."""
         self.load()
         assert self.base is not None
         if "adapted" in checkpoint and checkpoint["base"]["sha256"] == self.base.sha256:
-            self.adopt(Adapted.from_dict(checkpoint["adapted"]))
+            known = checkpoint["adapted"]
+            self.adopt(Adapted(**known | {"candidates": tuple(known["candidates"])}))
         super().on_load_checkpoint(checkpoint)

@@ -52,22 +52,32 @@ class RLSRepair(Keyed, RLSEdit):
         anchors: str | list[str] | None = None,
         **common: Any,
     ) -> None:
-        keyed = {"relation_false_rate": relation_false_rate, "writing": writing, "hold": hold, "seed": seed}
-        rls = {"layers": 1, "values": values, "ridge": ridge, "anchoring": anchoring, "anchors": anchors}
-        super().__init__(**keyed, **rls, **common)
+        keyed: dict[str, Any] = {
+            "relation_false_rate": relation_false_rate,
+            "writing": writing,
+            "hold": hold,
+            "seed": seed,
+        }
+        rls: dict[str, Any] = {
+            "layers": 1,
+            "values": values,
+            "ridge": ridge,
+            "anchoring": anchoring,
+            "anchors": anchors,
+        }
+        super().__init__(**keyed, **rls, seed=seed, layers=1, **common)
 
     def write(self, batch: EditBatch) -> list[EditReport]:
         """What is new goes into the matrix, what has failed before into shards."""
-        new = [edit for edit in batch.edits if not self.attempts([edit])]
+        new = tuple(edit for edit in batch.edits if not self.attempts([edit]))
+        again = tuple(edit for edit in batch.edits if edit not in new)
         reports: list[EditReport] = []
         if new:
             with self._holding_shards():
-                reports += RLSEdit.write(self, EditBatch(tuple(new)))
-        again = [edit for edit in batch.edits if self.attempts([edit])]
+                reports += RLSEdit.write(self, EditBatch(new))
         if again:
-            reports += Keyed.write(self, EditBatch(tuple(again)))
-        of = {report.id: report for report in reports}
-        return [of[id] for id in batch.ids]
+            reports += Keyed.write(self, EditBatch(again))
+        return sorted(reports, key=lambda report: batch.ids.index(report.id))
 
     @contextmanager
     def _holding_shards(self) -> Iterator[None]:
