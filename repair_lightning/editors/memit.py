@@ -27,19 +27,8 @@ from repair_lightning.editors.values import Values
 from repair_lightning.editors.weights import ValueEditor
 from repair_lightning.functional.least_squares import damped_change, minimal_change
 
-ROMES = Values(
-    at="subject",
-    lr=0.5,
-    relative=False,
-    steps=20,
-    stop_margin=None,
-    stop_loss=0.05,
-    check_every=1,
-    decay=0.5,
-    clamp=4.0,
-    essence=0.0625,
-    contexts=10,
-)
+ROMES = Values("subject", lr=0.5, relative=False, steps=20, stop_margin=None, stop_loss=0.05, check_every=1)
+ROMES = replace(ROMES, decay=0.5, clamp=4.0, essence=0.0625, contexts=10)
 MEMITS = replace(ROMES, steps=25, clamp=0.75, contexts=5)
 
 

@@ -52,19 +52,8 @@ class RLSRepair(Keyed, RLSEdit):
         anchors: str | list[str] | None = None,
         **common: Any,
     ) -> None:
-        keyed: dict[str, Any] = {
-            "relation_false_rate": relation_false_rate,
-            "writing": writing,
-            "hold": hold,
-            "seed": seed,
-        }
-        rls: dict[str, Any] = {
-            "layers": 1,
-            "values": values,
-            "ridge": ridge,
-            "anchoring": anchoring,
-            "anchors": anchors,
-        }
+        keyed: dict[str, Any] = {"relation_false_rate": relation_false_rate, "writing": writing, "hold": hold}
+        rls: dict[str, Any] = {"values": values, "ridge": ridge, "anchoring": anchoring, "anchors": anchors}
         super().__init__(**keyed, **rls, seed=seed, layers=1, **common)
 
     def write(self, batch: EditBatch) -> list[EditReport]:

@@ -163,7 +163,7 @@ class ValueEditor(WeightEditor):
         rows = TargetRows(encoded, top, [i for i, _ in asked], len(edits))
         places = self.places(edits, encoded, rows)
         search = ValueSearch(self.top, self.values, self.adds_up, self.unit)
-        shifts, losses, steps = search.run(rows, places, self._essence(edits))
+        shifts, losses, steps = search.run((rows, places), self._essence(edits))
         missing = shifts
         if self.layers > 1:
             with torch.no_grad(), self.top.skipping(), pushing(self.top.value, places.spread(shifts, rows)):
@@ -175,8 +175,8 @@ class ValueEditor(WeightEditor):
                 missing = aims - places.read(stack_left(leaving))
             keys, matrix = places.read(stack_left(activations[layer])), self.edited.weights.matrix(layer)
             values = keys @ matrix.T + missing / (self.layers - done)
-            names = [edit.id for edit in edits]
-            self.edited.weights.put(layer, self.solve(layer, names, places.member, keys, values))
+            solved = self.solve(layer, [edit.id for edit in edits], places.member, keys, values)
+            self.edited.weights.put(layer, solved)
         return self.reports(edits, losses, steps)
 
     def places(self, edits: Sequence[Edit], encoded: Sequence[Encoded], rows: TargetRows) -> Places:
