@@ -40,21 +40,11 @@ from repair_lightning.types import Edit, EditBatch, EditReport
 ROWS = 32  # texts whose gradients are taken together
 
 
-def into_ball(weight: Tensor, centre: Tensor, radius: float) -> Tensor:
-    """The nearest `weight` with `|weight - centre| <= radius` in each coordinate; of any shape, both alike."""
-    return torch.minimum(torch.maximum(weight, centre - radius), centre + radius)
-
-
 def rounded_into_ball(weight: Tensor, centre: Tensor, radius: float) -> Tensor:
     """A `weight` of the ball in the type of `centre`; what rounding puts outside takes the next number inside."""
     rounded = weight.to(centre.dtype)
     inside = (rounded.double() - centre.double()).abs() <= radius
     return torch.where(inside, rounded, torch.nextafter(rounded, centre))
-
-
-def elastic_penalty(moved: Tensor, fisher: Tensor, weight: float) -> Tensor:
-    """`weight / 2 sum_i F_i moved_i^2`, for what moved and F of one shape."""
-    return weight / 2 * (fisher * moved.square()).sum()
 
 
 @register("ft")
@@ -111,7 +101,7 @@ class FT(WeightEditor):
 
         def project() -> None:
             if radius is not None:
-                trained.delta.copy_(into_ball(trained.delta, centre, radius))
+                trained.delta.clamp_(centre - radius, centre + radius)
 
         optimizer = torch.optim.Adam([trained.delta], lr=self.lr)
         with tail.cut(), self.edited.forced(Selection(len(rows), [(trained, None)])):
@@ -190,7 +180,7 @@ class FTEWC(FT):
 
     def penalty(self, delta: Tensor) -> Tensor:
         """The elastic penalty."""
-        return elastic_penalty(self.moved + delta, self.fisher, self.weight)
+        return self.weight / 2 * (self.fisher * (self.moved + delta).square()).sum()
 
     def finish_window(self) -> None:
         """With `accumulate`, the window's edits are to stay from now on."""

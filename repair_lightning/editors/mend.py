@@ -262,8 +262,8 @@ class MEND(WeightEditor):
         rows = TargetRows.of(self.edited, [self.encode(edit) for edit in edits])
         losses, factors = self.factors(rows)
         for place, (layer, pair) in enumerate(zip(self.written_layers, factors, strict=True)):
-            update = rank_one_sum(*self.network(place, pair))
-            self.edited.weights.add(layer, -self.network.steps[place] * update)
+            keys, deltas = (part.flatten(0, -2) for part in self.network(place, pair))
+            self.edited.weights.add(layer, -self.network.steps[place] * (deltas.T @ keys))
         return self.reports(edits, losses.tolist(), [1] * len(edits))
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -388,8 +388,3 @@ def apart(edits: Sequence[Edit], stream: Any, format: str) -> list[Edit]:
         return about or not free.issuperset((edit.prompt, *edit.rephrases))
 
     return [edit for edit in edits if not shares(edit)]
-
-
-def rank_one_sum(keys: Tensor, deltas: Tensor) -> Tensor:
-    """The sum over all tokens of `delta u^T`, (D, F), of keys (..., F) and deltas (..., D)."""
-    return deltas.flatten(0, -2).T @ keys.flatten(0, -2)

@@ -102,13 +102,8 @@ class ValueEditor(WeightEditor):
     still missing when its turn comes.
     """
 
-    def __init__(
-        self,
-        layers: int = 1,
-        values: Values = Values(),  # noqa: B008 - jsonargparse reads the defaults here
-        **common: Any,
-    ) -> None:
-        super().__init__(layers=layers, **common)
+    def __init__(self, values: Values, **common: Any) -> None:
+        super().__init__(**common)
         self.values = values
         values.check()
 
