@@ -12,6 +12,7 @@ import torch
 
 from repair_lightning.editors.adapt import AUTO, Adapted, adapt
 from repair_lightning.editors.base import Editor, make_editor
+from repair_lightning.editors.checks import at_least
 from repair_lightning.editors.low_rank import NormalizedGradient
 from repair_lightning.errors import ConfigError
 
@@ -63,8 +64,7 @@ class Steps:
             value = getattr(self, name)
             if isinstance(value, str) and value != AUTO:
                 raise ConfigError(f"writing.{name} must be a number or 'auto', got '{value}'")
-        if self.steps < 1:
-            raise ConfigError(f"writing.steps must be at least 1, got {self.steps}")
+        at_least(1, self, "steps", at="writing.")
         if not self.rate > 0:
             raise ConfigError(f"writing.lr must be positive, got {self.lr}")
 
