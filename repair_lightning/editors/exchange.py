@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from repair_lightning.memory.shards import LowRankShard
-from repair_lightning.training.team import Team
 from repair_lightning.types import EditReport
 
 if TYPE_CHECKING:
     from repair_lightning.editors.asked import AskedModel
-
-Packet = tuple[Any, Sequence[Tensor]]  # what goes from rank to rank: plain things, and tensors
 
 
 def pace(edits: float, seconds: float) -> dict[str, float]:
@@ -38,40 +35,50 @@ class Written:
     def exchange(self, editor: AskedModel) -> list[tuple[int, float]]:
         """Give this to all ranks and enter what each has written in ledger, router and bank; returns each rank's number
         of edits and seconds."""
-        team, memory, (d, f) = editor.team, editor.memory, editor.memory.shape
-        for rank, reports in enumerate(team.gather_objects(self.reports)):
-            if rank != team.rank:
+        for rank, reports in enumerate(editor.team.gather_objects(self.reports)):
+            if rank != editor.team.rank:
                 editor.ledger.written(reports)
-        known = set(memory.ids)
-        touched = list(dict.fromkeys(report.shard for report in self.reports if report.shard in known))
-        low = [shard for shard in touched if isinstance(memory[shard], LowRankShard)]
-        dense = [shard for shard in touched if shard not in set(low)]
-
-        empty = {"ids": torch.zeros(0).long(), "ranks": torch.zeros(0).long()}
-        empty |= {"left": torch.zeros(0, d), "right": torch.zeros(0, f)}
-        own = [(True, [tensor.to(memory.device) for tensor in memory.low_rank_tensors(low).values()])] if low else []
-        for rank, _, part in _packets(team, own, [tensor.to(memory.device) for tensor in empty.values()]):
-            if rank != team.rank:
-                memory.load_low_rank(dict(zip(empty, part, strict=True)))
-        deltas = [((shard, memory[shard].generation), [memory[shard].delta]) for shard in dense]
-        for rank, (shard, generation), (delta,) in _packets(team, deltas, [torch.zeros(0, f, device=memory.device)]):
-            if rank != team.rank:
-                memory.put_dense(shard, generation, delta)
-        nothing = editor.router.describe([], editor.background.rows(slice(0, 0)), [])
-        entries = [(ids, [described[name] for name in nothing]) for ids, described in self._described if nothing]
-        for _, ids, part in _packets(team, entries, list(nothing.values())):
-            editor.router.insert(ids, dict(zip(nothing, part, strict=True)))
-
-        found = team.gather_objects((len(self.reports), self.seconds, memory.next_id))
-        memory.next_id = max(next_id for *_, next_id in found)
+        known = set(editor.memory.ids)
+        touched = dict.fromkeys(report.shard for report in self.reports if report.shard in known)
+        low = [shard for shard in touched if isinstance(editor.memory[shard], LowRankShard)]
+        self._exchange_low_rank(editor, low)
+        self._exchange_dense(editor, [shard for shard in touched if shard not in set(low)])
+        self._exchange_entries(editor)
+        found = editor.team.gather_objects((len(self.reports), self.seconds, editor.memory.next_id))
+        editor.memory.next_id = max(next_id for *_, next_id in found)
         return [(edits, seconds) for edits, seconds, _ in found]
 
+    @staticmethod
+    def _exchange_low_rank(editor: AskedModel, shards: Sequence[int]) -> None:
+        memory, (d, f) = editor.memory, editor.memory.shape
+        empty = {"ids": torch.zeros(0).long(), "ranks": torch.zeros(0).long()}
+        empty |= {"left": torch.zeros(0, d), "right": torch.zeros(0, f)}
+        tensors = memory.low_rank_tensors(shards) or empty
+        for rank, part in enumerate(editor.team.gather(*(tensors[name].to(memory.device) for name in empty))):
+            if rank != editor.team.rank and len(part[0]):
+                memory.load_low_rank(dict(zip(empty, part, strict=True)))
 
-def _packets(team: Team, own: Sequence[Packet], nothing: Sequence[Tensor]) -> Iterator[tuple[int, Any, Any]]:
-    """The packets of all ranks with the rank, one of each at a time: a dense shard is as large as the value matrix. Who
-    has no more gives tensors that are `nothing`."""
-    for i in range(max(team.gather_objects(len(own)))):
-        head, tensors = own[i] if i < len(own) else (None, nothing)
-        for rank, (said, part) in enumerate(zip(team.gather_objects(head), team.gather(*tensors), strict=True)):
-            if said is not None:
-                yield rank, said, part
+    @staticmethod
+    def _exchange_dense(editor: AskedModel, shards: Sequence[int]) -> None:
+        """One shard of each rank at a time: a dense one is as large as the value matrix."""
+        memory, team = editor.memory, editor.team
+        for i in range(max(team.gather_objects(len(shards)))):
+            shard = memory[shards[i]] if i < len(shards) else None
+            head = torch.tensor([] if shard is None else [shards[i], shard.generation], dtype=torch.long)
+            delta = torch.zeros(0, memory.shape[1], device=memory.device) if shard is None else shard.delta
+            for rank, (known, values) in enumerate(team.gather(head, delta)):
+                if rank != team.rank and len(known):
+                    id, generation = known.tolist()
+                    memory.put_dense(id, generation, values)
+
+    def _exchange_entries(self, editor: AskedModel) -> None:
+        nothing = editor.router.describe([], editor.background.rows(slice(0, 0)), [])
+        names = list(nothing)
+        for i in range(max(editor.team.gather_objects(len(self._described)))):
+            ids, described = self._described[i] if i < len(self._described) else ([], nothing)
+            named = editor.team.gather_objects(ids)
+            if not names:
+                continue
+            for owners, part in zip(named, editor.team.gather(*(described[name] for name in names)), strict=True):
+                if owners:
+                    editor.router.insert(owners, dict(zip(names, part, strict=True)))
