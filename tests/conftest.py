@@ -163,7 +163,7 @@ def prepared(irrelevant) -> Callable[..., Any]:
     """Loads and prepares an editor over a base in a folder: `prepared(folder, "ft", layer=1)`."""
 
     def make(folder: Path, name: str = "keyed", **options: Any) -> Any:
-        editor = REGISTRY[name](str(folder), **({"precision": "float32"} | options))
+        editor = REGISTRY[name](base=str(folder), **({"precision": "float32"} | options))
         editor.load()
         editor.prepare(irrelevant[:8], irrelevant[8:])
         return editor

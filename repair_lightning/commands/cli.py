@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import asdict
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -307,9 +308,9 @@ def finish(cli: EditCLI) -> None:
     run_dir, editor, stream, board = cli.run_dir, cli.model, cli.datamodule, cli.part("scoreboard")
     metrics = _metrics(cli)
     cli.config.overwrite = False  # said once, for this run
-    if editor.adapted is not None:  # what `auto` came to
+    if (found := editor.adapted) is not None:  # what `auto` came to
         chosen = cli.config.model.init_args
-        chosen.layer, chosen.writing.lr, chosen.writing.stop_margin = editor.adapted.settings
+        chosen.layer, chosen.writing.lr, chosen.writing.stop_margin = found.layer, found.lr, found.stop_margin
     cli.parser.save(cli.config, run_dir / "config.yaml", overwrite=True, skip_validation=True, skip_unset=False)
     stream.ledger.to_parquet(run_dir / "edits.parquet")
     cli.run.journal.note("finished", counted(len(stream.edits), "edit"))
@@ -399,8 +400,8 @@ def _more_metrics(cli: EditCLI) -> dict[str, Any]:
         "memory_bytes": left,
         "bytes_per_edit": left / (1 if means else max(len(stream.edits), 1)),
         "peak_bytes": board.peak.figures(),
-        "adapted": editor.adapted.as_dict() if editor.adapted else None,
-        "ranks": [pace.as_dict() for pace in editor.paces] or None,
+        "adapted": asdict(editor.adapted) if editor.adapted else None,
+        "ranks": list(editor.paces) or None,
         "perplexity": board.perplexity,
         "probes": board.kept,
         "earlier": board.earlier | {"superseded": replaced} if board.earlier else None,

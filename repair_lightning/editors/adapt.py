@@ -12,10 +12,9 @@ noise is taken, so a cheap layer is left for a reason alone.
 
 from __future__ import annotations
 
-import logging
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -32,8 +31,6 @@ from repair_lightning.types import BASE, Edit, EditBatch
 
 if TYPE_CHECKING:
     from repair_lightning.editors.adaptive import AdaptiveEditor
-
-log = logging.getLogger(__name__)
 
 AUTO = "auto"  # an option's value that asks for the search
 DEPTHS = (1.0, 0.9, 0.75, 0.6, 0.4)  # candidate layers, as shares of the depth
@@ -70,21 +67,7 @@ class Adapted(Settings):
 
     probes: int
     seconds: float
-    candidates: tuple[Mapping[str, Any], ...] = ()
-
-    @property
-    def settings(self) -> tuple[int, float, float | None]:
-        """Layer, learning rate and margin."""
-        return self.layer, self.lr, self.stop_margin
-
-    def as_dict(self) -> dict[str, Any]:
-        """In plain types, for a checkpoint and for `metrics.json`."""
-        return asdict(self) | {"candidates": [dict(row) for row in self.candidates]}
-
-    @classmethod
-    def from_dict(cls, found: Mapping[str, Any]) -> Adapted:
-        """The inverse of :meth:`as_dict`."""
-        return cls(**{**found, "candidates": tuple(found["candidates"])})
+    candidates: tuple[dict[str, Any], ...] = ()
 
     def __str__(self) -> str:
         tried = f"{len(self.candidates)} settings on {self.probes} probes of its own in {self.seconds:.1f} s"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
 
 from repair_lightning.editors.adapt import AUTO, Adapted, adapt
 from repair_lightning.editors.base import Editor, make_editor
+from repair_lightning.editors.checks import at_least
 from repair_lightning.editors.low_rank import NormalizedGradient
 from repair_lightning.errors import ConfigError
 
@@ -63,8 +64,7 @@ class Steps:
             value = getattr(self, name)
             if isinstance(value, str) and value != AUTO:
                 raise ConfigError(f"writing.{name} must be a number or 'auto', got '{value}'")
-        if self.steps < 1:
-            raise ConfigError(f"writing.steps must be at least 1, got {self.steps}")
+        at_least(1, self, "steps", at="writing.")
         if not self.rate > 0:
             raise ConfigError(f"writing.lr must be positive, got {self.lr}")
 
@@ -83,8 +83,8 @@ class AdaptiveEditor(Editor):
             return
         if not self.team.deals:
             raise ConfigError("'auto' needs the whole base on one rank; give layer, writing.lr and writing.stop_margin")
-        found = adapt(self, background, held_out).as_dict() if self.team.rank == 0 else {}  # type: ignore[arg-type]
-        self.adopt(Adapted.from_dict(self.team.first(found)))
+        found = adapt(self, background, held_out) if self.team.rank == 0 else None
+        self.adopt(self.team.first(found))  # type: ignore[arg-type]
         log.info("%s", self.adapted)
 
     @contextmanager
@@ -111,12 +111,13 @@ class AdaptiveEditor(Editor):
         """Besides, what was found for the options that were `auto`."""
         super().on_save_checkpoint(checkpoint)
         if self.adapted is not None:
-            checkpoint["adapted"] = self.adapted.as_dict()
+            checkpoint["adapted"] = asdict(self.adapted)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Settings are not chosen again: the shards belong to those that were chosen."""
         self.load()
         assert self.base is not None
         if "adapted" in checkpoint and checkpoint["base"]["sha256"] == self.base.sha256:
-            self.adopt(Adapted.from_dict(checkpoint["adapted"]))
+            known = checkpoint["adapted"]
+            self.adopt(Adapted(**known | {"candidates": tuple(known["candidates"])}))
         super().on_load_checkpoint(checkpoint)

@@ -14,7 +14,6 @@ from scratch. Deviations: theirs mixes head and layer by the gate while training
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -22,21 +21,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repair_lightning.editors.base import KEPT, Editor, register
+from repair_lightning.editors.base import KEPT, WholeEditor, register
 from repair_lightning.editors.checks import at_least, positive, share
-from repair_lightning.editors.inner_loop import TargetRows, TargetTail, descend, in_halves, tail_of
-from repair_lightning.memory.query import Query
+from repair_lightning.editors.inner_loop import TargetRows, TargetTail, descend, tail_of
 from repair_lightning.memory.routers import Router, make_router
 from repair_lightning.memory.shards import Selection, Shard
-from repair_lightning.types import Edit, EditBatch, EditReport
+from repair_lightning.types import Edit, EditReport
 
 
 @register("defer")
-class Defer(Editor):
+class Defer(WholeEditor):
     """A gate and a second value matrix; see the module's own docstring.
 
     Args:
-        base: folder or hub name of a Hugging Face causal LM.
         lr: of Adam, absolute.
         steps: most steps per batch.
         stop_margin: a batch is done once every target token of its own leads its best rival by this many nats; None
@@ -50,7 +47,6 @@ class Defer(Editor):
 
     def __init__(
         self,
-        base: str = "",
         lr: float = 1e-3,
         steps: int = 100,
         stop_margin: float | None = 2.0,
@@ -61,7 +57,7 @@ class Defer(Editor):
         seed: int = 0,
         **common: Any,
     ) -> None:
-        super().__init__(base, **common)
+        super().__init__(**common)
         self.lr, self.steps, self.stop_margin, self.seed = lr, steps, stop_margin, seed
         self.replay, self.irrelevant = replay, irrelevant
         self.threshold, self.false_fire_rate = threshold, false_fire_rate
@@ -80,15 +76,11 @@ class Defer(Editor):
         self.said = self.said_by_base(self.background_prompts[:KEPT])
         self.tail = tail_of(self)
 
-    def write(self, batch: EditBatch) -> list[EditReport]:
-        """Train the second matrix, a shard of the bank; where it is no longer finite, it is put back."""
-        return in_halves(batch, self._attempt)
-
-    def _attempt(self, batch: EditBatch) -> list[EditReport]:
+    def change(self, edits: Sequence[Edit]) -> list[EditReport]:
+        """Train the second matrix, a shard of the bank."""
         shard = self.memory.ids[0] if len(self.memory) else self.memory.open_shard()
-        module = self.memory[shard]
+        module, rows = self.memory[shard], self.rows_beside(edits, shard)
         assert isinstance(module, Shard)
-        before, rows = module.delta.detach().clone(), self.rows_beside(batch, shard)
         optimizer = torch.optim.Adam([module.delta], lr=self.lr)
         tail = TargetTail(self.edited.split, rows, self.tail)
 
@@ -98,29 +90,20 @@ class Defer(Editor):
         with tail.cut(), self.edited.forced(Selection(len(rows), [(module, None)])):
             steps, losses = descend(rows, lambda: tail(module.product)[0], optimizer, self.steps, done, torch.mean)
         optimizer.zero_grad()
-        error = None
-        if not (all(map(math.isfinite, losses)) and bool(module.delta.isfinite().all())):
-            module.delta.data.copy_(before)
-            error = f"the loss or the matrix was not finite after {steps} steps: rolled back"
-        pairs = zip(batch.ids, losses, strict=True)
-        return [EditReport(id, shard, loss, 0.0, steps, error=error) for id, loss in pairs]
+        return [EditReport(edit.id, shard, loss, 0.0, steps) for edit, loss in zip(edits, losses, strict=True)]
 
-    def rows_beside(self, batch: EditBatch, shard: int) -> TargetRows:
-        """The batch's rows, and behind them those of earlier edits and of irrelevant prompts."""
-        earlier = [id for id in self.ledger.owned_by(shard) if id not in batch.ids]
-        draw = random.Random(f"{self.seed}/{batch.ids[0]}")
+    def rows_beside(self, edits: Sequence[Edit], shard: int) -> TargetRows:
+        """A batch's rows, and behind them those of earlier edits and of irrelevant prompts."""
+        ids = [edit.id for edit in edits]
+        earlier = [id for id in self.ledger.owned_by(shard) if id not in ids]
+        draw = random.Random(f"{self.seed}/{ids[0]}")
         again = [self.encode(self.ledger.edit(id)) for id in draw.sample(earlier, min(self.replay, len(earlier)))]
         other = draw.sample(self.said, min(self.irrelevant, len(self.said)))
-        return TargetRows.of(self.edited, [*map(self.encode, batch.edits), *again, *other], len(batch.edits))
+        return TargetRows.of(self.edited, [*map(self.encode, edits), *again, *other], len(edits))
 
     def finish_window(self) -> None:
         """Train the gate again, on all edits that the second matrix owns."""
-        owned = {shard: [self.ledger.edit(id) for id in self.ledger.owned_by(shard)] for shard in self.memory.ids}
-        queries = {shard: self._shared_query_of(edits) for shard, edits in owned.items() if edits}
-        self.router.calibrate(self.memory, queries, self.held_out)
-
-    def _shared_query_of(self, edits: Sequence[Edit]) -> Query:
-        return self.edited.shared_query(len(edits), lambda index: self.query_of([edits[i] for i in index]))
+        self.calibrate()
 
     def forget(self, ids: Iterable[str]) -> None:
         """The next gate is trained without them; what the second matrix holds of them stays until others replace it."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,51 +15,26 @@ if TYPE_CHECKING:
     from repair_lightning.editors.asked import AskedModel
 
 
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """How many edits a rank has written, and the seconds that it took."""
-
-    edits: int = 0
-    seconds: float = 0.0
-
-    @property
-    def per_minute(self) -> float:
-        """Edits per minute of writing."""
-        return 60 * self.edits / max(self.seconds, 1e-9)
-
-    def as_dict(self) -> dict[str, float]:
-        """For the report."""
-        return {"edits": self.edits, "seconds": self.seconds, "edits_per_minute": self.per_minute}
-
-    def plus(self, other: Pace) -> Pace:
-        """Both together."""
-        return Pace(self.edits + other.edits, self.seconds + other.seconds)
+def pace(edits: float, seconds: float) -> dict[str, float]:
+    """How many edits a rank has written and the seconds that it took, for the report."""
+    return {"edits": edits, "seconds": seconds, "edits_per_minute": 60 * edits / max(seconds, 1e-9)}
 
 
 class Written:
-    """What one rank has written of a window so far."""
+    """What one rank has written of a window so far, and the seconds that it took."""
 
     def __init__(self) -> None:
         self.reports: list[EditReport] = []
+        self.seconds = 0.0
         self._described: list[tuple[list[str], Mapping[str, Tensor]]] = []
-        self._seconds = 0.0
-        self._since: float | None = None
-
-    def begin(self) -> None:
-        """A batch is about to be written."""
-        self._since = time.perf_counter()
-
-    def add(self, reports: Sequence[EditReport]) -> None:
-        """A batch is written."""
-        self.reports += reports
-        self._seconds += time.perf_counter() - (self._since or time.perf_counter())
 
     def describe(self, ids: Sequence[str], described: Mapping[str, Tensor]) -> None:
         """What the router is to keep of some edits, once all ranks have written."""
         self._described.append((list(ids), described))
 
-    def exchange(self, editor: AskedModel) -> list[Pace]:
-        """Give this to all ranks and enter what each has written in ledger, router and bank; returns their paces."""
+    def exchange(self, editor: AskedModel) -> list[tuple[int, float]]:
+        """Give this to all ranks and enter what each has written in ledger, router and bank; returns each rank's number
+        of edits and seconds."""
         for rank, reports in enumerate(editor.team.gather_objects(self.reports)):
             if rank != editor.team.rank:
                 editor.ledger.written(reports)
@@ -71,9 +44,9 @@ class Written:
         self._exchange_low_rank(editor, low)
         self._exchange_dense(editor, [shard for shard in touched if shard not in set(low)])
         self._exchange_entries(editor)
-        found = editor.team.gather_objects((len(self.reports), self._seconds, editor.memory.next_id))
+        found = editor.team.gather_objects((len(self.reports), self.seconds, editor.memory.next_id))
         editor.memory.next_id = max(next_id for *_, next_id in found)
-        return [Pace(edits, seconds) for edits, seconds, _ in found]
+        return [(edits, seconds) for edits, seconds, _ in found]
 
     @staticmethod
     def _exchange_low_rank(editor: AskedModel, shards: Sequence[int]) -> None:

@@ -2,14 +2,16 @@
 
 Paper: "Aging with GRACE: Lifelong Model Editing with Discrete Key-Value Adaptors", arXiv 2211.11031, Sec. 3 and Alg. 1.
 An entry's key is what enters the layer's value matrix at the prompt's last token. A prompt whose key lies in an entry's
-ball gets the entry's value, at every token, in place of what the matrix puts out; `functional/codebook.py` has the
-rules of the balls. Defaults: `grace/config/editor/grace.yaml` of github.com/Thartvigsen/GRACE; the layer is at 27/31 of
+ball gets the entry's value, at every token, in place of what the matrix puts out. When a key comes, the nearest entry
+alone is looked at. Defaults: `grace/config/editor/grace.yaml` of github.com/Thartvigsen/GRACE; the layer is at 27/31 of
 the depth, as in EasyEdit's `hparams/GRACE/llama-7b.yaml`.
 
 Deviations: an entry is chosen once per prompt; values start from what the layer puts out at the key (theirs: from
 noise); a batch's keys are placed one after the other, then its values are trained side by side, until
 each edit leads by `stop_margin`; epsilon and the rate may be relative to the base, because published ones are in units
-of one base's activations.
+of one base's activations; a conflict never makes a ball larger (theirs sets both radii to half the distance, also
+where one was shorter), and a key that is already there with another label takes over: half of no distance would leave
+neither of the two a ball.
 """
 
 from __future__ import annotations
@@ -21,27 +23,46 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repair_lightning.editors.base import Editor, register
+from repair_lightning.editors.base import WholeEditor, register
 from repair_lightning.editors.checks import at_least, positive
-from repair_lightning.editors.inner_loop import TargetRows, TargetTail, descend, in_halves
+from repair_lightning.editors.inner_loop import TargetRows, TargetTail, descend
 from repair_lightning.errors import ConfigError, RepairError
-from repair_lightning.functional.codebook import placement, was_cut
 from repair_lightning.memory.routers import BallRouter, make_router
 from repair_lightning.memory.shards import Selection
 from repair_lightning.models.architectures import resolve_layer
 from repair_lightning.models.base import Base
-from repair_lightning.types import BASE, Edit, EditBatch, EditReport
+from repair_lightning.types import Edit, EditBatch, EditReport
 
 TOGETHER = 64  # so many edits at most are written at once where some are written again
 DEPTH = 27 / 31  # the edited layer where none is named, as a share of the depth
+SAME = 1e-3  # keys closer than this share of the first radius are one key: they differ by rounding
+COVER = 1.001  # a ball grows to the distance times this, so that what it grew for is inside it in spite of rounding
+OUT_OF_REACH = -1.0  # the radius of an entry that nothing reaches
+
+
+def was_cut(distance: float, radius: float, first: float) -> bool:
+    """Whether a ball of this radius ends where a key at this distance cut it short, or has the same key."""
+    return distance <= SAME * first or math.isclose(radius, distance / 2, rel_tol=1e-6)
+
+
+def placement(distance: float, radius: float, same_label: bool, first: float) -> tuple[float | None, float]:
+    """Where a key goes, by its distance to the nearest entry's key, the radius of that entry's ball, whether both say
+    the same, and epsilon, the radius of an entry's `first` ball: the radius of the entry that it opens, None where it
+    joins the nearest one; and from now on that of the nearest entry's ball."""
+    if distance > radius + first:
+        return first, radius
+    if same_label:
+        return None, max(radius, distance * COVER)
+    if distance <= SAME * first:
+        return first, OUT_OF_REACH
+    return min(first, distance / 2), min(radius, distance / 2)
 
 
 @register("grace")
-class GRACE(Editor):
+class GRACE(WholeEditor):
     """General retrieval adaptors for continual editing; see the module's own docstring.
 
     Args:
-        base: folder or hub name of a Hugging Face causal LM.
         layer: the edited layer, below the last; None takes it at 27/31 of the depth.
         eps: epsilon, the radius of a new entry's ball.
         relative: epsilon is in units of the median distance from an irrelevant prompt to its nearest other one, and the
@@ -56,7 +77,6 @@ class GRACE(Editor):
 
     def __init__(
         self,
-        base: str = "",
         eps: float = 1.0,
         relative: bool = False,
         lr: float = 1.0,
@@ -64,7 +84,7 @@ class GRACE(Editor):
         stop_margin: float | None = None,
         **common: Any,
     ) -> None:
-        super().__init__(base, **common)
+        super().__init__(**common)
         self.eps, self.relative, self.lr, self.steps, self.stop_margin = eps, relative, lr, steps, stop_margin
         positive(self, "eps", "lr")
         at_least(1, self, "steps")
@@ -108,52 +128,42 @@ class GRACE(Editor):
             return self.edited.split.value(activations.flatten(0, -2)).float()
 
     def write(self, batch: EditBatch) -> list[EditReport]:
-        """Place the edits' keys, then train their entries' values; where one is not finite, everything is put back."""
-        return in_halves(batch, self._attempt)
-
-    def _attempt(self, batch: EditBatch) -> list[EditReport]:
-        before = self.memory.snapshot(writable=True), self.balls.state_dict()
-        rows, prompts = TargetRows.of(self.edited, [*map(self.encode, batch.edits)]), self.query_of(batch.edits)
-        outputs = self._outputs(prompts.at_last().activations)
-        self.balls.forget(batch.ids)
-        shards = [self._placed(*one) for one in zip(batch.edits, self.balls.key_of(prompts), outputs, strict=True)]
-        steps, losses = self._train(rows, shards)
-        if all(map(math.isfinite, losses)) and bool(self._values(shards).isfinite().all()):
-            triples = zip(batch.ids, shards, losses, strict=True)
-            return [EditReport(id, shard, loss, 0.0, steps) for id, shard, loss in triples]
-        self.memory.restore(before[0])
-        self.balls.load_state_dict(before[1])
+        """Place the edits' keys, then train their entries' values; what was written before of these edits is gone."""
         self.forget(batch.ids)
-        error = f"the loss or the value was not finite after {steps} steps: forgotten"
-        return [EditReport(id, BASE, losses[0], 0.0, steps, error=error) for id in batch.ids]
+        return super().write(batch)
+
+    def change(self, edits: Sequence[Edit]) -> list[EditReport]:
+        """Place the edits' keys, then train their entries' values."""
+        rows, prompts = TargetRows.of(self.edited, [*map(self.encode, edits)]), self.query_of(edits)
+        outputs = self._outputs(prompts.at_last().activations)
+        shards = [self._placed(*one) for one in zip(edits, self.balls.key_of(prompts), outputs, strict=True)]
+        steps, losses = self._train(rows, shards)
+        written = zip(edits, shards, losses, strict=True)
+        return [EditReport(edit.id, shard, loss, 0.0, steps) for edit, shard, loss in written]
 
     def _placed(self, edit: Edit, key: Tensor, output: Tensor) -> int:
         """The shard of one edit, by its key (F,); a new one begins with `output` (D,), what the layer puts out."""
-        balls = self.balls
+        balls, radius = self.balls, self.first
         distances = balls.distances(key[None])[0].masked_fill(balls.radii < 0, torch.inf)
-        radius = self.first
         if distances.isfinite().any():
             entry = int(distances.argmin())
             same = self.ledger.edit(balls.members[entry][0]).target == edit.target
-            found = placement(float(distances[entry]), float(balls.radii[entry]), same, self.first)
-            balls.reach(entry, found.nearest)
-            if not found.opens:
+            opened, nearest = placement(float(distances[entry]), float(balls.radii[entry]), same, self.first)
+            balls.reach(entry, nearest)
+            if opened is None:
                 balls.join(edit.id, entry)
                 return int(balls.shards[entry])
-            radius = found.radius
+            radius = opened
         shard = self.memory.add_value(output)
         balls.open(edit.id, key, radius, shard)
         return shard
-
-    def _values(self, shards: Sequence[int]) -> Tensor:
-        return torch.stack([self.memory[shard].value for shard in shards])  # type: ignore[union-attr, misc]
 
     def _train(self, rows: TargetRows, shards: Sequence[int]) -> tuple[int, list[float]]:
         """Train the values of the edits' shards side by side, each until its edits are said."""
         own = list(dict.fromkeys(shards))
         of = torch.tensor([own.index(shard) for shard in shards], device=rows.ids.device)
         every = torch.arange(len(rows), device=of.device)
-        values = nn.Parameter(self._values(own))
+        values = nn.Parameter(torch.stack([self.memory[shard].value for shard in own]))  # type: ignore[union-attr, misc]
         tail = TargetTail(self.edited.split, rows, "rows" if self.cache_mib else "model")
         said, held = torch.zeros(0), values.detach()
 
@@ -180,11 +190,9 @@ class GRACE(Editor):
 
     def finish_window(self) -> None:
         """Drop the entries that no edit owns any more."""
-        owned = self.ledger.sizes()
-        gone = [shard for shard in self.memory.ids if shard not in owned]
-        self.memory.drop(gone)
-        members = zip(self.balls.shards.tolist(), self.balls.members, strict=True)
-        self.balls.forget([id for shard, ids in list(members) for id in ids if shard in gone])
+        self.drop_unowned()
+        kept, members = set(self.memory.ids), zip(self.balls.shards.tolist(), self.balls.members, strict=True)
+        self.balls.forget([id for shard, ids in members for id in ids if shard not in kept])
 
     def forget(self, ids: Iterable[str]) -> None:
         """An entry whose last edit is forgotten is gone. Balls that it had cut short stay as they are."""

@@ -25,13 +25,13 @@ import json
 import logging
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,27 +96,21 @@ class GradientNetwork(nn.Module):
         self.register_buffer("mean", torch.zeros(layers, size))
         self.register_buffer("spread", torch.zeros(layers, size))
 
-    @staticmethod
-    def _pairs(factors: Factors) -> tuple[Tensor, Tensor]:
-        """Where there is a gradient at all, (n, T), and the pairs there, (N, F + D)."""
-        keys, deltas = factors
-        there = (keys != 0).any(-1) & (deltas != 0).any(-1)
-        return there, torch.cat([keys[there], deltas[there]], -1)
-
     def _known(self, layer: int) -> RunningMoments:
         return RunningMoments(int(self.count[layer]), self.mean[layer], self.spread[layer])
 
     @torch.no_grad()
     def learn(self, layer: int, factors: Factors) -> None:
         """Take further factors of a layer into the moments."""
-        _, pairs = self._pairs(factors)
+        pairs = torch.cat(factors, -1)[has_gradient(factors)]
         if len(pairs):
             known = self._known(layer).with_(pairs)
             self.count[layer], self.mean[layer], self.spread[layer] = known.count, known.mean, known.spread
 
     def forward(self, layer: int, factors: Factors) -> Factors:
         """The factors of a layer's update, of the same shapes; tokens without a gradient have none."""
-        there, pairs = self._pairs(factors)
+        there = has_gradient(factors)
+        pairs = torch.cat(factors, -1)[there]
         if self.normalise:
             pairs = self._known(layer).normalise(pairs, floor=1e-7)
         for block in self.blocks:
@@ -126,12 +120,17 @@ class GradientNetwork(nn.Module):
         return keys, deltas
 
 
+def has_gradient(factors: Factors) -> Tensor:
+    """Where there is a gradient at all, (n, T)."""
+    keys, deltas = factors
+    return (keys != 0).any(-1) & (deltas != 0).any(-1)
+
+
 @register("mend")
 class MEND(WeightEditor):
     """Model editor networks with gradient decomposition; see the module's own docstring.
 
     Args:
-        base: folder or hub name of a Hugging Face causal LM.
         layers: how many layers are written into.
         train_data: file of the edits that the hypernetwork is trained on, by default the stream's own; what the stream
             asks is left out of them.
@@ -151,15 +150,12 @@ class MEND(WeightEditor):
         seed: of the first weights and of what is drawn; `seed_everything` where a command gives none.
     """
 
-    batchable: ClassVar[bool] = False
-
+    batchable = False
     learnt_beforehand = True
-
     network: GradientNetwork
 
     def __init__(
         self,
-        base: str = "",
         layers: int = 3,
         train_data: str = "",
         train_format: str = "jsonl",
@@ -178,7 +174,7 @@ class MEND(WeightEditor):
         seed: int = 0,
         **common: Any,
     ) -> None:
-        super().__init__(base, layers=layers, **common)
+        super().__init__(layers=layers, **common)
         self.train_data, self.train_format, self.train_cache = train_data, train_format, train_cache
         self.steps, self.batch, self.lr, self.lr_steps = steps, batch, lr, lr_steps
         self.alpha, self.rank, self.normalise = alpha, rank, normalise
@@ -234,14 +230,13 @@ class MEND(WeightEditor):
             )
         found = list(load_records(path, format, on_bad_record="skip").edits)
         kept = found if self.stream is None else apart(found, self.stream, format)
-        left_out = len(found) - len(kept)
-        log.info("left out of training: %d of %d edits, which the stream asks", left_out, len(found))
+        log.info("left out of training: %d of %d edits, which the stream asks", len(found) - len(kept), len(found))
         if len(kept) < 2:
             raise ConfigError(
                 f"'{path}' holds {len(kept)} edits that the stream does not ask, at least 2 are needed: "
                 "give --model.train_data another file"
             )
-        return kept, left_out
+        return kept, len(found) - len(kept)
 
     def _cache_file(self, edits: Sequence[Edit], other: Sequence[Encoded]) -> Path | None:
         """Where the hypernetwork of these edits, this base and these options is kept."""
@@ -267,8 +262,8 @@ class MEND(WeightEditor):
         rows = TargetRows.of(self.edited, [self.encode(edit) for edit in edits])
         losses, factors = self.factors(rows)
         for place, (layer, pair) in enumerate(zip(self.written_layers, factors, strict=True)):
-            update = rank_one_sum(*self.network(place, pair))
-            self.edited.weights.add(layer, -self.network.steps[place] * update)
+            keys, deltas = (part.flatten(0, -2) for part in self.network(place, pair))
+            self.edited.weights.add(layer, -self.network.steps[place] * (deltas.T @ keys))
         return self.reports(edits, losses.tolist(), [1] * len(edits))
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -308,11 +303,10 @@ class Training:
         editor, network = self.editor, self.network
         log.info("training the hypernetwork on %d edits, in at most %d steps", len(edits), editor.steps)
         shuffled = self.draw.sample(list(edits), len(edits))
-        share, most = HELD_OUT
-        aside = max(1, min(most, int(share * len(shuffled))))
+        aside = max(1, min(HELD_OUT[1], int(HELD_OUT[0] * len(shuffled))))
         held, rest = shuffled[:aside], shuffled[aside:]
         for start in range(0, min(len(rest), KEPT), 64):  # so that the first steps are not of a moving scale
-            rows = self._rows([editor.encode(edit) for edit in rest[start : start + 64]])
+            rows = TargetRows.of(editor.edited, [editor.encode(edit) for edit in rest[start : start + 64]])
             for place, factors in enumerate(editor.factors(rows)[1]):
                 network.learn(place, factors)
         first = best = self._look(held)
@@ -331,9 +325,6 @@ class Training:
         log.info("trained on %d edits: %.4f on %d held-out ones, %.4f before", len(rest), best, len(held), first)
         return {"edits": len(rest), "held_out": len(held), "loss_before": first, "loss": best, "steps": at}
 
-    def _rows(self, encoded: Sequence[Encoded]) -> TargetRows:
-        return TargetRows.of(self.editor.edited, encoded)
-
     def _step(self, edits: Sequence[Edit]) -> None:
         asked = [(edit, self.draw.choice(edit.rephrases or (edit.prompt,))) for edit in edits]
         other = [self.draw.choice(self.other) for _ in edits]
@@ -348,49 +339,41 @@ class Training:
         """The mean loss over edits, each with its first rephrase and an irrelevant prompt of its own."""
         total, size = 0.0, self.editor.batch
         for start in range(0, len(edits), size):
-            part = edits[start : start + size]
-            asked = [(edit, (edit.rephrases or (edit.prompt,))[0]) for edit in part]
-            other = [self.other[(start + i) % len(self.other)] for i in range(len(part))]
-            total += len(part) * float(self._loss(asked, other))
+            asked = [(edit, (edit.rephrases or (edit.prompt,))[0]) for edit in edits[start : start + size]]
+            other = [self.other[(start + i) % len(self.other)] for i in range(len(asked))]
+            total += len(asked) * float(self._loss(asked, other))
         return total / len(edits)
 
     def _loss(self, asked: Sequence[tuple[Edit, str]], other: Sequence[Encoded]) -> Tensor:
         """The training loss of edits with their rephrases, each edit's update by itself."""
         own = [self.editor.encode(edit) for edit, _ in asked]
         again = [self.editor.encode(replace(edit, prompt=text)) for edit, text in asked]
-        _, factors = self.editor.factors(self._rows(own))
+        of, edited = partial(TargetRows.of, self.editor.edited), self.editor.edited
+        told, elsewhere, (_, factors) = of([*own, *again]), of(other), self.editor.factors(of(own))
         updates = [self.network(place, pair) for place, pair in enumerate(factors)]
-        edited, elsewhere = self._rows([*own, *again]), self._rows(other)
+
+        def logits(rows: TargetRows, updated: bool = True) -> Tensor:
+            """(M, V) where the target tokens are read, from the lowest written layer on; row i is answered with the
+            update of edit i, modulo the number of edits."""
+            tail = TargetTail(edited.split, rows, "rows")
+            with ExitStack() as stack:
+                stack.enter_context(tail.cut())
+                for place, layer in enumerate(self.editor.written_layers if updated else []):
+                    keys, deltas = (part.repeat(len(rows) // len(own), 1, 1) for part in updates[place])
+                    add = partial(self._add, self.network.steps[place], keys, deltas)
+                    stack.enter_context(edited.split.arch.value_module(edited.base, layer).register_forward_hook(add))
+                return tail(lambda activations: activations)[0].float()
+
         with torch.no_grad():
-            plain = self._logits(elsewhere).log_softmax(-1)
-        with self._updated(updates, len(edited)):
-            edit_loss = edited.per_row(edited.losses(self._logits(edited))).mean()
-        with self._updated(updates, len(elsewhere)):
-            moved = self._logits(elsewhere).log_softmax(-1)
-        divergence = (plain.exp() * (plain - moved)).sum(-1)
+            plain = logits(elsewhere, updated=False).log_softmax(-1)
+        edit_loss = told.per_row(told.losses(logits(told))).mean()
+        divergence = (plain.exp() * (plain - logits(elsewhere).log_softmax(-1))).sum(-1)
         return self.editor.c_edit * edit_loss + self.editor.c_loc * divergence.mean()
 
-    def _logits(self, rows: TargetRows) -> Tensor:
-        """(M, V) where the rows' target tokens are read, from the lowest written layer on."""
-        tail = TargetTail(self.editor.edited.split, rows, "rows")
-        with tail.cut():
-            return tail(lambda activations: activations)[0].float()
-
-    @contextmanager
-    def _updated(self, updates: Sequence[Factors], rows: int) -> Iterator[None]:
-        """Inside, the matrices answer row i with the update of edit i, modulo the number of edits."""
-        edited = self.editor.edited
-        with ExitStack() as stack:
-            for place, (layer, (keys, deltas)) in enumerate(zip(self.editor.written_layers, updates, strict=True)):
-                times = rows // len(keys)
-                add = partial(self._add, place, keys.repeat(times, 1, 1), deltas.repeat(times, 1, 1))
-                stack.enter_context(edited.split.arch.value_module(edited.base, layer).register_forward_hook(add))
-            yield
-
-    def _add(self, place: int, keys: Tensor, deltas: Tensor, _: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    @staticmethod
+    def _add(step: Tensor, keys: Tensor, deltas: Tensor, _: nn.Module, args: tuple, output: Tensor) -> Tensor:
         inside = args[0].reshape(len(keys), -1, keys.shape[-1]).float() @ keys.mT
-        moved = self.network.steps[place] * (inside @ deltas)
-        return output - moved.reshape(output.shape).to(output.dtype)
+        return output - (step * (inside @ deltas)).reshape(output.shape).to(output.dtype)
 
 
 def apart(edits: Sequence[Edit], stream: Any, format: str) -> list[Edit]:
@@ -405,8 +388,3 @@ def apart(edits: Sequence[Edit], stream: Any, format: str) -> list[Edit]:
         return about or not free.issuperset((edit.prompt, *edit.rephrases))
 
     return [edit for edit in edits if not shares(edit)]
-
-
-def rank_one_sum(keys: Tensor, deltas: Tensor) -> Tensor:
-    """The sum over all tokens of `delta u^T`, (D, F), of keys (..., F) and deltas (..., D)."""
-    return deltas.flatten(0, -2).T @ keys.flatten(0, -2)

@@ -27,7 +27,6 @@ class RLSRepair(Keyed, RLSEdit):
     """RLSEdit first, then REPAIR; the options are theirs.
 
     Args:
-        base: folder or hub name of a Hugging Face causal LM.
         relation_false_rate: see `Keyed`.
         writing: how shards are written.
         hold: see `Keyed`.
@@ -43,7 +42,6 @@ class RLSRepair(Keyed, RLSEdit):
 
     def __init__(
         self,
-        base: str = "",
         relation_false_rate: float = 0.01,
         writing: Steps = Steps(),  # noqa: B008 - jsonargparse reads the defaults here
         hold: Literal["device", "host"] = "device",
@@ -54,32 +52,21 @@ class RLSRepair(Keyed, RLSEdit):
         anchors: str | list[str] | None = None,
         **common: Any,
     ) -> None:
-        super().__init__(
-            base,
-            relation_false_rate,
-            writing,
-            hold,
-            seed,
-            layers=1,
-            values=values,
-            ridge=ridge,
-            anchoring=anchoring,
-            anchors=anchors,
-            **common,
-        )
+        keyed: dict[str, Any] = {"relation_false_rate": relation_false_rate, "writing": writing, "hold": hold}
+        rls: dict[str, Any] = {"values": values, "ridge": ridge, "anchoring": anchoring, "anchors": anchors}
+        super().__init__(**keyed, **rls, seed=seed, layers=1, **common)
 
     def write(self, batch: EditBatch) -> list[EditReport]:
         """What is new goes into the matrix, what has failed before into shards."""
-        new = [edit for edit in batch.edits if not self.attempts([edit])]
+        new = tuple(edit for edit in batch.edits if not self.attempts([edit]))
+        again = tuple(edit for edit in batch.edits if edit not in new)
         reports: list[EditReport] = []
         if new:
             with self._holding_shards():
-                reports += RLSEdit.write(self, EditBatch(tuple(new)))
-        again = [edit for edit in batch.edits if self.attempts([edit])]
+                reports += RLSEdit.write(self, EditBatch(new))
         if again:
-            reports += Keyed.write(self, EditBatch(tuple(again)))
-        of = {report.id: report for report in reports}
-        return [of[id] for id in batch.ids]
+            reports += Keyed.write(self, EditBatch(again))
+        return sorted(reports, key=lambda report: batch.ids.index(report.id))
 
     @contextmanager
     def _holding_shards(self) -> Iterator[None]:

@@ -79,13 +79,17 @@ class RLSEdit(ValueEditor):
         anchors: str | list[str] | None = None,
         **common: Any,
     ) -> None:
-        super().__init__(base, layers=layers, values=values, **common)
+        super().__init__(base=base, layers=layers, values=values, **common)
         self.ridge, self.anchoring = ridge, anchoring
         positive(self, "ridge")
         at_least(0, self, "anchoring")
-        self.anchors = _prompts_in(anchors) if isinstance(anchors, str) else anchors
+        self.anchors = anchors
+        if isinstance(anchors, str):
+            if not Path(anchors).is_file():
+                raise ConfigError(f"anchors: '{anchors}' is no file; give a text file with a prompt per line, or null")
+            self.anchors = [line.strip() for line in Path(anchors).read_text("utf-8").splitlines() if line.strip()]
         if self.anchors == []:
-            raise ConfigError("anchors: an empty list; give prompts, a file of them, or null")
+            raise ConfigError(f"anchors: {anchors!r} holds no prompt; give prompts, a file with one per line, or null")
         self.anchored: list[str] = []  # the prompts whose answers the problems hold
         self.problems: dict[int, Recursion] = {}
         self.terms: dict[str, dict[int, Term]] = {}
@@ -108,26 +112,23 @@ class RLSEdit(ValueEditor):
         if not self.problems or not self.anchored:
             self.anchored = list(background[:KEPT] if self.anchors is None else self.anchors)
 
-    def _measure(self, anchored: tuple[str, ...]) -> tuple[dict[int, Tensor], dict[int, float]]:
+    def _measure(self, anchored: tuple[str, ...]) -> dict[int, tuple[Tensor, float]]:
         """By written layer, the anchors' keys (N, F) in the base as it was, and the mean of their squared norms,
         without each prompt's first token: many bases park values there that are hundreds of times as large as any
         other."""
-        said = self.said_by_base(anchored)
-        with self.edited.weights.originals():
-            _, keys, _ = self.states([row.ids for row in said])
-        units = {
-            layer: float(torch.cat([key[min(1, len(key) - 1) :] for key in each]).float().square().sum(-1).mean())
-            for layer, each in keys.items()
-        }
-        return {layer: torch.cat(each).float() for layer, each in keys.items()}, units
+        found = {}
+        for layer, each in self.keys_of(anchored).items():
+            later = torch.cat([key[min(1, len(key) - 1) :] for key in each]).float()
+            found[layer] = torch.cat(each).float(), float(later.square().sum(-1).mean())
+        return found
 
     def anchor_keys(self, layer: int) -> Tensor:
         """The anchors' keys (N, F) at a written layer, in the base as it was."""
-        return self._measured(tuple(self.anchored))[0][layer]
+        return self._measured(tuple(self.anchored))[layer][0]
 
     def strengths(self, layer: int) -> tuple[float, float]:
         """lambda^2 and mu^2 of a layer's problem, absolute."""
-        keys, unit = self.anchor_keys(layer), self._measured(tuple(self.anchored))[1][layer]
+        keys, unit = self._measured(tuple(self.anchored))[layer]
         return self.ridge**2 * unit, self.anchoring**2 * keys.shape[1] / len(keys)
 
     def problem(self, layer: int) -> Recursion:
@@ -159,15 +160,12 @@ class RLSEdit(ValueEditor):
     def forget(self, ids: Iterable[str]) -> None:
         """Take the edits' terms out of the problem; unknown ones are passed over."""
         gone = {id: self.terms[id] for id in ids if id in self.terms}
-        if not gone:
-            return
         self.terms = {id: terms for id, terms in self.terms.items() if id not in gone}
-        for layer in self.written_layers:
+        for layer in self.written_layers if gone else []:
             keys, values = _joined([terms[layer] for terms in gone.values() if layer in terms])
             self._go_on(layer, self.problem(layer).remove(keys, values))
-            if self.terms:
-                self.edited.weights.put(layer, self.problems[layer].weight)
-        if not self.terms:
+            self.edited.weights.put(layer, self.problems[layer].weight)
+        if gone and not self.terms:
             self.problems = {}
             self.edited.weights.restore()
 
@@ -211,13 +209,14 @@ class RLSEdit(ValueEditor):
     def own_state(self) -> dict[str, Any]:
         """The problems with their anchors' prompts, and what each edit added to them."""
         found: dict[str, Any] = {"ids": list(self.terms)}
-        found |= {"anchored": list(self.anchored)} if self.problems else {}
+        if self.problems:
+            found["anchored"] = list(self.anchored)
         for layer, problem in self.problems.items():
             mine = [terms[layer] for terms in self.terms.values()]
             keys, values = _joined(mine)
-            parts = vars(problem) | {"keys": keys, "values": values}
-            parts["sizes"] = torch.tensor([len(term.keys) for term in mine])
-            parts["energies"] = torch.tensor([term.energy for term in mine], dtype=torch.float64)
+            sizes = torch.tensor([len(term.keys) for term in mine])
+            energies = torch.tensor([term.energy for term in mine], dtype=torch.float64)
+            parts = vars(problem) | {"keys": keys, "values": values, "sizes": sizes, "energies": energies}
             found |= {f"{layer}.{name}": part for name, part in parts.items()}
         return found
 
@@ -237,13 +236,3 @@ class RLSEdit(ValueEditor):
 
 def _joined(terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
     return torch.cat([term.keys for term in terms]), torch.cat([term.values for term in terms])
-
-
-def _prompts_in(file: str) -> list[str]:
-    """The lines of a text file."""
-    if not Path(file).is_file():
-        raise ConfigError(f"anchors: '{file}' is no file; give a text file with a prompt per line, or null")
-    prompts = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not prompts:
-        raise ConfigError(f"anchors: '{file}' holds no prompt; give one per line, or null")
-    return prompts

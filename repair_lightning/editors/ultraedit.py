@@ -39,19 +39,12 @@ class UltraEdit(WeightEditor):
     """Lifelong normalisation and a closed form; see the module's own docstring.
 
     Args:
-        base: folder or hub name of a Hugging Face causal LM.
         layers: how many layers are written into.
         lr: length of the step.
     """
 
-    def __init__(
-        self,
-        base: str = "",
-        layers: int = 2,
-        lr: float = 1e-6,
-        **common: Any,
-    ) -> None:
-        super().__init__(base, layers=layers, **common)
+    def __init__(self, layers: int = 2, lr: float = 1e-6, **common: Any) -> None:
+        super().__init__(layers=layers, **common)
         self.lr = lr
         positive(self, "lr")
         self.known: dict[int, RunningMoments] = {}

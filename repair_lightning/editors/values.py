@@ -153,6 +153,13 @@ def slopes(
 Asked = tuple[TargetRows, Places]  # rows, and where shifts act in them
 
 
+def part_of(asked: Asked, members: Sequence[int]) -> Asked:
+    """What some members own, in ascending order."""
+    rows, places = asked
+    some = torch.tensor(members, device=rows.owner.device)
+    return rows.part(members), places.part(torch.isin(rows.owner, some).nonzero()[:, 0], some)
+
+
 class ValueSearch:
     """Trains the shifts of a batch, at the layer where a model is `split`; where `positions`, that layer is the last,
     its output is simply added, and only what is read takes part; the learning rate is in units of `unit`."""
@@ -161,16 +168,14 @@ class ValueSearch:
         self.split, self.options, self.unit = split, options, unit
         self.positions = positions and options.at == "targets"
 
-    def run(
-        self, rows: TargetRows, places: Places, essence: Asked | None = None
-    ) -> tuple[Tensor, list[float], list[int]]:
+    def run(self, asked: Asked, essence: Asked | None = None) -> tuple[Tensor, list[float], list[int]]:
         """Train until every member is done or the steps are used; what is done leaves, whenever that is half. Returns
         the shifts (S, D), and of each member the last loss and the steps."""
+        rows, places = asked
         shifts = torch.zeros(len(places.member), rows.hidden.shape[-1], device=rows.hidden.device)
         loss, steps = [0.0] * rows.members, [0] * rows.members
-        left, taken = list(range(rows.members)), 0
-        part, beside = (rows, places), essence
-        while left:
+        left, taken, part, beside = list(range(rows.members)), 0, asked, essence
+        while True:
             mine = torch.isin(places.member, torch.tensor(left, device=places.member.device))
             trained = nn.Parameter(shifts[mine].clone())
             took, done, losses = self._phase(*part, trained, self.options.steps - taken, beside)
@@ -178,12 +183,10 @@ class ValueSearch:
             shifts[mine] = trained.detach()
             for member, value in zip(left, losses, strict=True):
                 loss[member], steps[member] = value, taken
-            if taken >= self.options.steps:
-                break
             left = [member for member, is_done in zip(left, done, strict=True) if not is_done]
-            if left:
-                part, beside = _part((rows, places), left), _part(essence, left) if essence else None
-        return shifts, loss, steps
+            if not left or taken >= self.options.steps:
+                return shifts, loss, steps
+            part, beside = part_of(asked, left), essence and part_of(essence, left)
 
     def _phase(
         self, rows: TargetRows, places: Places, shifts: nn.Parameter, budget: int, essence: Asked | None
@@ -196,9 +199,7 @@ class ValueSearch:
         ready = torch.zeros(rows.members, dtype=torch.bool)
 
         def logits() -> Tensor:
-            if self.positions:
-                return tail(lambda _: shifts[places.shift])[0]
-            return self._pushed(tail, places, shifts)
+            return tail(lambda _: shifts[places.shift])[0] if self.positions else self._pushed(tail, places, shifts)
 
         def done(step: int, logits: Tensor, losses: Tensor) -> bool:
             nonlocal ready
@@ -236,10 +237,3 @@ class ValueSearch:
     def _essence(self, rows: TargetRows, places: Places, shifts: Tensor) -> Tensor:
         """The log probabilities (n, V) behind each subject."""
         return self._pushed(TargetTail(self.split, rows, "rows"), places, shifts).float().log_softmax(-1)
-
-
-def _part(asked: Asked, members: Sequence[int]) -> Asked:
-    """What some members own, in ascending order."""
-    rows, places = asked
-    some = torch.tensor(members, device=rows.owner.device)
-    return rows.part(members), places.part(torch.isin(rows.owner, some).nonzero()[:, 0], some)

@@ -7,10 +7,8 @@ There is no side memory and nothing to route: the changed base answers every pro
 from __future__ import annotations
 
 import logging
-import math
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -18,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from repair_lightning.editors.base import KEPT, Editor
+from repair_lightning.editors.base import KEPT, WholeEditor
 from repair_lightning.editors.checks import at_least
-from repair_lightning.editors.inner_loop import TargetRows, in_halves
+from repair_lightning.editors.inner_loop import TargetRows
 from repair_lightning.editors.values import Asked, Places, Values, ValueSearch, pushing
 from repair_lightning.errors import ConfigError
 from repair_lightning.models.architectures import resolve_layer
@@ -29,7 +27,7 @@ from repair_lightning.models.prefix import Capture, SplitModel, stack_left
 from repair_lightning.models.prefix_cache import canonical_batches
 from repair_lightning.models.tokenizing import Encoded
 from repair_lightning.texts.dialogue import behind
-from repair_lightning.types import BASE, Edit, EditBatch, EditReport
+from repair_lightning.types import BASE, Edit, EditReport
 
 log = logging.getLogger(__name__)
 
@@ -37,15 +35,15 @@ RIDGE = 1e-2
 """Added to a second moment of keys, as a share of its mean diagonal: fewer keys than dimensions must not blow up."""
 
 
-class WeightEditor(Editor):
+class WeightEditor(WholeEditor):
     """Writes into W_v of `layers` neighbouring layers, the lowest of which is `layer`."""
 
     writes_base: ClassVar[bool] = True
     default_depth: ClassVar[float | None] = None
     """The uppermost written layer where none is named, as a share of the depth; None for `resolve_layer`'s default."""
 
-    def __init__(self, base: str = "", layers: int = 1, **common: Any) -> None:
-        super().__init__(base, **common)
+    def __init__(self, layers: int = 1, **common: Any) -> None:
+        super().__init__(**common)
         self.layers = layers
         at_least(1, self, "layers")
 
@@ -88,29 +86,6 @@ class WeightEditor(Editor):
         by_layer = {layer: list(each) for layer, each in zip(self.written_layers, keys, strict=True)}
         return [Capture(*both) for both in zip(top, keys[-1], strict=True)], by_layer, list(leaving)
 
-    @abstractmethod
-    def change(self, edits: Sequence[Edit]) -> list[EditReport]:
-        """Write edits into the matrices; one report per edit."""
-
-    def write(self, batch: EditBatch) -> list[EditReport]:
-        """Write a batch; where a matrix or a loss is no longer finite, everything is put back."""
-        return in_halves(batch, self._attempt)
-
-    def _attempt(self, batch: EditBatch) -> list[EditReport]:
-        weights, own = self.edited.weights.state(), self.remember()
-        try:
-            reports = self.change(batch.edits)
-            reason = f"the loss or the matrix was not finite after {reports[0].steps} steps: rolled back"
-        except torch.linalg.LinAlgError as error:
-            reports = [EditReport(id, BASE, math.nan, 0.0, 0) for id in batch.ids]
-            reason = f"the problem cannot be solved ({error}): rolled back"
-        finite = all(self.edited.weights.parameter(layer).isfinite().all() for layer in self.written_layers)
-        if finite and all(math.isfinite(report.loss) for report in reports):
-            return reports
-        self.edited.weights.load(weights)
-        self.recall(own)
-        return [replace(report, error=reason) for report in reports]
-
     def reports(self, edits: Sequence[Edit], losses: Sequence[float], steps: Sequence[int]) -> list[EditReport]:
         """The reports of edits that were written into the base."""
         triples = zip(edits, losses, steps, strict=True)
@@ -127,14 +102,8 @@ class ValueEditor(WeightEditor):
     still missing when its turn comes.
     """
 
-    def __init__(
-        self,
-        base: str = "",
-        layers: int = 1,
-        values: Values = Values(),  # noqa: B008 - jsonargparse reads the defaults here
-        **common: Any,
-    ) -> None:
-        super().__init__(base, layers=layers, **common)
+    def __init__(self, values: Values, **common: Any) -> None:
+        super().__init__(**common)
         self.values = values
         values.check()
 
@@ -148,15 +117,18 @@ class ValueEditor(WeightEditor):
             self.unit = float(torch.stack([c.hidden[-1].float().square().mean().sqrt() for c in top]).mean())
         self.adds_up = self.top.adds_up()
 
+    def keys_of(self, prompts: Sequence[str]) -> dict[int, list[Tensor]]:
+        """By written layer the keys (T, F) of each prompt with the base's answer, in the base as it was."""
+        said = self.said_by_base(prompts)
+        with self.edited.weights.originals():
+            return self.states([row.ids for row in said])[1]
+
     @cached_property
     def moments(self) -> dict[int, Tensor]:
         """By written layer, the mean of `k k^T`, (F, F), with `RIDGE`, over the keys of all tokens of irrelevant
         prompts and the base's answers to them. (The papers take 100,000 texts from Wikipedia.)"""
-        said = self.said_by_base(self.background_prompts[:KEPT])
-        with self.edited.weights.originals():
-            _, keys, _ = self.states([row.ids for row in said])
         found = {}
-        for layer, each in keys.items():
+        for layer, each in self.keys_of(self.background_prompts[:KEPT]).items():
             whole = torch.cat(each).float()
             found[layer] = whole.T @ whole / len(whole)
             found[layer].diagonal().add_(RIDGE * found[layer].diagonal().mean())
@@ -186,7 +158,7 @@ class ValueEditor(WeightEditor):
         rows = TargetRows(encoded, top, [i for i, _ in asked], len(edits))
         places = self.places(edits, encoded, rows)
         search = ValueSearch(self.top, self.values, self.adds_up, self.unit)
-        shifts, losses, steps = search.run(rows, places, self._essence(edits))
+        shifts, losses, steps = search.run((rows, places), self._essence(edits))
         missing = shifts
         if self.layers > 1:
             with torch.no_grad(), self.top.skipping(), pushing(self.top.value, places.spread(shifts, rows)):
@@ -198,8 +170,8 @@ class ValueEditor(WeightEditor):
                 missing = aims - places.read(stack_left(leaving))
             keys, matrix = places.read(stack_left(activations[layer])), self.edited.weights.matrix(layer)
             values = keys @ matrix.T + missing / (self.layers - done)
-            names = [edit.id for edit in edits]
-            self.edited.weights.put(layer, self.solve(layer, names, places.member, keys, values))
+            solved = self.solve(layer, [edit.id for edit in edits], places.member, keys, values)
+            self.edited.weights.put(layer, solved)
         return self.reports(edits, losses, steps)
 
     def places(self, edits: Sequence[Edit], encoded: Sequence[Encoded], rows: TargetRows) -> Places:

@@ -31,16 +31,7 @@ from repair_lightning.types import Edit, EditBatch
 Mode = Literal["retrieve", "merge"]  # what becomes of side memories that are full
 ROUTING = Routing(router="activation", pool="mean", act_ratio=0.88, weight=1.0, margins=(0.25, 1.0, 0.5))
 """How memories are found, by default."""
-WRITING = Writing(
-    optimizer="sgd",
-    relative=False,
-    lr=1.0,
-    steps=70,
-    stop_margin=None,
-    mask_ratio=0.2,
-    capacity=500,
-    replay=0,
-)
+WRITING = Writing(optimizer="sgd", relative=False, steps=70, stop_margin=None, mask_ratio=0.2, capacity=500, replay=0)
 """How they are written, by default."""
 OLD_WEIGHT = 0.6  # what a merged memory weighs in the next merge; the new ones share the rest
 
@@ -50,7 +41,6 @@ class WISE(Repair):
     """Side memories that are retrieved or merged; see the module's own docstring.
 
     Args:
-        base: folder or hub name of a Hugging Face causal LM.
         routing: how prompts find their memory.
         writing: how a batch is written.
         distillation: REPAIR's, off.
@@ -65,7 +55,6 @@ class WISE(Repair):
 
     def __init__(
         self,
-        base: str = "",
         routing: Routing = ROUTING,
         writing: Writing = WRITING,
         distillation: Distillation = Distillation(),  # noqa: B008 - jsonargparse reads the defaults here
@@ -76,7 +65,7 @@ class WISE(Repair):
         **common: Any,
     ) -> None:
         self.mode, self.subspaces, self.density = mode, subspaces, density
-        super().__init__(base, routing=routing, writing=writing, distillation=distillation, seed=seed, **common)
+        super().__init__(routing=routing, writing=writing, distillation=distillation, seed=seed, **common)
         self.merged: list[int] = []
         """The memories that came of a merge: what is fused is not written into."""
 
@@ -93,11 +82,9 @@ class WISE(Repair):
 
     def assign(self, batch: EditBatch) -> int:
         """The memory that is being filled; another one is opened when it has no room."""
-        load = self.ledger.sizes()
-        latest = [shard for shard in self.memory.ids if shard not in self.merged][-1:]
-        room = [s for s in latest if load.get(s, 0) + len(batch.edits) <= self.writing.capacity]
-        if room:
-            return room[0]
+        for shard in [shard for shard in self.memory.ids if shard not in self.merged][-1:]:
+            if self.ledger.sizes().get(shard, 0) + len(batch.edits) <= self.writing.capacity:
+                return shard
         shard = self.memory.open_shard()
         self._initialise(shard)
         return shard

@@ -8,30 +8,3 @@ from .losses import IGNORED, Margins, kd_loss, routing_margin_loss, soft_kd_loss
 from .masks import bernoulli_mask, pack_mask, pack_values, unpack_mask, unpack_values
 from .routing import Pool, activation_scores, calibrate_threshold, decide, ratio_threshold, sketch, sketched_scores
 from .ties import Normalize, loss_weights, ties_merge, trim
-
-__all__ = [
-    "IGNORED",
-    "Margins",
-    "Normalize",
-    "Pool",
-    "activation_scores",
-    "bernoulli_mask",
-    "calibrate_threshold",
-    "decide",
-    "fused_delta",
-    "kd_loss",
-    "loss_weights",
-    "pack_mask",
-    "pack_values",
-    "ratio_threshold",
-    "routing_margin_loss",
-    "sketch",
-    "sketched_scores",
-    "soft_kd_loss",
-    "target_cross_entropy",
-    "target_margin",
-    "ties_merge",
-    "trim",
-    "unpack_mask",
-    "unpack_values",
-]

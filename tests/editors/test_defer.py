@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from repair_lightning.memory.routers.gate import fitted_gate
-from repair_lightning.types import EditBatch
 
 FAST = {"lr": 0.02, "steps": 20, "stop_margin": None}
 
@@ -25,7 +24,7 @@ def test_earlier_edits_and_irrelevant_prompts_are_trained_beside_a_batch(editor_
     """Three earlier ones of four, and two irrelevant prompts with what the base says to them."""
     editor = editor_of("llama", "defer", replay=3, irrelevant=2, **FAST)
     write(editor, edits[:4], 4)
-    rows = editor.rows_beside(EditBatch(tuple(edits[4:6])), 0)
+    rows = editor.rows_beside(edits[4:6], 0)
     assert (len(rows), rows.members) == (7, 2)
     said = [row.ids for row in editor.said]
     texts = [tuple(ids[mask.bool()].tolist()) for ids, mask in zip(rows.ids, rows.mask, strict=True)]

@@ -78,7 +78,7 @@ def test_nothing_of_one_edit_is_left_for_the_next_in_the_base(tmp_path):
 
     def run(edits) -> Singles:
         path = write_edits(tmp_path / "edits.jsonl", edits)
-        editor = REGISTRY["ultraedit"]("world", precision="float32", lr=0.01, layers=1)
+        editor = REGISTRY["ultraedit"](base="world", precision="float32", lr=0.01, layers=1)
         editor.load()
         board = Scoreboard()
         board.max_new_tokens = 4
