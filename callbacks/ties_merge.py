@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from repair_lightning.edits.ledger import EditStatus, Ledger
-from repair_lightning.edits.source import asked_of, folded
+from repair_lightning.edits.stream import asked_of, folded
 from repair_lightning.errors import ConfigError, counted
 from repair_lightning.functional import Normalize, loss_weights, ties_merge
 from repair_lightning.scoring.correctness import correctness

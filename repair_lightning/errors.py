@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 
 def _one_line(message: str) -> str:
     """The message with line breaks and other control characters, which come from the user's data, made visible."""
@@ -13,6 +11,11 @@ def _one_line(message: str) -> str:
 def counted(number: int, noun: str) -> str:
     """How many, as messages say it: `1 edit`, `2 edits`, `1,000 edits`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without its further lines."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class RepairError(Exception):
@@ -33,52 +36,38 @@ class NothingWritten(RepairError):
 
 
 class FieldError(RepairError):
-    """One field of one record is wrong; where the record stands is not known here (see :class:`RecordError`).
+    """One field of one record is wrong, or for None the whole; see :class:`RecordError` for where the record stands.
 
-    Args:
-        field: Name of the field, or None where the record as a whole is wrong.
-        problem: What is wrong, as the end of a sentence that starts with the field: `is empty`.
-        remedy: What to do about it, as an order: `give the text the model should answer`.
+    `problem` ends a sentence that starts with the field (`is empty`), `remedy` is an order (`give the text ...`).
     """
 
     def __init__(self, field: str | None, problem: str, remedy: str) -> None:
         self.field, self.problem, self.remedy = field, problem, remedy
         super().__init__(_one_line((f"field '{field}': " if field else "") + f"{problem}; {remedy}"))
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.field, self.problem, self.remedy)
-
 
 class RecordError(RepairError):
     """A file or one of its records is bad: `edits.jsonl, record 3, field 'target': is empty; give the text ...`.
 
     Args:
-        file: The file or the hub data set, as the user named it.
-        record: The record's number, counted from 1, or None where the file as a whole is wrong.
-        field: Name of the field, or None where the record as a whole is wrong.
-        problem: What is wrong.
-        remedy: What to do about it.
-        more: How many more records of the same file are bad.
+        record: its number, counted from 1, or None where the file as a whole is wrong.
+        field: None where the record as a whole is wrong.
+        more: how many more records of the same file are bad.
     """
 
     def __init__(
         self, file: str, record: int | None, field: str | None, problem: str, remedy: str, more: int = 0
     ) -> None:
-        self.file, self.record, self.field = str(file), record, field
+        self.file, self.record, self.field = file, record, field
         self.problem, self.remedy, self.more = problem, remedy, more
-        place = [self.file]
-        place += [f"record {record}"] if record is not None else []
-        place += [f"field '{field}'"] if field else []
-        rest = f" (and {more} more bad record{'s' * (more > 1)} in this file)" if more else ""
-        super().__init__(_one_line(f"{', '.join(place)}: {problem}; {remedy}{rest}"))
+        place = file + (f", record {record}" if record is not None else "") + (f", field '{field}'" if field else "")
+        rest = f" (and {counted(more, 'more bad record')} in this file)" if more else ""
+        super().__init__(_one_line(f"{place}: {problem}; {remedy}{rest}"))
 
     @classmethod
     def at(cls, file: str, record: int, error: FieldError, more: int = 0) -> RecordError:
         """The field error `error` with the place where it was found."""
         return cls(file, record, error.field, error.problem, error.remedy, more)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.file, self.record, self.field, self.problem, self.remedy, self.more)
 
 
 class LedgerError(RepairError):

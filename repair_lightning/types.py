@@ -36,21 +36,14 @@ class Edit:
 
     def as_dict(self) -> dict[str, Any]:
         """The edit as one record of the project's own `jsonl` format."""
-        record = asdict(self)
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in record.items()}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Edit:
         """The inverse of :meth:`as_dict`; expects a record that was already checked."""
-        probes = {name: tuple(Probe(**probe) for probe in record.get(name) or ()) for name in ("locality", "near")}
-        return cls(
-            id=record["id"],
-            prompt=record["prompt"],
-            target=record["target"],
-            subject=record.get("subject"),
-            rephrases=tuple(record.get("rephrases") or ()),
-            **probes,
-        )
+        locality, near = (tuple(Probe(**probe) for probe in record.get(name) or ()) for name in ("locality", "near"))
+        id, prompt, target = (record[name] for name in ("id", "prompt", "target"))
+        return cls(id, prompt, target, record.get("subject"), tuple(record.get("rephrases") or ()), locality, near)
 
 
 @dataclass(frozen=True, slots=True)

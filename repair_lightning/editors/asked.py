@@ -13,7 +13,7 @@ from repair_lightning.editors.held import HeldModel
 from repair_lightning.functional.relations import DIMENSIONS, SHRINKAGE, RelationSpace
 from repair_lightning.memory.query import Choice, Query
 from repair_lightning.memory.routers import Anchor
-from repair_lightning.models.cache import kept_space
+from repair_lightning.models.base import kept_space
 from repair_lightning.models.sampling import greedy_rows, own_texts
 from repair_lightning.models.tokenizing import Encoded
 from repair_lightning.texts.dialogue import behind

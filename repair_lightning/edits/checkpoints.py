@@ -21,7 +21,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from repair_lightning.edits.journal import Checkpoint, Tables
 from repair_lightning.errors import RepairError
 from repair_lightning.models.base import files_hash
-from repair_lightning.storage.folders import sync
+from repair_lightning.storage.files import sync
 
 ROWS = "rows"
 """The entry of a checkpoint that holds its rows by table and number, see `repair_lightning.edits.journal`."""
@@ -51,12 +51,10 @@ class JournaledCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write a checkpoint; the previous one stays until this one is known to be good.
 
-        Raises:
-            RepairError: it cannot be written, or what is read back is not what was written.
+        RepairError where it cannot be written, or what is read back is not what was written.
         """
         if not self._is_ours(path):
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
+            return super().save_checkpoint(checkpoint, path, storage_options)
         content, aside = io.BytesIO(), _aside(self.path)
         torch.save({key: value for key, value in checkpoint.items() if key != ROWS}, content)
         sha256 = hashlib.sha256(content.getbuffer()).hexdigest()
@@ -92,11 +90,7 @@ class JournaledCheckpointIO(TorchCheckpointIO):
 
 
 def settle(path: Path, known: Checkpoint | None) -> None:
-    """Finish or take back what a killed process left, so that the file is the one that the journal knows.
-
-    Raises:
-        RepairError: it is not.
-    """
+    """Finish or take back what a killed process left; RepairError where the file is not what the journal knows."""
     aside = _aside(path)
     if known and aside.is_file() and files_hash([aside]) == known.sha256:
         os.replace(aside, path)

@@ -4,26 +4,20 @@ Greedy: the seed is the point with the highest mean cosine to all that remain, i
 repeat. With `S` = the sum of the m remaining unit vectors the mean cosine of `x` is `x.S / m`, so there is no n x n
 matrix, and the seed is just the nearest point to the query `S / m`.
 
-Where this goes beyond the paper:
-
-- The result is exact: FAISS proposes candidates in float32, they are scored again in float64, and the search widens
-  until nothing outside can win.
-- Ties have an order: cosines are compared rounded to 9 decimals, equal ones by index.
-- More than `limit` points are taken in parts of so many, in their order: the work grows with the square of a part.
-- A zero vector has cosine 0 to everything, itself included.
+Beyond the paper, the result is exact: FAISS proposes candidates in float32, they are scored again in float64, and the
+search widens until nothing outside can win. Cosines are compared rounded, equal ones by index; a zero vector has cosine
+0 to everything, itself included.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import faiss
 import numpy as np
 
 DECIMALS = 9
 """Cosines that agree to so many decimals are tied."""
-_SLACK = 32
 
 
 def form_batches(features: np.ndarray, batch_size: int, limit: int = 10_000) -> list[list[int]]:
@@ -32,22 +26,20 @@ def form_batches(features: np.ndarray, batch_size: int, limit: int = 10_000) -> 
     Args:
         features: shape (n, D), float32, finite; any length per row, only directions count.
         batch_size: members per batch, at least 1; the last batch of a part may have fewer.
-        limit: most points that are grouped together.
+        limit: more points are taken in parts of so many, in their order: the work grows with the square of a part.
 
     Returns:
         Batches of indices into `features`, in the order they were formed. A batch's first member is its seed (the
         teacher), the others follow by falling cosine to it. Every index occurs once.
     """
-    parts = range(0, len(features), limit)
-    return [(at + b).tolist() for at in parts for b in _batches(features[at : at + limit], batch_size)]
-
-
-def _batches(features: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
-    pool = _Pool(features)
-    while left := int(pool.alive.sum()):
-        seed = pool.take(pool.total / left, 1)
-        nearest = pool.take(pool.units[seed[0]], min(batch_size, left) - 1)
-        yield np.concatenate([seed, nearest])
+    batches: list[list[int]] = []
+    for at in range(0, len(features), limit):
+        pool = _Pool(features[at : at + limit])
+        while left := int(pool.alive.sum()):
+            seed = pool.take(pool.total / left, 1)
+            nearest = pool.take(pool.units[seed[0]], min(batch_size, left) - 1)
+            batches.append((at + np.concatenate([seed, nearest])).tolist())
+    return batches
 
 
 class _Pool:
@@ -70,7 +62,7 @@ class _Pool:
         """
         rounding = 4 * math.sqrt(len(query)) * float(np.finfo(np.float32).eps) * float(np.linalg.norm(query))
         margin = rounding + 2 * 10.0**-DECIMALS
-        ask, sure = k + _SLACK, k == 0
+        ask, sure = k + 32, k == 0
         ids = np.empty(0, dtype=np.int64)
         while not sure:
             if sure := ask >= self.alive.sum():

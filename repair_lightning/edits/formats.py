@@ -16,7 +16,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 from repair_lightning.errors import ConfigError, FieldError
@@ -37,7 +36,6 @@ class Format:
     """How one data set writes its records.
 
     Attributes:
-        name: what the user writes in `data.format`.
         required: alternative layouts, of one of which a record has all fields; the first begins with prompt and target.
         optional: further fields by which a record is recognised.
         rephrases: fields that hold one rephrase or a list of them.
@@ -90,32 +88,26 @@ def required_text(record: Record, field: str, remedy: str = _TEXT_REMEDY) -> str
 
 def _optional_text(record: Record, field: str) -> str | None:
     value = record.get(field)
-    found = "" if value is None else as_text(value, field)
-    return found if found.strip() else None
+    return value if value is not None and as_text(value, field).strip() else None
 
 
 def _prompt(record: Record, field: str, remedy: str, subject: str | None, open_remedy: str = _OPEN_REMEDY) -> str:
     """A prompt, text or messages, with the subject where it was left open by `{}`; of messages, in the last turn."""
 
-    def filled(prompt: str, name: str) -> str:
-        if subject is None and joint.is_open(prompt):
-            raise FieldError(name, "holds {}, which nothing fills here", open_remedy)
-        return joint.fill(prompt, subject)
-
     messages = dialogue.given(record.get(field), field)
-    if messages is None:
-        return filled(required_text(record, field, remedy), field)
-    *before, last = messages
-    content = filled(last["content"], f"{field}[{len(before)}].content")
-    return as_text(dialogue.dump([*before, {**last, "content": content}]), field)
+    text = messages[-1]["content"] if messages else required_text(record, field, remedy)
+    if subject is None and joint.is_open(text):
+        name = f"{field}[{len(messages) - 1}].content" if messages else field
+        raise FieldError(name, "holds {}, which nothing fills here", open_remedy)
+    filled = joint.fill(text, subject)
+    return as_text(dialogue.with_question(dialogue.dump(messages), filled), field) if messages else filled
 
 
 def _items(record: Record, field: str) -> dict[str, Any]:
     """The items of a field that holds a text, a list or the JSON of one, each under its own name."""
-    value = record.get(field)
+    found = value = record.get(field)
     if value is None or (isinstance(value, str) and not as_text(value, field).strip()):
         return {}
-    found = value
     if isinstance(value, str):  # of texts, messages or dialogues; another list's JSON is a text
         found = dialogue.as_list(value)
         if found is None or (found and not any(isinstance(item, str | Mapping | list) for item in found)):
@@ -183,8 +175,8 @@ def _published(record: Record, chosen: Format, neighbours: list[Any] | None = No
     """A record of a published set, all its texts stripped; its probes are `neighbours`, where these are given."""
     rephrases, (prompt, target) = _texts(record, *chosen.rephrases), chosen.required[0][:2]
     question, answer = (_optional_text(record, field) for field in chosen.locality)
-    probes = [] if question is None else [{"prompt": question.strip(), "answer": answer and answer.strip()}]
-    probes = probes if neighbours is None else neighbours
+    own = [{"prompt": question.strip(), "answer": answer and answer.strip()}] if question else []
+    probes = own if neighbours is None else neighbours
     return {
         **_identity(record),
         "prompt": required_text(record, prompt, _PROMPT_REMEDY).strip(),
@@ -199,14 +191,12 @@ def _nested_counterfact(record: Record, chosen: Format) -> dict[str, Any]:
     """CounterFact in ROME's own layout; its neighbourhood prompts share the answer that is to be replaced."""
     name, rewrite = "requested_rewrite", record["requested_rewrite"]
     flat = {f"{name}.{key}": value for key, value in rewrite.items()} if isinstance(rewrite, Mapping) else {}
-    for side in ("target_new", "target_true"):
-        value = flat.get(f"{name}.{side}")
-        flat[f"{name}.{side}.str"] = value.get("str") if isinstance(value, Mapping) else value
+    for side in (f"{name}.target_new", f"{name}.target_true"):
+        flat[f"{side}.str"] = flat[side].get("str") if isinstance(flat.get(side), Mapping) else flat.get(side)
     subject = required_text(flat, f"{name}.subject").strip()
     answer = _optional_text(flat, f"{name}.target_true.str")
     source = {
-        "id": record.get("id"),
-        "case_id": record.get("case_id"),
+        **{name: record.get(name) for name in ("id", "case_id")},
         "subject": subject,
         "prompt": required_text(flat, f"{name}.prompt", _PROMPT_REMEDY).replace("{}", subject),
         "target_new": required_text(flat, f"{name}.target_new.str", _TARGET_REMEDY),
@@ -239,7 +229,7 @@ _ALL = (
     # WISE's out-of-distribution set: recent facts, with a rephrase from the wild
     Format("temporal", (("prompt", "target_new", "ood_rephrase"),), ("subject", *_LOCALITY), ("ood_rephrase",)),
 )
-FORMATS: Mapping[str, Format] = MappingProxyType({entry.name: entry for entry in _ALL})
+FORMATS: Mapping[str, Format] = {entry.name: entry for entry in _ALL}
 
 
 def get_format(name: str) -> Format:
@@ -253,20 +243,15 @@ def get_format(name: str) -> Format:
 
 def guess_format(record: Record) -> str | None:
     """The format whose fields look most like the record's (largest share in common), or None where none fits."""
-
-    likeness = {
-        entry.name: len(entry.fields & record.keys()) / len(entry.fields | record.keys())
-        for entry in FORMATS.values()
-        if entry.fits(record)
-    }
-    return max(likeness, key=likeness.__getitem__, default=None)
+    fitting = [entry for entry in _ALL if entry.fits(record)]
+    share = {entry.name: len(entry.fields & record.keys()) / len(entry.fields | record.keys()) for entry in fitting}
+    return max(share, key=share.__getitem__, default=None)
 
 
 def convert(record: Any, name: str) -> dict[str, Any]:
     """One source record of format `name` as a `jsonl` record; its id is None where the source has none.
 
-    Raises:
-        FieldError: if it is no object, looks like another format, or one of its fields is wrong.
+    FieldError if it is no object, looks like another format, or one of its fields is wrong.
     """
     chosen = FORMATS[name]
     if not isinstance(record, Mapping):

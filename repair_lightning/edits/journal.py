@@ -71,14 +71,10 @@ class JournalError(RepairError):
 
 
 class Journal:
-    """The events of one run; a single writer at a time, any number of readers.
+    """The events of one run, in an SQLite file that is made where it is missing, unless one only asks.
 
-    Args:
-        path: the SQLite file; made where it is missing.
-        read_only: only ask.
-
-    Raises:
-        JournalError: it cannot be opened, is damaged, or of a version that this release does not read.
+    A single writer at a time, any number of readers. JournalError where it cannot be opened, is damaged, or of a
+    version that this release does not read.
     """
 
     def __init__(self, path: str | Path, read_only: bool = False) -> None:
@@ -107,16 +103,10 @@ class Journal:
     def append(self, kind: str, entries: Sequence[LedgerEntry]) -> None:
         """What became of some edits, in one transaction that is on the disk when this returns."""
         said = kind in ("arrived", "inherited")  # the edit itself is said once
-        rows = [
-            entry.as_dict()
-            | {
-                "time": time.time(),
-                "kind": kind,
-                "id": entry.edit.id,
-                "edit": json.dumps(entry.edit.as_dict(), ensure_ascii=False) if said else None,
-            }
-            for entry in entries
-        ]
+        rows = []
+        for entry in entries:
+            row = entry.as_dict() | {"time": time.time(), "kind": kind, "id": entry.edit.id}
+            rows.append(row | {"edit": json.dumps(row["edit"], ensure_ascii=False) if said else None})
         names, marks = (", ".join(f"{sign}{name}" for name in _SAID) for sign in ("", ":"))
         with self._transaction():
             self._db.executemany(f"INSERT INTO events ({names}) VALUES ({marks})", rows)
@@ -126,7 +116,7 @@ class Journal:
         with self._explained("read"):
             told = self._db.execute("SELECT 1 FROM events WHERE id IS NOT NULL AND void = 0 LIMIT 1").fetchone()
         if told is None and len(ledger):
-            self.append("inherited", [ledger.entry(id) for id in ledger])
+            self.append("inherited", list(ledger.values()))
         ledger.journal = self
 
     def note(self, kind: str, reason: str) -> None:
@@ -137,8 +127,8 @@ class Journal:
     def save(self, sha256: str, windows: int, tables: Tables | None = None) -> None:
         """Make all that was said so far the checkpoint, with these rows and no others, in one transaction.
 
-        The file with this hash, which holds all else, is on the disk, and gets its name when this has returned. The run
-        has ended so many windows. Only rows that are not stored yet are written.
+        The file with this hash, which holds all else, is on the disk, and gets its name when this has returned. Only
+        rows that are not stored yet are written.
         """
         found = {(name, number): row for name, rows in (tables or {}).items() for number, row in rows.items()}
         with self._transaction():
@@ -209,8 +199,7 @@ class Journal:
             if event["edit"] is not None:
                 edits[event["id"]] = json.loads(event["edit"])
             entries[event["id"]] = {"edit": edits[event["id"]], **{name: event[name] for name in _STATE}}
-        ledger = Ledger()
-        in_order = sorted(entries.values(), key=lambda entry: entry["arrival"])
+        ledger, in_order = Ledger(), sorted(entries.values(), key=lambda entry: entry["arrival"])
         ledger.load_state_dict({"version": LEDGER_VERSION, "entries": in_order})
         return ledger
 
@@ -219,8 +208,7 @@ class Journal:
         marks = ", ".join("?" * len(kinds))
         query = f"SELECT seq, kind FROM events WHERE void = 0 AND kind IN ({marks}) ORDER BY seq DESC LIMIT 1"
         with self._explained("read"):
-            row = self._db.execute(query, kinds).fetchone()
-        return None if row is None else (int(row[0]), str(row[1]))
+            return self._db.execute(query, kinds).fetchone()
 
     def to_parquet(self, path: str | Path) -> None:
         """All events as a Parquet table."""

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from datasets import load_dataset
 
 from repair_lightning.edits import formats
-from repair_lightning.errors import ConfigError, FieldError, RecordError, RepairError, counted
+from repair_lightning.errors import ConfigError, FieldError, RecordError, RepairError, counted, first_line
 from repair_lightning.texts import dialogue
 from repair_lightning.types import Edit
 
@@ -31,10 +31,6 @@ if TYPE_CHECKING:
     from repair_lightning.models.forms import Forms
 
 logger = logging.getLogger(__name__)
-
-IRRELEVANT_FIELDS = ("question", "locality_prompt", "loc", "prompt")
-NAMED_AT_MOST = 10
-"""How many ids or pairs of ids a warning names before it counts the rest."""
 
 _CODE = re.compile(r"[\n\r(){}\[\]=<>_;`\\]")
 _FILE = re.compile(r"\.(?:jsonl?|ndjson|csv|tsv|parquet|txt|gz|zip|arrow|yaml|pt)$", re.IGNORECASE)
@@ -44,10 +40,9 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True, slots=True)
 class RecordSet:
-    """The edits of one source and what was not taken over from it.
+    """The edits of one source, in its order, and what was not taken over from it.
 
     Attributes:
-        edits: to write, in the source's order.
         bad: one message per record that was skipped.
         superseded: id of an edit that a later one with the same question and another target replaced -> id of that
             later one, which is always in `edits`.
@@ -61,8 +56,17 @@ class RecordSet:
     duplicates: tuple[str, ...] = ()
     superseded_edits: tuple[Edit, ...] = ()
 
-    def __len__(self) -> int:
-        return len(self.edits)
+    def without(self, refused: Mapping[str, str]) -> RecordSet:
+        """The rest, where some edits are refused, each with a message; what one had superseded goes with it."""
+        orphans = {old: new for old, new in self.superseded.items() if new in refused}
+        lost = [f"edit '{old}': its successor '{new}' is too long; give one that fits" for old, new in orphans.items()]
+        return RecordSet(
+            tuple(edit for edit in self.edits if edit.id not in refused),
+            (*self.bad, *refused.values(), *lost),
+            {old: new for old, new in self.superseded.items() if old not in orphans},
+            self.duplicates,
+            tuple(edit for edit in self.superseded_edits if edit.id not in orphans),
+        )
 
 
 def same_question_key(prompt: str) -> str:
@@ -93,17 +97,13 @@ def load_records(
     Args:
         path_or_hub_name: a file (`.jsonl`, `.json` with a list or with one object per line, `.csv`, `.tsv`,
             `.parquet`), or a hub name (`org/name`) where no such file exists.
-        format: a name of :data:`formats.FORMATS`.
         max_edits: stop after so many edits, not counting duplicates; None for all.
         on_bad_record: `stop` raises for the first bad record, `skip` lists bad records in `bad`.
-        split: the hub data set's split.
         sample_seed: draw the `max_edits` edits at random with this seed and keep the source's order; what repeats a
             drawn edit, or was superseded by it, comes along. None takes the first.
 
-    Raises:
-        RecordError: for a file or record that is bad (in mode `skip`: where nothing good is left).
-        ConfigError: for an unknown format or setting.
-        RepairError: where the source cannot be read at all.
+    RecordError for a file or record that is bad (in mode `skip`: where nothing good is left), ConfigError for an
+    unknown format or setting, RepairError where the source cannot be read at all.
     """
     chosen = formats.get_format(format)
     if max_edits is not None and max_edits < 1:
@@ -113,17 +113,17 @@ def load_records(
     source, rows = str(path_or_hub_name), read_rows(path_or_hub_name, split)
     if not rows:
         raise RecordError(source, None, None, "holds no records", f"give at least one record in format '{format}'")
-    good, bad, repeated = _check_rows(source, rows, chosen)
+    good, bad = _check_rows(source, rows, chosen)
     if bad and (on_bad_record == "stop" or not good):
         first = RecordError.at(source, *bad[0], more=len(bad) - 1)
         if on_bad_record == "stop":
             raise first
         raise RecordError(source, None, None, f"skipping bad records leaves none: {first}", "mend at least one")
     if sample_seed is not None and max_edits is not None:
-        good, repeated = _draw(good, repeated, max_edits, sample_seed)
+        good = _draw(good, max_edits, sample_seed)
         max_edits = None  # all that is said of the drawn prompts counts, also after the last of them has come up
     messages = tuple(str(RecordError.at(source, number, error)) for number, error in bad)
-    found, alike = _settle(good, repeated, messages, max_edits)
+    found, alike = _settle(good, messages, max_edits)
     _log_summary(source, found, alike)
     return found
 
@@ -131,20 +131,16 @@ def load_records(
 def load_irrelevant(path: str | Path, prefix: str = "") -> tuple[str, ...]:
     """Reads prompts that no edit should touch, in the file's order, for calibrating and training the router.
 
-    Args:
-        path: a file or hub name; of `question`, `locality_prompt`, `loc`, `prompt` the first that a record has counts.
-        prefix: put before each prompt as it stands, such as `nq question: `; of messages, before the last turn.
-
-    Raises:
-        RecordError: for the first bad record, saying how many more there are.
-        RepairError: where the file cannot be read at all.
+    Of `question`, `locality_prompt`, `loc`, `prompt` the first that a record has counts. The prefix, such as
+    `nq question: `, is put before each, of messages before the last turn. RecordError for the first bad record,
+    RepairError where the file cannot be read at all.
     """
-    source, rows = str(path), read_rows(path)
+    rows = read_rows(path)
     if not rows:
-        raise RecordError(source, None, None, "holds no records", 'give records such as {"question": "..."}')
+        raise RecordError(str(path), None, None, "holds no records", 'give records such as {"question": "..."}')
     prompts, bad = _attempt(rows, _irrelevant_prompt)
     if bad:
-        raise RecordError.at(source, *bad[0], more=len(bad) - 1)
+        raise RecordError.at(str(path), *bad[0], more=len(bad) - 1)
     return tuple(dialogue.with_question(prompt, prefix + dialogue.question_of(prompt)) for prompt in prompts)
 
 
@@ -172,15 +168,19 @@ def check_lengths(edits: Sequence[Edit], forms: Forms, max_tokens: int) -> dict[
 def read_rows(path_or_hub_name: str | Path, split: str = "train") -> list[Any]:
     """The raw records of a file or hub data set; a record that cannot be parsed stands there as its `FieldError`.
 
-    Raises:
-        RecordError: where the file as a whole is no JSON, CSV or Parquet.
-        RepairError: where there is no such file, or it cannot be read.
+    RecordError where the file as a whole is no JSON, CSV or Parquet, RepairError where it is missing or unreadable.
     """
     path = Path(path_or_hub_name).expanduser()
     name = str(path_or_hub_name)
     looks_like_file = _FILE.search(name) or Path(name).parent.exists()
     if _HUB_NAME.fullmatch(name) and not looks_like_file and not path.exists():
-        return _read_hub(name, split)
+        try:
+            return list(load_dataset(name, split=split))
+        except Exception as error:  # the hub client raises a dozen unrelated types
+            raise RepairError(
+                f"{name}: no such file here, and the hub data set (split '{split}') could not be loaded: "
+                f"{first_line(error)}; check name, split and network"
+            ) from error
     if not path.is_file():
         problem = "is a folder, not a file" if path.is_dir() else "no such file"
         raise RepairError(f"{name}: {problem}; give a .jsonl, .json, .csv or .parquet file, or a hub name org/name")
@@ -189,31 +189,16 @@ def read_rows(path_or_hub_name: str | Path, split: str = "train") -> list[Any]:
         return readers.get(path.suffix.lower(), _read_json)(path)
     except FieldError as error:
         raise RecordError(name, None, None, error.problem, error.remedy) from None
+    except UnicodeDecodeError as error:
+        problem = f"is not UTF-8 text (byte {error.start})"
+        raise RecordError(name, None, None, problem, "save it as UTF-8 text") from None
     except OSError as error:
         raise RepairError(f"{name}: cannot be read ({error.strerror or error}); check the file") from error
 
 
-def _read_hub(name: str, split: str) -> list[Any]:
-    try:
-        return list(load_dataset(name, split=split))
-    except Exception as error:  # the hub client raises a dozen unrelated types
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RepairError(
-            f"{name}: no such file here, and the hub data set (split '{split}') could not be loaded: {reason}; "
-            "check name, split and network"
-        ) from error
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FieldError(None, f"is not UTF-8 text (byte {error.start})", "save it as UTF-8 text") from None
-
-
 def _read_json(path: Path) -> list[Any]:
     """A JSON list, or one JSON value per line; which of them it is, the content says."""
-    text = _read_text(path)
+    text = path.read_bytes().decode("utf-8-sig")
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -241,7 +226,7 @@ def _json_problem(error: Exception, line: int | None = None) -> str:
 def _read_csv(path: Path) -> list[Any]:
     """CSV or TSV with a header line; every cell is a text, an empty one counts as missing."""
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    lines = csv.reader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter, strict=True)
+    lines = csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""), delimiter=delimiter, strict=True)
     try:
         header, *cells = [line for line in lines if line] or [[]]
     except csv.Error as error:
@@ -261,7 +246,7 @@ def _read_parquet(path: Path) -> list[Any]:
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         if isinstance(error, OSError) and error.errno:  # the file's, not its content's
             raise
-        problem = f"is not a readable Parquet file ({str(error).splitlines()[0]})"
+        problem = f"is not a readable Parquet file ({first_line(error)})"
         raise FieldError(None, problem, "write it again") from None
 
 
@@ -281,7 +266,8 @@ def _attempt(rows: list[Any], convert: Callable[[int, Any], Any]) -> tuple[list[
 def _irrelevant_prompt(_: int, row: Any) -> str:
     if not isinstance(row, Mapping):
         raise FieldError(None, f"is {formats.kind_of(row)}, not an object", 'write {"question": "..."}')
-    name = next((name for name in IRRELEVANT_FIELDS if row.get(name) is not None), "question")
+    names = ("question", "locality_prompt", "loc", "prompt")
+    name = next((name for name in names if row.get(name) is not None), "question")
     remedy = "give a prompt that no edit should touch, as 'question' or 'prompt'"
     messages = dialogue.given(row.get(name), name)
     if messages is not None:
@@ -292,77 +278,64 @@ def _irrelevant_prompt(_: int, row: Any) -> str:
 
 def _check_rows(
     source: str, rows: list[Any], chosen: formats.Format
-) -> tuple[list[Edit], list[tuple[int, FieldError]], list[Edit]]:
-    """The good edits, the numbered errors, and the records that repeat an earlier one, id included."""
+) -> tuple[list[Edit], list[tuple[int, FieldError]]]:
+    """The good edits, also those that repeat an earlier one, id included; and the numbered errors."""
     guess = formats.guess_format(rows[0]) if isinstance(rows[0], Mapping) and chosen.fits(rows[0]) else None
     if guess and guess != chosen.name:
         logger.warning("%s: read as format '%s', though its fields look more like '%s'", source, chosen.name, guess)
     first_with_id: dict[str, tuple[int, Edit]] = {}
     latest_target: dict[str, str] = {}
-    repeated: list[Edit] = []
 
-    def check(number: int, row: Any) -> Edit | None:
+    def check(number: int, row: Any) -> Edit:
         record = formats.convert(row, chosen.name)
         edit = Edit.from_dict({**record, "id": record["id"] or f"{chosen.name}-{number}"})
         key = same_question_key(edit.prompt)
         first, known = first_with_id.setdefault(edit.id, (number, edit))
         if known is edit:
             latest_target[key] = edit.target
-            return edit
-        if same_question_key(known.prompt) == key and known.target == edit.target == latest_target[key]:
-            repeated.append(edit)
-            return None
-        raise FieldError("id", f"'{edit.id}' already belongs to record {first}", "give each record its own id")
+        elif same_question_key(known.prompt) != key or not known.target == edit.target == latest_target[key]:
+            raise FieldError("id", f"'{edit.id}' already belongs to record {first}", "give each record its own id")
+        return edit
 
-    checked, bad = _attempt(rows, check)
-    return [edit for edit in checked if edit is not None], bad, repeated
+    return _attempt(rows, check)
 
 
 def named(names: Sequence[str]) -> str:
     """The first of many names, for a message, and how many there are beyond them."""
-    more = len(names) - NAMED_AT_MOST
-    return ", ".join(names[:NAMED_AT_MOST]) + (f" and {more:,} more" if more > 0 else "")
+    more = len(names) - 10
+    return ", ".join(names[:10]) + (f" and {more:,} more" if more > 0 else "")
 
 
-def _settle(
-    edits: Sequence[Edit], repeated: Sequence[Edit], bad: tuple[str, ...], max_edits: int | None
-) -> tuple[RecordSet, list[str]]:
+def _settle(edits: Sequence[Edit], bad: tuple[str, ...], max_edits: int | None) -> tuple[RecordSet, list[str]]:
     """Drops duplicates and lets later edits supersede earlier ones, over the first records that yield `max_edits`; also
     says which pairs ask the same question in prompts that differ."""
-    live: dict[str, int] = {}
-    replaced: dict[int, str] = {}
-    prompts = {edit.id: edit.prompt for edit in edits}
-    duplicates = [edit.id for edit in repeated]
-    alike = [f"'{edit.id}' and '{edit.id}'" for edit in repeated if edit.prompt != prompts[edit.id]]
+    asked: dict[str, list[int]] = {}
+    duplicates, alike = [], []
     for i, edit in enumerate(edits):
-        if len(live) == max_edits:
+        if len(asked) == max_edits:
             break
-        key = same_question_key(edit.prompt)
-        earlier = live.get(key)
-        if earlier is not None and edits[earlier].prompt != edit.prompt:
-            alike.append(f"'{edits[earlier].id}' and '{edit.id}'")
-        if earlier is not None and edits[earlier].target == edit.target:
+        same = asked.setdefault(same_question_key(edit.prompt), [])
+        last = edits[same[-1]] if same else None
+        if last and last.prompt != edit.prompt:
+            alike.append(f"'{last.id}' and '{edit.id}'")
+        if last and last.target == edit.target:
             duplicates.append(edit.id)
-            continue
-        if earlier is not None:
-            replaced[earlier] = key
-        live[key] = i
-    kept = tuple(edits[i] for i in sorted(live.values()))
-    superseded = {edits[old].id: edits[live[key]].id for old, key in replaced.items()}
-    older = tuple(edits[old] for old in sorted(replaced))
-    return RecordSet(kept, bad, superseded, tuple(duplicates), older), alike
+        else:
+            same.append(i)
+    newest = {i: same[-1] for same in asked.values() for i in same}
+    older = sorted(i for i, last in newest.items() if i != last)
+    kept = tuple(edits[i] for i in sorted(newest.keys() - older))
+    superseded = {edits[i].id: edits[newest[i]].id for i in older}
+    return RecordSet(kept, bad, superseded, tuple(duplicates), tuple(edits[i] for i in older)), alike
 
 
-def _draw(good: Sequence[Edit], repeated: Sequence[Edit], number: int, seed: int) -> tuple[list[Edit], list[Edit]]:
-    """The records and repeats of `number` questions, drawn at random; a larger draw holds the smaller ones.
-
-    Questions are drawn, not records: what a question's last record supersedes and repeats stays with it, whole.
-    """
-    questions = list(dict.fromkeys(same_question_key(edit.prompt) for edit in good))
+def _draw(edits: Sequence[Edit], number: int, seed: int) -> list[Edit]:
+    """The records of `number` questions, drawn at random: those of one question stay together, and a larger draw holds
+    the smaller ones."""
+    questions = list(dict.fromkeys(same_question_key(edit.prompt) for edit in edits))
     random.Random(seed).shuffle(questions)
     drawn = set(questions[:number])
-    kept, again = ([edit for edit in edits if same_question_key(edit.prompt) in drawn] for edits in (good, repeated))
-    return kept, again
+    return [edit for edit in edits if same_question_key(edit.prompt) in drawn]
 
 
 def _log_summary(source: str, found: RecordSet, alike: Sequence[str]) -> None:
@@ -372,8 +345,8 @@ def _log_summary(source: str, found: RecordSet, alike: Sequence[str]) -> None:
             "where its target is the same, and supersedes the earlier where it is another",
             *(source, counted(len(alike), "pair"), named(alike)),
         )
-    subjects = [(edit, edit.subject.casefold()) for edit in found.edits if edit.subject]
-    absent = [f"'{edit.id}'" for edit, subject in subjects if subject not in dialogue.shown(edit.prompt).casefold()]
+    named_in = {edit.id: dialogue.shown(edit.prompt).casefold() for edit in found.edits}
+    absent = [f"'{edit.id}'" for edit in found.edits if (edit.subject or "").casefold() not in named_in[edit.id]]
     if absent:
         logger.warning(
             "%s: the subject does not stand in the prompt of %s: %s; such an edit is found by its whole prompt alone; "

@@ -7,25 +7,56 @@ of the future is looked at. Everything waits in the ledger, so nothing is lost b
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from itertools import count
+from typing import TYPE_CHECKING, Any, Literal
 
+import lightning.pytorch as pl
 import numpy as np
 from torch.utils.data import DataLoader
 
 from repair_lightning.edits.clustering import form_batches
-from repair_lightning.edits.joining import Joined
-from repair_lightning.edits.ledger import EditStatus, LedgerEntry
-from repair_lightning.edits.source import EditSource
-from repair_lightning.errors import ConfigError, RepairError
+from repair_lightning.edits.ledger import FINAL, EditStatus, Ledger, LedgerEntry
+from repair_lightning.edits.records import (
+    RecordSet,
+    check_lengths,
+    load_irrelevant,
+    load_records,
+    named,
+    same_question_key,
+)
+from repair_lightning.errors import ConfigError, RepairError, counted
 from repair_lightning.types import Edit, EditBatch
-from repair_lightning.world import WORLD
+from repair_lightning.world import WORLD, edits_path, irrelevant_path
+
+if TYPE_CHECKING:
+    from repair_lightning.models.forms import Forms
 
 log = logging.getLogger(__name__)
 
 
-class EditStream(EditSource):
+@dataclass(frozen=True)
+class Joined:
+    """How new records follow the edits of a pack.
+
+    Attributes:
+        inherited: how many edits the pack holds; they stand first in the ledger.
+        windows: the windows in which they arrived.
+        renamed: new id of a record whose own id the pack uses for another edit.
+        known: for a record that says what a live edit of the pack says, that edit's id.
+        replaced: for an edit of the pack that a record contradicts, the record's (new) id.
+    """
+
+    inherited: int
+    windows: int
+    renamed: Mapping[str, str]
+    known: Mapping[str, str]
+    replaced: Mapping[str, str]
+
+
+class EditStream(pl.LightningDataModule):
     """Edits in the order in which they arrive, `window` of them at a time.
 
     Args:
@@ -65,17 +96,106 @@ class EditStream(EditSource):
         sample_seed: int | None = None,
         singles: bool = False,
     ) -> None:
-        super().__init__(
-            path, format, max_edits, on_bad_record, irrelevant, irrelevant_prefix, max_irrelevant, split, sample_seed
-        )
+        super().__init__()
         for name, value in (("window", window), ("batch_size", batch_size), ("max_irrelevant", max_irrelevant)):
             if value < 1:
                 raise ConfigError(f"data.{name} must be at least 1, got {value}")
+        self.path, self.format, self.split = path, format, split
+        self.file = str(edits_path()) if path == WORLD else path
+        self.max_edits, self.sample_seed, self.on_bad_record = max_edits, sample_seed, on_bad_record
+        self.irrelevant, self.irrelevant_prefix, self.max_irrelevant = irrelevant, irrelevant_prefix, max_irrelevant
         self.window, self.batch_size = 1 if singles else window, batch_size
         self.singles, self.clustering = singles, clustering
-        self.arrived = 0
+        self.also_scored: tuple[str, ...] = ()
+        """Further prompts that score the model: like the edits' own they may serve for nothing else."""
+        self.ledger = Ledger()
+        self.joined: Joined | None = None
+        """How the records follow an earlier model's edits, where there is one."""
+        self.arrived, self.windows = 0, 0  # edits, and windows that have begun
+        self._own_records: RecordSet | None = None
+        self._asked: set[str] | None = None
         self._open: list[EditBatch] = []  # handed out; still the same as long as nothing of it was written
         self._open_entries: dict[str, LedgerEntry] = {}
+
+    @cached_property
+    def records(self) -> RecordSet:
+        """What the source holds, all of it read and checked before the first write."""
+        chosen = (self.max_edits, self.on_bad_record, self.split, self.sample_seed)
+        found = load_records(self.file, self.format, *chosen)
+        if not found.edits:
+            raise ConfigError(f"'{self.file}' holds no edit that can be written; see the messages above")
+        return found
+
+    def setup(self, stage: str = "fit") -> None:
+        """Read the records."""
+        assert self.records
+
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """All edits of the stream in their order; superseded ones and duplicates are not among them."""
+        return self.records.edits
+
+    def check_fit(self, forms: Forms, max_tokens: int) -> None:
+        """Refuse edits that are too long for the base, or leave them out where bad records are skipped."""
+        too_long = check_lengths(self.edits, forms, max_tokens)
+        if too_long and (self.on_bad_record == "stop" or len(too_long) == len(self.edits)):
+            first, *_ = too_long.values()
+            raise RepairError(f"{self.path}: {first} ({counted(len(too_long), 'such edit')} in all)")
+        self.records = self.records.without(too_long)
+
+    def join(self, earlier: Ledger) -> None:
+        """Go on after the edits of a pack: drop what it says already, and supersede what it says otherwise.
+
+        ConfigError where there is nothing that the pack does not say, or edits are to be written one by one.
+        """
+        if self.singles:
+            raise ConfigError("data.singles begins with the plain base for every edit; leave --from_pack out")
+        joined = join(self.records, earlier)
+        if len(joined.known) == len(self.edits):
+            raise ConfigError(
+                f"'{self.path}' holds no edit that the pack lacks: all {len(joined.known)} are its own already; give "
+                "new records"
+            )
+        self._follow(joined)
+
+    def inherit(self, earlier: Ledger) -> None:
+        """Start with the ledger of the pack that was joined."""
+        self.ledger.inherit(earlier)
+        self.windows = self.joined.windows  # type: ignore[union-attr]
+
+    def _follow(self, joined: Joined) -> None:
+        self._own_records = self._own_records or self.records
+        self._asked, self.joined, self.records = None, joined, apply(self._own_records, joined)
+
+    @property
+    def inherited(self) -> list[str]:
+        """The ids of the edits that came with a pack."""
+        return list(self.ledger)[: self.joined.inherited] if self.joined else []
+
+    def written(self) -> list[str]:
+        """The ids of the stream's own edits that a shard holds."""
+        before = set(self.inherited)
+        return [id for id in self.ledger.with_status(EditStatus.WRITTEN, EditStatus.FAILED) if id not in before]
+
+    def unrelated(self, texts: Sequence[str]) -> list[str]:
+        """Those texts, once each, that no edit's record asks and `also_scored` does not hold."""
+        if self._asked is None:
+            asked = asked_of((*self.edits, *map(self.ledger.edit, self.inherited)))
+            self._asked = asked.union(map(folded, self.also_scored))
+        return [text for text in dict.fromkeys(texts) if folded(text) not in self._asked]
+
+    def irrelevant_parts(self, editor: Any) -> tuple[list[str], list[str], list[str]]:
+        """Irrelevant prompts in three parts, so that what guards can fail: half for losses and centring, a quarter for
+        thresholds, and a quarter that the gate and the merge guard alone ask."""
+        path, number = irrelevant_path() if self.irrelevant == WORLD else self.irrelevant, self.max_irrelevant
+        found = editor.base_texts(number) if path is None else load_irrelevant(path, self.irrelevant_prefix)
+        texts = self.unrelated(found)
+        if left := len(found) - len(texts):
+            log.info("left out: %s that another repeats or scoring asks", counted(left, "irrelevant prompt"))
+        texts = texts[:number]
+        if len(texts) < 4:
+            raise ConfigError(f"data.irrelevant: at least 4 unrelated prompts are needed, got {len(texts)}")
+        return texts[::2], texts[1::4], texts[3::4]
 
     def train_dataloader(self) -> DataLoader:
         """The next window's batches. Lightning asks for it at the start of every epoch, and twice when it resumes.
@@ -84,21 +204,17 @@ class EditStream(EditSource):
         """
         if not self._open or any(self.ledger.entry(id) is not entry for id, entry in self._open_entries.items()):
             self._open = self.next_window()
-            self._open_entries = {id: self.ledger.entry(id) for batch in self._open for id in batch.ids}
-        return DataLoader(self._dealt(self._open), batch_size=None, collate_fn=lambda batch: batch)  # type: ignore[arg-type]
-
-    def _dealt(self, batches: list[EditBatch]) -> list[EditBatch]:
-        """This rank's batches: the longest go round first."""
-        editor = self._editor
-        if not editor.shares:
-            return batches
-        costs = [float(sum(len(editor.encode(edit).target) for edit in batch.edits)) for batch in batches]
-        mine = [batches[i] for i in editor.team.mine(len(batches), costs)]
-        return mine + [EditBatch(())] * (-(-len(batches) // editor.team.size) - len(mine))
+            self._open_entries = {id: self.ledger[id] for batch in self._open for id in batch.ids}
+        batches, editor = self._open, self._editor
+        if editor.shares:  # the longest go round first
+            costs = [float(sum(len(editor.encode(edit).target) for edit in batch.edits)) for batch in batches]
+            mine = [batches[i] for i in editor.team.mine(len(batches), costs)]
+            batches = mine + [EditBatch(())] * (-(-len(batches) // editor.team.size) - len(mine))
+        return DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch)  # type: ignore[arg-type]
 
     def verdict(self) -> list[Any]:
         """What became of the window's edits and of the stream, in plain types: the same on every rank."""
-        entries = [self.ledger.entry(id) for batch in self._open for id in batch.ids]
+        entries = map(self.ledger.entry, self._open_entries)
         known = [[entry.edit.id, str(entry.status), entry.shard, entry.attempts, entry.score] for entry in entries]
         return [self.ledger.counts(), self.arrived, self.windows, known]
 
@@ -120,7 +236,6 @@ class EditStream(EditSource):
 
     def _arrive(self, coming: Sequence[Edit]) -> None:
         """Enter arrivals in the ledger, each behind the edits that it supersedes."""
-        assert self.records is not None
         replaced = {edit.id: edit for edit in self.records.superseded_edits}
         expected: dict[str, list[str]] = {edit.id: [] for edit in coming}
         for id, newer in self.records.superseded.items():
@@ -131,8 +246,7 @@ class EditStream(EditSource):
         for newer, older in expected.items():
             for id in older:
                 self.ledger.supersede(id, newer)
-            written = [id for id in older if id not in replaced]  # into an earlier model
-            if written:
+            if written := [id for id in older if id not in replaced]:  # into an earlier model
                 self._editor.forget(written)
 
     def waiting(self) -> list[str]:
@@ -149,8 +263,7 @@ class EditStream(EditSource):
             finite = np.isfinite(features).all(-1)  # where it is not, the base makes nothing of the edit: it goes alone
             groups = [[int(i)] for i in np.flatnonzero(~finite)]
             like = np.flatnonzero(finite).tolist()
-            found = form_batches(features[finite], size) if like else []
-            groups += [[like[i] for i in group] for group in found]
+            groups += [[like[i] for i in group] for group in form_batches(features[finite], size)]
         return [EditBatch(tuple(edits[i] for i in group)) for group in groups]
 
     @property
@@ -181,22 +294,87 @@ class EditStream(EditSource):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`.
-
-        Raises:
-            RepairError: the ledger, rebuilt from its journal, is not the one that was saved.
-        """
+        """The inverse of :meth:`state_dict`; RepairError where the journal tells of another ledger than was saved."""
         if state_dict.get("joined"):
             self._follow(Joined(**state_dict["joined"]))
         saved = state_dict["ledger"]
         if "counts" not in saved:
             self.ledger.load_state_dict(saved)
         elif saved["counts"] != self.ledger.counts():
-            both = (self.ledger.counts(), saved["counts"])
-            told, known = (", ".join(f"{n} {status}" for status, n in counts.items() if n) or "none" for counts in both)
             raise RepairError(
-                f"the journal is damaged: it tells of edits {told}, the checkpoint of {known}; restore it from a copy, "
-                "or --overwrite starts the run anew"
+                f"the journal is damaged: it tells of edits {_told(self.ledger.counts())}, the checkpoint of "
+                f"{_told(saved['counts'])}; restore it from a copy, or --overwrite starts the run anew"
             )
         self.arrived, self.windows = state_dict["arrived"], state_dict["windows"]
         self._open, self._open_entries = [], {}
+
+
+def _told(counts: dict[str, int]) -> str:
+    return ", ".join(f"{n} {status}" for status, n in counts.items() if n) or "none"
+
+
+def asked_of(edits: Iterable[Edit]) -> set[str]:
+    """Everything that some edits' records ask, folded: none of it may serve as another prompt."""
+    found: set[str] = set()
+    for edit in edits:
+        probes = (probe.prompt for probe in (*edit.locality, *edit.near))
+        found.update(map(folded, (edit.prompt, *edit.rephrases, *probes)))
+    return found
+
+
+def folded(text: str) -> str:
+    """A text without case, with single spaces."""
+    return " ".join(text.casefold().split())
+
+
+def join(found: RecordSet, ledger: Ledger) -> Joined:
+    """What becomes of new records beside a pack's ledger. One with a live edit's question repeats or replaces it.
+
+    A pack may hold several live edits of one question, each with a prompt of its own: its last one counts, and a record
+    that replaces it replaces them all.
+    """
+    live: dict[str, list[str]] = {}
+    for id in ledger:
+        if ledger.entry(id).status not in FINAL:
+            live.setdefault(same_question_key(ledger.edit(id).prompt), []).append(id)
+    known: dict[str, str] = {}
+    replaced: dict[str, str] = {}
+    alike: list[str] = []
+    for edit in found.edits:
+        ids = live.get(same_question_key(edit.prompt), [])
+        alike += [f"'{id}' and '{edit.id}'" for id in ids if ledger.edit(id).prompt != edit.prompt]
+        last = ledger.entry(ids[-1]) if ids else None
+        if last and last.edit.target == edit.target and last.status is not EditStatus.QUARANTINED:
+            known[edit.id] = ids[-1]
+        else:
+            replaced |= dict.fromkeys(ids, edit.id)
+    if alike:
+        log.warning("the same question as in the pack but for case, blanks or the final mark: %s", named(alike))
+    new = [edit.id for edit in (*found.superseded_edits, *found.edits) if edit.id not in known]
+    taken = {*ledger, *new}
+    renamed: dict[str, str] = {}
+    for id in filter(ledger.__contains__, new):
+        renamed[id] = next(name for n in count(2) if (name := f"{id}~{n}") not in taken)
+        taken.add(renamed[id])
+    replaced = {old: renamed.get(id, id) for old, id in replaced.items()}
+    windows = max((ledger.entry(id).window + 1 for id in ledger), default=0)
+    held = counted(len(ledger), "edit")
+    log.info("the pack holds %s; new records supersede %d and repeat %d (dropped)", held, len(replaced), len(known))
+    if some := [f"'{old}' is '{new}'" for old, new in renamed.items()]:
+        log.info("ids that belong to other edits of the pack: %s", named(some))
+    return Joined(len(ledger), windows, renamed, known, replaced)
+
+
+def apply(found: RecordSet, joined: Joined) -> RecordSet:
+    """The records under their new ids, without those that the pack holds already."""
+    name = {**joined.renamed, **joined.known}
+    kept = tuple(replace(edit, id=name.get(edit.id, edit.id)) for edit in found.edits if edit.id not in joined.known)
+    older = [edit for edit in found.superseded_edits if found.superseded[edit.id] not in joined.known]
+    superseded = {joined.renamed.get(old, old): name.get(new, new) for old, new in found.superseded.items()}
+    return RecordSet(
+        kept,
+        found.bad,
+        superseded | dict(joined.replaced),
+        (*found.duplicates, *joined.known),
+        tuple(replace(edit, id=joined.renamed.get(edit.id, edit.id)) for edit in older),
+    )

@@ -38,13 +38,8 @@ class Architecture:
 _LLAMA_LIKE = Architecture("model.layers", "mlp.down_proj")
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture("model.layers", "mlp.down_proj", {32: 29}),
-    "mistral": _LLAMA_LIKE,
+    **dict.fromkeys(("mistral", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"), _LLAMA_LIKE),
     "qwen2": Architecture("model.layers", "mlp.down_proj", {28: 23}),
-    "qwen3": _LLAMA_LIKE,
-    "gemma": _LLAMA_LIKE,
-    "gemma2": _LLAMA_LIKE,
-    "gemma3_text": _LLAMA_LIKE,
-    "phi3": _LLAMA_LIKE,
     "gpt2": Architecture("transformer.h", "mlp.c_proj"),
     "gptj": Architecture("transformer.h", "mlp.fc_out"),
     "gpt_neox": Architecture("gpt_neox.layers", "mlp.dense_4h_to_h"),
@@ -54,7 +49,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 def architecture_of(model: nn.Module) -> Architecture:
     """The table's row for a loaded causal LM; ConfigError where it is not in the table."""
-    model_type: str = getattr(getattr(model, "config", None), "model_type", "")
+    model_type: str = model.config.model_type  # type: ignore[union-attr, assignment]
     if model_type not in ARCHITECTURES:
         close = difflib.get_close_matches(model_type, ARCHITECTURES, n=1)
         hint = f" did you mean '{close[0]}'?" if close else ""

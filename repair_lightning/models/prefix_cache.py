@@ -43,7 +43,7 @@ def canonical_batches(
 
     Yields the indices of a pass's rows, and its token ids (B, width). RepairError where a row is empty.
     """
-    if not all(len(row) for row in rows):
+    if not all(map(len, rows)):
         raise RepairError("a sequence without tokens has no hidden state; give each at least one token")
     limit: int = split.model.config.max_position_embeddings  # type: ignore[union-attr, assignment]
     device = next(split.model.parameters()).device
@@ -90,22 +90,20 @@ class PrefixCache:
     @torch.inference_mode(False)  # entries outlive the call, and what inference mode makes cannot be trained upon
     @torch.no_grad()
     def get(self, sequences: Sequence[Sequence[int]]) -> list[Capture]:
-        """What :func:`capture_rows` gives, for sequences of which some may be the same.
-
-        They are the cache's own tensors: keep them as long as you like, but do not write into them.
-        """
+        """What :func:`capture_rows` gives, for sequences of which some may be the same; not to be written into."""
         keys = [tuple(sequence) for sequence in sequences]
-        found = {key: self._entries[key] for key in dict.fromkeys(keys) if key in self._entries}
-        for key in found:
-            self._entries.move_to_end(key)
-        for key in dict.fromkeys(key for key in keys if key not in found):
-            if (entry := self.disk.get(key)) is not None:
-                found[key] = entry
-                self._keep(key, entry)
-        missing = list(dict.fromkeys(key for key in keys if key not in found))
-        for key, entry in zip(missing, capture_rows(self.split, missing), strict=True):
-            found[key] = entry
-            self._keep(key, entry)
+        found: dict[Key, Any] = {key: self._entries.pop(key, None) for key in dict.fromkeys(keys)}
+        self._entries.update((key, entry) for key, entry in found.items() if entry)  # the last used are the last
+        read: dict[Key, Any] = {key: self.disk.get(key) for key, entry in found.items() if entry is None}
+        missing = [key for key, entry in read.items() if entry is None]
+        read |= zip(missing, capture_rows(self.split, missing), strict=True)
+        found |= read
+        self._entries |= read
+        self.used += sum(map(_nbytes, read.values()))
+        while self.used > self.budget:
+            key, oldest = self._entries.popitem(last=False)
+            self.used -= _nbytes(oldest)
+            self.disk.put(key, oldest)
         return [found[key] for key in keys]
 
     def close(self) -> None:
@@ -114,21 +112,13 @@ class PrefixCache:
         self.used = 0
         self.disk.close()
 
-    def _keep(self, key: Key, entry: Capture) -> None:
-        self._entries[key] = entry
-        self.used += _nbytes(entry)
-        while self.used > self.budget:
-            old, oldest = self._entries.popitem(last=False)
-            self.used -= _nbytes(oldest)
-            self.disk.put(old, oldest)
-
 
 def _nbytes(entry: Capture) -> int:
     return entry.hidden.nbytes + entry.activations.nbytes
 
 
 class Spill:
-    """Captures in a scratch file of at most `budget` bytes: where it is full, the oldest are written over.
+    """Captures in a scratch file of at most `budget` bytes: where it is full, it is begun anew.
 
     The file has no name where the system allows that (`tempfile.TemporaryFile`), so nobody else can open it and it is
     gone with the process, even if it is killed. A disk that fails or is full costs time alone: one warning, and nothing
@@ -138,18 +128,16 @@ class Spill:
     def __init__(self, folder: Path, budget: int) -> None:
         self.folder, self.budget = folder, budget
         self._file: IO[bytes] | None = None
-        self._places: OrderedDict[Key, tuple[int, int, torch.device]] = OrderedDict()  # the oldest first
-        self._end = 0  # of the newest
+        self._places: dict[Key, tuple[int, int, torch.device]] = {}
+        self._end = 0
 
     def put(self, key: Key, entry: Capture) -> None:
         """Write an entry unless it is there already or larger than the budget."""
         if key in self._places or _nbytes(entry) > self.budget:
             return
         data = save({"hidden": entry.hidden, "activations": entry.activations})
-        if self._end + len(data) > self.budget:  # another round
-            self._forget(self._end, self.budget)
-            self._end = 0
-        self._forget(self._end, self._end + len(data))
+        if self._end + len(data) > self.budget:
+            self._places, self._end = {}, 0
         try:
             if self._file is None:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -157,16 +145,10 @@ class Spill:
             self._file.seek(self._end)
             self._file.write(data)
             self._file.flush()
-        except OSError as error:
-            self._give_up(error)
-        else:
             self._places[key] = (self._end, len(data), entry.hidden.device)
             self._end += len(data)
-
-    def _forget(self, start: int, end: int) -> None:
-        """Forget the oldest entries as long as they begin in this part of the file."""
-        while self._places and start <= next(iter(self._places.values()))[0] < end:
-            self._places.popitem(last=False)
+        except OSError as error:
+            self._give_up(error)
 
     def get(self, key: Key) -> Capture | None:
         """A copy of an entry, or None."""

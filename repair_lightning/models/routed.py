@@ -6,9 +6,9 @@ or nothing: where what it would say is anything else, the base answers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from repair_lightning.memory.routers import Router
 from repair_lightning.memory.shards import Selection
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.models.forms import Forms, stop_ids
-from repair_lightning.models.hooks import Hooks, Turn, quote
 from repair_lightning.models.prefix import Capture, SplitModel, pad_left, stack_left
 from repair_lightning.models.prefix_cache import PrefixCache, canonical_batches, capture_rows
 from repair_lightning.models.tokenizing import Encoded, target_labels
@@ -32,13 +31,106 @@ Prompts = str | Sequence[str] | Sequence[Mapping[str, str]] | Sequence[Sequence[
 """What may be asked: a text, texts, messages, several dialogues, or token ids."""
 
 
+@dataclass(slots=True)
+class Turn:
+    """Sequences in flight, and who answers them.
+
+    Attributes:
+        memory: (B,) who answers each, or (1,) for all of them.
+        rest: what each memory was learnt to say and has not said yet; None follows nothing, so does an empty list.
+        rows: the token ids so far.
+        quotes: whether what is left to say is said as it stands, whatever the base would say.
+        selection: what the memory does to the value matrix's output.
+        width: of the ids that the base was fed last; 0 before the first.
+    """
+
+    memory: Tensor | None
+    rest: list[Sequence[int] | None] = field(default_factory=list)
+    rows: list[list[int]] = field(default_factory=list)
+    quotes: bool = False
+    selection: Selection | None = None
+    width: int = 0
+
+    def feed(self, ids: Tensor, cache: Any) -> None:
+        """Take in the ids (B, T) of a call: a row that leaves its target, or has said all of it, is the base's then."""
+        if self.memory is None:
+            return
+        new = ids if cache is not None and cache.get_seq_length() > 0 else ids[:, self.width :]
+        first, self.width = self.width == 0, ids.shape[1]
+        if first:
+            times = len(ids) // len(self.memory)
+            if times > 1 and (len(self.memory) > 1 or self.rest):  # beams and samples come as repeated rows
+                self.memory = self.memory.repeat_interleave(times)
+                self.rest = [row for row in self.rest for _ in range(times)]
+            return
+        for tokens in new.T.tolist() if self.rest else ():
+            for i, (token, rest) in enumerate(zip(tokens, self.rest, strict=True)):
+                if rest and rest[0] == token:
+                    self.rest[i] = rest[1:]
+                elif rest is not None:
+                    self.rest[i], self.memory[i], self.selection = None, BASE, None
+
+
+class Hooks:
+    """What a memory adds to a base's value matrix; outside of :meth:`during` nothing."""
+
+    def __init__(self, split: SplitModel, memory: SideMemory) -> None:
+        self._memory = memory
+        self._turn: Turn | None = None
+        self._handles = [
+            split.model.register_forward_pre_hook(self._at_call, with_kwargs=True),
+            split.value.register_forward_hook(self._at_value),
+            split.model.register_forward_hook(self._at_end),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks out."""
+        for handle in self._handles:
+            handle.remove()
+
+    @contextmanager
+    def during(self, turn: Turn) -> Iterator[None]:
+        """Inside, the base's own calls are those of a turn."""
+        before, self._turn = self._turn, turn
+        try:
+            yield
+        finally:
+            self._turn = before
+
+    def _at_call(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
+        ids = args[0] if args else kwargs.get("input_ids")
+        if self._turn is not None and ids is not None:
+            self._turn.feed(ids, kwargs.get("past_key_values"))
+
+    def _at_end(self, _: nn.Module, args: tuple, output: Any) -> None:
+        turn = self._turn
+        if turn is not None and turn.quotes:
+            for row, rest in zip(output.logits, turn.rest, strict=True):
+                if rest:
+                    quote(row[-1], rest[0])
+
+    def _at_value(self, _: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        turn = self._turn
+        if turn is not None and turn.selection is None:
+            turn.selection = self._memory.select(turn.memory)  # type: ignore[arg-type]
+        if turn is None or not turn.selection:
+            return None
+        # One shard for all rows needs no rows, however the architecture lays out its tokens.
+        rows = (turn.selection.size, -1) if turn.selection.size > 1 else (1, *output.shape[:-1])
+        activations = args[0].reshape(*rows, args[0].shape[-1])
+        return turn.selection(output.reshape(*rows, output.shape[-1]), activations).reshape(output.shape)
+
+
+def quote(logits: Tensor, token: int) -> None:
+    """Make a token all but certain in logits (V,), in place."""
+    logits[token] = logits.max() + 30
+
+
 class RoutedModel(nn.Module):
-    """A frozen causal LM, its shards and its router.
+    """A frozen causal LM, its shards in `memory`, of the edited `layer`, and its router.
 
     Args:
         base: the causal LM; it is not copied.
-        memory: the bank of shards of the edited `layer`.
-        router: picks among the shards.
         forms: how the base is asked; by default through its chat template, where it has one.
 
     Attributes:
@@ -67,6 +159,7 @@ class RoutedModel(nn.Module):
         self.layer, self.memory = layer, memory
         self.split = SplitModel(self.base, layer)
         self._hooks = Hooks(self.split, memory)
+        self.during = self._hooks.during
         self.router.read = self.last_states
 
     def release(self) -> None:
@@ -92,11 +185,6 @@ class RoutedModel(nn.Module):
         """Where the base is."""
         return self.base.device
 
-    def during(self, turn: Turn) -> AbstractContextManager[None]:
-        """Inside, the base's own calls are those of a turn."""
-        assert self._hooks is not None
-        return self._hooks.during(turn)
-
     def forced(self, who: Choice | Tensor | Selection | int | None) -> AbstractContextManager[None]:
         """Inside, it is given who answers the base's own calls: a choice for each row, one shard for all, None for the
         base, or what is done to the value matrix's output."""
@@ -108,20 +196,13 @@ class RoutedModel(nn.Module):
 
     def answering(self, memory: Tensor, rows: Sequence[Sequence[int]]) -> AbstractContextManager[None]:
         """Inside, memories (B,) that some authority chose answer prompts, given as token ids."""
-        return self.during(
-            Turn(memory, self._quoted(memory, rows), quotes=True) if self.router.quotes else Turn(memory)
-        )
+        rest = self._quoted(memory, rows) if self.router.quotes else []
+        return self.during(Turn(memory, rest, quotes=self.router.quotes))
 
     def _quoted(self, memory: Tensor, rows: Sequence[Sequence[int]]) -> list[Sequence[int] | None]:
         """The target that each memory says after its row, as token ids; None for the base."""
-        found: list[Sequence[int] | None] = []
-        for shard, row in zip(memory.tolist(), rows, strict=True):
-            id = None if shard == BASE else self.router.edit_of(shard)
-            target = None if id is None else self.target_of(id)
-            found.append(None if target is None else self.forms.continued(row, target).target)
-        return found
-
-    # -- who answers --------------------------------------------------------------------------------------------------
+        ids = [None if shard == BASE else self.router.edit_of(shard) for shard in memory.tolist()]
+        return [None if row is None else row.target for row in self.targets(memory, ids, rows)]
 
     def route(self, prompts: Prompts) -> list[Route]:
         """Which memory answers each prompt, and why. A prompt is a text, messages, or a row of token ids."""
@@ -131,10 +212,8 @@ class RoutedModel(nn.Module):
 
     def choose(self, prompts: Sequence[str], batch_size: int = 64) -> Choice:
         """Who answers prompts."""
-        parts = []
-        for start in range(0, len(prompts), batch_size):
-            part = prompts[start : start + batch_size]
-            parts.append(self.choose_rows([self.forms.ids(p) for p in part], [self.forms.asked(p) for p in part]))
+        batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+        parts = [self.choose_rows([*map(self.forms.ids, part)], [*map(self.forms.asked, part)]) for part in batches]
         return Choice.join(parts) if parts else Choice.base(0)
 
     @torch.no_grad()
@@ -153,23 +232,21 @@ class RoutedModel(nn.Module):
         """
         if not self.router.vouches or self.router.quotes:
             return choice
-        targets = {i: row for i, row in enumerate(self.targets(choice, rows)) if row is not None}
+        targets = {i: row for i, row in enumerate(self.targets(choice.memory, choice.nearest, rows)) if row is not None}
         value, limit = torch.ones(len(rows)), torch.full((len(rows),), -torch.inf)
-        if targets:
-            at, encoded = list(targets), list(targets.values())
-            limit[at] = 1.0
-            likeliest = self.over_targets(encoded, choice.memory[at], argmax_rows)
-            for i, row, said in zip(at, encoded, likeliest, strict=True):
-                value[i] = sum(a == b for a, b in zip(row.target, said, strict=True)) / len(row.target)
+        limit[list(targets)] = 1.0
+        likeliest = self.over_targets(list(targets.values()), choice.memory[list(targets)], argmax_rows)
+        for (i, row), said in zip(targets.items(), likeliest, strict=True):
+            value[i] = sum(a == b for a, b in zip(row.target, said, strict=True)) / len(row.target)
         check = Check("its target's tokens said", value, limit)
         memory = torch.where(value >= 1, choice.memory, BASE)
         return replace(choice, memory=memory, checks=(*choice.checks, check))
 
-    def targets(self, choice: Choice, rows: Sequence[Sequence[int]]) -> list[Encoded | None]:
-        """Each row with what its memory is to say there; None where that is not known, or the base answers."""
+    def targets(self, memory: Tensor, ids: Sequence[str | None], rows: Sequence[Sequence[int]]) -> list[Encoded | None]:
+        """Each row with what its memory, of the edit with this id, is to say there; None for the base, or unknown."""
         found: list[Encoded | None] = []
-        for row, memory, id in zip(rows, choice.memory.tolist(), choice.nearest, strict=True):
-            target = self.target_of(id) if memory != BASE and id is not None else None
+        for shard, id, row in zip(memory.tolist(), ids, rows, strict=True):
+            target = self.target_of(id) if shard != BASE and id is not None else None
             found.append(None if target is None else self.forms.continued(row, target))
         return found
 
@@ -183,14 +260,14 @@ class RoutedModel(nn.Module):
         order = sorted(range(len(rows)), key=lambda i: (len(rows[i].ids), i))
         for start in range(0, len(order), batch_size):
             index = order[start : start + batch_size]
-            ids, mask = pad_left([rows[i].ids for i in index], device=self.device)
-            labels = target_labels([rows[i] for i in index], device=self.device)
-            hidden = stack_left([capture.hidden for capture in self.captures([rows[i].ids for i in index])])
+            batch = [rows[i] for i in index]
+            ids, mask = pad_left([row.ids for row in batch], device=self.device)
+            labels = target_labels(batch, device=self.device)
+            hidden = stack_left([capture.hidden for capture in self.captures([row.ids for row in batch])])
             with self.forced(memory[index]), self.split.skipping():
-                logits, _ = self.split.tail(ids, mask, hidden, labels.shape[1] + 1)
-            logits = logits[:, :-1].float()
+                logits = self.split.tail(ids, mask, hidden, labels.shape[1] + 1)[0][:, :-1].float()
             if self.router.quotes:
-                self._quote(logits, labels, memory[index], [rows[i].prompt for i in index])
+                self._quote(logits, labels, memory[index], [row.prompt for row in batch])
             for i, value in zip(index, read(logits, labels), strict=True):
                 found[i] = value
         return found
@@ -204,8 +281,6 @@ class RoutedModel(nn.Module):
                 if token != own:
                     break
 
-    # -- what a prompt is ---------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def captures(self, rows: Sequence[Sequence[int]]) -> list[Capture]:
         """The states of token rows at the edited layer, each without padding."""
@@ -218,9 +293,9 @@ class RoutedModel(nn.Module):
 
     def query_of(self, texts: Sequence[str], rows: Sequence[Sequence[int]], captures: Sequence[Capture]) -> Query:
         """Prompts, given as what they ask and as token ids with their states, which may go on after the prompt."""
-        first = 0 if self.router.reads_all_tokens else -1
-        hidden = [capture.hidden[: len(row)][first:] for row, capture in zip(rows, captures, strict=True)]
-        activations = [capture.activations[: len(row)][first:] for row, capture in zip(rows, captures, strict=True)]
+        places = [slice(0 if self.router.reads_all_tokens else len(row) - 1, len(row)) for row in rows]
+        hidden = [capture.hidden[at] for at, capture in zip(places, captures, strict=True)]
+        activations = [capture.activations[at] for at, capture in zip(places, captures, strict=True)]
         mask = stack_left([torch.ones(len(part), dtype=torch.bool, device=self.device) for part in hidden])
         return Query(tuple(texts), mask, stack_left(hidden), stack_left(activations))
 
@@ -250,10 +325,8 @@ def argmax_rows(logits: Tensor, labels: Tensor) -> list[list[int]]:
 
 def prompts_of(asked: Any) -> list[str]:
     """Prompts from a text, texts, messages or several dialogues."""
-    if isinstance(asked, str):
-        return [asked]
-    if dialogue.is_messages(asked):
-        return [dialogue.dump(asked)]
+    if isinstance(asked, str) or dialogue.is_messages(asked):
+        asked = [asked]
     found = [dialogue.dump(item) if dialogue.is_messages(item) else item for item in asked]
     if not all(isinstance(item, str) for item in found):
         raise RepairError(

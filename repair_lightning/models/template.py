@@ -20,19 +20,17 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 from tokenizers import Tokenizer
 
-from repair_lightning.errors import ConfigError
-from repair_lightning.models.gguf import first_line
+from repair_lightning.errors import ConfigError, first_line
 from repair_lightning.texts import dialogue
 
 log = logging.getLogger(__name__)
 
 OPENED, CLOSED = "<think>", "</think>"
 """What stands around a thought of the base."""
-WORDS = ("Alpharede", "Betamond", "Gammelin", "Deltory")
+WORDS = ("Alpharede", "Betamond", "Gammelin")
 """Contents to render a template with; words that no template holds."""
 _FAULTS = (TemplateError, ValueError, TypeError, KeyError, AttributeError, IndexError)
 """What a template may raise."""
-_PRIVATE = 0xF0000
 _SIGN = re.compile("[\U000f0000-\U0010fffd]")
 """The private characters that stand for control tokens."""
 
@@ -40,37 +38,31 @@ _SIGN = re.compile("[\U000f0000-\U0010fffd]")
 class Spelling:
     """Texts as token ids and back, where control tokens are told apart from text that only looks like them.
 
-    Control tokens are the special ones, and the added ones that the chat template writes.
-
-    Attributes:
-        guards: whether text that looks like a control token stays text; else the tokenizer decides.
-        signs: the private character of each control token's id.
+    Control tokens are the special ones, and the added ones that the chat template writes; `signs` gives the private
+    character of each one's id. Text that looks like one stays text where it `guards`; else the tokenizer decides.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer, self.guards = tokenizer, False
         added = getattr(tokenizer, "added_tokens_decoder", {})
         template = str(getattr(tokenizer, "chat_template", None) or "")
-        written = {
+        written = (
             id for id, token in added.items() if token.special or (str(token).strip() and str(token) in template)
-        }
+        )
         known = sorted({*tokenizer.all_special_ids, *written})
-        self.signs: dict[int, str] = {id: chr(_PRIVATE + i) for i, id in enumerate(known)}
+        self.signs: dict[int, str] = {id: chr(0xF0000 + i) for i, id in enumerate(known)}
         self.controls: tuple[str, ...] = tuple(str(added[id]) for id in known if id in added)
 
     def read(self, ids: Sequence[int]) -> tuple[str, list[str]]:
         """The text that token ids spell, with one private character for each control token and no other such, and what
         each of its characters says: itself, or nothing."""
-        spelled, said = "", []
+        spelled, plain = "", {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        said: list[str] = []
         for are_controls, run in groupby(map(int, ids), key=self.signs.__contains__):
-            if are_controls:
-                text = "".join(self.signs[id] for id in run)
-                said += [""] * len(text)
-            else:
-                text = self.tokenizer.decode(list(run), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-                said += text
-                text = _SIGN.sub("\ufffd", text)
-            spelled += text
+            alike = list(run)
+            text = "".join(self.signs[id] for id in alike) if are_controls else self.tokenizer.decode(alike, **plain)
+            said += [""] * len(text) if are_controls else text
+            spelled += text if are_controls else _SIGN.sub("\ufffd", text)
         return spelled, said
 
     def spelled(self, ids: Sequence[int]) -> str:
@@ -82,17 +74,15 @@ class Spelling:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
     def plain(self, text: str, first: bool = False) -> list[int]:
-        """Token ids of a text, as a user wrote it, in which none is a control token.
-
-        Where it is the `first` of a row, the tokenizer puts around it what it puts around every text.
-        """
+        """Token ids of a text, as a user wrote it, in which none is a control token; where it is the `first` of a row,
+        with what the tokenizer puts around every text."""
         if not text and not first:
             return []
-        if not (self.guards and self.holds(text)):
-            return list(self.tokenizer(text, add_special_tokens=first)["input_ids"])
-        if self._blind is None:
-            return list(self.tokenizer(text, add_special_tokens=first, split_special_tokens=True)["input_ids"])
-        return list(self._blind.encode(text, add_special_tokens=first).ids)
+        guarded = self.guards and self.holds(text)
+        if guarded and self._blind is not None:
+            return list(self._blind.encode(text, add_special_tokens=first).ids)
+        options = {"split_special_tokens": True} if guarded else {}
+        return list(self.tokenizer(text, add_special_tokens=first, **options)["input_ids"])
 
     def holds(self, text: str) -> bool:
         """Whether a text holds what is written like a control token."""
@@ -116,8 +106,7 @@ class Spelling:
     @cached_property
     def prefixes(self) -> bool:
         """Whether a text by itself gets a blank before it, as SentencePiece gives it."""
-        first = self.tokenizer.convert_ids_to_tokens(self.marked("a"))[0]
-        return str(first).startswith("\u2581")
+        return str(self.tokenizer.convert_ids_to_tokens(self.marked("a"))[0]).startswith("\u2581")
 
 
 @dataclass(frozen=True)
@@ -144,10 +133,9 @@ class Marks:
 
     def are_in(self, spelled: str) -> bool:
         """Whether a text is a rendered dialogue. One without control tokens must also close a turn."""
-        start = next((start for start in self.starts if spelled.startswith(start)), None)
-        if start is None or not any(mark in spelled for mark in self.user):
-            return False
-        return _SIGN.match(start) is not None or self.close in spelled
+        starts = [start for start in self.starts if spelled.startswith(start)][:1]
+        closed = any(_SIGN.match(start) or self.close in spelled for start in starts)
+        return closed and any(mark in spelled for mark in self.user)
 
     def is_open(self, spelled: str) -> bool:
         """Whether a text ends before the base's answer to the last turn of the user begins."""
@@ -156,8 +144,8 @@ class Marks:
 
     def last_turn(self, spelled: str) -> tuple[int, int] | None:
         """Where the content of the last turn of the user begins and ends; None where there is none."""
-        begin = max((at + len(mark) for mark in self.user if (at := spelled.rfind(mark)) >= 0), default=-1)
-        if begin < 0:
+        begin = max((at + len(mark) for mark in self.user if (at := spelled.rfind(mark)) >= 0), default=None)
+        if begin is None:
             return None
         # Text that closes a turn may stand in its content too: then the last one counts.
         end = spelled.find(self.close, begin) if _SIGN.match(self.close) else spelled.rfind(self.close, begin)
@@ -171,11 +159,8 @@ class Marks:
 def marks_of(once: Sequence[str], twice: Sequence[str], told: Sequence[str] | None, signs: Mapping[int, str]) -> Marks:
     """The marks in what stands around contents; ValueError where turns cannot be told apart.
 
-    Args:
-        once: around one turn of the user.
-        twice: around turns of the user, of the base and of the user.
-        told: around a system message and a turn of the user; None where there is none.
-        signs: how control tokens are spelled.
+    That is: around `once` one turn of the user, `twice` turns of the user, of the base and of the user, and `told` a
+    system message and a turn of the user, where a template has one. `signs` says how control tokens are spelled.
     """
     (before, after), (head, first, second, _) = once, twice
     opens = [before, head, second]
@@ -202,11 +187,8 @@ def marks_of(once: Sequence[str], twice: Sequence[str], told: Sequence[str] | No
 
 
 def _user_marks(opens: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:
-    """What opens a turn of the user, from what stands before several such turns and before others.
-
-    The shortest end of what they share that begins with a control token and ends none of the others. Where only text is
-    shared, a control token before it belongs to the mark: else a user could type it.
-    """
+    """What opens a turn of the user: the shortest end of what stands before several such turns that begins with a
+    control token and ends none of the others; or shared text, with a control token before it if there always is one."""
     shared = commonprefix([text[::-1] for text in opens])[::-1]  # noqa: RUF071 (of characters)
     for found in reversed(list(_SIGN.finditer(shared))):
         if not any(other.endswith(shared[found.start() :]) for other in others):
@@ -219,9 +201,8 @@ def _user_marks(opens: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:
 
 def _start_of(before: str, user: Sequence[str]) -> str:
     """How a rendered dialogue begins: a control token, or the mark of the user's turn; else nothing that says so."""
-    if found := _SIGN.match(before):
-        return found.group()
-    return before if before in user else ""
+    found = _SIGN.match(before)
+    return found.group() if found else before if before in user else ""
 
 
 def parts(text: str, *words: str) -> list[str]:
@@ -235,17 +216,14 @@ def parts(text: str, *words: str) -> list[str]:
 class ChatTemplate:
     """What a tokenizer's chat template puts around turns, and dialogues as it renders them.
 
-    Attributes:
-        source: the template; empty where there is none.
-        marks: None where there is no template, or one whose turns cannot be told apart.
-        takes_system: whether it has a place for a system message.
+    `source` is empty where there is none; `marks` is None there too, and where turns cannot be told apart.
     """
 
     def __init__(self, tokenizer: Any, spelling: Spelling) -> None:
         self.tokenizer, self.spelling = tokenizer, spelling
         self.source = str(getattr(tokenizer, "chat_template", None) or "")
         self.marks: Marks | None = None
-        self.takes_system = False
+        self.takes_system = False  # whether there is a place for a system message
         if self.source:
             try:
                 self.marks = self._find_marks()
@@ -256,35 +234,30 @@ class ChatTemplate:
         self.render = lru_cache(1 << 14)(self._render)
 
     def _find_marks(self) -> Marks:
-        a, b, c, d = WORDS
-        once = parts(self._spelled(("user", a)), a)
-        twice = parts(self._spelled(("user", a), ("assistant", b), ("user", c)), a, b, c)
+        def around(*roles: str) -> list[str]:
+            said = dict(zip(WORDS, roles, strict=False))
+            text = self._text([{"role": role, "content": content} for content, role in said.items()])
+            return parts(self.spelling.spelled(self.spelling.marked(text)), *said)
+
+        once, twice = around("user"), around("user", "assistant", "user")
         try:
-            told = parts(self._spelled(("system", d), ("user", a)), d, a)
+            told = around("system", "user")
         except _FAULTS:  # it has no place for a system message
             told = None
         self.takes_system = told is not None
         return marks_of(once, twice, told, self.spelling.signs)
 
-    def _spelled(self, *turns: tuple[str, str]) -> str:
-        text = self._text([{"role": role, "content": content} for role, content in turns])
-        return self.spelling.spelled(self.spelling.marked(text))
-
     def _text(self, messages: dialogue.Messages, **options: Any) -> str:
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
 
     def _render(self, prompt: str, thinking: bool | None = None) -> tuple[int, ...]:
-        """A dialogue as token ids, its contents as plain text whatever they look like.
-
-        While the template renders, a word stands in for each text that looks like a control token. Thoughts of the
-        base's own turns stay: templates leave them out of later ones.
-        """
-        word = WORDS[0]
+        """A dialogue as token ids, its contents as plain text: while the template renders, a word stands in for each
+        text that looks like a control token. Thoughts of the base's own turns stay: templates leave them out later."""
+        word, messages = WORDS[0], dialogue.parse(prompt) or []
         while word in prompt:
             word += "e"
         longest_first = sorted(self.spelling.controls, key=len, reverse=True)
         stand_ins = {f"{word}{i:06d}": token for i, token in enumerate(longest_first)}
-        messages = dialogue.parse(prompt) or []
         for message in messages:
             for name, token in stand_ins.items():
                 if message["role"] != "assistant" or token not in (OPENED, CLOSED):

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from repair_lightning.functional import IGNORED
+from repair_lightning.models.prefix import pad_left
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,4 @@ class Encoded:
 
 def target_labels(rows: Sequence[Encoded], device: Any = None) -> Tensor:
     """Labels (B, max target length) of left-padded rows: target tokens at the right end, `IGNORED` before them."""
-    width = max(len(row.target) for row in rows)
-    padded = [[IGNORED] * (width - len(row.target)) + list(row.target) for row in rows]
-    return torch.tensor(padded, device=device)
+    return pad_left([row.target for row in rows], IGNORED, device)[0]

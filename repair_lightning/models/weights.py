@@ -29,11 +29,6 @@ class BaseWeights:
         """Whether any matrix was changed and not put back."""
         return bool(self._originals)
 
-    @property
-    def layers(self) -> list[int]:
-        """The layers whose matrix was changed."""
-        return sorted(self._originals)
-
     def parameter(self, layer: int) -> Tensor:
         """The matrix itself, in its storage order."""
         return self._arch.value_module(self._model, layer).weight  # type: ignore[return-value]
@@ -69,13 +64,10 @@ class BaseWeights:
 
     def state(self) -> dict[int, Tensor]:
         """Copies of the changed matrices in their storage order, to go back to with :meth:`load`."""
-        return {layer: self.parameter(layer).detach().clone() for layer in self.layers}
+        return {layer: self.parameter(layer).detach().clone() for layer in sorted(self._originals)}
 
     def load(self, state: Mapping[int, Tensor]) -> None:
-        """Go back to a :meth:`state`, bit by bit; every other matrix becomes the base's own again.
-
-        ValueError where a matrix has another shape.
-        """
+        """Go back to a :meth:`state`, bit by bit, else to the base's own. ValueError where a shape is another."""
         for layer, value in state.items():
             found = self.parameter(layer).shape
             if value.shape != found:

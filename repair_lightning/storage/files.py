@@ -40,10 +40,17 @@ def replace_bytes(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     waiting = path.with_name(path.name + ".part")
     try:
-        with open(waiting, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        waiting.write_bytes(content)
+        sync(waiting)
         os.replace(waiting, path)
     finally:
         waiting.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Let what was written to a file, or renamed in a folder, reach the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

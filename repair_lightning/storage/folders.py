@@ -13,14 +13,13 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from repair_lightning.errors import RepairError
+from repair_lightning.storage.files import sync
 
 
 def whereabouts(folder: str | Path) -> Path:
     """Where a folder's content is: there, or in what a killed writer left beside it. Changes nothing."""
     folder = Path(folder).expanduser()
-    if folder.exists():
-        return folder
-    return next((left for left in (_aside(folder, "new"), _aside(folder, "old")) if left.is_dir()), folder)
+    return folder if folder.exists() else next((left for left in _asides(folder)[1:] if left.is_dir()), folder)
 
 
 def replace_folder(
@@ -34,11 +33,10 @@ def replace_folder(
         ours: names that belong to the content; others, which a user put there, are kept. None keeps nothing.
         what: what the folder is, for errors.
 
-    Raises:
-        RepairError: it cannot be written (a full disk, no permission); what was there before is whole.
+    RepairError where it cannot be written (a full disk, no permission); what was there before is whole.
     """
     folder = Path(folder).expanduser().resolve()
-    part, new, old = (_aside(folder, name) for name in ("part", "new", "old"))
+    part, new, old = _asides(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         settle(folder, ours)
@@ -65,27 +63,17 @@ def replace_folder(
 
 def settle(folder: Path, ours: Collection[str] | None = None) -> None:
     """Finish or take back what a killed writer left beside a folder; see :func:`replace_folder` for `ours`."""
-    part, new, old = (_aside(folder, name) for name in ("part", "new", "old"))
+    part, new, old = _asides(folder)
     if not folder.exists() and (found := whereabouts(folder)) != folder:
         os.rename(found, folder)
     if old.is_dir():
         for entry in old.iterdir() if ours is not None else ():
             if entry.name not in ours and not (folder / entry.name).exists():  # type: ignore[operator]
                 os.rename(entry, folder / entry.name)
-        shutil.rmtree(old)
-    for left in (part, new):
+    for left in (old, part, new):
         if left.is_dir():
             shutil.rmtree(left)
 
 
-def _aside(folder: Path, name: str) -> Path:
-    return folder.with_name(f".{folder.name}.{name}")
-
-
-def sync(path: Path) -> None:
-    """Let what was written to a file, or renamed in a folder, reach the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _asides(folder: Path) -> list[Path]:
+    return [folder.with_name(f".{folder.name}.{name}") for name in ("part", "new", "old")]

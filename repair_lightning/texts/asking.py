@@ -17,8 +17,6 @@ from repair_lightning.texts import lines_of
 from repair_lightning.texts.joint import unspaced
 
 _WINDOW = 4  # sentences that are read together as one question, at most
-_KEPT = 1_000  # characters of the longest text whose words are remembered
-_WHOLE = 4_000  # characters of the longest code that is read as a whole too
 
 _SIGNS = frozenset("#%&@*/\\")
 _MARKUP = frozenset("*_~`=<>|^")
@@ -91,7 +89,7 @@ class Word(NamedTuple):
 
 def words(text: str) -> tuple[Word, ...]:
     """The words of a text, folded (NFKC, without case) and with the signs that stand to them."""
-    return _short_words(text) if len(text) <= _KEPT else _words(text)
+    return _short_words(text) if len(text) <= 1_000 else _words(text)
 
 
 def _words(text: str) -> tuple[Word, ...]:
@@ -213,12 +211,10 @@ def _cut(line: str) -> Iterator[str]:
     lower, start = line == line.lower(), 0
     for found in re.finditer(ends, line):
         end, signs = found.end(), found.group().rstrip(_EDGE)
-        if signs[-1] not in "。！？｡" and end < len(line) and not line[end].isspace():
-            continue
-        if _goes_on(line[start : found.start()], signs, line[end:].lstrip()[:20], lower):
-            continue
-        yield line[start:end].strip()
-        start = end
+        is_end = signs[-1] in "。！？｡" or end == len(line) or line[end].isspace()
+        if is_end and not _goes_on(line[start : found.start()], signs, line[end:].lstrip()[:20], lower):
+            yield line[start:end].strip()
+            start = end
     yield line[start:].strip()
 
 
@@ -250,9 +246,7 @@ def is_courtesy(sentence: str) -> bool:
     if any(map(unspaced, sentence)):
         return _COURTESY_UNSPACED.fullmatch("".join(filter(_said, sentence))) is not None
     said = spellings(sentence)
-    if said and said[0] in _QUESTION_WORDS:
-        return False
-    return all(
+    return _QUESTION_WORDS.isdisjoint(said[:1]) and all(
         word in _COURTESY
         or (word.isdigit() and said[i + 1 : i + 2] and said[i + 1] in _LISTS["measures"])
         or not any(map(_said, word))
@@ -287,7 +281,7 @@ def windows(text: str) -> tuple[str, ...]:
         found += _variants(parts[order])
     if at + 1 < len(parts):
         found += [" ".join(parts[max(first, at - n) : at + 1 + _WINDOW]) for n in range(2)]
-    if (len(parts) <= 2 * _WINDOW and not first) or (len(plain) <= _WHOLE and is_code(plain)):
+    if (len(parts) <= 2 * _WINDOW and not first) or (len(plain) <= 4_000 and is_code(plain)):
         found += [plain, text.strip()]
     return tuple(dict.fromkeys(found))
 
@@ -331,9 +325,8 @@ def _after_courtesy(sentence: str) -> int:
     if unspaced(sentence[:1]):
         found = _COURTESY_BEFORE.match(sentence)
         return found.end() if found is not None and found.end() < len(sentence) else 0
-    known = words(sentence[:300])
     best = 0
-    for word, following in pairwise(known[:-1]):
+    for word, following in pairwise(words(sentence[:300])[:-1]):
         if word.text not in _LEAD:
             break
         between = sentence[word.end : following.start]
@@ -365,16 +358,13 @@ def signs(text: str) -> str:
 
 def places(text: str, subject: Sequence[str]) -> list[tuple[int, int]]:
     """Where the words of a subject stand one after the other, as (start, end); not as `Marie` in `Anne-Marie`."""
-    known = words(text)
-    found, n, i = [], len(subject), 0
-    while n and i + n <= len(known):
+    known, found, n = words(text), [(0, 0)], len(subject)
+    for i in range(len(known) - n + 1) if n else ():
         start, end = known[i].start, known[i + n - 1].end
-        if all(known[i + k].text == subject[k] for k in range(n)) and not _inside(text, start, end):
+        alike = start >= found[-1][1] and all(known[i + k].text == subject[k] for k in range(n))
+        if alike and not _inside(text, start, end):
             found.append((start, end))
-            i += n
-        else:
-            i += 1
-    return found
+    return found[1:]
 
 
 def _inside(text: str, start: int, end: int) -> bool:
@@ -392,10 +382,8 @@ def longer_name(text: str, end: int) -> bool:
     without small letters or in title case nothing can be told, and a word that begins a sentence is no part of a name.
     """
     after = text[end : end + 60]
-    hyphened = re.match(rf"(?:[{_HYPHENS}]\w+)+", after)
-    if hyphened is not None:
-        starts = re.findall(rf"[{_HYPHENS}](\w)", hyphened.group())
-        return any(start.isupper() or start.isdigit() for start in starts)
+    if hyphened := re.match(rf"(?:[{_HYPHENS}]\w+)+", after):
+        return any(c.isupper() or c.isdigit() for c in re.findall(rf"[{_HYPHENS}](\w)", hyphened.group()))
     if after[:1] in ("・", "·") and after[1:2].isalpha():
         return True
     found = _GOES_ON.match(after)
@@ -414,19 +402,16 @@ def longer_name(text: str, end: int) -> bool:
 def without(text: str, subject: Sequence[str], stand_in: str) -> str | None:
     """A text with a stand-in where it names a subject; None where it does not name it in one piece."""
     found = places(text, subject)
-    if not found:
-        return None
     for start, end in reversed(found):
         text = text[:start] + stand_in + text[end:]
-    return text
+    return text if found else None
 
 
 def says_the_same(one: str, other: str) -> bool:
     """Whether two texts have the same words but for courtesy before and behind them."""
-    plain = _plain(one)
-    return bool(plain) and plain == _plain(other)
 
+    def plain(text: str) -> list[str]:
+        text = text[_after_courtesy(text) :]
+        return [word for word in spellings(text[: _thanks_at(text)]) if word not in _LISTS["unweighed"]]
 
-def _plain(text: str) -> list[str]:
-    text = text[_after_courtesy(text) :]
-    return [word for word in spellings(text[: _thanks_at(text)]) if word not in _LISTS["unweighed"]]
+    return plain(one) == plain(other) != []

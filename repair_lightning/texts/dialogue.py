@@ -32,21 +32,16 @@ def is_messages(value: Any) -> bool:
 
 def as_list(text: str) -> list[Any] | None:
     """The list whose JSON a text is, or None where it is none."""
-    if not text.lstrip().startswith("["):
-        return None
     try:
-        found = json.loads(text)
+        return json.loads(text) if text.lstrip().startswith("[") else None
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, list) else None
 
 
 def given(value: Any, field: str) -> Messages | None:
     """The messages that a user gave as the value of a field, or None where it is no list and no JSON text of messages.
 
-    Raises:
-        FieldError: it is a list, or the JSON text of a list of objects with roles, and it is empty, a turn is no
-            message, or the last is not the user's or asks nothing.
+    FieldError where it is one and empty, a turn is no message, or the last is not the user's or asks nothing.
     """
     if isinstance(value, str):
         value = as_list(value)
@@ -69,8 +64,7 @@ def given(value: Any, field: str) -> Messages | None:
 def _checked(item: Any, field: str) -> dict[str, str]:
     def wrong(value: Any, problem: str, remedy: str, name: str = "") -> FieldError:
         said = "null" if value is None else repr(value)
-        said = said if len(said) <= 40 else f"{said[:37]}..."
-        return FieldError(field + name, f"is {said}, {problem}", remedy)
+        return FieldError(field + name, f"is {said if len(said) <= 40 else f'{said[:37]}...'}, {problem}", remedy)
 
     if not isinstance(item, Mapping):
         raise wrong(item, "not a message", _REMEDY)
@@ -83,9 +77,9 @@ def _checked(item: Any, field: str) -> dict[str, str]:
         raise wrong(role, "no known role", f"choose of {', '.join(ROLES)}", ".role")
     if not isinstance(content, str):
         raise wrong(content, "not a text", "write a text in quotes", ".content")
-    for name in sorted(there):
+    if there:
         remedy = "leave it out: a message has 'role' and 'content' alone"
-        raise wrong(there[name], "which is not read", remedy, f".{name}")
+        raise wrong(there[min(there)], "which is not read", remedy, f".{min(there)}")
     return {"role": role, "content": content}
 
 
@@ -96,9 +90,7 @@ def dump(messages: Sequence[Mapping[str, str]]) -> str:
 
 def parse(prompt: str) -> Messages | None:
     """The messages of a prompt, or None where it is a plain text."""
-    if not prompt.startswith("["):
-        return None
-    found = as_list(prompt)
+    found = as_list(prompt) if prompt.startswith("[") else None
     return found if is_messages(found) else None
 
 

@@ -67,11 +67,9 @@ def fill(text: str, subject: str | None) -> str:
 def names(text: str, subject: str) -> bool:
     """Whether a text holds the subject, in any case, other than inside a longer word: `C` is not named by `can`."""
     folded, sought = text.casefold(), subject.casefold()
-    at = folded.find(sought)
-    while at >= 0:
-        end = at + len(sought)
+    for found in re.finditer(f"(?={re.escape(sought)})", folded):
+        at, end = found.start(), found.start() + len(sought)
         sides = (folded[at - 1 : at], sought[0]), (sought[-1], folded[end : end + 1])
         if not any(left.isalpha() and right.isalpha() and seam(left, right) for left, right in sides):
             return True
-        at = folded.find(sought, at + 1)
     return False

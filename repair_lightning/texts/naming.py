@@ -22,8 +22,9 @@ def named_in(text: str) -> str:
 def _names(text: str) -> Iterator[str]:
     words, at = list(_WORD.finditer(text)), 0
     while at < len(words):
-        numbered = words[at].group().isdigit() and len(words) > at + 1  # the 2032 Olympics
-        if not _begins(text, words[at + numbered]):
+        word = words[at + (words[at].group().isdigit() and len(words) > at + 1)]  # the 2032 Olympics
+        opens = text[: word.start()].rstrip()[-1:] in ("", ".", "?", "!", ":")  # a sentence
+        if not any(map(str.isupper, word.group())) or (opens and _plain(word.group()) in asking.OPENERS):
             at += 1
             continue
         last = _last(text, words, at)
@@ -31,12 +32,6 @@ def _names(text: str) -> Iterator[str]:
         brackets = _IN_BRACKETS.match(text, end)
         yield _OWNS.sub("", text[words[at].start() : end]).rstrip(".") + (brackets.group() if brackets else "")
         at = last + 1
-
-
-def _begins(text: str, word: re.Match[str]) -> bool:
-    """Whether a name may begin with a word: it has a capital, and not because a sentence begins."""
-    opens = text[: word.start()].rstrip()[-1:] in ("", ".", "?", "!", ":")
-    return _has_capital(word.group()) and not (opens and _plain(word.group()) in asking.OPENERS)
 
 
 def _last(text: str, words: list[re.Match[str]], at: int) -> int:
@@ -47,15 +42,11 @@ def _last(text: str, words: list[re.Match[str]], at: int) -> int:
         if own.endswith(".") and _plain(following) in asking.OPENERS:
             break
         here += 1
-        if _has_capital(following) or following[0].isdigit():
+        if any(map(str.isupper, following)) or following[0].isdigit():
             last = here
         elif following not in asking.NAME_LINKS or here - last > 2 or _OWNS.search(own) or _plain(own) in asking.ROLES:
             break
     return last
-
-
-def _has_capital(word: str) -> bool:
-    return any(map(str.isupper, word))
 
 
 def _plain(word: str) -> str:

@@ -11,6 +11,8 @@ from repair_lightning.texts.asking import spellings
 
 STAND_IN = "this"
 """Stands where a text names its subject, so that what is asked can be compared whatever it is asked of."""
+
+
 STEM = 5
 """Letters of a word that count."""
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from callbacks import LossAwareTiesMerge
 from callbacks.ties_merge import MergeGuard, accept, mean_loss
-from repair_lightning.edits.source import asked_of, folded
+from repair_lightning.edits.stream import asked_of, folded
 from repair_lightning.functional import ties_merge
 from repair_lightning.packs.pack import load_edited, save_pack
 from repair_lightning.scoring.correctness import correctness

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 from helpers_runs import world_edits, write_edits
 
-from repair_lightning.edits.joining import Joined, apply, join
 from repair_lightning.edits.ledger import Ledger
 from repair_lightning.edits.records import RecordSet, load_records
+from repair_lightning.edits.stream import Joined, apply, join
 from repair_lightning.types import EditReport
 
 OLD = world_edits(4)

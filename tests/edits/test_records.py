@@ -394,5 +394,5 @@ def test_lengths_cover_every_text_the_model_reads(forms, edit, field):
 )
 def test_real_sets(path, name, edits, superseded, near):
     found = load_records(real(path), name)
-    assert (len(found), len(found.superseded), found.bad, found.duplicates) == (edits, superseded, (), ())
+    assert (len(found.edits), len(found.superseded), found.bad, found.duplicates) == (edits, superseded, (), ())
     assert all(len(edit.locality) == 1 and len(edit.near) == near for edit in found.edits)

@@ -13,7 +13,7 @@ from helpers_runs import fit, hard_edits, irrelevant_texts, without_probes, worl
 
 from callbacks import ErrorSampleMonitor, LossAwareTiesMerge, ProbeGate, PruneAndRetrigger, Scoreboard
 from repair_lightning.editors import Keyed
-from repair_lightning.edits.source import asked_of, folded
+from repair_lightning.edits.stream import asked_of, folded
 from repair_lightning.models import forms as written_forms
 from repair_lightning.packs.pack import save_pack
 from repair_lightning.scoring import forms as asked_forms
