@@ -57,7 +57,7 @@ def test_cheap_parts(context):
 
 @pytest.mark.slow
 def test_parts_that_take_longer(context):
-    variants = (editing.VARIANTS[0], replace(editing.VARIANTS[1], options=("--model.writing.batch_tokens", "512")))
+    variants = (editing.VARIANTS[0], replace(editing.VARIANTS[1], options=("--data.batch_size", "64")))
     ours, fixed = measured("editing", context, variants, edits=4)  # by the real program
     assert fixed["ours is faster by"] == ours["edits/min"] / fixed["edits/min"]
     assert (ours["Rel (AR)"], ours["edits"]) == (100, 4)

@@ -277,8 +277,7 @@ class EditCLI(LightningCLI):
         config = self.config.as_dict()
         kept = {name: config[name] for name in ("seed_everything", "model", "data", *self.forced) if name not in SHOWN}
         trainer = {name: config["trainer"][name] for name in DECIDING}
-        probes = [config.get(name, {}).get("probes") for name in ("gate", "scoreboard")]
-        read = (config["data"]["path"], config["data"]["irrelevant"], *probes)
+        read = (config["data"]["path"], config["data"]["irrelevant"], config.get("scoreboard", {}).get("probes"))
         contents = {name: files_hash([Path(name)]) for name in read if name and Path(name).is_file()}
         return kept | {"trainer": trainer, "contents": contents, "from_pack": self.config.from_pack}
 

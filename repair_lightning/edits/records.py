@@ -85,7 +85,6 @@ def load_records(
     format: str = "jsonl",
     max_edits: int | None = None,
     on_bad_record: Literal["stop", "skip"] = "stop",
-    split: str = "train",
     sample_seed: int | None = None,
 ) -> RecordSet:
     """Reads, checks and converts the edits of a local file or of a hub data set, also those past `max_edits`.
@@ -96,7 +95,6 @@ def load_records(
         format: a name of :data:`formats.FORMATS`.
         max_edits: stop after so many edits, not counting duplicates; None for all.
         on_bad_record: `stop` raises for the first bad record, `skip` lists bad records in `bad`.
-        split: the hub data set's split.
         sample_seed: draw the `max_edits` edits at random with this seed and keep the source's order; what repeats a
             drawn edit, or was superseded by it, comes along. None takes the first.
 
@@ -110,7 +108,7 @@ def load_records(
         raise ConfigError(f"max_edits must be 1 or more, or null for all, got {max_edits}")
     if on_bad_record not in ("stop", "skip"):
         raise ConfigError(f"on_bad_record must be 'stop' or 'skip', got '{on_bad_record}'")
-    source, rows = str(path_or_hub_name), read_rows(path_or_hub_name, split)
+    source, rows = str(path_or_hub_name), read_rows(path_or_hub_name)
     if not rows:
         raise RecordError(source, None, None, "holds no records", f"give at least one record in format '{format}'")
     good, bad, repeated = _check_rows(source, rows, chosen)
@@ -169,8 +167,8 @@ def check_lengths(edits: Sequence[Edit], forms: Forms, max_tokens: int) -> dict[
     return messages
 
 
-def read_rows(path_or_hub_name: str | Path, split: str = "train") -> list[Any]:
-    """The raw records of a file or hub data set; a record that cannot be parsed stands there as its `FieldError`.
+def read_rows(path_or_hub_name: str | Path) -> list[Any]:
+    """The raw records of a file or a hub data set (`train`); what cannot be parsed stands there as its `FieldError`.
 
     Raises:
         RecordError: where the file as a whole is no JSON, CSV or Parquet.
@@ -180,7 +178,7 @@ def read_rows(path_or_hub_name: str | Path, split: str = "train") -> list[Any]:
     name = str(path_or_hub_name)
     looks_like_file = _FILE.search(name) or Path(name).parent.exists()
     if _HUB_NAME.fullmatch(name) and not looks_like_file and not path.exists():
-        return _read_hub(name, split)
+        return _read_hub(name)
     if not path.is_file():
         problem = "is a folder, not a file" if path.is_dir() else "no such file"
         raise RepairError(f"{name}: {problem}; give a .jsonl, .json, .csv or .parquet file, or a hub name org/name")
@@ -193,14 +191,14 @@ def read_rows(path_or_hub_name: str | Path, split: str = "train") -> list[Any]:
         raise RepairError(f"{name}: cannot be read ({error.strerror or error}); check the file") from error
 
 
-def _read_hub(name: str, split: str) -> list[Any]:
+def _read_hub(name: str) -> list[Any]:
     try:
-        return list(load_dataset(name, split=split))
+        return list(load_dataset(name, split="train"))
     except Exception as error:  # the hub client raises a dozen unrelated types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RepairError(
-            f"{name}: no such file here, and the hub data set (split '{split}') could not be loaded: {reason}; "
-            "check name, split and network"
+            f"{name}: no such file here, and the hub data set (split 'train') could not be loaded: {reason}; "
+            "check the name and the network"
         ) from error
 
 

@@ -39,11 +39,10 @@ class EditSource(pl.LightningDataModule):
         irrelevant: str | None,
         irrelevant_prefix: str,
         max_irrelevant: int,
-        split: str,
         sample_seed: int | None,
     ) -> None:
         super().__init__()
-        self.path, self.format, self.split = path, format, split
+        self.path, self.format = path, format
         self.max_edits, self.sample_seed, self.on_bad_record = max_edits, sample_seed, on_bad_record
         self.irrelevant, self.irrelevant_prefix, self.max_irrelevant = irrelevant, irrelevant_prefix, max_irrelevant
         self.also_scored: tuple[str, ...] = ()
@@ -64,8 +63,7 @@ class EditSource(pl.LightningDataModule):
         """Read and check every record before the first write; does nothing the second time."""
         if self.records is not None:
             return
-        chosen = (self.max_edits, self.on_bad_record, self.split, self.sample_seed)
-        self.records = load_records(self.file, self.format, *chosen)
+        self.records = load_records(self.file, self.format, self.max_edits, self.on_bad_record, self.sample_seed)
         if not self.records.edits:
             raise ConfigError(f"'{self.file}' holds no edit that can be written; see the messages above")
 

@@ -39,7 +39,6 @@ class EditStream(EditSource):
         irrelevant: file of unrelated questions, `world` for the embedded ones; None lets the base write its own.
         irrelevant_prefix: put before each of them.
         max_irrelevant: take so many of them; half train, a quarter calibrates the router, a quarter guards.
-        split: of a hub data set.
         sample_seed: draw `max_edits` of the good records at random with this seed, None takes the first; they arrive in
             the file's order, and a larger draw holds every smaller one of its seed.
         singles: every edit by itself: a window holds one, and when all has been done for it and it is scored, the
@@ -61,12 +60,11 @@ class EditStream(EditSource):
         irrelevant: str | None = None,
         irrelevant_prefix: str = "",
         max_irrelevant: int = 1000,
-        split: str = "train",
         sample_seed: int | None = None,
         singles: bool = False,
     ) -> None:
         super().__init__(
-            path, format, max_edits, on_bad_record, irrelevant, irrelevant_prefix, max_irrelevant, split, sample_seed
+            path, format, max_edits, on_bad_record, irrelevant, irrelevant_prefix, max_irrelevant, sample_seed
         )
         for name, value in (("window", window), ("batch_size", batch_size), ("max_irrelevant", max_irrelevant)):
             if value < 1:
