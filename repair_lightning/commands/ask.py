@@ -66,8 +66,7 @@ def _plain(prompt: str) -> Any:
 class Pair:
     """A base and its edited model, which are one model with two sets of weights for the matrices that were changed.
 
-    `pack`, `base` and `precision` are as :func:`repair_lightning.packs.pack.load_edited` takes them; an answer has at
-    most `max_new_tokens`.
+    `pack`, `base` and `precision` are those of `load_edited`; an answer has at most `max_new_tokens`.
     """
 
     def __init__(

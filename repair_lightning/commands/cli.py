@@ -104,7 +104,6 @@ class EditCLI(LightningCLI):
             trainer_defaults={
                 "max_epochs": -1,
                 "reload_dataloaders_every_n_epochs": 1,
-                "num_sanity_val_steps": 0,
                 "enable_model_summary": False,
                 "log_every_n_steps": 1,
             },
@@ -219,11 +218,10 @@ class EditCLI(LightningCLI):
         if earlier is not None:
             stream.inherit(earlier)
         if self.run.checkpoint is not None:
-            stream.ledger = together(self.run.history if first else Ledger)  # SQLite's log is for one machine
-            if self.team.size > 1:
-                state = self.team.first(stream.ledger.state_dict())
-                if not first:
-                    stream.ledger.load_state_dict(state)
+            stream.ledger = together(self.run.journal.rebuild if first else Ledger)  # SQLite's log is for one machine
+            state = self.team.first(stream.ledger.state_dict())
+            if not first:
+                stream.ledger.load_state_dict(state)
         if first:
             self.run.journal.follow(stream.ledger)
         else:
@@ -232,9 +230,8 @@ class EditCLI(LightningCLI):
     def _read(self) -> None:
         pack = self.config.from_pack
         if pack and Path(pack).resolve() == (self.run_dir / "pack").resolve():
-            raise ConfigError(
-                f"from_pack '{pack}' lies in the run directory and would be replaced; give another --run_dir"
-            )
+            words = "lies in the run directory and would be replaced; give another --run_dir"
+            raise ConfigError(f"from_pack '{pack}' {words}")
         self.datamodule.setup()
         self.datamodule.also_scored = tuple(probe.prompt for probe in self.part("scoreboard").probes)
 
@@ -257,8 +254,7 @@ class EditCLI(LightningCLI):
         try:
             yield
         except Exception as error:
-            known = explained(error, self.team.rank) if self.team.size > 1 else error
-            if known is error:
+            if self.team.size == 1 or (known := explained(error, self.team.rank)) is error:
                 raise
             raise known from error
 
@@ -288,14 +284,11 @@ class EditCLI(LightningCLI):
 
     def provenance(self) -> dict[str, Any]:
         """Command, seed and versions, for the pack."""
-        packages = ("repair-lightning", "torch", "lightning", "transformers")
         origin = {"from_pack": self.config.from_pack} if self.config.from_pack else {}
-        return origin | {
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "seed": self.config.seed_everything,
-            "python": platform.python_version(),
-            "versions": {name: version(name) for name in packages},
-        }
+        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        found = origin | {"command": command, "seed": self.config.seed_everything, "python": platform.python_version()}
+        names = ("repair-lightning", "torch", "lightning", "transformers")
+        return found | {"versions": {name: version(name) for name in names}}
 
 
 def finish(cli: EditCLI) -> None:
@@ -331,14 +324,13 @@ def finish(cli: EditCLI) -> None:
 
 
 def _nothing_written(ledger: Ledger, ids: Sequence[str]) -> str | None:
-    """Why none of some edits is written, in words; None where one is."""
+    """Why none of some edits is written, in words, the three commonest reasons; None where one is."""
     entries = [ledger.entry(id) for id in ids if id in ledger]
     if any(entry.shard is not None for entry in entries):
         return None
     reasons = Counter(f"{entry.status} ({entry.reason})" if entry.reason else str(entry.status) for entry in entries)
     words = ", ".join(f"{number:,} {reason}" for reason, number in reasons.most_common(3)) or "none arrived"
-    rest = f" and {len(reasons) - 3:,} more reasons" if len(reasons) > 3 else ""
-    return f"nothing was written: of {counted(len(ids), 'edit')} {words}{rest}"
+    return f"nothing was written: of {counted(len(ids), 'edit')} {words}"
 
 
 def _metrics(cli: EditCLI) -> dict[str, Any]:
@@ -349,7 +341,7 @@ def _metrics(cli: EditCLI) -> dict[str, Any]:
     reporting = cli.part("dashboard").seconds  # reporting measures, as scoring does
     editing = board.edit_seconds - reporting
     right = [row["id"] for row in results["pre_edit"].rows if row["kind"] == "edit" and row["correct"]]
-    metrics: dict[str, Any] = {
+    return {
         "editor": editor.editor_name,
         "base": {"name": editor.base.name, "sha256": editor.base.sha256, "parameters": editor.base.parameters},
         "layer": editor.layer,
@@ -383,8 +375,8 @@ def _metrics(cli: EditCLI) -> dict[str, Any]:
         },
         "edits": stream.ledger.counts(),
         "method": editor.figures(),
+        **_more_metrics(cli),
     }
-    return metrics | _more_metrics(cli)
 
 
 def _more_metrics(cli: EditCLI) -> dict[str, Any]:
@@ -392,7 +384,6 @@ def _more_metrics(cli: EditCLI) -> dict[str, Any]:
     editor, stream, board = cli.model, cli.datamodule, cli.part("scoreboard")
     means = board.singles.figures() if board.singles else {}  # the editor at the end holds none of the single edits
     left = means["memory_bytes"] if means else bytes_left(editor)
-    replaced = len(stream.joined.replaced) if board.earlier else 0
     found = {
         "shards": len(editor.memory),
         "memory_bytes": left,
@@ -402,7 +393,7 @@ def _more_metrics(cli: EditCLI) -> dict[str, Any]:
         "ranks": [pace.as_dict() for pace in editor.paces] or None,
         "perplexity": board.perplexity,
         "probes": board.kept,
-        "earlier": board.earlier | {"superseded": replaced} if board.earlier else None,
+        "earlier": board.earlier | {"superseded": len(stream.joined.replaced)} if board.earlier else None,
         "singles": means.get("number"),
         "method": {"deviation": means["deviation"]} if "deviation" in means else None,
     }

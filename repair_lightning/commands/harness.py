@@ -31,13 +31,9 @@ def harness(
 ) -> dict[str, Any]:
     """What a pack's base scores on tasks, and what the edited model does; the options are those of the command.
 
-    Returns:
-        `lm_eval`: its version; `base` and `edited`, each with `scores`: task -> metric -> number, `requests`: how many
-        there were, and `by_shards`: how many a shard answered.
-
-    Raises:
-        ConfigError: `lm_eval` is not installed, there is no such task, or no chat template.
-        RepairError: the pack or a task's data cannot be loaded.
+    `base` and `edited` each have `scores` (task -> metric -> number), `requests` (how many there were) and `by_shards`
+    (how many a shard answered); `lm_eval` is the version. Raises `ConfigError` where `lm_eval` is not installed, there
+    is no such task or no chat template, and `RepairError` where the pack or a task's data cannot be loaded.
     """
     manager = task_manager(tasks, include_path)
     content = Pack.read(download(str(pack)))

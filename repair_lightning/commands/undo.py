@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,7 @@ def undo(
     Killed or refused before the pack is replaced, it has not happened, and the same command does it again; after that
     it has.
 
-    Args:
-        run_dir: the run's directory.
-        ids: of the edits.
-        base: the base's folder or hub name; None takes the pack's.
-        precision: of the base; None takes the one that the pack was written with.
-        provenance: further words for the pack on how it came about.
+    `base` and `precision` None are the pack's; `provenance` are further words for it on how it came about.
 
     Returns:
         `undone`, `as_base` (share of their prompts that are answered as by the base), `rebuilt` (ids of edits written
@@ -55,10 +51,8 @@ def undo(
         raise RepairError(f"'{run_dir}' holds no finished run; finish it with the command that began it, then undo")
     run.hold()
     run.journal = Journal(run.path / JOURNAL)
-    try:
+    with closing(run):
         return _undo(run, list(dict.fromkeys(ids)), base, precision, provenance or {})
-    finally:
-        run.close()
 
 
 def _undo(

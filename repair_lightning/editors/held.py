@@ -21,8 +21,7 @@ from repair_lightning.models.architectures import architecture_of, resolve_layer
 from repair_lightning.models.base import A_BASE, Base, load_base
 from repair_lightning.models.forms import Template
 from repair_lightning.models.prefix_cache import PrefixCache
-from repair_lightning.training.sharing import SharedModel
-from repair_lightning.training.team import ALONE, Team
+from repair_lightning.training.team import ALONE, SharedModel, Team
 
 
 @dataclass(frozen=True)

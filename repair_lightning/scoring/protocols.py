@@ -22,7 +22,7 @@ from repair_lightning.memory.query import Choice
 from repair_lightning.models.edited import EditedModel
 from repair_lightning.models.forms import Forms
 from repair_lightning.models.prefix import pad_left
-from repair_lightning.training.sharing import team_of
+from repair_lightning.training.team import team_of
 
 AUTOREGRESSIVE, TEACHER_FORCED = "autoregressive", "teacher_forced"
 PROTOCOLS = (AUTOREGRESSIVE, TEACHER_FORCED)
