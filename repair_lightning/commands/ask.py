@@ -39,9 +39,8 @@ class Reply:
     @property
     def memory(self) -> str:
         """Who answered, in words."""
-        if self.route.memory != BASE:
-            return f"shard {self.route.memory}"
-        return f"base, with {counted(self.in_base, 'edit')} written into it" if self.in_base else "base"
+        base = f"base, with {counted(self.in_base, 'edit')} written into it" if self.in_base else "base"
+        return base if self.route.memory == BASE else f"shard {self.route.memory}"
 
     def lines(self) -> list[str]:
         """For a person."""
@@ -80,10 +79,7 @@ class Pair:
 
     def ask(self, asked: Prompts) -> list[Reply]:
         """Both answers to each prompt: texts, messages, or several of either. Raises `RepairError` where one is longer
-        than the base reads, or has no words.
-
-        A prompt that no shard answers is asked once: its answers are the same bits.
-        """
+        than the base reads, or has no words. What no shard answers is asked once: the answers are the same bits."""
         model, prompts = self.model, prompts_of(asked)
         for prompt in prompts:
             if not dialogue.question_of(prompt).strip():
@@ -113,12 +109,8 @@ class Pair:
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a file, as they are written there: one a line of plain text, or records.
-
-    A record is a text or messages, or has one of them as `prompt`, `question` or `messages`. A line of plain text loses
-    the blanks around it, and may be messages as JSON. Raises `RepairError` where the file cannot be read, or a record
-    has no prompt.
-    """
+    """The prompts of a file: one a line of plain text, or records, each a text or messages, or with one of them as
+    `prompt`, `question` or `messages`. Raises `RepairError` where it cannot be read, or has no prompt."""
     file = Path(path).expanduser()
     if file.is_file() and file.suffix.lower() in ("", ".txt", ".md"):
         try:

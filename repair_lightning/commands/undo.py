@@ -32,10 +32,8 @@ def undo(
     precision: str | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Take edits of a finished run back: in its pack, its ledger and its journal.
-
-    Killed or refused before the pack is replaced, it has not happened, and the same command does it again; after that
-    it has.
+    """Take edits of a finished run back: in its pack, its ledger and its journal. Until the pack is replaced it has not
+    happened, and the same command does it again.
 
     `base` and `precision` None are the pack's; `provenance` are further words for it on how it came about.
 
@@ -105,10 +103,8 @@ def check(editor: Editor, ids: Sequence[str]) -> None:
         if entry.status is EditStatus.SUPERSEDED:
             raise ConfigError(f"edit {id!r} was {entry.reason}: nothing of it is left; undo its successor instead")
         if entry.shard == BASE and not editor.writes_base:
-            raise ConfigError(
-                f"edit {id!r} was merged into the base's own weights, with all others: a new run without its record is "
-                "what is possible (merge.target side keeps edits apart)"
-            )
+            words = "a new run without its record is what is possible (merge.target side keeps edits apart)"
+            raise ConfigError(f"edit {id!r} was merged into the base's own weights, with all others: {words}")
 
 
 def settle(journal: Journal, ledger: Ledger) -> bool:
@@ -127,11 +123,10 @@ def settle(journal: Journal, ledger: Ledger) -> bool:
 
 def report_lines(report: dict[str, Any]) -> list[str]:
     """What an undo says to a person."""
+    share, rebuilt, shards = 100 * report["as_base"], len(report["rebuilt"]), counted(report["shards"], "shard")
     lines = [
-        f"undone: {', '.join(report['undone'])}; {100 * report['as_base']:.1f} % of their prompts are answered as by "
-        "the base",
-        f"written anew: {counted(len(report['rebuilt']), 'edit')}; "
-        f"{report['untouched']} of {counted(report['shards'], 'shard')} kept their bits",
+        f"undone: {', '.join(report['undone'])}; {share:.1f} % of their prompts are answered as by the base",
+        f"written anew: {counted(rebuilt, 'edit')}; {report['untouched']} of {shards} kept their bits",
         f"the remaining {counted(report['remaining'], 'edit')}, free generation, in per cent:",
         "        " + "".join(f"{name.capitalize():>8}" for name in KINDS),
     ]

@@ -1,9 +1,8 @@
 """The ranks of a run as seen by one of them: who does what, and everybody's results for all.
 
-Every rank holds the same ledger, bank of shards and router, and takes every decision by itself from them. Only costly
-work is dealt out: each rank does its part and :meth:`Team.rows` and :meth:`Team.items` give all parts to all, in one
-order, so that the copies stay equal. :meth:`Team.same` checks that they are. A team of one passes everything through
-untouched.
+Every rank holds the same ledger, bank of shards and router, and takes every decision by itself. Only costly work is
+dealt out: each rank does its part, and all get all parts in one order, so that the copies stay equal; :meth:`Team.same`
+checks that they are. A team of one passes everything through untouched.
 """
 
 from __future__ import annotations
@@ -150,28 +149,21 @@ class Team:
         found = self.gather_objects(hashlib.sha256(content.encode()).hexdigest())
         others = [str(rank) for rank, other in enumerate(found) if other != found[0]]
         if others:
-            self._refuse(
-                f"rank {', '.join(others)} differs from rank 0 in {what}: the run is stopped before anything else is "
-                "written; the same command goes on from the last checkpoint"
-            )
+            who = f"rank {', '.join(others)} differs from rank 0 in {what}: the run is stopped"
+            self._refuse(f"{who} before anything else is written; the same command goes on from the last checkpoint")
 
     def together(self, task: Callable[[], T]) -> T:
-        """Do something on every rank; where it fails on one, it fails on all.
-
-        Raises:
-            RepairError: on rank 0, what the first failing rank said, with that rank's number where it is not rank 0.
-            LeftOutError: on the others, which have nothing to add.
-        """
+        """Do something on every rank; where it fails on one, it fails on all: the `RepairError` on rank 0 is what the
+        first failing rank said, with its number where that is another; a `LeftOutError` ends the others."""
         error, result = None, []
         try:
             result.append(task())
         except RepairError as found:
             error = found
         said = self.gather_objects(str(error) if error else "")
-        failing = [rank for rank, text in enumerate(said) if text]
-        if error is not None and (self.size == 1 or self.rank == 0):
+        if error is not None and self.rank == 0:
             raise error
-        if failing:
+        if failing := [rank for rank, text in enumerate(said) if text]:
             self._refuse(f"rank {failing[0]}: {said[failing[0]]}")
         return result[0]
 
