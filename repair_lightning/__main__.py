@@ -12,13 +12,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from repair_lightning.commands import harness as harnessing
 from repair_lightning.commands import undo as undoing
 from repair_lightning.commands.ask import Pair, difference_lines, given_prompt, read_prompts
 from repair_lightning.commands.cli import guarded
-from repair_lightning.commands.harness import comparison_table
-from repair_lightning.commands.harness import harness as score_on_tasks
 from repair_lightning.edits.journal import FILE, Journal
 from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.packs import export as exporting
@@ -120,10 +117,8 @@ def event_line(event: Mapping[str, Any]) -> str:
 )
 def harness(out: Path | None, **given: Any) -> None:
     """Score a pack's base and the edited model on benchmarks of lm-evaluation-harness (an extra: lm-eval)."""
-    found = score_on_tasks(**given)
-    Console().print(comparison_table(found))
-    edited = found["edited"]
-    print(f"{edited['by_shards']} of {edited['requests']} requests were answered by a shard, the others by the base.")
+    found = harnessing.harness(**given)
+    print("\n".join(harnessing.report_lines(found)))
     if out:
         write_json(out, found)
 
