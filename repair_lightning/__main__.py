@@ -6,7 +6,8 @@ import importlib
 import os
 import sys
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from itertools import chain
 from pathlib import Path
@@ -150,26 +151,18 @@ def ask(question: list[str], **given: Any) -> None:
         replies = pair.ask([given_prompt(one, "question") for one in question])
         print("\n\n".join("\n".join(reply.lines()) for reply in replies))
         return
-    for typed in filter(None, _typed()):
-        try:
-            (reply,) = pair.ask([given_prompt(typed, "question")])
-            print("\n".join(reply.lines()))
-        except RepairError as error:
-            print(f"error: {error}", file=sys.stderr)
-
-
-def _typed() -> Iterator[str]:
-    """The lines until Ctrl-D; a prompt is shown where somebody sits there."""
-    prompt = ""
-    if sys.stdin.isatty():
+    prompt = "> " if sys.stdin.isatty() else ""
+    if prompt:
         import readline  # noqa: F401 - line editing and history for `input`
-
-        prompt = "> "
-    try:
+    with suppress(EOFError):
         while True:
-            yield input(prompt).strip()
-    except EOFError:
-        print(end="\n" if prompt else "")
+            typed = input(prompt).strip()
+            try:
+                for reply in pair.ask([given_prompt(typed, "question")]) if typed else ():
+                    print("\n".join(reply.lines()))
+            except RepairError as error:
+                print(f"error: {error}", file=sys.stderr)
+    print(end="\n" if prompt else "")
 
 
 @command(

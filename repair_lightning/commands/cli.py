@@ -78,11 +78,8 @@ def resolve_configs(argv: Sequence[str], folders: Sequence[Path]) -> tuple[list[
 
 
 class EditCLI(LightningCLI):
-    """`train.py`'s command line: an editor, a stream and a trainer from YAML and options.
-
-    `callbacks` (option name -> class) are configured under their names and always present, in this order; `--config
-    NAME` is looked up in the folders `configs`.
-    """
+    """`train.py`'s command line: an editor, a stream and a trainer from YAML and options. All `callbacks` are present, in
+    this order, configured under their names; `--config NAME` is looked up in the folders `configs`."""
 
     def __init__(self, callbacks: Mapping[str, type[pl.Callback]], configs: Sequence[Path]) -> None:
         self.started = self.loaded = time.perf_counter()
@@ -167,8 +164,8 @@ class EditCLI(LightningCLI):
                 trainer = super().instantiate_trainer(**kwargs, callbacks=[checkpoint], plugins=plugins)
         except MisconfigurationException as error:
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
-        for option, unset in (("max_steps", -1), ("max_time", None)):
-            if trainer.world_size > 1 and options[option] not in (unset, None):
+        for option in ("max_steps", "max_time"):
+            if trainer.world_size > 1 and options[option] not in (-1, None):
                 words = f"would stop each of {trainer.world_size} ranks at a place of its own; give trainer.max_epochs"
                 raise ConfigError(f"trainer.{option} {options[option]} {words}, the number of windows")
         return trainer
@@ -178,16 +175,13 @@ class EditCLI(LightningCLI):
         given = trainer.strategy if isinstance(trainer.strategy, str) else type(trainer.strategy).__name__
         if given in _ALIASES:
             trainer.strategy = _ALIASES[given]
-        elif isinstance(trainer.strategy, str) and given not in ("auto", *STRATEGIES):
+        elif given is trainer.strategy and given not in ("auto", *STRATEGIES):
             known = ", ".join(("auto", "ddp", *STRATEGIES))
             raise ConfigError(f"trainer.strategy '{given}' cannot run an edit stream; give one of: {known}")
 
     def load(self) -> None:
-        """Read and check every record, load the base, and check that the edits fit it: all before the first write.
-
-        Then the run begins, or goes on where it was stopped. Several ranks do so together: what one of them cannot do
-        is said once, and all end.
-        """
+        """Read and check every record, load the base, and check that the edits fit it, all before the first write; then
+        the run begins, or goes on. Several ranks do so together: what one of them cannot do is said once."""
         strategy = self.trainer.strategy
         self.team = strategy.join() if isinstance(strategy, EditStrategy) else ALONE
         if self.team.rank:  # what every rank could say, the first one says
@@ -405,8 +399,7 @@ STOPS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
 
 class Stopped(BaseException):
-    """Somebody asked to stop: whatever is under way ends here; what is durable stays. No `KeyboardInterrupt`, for which
-    the trainer has an end of its own."""
+    """Somebody asked to stop. No `KeyboardInterrupt`, for which the trainer has an end of its own."""
 
 
 def _stop(signum: int, frame: Any) -> None:
@@ -443,10 +436,8 @@ def guarded(main: Callable[[], Any], resumes: bool = False) -> None:
 
 
 def _end(words: str, code: int) -> NoReturn:
-    """End the process, with some words. Before the ranks have met, the first of each machine says them.
-
-    A collective that was interrupted would hold the interpreter's own way out up, for ever where its peers are gone.
-    """
+    """End the process, with some words; before the ranks have met, the first of each machine says them. An interrupted
+    collective would hold up the interpreter's own way out, for ever where its peers are gone."""
     met = torch.distributed.is_available() and torch.distributed.is_initialized()
     on_machine = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
     if words and (met or on_machine == "0"):
