@@ -78,7 +78,7 @@ def resolve_configs(argv: Sequence[str], folders: Sequence[Path]) -> tuple[list[
 
 
 class EditCLI(LightningCLI):
-    """`train.py`'s command line: an editor, a stream and a trainer from YAML and options. All `callbacks` are present, in
+    """`train.py`'s command line: an editor, a stream and a trainer from YAML and options. All `callbacks` are there, in
     this order, configured under their names; `--config NAME` is looked up in the folders `configs`."""
 
     def __init__(self, callbacks: Mapping[str, type[pl.Callback]], configs: Sequence[Path]) -> None:
