@@ -2,25 +2,17 @@
 
 from pathlib import Path
 
-from callbacks import (
-    ErrorSampleMonitor,
-    LossAwareTiesMerge,
-    ProbeGate,
-    PruneAndRetrigger,
-    RoutingDashboard,
-    Scoreboard,
-    StreamProgress,
-)
+import callbacks
 from repair_lightning.commands.cli import EditCLI, finish, guarded
 
 CALLBACKS = {
-    "gate": ProbeGate,
-    "monitor": ErrorSampleMonitor,
-    "dashboard": RoutingDashboard,
-    "feedback": PruneAndRetrigger,
-    "scoreboard": Scoreboard,
-    "merge": LossAwareTiesMerge,
-    "progress": StreamProgress,
+    "gate": callbacks.ProbeGate,
+    "monitor": callbacks.ErrorSampleMonitor,
+    "dashboard": callbacks.RoutingDashboard,
+    "feedback": callbacks.PruneAndRetrigger,
+    "scoreboard": callbacks.Scoreboard,
+    "merge": callbacks.LossAwareTiesMerge,
+    "progress": callbacks.StreamProgress,
 }
 
 

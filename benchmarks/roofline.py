@@ -23,7 +23,6 @@ from benchmarks.streams import load_edits, prepared
 from repair_lightning.editors import Keyed
 from repair_lightning.editors.inner_loop import TargetRows
 from repair_lightning.editors.low_rank import LowRankWriter
-from repair_lightning.editors.shards import Steps
 
 _PRODUCTS = 7
 """Products whose best is the rate, before the inner loop and after it."""
@@ -32,7 +31,7 @@ _PRODUCTS = 7
 def run_part(context: Context) -> Rows:
     """The inner loop of one full batch of low-rank shards, as often as `repeats` after a round to warm up."""
     edits, _ = load_edits(context, context.batch)
-    editor = prepared(context, edits, writing=Steps(batch_tokens=1 << 30))
+    editor = prepared(context, edits)
     editor.ledger.arrive(edits, 0)
     rows = editor._rows(edits)
     runs = [measured(editor, rows) for _ in range(context.repeats + 1)][1:]

@@ -171,7 +171,6 @@ def fit(editor: Keyed | Repair, stream: EditStream, callbacks: list[pl.Callback]
             devices=1,
             max_epochs=-1,
             reload_dataloaders_every_n_epochs=1,
-            num_sanity_val_steps=0,
             default_root_dir=folder,
             callbacks=callbacks,
         )

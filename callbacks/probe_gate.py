@@ -15,8 +15,8 @@ import lightning.pytorch as pl
 import torch
 
 from repair_lightning.edits.ledger import EditStatus, Ledger
-from repair_lightning.errors import ConfigError, counted
-from repair_lightning.scoring.probes import guard_questions, load_probes
+from repair_lightning.errors import counted
+from repair_lightning.scoring.probes import guard_questions
 from repair_lightning.scoring.protocols import answers
 from repair_lightning.types import BASE
 
@@ -30,13 +30,12 @@ class ProbeGate(Remembering):
 
     Args:
         enabled: off lets every window pass.
-        probes: file of unrelated questions, in the form that `scoreboard.probes` takes; None asks the part of the
-            irrelevant prompts that nothing else sees.
-        max_probe_loss: highest share of unrelated probes, in [0, 1], that may lose the base's answer.
     """
 
     sample = 256
-    """Most probes that are asked."""
+    """Most probes that are asked, of the irrelevant prompts that nothing else sees."""
+    max_probe_loss = 0.02
+    """Highest share of them that may lose the base's answer."""
     subjects = 64
     """Most questions about the window's subjects."""
     max_subject_loss = 0.2
@@ -45,13 +44,9 @@ class ProbeGate(Remembering):
     """Writes of an edit whose window was rolled back before it is quarantined."""
     kept = ("rolled_back",)
 
-    def __init__(self, enabled: bool = True, probes: str | None = None, max_probe_loss: float = 0.02) -> None:
-        if not 0 <= max_probe_loss <= 1:
-            raise ConfigError(f"gate.max_probe_loss must be in [0, 1], got {max_probe_loss}")
-        self.enabled, self.max_probe_loss = enabled, max_probe_loss
-        self.given = [probe.prompt for probe in load_probes(probes)] if probes else []
-        if probes and not self.given:
-            raise ConfigError(f"gate.probes '{probes}' holds no questions; give some, or null for irrelevant prompts")
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self.prompts: list[str] = []
         self.expected: dict[str, str] = {}
         self.rolled_back = 0
 
@@ -62,12 +57,7 @@ class ProbeGate(Remembering):
         stream = stream_of(trainer)
         self.before = pl_module.snapshot()
         self.attempts = {id: stream.ledger.entry(id).attempts for id in stream.ledger}
-        if not hasattr(self, "prompts"):
-            probes = self.given[: self.sample]
-            unasked = stream.unrelated(probes)
-            if left_out := len(probes) - len(unasked):
-                log.warning("gate: %d of %d probes are asked in scoring: left out", left_out, len(probes))
-            self.prompts = unasked or list(pl_module.guard_prompts[: self.sample])
+        self.prompts = list(pl_module.guard_prompts[: self.sample])
         self.broken = self._broken(self.prompts, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:

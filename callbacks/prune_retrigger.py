@@ -49,20 +49,19 @@ class PruneAndRetrigger(Remembering):
 
     Args:
         enabled: off leaves failed edits failed.
-        tau_prune: highest error rate of a shard, in [0, 1].
         max_attempts: writes per edit before a failure is final.
     """
 
+    tau_prune = 0.35
+    """Highest error rate of a shard."""
     tau_pool = 32
     """Most failed edits that may wait (tau_E); at the stream's end all are written again."""
     kept = ("pruned", "retriggered")
 
-    def __init__(self, enabled: bool = True, tau_prune: float = 0.35, max_attempts: int = 4) -> None:
-        if not 0 <= tau_prune <= 1:
-            raise ConfigError(f"feedback.tau_prune must be in [0, 1], got {tau_prune}")
+    def __init__(self, enabled: bool = True, max_attempts: int = 4) -> None:
         if max_attempts < 1:
             raise ConfigError(f"feedback.max_attempts must be at least 1, got {max_attempts}")
-        self.enabled, self.tau_prune, self.max_attempts = enabled, tau_prune, max_attempts
+        self.enabled, self.max_attempts = enabled, max_attempts
         self.pruned = self.retriggered = 0
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:

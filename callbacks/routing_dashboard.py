@@ -22,7 +22,6 @@ from torch import Tensor
 
 from repair_lightning.edits.ledger import EditStatus, LedgerEntry
 from repair_lightning.edits.stream import EditStream
-from repair_lightning.errors import ConfigError
 from repair_lightning.scoring.protocols import answers
 from repair_lightning.scoring.separation import MEANT, OTHERS, SCORE, Separation
 from repair_lightning.texts import dialogue
@@ -46,9 +45,10 @@ class RoutingDashboard(Remembering):
 
     Args:
         enabled: off logs none of it.
-        shards: most shards that get series and histograms of their own; where there are more, all are taken together.
     """
 
+    shards = 8
+    """Most shards that get series and histograms of their own; where there are more, all are taken together."""
     sample = 32
     """Edits whose prompts are routed after each window; the first prompt of each kind."""
     rows = 200
@@ -57,10 +57,8 @@ class RoutingDashboard(Remembering):
     """Of the sample; `train.py` sets it to the run's."""
     kept = ("seconds",)
 
-    def __init__(self, enabled: bool = True, shards: int = 8) -> None:
-        if shards < 0:
-            raise ConfigError(f"dashboard.shards must be at least 0, got {shards}")
-        self.enabled, self.shards = enabled, shards
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
         self.seconds = 0.0  # spent here
         self._before: dict[str, LedgerEntry] | None = None
         self._failed: dict[tuple[str, int], list[Any]] = {}

@@ -6,19 +6,17 @@ import importlib
 import os
 import sys
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from repair_lightning.commands import harness as harnessing
 from repair_lightning.commands import undo as undoing
 from repair_lightning.commands.ask import Pair, difference_lines, given_prompt, read_prompts
 from repair_lightning.commands.cli import guarded
-from repair_lightning.commands.harness import comparison_table
-from repair_lightning.commands.harness import harness as score_on_tasks
 from repair_lightning.edits.journal import FILE, Journal
 from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.packs import export as exporting
@@ -120,10 +118,8 @@ def event_line(event: Mapping[str, Any]) -> str:
 )
 def harness(out: Path | None, **given: Any) -> None:
     """Score a pack's base and the edited model on benchmarks of lm-evaluation-harness (an extra: lm-eval)."""
-    found = score_on_tasks(**given)
-    Console().print(comparison_table(found))
-    edited = found["edited"]
-    print(f"{edited['by_shards']} of {edited['requests']} requests were answered by a shard, the others by the base.")
+    found = harnessing.harness(**given)
+    print("\n".join(harnessing.report_lines(found)))
     if out:
         write_json(out, found)
 
@@ -155,26 +151,18 @@ def ask(question: list[str], **given: Any) -> None:
         replies = pair.ask([given_prompt(one, "question") for one in question])
         print("\n\n".join("\n".join(reply.lines()) for reply in replies))
         return
-    for typed in filter(None, _typed()):
-        try:
-            (reply,) = pair.ask([given_prompt(typed, "question")])
-            print("\n".join(reply.lines()))
-        except RepairError as error:
-            print(f"error: {error}", file=sys.stderr)
-
-
-def _typed() -> Iterator[str]:
-    """The lines until Ctrl-D; a prompt is shown where somebody sits there."""
-    prompt = ""
-    if sys.stdin.isatty():
+    prompt = "> " if sys.stdin.isatty() else ""
+    if prompt:
         import readline  # noqa: F401 - line editing and history for `input`
-
-        prompt = "> "
-    try:
+    with suppress(EOFError):
         while True:
-            yield input(prompt).strip()
-    except EOFError:
-        print(end="\n" if prompt else "")
+            typed = input(prompt).strip()
+            try:
+                for reply in pair.ask([given_prompt(typed, "question")]) if typed else ():
+                    print("\n".join(reply.lines()))
+            except RepairError as error:
+                print(f"error: {error}", file=sys.stderr)
+    print(end="\n" if prompt else "")
 
 
 @command(

@@ -38,9 +38,8 @@ class Reply:
     @property
     def memory(self) -> str:
         """Who answered, in words."""
-        if self.route.memory != BASE:
-            return f"shard {self.route.memory}"
-        return f"base, with {counted(self.in_base, 'edit')} written into it" if self.in_base else "base"
+        base = f"base, with {counted(self.in_base, 'edit')} written into it" if self.in_base else "base"
+        return base if self.route.memory == BASE else f"shard {self.route.memory}"
 
     def lines(self) -> list[str]:
         """For a person."""
@@ -65,8 +64,7 @@ def _plain(prompt: str) -> Any:
 class Pair:
     """A base and its edited model, which are one model with two sets of weights for the matrices that were changed.
 
-    `pack`, `base` and `precision` are as :func:`repair_lightning.packs.pack.load_edited` takes them; an answer has at
-    most `max_new_tokens`.
+    `pack`, `base` and `precision` are those of `load_edited`; an answer has at most `max_new_tokens`.
     """
 
     def __init__(
@@ -80,10 +78,7 @@ class Pair:
 
     def ask(self, asked: Prompts) -> list[Reply]:
         """Both answers to each prompt: texts, messages, or several of either. Raises `RepairError` where one is longer
-        than the base reads, or has no words.
-
-        A prompt that no shard answers is asked once: its answers are the same bits.
-        """
+        than the base reads, or has no words. What no shard answers is asked once: the answers are the same bits."""
         model, prompts = self.model, prompts_of(asked)
         for prompt in prompts:
             if not dialogue.question_of(prompt).strip():
@@ -113,12 +108,8 @@ class Pair:
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a file, as they are written there: one a line of plain text, or records.
-
-    A record is a text or messages, or has one of them as `prompt`, `question` or `messages`. A line of plain text loses
-    the blanks around it, and may be messages as JSON. Raises `RepairError` where the file cannot be read, or a record
-    has no prompt.
-    """
+    """The prompts of a file: one a line of plain text, or records, each a text or messages, or with one of them as
+    `prompt`, `question` or `messages`. Raises `RepairError` where it cannot be read, or has no prompt."""
     file = Path(path).expanduser()
     if file.is_file() and file.suffix.lower() in ("", ".txt", ".md"):
         try:

@@ -79,11 +79,8 @@ def resolve_configs(argv: Sequence[str], folders: Sequence[Path]) -> tuple[list[
 
 
 class EditCLI(LightningCLI):
-    """`train.py`'s command line: an editor, a stream and a trainer from YAML and options.
-
-    `callbacks` (option name -> class) are configured under their names and always present, in this order; `--config
-    NAME` is looked up in the folders `configs`.
-    """
+    """`train.py`'s command line: an editor, a stream and a trainer from YAML and options. All `callbacks` are there, in
+    this order, configured under their names; `--config NAME` is looked up in the folders `configs`."""
 
     def __init__(self, callbacks: Mapping[str, type[pl.Callback]], configs: Sequence[Path]) -> None:
         self.started = self.loaded = time.perf_counter()
@@ -105,7 +102,6 @@ class EditCLI(LightningCLI):
             trainer_defaults={
                 "max_epochs": -1,
                 "reload_dataloaders_every_n_epochs": 1,
-                "num_sanity_val_steps": 0,
                 "enable_model_summary": False,
                 "log_every_n_steps": 1,
             },
@@ -169,8 +165,8 @@ class EditCLI(LightningCLI):
                 trainer = super().instantiate_trainer(**kwargs, callbacks=[checkpoint], plugins=plugins)
         except MisconfigurationException as error:
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
-        for option, unset in (("max_steps", -1), ("max_time", None)):
-            if trainer.world_size > 1 and options[option] not in (unset, None):
+        for option in ("max_steps", "max_time"):
+            if trainer.world_size > 1 and options[option] not in (-1, None):
                 words = f"would stop each of {trainer.world_size} ranks at a place of its own; give trainer.max_epochs"
                 raise ConfigError(f"trainer.{option} {options[option]} {words}, the number of windows")
         return trainer
@@ -180,16 +176,13 @@ class EditCLI(LightningCLI):
         given = trainer.strategy if isinstance(trainer.strategy, str) else type(trainer.strategy).__name__
         if given in _ALIASES:
             trainer.strategy = _ALIASES[given]
-        elif isinstance(trainer.strategy, str) and given not in ("auto", *STRATEGIES):
+        elif given is trainer.strategy and given not in ("auto", *STRATEGIES):
             known = ", ".join(("auto", "ddp", *STRATEGIES))
             raise ConfigError(f"trainer.strategy '{given}' cannot run an edit stream; give one of: {known}")
 
     def load(self) -> None:
-        """Read and check every record, load the base, and check that the edits fit it: all before the first write.
-
-        Then the run begins, or goes on where it was stopped. Several ranks do so together: what one of them cannot do
-        is said once, and all end.
-        """
+        """Read and check every record, load the base, and check that the edits fit it, all before the first write; then
+        the run begins, or goes on. Several ranks do so together: what one of them cannot do is said once."""
         strategy = self.trainer.strategy
         self.team = strategy.join() if isinstance(strategy, EditStrategy) else ALONE
         if self.team.rank:  # what every rank could say, the first one says
@@ -220,11 +213,10 @@ class EditCLI(LightningCLI):
         if earlier is not None:
             stream.inherit(earlier)
         if self.run.checkpoint is not None:
-            stream.ledger = together(self.run.history if first else Ledger)  # SQLite's log is for one machine
-            if self.team.size > 1:
-                state = self.team.first(stream.ledger.state_dict())
-                if not first:
-                    stream.ledger.load_state_dict(state)
+            stream.ledger = together(self.run.journal.rebuild if first else Ledger)  # SQLite's log is for one machine
+            state = self.team.first(stream.ledger.state_dict())
+            if not first:
+                stream.ledger.load_state_dict(state)
         if first:
             self.run.journal.follow(stream.ledger)
         else:
@@ -233,9 +225,8 @@ class EditCLI(LightningCLI):
     def _read(self) -> None:
         pack = self.config.from_pack
         if pack and Path(pack).resolve() == (self.run_dir / "pack").resolve():
-            raise ConfigError(
-                f"from_pack '{pack}' lies in the run directory and would be replaced; give another --run_dir"
-            )
+            words = "lies in the run directory and would be replaced; give another --run_dir"
+            raise ConfigError(f"from_pack '{pack}' {words}")
         self.datamodule.setup()
         self.datamodule.also_scored = tuple(probe.prompt for probe in self.part("scoreboard").probes)
 
@@ -258,8 +249,7 @@ class EditCLI(LightningCLI):
         try:
             yield
         except Exception as error:
-            known = explained(error, self.team.rank) if self.team.size > 1 else error
-            if known is error:
+            if self.team.size == 1 or (known := explained(error, self.team.rank)) is error:
                 raise
             raise known from error
 
@@ -278,8 +268,7 @@ class EditCLI(LightningCLI):
         config = self.config.as_dict()
         kept = {name: config[name] for name in ("seed_everything", "model", "data", *self.forced) if name not in SHOWN}
         trainer = {name: config["trainer"][name] for name in DECIDING}
-        probes = [config.get(name, {}).get("probes") for name in ("gate", "scoreboard")]
-        read = (config["data"]["path"], config["data"]["irrelevant"], *probes)
+        read = (config["data"]["path"], config["data"]["irrelevant"], config.get("scoreboard", {}).get("probes"))
         contents = {name: files_hash([Path(name)]) for name in read if name and Path(name).is_file()}
         return kept | {"trainer": trainer, "contents": contents, "from_pack": self.config.from_pack}
 
@@ -290,14 +279,11 @@ class EditCLI(LightningCLI):
 
     def provenance(self) -> dict[str, Any]:
         """Command, seed and versions, for the pack."""
-        packages = ("repair-lightning", "torch", "lightning", "transformers")
         origin = {"from_pack": self.config.from_pack} if self.config.from_pack else {}
-        return origin | {
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "seed": self.config.seed_everything,
-            "python": platform.python_version(),
-            "versions": {name: version(name) for name in packages},
-        }
+        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        found = origin | {"command": command, "seed": self.config.seed_everything, "python": platform.python_version()}
+        names = ("repair-lightning", "torch", "lightning", "transformers")
+        return found | {"versions": {name: version(name) for name in names}}
 
 
 def finish(cli: EditCLI) -> None:
@@ -333,14 +319,13 @@ def finish(cli: EditCLI) -> None:
 
 
 def _nothing_written(ledger: Ledger, ids: Sequence[str]) -> str | None:
-    """Why none of some edits is written, in words; None where one is."""
+    """Why none of some edits is written, in words, the three commonest reasons; None where one is."""
     entries = [ledger.entry(id) for id in ids if id in ledger]
     if any(entry.shard is not None for entry in entries):
         return None
     reasons = Counter(f"{entry.status} ({entry.reason})" if entry.reason else str(entry.status) for entry in entries)
     words = ", ".join(f"{number:,} {reason}" for reason, number in reasons.most_common(3)) or "none arrived"
-    rest = f" and {len(reasons) - 3:,} more reasons" if len(reasons) > 3 else ""
-    return f"nothing was written: of {counted(len(ids), 'edit')} {words}{rest}"
+    return f"nothing was written: of {counted(len(ids), 'edit')} {words}"
 
 
 def _metrics(cli: EditCLI) -> dict[str, Any]:
@@ -351,7 +336,7 @@ def _metrics(cli: EditCLI) -> dict[str, Any]:
     reporting = cli.part("dashboard").seconds  # reporting measures, as scoring does
     editing = board.edit_seconds - reporting
     right = [row["id"] for row in results["pre_edit"].rows if row["kind"] == "edit" and row["correct"]]
-    metrics: dict[str, Any] = {
+    return {
         "editor": editor.editor_name,
         "base": {"name": editor.base.name, "sha256": editor.base.sha256, "parameters": editor.base.parameters},
         "layer": editor.layer,
@@ -385,8 +370,8 @@ def _metrics(cli: EditCLI) -> dict[str, Any]:
         },
         "edits": stream.ledger.counts(),
         "method": editor.figures(),
+        **_more_metrics(cli),
     }
-    return metrics | _more_metrics(cli)
 
 
 def _more_metrics(cli: EditCLI) -> dict[str, Any]:
@@ -394,7 +379,6 @@ def _more_metrics(cli: EditCLI) -> dict[str, Any]:
     editor, stream, board = cli.model, cli.datamodule, cli.part("scoreboard")
     means = board.singles.figures() if board.singles else {}  # the editor at the end holds none of the single edits
     left = means["memory_bytes"] if means else bytes_left(editor)
-    replaced = len(stream.joined.replaced) if board.earlier else 0
     found = {
         "shards": len(editor.memory),
         "memory_bytes": left,
@@ -404,7 +388,7 @@ def _more_metrics(cli: EditCLI) -> dict[str, Any]:
         "ranks": list(editor.paces) or None,
         "perplexity": board.perplexity,
         "probes": board.kept,
-        "earlier": board.earlier | {"superseded": replaced} if board.earlier else None,
+        "earlier": board.earlier | {"superseded": len(stream.joined.replaced)} if board.earlier else None,
         "singles": means.get("number"),
         "method": {"deviation": means["deviation"]} if "deviation" in means else None,
     }
@@ -416,8 +400,7 @@ STOPS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
 
 class Stopped(BaseException):
-    """Somebody asked to stop: whatever is under way ends here; what is durable stays. No `KeyboardInterrupt`, for which
-    the trainer has an end of its own."""
+    """Somebody asked to stop. No `KeyboardInterrupt`, for which the trainer has an end of its own."""
 
 
 def _stop(signum: int, frame: Any) -> None:
@@ -454,10 +437,8 @@ def guarded(main: Callable[[], Any], resumes: bool = False) -> None:
 
 
 def _end(words: str, code: int) -> NoReturn:
-    """End the process, with some words. Before the ranks have met, the first of each machine says them.
-
-    A collective that was interrupted would hold the interpreter's own way out up, for ever where its peers are gone.
-    """
+    """End the process, with some words; before the ranks have met, the first of each machine says them. An interrupted
+    collective would hold up the interpreter's own way out, for ever where its peers are gone."""
     met = torch.distributed.is_available() and torch.distributed.is_initialized()
     on_machine = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
     if words and (met or on_machine == "0"):

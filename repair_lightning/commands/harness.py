@@ -11,13 +11,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
-from rich.markup import escape
-from rich.table import Table
 
 from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.models.edited import EditedModel
 from repair_lightning.packs.pack import Pack, download
+from repair_lightning.reports.tables import Table
 
 
 def harness(
@@ -30,13 +30,9 @@ def harness(
 ) -> dict[str, Any]:
     """What a pack's base scores on tasks, and what the edited model does; the options are those of the command.
 
-    Returns:
-        `lm_eval`: its version; `base` and `edited`, each with `scores`: task -> metric -> number, `requests`: how many
-        there were, and `by_shards`: how many a shard answered.
-
-    Raises:
-        ConfigError: `lm_eval` is not installed, there is no such task, or no chat template.
-        RepairError: the pack or a task's data cannot be loaded.
+    `base` and `edited` each have `scores` (task -> metric -> number), `requests` (how many there were) and `by_shards`
+    (how many a shard answered); `lm_eval` is the version. Raises `ConfigError` where `lm_eval` is not installed, there
+    is no such task or no chat template, and `RepairError` where the pack or a task's data cannot be loaded.
     """
     manager = task_manager(tasks, include_path)
     content = Pack.read(download(str(pack)))
@@ -91,15 +87,14 @@ def task_manager(tasks: Sequence[str], include_path: str | None) -> Any:
     return manager
 
 
-def comparison_table(found: Mapping[str, Any]) -> Table:
-    """A row per task and metric: the base, the edited model, and how far they are apart."""
-    table = Table("task", "metric", header_style="bold")
-    for column in ("base", "edited", "change"):
-        table.add_column(column, justify="right")
+def report_lines(found: Mapping[str, Any]) -> list[str]:
+    """For a person: a row per task and metric with the base, the edited model, and how far they are apart."""
+    rows, edited = [], found["edited"]
     for task, before in found["base"]["scores"].items():
         for metric, value in before.items():
-            now = found["edited"]["scores"][task][metric]
+            now = edited["scores"][task][metric]
             change = "" if "_stderr" in metric else f"{now - value:+.4f}"
-            name = escape(metric.removesuffix(",none"))
-            table.add_row(escape(task), name, f"{value:.4f}", f"{now:.4f}", change)
-    return table
+            rows.append([task, metric.removesuffix(",none"), f"{value:.4f}", f"{now:.4f}", change])
+    table = Table("", pd.DataFrame(rows, columns=["task", "metric", "base", "edited", "change"]))
+    who = f"{edited['by_shards']} of {edited['requests']} requests were answered by a shard, the others by the base."
+    return [table.text("simple"), who]

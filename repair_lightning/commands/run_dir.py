@@ -19,7 +19,6 @@ from typing import Any, Literal
 from repair_lightning.edits.checkpoints import JournaledCheckpointIO, settle
 from repair_lightning.edits.journal import FILE as JOURNAL_FILE
 from repair_lightning.edits.journal import Journal, Tables
-from repair_lightning.edits.ledger import Ledger
 from repair_lightning.errors import ConfigError, RepairError, counted
 from repair_lightning.storage.files import replace_text
 
@@ -27,16 +26,8 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
 METRICS_FILE, SETTINGS_FILE, LOCK_FILE = "metrics.json", "run.json", ".lock"
-_RESULTS = (
-    "pack",
-    "checkpoints",
-    "config.yaml",
-    "edits.parquet",
-    "generations.jsonl",
-    "curves.jsonl",
-    "features.json",
-    "report.html",
-)
+_FILES = ("config.yaml", "edits.parquet", "generations.jsonl", "curves.jsonl", "features.json", "report.html")
+_RESULTS = ("pack", "checkpoints", *_FILES)
 """What a run writes beside its journal: without one it is not ours to remove."""
 _JOURNAL = (JOURNAL_FILE, f"{JOURNAL_FILE}-wal", f"{JOURNAL_FILE}-shm")
 _WRITTEN = (SETTINGS_FILE, *_JOURNAL, "scratch", *_RESULTS, METRICS_FILE)
@@ -64,14 +55,10 @@ class RunDirectory:
     def open(self, settings: Mapping[str, Any], resume: Resume = "auto", overwrite: bool = False) -> None:
         """Take hold of the directory and refuse what cannot go on in it; nothing is changed yet.
 
-        Args:
-            settings: everything that decides what the run computes; a run is resumed under the same.
-            resume: `auto` goes on with an unfinished run, `never` does not.
-            overwrite: what cannot go on (finished, other settings, not to be resumed) is going to be removed.
-
-        Raises:
-            ConfigError: another process has the directory; a run that cannot go on lies there.
-            RepairError: the directory cannot be written.
+        A run is resumed under the same `settings`, which are all that decides what it computes. With `overwrite`, what
+        cannot go on (finished, other settings, not to be resumed) is going to be removed. Raises `ConfigError` where
+        another process has the directory, or a run that cannot go on lies there, and `RepairError` where it cannot be
+        written.
         """
         self.settings = plain(settings)
         self.hold()
@@ -102,14 +89,16 @@ class RunDirectory:
             return journal.checkpoint is not None
 
     def begin(self) -> None:
-        """Open the journal: a new one, or that of the unfinished run, after its last durable point.
-
-        Raises:
-            RepairError: the checkpoint or the journal is damaged, or the directory cannot be written.
-        """
+        """Open the journal: a new one, or the unfinished run's, after its last durable point. Raises `RepairError` if
+        the checkpoint or the journal is damaged, or the directory cannot be written."""
         try:
             if self._anew:
-                self._clear()  # at the least what a run left that was killed before it had said what it is
+                for name in _WRITTEN:  # also what a run left that was killed before it had said what it is
+                    path = self.path / name
+                    if path.is_dir() and not path.is_symlink():
+                        shutil.rmtree(path)
+                    else:
+                        path.unlink(missing_ok=True)
                 replace_text(self.path / SETTINGS_FILE, json.dumps(self.settings, indent=1, ensure_ascii=False))
                 self.journal = Journal(self.path / JOURNAL_FILE)
                 return
@@ -123,10 +112,6 @@ class RunDirectory:
         self.checkpoint = self.path / CHECKPOINT if known else None
         void = self.journal.rewind(seq, f"resumed after window {windows}")
         log.info("resuming '%s' after window %d; void: %s", self.path, windows, counted(void, "later event"))
-
-    def history(self) -> Ledger:
-        """The ledger as the journal tells it, up to the checkpoint."""
-        return self.journal.rebuild()
 
     def close(self) -> None:
         """Let go of the journal and of the directory."""
@@ -142,23 +127,14 @@ class RunDirectory:
     def _unwritable(self, error: OSError) -> RepairError:
         return RepairError(f"run_dir '{self.path}' cannot be written ({error.strerror or error}); give another")
 
-    def _clear(self) -> None:
-        for name in _WRITTEN:
-            path = self.path / name
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-
     def _obstacle(self, resume: Resume) -> str | None:
         """Why what lies here cannot go on, with the remedy; None where it can, or where there is nothing."""
         if (self.path / METRICS_FILE).exists():
             return "a finished run; give another --run_dir, or --overwrite to start it anew"
         if not self._begun():
-            found = [name for name in _RESULTS if (self.path / name).exists()]
-            if found:
-                return f"{found[0]} and no run that could go on; give another --run_dir, or --overwrite to replace it"
-            return None
+            found = next((name for name in _RESULTS if (self.path / name).exists()), None)
+            words = "and no run that could go on; give another --run_dir, or --overwrite to replace it"
+            return found and f"{found} {words}"
         if resume == "never":
             return "an unfinished run; --resume auto goes on with it, --overwrite starts it anew"
         try:
@@ -193,11 +169,7 @@ class RunDirectory:
 
 def plain(value: Any) -> Any:
     """Settings in the types that JSON knows, so that they compare equal after a round trip."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
+    return json.loads(json.dumps(value, default=str))
 
 
 def _flat(settings: Mapping[str, Any], start: str = "") -> dict[str, Any]:

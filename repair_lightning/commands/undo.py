@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,10 @@ def undo(
     precision: str | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Take edits of a finished run back: in its pack, its ledger and its journal.
+    """Take edits of a finished run back: in its pack, its ledger and its journal. Until the pack is replaced it has not
+    happened, and the same command does it again.
 
-    Killed or refused before the pack is replaced, it has not happened, and the same command does it again; after that
-    it has.
-
-    Args:
-        run_dir: the run's directory.
-        ids: of the edits.
-        base: the base's folder or hub name; None takes the pack's.
-        precision: of the base; None takes the one that the pack was written with.
-        provenance: further words for the pack on how it came about.
+    `base` and `precision` None are the pack's; `provenance` are further words for it on how it came about.
 
     Returns:
         `undone`, `as_base` (share of their prompts that are answered as by the base), `rebuilt` (ids of edits written
@@ -54,10 +48,8 @@ def undo(
         raise RepairError(f"'{run_dir}' holds no finished run; finish it with the command that began it, then undo")
     run.hold()
     run.journal = Journal(run.path / JOURNAL)
-    try:
+    with closing(run):
         return _undo(run, list(dict.fromkeys(ids)), base, precision, provenance or {})
-    finally:
-        run.close()
 
 
 def _undo(
@@ -110,10 +102,8 @@ def check(editor: Editor, ids: Sequence[str]) -> None:
         if entry.status is EditStatus.SUPERSEDED:
             raise ConfigError(f"edit {id!r} was {entry.reason}: nothing of it is left; undo its successor instead")
         if entry.shard == BASE and not editor.writes_base:
-            raise ConfigError(
-                f"edit {id!r} was merged into the base's own weights, with all others: a new run without its record is "
-                "what is possible (merge.target side keeps edits apart)"
-            )
+            words = "a new run without its record is what is possible (merge.target side keeps edits apart)"
+            raise ConfigError(f"edit {id!r} was merged into the base's own weights, with all others: {words}")
 
 
 def settle(journal: Journal, ledger: Ledger) -> bool:
@@ -132,11 +122,10 @@ def settle(journal: Journal, ledger: Ledger) -> bool:
 
 def report_lines(report: dict[str, Any]) -> list[str]:
     """What an undo says to a person."""
+    share, rebuilt, shards = 100 * report["as_base"], len(report["rebuilt"]), counted(report["shards"], "shard")
     lines = [
-        f"undone: {', '.join(report['undone'])}; {100 * report['as_base']:.1f} % of their prompts are answered as by "
-        "the base",
-        f"written anew: {counted(len(report['rebuilt']), 'edit')}; "
-        f"{report['untouched']} of {counted(report['shards'], 'shard')} kept their bits",
+        f"undone: {', '.join(report['undone'])}; {share:.1f} % of their prompts are answered as by the base",
+        f"written anew: {counted(rebuilt, 'edit')}; {report['untouched']} of {shards} kept their bits",
         f"the remaining {counted(report['remaining'], 'edit')}, free generation, in per cent:",
         "        " + "".join(f"{name.capitalize():>8}" for name in KINDS),
     ]

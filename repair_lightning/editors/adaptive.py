@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -39,14 +39,15 @@ class Steps:
         steps: most steps per batch (n_iter); as many again for each earlier attempt of its hardest edit.
         stop_margin: stop once every target token leads its best rival by this many nats; None takes all steps, `auto`
             finds it by probe edits.
-        batch_tokens: most target tokens of a batch: long targets make smaller batches.
     """
+
+    batch_tokens: ClassVar[int] = 1024
+    """Most target tokens of a batch: long targets make smaller batches."""
 
     optimizer: Optimizer | None = None
     lr: float | str = 1.0
     steps: int = 150
     stop_margin: float | str | None = 2.0
-    batch_tokens: int = 1024
 
     @property
     def rate(self) -> float:

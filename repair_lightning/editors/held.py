@@ -21,8 +21,7 @@ from repair_lightning.models.architectures import architecture_of, resolve_layer
 from repair_lightning.models.base import A_BASE, Base, load_base
 from repair_lightning.models.forms import Template
 from repair_lightning.models.prefix_cache import PrefixCache
-from repair_lightning.training.sharing import SharedModel
-from repair_lightning.training.team import ALONE, Team
+from repair_lightning.training.team import ALONE, SharedModel, Team
 
 
 @dataclass(frozen=True)
@@ -46,9 +45,7 @@ class HeldModel(pl.LightningModule):
         base: folder or hub name of a Hugging Face causal LM.
         layer: the edited layer, or None for the default of `resolve_layer`, or `auto` where the method can find it.
         precision: of the base: `auto`, `float32`, `bfloat16` or `float16`. Shards are float32.
-        trust_remote_code: let the base's repository run its own code.
         cache_mib: memory for the prefix cache, in MiB; 0 goes without and runs the whole base again and again.
-        cache_disk_mib: scratch space on disk for what the prefix cache cannot hold in memory, in MiB.
         template: how the base is asked a text: `chat` through its chat template, `none` bare, `auto` through the
             template where it has one.
     """
@@ -78,25 +75,21 @@ class HeldModel(pl.LightningModule):
         base: str = "",
         layer: int | str | None = None,
         precision: str = "auto",
-        trust_remote_code: bool = False,
         cache_mib: int = 2048,
-        cache_disk_mib: int = 8192,
         template: Template = "auto",
     ) -> None:
         super().__init__()
         lacks = [n for n in dir(type(self)) if getattr(getattr(type(self), n, None), "__isabstractmethod__", False)]
         if lacks:
             raise ConfigError(f"{type(self).__name__} must have {' and '.join(lacks)}; see docs/adding-an-editor.md")
-        for name, value in (("cache_mib", cache_mib), ("cache_disk_mib", cache_disk_mib)):
-            if value < 0:
-                raise ConfigError(f"{name} must be at least 0, got {value}")
+        if cache_mib < 0:
+            raise ConfigError(f"cache_mib must be at least 0, got {cache_mib}")
         if isinstance(layer, str) and not (self.can_adapt and layer == AUTO):
             words = "a whole number, null for the default, or 'auto'" if self.can_adapt else "a whole number or null"
             raise ConfigError(f"layer must be {words}, got '{layer}'; negative numbers count from the last layer")
         self.automatic_optimization = False
         self.base_option, self.layer_option, self.precision_option = base, layer, precision
-        self.trust_remote_code, self.template = trust_remote_code, template
-        self.cache_mib, self.cache_disk_mib = cache_mib, cache_disk_mib
+        self.template, self.cache_mib = template, cache_mib
         self.ledger = Ledger()
         self.base: Base | None = None
         self.changed_weights: dict[int, Tensor] = {}
@@ -111,7 +104,7 @@ class HeldModel(pl.LightningModule):
             return
         if not self.base_option:
             raise ConfigError(f"no base: give --model.base {A_BASE}")
-        base = load_base(self.base_option, self.precision_option, self.trust_remote_code)
+        base = load_base(self.base_option, self.precision_option)
         asked = None if isinstance(self.layer_option, str) else self.layer_option
         self.build(base, resolve_layer(base.model, asked))
 
@@ -128,9 +121,8 @@ class HeldModel(pl.LightningModule):
         else:
             self.edited.move_to(layer, memory)
         self.base = base
-        scratch = self.scratch if self.cache_mib and self.cache_disk_mib else None
-        memory_bytes, disk_bytes = self.cache_mib << 20, self.cache_disk_mib << 20
-        self.edited.prefixes = PrefixCache(self.edited.split, memory_bytes, scratch, disk_bytes)
+        scratch = self.scratch if self.cache_mib else None
+        self.edited.prefixes = PrefixCache(self.edited.split, self.cache_mib << 20, scratch)
         self.join(self.team)
 
     def join(self, team: Team) -> None:

@@ -89,7 +89,6 @@ def load_records(
     format: str = "jsonl",
     max_edits: int | None = None,
     on_bad_record: Literal["stop", "skip"] = "stop",
-    split: str = "train",
     sample_seed: int | None = None,
 ) -> RecordSet:
     """Reads, checks and converts the edits of a local file or of a hub data set, also those past `max_edits`.
@@ -110,7 +109,7 @@ def load_records(
         raise ConfigError(f"max_edits must be 1 or more, or null for all, got {max_edits}")
     if on_bad_record not in ("stop", "skip"):
         raise ConfigError(f"on_bad_record must be 'stop' or 'skip', got '{on_bad_record}'")
-    source, rows = str(path_or_hub_name), read_rows(path_or_hub_name, split)
+    source, rows = str(path_or_hub_name), read_rows(path_or_hub_name)
     if not rows:
         raise RecordError(source, None, None, "holds no records", f"give at least one record in format '{format}'")
     good, bad = _check_rows(source, rows, chosen)
@@ -165,8 +164,8 @@ def check_lengths(edits: Sequence[Edit], forms: Forms, max_tokens: int) -> dict[
     return messages
 
 
-def read_rows(path_or_hub_name: str | Path, split: str = "train") -> list[Any]:
-    """The raw records of a file or hub data set; a record that cannot be parsed stands there as its `FieldError`.
+def read_rows(path_or_hub_name: str | Path) -> list[Any]:
+    """The raw records of a file or a hub data set (`train`); what cannot be parsed stands there as its `FieldError`.
 
     RecordError where the file as a whole is no JSON, CSV or Parquet, RepairError where it is missing or unreadable.
     """
@@ -175,11 +174,11 @@ def read_rows(path_or_hub_name: str | Path, split: str = "train") -> list[Any]:
     looks_like_file = _FILE.search(name) or Path(name).parent.exists()
     if _HUB_NAME.fullmatch(name) and not looks_like_file and not path.exists():
         try:
-            return list(load_dataset(name, split=split))
+            return list(load_dataset(name, split="train"))
         except Exception as error:  # the hub client raises a dozen unrelated types
             raise RepairError(
-                f"{name}: no such file here, and the hub data set (split '{split}') could not be loaded: "
-                f"{first_line(error)}; check name, split and network"
+                f"{name}: no such file here, and the hub data set (split 'train') could not be loaded: "
+                f"{first_line(error)}; check the name and the network"
             ) from error
     if not path.is_file():
         problem = "is a folder, not a file" if path.is_dir() else "no such file"

@@ -70,7 +70,6 @@ class EditStream(pl.LightningDataModule):
         irrelevant: file of unrelated questions, `world` for the embedded ones; None lets the base write its own.
         irrelevant_prefix: put before each of them.
         max_irrelevant: take so many of them; half train, a quarter calibrates the router, a quarter guards.
-        split: of a hub data set.
         sample_seed: draw `max_edits` of the good records at random with this seed, None takes the first; they arrive in
             the file's order, and a larger draw holds every smaller one of its seed.
         singles: every edit by itself: a window holds one, and when all has been done for it and it is scored, the
@@ -92,7 +91,6 @@ class EditStream(pl.LightningDataModule):
         irrelevant: str | None = None,
         irrelevant_prefix: str = "",
         max_irrelevant: int = 1000,
-        split: str = "train",
         sample_seed: int | None = None,
         singles: bool = False,
     ) -> None:
@@ -100,7 +98,7 @@ class EditStream(pl.LightningDataModule):
         for name, value in (("window", window), ("batch_size", batch_size), ("max_irrelevant", max_irrelevant)):
             if value < 1:
                 raise ConfigError(f"data.{name} must be at least 1, got {value}")
-        self.path, self.format, self.split = path, format, split
+        self.path, self.format = path, format
         self.file = str(edits_path()) if path == WORLD else path
         self.max_edits, self.sample_seed, self.on_bad_record = max_edits, sample_seed, on_bad_record
         self.irrelevant, self.irrelevant_prefix, self.max_irrelevant = irrelevant, irrelevant_prefix, max_irrelevant
@@ -120,8 +118,7 @@ class EditStream(pl.LightningDataModule):
     @cached_property
     def records(self) -> RecordSet:
         """What the source holds, all of it read and checked before the first write."""
-        chosen = (self.max_edits, self.on_bad_record, self.split, self.sample_seed)
-        found = load_records(self.file, self.format, *chosen)
+        found = load_records(self.file, self.format, self.max_edits, self.on_bad_record, self.sample_seed)
         if not found.edits:
             raise ConfigError(f"'{self.file}' holds no edit that can be written; see the messages above")
         return found

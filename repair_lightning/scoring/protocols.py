@@ -22,7 +22,7 @@ from repair_lightning.models.edited import EditedModel
 from repair_lightning.models.forms import Forms
 from repair_lightning.models.prefix import pad_left
 from repair_lightning.models.routed import argmax_rows
-from repair_lightning.training.sharing import team_of
+from repair_lightning.training.team import team_of
 
 AUTOREGRESSIVE, TEACHER_FORCED = PROTOCOLS = ("autoregressive", "teacher_forced")
 KIND_OF_PROMPT: Mapping[str, str] = {"edit": "rel", "rephrase": "gen", "locality": "loc", "near": "near"}

@@ -31,20 +31,11 @@ GRACE = 3.0
 
 
 def start_ranks(number: int, nodes: int, node: int, address: str, patience: float) -> int:
-    """Run this very command on each of a machine's ranks, until all have ended.
+    """Run this very command on each of a machine's `number` ranks, until all have ended.
 
-    Args:
-        number: of ranks on this machine.
-        nodes: how many machines there are; all run this.
-        node: the number of this one.
-        address: `host:port` of the first machine.
-        patience: seconds to wait for the other machines.
-
-    Returns:
-        The exit code: 0, or that of the first rank that has failed and said why.
-
-    Raises:
-        LostError: a rank has ended without a word, or a machine has not come.
+    There are `nodes` machines that do so, this is the one with the number `node`; they meet at `address` (`host:port`
+    of the first one) within `patience` seconds. Returns the exit code: 0, or that of the first rank that has failed and
+    said why. Raises `LostError` where a rank has ended without a word, or a machine has not come.
     """
     spec = sys.modules["__main__"].__spec__
     command = [os.path.abspath(sys.argv[0])] if spec is None else ["-m", spec.name]

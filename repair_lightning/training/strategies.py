@@ -1,9 +1,4 @@
-"""How Lightning runs an edit stream on several devices: process groups as DDP has them, and nothing wrapped.
-
-`shard_parallel` deals a window's batches to the ranks, each of which writes shards of its own: no gradient travels.
-`data_parallel` (`ddp` on the command line) deals the rows of each batch and sums the gradients of the one shard that
-they share. `model_parallel` lays the base's weights out over the ranks (FSDP2), which then all do the same in step.
-"""
+"""How Lightning runs an edit stream on several devices: process groups as DDP has them, and nothing wrapped."""
 
 from __future__ import annotations
 
@@ -46,11 +41,8 @@ class EditStrategy(DDPStrategy):
         self._sigterm: Any = None
 
     def join(self) -> Team:
-        """Meet the other ranks; does nothing the second time.
-
-        Where nobody has started this machine's ranks, this process starts them, and ends (`SystemExit`) when they have.
-        A `LostError` says that not all ranks have come.
-        """
+        """Meet the other ranks, once. Where nobody has started this machine's ranks, this process starts them, and ends
+        (`SystemExit`) when they have. A `LostError` says that not all ranks have come."""
         if self.team.size > 1 or self.world_size == 1:
             return self.team
         there = self.cluster_environment
@@ -97,7 +89,8 @@ class EditStrategy(DDPStrategy):
 
 
 class ShardParallelStrategy(EditStrategy):
-    """Each rank writes whole batches of a window into shards of its own; see `EditStrategy` for the options."""
+    """Each rank writes whole batches of a window into shards of its own: no gradient travels. For the options see
+    `EditStrategy`."""
 
 
 class DataParallelStrategy(EditStrategy):
@@ -122,10 +115,8 @@ class ShardedBaseStrategy(EditStrategy):
         """Lay out the base's layers before anything is moved as a whole."""
         editor: Any = self.lightning_module
         if editor.writes_base:
-            raise ConfigError(
-                "trainer.strategy model_parallel lays the base's weights out over the ranks, and this editor writes "
-                "into them; give another strategy"
-            )
+            words = "lays the base's weights out over the ranks, and this editor writes into them"
+            raise ConfigError(f"trainer.strategy model_parallel {words}; give another strategy")
         if self.world_size > 1:
             mesh = init_device_mesh(self.root_device.type, (self.world_size,))
             for i, layer in enumerate(editor.edited.split.layers):
@@ -140,6 +131,5 @@ STRATEGIES: dict[str, type[EditStrategy]] = {
     "model_parallel": ShardedBaseStrategy,
 }
 """By the names that `Trainer(strategy=...)` takes."""
-
 for _name, _strategy in STRATEGIES.items():
-    StrategyRegistry.register(_name, _strategy, description=(_strategy.__doc__ or "").splitlines()[0])
+    StrategyRegistry.register(_name, _strategy)

@@ -1,9 +1,8 @@
 """The ranks of a run as seen by one of them: who does what, and everybody's results for all.
 
-Every rank holds the same ledger, bank of shards and router, and takes every decision by itself from them. Only costly
-work is dealt out: each rank does its part and :meth:`Team.rows` and :meth:`Team.items` give all parts to all, in one
-order, so that the copies stay equal. :meth:`Team.same` checks that they are. A team of one passes everything through
-untouched.
+Every rank holds the same ledger, bank of shards and router, and takes every decision by itself. Only costly work is
+dealt out: each rank does its part, and all get all parts in one order, so that the copies stay equal; :meth:`Team.same`
+checks that they are. A team of one passes everything through untouched.
 """
 
 from __future__ import annotations
@@ -19,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from repair_lightning.errors import RepairError
+from repair_lightning.memory.query import Choice, Query
+from repair_lightning.models.edited import EditedModel
 
 _CPU = torch.device("cpu")
 
@@ -148,28 +149,21 @@ class Team:
         found = self.gather_objects(hashlib.sha256(content.encode()).hexdigest())
         others = [str(rank) for rank, other in enumerate(found) if other != found[0]]
         if others:
-            self._refuse(
-                f"rank {', '.join(others)} differs from rank 0 in {what}: the run is stopped before anything else is "
-                "written; the same command goes on from the last checkpoint"
-            )
+            who = f"rank {', '.join(others)} differs from rank 0 in {what}: the run is stopped"
+            self._refuse(f"{who} before anything else is written; the same command goes on from the last checkpoint")
 
     def together(self, task: Callable[[], T]) -> T:
-        """Do something on every rank; where it fails on one, it fails on all.
-
-        Raises:
-            RepairError: on rank 0, what the first failing rank said, with that rank's number where it is not rank 0.
-            LeftOutError: on the others, which have nothing to add.
-        """
+        """Do something on every rank; where it fails on one, it fails on all: the `RepairError` on rank 0 is what the
+        first failing rank said, with its number where that is another; a `LeftOutError` ends the others."""
         error, result = None, []
         try:
             result.append(task())
         except RepairError as found:
             error = found
         said = self.gather_objects(str(error) if error else "")
-        failing = [rank for rank, text in enumerate(said) if text]
-        if error is not None and (self.size == 1 or self.rank == 0):
+        if error is not None and self.rank == 0:
             raise error
-        if failing:
+        if failing := [rank for rank, text in enumerate(said) if text]:
             self._refuse(f"rank {failing[0]}: {said[failing[0]]}")
         return result[0]
 
@@ -180,3 +174,38 @@ class Team:
 
 ALONE = Team()
 """One process that does everything."""
+
+
+class SharedModel(EditedModel):
+    """An edited model whose `team` deals prompts out among themselves: all of them must ask alike."""
+
+    team: Team = ALONE
+
+    @torch.no_grad()
+    def choose(self, prompts: Sequence[str], batch_size: int = 64) -> Choice:
+        """Who answers prompts; each is routed by one rank."""
+        mine = self.team.mine_of(prompts)
+        return self.shared_choice(mine, super().choose([prompts[i] for i in mine], batch_size))
+
+    def shared_choice(self, mine: Sequence[int], part: Choice) -> Choice:
+        """The choices of all ranks, from this one's `part` for the prompts with the indices `mine`."""
+        if self.team.parts == 1:
+            return part
+        names = max(self.team.gather_objects([check.name for check in part.checks] if mine else []), key=len)
+        tensors = part.tensors() if mine else [part.memory, *[part.score] * (2 + 2 * len(names))]
+        return Choice.of(self.team.rows(mine, *tensors), self.team.items(mine, part.nearest), names)
+
+    def shared_query(self, number: int, ask: Callable[[list[int]], Query]) -> Query:
+        """The states of `number` prompts, each computed by one rank; `ask` gives those with the given indices."""
+        mine = self.team.mine(number)
+        if self.team.parts == 1 or self.router.reads_all_tokens:  # whole prompts are too much to send around
+            return ask(list(range(number)))
+        some = ask(mine or [0])  # one at the least: its shape is needed
+        part = some if mine else some.rows(slice(0, 0))
+        texts = tuple(self.team.items(mine, part.texts))
+        return Query(texts, *self.team.rows(mine, part.mask, part.hidden, part.activations))
+
+
+def team_of(model: EditedModel) -> Team:
+    """The ranks among which a model's prompts are dealt out; a model that knows none is asked by one process."""
+    return model.team if isinstance(model, SharedModel) else ALONE

@@ -13,7 +13,6 @@ import pytest
 import torch
 from helpers_runs import (
     fit,
-    irrelevant_texts,
     same,
     world_editor,
     world_edits,
@@ -177,15 +176,12 @@ def overwrite(editor: Any) -> None:
     weights.put(layer, torch.randn(weights.matrix(layer).shape, generator=torch.Generator().manual_seed(0)))
 
 
-def test_given_probes_are_asked(tmp_path, alone):
+def test_the_part_of_the_irrelevant_prompts_that_nothing_else_sees_is_asked(alone):
     editor, stream, logged = alone
-    questions = irrelevant_texts(48)[40:]
-    rows = [{"question": text, "answers": ["anything"]} for text in questions]
-    (tmp_path / "probes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    gate = ProbeGate(probes=str(tmp_path / "probes.jsonl"))
+    gate = ProbeGate()
     gate.sample = 5
     window(gate, editor, stream, lambda: None)
-    assert gate.prompts == questions[:5]
+    assert gate.prompts == list(editor.guard_prompts[:5])
     assert logged["gate/probe_loss"] == 0.0
 
     def spoil() -> None:

@@ -75,7 +75,8 @@ class Bench:
 @given(st.integers(0, 100), st.integers(0, 100), st.integers(1, 100))
 def test_the_pruning_threshold_is_hit_in_time(error, tau, delta):
     """Theorem 6: after at most ceil((r0 - tau)+ / delta) retriggers the error rate is tau or less, and no more come."""
-    bench, feedback = Bench(error, delta), PruneAndRetrigger(tau_prune=tau / 100, max_attempts=1000)
+    bench, feedback = Bench(error, delta), PruneAndRetrigger(max_attempts=1000)
+    feedback.tau_prune = tau / 100
     feedback.tau_pool = 1000
     bound = math.ceil(Fraction(max(error - tau, 0), delta))
     retriggers = sum(bench.window(feedback) for _ in range(bound + 3))
@@ -103,7 +104,7 @@ def test_pruning_requeues_every_edit_of_the_shard_and_the_failures_of_others():
     kept = editor.memory[1].delta.detach().clone()
     assert (editor.choose(prompts).memory == 0).all()
 
-    feedback = PruneAndRetrigger(tau_prune=0.35)
+    feedback = PruneAndRetrigger()
     epoch_end(feedback, stream, editor)
 
     assert (feedback.pruned, feedback.retriggered) == (1, 5)
@@ -121,7 +122,7 @@ def test_pruning_requeues_every_edit_of_the_shard_and_the_failures_of_others():
 def test_below_the_thresholds_failures_wait_for_the_end_of_the_stream():
     editor, stream = written_editor()
     stream.ledger.evaluated(dict.fromkeys(stream.ledger, 1.0) | {"w0001": 0.0}, 0.85)
-    feedback = PruneAndRetrigger(tau_prune=0.35)
+    feedback = PruneAndRetrigger()
     stream.arrived = 4  # more is to come
     epoch_end(feedback, stream, editor)
     assert stream.ledger.with_status(EditStatus.FAILED) == ["w0001"]

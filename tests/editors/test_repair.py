@@ -84,9 +84,10 @@ class TestAssignment:
         assert self.assign(editor, edits[7]) == 2, "all are full: a new one opens"
         assert editor.memory.ids == [0, 1, 2]
 
-    def test_a_shard_holds_its_capacity_however_small_batches_are(self, editor_of, edits):
+    def test_a_shard_holds_its_capacity_however_small_batches_are(self, editor_of, edits, monkeypatch):
         """Long targets make small batches, not small shards."""
-        editor = editor_of(writing=dense(shards=1, capacity=8, batch_tokens=1))
+        editor = editor_of(writing=dense(shards=1, capacity=8))
+        monkeypatch.setattr(Writing, "batch_tokens", 1)
         editor.ledger.arrive(edits, 0)
         assert editor.batch_limit(edits) == 1
         editor.ledger.written(own(0, *(f"e{i}" for i in range(7))))

@@ -297,7 +297,7 @@ def test_a_missing_file_is_said_at_once_and_never_sought_on_the_hub(tmp_path, mo
         load_records(name)
 
 
-def test_hub_names_go_to_datasets_with_their_split_and_a_failure_is_one_line(monkeypatch):
+def test_hub_names_go_to_datasets_and_a_failure_is_one_line(monkeypatch):
     asked = []
 
     def fake(name, split):
@@ -307,11 +307,11 @@ def test_hub_names_go_to_datasets_with_their_split_and_a_failure_is_one_line(mon
         return Dataset.from_list([{"update": "Where is Rome?", "ans": "Italy", "loc": None}])
 
     monkeypatch.setattr(records, "load_dataset", fake)
-    found = load_records("some-org/wiki_big.edit", "wikibigedit", split="test")
-    assert asked == [("some-org/wiki_big.edit", "test")]
+    found = load_records("some-org/wiki_big.edit", "wikibigedit")
+    assert asked == [("some-org/wiki_big.edit", "train")]
     assert found.edits == (Edit("wikibigedit-1", "Where is Rome?", "Italy"),)
-    with pytest.raises(RepairError, match=r"^some/set: .*\(split 'dev'\) could not be loaded: no route; check"):
-        load_records("some/set", split="dev")
+    with pytest.raises(RepairError, match=r"^some/set: .*could not be loaded: no route; check"):
+        load_records("some/set")
 
 
 @pytest.mark.parametrize(

@@ -69,20 +69,18 @@ def test_what_is_written_does_matter(tmp_path):
 
 def test_what_a_later_edit_asks_is_no_irrelevant_prompt_and_no_probe(tmp_path):
     """An irrelevant prompt that an edit of the last window asks, in its prompt or to score it, is left out before the
-    first window: of the three parts, of the gate's given probes, and of the questions about edited subjects."""
+    first window: of the three parts, of the gate's probes, and of the questions about edited subjects."""
     edits = hard_edits(8)
     late = edits[-1]
     texts = [*irrelevant_texts(40), late.prompt.upper(), *late.rephrases, *(probe.prompt for probe in late.near)]
     (tmp_path / "irrelevant.jsonl").write_text("".join(json.dumps({"question": text}) + "\n" for text in texts))
-    probes = tmp_path / "probes.jsonl"
-    probes.write_text("".join(json.dumps({"prompt": text, "answer": ""}) + "\n" for text in texts[38:]))
     editor = Keyed("world", precision="float32")
     stream = world_stream(write_edits(tmp_path / "edits.jsonl", edits), irrelevant=str(tmp_path / "irrelevant.jsonl"))
     stream.window = 4
-    gate = ProbeGate(probes=str(probes))
+    gate = ProbeGate()
     fit(editor, stream, [gate], tmp_path)
     seen = {*editor.background_prompts, *editor.held_out_prompts, *editor.guard_prompts, *gate.prompts, *gate.expected}
-    assert gate.prompts == texts[38:40]
+    assert gate.prompts == list(editor.guard_prompts)
     assert not {folded(text) for text in seen} & asked_of(edits)
     assert {*editor.background_prompts, *editor.held_out_prompts, *editor.guard_prompts} == set(texts[:40])
 

@@ -9,10 +9,16 @@ import torch
 
 from repair_lightning.world import base_dir, edits_path, irrelevant_path
 from repair_lightning.world.__main__ import main
-from repair_lightning.world.base import Recipe, build_model, encode_world, save_base, train_model, train_tokenizer
-from repair_lightning.world.check import check_base
-from repair_lightning.world.edits import make_edits, make_irrelevant, write_jsonl
-from repair_lightning.world.facts import Fact, World, build_world, read_jsonl
+from repair_lightning.world.base import (
+    Recipe,
+    build_model,
+    check_base,
+    encode_world,
+    save_base,
+    train_model,
+    train_tokenizer,
+)
+from repair_lightning.world.facts import Fact, World, build_world, make_edits, make_irrelevant, read_jsonl, write_jsonl
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "layers": 2, "heads": 2, "kv_heads": 1}
 TINY = Recipe(**SHAPE, epochs=4, batch_size=32, learning_rate=1e-2, bfloat16=False)
