@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import runpy
 import subprocess
 import sys
 import warnings
@@ -133,6 +134,16 @@ def command(script: str | Path, *options: Any, cwd: Path) -> subprocess.Complete
     env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     call = [sys.executable, str(REPOSITORY / script), *map(str, options)]
     return subprocess.run(call, cwd=cwd, env=env | {"COLUMNS": "200"}, capture_output=True, text=True, timeout=300)
+
+
+def main_here(monkeypatch: Any, script: str | Path, *options: Any) -> Any:
+    """A script of the repository in this process; its exit status."""
+    monkeypatch.setattr(sys, "argv", [str(script), *map(str, options)])
+    try:
+        runpy.run_path(str(REPOSITORY / script), run_name="__main__")
+    except SystemExit as end:
+        return end.code or 0
+    return 0
 
 
 def succeeded(script: str | Path, *options: Any, cwd: Path) -> subprocess.CompletedProcess[str]:
