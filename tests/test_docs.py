@@ -7,10 +7,8 @@ cannot run here says why: `# not tested: REASON` after the command, or a line of
 from __future__ import annotations
 
 import json
-import logging
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,7 +20,6 @@ import pytest
 import yaml
 from helpers_runs import REPOSITORY, main_here, world_edits, write_edits
 
-from repair_lightning.commands.cli import OURS
 from repair_lightning.editors import REGISTRY
 
 DOCS = REPOSITORY / "docs"
@@ -88,17 +85,11 @@ def editor_of_the_page() -> str:
 
 @pytest.fixture
 def reader(here, monkeypatch) -> Iterator[pytest.MonkeyPatch]:
-    """Sits in that folder; what commands change of this process is put back."""
+    """Sits in that folder."""
     monkeypatch.chdir(here)
     monkeypatch.syspath_prepend(str(here))
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    levels = {name: logging.getLogger(name).level for name in OURS}
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield monkeypatch
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     REGISTRY.pop("direct", None)
     sys.modules.pop("direct", None)
 
