@@ -114,14 +114,23 @@ def ended(process: subprocess.Popen[str], code: int = 75) -> str:
     return output
 
 
-def test_whoever_dies_the_same_command_goes_on_with_any_number(folder, two):
-    """In one run: rank 1 is killed from outside; the first rank, which torchrun started and names, while it saves; a
-    SIGTERM ends all ranks. It ends as the undisturbed run, bit by bit; three ranks, which were not there before, lose
-    nothing either."""
+@pytest.fixture(scope="module")
+def hurt(folder) -> Path:
+    """A run whose rank 1 was killed from outside, and is named."""
     process = under_way(folder, "hurt", 2)
     os.kill(rank_of(process, 1), signal.SIGKILL)
     assert "error: rank 1 is lost: its process ended with code -9; the same command goes on" in ended(process)
     shutil.copytree(folder / "hurt", folder / "hurt-3")
+    return folder
+
+
+def test_three_ranks_go_on_where_two_were(hurt):
+    run(hurt, "hurt-3", 3)
+
+
+def test_whoever_dies_the_same_command_goes_on(folder, two, hurt):
+    """The first rank, which torchrun started and names, is killed while it saves; a SIGTERM ends all ranks. The run
+    ends as the undisturbed one, bit by bit."""
     moment = "rank 0: before the first checkpoint's rename"
     code, output = finish(arguments(folder, "hurt", 2), kill_at=moment, ranks=2)
     assert code == 1, output
@@ -130,7 +139,6 @@ def test_whoever_dies_the_same_command_goes_on_with_any_number(folder, two):
     process.send_signal(signal.SIGTERM)
     assert "stopped by SIGTERM" in ended(process, 128 + signal.SIGTERM)
     assert fingerprint(run(folder, "hurt", 2)) == two
-    run(folder, "hurt-3", 3)
 
 
 def test_a_rank_that_stands_still_is_not_waited_for(folder):
