@@ -28,7 +28,7 @@ def test_killed_and_stopped_at_random_moments(bench):
 
 
 def test_killed_at_one_moment_after_the_other_and_then_checkpoint_and_journal_rot(bench):
-    moments = ("amid the second checkpoint's rows", "before the third checkpoint's rename", "before the merge")
+    moments = ("amid the second checkpoint's rows", "before the first checkpoint's rename", "before the merge")
     survived(*torture.damaged(bench, *torture.DAMAGES[1::2], moments=moments))
 
 
