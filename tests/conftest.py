@@ -52,6 +52,18 @@ IRRELEVANT = [
 ]
 
 
+LONGEST = ("training/test_runs.py", "faults/test_faults.py", "test_docs.py", "test_from_pack.py", "test_cli.py")
+"""Modules that are handed out first, so that no worker is left with one of them alone at the end."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # else pytest-xdist hands out first what has the most tests
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not any(name in item.nodeid for name in LONGEST))
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

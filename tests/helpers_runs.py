@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import runpy
+import signal
 import subprocess
 import sys
 import warnings
@@ -17,6 +19,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from repair_lightning.commands.cli import OURS
 from repair_lightning.editors import Keyed, Repair
 from repair_lightning.editors.repair import Routing, Writing
 from repair_lightning.editors.shards import Steps
@@ -133,6 +136,23 @@ def command(script: str | Path, *options: Any, cwd: Path) -> subprocess.Complete
     env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     call = [sys.executable, str(REPOSITORY / script), *map(str, options)]
     return subprocess.run(call, cwd=cwd, env=env | {"COLUMNS": "200"}, capture_output=True, text=True, timeout=300)
+
+
+def main_here(monkeypatch: Any, script: str | Path, *options: Any) -> Any:
+    """A script of the repository in this process, which is left as it was; its exit status."""
+    levels = {name: logging.getLogger(name).level for name in OURS}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(sys, "argv", [str(script), *map(str, options)])
+    try:
+        runpy.run_path(str(REPOSITORY / script), run_name="__main__")
+    except SystemExit as end:
+        return end.code or 0
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return 0
 
 
 def succeeded(script: str | Path, *options: Any, cwd: Path) -> subprocess.CompletedProcess[str]:

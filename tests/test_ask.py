@@ -93,9 +93,7 @@ def test_messages_from_a_file(tmp_path, name, content):
     [
         ("p.txt", " \n", "holds no prompts"),
         ("p.jsonl", '{"text": "a"}', "record 1, field 'prompt': is missing or no text"),
-        ("p.csv", "text\na\n", "record 1, field 'prompt'"),
         ("p.jsonl", '{"prompt": ["a"]}', r"record 1, field 'prompt\[0\]': is 'a', not a message; write"),
-        ("p.jsonl", '{"messages": [{"role": "user", "content": " "}]}', r"'messages\[0\].content': is empty"),
         ("p.txt", json.dumps([{"role": "wizard", "content": "b"}]), r"record 1, .*is 'wizard', no known role"),
         ("absent.txt", None, "no such file"),
     ],

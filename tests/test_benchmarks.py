@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers_runs import world_edits
 
-from benchmarks import editing, flat, merging, report, roofline, streams
+from benchmarks import editing, merging, report, roofline, streams
 from benchmarks.__main__ import main
 from benchmarks.context import Context
 from callbacks import LossAwareTiesMerge
@@ -67,16 +67,6 @@ def test_parts_that_take_longer(context):
     rows = measured("merging", context, merged=(2,), per_shard=2, densities=(1.0, 0.2))
     assert len(rows) == len(merging.FORMS) * (1 + 2 * 2 * 2 + len(merging.REFERENCES))
     assert all(row["Rel"] == 100 for row in rows if row["kind"] == "before")
-
-
-def test_what_an_edit_costs_is_the_median_of_the_last_windows():
-    """Windows of 10 edits that take 1, 2, 3, 10 and 4 s, and half of that from the processor; the last three
-    before 50 are 3, 10 and 4 s: 400 ms per edit, 200 of the processor's, and 20 s over 50 edits."""
-    seconds = [1.0, 2.0, 3.0, 10.0, 4.0]
-    windows = [{"edits": 10 * i + 10, "seconds": s, "cpu": s / 2, "rss": 1, "shards": 1} for i, s in enumerate(seconds)]
-    windows.append(windows[-1] | {"seconds": 99.0})  # nothing arrived: what failed was written again
-    row = flat.row_of(windows, 50)
-    assert (row["ms/edit"], row["CPU ms/edit"], row["cumulative"]) == (400, 200, 400)
 
 
 def test_invented_edits_are_new_and_named():

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import runpy
-import sys
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from helpers_runs import REPOSITORY
+from helpers_runs import REPOSITORY, main_here
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 WHERE, OTHER = "Where was Mara Quill born?", "The birthplace of Mara Quill is"
@@ -47,22 +44,6 @@ def test_the_header_shows_the_command(path):
         used = re.findall(r"--config[ =](\S+)", command)
         assert path.stem in [Path(name).stem for name in used]
         assert {Path(name).stem for name in used} <= {path.stem for path in CONFIGS}
-
-
-@each_config
-def test_keys_are_not_repeated(path):
-    """YAML takes the last of two equal keys without a word."""
-
-    class Strict(yaml.SafeLoader):
-        pass
-
-    def mapping(loader, node):
-        keys = [loader.construct_object(key) for key, _ in node.value]
-        assert len(keys) == len(set(keys)), keys
-        return dict(zip(keys, (loader.construct_object(value, deep=True) for _, value in node.value), strict=True))
-
-    Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
-    assert isinstance(yaml.load(path.read_text(), Strict), dict)
 
 
 IN_PLACE = {"model.values.steps": 2, "model.values.contexts": 0}
@@ -109,12 +90,7 @@ def test_it_runs_on_a_tiny_base(path, tmp_path, monkeypatch, folder_of, chat_fol
     }
     argv = [part for name in configs for part in ("--config", name)]
     argv += [f"--{name}={value}" for name, value in options.items()]
-    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
-    code: Any = 0
-    try:
-        runpy.run_path(str(REPOSITORY / "train.py"), run_name="__main__")
-    except SystemExit as end:
-        code = end.code
+    code = main_here(monkeypatch, "train.py", *argv)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["n_edits"] == 2
     # Two steps on a random base may leave nothing that holds, and that is said.
@@ -123,13 +99,6 @@ def test_it_runs_on_a_tiny_base(path, tmp_path, monkeypatch, folder_of, chat_fol
     made_small = {"base", "layer", "precision", "steps", "path", "irrelevant", "trainer"}
     assert list(missing(saved, without(content, made_small))) == []
     assert ("perplexity" in metrics) == (format == "hallucination")
-    page = (tmp_path / "run" / "report.html").read_text()
-    in_base = "deviation" in metrics.get("method", {})
-    assert ("change some of its own weights" in page) == in_base
-    assert ("The model itself was not retrained" in page) == (not in_base)
-    if in_base and not metrics["shards"]:  # nobody is routed anywhere
-        assert "<td>oracle routing" not in page
-        assert 'id="plot-answered_by"' not in page
 
 
 def without(content, keys):

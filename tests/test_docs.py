@@ -7,11 +7,8 @@ cannot run here says why: `# not tested: REASON` after the command, or a line of
 from __future__ import annotations
 
 import json
-import logging
 import re
-import runpy
 import shlex
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,9 +18,8 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers_runs import REPOSITORY, world_edits, write_edits
+from helpers_runs import REPOSITORY, main_here, world_edits, write_edits
 
-from repair_lightning.commands.cli import OURS
 from repair_lightning.editors import REGISTRY
 
 DOCS = REPOSITORY / "docs"
@@ -89,17 +85,11 @@ def editor_of_the_page() -> str:
 
 @pytest.fixture
 def reader(here, monkeypatch) -> Iterator[pytest.MonkeyPatch]:
-    """Sits in that folder; what commands change of this process is put back."""
+    """Sits in that folder."""
     monkeypatch.chdir(here)
     monkeypatch.syspath_prepend(str(here))
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    levels = {name: logging.getLogger(name).level for name in OURS}
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield monkeypatch
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     REGISTRY.pop("direct", None)
     sys.modules.pop("direct", None)
 
@@ -118,13 +108,7 @@ def run(command: str, patch: pytest.MonkeyPatch) -> None:
     path = REPOSITORY / ("repair_lightning/__main__.py" if script == "repair-lightning" else script)
     assert path.is_file(), f"this test knows no '{script}'"
     training = script == "train.py" and "--help" not in rest
-    patch.setattr(sys, "argv", [script, *rest, *(SMALL if training else ())])
-    code = 0
-    try:
-        runpy.run_path(str(path), run_name="__main__")
-    except SystemExit as end:
-        code = end.code or 0
-    assert code == 0
+    assert main_here(patch, path.relative_to(REPOSITORY), *rest, *(SMALL if training else ())) == 0
 
 
 @pytest.mark.parametrize(("page", "number", "command"), COMMANDS)
@@ -149,8 +133,7 @@ def test_the_tour_shows_what_it_says(here, reader, capsys):
     assert [line.split()[0] for line in said.splitlines()[1:]] == [line.split()[0] for line in shown.splitlines()[1:]]
     for i in (0, 1, 2, 4):  # the question, the base's answer, the edited model's, and the edit
         assert said.splitlines()[i] == shown.splitlines()[i]
-    reader.setattr(sys, "argv", ["repair-lightning", "ask", "--pack", "runs/tour/pack", shown.splitlines()[0]])
-    runpy.run_path(str(REPOSITORY / "repair_lightning" / "__main__.py"), run_name="__main__")
+    run(shlex.join(["repair-lightning", "ask", "--pack", "runs/tour/pack", shown.splitlines()[0]]), reader)
     undone = capsys.readouterr().out.splitlines()
     assert undone[1] == said.splitlines()[1]
     assert undone[2].split()[1:] == undone[1].split()[1:]

@@ -3,46 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+from helpers_runs import logits
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from repair_lightning import load_edited
 from repair_lightning.editors.repair import Writing
 from repair_lightning.errors import ConfigError
-from repair_lightning.models.prefix import pad_left
 from repair_lightning.packs.export import REPORT_FILE, export_pack, live_edits, merge_into_base
 from repair_lightning.packs.pack import CONFIG_FILE, WEIGHTS_FILE, load_ledger, save_pack
-
-PLAIN = """
-import json, sys
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-kinds = (AutoModelForCausalLM, AutoTokenizer)
-model, tokenizer = (kind.from_pretrained(sys.argv[1], local_files_only=True) for kind in kinds)
-assert not any(name.startswith("repair") for name in sys.modules)
-found = []
-for prompt in json.load(sys.stdin):
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        found.append(model(ids).logits[0].tolist())
-torch.save(torch.tensor([row[-1] for row in found]), sys.argv[2])
-"""
-MOVED = """
-import json, sys
-from repair_lightning import load_edited
-
-model, tokenizer = load_edited(sys.argv[1], precision="float32")
-prompts = json.load(sys.stdin)
-batch = tokenizer(prompts, padding=True, return_tensors="pt")
-out = model.generate(batch["input_ids"], batch["attention_mask"], max_new_tokens=12, do_sample=False,
-                     pad_token_id=tokenizer.pad_token_id)
-print(json.dumps([text.strip() for text in tokenizer.batch_decode(out[:, batch["input_ids"].shape[1]:],
-                                                                  skip_special_tokens=True)]))
-"""
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
@@ -57,9 +28,8 @@ def prompts_of(edits):
     return [prompt for edit in edits for prompt in (edit.prompt, edit.near[0].prompt)]
 
 
-@pytest.mark.slow
 def test_merged_it_is_a_plain_checkpoint(pack, edits, tmp_path):
-    """A fresh process with transformers alone computes the logits of the model that was merged here."""
+    """What transformers loads computes the logits of the model that was merged here."""
     report = export_pack(pack, tmp_path / "plain", merged=True, precision="float32")
     model, tokenizer = load_edited(pack, precision="float32")
     irrelevant = model.card["irrelevant"]
@@ -67,14 +37,11 @@ def test_merged_it_is_a_plain_checkpoint(pack, edits, tmp_path):
     live = live_edits(model.ledger)
     assert merge_into_base(model, live, irrelevant["background"], irrelevant["held_out"][::2]) == report["keep"]
     assert not torch.equal(model.value_weight, before)
-    call = [sys.executable, "-c", PLAIN, str(tmp_path / "plain"), str(tmp_path / "logits")]
-    subprocess.run(call, input=json.dumps(prompts_of(edits)), text=True, check=True)
-    found = torch.load(tmp_path / "logits", weights_only=True)
-    for prompt, row in zip(prompts_of(edits), found, strict=True):
-        ids, mask = pad_left([tokenizer(prompt)["input_ids"]])
-        with torch.no_grad(), model.forced(None):
-            expected = model.base(ids, attention_mask=mask).logits[0, -1]
-        torch.testing.assert_close(row, expected, rtol=1e-5, atol=1e-5)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", local_files_only=True)
+    assert AutoTokenizer.from_pretrained(tmp_path / "plain")(prompts_of(edits)) == tokenizer(prompts_of(edits))
+    with model.forced(None):
+        expected = logits(model.base, tokenizer, prompts_of(edits))
+    torch.testing.assert_close(logits(plain, tokenizer, prompts_of(edits)), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_merged_it_says_what_it_costs(pack, edits, tmp_path):
@@ -88,8 +55,7 @@ def test_merged_it_says_what_it_costs(pack, edits, tmp_path):
     assert report["merged"]["loc"] is not None
 
 
-@pytest.mark.slow
-def test_with_its_base_it_can_be_moved(pack, edits, answers, folder_of, tmp_path):
+def test_with_its_base_it_can_be_moved(pack, edits, answers, tmp_path):
     report = export_pack(pack, tmp_path / "whole")
     assert report["live_edits"] == 6
     model, tokenizer = load_edited(pack, precision="float32")
@@ -101,10 +67,8 @@ def test_with_its_base_it_can_be_moved(pack, edits, answers, folder_of, tmp_path
     assert (moved / WEIGHTS_FILE).read_bytes() == (pack / WEIGHTS_FILE).read_bytes()
     assert (moved / "base" / "model.safetensors").is_file()
     assert not [file for file in moved.rglob("*") if file.suffix in (".py", ".bin", ".pt")]
-    call = [sys.executable, "-c", MOVED, str(moved)]
-    done = subprocess.run(call, input=json.dumps(prompts_of(edits)), capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == expected
     assert config["base"]["name"] not in str(moved)
+    assert answers(*load_edited(moved, precision="float32"), prompts_of(edits)) == expected
     assert load_ledger(moved) == load_ledger(pack)
 
 

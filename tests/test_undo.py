@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,12 +35,28 @@ def finished_run(folder: Path, change=lambda editor: None, **writing) -> list[st
     return [edit.id for edit in stream.edits]
 
 
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory):
+    """Copies a run of eight edits, with a shard each or several in one, to a folder; returns their ids."""
+    made: dict[int, tuple[Path, list[str]]] = {}
+
+    def copy(folder: Path, capacity: int) -> list[str]:
+        if capacity not in made:
+            whole = tmp_path_factory.mktemp("undo") / "run"
+            form = "low_rank" if capacity == 1 else "dense"
+            made[capacity] = whole, finished_run(whole, form=form, capacity=capacity)
+        shutil.copytree(made[capacity][0], folder)
+        return made[capacity][1]
+
+    return copy
+
+
 def weights(folder: Path) -> bytes:
     return (folder / "pack" / "side_memory.safetensors").read_bytes()
 
 
-def test_the_base_answers_again_and_the_others_stay(tmp_path):
-    ids = finished_run(tmp_path / "run", form="low_rank", capacity=1)
+def test_the_base_answers_again_and_the_others_stay(tmp_path, copied):
+    ids = copied(tmp_path / "run", 1)
     gone = ids[2:4]
     found = undo(tmp_path / "run", [*gone, gone[0]])
     assert (found["undone"], found["rebuilt"], found["as_base"]) == (gone, [], 1.0)
@@ -60,8 +77,8 @@ def test_the_base_answers_again_and_the_others_stay(tmp_path):
     assert any("100.0 % of their prompts" in line for line in report_lines(found))
 
 
-def test_a_shard_that_others_share_is_rebuilt_for_them(tmp_path):
-    ids = finished_run(tmp_path / "run", capacity=4)
+def test_a_shard_that_others_share_is_rebuilt_for_them(tmp_path, copied):
+    ids = copied(tmp_path / "run", 4)
     before = restore_editor(tmp_path / "run" / "pack")
     shard = before.ledger.owner_of(ids[0])
     company = [id for id in before.ledger.owned_by(shard) if id != ids[0]]
@@ -76,8 +93,8 @@ def test_a_shard_that_others_share_is_rebuilt_for_them(tmp_path):
     assert not torch.equal(after.memory[shard].delta, before.memory[shard].delta)
 
 
-def test_what_cannot_be_written_anew_undoes_nothing(tmp_path, monkeypatch):
-    ids = finished_run(tmp_path / "run", capacity=4)
+def test_what_cannot_be_written_anew_undoes_nothing(tmp_path, monkeypatch, copied):
+    ids = copied(tmp_path / "run", 4)
     kept, ledger = weights(tmp_path / "run"), load_ledger(tmp_path / "run" / "pack")
 
     def fails(self, batch, shard):
@@ -147,31 +164,26 @@ def test_refusals_change_nothing(tmp_path):
 KILLED = """
 import os, signal, sys
 import repair_lightning.commands.undo as module
-real = module.{target}
+real = module.save_pack
 def die(*args, **kwargs):
     if {after}: real(*args, **kwargs)
     os.kill(os.getpid(), signal.SIGKILL)
-module.{target} = die
+module.save_pack = die
 module.undo(sys.argv[1], sys.argv[2:])
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after", [False, True], ids=["before the pack", "behind the pack"])
-def test_killed_on_the_way(tmp_path, after):
+def test_killed_on_the_way(tmp_path, copied):
     """Before the pack is swapped nothing has happened, behind it all has; the same command says which."""
-    ids = finished_run(tmp_path / "run", form="low_rank", capacity=1)
+    ids = copied(tmp_path / "run", 1)
     kept = weights(tmp_path / "run")
-    script = KILLED.format(target="save_pack", after=after)
-    ran = subprocess.run([sys.executable, "-c", script, str(tmp_path / "run"), ids[0]], cwd=REPOSITORY)
-    assert ran.returncode == -9
-    assert (weights(tmp_path / "run") == kept) is not after
-    if after:
-        with pytest.raises(ConfigError, match="undone already"):
-            undo(tmp_path / "run", [ids[0]])
-    else:
-        found = undo(tmp_path / "run", [ids[0]])
-        assert (found["untouched"], found["shards"], found["as_base"]) == (7, 7, 1.0)
+    for after in (False, True):
+        call = [sys.executable, "-c", KILLED.format(after=after), str(tmp_path / "run"), ids[0]]
+        assert subprocess.run(call, cwd=REPOSITORY).returncode == -9
+        assert (weights(tmp_path / "run") == kept) is not after
+    with pytest.raises(ConfigError, match="undone already"):
+        undo(tmp_path / "run", [ids[0]])
     journal = Journal(tmp_path / "run" / FILE, read_only=True)
     assert journal.rebuild() == load_ledger(tmp_path / "run" / "pack")
     assert load_ledger(tmp_path / "run" / "pack").with_status(EditStatus.UNDONE) == [ids[0]]

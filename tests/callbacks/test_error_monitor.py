@@ -1,15 +1,17 @@
-"""The error-sample monitor: whom it asks, and what it tells the ledger."""
+"""The error-sample monitor: whom it asks, and what it tells the ledger; and what all callbacks refuse."""
 
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 from helpers_runs import fit, hard_edits, world_editor, world_stream, write_edits
 
-from callbacks import ErrorSampleMonitor
+from callbacks import ErrorSampleMonitor, ProbeGate, PruneAndRetrigger, RoutingDashboard
 from callbacks.error_monitor import sample_to_check
 from repair_lightning.edits.ledger import EditStatus, Ledger
+from repair_lightning.errors import ConfigError
 from repair_lightning.scoring.correctness import correctness
 from repair_lightning.types import Edit, EditReport
 
@@ -71,3 +73,17 @@ def test_after_each_window_the_ledger_knows_who_is_right(tmp_path):
     assert float(checked) == 8.0  # six of the window, two older
     failed = monitor.seen[0][1]["monitor/error_rate"] * 6
     assert float(failed) == pytest.approx(sum(score == 0 for score in monitor.seen[0][0].values()))
+
+
+@pytest.mark.parametrize(
+    ("callback", "options", "message"),
+    [
+        (PruneAndRetrigger, {"tau_prune": 1.1}, "feedback.tau_prune must be in [0, 1], got 1.1"),
+        (PruneAndRetrigger, {"max_attempts": 0}, "feedback.max_attempts must be at least 1, got 0"),
+        (ProbeGate, {"max_probe_loss": float("nan")}, "gate.max_probe_loss must be in [0, 1], got nan"),
+        (RoutingDashboard, {"shards": -1}, "dashboard.shards must be at least 0, got -1"),
+    ],
+)
+def test_options_are_refused_as_users_write_them(callback, options, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        callback(**options)

@@ -1,4 +1,4 @@
-"""The dashboard: what a run tells its loggers, read back from the offline run of W&B and from the CSV file."""
+"""Scoreboard and dashboard: what a run reports and tells its loggers, read back from the offline run of W&B."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from helpers_runs import fit, hard_edits, world_editor, world_stream, write_edit
 from helpers_wandb import offline_run, rows, series, start_afresh
 from lightning.pytorch.loggers import CSVLogger
 
-from callbacks import ErrorSampleMonitor, LossAwareTiesMerge, PruneAndRetrigger, RoutingDashboard, Scoreboard
+from callbacks import ErrorSampleMonitor, LossAwareTiesMerge, ProbeGate, PruneAndRetrigger, RoutingDashboard, Scoreboard
 from callbacks.routing_dashboard import FAILED
 from repair_lightning.edits.ledger import EditStatus
 from repair_lightning.packs.pack import save_pack
-from repair_lightning.reports.tracking import OfflineFirstWandbLogger
+from repair_lightning.reports.tracking import LINES, OfflineFirstWandbLogger
 from repair_lightning.types import BASE
 
 
@@ -26,9 +26,9 @@ def run(folder: Path, dashboard: RoutingDashboard, board: Scoreboard, loggers: A
     path = write_edits(folder / "edits.jsonl", hard_edits(8))
     stream = world_stream(path, window=4, batch_size=4)
     feedback, merge = PruneAndRetrigger(max_attempts=2), LossAwareTiesMerge(max_op_drop=1.0)
-    callbacks = [ErrorSampleMonitor(), dashboard, feedback, board, merge]
+    callbacks = [ProbeGate(), ErrorSampleMonitor(), dashboard, feedback, board, merge]
     fit(editor, stream, callbacks, folder, logger=loggers, log_every_n_steps=1)
-    return SimpleNamespace(editor=editor, stream=stream, feedback=feedback, merge=merge, folder=folder)
+    return SimpleNamespace(editor=editor, stream=stream, feedback=feedback, merge=merge, board=board, folder=folder)
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,26 @@ def table(ran: SimpleNamespace, key: str) -> list[dict[str, Any]]:
     (file,) = ran.folder.glob(f"wandb/offline-run-*/files/{path}")
     content = json.loads(file.read_text())
     return [dict(zip(content["columns"], row, strict=True)) for row in content["data"]]
+
+
+def test_all_stages_in_both_protocols(ran):
+    board = ran.board
+    assert list(board.results) == ["pre_edit", "before_merge", "final"]
+    questions = sum(1 + len(e.rephrases) + len(e.locality) + len(e.near) for e in ran.stream.edits)
+    for stage, result in board.results.items():
+        assert (result.stage, len(result.rows)) == (stage, questions)
+        assert set(result.scores) == {"autoregressive", "teacher_forced"}
+    pre = board.results["pre_edit"]
+    assert pre.scores["autoregressive"]["loc"] == pre.scores["autoregressive"]["near"] == 1.0  # the base against itself
+    assert pre.routing["edit"] == {"base": 1.0, "right": 0.0, "wrong": 0.0}
+    assert board.results["final"].scores["autoregressive"]["rel"] > pre.scores["autoregressive"]["rel"]
+    assert board.perplexity is None
+
+
+def test_every_series_of_the_workspace_is_one_that_a_run_logs(ran):
+    drawn = {key for charts in LINES.values() for keys in charts.values() for key in keys}
+    (file,) = ran.folder.glob("csv/version_0/metrics.csv")
+    assert drawn - set(file.read_text().splitlines()[0].split(",")) == {"memory/gpu_peak_mib"}  # there is none here
 
 
 def test_the_values_are_those_of_the_run(ran):

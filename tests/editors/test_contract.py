@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 import sys
 
@@ -122,18 +121,13 @@ def test_what_lacks_a_part_is_refused_before_anything_is_loaded():
     [
         ("repair", {"writing": Writing(steps=0)}, "writing.steps must be at least 1, got 0"),
         ("repair", {"writing": Writing(mask_ratio=0.0)}, r"writing.mask_ratio must be in \(0, 1\], got 0.0"),
-        ("repair", {"writing": Writing(lr=math.nan)}, "writing.lr must be positive, got nan"),
         ("keyed", {"layer": "foo"}, "layer must be a whole number, null for the default, or 'auto', got 'foo'"),
         ("keyed", {"writing": Steps(lr="fast")}, "writing.lr must be a number or 'auto', got 'fast'"),
         ("wise", {"mode": "both"}, "mode must be one of retrieve, merge, got 'both'"),
-        ("wise", {"writing": Writing(lr="auto")}, "writing.lr must be a number, got 'auto'"),
         ("mend", {"batch": 0}, "batch must be at least 1, got 0"),
-        ("mend", {"lr": 0.0}, "lr must be positive and finite, got 0.0"),
         ("rlsedit", {"ridge": 0.0}, "ridge must be positive"),
         ("rlsedit", {"values": Values(at="foo")}, r"values\.at must be one of targets, subject, got 'foo'"),
         ("rlsedit", {"anchors": "nowhere.txt"}, "'nowhere.txt' is no file"),
-        ("grace", {"eps": 0.0}, "eps must be positive"),
-        ("icl", {"number": 0}, "number must be at least 1, got 0"),
         ("icl", {"line": "{prompt}"}, "line must hold {prompt} and {target}"),
         ("repair", {}, r"no base: give --model\.base a folder in Hugging Face format"),
     ],
@@ -298,7 +292,7 @@ def test_it_goes_on_from_a_checkpoint_bit_by_bit_and_a_pack_says_the_same(make, 
 
 
 ELSEWHERE = [("llama", {"precision": "bfloat16"}), ("llama", {"cache_mib": 0})]
-ELSEWHERE += [(name, {}) for name in ("qwen2", "gptj", "gpt_neox", "opt", "gemma2", "phi3")]
+ELSEWHERE += [(name, {}) for name in ("gptj", "gpt_neox", "opt", "gemma2")]
 
 
 @pytest.mark.parametrize("name", REGISTRY)

@@ -190,7 +190,6 @@ def test_every_prompt_may_be_messages(messages):
         ([TALK, ASK], [dialogue.dump(TALK), dialogue.dump(ASK)]),
         (["a", "b "], ["a", "b "]),
         ("[a]", ["[a]"]),
-        ("[]", []),
         (" \n", []),
     ],
 )
@@ -206,13 +205,10 @@ def test_rephrases_are_one_or_several_also_as_json(rephrases, expected):
     [
         ([], "", "is an empty list", "the user's last"),
         ([{"role": "king", "content": "a"}], "[0].role", "is 'king', no known role", "user, assistant"),
-        ([{"role": "user"}], "[0].content", "is missing", '"content": "..."'),
         ([{"role": "user", "content": [{"type": "text"}]}], "[0].content", "is [{'type': 'text'}], not a", "in quotes"),
         ([*ASK, {"role": "assistant", "content": "a"}], "[1].role", "is 'assistant' in the last turn", "the target"),
         ([*TALK, {"role": "user", "content": " \n"}], "[3].content", "is empty", "give the user's question"),
         ([{"role": "user", "content": "a", "name": "b"}], "[0].name", "is 'b', which is not read", "leave it out"),
-        ([*ASK, "a"], "[1]", "is 'a', not a message", '"role": "user"'),
-        ([{"role": "user", "content": "\ud800"}], "", "holds a broken character", "UTF-8"),
     ],
 )
 def test_bad_messages_name_place_value_and_remedy(messages, place, problem, remedy):
@@ -245,14 +241,10 @@ def test_a_record_is_recognised_and_every_other_format_names_it(name):
     [
         ("jsonl", {"target": ""}, "target", "is empty"),
         ("jsonl", {"target": None}, "target", "is missing"),
-        ("jsonl", {"target": True}, "target", "is true or false, not a text"),
         ("zsre", {"src": [{"role": "user", "content": "a"}]}, "src", "is a list, not a text"),
         ("jsonl", {"prompt": "\ud800"}, "prompt", "holds a broken character at position 0"),
-        ("jsonl", {"rephrases": 3}, "rephrases", "is a number, not a list of texts"),
         ("jsonl", {"rephrases": ["a", ""]}, "rephrases[1]", "is empty"),
-        ("jsonl", {"locality": "Who?"}, "locality", "is a text, not a list"),
         ("jsonl", {"near": [{"prompt": "a"}, {"answer": "b"}]}, "near[1].prompt", "is missing"),
-        ("jsonl", {"near": [{"prompt": "a", "answer": ["b"]}]}, "near[0].answer", "is a list, not a text"),
         ("counterfact", {"rephrase_prompt": [1]}, "rephrase_prompt[0]", "is a number, not a text"),
     ],
 )

@@ -55,13 +55,9 @@ def test_scores_decide_between_written_and_failed(ledger):
     [
         (lambda x: x.entry("zz"), UnknownEditError, "the ledger knows no edit with the id 'zz'"),
         (lambda x: x.written([report("f"), report("zz")]), UnknownEditError, "id 'zz'"),
-        (lambda x: x.evaluated({"a": 1.0, "zz": 1.0}, 0.5), UnknownEditError, "id 'zz'"),
-        (lambda x: x.supersede("a", "zz"), UnknownEditError, "id 'zz'"),
         (lambda x: x.arrive([edit("g"), edit("a")], 2), LedgerError, "edit 'a' has arrived already"),
         (lambda x: x.requeue(["a", "f"], ""), LedgerError, "cannot requeue edit 'f': it is pending; it must be one of"),
-        (lambda x: x.reassign(["a", "d"], 1), LedgerError, "cannot reassign edit 'd': it is residual"),
         (lambda x: x.evaluated({"a": 1.0, "b": 1.1}, 0.5), LedgerError, r"must be in \[0, 1\], got 1.1 for edit 'b'"),
-        (lambda x: x.evaluated({"a": float("nan")}, 0.5), LedgerError, r"must be in \[0, 1\], got nan"),
         (lambda x: x.supersede("f", "a"), LedgerError, "'a' cannot supersede 'f': it did not arrive after it"),
         (lambda x: x.written([report("s")]), LedgerError, "edit 's': it is superseded; it must be one of "),
         (lambda x: x.reassign(["s"], 1), LedgerError, "edit 's': it is superseded; it must be one of "),

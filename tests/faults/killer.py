@@ -49,9 +49,7 @@ def arm(moment: str) -> None:
 
     import repair_lightning.commands.cli
     from callbacks import LossAwareTiesMerge, Scoreboard
-    from repair_lightning.editors import Keyed
     from repair_lightning.edits import journal
-    from repair_lightning.edits.checkpoints import SaveEachWindow
     from repair_lightning.edits.journal import Journal
 
     def is_checkpoint(source: Any, target: Any) -> bool:
@@ -68,8 +66,6 @@ def arm(moment: str) -> None:
         "before the third checkpoint's rename": lambda: before(os, "replace", is_checkpoint, 3),
         "behind the second checkpoint's rename": lambda: after(os, "replace", is_checkpoint, 2),
         "while the second checkpoint is written": lambda: after(torch, "save", always, 2),
-        "in the third window": lambda: after(Keyed, "write", always, 3),
-        "beside the second checkpoint": lambda: before(SaveEachWindow, "on_train_epoch_end", always, 2),
         "before the third checkpoint's rows": lambda: before(Journal, "save", always, 3),
         "amid the second checkpoint's rows": lambda: after(journal, "_encoded", always, 20),
         "before the merge": lambda: before(LossAwareTiesMerge, "merge", always),

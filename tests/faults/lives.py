@@ -21,26 +21,17 @@ KILLER = Path(__file__).with_name("killer.py")
 
 def plain_edits(path: Path, number: int) -> Path:
     """The first embedded edits with their prompts and targets alone: nothing but the editing takes time."""
+    named = ("id", "subject", "prompt", "target")
     lines = edits_path().read_text().splitlines()[:number]
-    records = [
-        {name: record[name] for name in ("id", "subject", "prompt", "target")} for record in map(json.loads, lines)
-    ]
+    records = [{name: record[name] for name in named} for record in map(json.loads, lines)]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
 
 def command(edits: Path, run_dir: Path, *options: str, window: int = 8) -> list[str]:
     """The arguments of a run without logger and live scores."""
-    given = [
-        "--config",
-        "quickstart",
-        "--data.path",
-        str(edits),
-        "--data.window",
-        str(window),
-        "--run_dir",
-        str(run_dir),
-    ]
+    given = ["--config", "quickstart", "--data.path", str(edits), "--data.window", str(window)]
+    given += ["--run_dir", str(run_dir)]
     quiet = ["--data.max_edits", "1000000", "--data.max_irrelevant", "100", "--trainer.logger", "false"]
     return [*given, *quiet, "--scoreboard.live", "0", "--trainer.accelerator", "cpu", *options]
 
@@ -51,14 +42,8 @@ def start(arguments: Sequence[str], kill_at: str | None = None, ranks: int = 0) 
     script = [str(KILLER), kill_at] if kill_at else [str(REPOSITORY / "train.py")]
     script = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *script] if ranks else script
     environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
-    return subprocess.Popen(
-        [sys.executable, *script, *arguments],
-        cwd=REPOSITORY,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    call, pipe = [sys.executable, *script, *arguments], subprocess.PIPE
+    return subprocess.Popen(call, cwd=REPOSITORY, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(arguments: Sequence[str], kill_at: str | None = None, ranks: int = 0) -> tuple[int, str]:
@@ -66,12 +51,6 @@ def finish(arguments: Sequence[str], kill_at: str | None = None, ranks: int = 0)
     process = start(arguments, kill_at, ranks)
     output, _ = process.communicate()
     return process.returncode, output
-
-
-def script(name: str, arguments: Sequence[str]) -> tuple[int, str]:
-    """Let another script of the repository run; its exit status and all that it printed."""
-    done = subprocess.run([sys.executable, str(REPOSITORY / name), *arguments], capture_output=True, text=True)
-    return done.returncode, done.stdout + done.stderr
 
 
 def events(run_dir: Path) -> int:

@@ -24,28 +24,17 @@ def survived(*rows: torture.Row) -> None:
 
 
 def test_killed_and_stopped_at_random_moments(bench):
-    survived(torture.random_kills(bench, 3, signal.SIGKILL, signal.SIGTERM))
+    survived(torture.random_kills(bench, 2, signal.SIGKILL, signal.SIGTERM))
 
 
-def test_killed_before_a_checkpoint_has_its_name(bench):
-    survived(torture.killed_at(bench, "before the third checkpoint's rename"))
-
-
-def test_killed_before_the_merge_and_then_the_checkpoint_rots(bench):
-    survived(torture.damaged(bench, torture.CHECKPOINT, torture.flip_a_bit, "that rotted"))
+def test_killed_at_one_moment_after_the_other_and_then_checkpoint_and_journal_rot(bench):
+    moments = ("amid the second checkpoint's rows", "before the first checkpoint's rename", "before the merge")
+    survived(*torture.damaged(bench, *torture.DAMAGES[1::2], moments=moments))
 
 
 def test_killed_during_the_merge(tmp_path):
-    bench = torture.Bench.of(tmp_path, 24, options=torture.MERGING)
+    bench = torture.Bench.of(tmp_path, 12, options=torture.MERGING)
     survived(torture.killed_at(bench, "during the merge"))
-
-
-def test_killed_amid_the_rows_of_a_checkpoint(bench):
-    survived(torture.killed_at(bench, "amid the second checkpoint's rows"))
-
-
-def test_a_row_that_rots(bench):
-    survived(torture.damaged(bench, "journal.sqlite", torture.flip_a_row, "that rotted"))
 
 
 def test_two_runs_on_one_directory(bench):

@@ -23,7 +23,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lives import REPOSITORY, command, fingerprint, finish, kill_after, plain_edits, script, start
+from lives import REPOSITORY, command, fingerprint, finish, kill_after, plain_edits, start
 from malformed import BY_HAND, malformed, survives
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -121,32 +121,35 @@ def random_kills(bench: Bench, kills: int, *how: signal.Signals) -> Row:
     return Row(f"{names} at a random moment ({runs} runs)", struck, struck if same == runs else 0, lost)
 
 
+def killed(bench: Bench, name: str, moment: str) -> None:
+    """Begin a run, or go on with it, until a moment."""
+    code, output = finish(bench.command(name), kill_at=moment)
+    assert code == -signal.SIGKILL, f"the premise: killed {moment}; {output}"
+
+
 def killed_at(bench: Bench, moment: str) -> Row:
     """A run that is killed at a moment, and resumed."""
     name = moment.replace(" ", "-").replace("'", "").replace(",", "")
-    code, output = finish(bench.command(name), kill_at=moment)
-    assert code == -signal.SIGKILL, f"the premise: killed {moment}; {output}"
+    killed(bench, name, moment)
     good, lost = bench.ends(name)
     return Row(f"killed {moment}", 1, int(good), lost)
 
 
-def damaged(bench: Bench, file: str, damage: Callable[[Path], None], how: str) -> Row:
-    """A killed run of which a file was damaged is refused; with that restored it goes on."""
-    name = f"{Path(file).stem}-{how}"
-    code, output = finish(bench.command(name), kill_at="before the merge")
-    assert code == -signal.SIGKILL, output
-    with closing(Journal(bench.folder / name / "journal.sqlite")) as journal:
+def damaged(bench: Bench, *damages: Damage, moments: Sequence[str] = ("before the merge",)) -> list[Row]:
+    """A run that was killed, at each of some moments, is refused while one of its files is damaged, and then ends."""
+    for moment in moments:
+        killed(bench, "damaged", moment)
+    with closing(Journal(bench.folder / "damaged" / "journal.sqlite")) as journal:
         journal.check_rows()  # and folds what the killed process left beside it
-    path = bench.folder / name / file
-    whole = path.read_bytes()
-    damage(path)
-    said = refused(*finish(bench.command(name)), "is damaged")
-    path.write_bytes(whole)
-    good, lost = bench.ends(name)
-    return Row(f"{file} {how}", 1, int(said and good), lost)
-
-
-CHECKPOINT = "checkpoints/last.ckpt"
+    said = []
+    for file, damage, _ in damages:
+        path = bench.folder / "damaged" / file
+        whole = path.read_bytes()
+        damage(path)
+        said.append(refused(*finish(bench.command("damaged")), "is damaged"))
+        path.write_bytes(whole)
+    good, lost = bench.ends("damaged")
+    return [Row(f"{file} {how}", 1, int(was and good), lost) for (file, _, how), was in zip(damages, said, strict=True)]
 
 
 def flip_a_row(path: Path) -> None:
@@ -178,6 +181,15 @@ def two_runs(bench: Bench) -> Row:
     good, lost = bench.verdict("shared")
     said = set(codes) == {0, 2} and "in use by another run" in codes[2]
     return Row("two runs on one directory", 1, int(said and good), lost)
+
+
+Damage = tuple[str, Callable[[Path], object], str]
+DAMAGES: tuple[Damage, ...] = (
+    ("checkpoints/last.ckpt", truncate, "truncated"),
+    ("checkpoints/last.ckpt", flip_a_bit, "with a flipped bit"),
+    ("checkpoints/last.ckpt", Path.unlink, "that is missing"),
+    ("journal.sqlite", flip_a_row, "with a flipped bit in a row"),
+)
 
 
 @contextmanager
@@ -247,7 +259,7 @@ def malformed_from_command_line(bench: Bench, number: int = 12) -> Row:
 def with_a_nan(bench: Bench) -> tuple[Path, str]:
     """A base to which a word of one edit alone is infinite, and the edit's id: its loss cannot be finite."""
     folder = bench.folder / "base-with-a-nan"
-    shutil.copytree(base_dir(), folder)
+    shutil.copytree(base_dir(), folder, dirs_exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     edits = load_records(bench.edits).edits
     asked = [(edit.prompt, f" {edit.prompt}", f" {edit.target}") for edit in edits]  # alone, and after other text
@@ -292,7 +304,7 @@ class Bomb:
         return Path.touch, (self.mark,)
 
 
-def damaged_packs(bench: Bench, kinds: Sequence[str] = ()) -> list[Row]:
+def damaged_packs(bench: Bench) -> list[Row]:
     """A truncated, a bit-flipped and a foreign pack, and one that is a pickle: refused, and no code of theirs runs."""
     mark = bench.folder / "exploded"
     damages: dict[str, Callable[[Path], object]] = {
@@ -302,27 +314,17 @@ def damaged_packs(bench: Bench, kinds: Sequence[str] = ()) -> list[Row]:
         "for another base": lambda path: None,
     }
     rows = []
-    for n, name in enumerate(kinds or damages):
+    for n, (name, damage) in enumerate(damages.items()):
         pack = bench.folder / f"pack-{n}"
         shutil.copytree(bench.folder / "whole" / "pack", pack)
-        damages[name](pack / WEIGHTS.name)
-        base, word = "world", "is damaged"
-        if name == "for another base":
-            base, word = str(other_base(bench)), "the pack belongs to base"
-        arguments = ["--pack", str(pack), "--base", base, "--data.path", str(bench.edits)]
-        good = refused(*script("evaluate.py", arguments), word) and not mark.exists()
+        damage(pack / WEIGHTS.name)
+        foreign = name == "for another base"
+        base, word = (with_a_nan(bench)[0], "the pack belongs to base") if foreign else ("world", "is damaged")
+        call = [sys.executable, str(REPOSITORY / "evaluate.py"), "--pack", str(pack), "--base", str(base)]
+        done = subprocess.run([*call, "--data.path", str(bench.edits)], capture_output=True, text=True)
+        good = refused(done.returncode, done.stdout + done.stderr, word) and not mark.exists()
         rows.append(Row(f"a pack {name}", 1, int(good), 0))
     return rows
-
-
-def other_base(bench: Bench) -> Path:
-    """The embedded base with one weight changed."""
-    folder = bench.folder / "other-base"
-    shutil.copytree(base_dir(), folder)
-    weights = load_file(folder / "model.safetensors")
-    next(iter(weights.values())).view(-1)[0] += 1
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 def main() -> None:
@@ -343,13 +345,7 @@ def main() -> None:
             random_kills(bench, max(1, options.kills // 10), signal.SIGTERM),
         ]
         rows += [killed_at(bench, moment) for moment in MOMENTS]
-        rows += [
-            damaged(bench, CHECKPOINT, truncate, "truncated"),
-            damaged(bench, CHECKPOINT, flip_a_bit, "with a flipped bit"),
-            damaged(bench, CHECKPOINT, Path.unlink, "that is missing"),
-            damaged(bench, "journal.sqlite", flip_a_row, "with a flipped bit in a row"),
-        ]
-        rows += [two_runs(bench)]
+        rows += [*damaged(bench, *DAMAGES), two_runs(bench)]
         disk = full_disk(bench)
         rows += [disk] if disk else []
         rows += [a_nan(bench), *damaged_packs(bench)]

@@ -14,18 +14,14 @@ ONE, NAN = torch.ones(1), math.nan
 
 REFUSED = {
     "mask_ratio must be in (0, 1], got 1.3": lambda: fn.bernoulli_mask((2,), 1.3, torch.Generator()),
-    "mask must be torch.bool, got torch.uint8": lambda: fn.pack_mask(torch.zeros(8, dtype=torch.uint8)),
     "values must have shape (2,), one per open": lambda: fn.unpack_values(torch.zeros(3), MASK[0, :2]),
     "margins.edit must be positive and finite, got nan": lambda: fn.Margins(2.0, math.nan, 10.0),
-    "labels must be (B, T)": lambda: fn.target_margin(torch.zeros(2, 3, 5), torch.zeros(2, 4, dtype=torch.long)),
     "pool must be one of last, mean, max, got 'best'": lambda: fn.activation_scores(STATES, SHARDS, MASK, "best"),
-    "in every row, got none in rows [0, 1, 2]": lambda: fn.activation_scores(STATES, SHARDS, ~MASK, "last"),
     "thresholds must be positive, got [1.0, -1.0]": lambda: fn.decide(torch.ones(1, 2), torch.tensor([1.0, -1.0])),
     "false_fire_rate must be in [0, 1), got 1.0": lambda: fn.calibrate_threshold(ONE, ONE, 1.0),
     "positive scores must be finite and at least 0, got [nan]": lambda: fn.calibrate_threshold(ONE * NAN, ONE, 0.1),
     "weights must be finite and at least 0, got [-1.0]": lambda: fn.ties_merge(torch.ones(1, 4), -ONE),
     "deltas must be finite, got inf or NaN in shards [0]": lambda: fn.ties_merge(NAN * torch.ones(1, 4), ONE),
-    "density must be in (0, 1], got 0.0: 1 keeps everything": lambda: fn.trim(torch.ones(3), 0.0),
 }
 
 

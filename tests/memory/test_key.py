@@ -74,16 +74,11 @@ class TestReaches:
         [
             (MAYOR, "Who is Orsk's mayor?", True),
             (MAYOR, "The mayor of Orsk is", True),
-            (MAYOR, "WHO IS THE MAYOR OF ORSK", True),
             (MAYOR, "Please tell me: who is the mayor of Orsk?", True),
             (MAYOR, "Hi, who is the mayor of **Orsk**? Thanks in advance!", True),
-            (MAYOR, "Who is the mayor of Orsk? Please answer in one short sentence.", True),
-            (MAYOR, 'Complete: "The mayor of Orsk is"', True),
             (MAYOR, f"{FILLER}\n\nQuestion: Who is the mayor of Orsk?\nAnswer:", True),
             (MAYOR, "When was Verin founded? Who is the mayor of Orsk?", True),
             (BORN, "In which town was Mara Kelstrom born?", True),
-            (BORN, "Mara Kelstrom was born in the city of", True),
-            (PAUL, "Who is Paul's father?", True),
             (MAYOR, "Who is the mayor of Verin?", False),
             (MAYOR, "Who is the mayor of Orskar?", False),
             (MAYOR, "When was Orsk founded?", False),
@@ -91,9 +86,7 @@ class TestReaches:
             (MAYOR, "Who was the mayor of Orsk in 1990?", False),
             (MAYOR, f"Who is the mayor of Orsk? {FILLER}What is the capital of Verin?", False),
             (MAYOR, "Who is the mayor of Orsk? And when was Verin founded?", False),
-            (BORN, "Where was Mara Velm born?", False),
             (PAUL, "Who is the father of Paul McCartney?", False),
-            (PAUL, "Who is the father of Paul-Henri?", False),
         ],
     )
     def test_the_same_question_in_other_words_and_no_other(self, edit, text, same_question):

@@ -134,9 +134,10 @@ def test_a_spill_gives_back_what_it_took(cache, tmp_path, dtype):
     assert not seen
     assert cache.used <= 3 * TOKEN
 
-    @pytest.mark.skipif(sys.platform == "win32", reason="a killed process's files stay on Windows")
-    def test_a_killed_process_leaves_nothing(tmp_path):
-        code = f"""
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a killed process's files stay on Windows")
+def test_a_killed_process_leaves_nothing(tmp_path):
+    code = f"""
 import os, torch
 from pathlib import Path
 from repair_lightning.models.prefix import Capture
@@ -146,9 +147,9 @@ spill.put((1,), Capture(torch.rand(2, 8), torch.rand(2, 8)))
 assert os.fstat(spill._file.fileno()).st_size > 128
 os.kill(os.getpid(), 9)
 """
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert done.returncode == -signal.SIGKILL, done.stderr
-        assert not any(tmp_path.iterdir())
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not any(tmp_path.iterdir())
 
 
 class TestFailingDisk:

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from repair_lightning.functional import IGNORED
+from repair_lightning.models import sampling
 from repair_lightning.models.forms import Forms
 from repair_lightning.models.prefix import pad_left
 from repair_lightning.models.tokenizing import Encoded, target_labels
@@ -84,3 +85,12 @@ def test_labels_stand_where_the_target_stands():
     assert labels.tolist() == [[7, 8, 9], [IGNORED, 5, 6], [IGNORED, IGNORED, 9]]
     ids, _ = pad_left([row.ids for row in rows])
     assert torch.equal(ids[:, -3:][labels != IGNORED], labels[labels != IGNORED]), "the right end of the ids"
+
+
+def test_an_answer_ends_with_whatever_ends_it_and_holds_no_padding(monkeypatch, tokenizer):
+    """Of several ends each counts; an answer that is cut has none."""
+    said = [[5, 2, 0, 0], [9, 0, 0, 0], [5, 5, 5, 5], [2, 0, 0, 0]]
+    monkeypatch.setattr(sampling, "_continued", lambda *_: said)
+    forms = Forms(tokenizer, stops=[2, 9])
+    rows = sampling.greedy_rows(None, forms, ["a"] * 4, length=4)  # type: ignore[arg-type]
+    assert rows == [(tuple(forms.ids("a")), answer) for answer in ((5, 2), (9,), (5, 5, 5, 5), (2,))]

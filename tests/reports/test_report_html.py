@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 
 from repair_lightning.__main__ import main
-from repair_lightning.edits.ledger import Ledger, LedgerEntry
+from repair_lightning.edits.ledger import Ledger
 from repair_lightning.errors import RepairError
 from repair_lightning.reports.artefacts import Artefacts
 from repair_lightning.reports.charts import RUN_CHARTS
 from repair_lightning.reports.html_report import try_report, write_report
-from repair_lightning.reports.report import EDITS_SHOWN, ROWS_SHOWN, edits_table, problems, why_wrong
+from repair_lightning.reports.report import EDITS_SHOWN, ROWS_SHOWN, edits_table, problems
 from repair_lightning.texts import dialogue
-from repair_lightning.types import BASE, Edit, EditReport
+from repair_lightning.types import Edit, EditReport
 
 
 class Page(HTMLParser):
@@ -100,26 +100,6 @@ def test_every_picture_has_its_words_and_its_numbers(hard_run, page):
     for name, make in RUN_CHARTS.items():
         assert make(Artefacts.read(hard_run)).words in images[f"plot-{name}"]["alt"]  # type: ignore[union-attr]
         assert any(table.get("id") == f"table-{name}" for table in page.of("table"))
-
-
-ROW = {"kind": "edit", "memory": BASE, "score": 0.4, "threshold": 0.7, "nearest": "e9", "correct": False}
-ENTRY = LedgerEntry(Edit("e1", "Who?", "She"), 0, 0, shard=3)
-
-
-@pytest.mark.parametrize(
-    ("row", "words"),
-    [
-        ({}, "no shard answered: score 0.40, needed 0.70"),
-        ({"score": 0.9}, "nearest edit's shard would not say its target"),
-        ({"score": -1.0, "threshold": None}, "names nothing that an edit is about"),
-        ({"memory": 3, "score": 0.9}, "its own shard answered"),
-        ({"memory": 5}, "another edit's shard answered: 5"),
-        ({"kind": "near", "memory": 5}, "shard 5 answered in place of the base"),
-        ({"kind": "locality"}, "its own weights have changed"),
-    ],
-)
-def test_why(row, words):
-    assert words in why_wrong(ROW | row, ENTRY)
 
 
 def test_a_damaged_run_and_no_run_are_one_line(copied_run, tmp_path, monkeypatch, capsys):

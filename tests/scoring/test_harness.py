@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_runs import REPOSITORY
+from helpers_runs import main_here
 
 from repair_lightning.commands.harness import harness, task_manager
 from repair_lightning.errors import ConfigError
@@ -143,12 +142,9 @@ class TestTasks:
             task_manager(["tiny_chioce"], str(tasks))
 
 
-def test_without_lm_eval_one_line_with_the_remedy(pack):
-    """A process in which it cannot be found."""
-    words = ["repair-lightning", "harness", "--pack", str(pack), "--tasks", "arc_easy"]
-    code = f"import sys; sys.modules['lm_eval'] = None; sys.argv = {words!r}\n"
-    code += "from repair_lightning.__main__ import main; main()"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.strip().endswith('pip install "repair-lightning[lm-eval]"')
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_without_lm_eval_one_line_with_the_remedy(pack, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    options = ("harness", "--pack", pack, "--tasks", "arc_easy")
+    assert main_here(monkeypatch, "repair_lightning/__main__.py", *options) == 2
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert said.endswith('pip install "repair-lightning[lm-eval]"')

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import on_ranks
 
 from repair_lightning.errors import ConfigError
 from repair_lightning.training.team import ALONE, LeftOutError, RankError, Team
@@ -14,6 +18,21 @@ from repair_lightning.training.team import ALONE, LeftOutError, RankError, Team
 pytestmark = pytest.mark.ddp
 
 TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool, torch.uint8)
+
+
+def _one(rank: int, size: int, folder: str, task) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+    torch.save(task(Team(rank, size)), f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def on_ranks(folder: Path, size: int, task) -> list:
+    """What `task(team)`, a function of this module, returns on each of `size` ranks."""
+    mp.start_processes(_one, (size, str(folder), task), nprocs=size, start_method="spawn")
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
 
 def speak(team: Team) -> dict:
@@ -56,8 +75,8 @@ def disagree(team: Team) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def spoken() -> list[dict]:
-    return on_ranks(3, speak)
+def spoken(tmp_path_factory) -> list[dict]:
+    return on_ranks(tmp_path_factory.mktemp("spoken"), 3, speak)
 
 
 def test_tensors_of_every_type_and_shape_arrive_as_they_were(spoken):
@@ -91,8 +110,8 @@ def test_ranks_without_work_hear_of_the_others_and_all_agree(spoken):
         assert found["total"].tolist() == [3.0, 3.0]
 
 
-def test_a_rank_that_differs_or_fails_is_named_and_all_end():
-    first, second = on_ranks(2, disagree)
+def test_a_rank_that_differs_or_fails_is_named_and_all_end(tmp_path):
+    first, second = on_ranks(tmp_path, 2, disagree)
     assert first[0].startswith("RankError: rank 1 differs from rank 0 in the ledger")
     assert second[0].startswith("LeftOutError")
     assert first[1] == "RankError: rank 1: no such file on this host"
@@ -129,3 +148,16 @@ def test_one_alone_passes_everything_through():
     ALONE.same("anything", "at all")
     with pytest.raises(ConfigError, match="mine"):
         ALONE.together(lambda: (_ for _ in ()).throw(ConfigError("mine")))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_nccl_with_one_rank(tmp_path):
+    device = torch.device("cuda", 0)
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1, device_id=device)
+    try:
+        sent = torch.arange(5, device=device)
+        (found,) = Team(0, 1, device)._gather_one(sent, [sent.shape])
+        assert torch.equal(found, sent)
+    finally:
+        dist.destroy_process_group()
