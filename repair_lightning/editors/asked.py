@@ -35,6 +35,19 @@ class AskedModel(HeldModel):
         """An edit's prompt and target as token ids."""
         return self._encode(edit.prompt, edit.target)
 
+    def variants(self, edits: Sequence[Edit]) -> list[tuple[int, Encoded]]:
+        """The edits in the other forms that they are written in, as (edit, row), but for what the base cannot read."""
+        forms = self.edited.forms
+        return self._readable([(i, row) for i, e in enumerate(edits) for row in forms.variants(e.prompt, e.target)[1:]])
+
+    def checks(self, edits: Sequence[Edit]) -> list[tuple[int, Encoded]]:
+        """The edits in the forms that they are asked back in, likewise."""
+        forms = self.edited.forms
+        return self._readable([(i, row) for i, e in enumerate(edits) for row in forms.checks(e.prompt, e.target)])
+
+    def _readable(self, rows: Sequence[tuple[int, Encoded]]) -> list[tuple[int, Encoded]]:
+        return [(i, row) for i, row in rows if len(row.ids) <= self.edited.longest]
+
     def anchors_of(self, edits: Sequence[Edit]) -> list[Anchor]:
         """What the edits are about: the record's subject, else the name in what is asked; and what that is."""
         asked = [self.edited.forms.asked(edit.prompt) for edit in edits]

@@ -272,7 +272,7 @@ class WholeEditor(Editor):
         except torch.linalg.LinAlgError as error:
             reports = [EditReport(id, BASE, math.nan, 0.0, 0) for id in batch.ids]
             reason = f"the problem cannot be solved ({error}): rolled back"
-        tensors = [self.edited.weights.parameter(layer) for layer in self.edited.weights.state()]
+        tensors = [*self.edited.weights.state().values()]
         for shard in {report.shard for report in reports} - {BASE}:
             tensors += self.memory[shard].state_dict().values()
         if all(tensor.isfinite().all() for tensor in tensors) and all(math.isfinite(one.loss) for one in reports):

@@ -93,7 +93,7 @@ class DenseWriter:
         hook = Selection(len(part), [(trained, None)])
         with (
             self.editor.bound(trained.parameter, rate) as optimizer,
-            self.editor.cut(),
+            tail.cut(),
             self.editor.edited.forced(hook),
         ):
             for step in range(budget + 1):  # the last round only looks at what the steps made

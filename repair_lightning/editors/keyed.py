@@ -16,7 +16,7 @@ import torch
 
 from repair_lightning.editors.base import register
 from repair_lightning.editors.inner_loop import TargetRows
-from repair_lightning.editors.low_rank import LowRankWriter, Outcome, held_outside
+from repair_lightning.editors.low_rank import LowRankWriter, Outcome, not_held, rows_asked_back
 from repair_lightning.editors.shards import ShardEditor, Steps
 from repair_lightning.errors import ConfigError
 from repair_lightning.memory.routers import Router, make_router
@@ -103,11 +103,11 @@ class Keyed(ShardEditor):
     def _asked_back(self, edits: Sequence[Edit], outcomes: list[Outcome], budget: int) -> list[Outcome]:
         """The outcomes where each edit is asked in forms that it was not written in; those that do not hold there are
         written again with these forms among the others."""
-        rows = self.asked_back(edits)
+        rows = rows_asked_back(self, edits)
         if rows is None:
             return outcomes
         factors = Factors([outcomes[edit] for edit in rows.owner.tolist()], self.edited.device)
-        fails = [i for i, holds in enumerate(held_outside(self, factors, rows)) if not holds]
+        fails = not_held(self, factors, rows)
         if not fails:
             return outcomes
         again = LowRankWriter(self).train(self._rows([edits[i] for i in fails], checked=True), budget)

@@ -12,7 +12,7 @@ D = d_model, F = d_ffn.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from repair_lightning.editors.inner_loop import TargetRows, TargetTail, descend
 from repair_lightning.memory.shards import Adds, Selection
+from repair_lightning.types import Edit
 
 if TYPE_CHECKING:
     from repair_lightning.editors.keyed import Keyed
@@ -98,14 +99,22 @@ class Outcome:
     loss: float
 
 
+def rows_asked_back(editor: ShardEditor, edits: Sequence[Edit]) -> TargetRows | None:
+    """Rows of the edits in the forms that they are asked back in; None where a base has no such form."""
+    found = editor.checks(edits)
+    if not found:
+        return None
+    captures = editor.edited.captures([row.ids for _, row in found])
+    return TargetRows([row for _, row in found], captures, [i for i, _ in found], len(edits))
+
+
 @torch.no_grad()
-def held_outside(editor: ShardEditor, added: Adds, rows: TargetRows) -> list[bool]:
-    """Whether what is added says each edit's target in rows that it was not trained on."""
+def not_held(editor: ShardEditor, added: Adds, rows: TargetRows) -> list[int]:
+    """The edits whose target what is added does not say, in rows that it was not trained on."""
     tail = TargetTail(editor.edited.split, rows, editor.tail)
     with tail.cut(), editor.edited.forced(Selection(len(rows), [(added, None)])):
         logits, _ = tail(lambda _: rows.reading(added.product(rows.activations.float())))
-    wrong = set(rows.owner[rows.row[logits.argmax(-1) != rows.labels]].tolist())
-    return [edit not in wrong for edit in range(rows.members)]
+    return sorted(set(rows.owner[rows.row[logits.argmax(-1) != rows.labels]].tolist()))
 
 
 class LowRankWriter:

@@ -27,7 +27,7 @@ from torch import Tensor
 from repair_lightning.editors.base import register
 from repair_lightning.editors.dense import QUIET, DenseWriter
 from repair_lightning.editors.inner_loop import TargetRows
-from repair_lightning.editors.low_rank import held_outside
+from repair_lightning.editors.low_rank import not_held, rows_asked_back
 from repair_lightning.editors.shards import ShardEditor, Steps
 from repair_lightning.errors import ConfigError
 from repair_lightning.functional import Margins, activation_scores, fused_delta
@@ -205,7 +205,8 @@ class Repair(ShardEditor):
         A loss that is not finite rolls the shard back; the batch is then written in halves, until the edit that spoils
         it stands alone and is reported.
         """
-        module = self._dense(shard)
+        module = self.memory[shard]
+        assert isinstance(module, Shard)
         before = module.delta.detach().clone()
         budget = self.writing.steps * (1 + self.attempts(batch.edits))
         rows, steps, loss, kd = self._train(module, batch.edits, self._rehearsal(shard, batch), budget)
@@ -233,8 +234,8 @@ class Repair(ShardEditor):
         """
         rows = self._rows(edits, rehearsed)
         steps, loss, kd = DenseWriter(self).train(module, rows, budget)
-        asked = self.asked_back(edits) if self.in_forms else None
-        fails = [] if asked is None else [i for i, holds in enumerate(held_outside(self, module, asked)) if not holds]
+        asked = rows_asked_back(self, edits) if self.stepping == "normalized" else None
+        fails = [] if asked is None else not_held(self, module, asked)
         if fails and all(map(math.isfinite, loss)):
             rows = self._rows(edits, rehearsed, [(i, row) for i, row in self.checks(edits) if i in fails])
             more, loss, kd = DenseWriter(self).train(module, rows, budget)
@@ -248,17 +249,14 @@ class Repair(ShardEditor):
         and rehearsed edits."""
         texts = [(i, behind(context, edit.prompt)) for i, edit in enumerate(edits) for context in self.contexts]
         after = [(i, self._encode(text, edits[i].target)) for i, text in texts]
-        return self.rows(edits, [*(self.variants(edits) if self.in_forms else ()), *after, *more], rehearsed)
+        return self.rows(
+            edits, [*(self.variants(edits) if self.stepping == "normalized" else ()), *after, *more], rehearsed
+        )
 
     @property
     def stepping(self) -> str:
         """`writing.optimizer`, or steps in dual coordinates."""
         return self.writing.optimizer or "normalized"
-
-    @property
-    def in_forms(self) -> bool:
-        """Whether edits are written in several forms: not by the paper's own steps."""
-        return self.stepping == "normalized"
 
     @torch.no_grad()
     def least_squares(self, shards: Sequence[int], weights: Sequence[float]) -> Tensor:
@@ -295,13 +293,9 @@ class Repair(ShardEditor):
         scores = activation_scores(teacher.activations.float(), deltas, teacher.mask, self.routing.pool)[0].tolist()
         return max(zip(room, scores, strict=True), key=lambda pair: (round(pair[1], 6), -load[pair[0]], -pair[0]))[0]
 
-    def _dense(self, shard: int) -> Shard:
+    def _initialise(self, shard: int) -> None:
         module = self.memory[shard]
         assert isinstance(module, Shard)
-        return module
-
-    def _initialise(self, shard: int) -> None:
-        module = self._dense(shard)
         if self.writing.init_scale:
             scale = self.writing.init_scale * float(self.edited.value_weight.float().std())
             seed = (self.seed * 1_000_003 + shard) * 1_000_003 + module.generation

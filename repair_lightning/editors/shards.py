@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -74,27 +74,6 @@ class ShardEditor(AdaptiveEditor):
         rate = self.writing.rate * REACH * float(sizes[sizes.isfinite()].mean())  # one bad edit spoils no other
         return None if margin is None else LEAD * margin, OFTEN, rate
 
-    def variants(self, edits: Sequence[Edit]) -> list[tuple[int, Encoded]]:
-        """The edits in the other forms that they are written in, as (edit, row), but for what the base cannot read."""
-        forms = self.edited.forms
-        return self._readable([(i, row) for i, e in enumerate(edits) for row in forms.variants(e.prompt, e.target)[1:]])
-
-    def checks(self, edits: Sequence[Edit]) -> list[tuple[int, Encoded]]:
-        """The edits in the forms that they are asked back in, likewise."""
-        forms = self.edited.forms
-        return self._readable([(i, row) for i, e in enumerate(edits) for row in forms.checks(e.prompt, e.target)])
-
-    def asked_back(self, edits: Sequence[Edit]) -> TargetRows | None:
-        """Rows of the edits in the forms that they are asked back in; None where a base has no such form."""
-        found = self.checks(edits)
-        if not found:
-            return None
-        captures = self.edited.captures([row.ids for _, row in found])
-        return TargetRows([row for _, row in found], captures, [i for i, _ in found], len(edits))
-
-    def _readable(self, rows: Sequence[tuple[int, Encoded]]) -> list[tuple[int, Encoded]]:
-        return [(i, row) for i, row in rows if len(row.ids) <= self.edited.longest]
-
     def rows(
         self, edits: Sequence[Edit], more: Sequence[tuple[int, Encoded]], rehearsed: Sequence[Edit] = ()
     ) -> TargetRows:
@@ -123,10 +102,6 @@ class ShardEditor(AdaptiveEditor):
         assert parameter.grad is not None
         total = self.team.total(parameter.grad)
         parameter.grad = total if summed else total / self.team.size
-
-    def cut(self) -> AbstractContextManager[None]:
-        """What the steps need not run is out of the way."""
-        return nullcontext() if self.tail == "model" else self.edited.split.skipping(whole=self.tail == "positions")
 
     def backpropagate(self, loss: Tensor) -> None:
         """Backward, through the trainer where there is one."""
@@ -171,18 +146,6 @@ class ShardEditor(AdaptiveEditor):
     def finish_window(self) -> None:
         """Calibrate the router."""
         self.calibrate()
-
-    def calibrate(self) -> None:
-        """Thresholds again, from what the shards own and held-out irrelevant prompts; call it when a shard changed."""
-        owned = {}
-        for shard in self.memory.ids if self.router.needs_owned else ():
-            edits = list(map(self.ledger.edit, self.ledger.owned_by(shard)))
-            if edits:
-                owned[shard] = self._shared_query_of(edits)
-        self.router.calibrate(self.memory, owned, self.held_out)
-
-    def _shared_query_of(self, edits: Sequence[Edit]) -> Query:
-        return self.edited.shared_query(len(edits), lambda index: self.query_of([edits[i] for i in index]))
 
     def forget(self, ids: Iterable[str]) -> None:
         """The router drops the edits; their prompts are the base's again where routing is by key."""

@@ -62,10 +62,10 @@ def test_a_rejected_merge_leaves_no_trace(router, mask_ratio, target):
 def test_the_guard_trips_by_itself():
     """With its defaults: what two shards of several edits each say does not fit the one that TIES makes of them."""
     editor, _ = written_editor(mask_ratio=1.0)
-    merge = LossAwareTiesMerge()
+    merge = LossAwareTiesMerge(rule="ties")
     merge.merge(editor)
     assert not merge.outcome
-    assert "more than 0.01" in merge.outcome.reason
+    assert "more than 0.02" in merge.outcome.reason
     assert editor.memory.ids == [0, 1]
 
 
@@ -74,7 +74,7 @@ def test_an_accepted_merge_leaves_one_shard_that_owns_all(normalize, mask_ratio)
     editor, _ = written_editor(mask_ratio=mask_ratio)
     deltas = editor.memory.stacked().detach().clone()
     losses = [mean_loss(editor.ledger, shard) for shard in (0, 1)]
-    merge = LossAwareTiesMerge(max_op_drop=1.0, normalize=normalize, alpha=3.0)
+    merge = LossAwareTiesMerge(rule="ties", max_op_drop=1.0, normalize=normalize, alpha=3.0)
     merge.merge(editor)
     assert merge.outcome
     assert editor.memory.ids == [2]  # a new id, never one that was used
@@ -96,7 +96,7 @@ def test_into_the_main_weights(tmp_path, number):
     editor, _ = written_editor(number=number, capacity=4)
     value = editor.edited.split.value.weight
     original, deltas = value.detach().clone(), editor.memory.stacked().detach().clone()
-    merge = LossAwareTiesMerge(max_op_drop=1.0, target="main")
+    merge = LossAwareTiesMerge(rule="ties", max_op_drop=1.0, target="main")
     merge.merge(editor)
     assert merge.outcome
     assert editor.base_changed
@@ -127,7 +127,7 @@ def test_the_guard_asks_no_scoring_prompt(monkeypatch):
     encode, choose = editor.encode, editor.edited.choose
     monkeypatch.setattr(editor, "encode", lambda edit: asked.append(edit.prompt) or encode(edit))
     monkeypatch.setattr(editor.edited, "choose", lambda prompts: asked.extend(prompts) or choose(prompts))
-    assert 0 <= MergeGuard(editor, 256).score() <= 1
+    assert 0 <= MergeGuard(editor, list(editor.ledger)).score() <= 1
     own = [editor.ledger.edit(id).prompt for id in editor.ledger]
     unrelated = set(editor.guard_prompts)
     assert not unrelated & {*editor.background_prompts, *editor.held_out_prompts}
@@ -144,7 +144,7 @@ def test_the_guard_asks_no_scoring_prompt(monkeypatch):
 def test_the_guard_sees_damage_to_unrelated_answers():
     """A W_v that was overwritten with noise answers unrelated prompts otherwise, though no prompt is routed."""
     editor, _ = written_editor()
-    guard = MergeGuard(editor, 64)
+    guard = MergeGuard(editor, list(editor.ledger), into_base=True)
     before = guard.score()
     weight = editor.edited.value_weight
     weight.data.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * 10 * weight.std())

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from repair_lightning.editors.low_rank import LEAD, OFTEN, NormalizedGradient
-from repair_lightning.editors.shards import OPTIMIZERS, Steps
+from repair_lightning.editors.low_rank import NormalizedGradient
+from repair_lightning.editors.shards import LEAD, OFTEN, OPTIMIZERS, Steps
 
 
 def stepped(gradient: Tensor, lr: float = 0.1, start: Tensor | None = None) -> Tensor:
