@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from repair_lightning.editors.repair import Repair
 
 RIDGE = 1e-2  # of the dual basis: smaller ones fit as well and separate less, larger ones need more steps
-QUIET = 256  # irrelevant prompts that the dual basis keeps still
 
 
 class DualCoordinates:
@@ -122,7 +121,7 @@ class DenseWriter:
         """What is trained: V of the batch's dual coordinates, or with another optimiser than ours the delta itself."""
         if self.editor.stepping != "normalized":
             return OpenCoordinates(module)
-        quiet = self.editor.background.at_last().activations[:QUIET, 0].float()
+        quiet = self.editor.background.at_last().activations[: self.routing.sample, 0].float()
         return DualCoordinates(module, rows.reading(rows.activations).float(), quiet)
 
     def _own_rows(self, rows: TargetRows) -> tuple[list[int] | None, TargetRows]:

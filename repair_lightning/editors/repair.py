@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from repair_lightning.editors.base import register
-from repair_lightning.editors.dense import QUIET, DenseWriter
+from repair_lightning.editors.dense import DenseWriter
 from repair_lightning.editors.inner_loop import TargetRows
 from repair_lightning.editors.low_rank import not_held, rows_asked_back
 from repair_lightning.editors.shards import ShardEditor, Steps
@@ -57,7 +57,8 @@ class Routing:
         weight: lambda_a, the routing loss's weight; 0 leaves it out.
         margins: (g1, g2, g) of Eq. 7.
         relative: scores and margins in units of the base's typical `||A W_v^T||`, else absolute.
-        sample: irrelevant prompts per step in the routing loss.
+        sample: irrelevant prompts that writing keeps apart: those to which a shard, in dual coordinates, adds nothing,
+            and how many take part in a step of the routing loss.
     """
 
     router: str = "key"
@@ -68,7 +69,7 @@ class Routing:
     weight: float = 0.0
     margins: tuple[float, float, float] = (0.1, 1.0, 0.5)
     relative: bool = True
-    sample: int = 64
+    sample: int = 256
 
 
 @dataclass
@@ -268,7 +269,7 @@ class Repair(ShardEditor):
             own = rows.reading(rows.activations).float() * math.sqrt(weight * len(shards))
             keys.append(own)
             values.append(self.memory[shard].product(own))
-        quiet = self.background.at_last().activations[:QUIET, 0].float()
+        quiet = self.background.at_last().activations[: self.routing.sample, 0].float()
         keep = len(quiet) / sum(map(len, keys))
         return fused_delta(torch.cat(keys), torch.cat(values), quiet, keep, MERGE_RIDGE).to(quiet.device)
 

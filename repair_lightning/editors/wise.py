@@ -29,7 +29,7 @@ from repair_lightning.functional import ties_merge, trim
 from repair_lightning.types import Edit, EditBatch
 
 Mode = Literal["retrieve", "merge"]  # what becomes of side memories that are full
-ROUTING = Routing(router="activation", pool="mean", act_ratio=0.88, weight=1.0, margins=(0.25, 1.0, 0.5))
+ROUTING = Routing(router="activation", pool="mean", act_ratio=0.88, weight=1.0, margins=(0.25, 1.0, 0.5), sample=64)
 """How memories are found, by default."""
 WRITING = Writing(optimizer="sgd", relative=False, steps=70, stop_margin=None, mask_ratio=0.2, capacity=500, replay=0)
 """How they are written, by default."""

@@ -8,7 +8,7 @@ import re
 import pytest
 from helpers_runs import fit, hard_edits, world_editor, world_stream, write_edits
 
-from callbacks import ErrorSampleMonitor, ProbeGate, PruneAndRetrigger, RoutingDashboard
+from callbacks import ErrorSampleMonitor, LossAwareTiesMerge, PruneAndRetrigger
 from callbacks.error_monitor import sample_to_check
 from repair_lightning.edits.ledger import EditStatus, Ledger
 from repair_lightning.errors import ConfigError
@@ -78,10 +78,9 @@ def test_after_each_window_the_ledger_knows_who_is_right(tmp_path):
 @pytest.mark.parametrize(
     ("callback", "options", "message"),
     [
-        (PruneAndRetrigger, {"tau_prune": 1.1}, "feedback.tau_prune must be in [0, 1], got 1.1"),
         (PruneAndRetrigger, {"max_attempts": 0}, "feedback.max_attempts must be at least 1, got 0"),
-        (ProbeGate, {"max_probe_loss": float("nan")}, "gate.max_probe_loss must be in [0, 1], got nan"),
-        (RoutingDashboard, {"shards": -1}, "dashboard.shards must be at least 0, got -1"),
+        (LossAwareTiesMerge, {"rule": "mean"}, "merge.rule must be one of least_squares, ties, got 'mean'"),
+        (LossAwareTiesMerge, {"group": 1}, "merge.group must be at least 2, or null for all at once, got 1"),
     ],
 )
 def test_options_are_refused_as_users_write_them(callback, options, message):
