@@ -148,11 +148,9 @@ class EditStream(pl.LightningDataModule):
         if self.singles:
             raise ConfigError("data.singles begins with the plain base for every edit; leave --from_pack out")
         joined = join(self.records, earlier)
-        if len(joined.known) == len(self.edits):
-            raise ConfigError(
-                f"'{self.path}' holds no edit that the pack lacks: all {len(joined.known)} are its own already; give "
-                "new records"
-            )
+        if (known := len(joined.known)) == len(self.edits):
+            own = f"all {known} are its own already; give new records"
+            raise ConfigError(f"'{self.path}' holds no edit that the pack lacks: {own}")
         self._follow(joined)
 
     def inherit(self, earlier: Ledger) -> None:
