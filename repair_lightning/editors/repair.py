@@ -265,7 +265,8 @@ class Repair(ShardEditor):
         to irrelevant prompts; edits of a shard with a larger weight are met more closely."""
         keys, values = [], []
         for shard, weight in zip(shards, weights, strict=True):
-            rows = self._rows([self.ledger.edit(id) for id in self.ledger.owned_by(shard)])
+            edits = [self.ledger.edit(id) for id in self.ledger.owned_by(shard)]
+            rows = self._rows(edits, more=self.checks(edits))
             own = rows.reading(rows.activations).float() * math.sqrt(weight * len(shards))
             keys.append(own)
             values.append(self.memory[shard].product(own))
