@@ -26,7 +26,7 @@ from torch import Tensor
 
 from repair_lightning.editors.base import register
 from repair_lightning.editors.dense import DenseWriter
-from repair_lightning.editors.inner_loop import TargetRows
+from repair_lightning.editors.inner_loop import TargetRows, in_halves
 from repair_lightning.editors.low_rank import not_held, rows_asked_back
 from repair_lightning.editors.shards import ShardEditor, Steps
 from repair_lightning.errors import ConfigError
@@ -201,23 +201,20 @@ class Repair(ShardEditor):
         return self.rewrite(batch, self.assign(batch))
 
     def rewrite(self, batch: EditBatch, shard: int) -> list[EditReport]:
-        """Write a batch into a shard.
+        """Write a batch into a shard. A loss that is not finite rolls the shard back: what spoils it is reported."""
+        return in_halves(batch, lambda part: self._attempt(part, shard))
 
-        A loss that is not finite rolls the shard back; the batch is then written in halves, until the edit that spoils
-        it stands alone and is reported.
-        """
+    def _attempt(self, batch: EditBatch, shard: int) -> list[EditReport]:
         module = self.memory[shard]
         assert isinstance(module, Shard)
         before = module.delta.detach().clone()
         budget = self.writing.steps * (1 + self.attempts(batch.edits))
-        rows, steps, loss, kd = self._train(module, batch.edits, self._rehearsal(shard, batch), budget)
+        known = [id for id in self.ledger.owned_by(shard) if id not in batch.ids]
+        rehearsed = [self.ledger.edit(id) for id in known[-self.writing.replay :]] if self.writing.replay else []
+        rows, steps, loss, kd = self._train(module, batch.edits, rehearsed, budget)
         size = float(module.delta.detach().norm())  # a norm layer can hide an overflow from the loss
         if not all(math.isfinite(value) for value in [*loss, *kd, size]):
             module.delta.data.copy_(before)
-            if len(batch.edits) > 1:  # find the edit that spoils the batch
-                half = len(batch.edits) // 2
-                halves = EditBatch(batch.edits[:half]), EditBatch(batch.edits[half:])
-                return [report for part in halves for report in self.rewrite(part, shard)]
             reason = f"the loss or the shard was not finite after {steps} steps: rolled back"
             return [EditReport(id, shard, loss[i], kd[i], steps, error=reason) for i, id in enumerate(batch.ids)]
         limit = self.distillation.consistency if self.distillation.weight and len(batch.edits) > 1 else None
@@ -303,10 +300,6 @@ class Repair(ShardEditor):
             seed = (self.seed * 1_000_003 + shard) * 1_000_003 + module.generation
             noise = torch.randn(module.delta.shape, generator=torch.Generator().manual_seed(seed)) * scale
             module.delta.data.copy_(noise if module.open is None else noise.to(module.open.device) * module.open)
-
-    def _rehearsal(self, shard: int, batch: EditBatch) -> list[Edit]:
-        known = [id for id in self.ledger.owned_by(shard) if id not in batch.ids]
-        return [self.ledger.edit(id) for id in known[-self.writing.replay :]] if self.writing.replay else []
 
     @property
     def shares(self) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from repair_lightning.editors.adaptive import OPTIMIZERS, AdaptiveEditor, Steps
-from repair_lightning.editors.inner_loop import Tail, TargetRows
+from repair_lightning.editors.inner_loop import Tail, TargetRows, tail_of
 from repair_lightning.errors import RepairError
 from repair_lightning.memory.query import Query
 from repair_lightning.models.tokenizing import Encoded
@@ -55,9 +55,7 @@ class ShardEditor(AdaptiveEditor):
         """Besides the router's part, find what is left to `auto`, and measure the base."""
         self.choose_settings(background, held_out)
         super().prepare(background, held_out)
-        self.tail = "model"
-        if self.cache_mib:
-            self.tail = "positions" if self.edited.split.adds_up() else "rows"
+        self.tail = tail_of(self)
         prompts = self.background.at_last()
         size = prompts.hidden.float().square().mean(-1).sqrt()
         reach = prompts.activations.float().abs().sum(-1)
