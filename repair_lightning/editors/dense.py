@@ -32,6 +32,7 @@ from repair_lightning.memory.shards import Selection, Shard
 if TYPE_CHECKING:
     from repair_lightning.editors.repair import Repair
 
+APART = 0.1  # of the routing loss: where training may end
 RIDGE = 1e-2  # of the dual basis: smaller ones fit as well and separate less, larger ones need more steps
 
 
@@ -99,16 +100,15 @@ class DenseWriter:
                 logits, features = tail(trained.product)
                 losses = part.per_row(target_cross_entropy(logits[:, None], part.labels[:, None]))
                 kd, per_sample = self._distil(logits, features, part, mine)
-                if step == budget or (step % every == 0 and self._written(logits, part.labels, margin)):
+                routing = losses.new_zeros(())
+                if self.routing.weight:
+                    irrelevant = torch.randperm(size, generator=generator)[: self.routing.sample]
+                    routing = self._routing_loss(trained.delta(), rows, irrelevant.to(module.delta.device))
+                if step == budget or (step % every == 0 and self._written(logits, part.labels, margin, routing)):
                     break
                 total = losses.mean() if mine is None else losses.sum() / len(rows)
                 total = total + self.distillation.weight * kd
-                if self.routing.weight:
-                    share = 1 if mine is None else self.team.size
-                    irrelevant = torch.randperm(size, generator=generator)[: self.routing.sample]
-                    total = (
-                        total + self._routing_loss(trained.delta(), rows, irrelevant.to(module.delta.device)) / share
-                    )
+                total = total + self.routing.weight * routing / (1 if mine is None else self.team.size)
                 self.editor.backpropagate(total)
                 self.editor.share_gradient(trained.trained, summed=mine is not None)
                 trained.step(optimizer)
@@ -166,11 +166,12 @@ class DenseWriter:
             )
         )
         # The scores, not the margins, are scaled: the loss stays near one.
-        return self.routing.weight * routing_margin_loss(edit / unit, irrelevant / unit, self.editor.margins)
+        return routing_margin_loss(edit / unit, irrelevant / unit, self.editor.margins)
 
-    def _written(self, logits: Tensor, labels: Tensor, margin: float | None) -> bool:
-        """Whether every target token, on every rank that trains the same shard, leads its best rival by the margin."""
+    def _written(self, logits: Tensor, labels: Tensor, margin: float | None, routing: Tensor) -> bool:
+        """Whether every target token, on every rank that trains the same shard, leads its best rival by the margin, and
+        the edits' scores keep nearly all of theirs."""
         if margin is None:
             return False
         own = (target_margin(logits.detach()[:, None], labels[:, None]) >= margin).all()
-        return bool(self.editor.agreed(own))
+        return bool(self.editor.agreed(own & (routing.detach() <= APART)))
