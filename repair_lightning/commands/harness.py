@@ -17,7 +17,7 @@ import torch
 from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.models.edited import EditedModel
 from repair_lightning.packs.pack import Pack, download
-from repair_lightning.reports.tables import Table
+from repair_lightning.reports.report import Table
 
 
 def harness(
