@@ -190,8 +190,8 @@ def test_edits_are_answered_and_a_rollback_brings_every_bit_back(make, write, an
         assert answers(editor.edited, editor.tokenizer, [e.prompt for e in right]) == [e.target for e in right]
     assert editor.base_changed == editor.writes_base
     if editor.writes_base:
-        assert len(changed(editor, weights)) == len(editor.edited.weights.layers) > 0
-        assert editor.figures()["deviation"].keys() == {str(layer) for layer in editor.edited.weights.layers}
+        assert len(changed(editor, weights)) == len(editor.edited.weights.state()) > 0
+        assert editor.figures()["deviation"].keys() == {str(layer) for layer in editor.edited.weights.state()}
     else:
         assert changed(editor, weights) == []
         assert torch.equal(logits(editor.edited, editor.tokenizer, irrelevant), untouched)
@@ -217,7 +217,7 @@ def test_what_is_not_finite_is_reported_and_spoils_nothing(make, write, edits, n
     editor.edited.captures([editor.encode(edits[2]).ids])[0].hidden.fill_(torch.nan)
     reports = write(editor, edits[:5])
     assert [report.id for report in reports if report.error] == ([] if name in UNTRAINED else [edits[2].id])
-    for layer in editor.edited.weights.layers:
+    for layer in editor.edited.weights.state():
         assert editor.edited.weights.matrix(layer).isfinite().all()
     kept = [*editor.memory.state_dict().values(), *editor.own_state().values()]
     assert all(value.isfinite().all() for value in kept if isinstance(value, torch.Tensor))

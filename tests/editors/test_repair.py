@@ -140,14 +140,18 @@ class TestReplay:
         assert set(editor.ledger.sizes()) == {0}
         assert answers(editor.edited, editor.tokenizer, prompts_of(edits)) == targets_of(edits)
 
-    def test_rows_are_the_shards_own_latest(self, editor_of, write, edits):
-        editor = editor_of(writing=dense(replay=2, steps=2))
+    @pytest.mark.parametrize(
+        ("replay", "written", "expected"), [(2, 5, ["e2", "e3"]), (2, 3, ["e1", "e2"]), (0, 5, [])]
+    )
+    def test_rows_are_the_shards_own_latest(self, editor_of, write, edits, monkeypatch, replay, written, expected):
+        editor = editor_of(writing=dense(replay=replay, steps=2))
         write(editor, edits[:4])
-        batch = EditBatch((edits[5],))
-        assert [edit.id for edit in editor._rehearsal(0, batch)] == ["e2", "e3"]
-        assert [edit.id for edit in editor._rehearsal(0, EditBatch((edits[3],)))] == ["e1", "e2"]
-        editor.writing = dense(replay=0)
-        assert editor._rehearsal(0, batch) == []
+        seen, rows = [], editor.rows
+        monkeypatch.setattr(
+            editor, "rows", lambda own, more, rehearsed: seen.append(rehearsed) or rows(own, more, rehearsed)
+        )
+        editor.rewrite(EditBatch((edits[written],)), 0)
+        assert [edit.id for edit in seen[0]] == expected
 
 
 @pytest.mark.parametrize("router", ["key", "activation"])
