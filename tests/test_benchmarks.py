@@ -65,7 +65,7 @@ def test_parts_that_take_longer(context):
     (row,) = measured("memory", context, stream=12, cache_mib=(4,))
     assert row["peak"] > row["held"] > row["base"]
     rows = measured("merging", context, merged=(2,), per_shard=2, densities=(1.0, 0.2))
-    assert len(rows) == len(merging.FORMS) * (1 + 2 * 2 * 2 + len(merging.REFERENCES))
+    assert len(rows) == len(merging.FORMS) * (1 + 2 * 2 * 2 + len(merging.OTHERS))
     assert all(row["Rel"] == 100 for row in rows if row["kind"] == "before")
 
 

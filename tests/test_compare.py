@@ -244,14 +244,19 @@ def settings_of(run: compare.Run, monkeypatch) -> dict[str, Any]:
 
 
 LESS = {
-    "repair - clustering": ("repair", {"data.clustering"}),
-    "repair - distillation": ("repair", {"model.distillation.weight"}),
-    "repair - routing loss": ("repair", {"model.routing.weight"}),
-    "repair - feedback": ("repair", {"feedback.enabled"}),
-    "repair - relative margins": ("repair", {"model.routing.relative", "model.routing.margins"}),
-    "repair - key router": ("repair", {"model.routing.router"}),
-    "repair - merge": ("repair", {"merge.enabled"}),
-    "repair + forced merge": ("repair", {"merge.max_op_drop"}),
+    "repair - dual coordinates": {"model.writing.optimizer"},
+    "repair - relative steps": {"model.writing.optimizer", "model.writing.lr", "model.writing.relative"},
+    "repair - quiet prompts": {"model.routing.sample"},
+    "repair + routing loss": {"model.routing.router", "model.routing.weight"},
+    "repair - key router": {"model.routing.router", "model.routing.weight"},
+    "repair + distillation": {"model.distillation.weight", "model.distillation.temperature"},
+    "repair - clustering": {"data.clustering"},
+    "repair + mask": {"model.writing.mask_ratio"},
+    "repair 4 per shard": {"model.writing.capacity"},
+    "repair 64 per shard": {"model.writing.capacity", "data.batch_size"},
+    "repair - feedback": {"feedback.enabled"},
+    "repair - merge": {"merge.enabled"},
+    "repair + TIES": {"merge.rule", "merge.max_op_drop"},
 }
 
 
@@ -268,8 +273,8 @@ def test_the_ablations_take_away_what_their_names_say(tmp_path, monkeypatch):
         assert (found["model.base"], found["data.path"], found["data.format"]) == ("some/base", "some.json", "zsre")
         fixed = (found["seed_everything"], found["data.sample_seed"], found["data.max_edits"], found["trainer.logger"])
         assert fixed == (1, 1, 30, False)
-    for name, (parent, options) in LESS.items():
-        changed = {key for key, value in ablations[name].items() if value != ablations[parent].get(key)}
+    for name, options in LESS.items():
+        changed = {key for key, value in ablations[name].items() if value != ablations["repair"].get(key)}
         assert {key for key in changed if "dir" not in key and key != "config"} == options, name
 
 

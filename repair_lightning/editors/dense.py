@@ -89,6 +89,9 @@ class DenseWriter:
         tail = TargetTail(self.editor.edited.split, part, self.editor.tail)
         trained = self._coordinates(module, rows)
         margin, every, rate = self.editor.pace(tail.states, self.editor.writing.rate * self.editor.lr_unit)
+        if mine is not None:  # one rate for all ranks: the mean over all rows
+            shares = torch.tensor([rate, 1.0], device=module.delta.device) * len(part.labels)
+            rate = float(torch.div(*self.team.total(shares)))
         generator, size = torch.Generator().manual_seed(self.editor.seed * 1_000_003), len(self.editor.background)
         hook = Selection(len(part), [(trained, None)])
         with (
