@@ -62,7 +62,7 @@ class LossAwareTiesMerge(pl.Callback):
     """
 
     max_shards = 64
-    """More are not merged at once: what so many say does not fit one matrix, and each is laid out in full for it."""
+    """More are not merged at once: what so many say does not fit one matrix."""
 
     def __init__(
         self,

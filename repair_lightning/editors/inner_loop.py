@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from repair_lightning.functional import target_cross_entropy, target_margin
 from repair_lightning.memory.query import Query
-from repair_lightning.memory.shards import Shard
+from repair_lightning.memory.shards import Adds, Selection, Shard
 from repair_lightning.models.edited import EditedModel
 from repair_lightning.models.prefix import Capture, SplitModel, pad_left, stack_left
 from repair_lightning.models.tokenizing import Encoded, target_labels
-from repair_lightning.types import EditBatch, EditReport
+from repair_lightning.types import Edit, EditBatch, EditReport
 
 if TYPE_CHECKING:
     from repair_lightning.editors.base import Editor
+    from repair_lightning.editors.shards import ShardEditor
 
 Tail = Literal["positions", "rows", "model"]
 """How much runs in a step: the positions that are read, whole rows from the edited layer on, or the whole model."""
@@ -209,6 +210,24 @@ def in_halves(batch: EditBatch, attempt: Callable[[EditBatch], list[EditReport]]
         return reports
     first, second = (EditBatch(part) for part in (batch.edits[:half], batch.edits[half:]))
     return [*in_halves(first, attempt), *in_halves(second, attempt)]
+
+
+def rows_asked_back(editor: ShardEditor, edits: Sequence[Edit]) -> TargetRows | None:
+    """Rows of the edits in the forms that they are asked back in; None where a base has no such form."""
+    found = editor.checks(edits)
+    if not found:
+        return None
+    captures = editor.edited.captures([row.ids for _, row in found])
+    return TargetRows([row for _, row in found], captures, [i for i, _ in found], len(edits))
+
+
+@torch.no_grad()
+def not_held(editor: ShardEditor, added: Adds, rows: TargetRows) -> list[int]:
+    """The edits whose target what is added does not say, in rows that it was not trained on."""
+    tail = TargetTail(editor.edited.split, rows, editor.tail)
+    with tail.cut(), editor.edited.forced(Selection(len(rows), [(added, None)])):
+        logits, _ = tail(lambda _: rows.reading(added.product(rows.activations.float())))
+    return sorted(set(rows.owner[rows.row[logits.argmax(-1) != rows.labels]].tolist()))
 
 
 class OpenCoordinates:

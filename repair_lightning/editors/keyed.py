@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 
 from repair_lightning.editors.base import register
-from repair_lightning.editors.inner_loop import TargetRows
-from repair_lightning.editors.low_rank import LowRankWriter, Outcome, not_held, rows_asked_back
+from repair_lightning.editors.inner_loop import TargetRows, not_held, rows_asked_back
+from repair_lightning.editors.low_rank import LowRankWriter, Outcome
 from repair_lightning.editors.shards import ShardEditor, Steps
 from repair_lightning.errors import ConfigError
 from repair_lightning.memory.routers import Router, make_router

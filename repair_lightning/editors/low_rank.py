@@ -12,7 +12,7 @@ D = d_model, F = d_ffn.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from repair_lightning.editors.inner_loop import TargetRows, TargetTail, descend
-from repair_lightning.memory.shards import Adds, Selection
-from repair_lightning.types import Edit
+from repair_lightning.memory.shards import Selection
 
 if TYPE_CHECKING:
     from repair_lightning.editors.keyed import Keyed
-    from repair_lightning.editors.shards import ShardEditor
 
 RIDGE = 1e-4  # added to `K K^T`, as a share of its mean diagonal: two positions with one key must not blow up
 
@@ -97,24 +95,6 @@ class Outcome:
     right: Tensor
     steps: int
     loss: float
-
-
-def rows_asked_back(editor: ShardEditor, edits: Sequence[Edit]) -> TargetRows | None:
-    """Rows of the edits in the forms that they are asked back in; None where a base has no such form."""
-    found = editor.checks(edits)
-    if not found:
-        return None
-    captures = editor.edited.captures([row.ids for _, row in found])
-    return TargetRows([row for _, row in found], captures, [i for i, _ in found], len(edits))
-
-
-@torch.no_grad()
-def not_held(editor: ShardEditor, added: Adds, rows: TargetRows) -> list[int]:
-    """The edits whose target what is added does not say, in rows that it was not trained on."""
-    tail = TargetTail(editor.edited.split, rows, editor.tail)
-    with tail.cut(), editor.edited.forced(Selection(len(rows), [(added, None)])):
-        logits, _ = tail(lambda _: rows.reading(added.product(rows.activations.float())))
-    return sorted(set(rows.owner[rows.row[logits.argmax(-1) != rows.labels]].tolist()))
 
 
 class LowRankWriter:

@@ -26,8 +26,7 @@ from torch import Tensor
 
 from repair_lightning.editors.base import register
 from repair_lightning.editors.dense import DenseWriter
-from repair_lightning.editors.inner_loop import TargetRows, in_halves
-from repair_lightning.editors.low_rank import not_held, rows_asked_back
+from repair_lightning.editors.inner_loop import TargetRows, in_halves, not_held, rows_asked_back
 from repair_lightning.editors.shards import ShardEditor, Steps
 from repair_lightning.errors import ConfigError
 from repair_lightning.functional import Margins, activation_scores, fused_delta
