@@ -31,7 +31,7 @@ FORMS: Mapping[str, Writing] = {
     "dense": Writing(),
     "dense, mask 0.2": Writing(mask_ratio=0.2),  # the published ratio
 }
-MAX_OP_DROP = 0.02
+MAX_OP_DROP = 0.06
 """What the guard lets a merge cost by default."""
 
 

@@ -73,7 +73,7 @@ class LossAwareTiesMerge(pl.Callback):
         normalize: Normalize = "contributors",
         every_n_windows: int | None = None,
         target: Literal["side", "main"] = "side",
-        max_op_drop: float = 0.02,
+        max_op_drop: float = 0.06,
     ) -> None:
         if rule not in get_args(Rule):
             raise ConfigError(f"merge.rule must be one of {', '.join(get_args(Rule))}, got '{rule}'")

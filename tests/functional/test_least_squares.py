@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from repair_lightning.functional import fused_delta
-from repair_lightning.functional.least_squares import Recursion, damped_change, minimal_change, spd_inverse
+from repair_lightning.functional.least_squares import (
+    Recursion,
+    damped_change,
+    dual_basis,
+    minimal_change,
+    spd_inverse,
+)
 from repair_lightning.functional.moments import RunningMoments
 
 F, D, N = 12, 5, 20
@@ -110,6 +116,20 @@ def test_the_fused_delta_is_the_least_squares_solution():
     moved = [float((kept @ fused_delta(keys, values, kept, keep).T).norm()) for keep in (0.0, 1.0, 100.0)]
     assert moved[0] > moved[1] > moved[2]
     assert not fused_delta(keys[:0], values[:0], kept).any()
+
+
+@pytest.mark.parametrize("quiet", [0, 4])
+def test_the_dual_basis_tells_keys_apart_and_is_still_at_quiet_ones(quiet):
+    """Without a ridge exactly; with one it is the solution of ridge regression, which quiet keys meet with zeros."""
+    keys, still, values = draw(1, 6, F), draw(2, quiet, F), draw(3, 6, D)
+    exact = dual_basis(keys, still, 1e-9)
+    torch.testing.assert_close(keys @ exact.T, torch.eye(6), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(still @ exact.T, torch.zeros(quiet, 6), rtol=1e-3, atol=1e-3)
+    weight = 0.1 * float(keys.square().sum(-1).mean())
+    left = torch.cat([keys, still, weight**0.5 * torch.eye(F)]).double()
+    right = torch.cat([values, torch.zeros(quiet + F, D)]).double()
+    expected = torch.linalg.lstsq(left, right).solution.T
+    torch.testing.assert_close((values.T @ dual_basis(keys, still, 0.1)).double(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("parts", [[5], [1, 1, 1], [2, 30, 1, 7]])
