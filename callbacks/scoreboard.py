@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -111,9 +111,10 @@ class Scoreboard(pl.Callback):
             pl_module.log_dict(known | {"live/edits": float(len(written))}, batch_size=len(draw))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """The score before the merge; this callback stands before the merging one."""
-        with self._timed():
-            self._score("before_merge", pl_module)
+        """The score before a merge; this callback stands before the merging one."""
+        if pl_module.can_merge:
+            with self._timed():
+                self._score("before_merge", pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """The final model's score, what perfect routing would score, and how edits hold in other forms."""
@@ -122,6 +123,9 @@ class Scoreboard(pl.Callback):
         pl_module.to(trainer.strategy.root_device)  # the strategy has taken it to the CPU by now
         with self._timed():
             self._score("final", pl_module)
+            if not pl_module.can_merge:  # nothing has changed since
+                rows = [row | {"stage": "before_merge"} for row in self.results["final"].rows]
+                self.results["before_merge"] = replace(self.results["final"], stage="before_merge", rows=rows)
             edits = stream_of(trainer).edits
             if self.singles is not None:
                 self.oracle = scores_of(self.singles.oracle)

@@ -49,6 +49,7 @@ class DualCoordinates:
         self.shard, self.known = shard, shard.delta.detach().clone()
         self.basis = dual_basis(keys, quiet, RIDGE)
         self.parameter = nn.Parameter(keys.new_zeros(len(keys), len(self.known)))
+        self._at: Tensor | None = None
 
     def delta(self) -> Tensor:
         """The whole delta (D, F), from which gradients reach V."""
@@ -59,7 +60,10 @@ class DualCoordinates:
         """`A delta^T` (..., D) for float32 activations (..., F)."""
         if self.shard.open is not None:
             return nn.functional.linear(activations, self.delta())
-        return nn.functional.linear(activations, self.known) + (activations @ self.basis.T) @ self.parameter
+        if activations is not self._at:  # where positions alone run, they are the same in every step
+            self._at, self._known = activations, nn.functional.linear(activations, self.known)
+            self._responses = activations @ self.basis.T
+        return self._known + self._responses @ self.parameter
 
     @property
     def trained(self) -> nn.Parameter:

@@ -223,11 +223,14 @@ def rows_asked_back(editor: ShardEditor, edits: Sequence[Edit]) -> TargetRows | 
 
 @torch.no_grad()
 def not_held(editor: ShardEditor, added: Adds, rows: TargetRows) -> list[int]:
-    """The edits whose target what is added does not say, in rows that it was not trained on."""
+    """The edits whose target what is added does not say, on any rank that trains the same shard, in rows that it was
+    not trained on."""
     tail = TargetTail(editor.edited.split, rows, editor.tail)
     with tail.cut(), editor.edited.forced(Selection(len(rows), [(added, None)])):
         logits, _ = tail(lambda _: rows.reading(added.product(rows.activations.float())))
-    return sorted(set(rows.owner[rows.row[logits.argmax(-1) != rows.labels]].tolist()))
+    held = torch.ones(rows.members, dtype=torch.bool, device=logits.device)
+    held[rows.owner[rows.row[logits.argmax(-1) != rows.labels]]] = False
+    return (~editor.agreed(held)).nonzero()[:, 0].tolist()
 
 
 class OpenCoordinates:

@@ -152,6 +152,8 @@ class Repair(ShardEditor):
 
     def _check(self) -> None:
         self.writing.check()
+        if self.routing.sample < 0:
+            raise ConfigError(f"routing.sample must be at least 0, got {self.routing.sample}")
         router = self.routing.router
         if router in ROUTERS and router not in ("key", "activation", "hybrid"):
             raise ConfigError(f"routing.router must be key, activation or hybrid, got '{router}'")

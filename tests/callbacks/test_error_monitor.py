@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 import re
+from functools import partial
 
 import pytest
 from helpers_runs import fit, hard_edits, world_editor, world_stream, write_edits
 
 from callbacks import ErrorSampleMonitor, LossAwareTiesMerge, PruneAndRetrigger
 from callbacks.error_monitor import sample_to_check
+from repair_lightning.editors.repair import Repair, Routing
 from repair_lightning.edits.ledger import EditStatus, Ledger
 from repair_lightning.errors import ConfigError
 from repair_lightning.scoring.correctness import correctness
@@ -80,6 +82,7 @@ def test_after_each_window_the_ledger_knows_who_is_right(tmp_path):
     [
         (PruneAndRetrigger, {"max_attempts": 0}, "feedback.max_attempts must be at least 1, got 0"),
         (LossAwareTiesMerge, {"rule": "mean"}, "merge.rule must be one of least_squares, ties, got 'mean'"),
+        (partial(Repair, ""), {"routing": Routing(sample=-1)}, "routing.sample must be at least 0, got -1"),
         (LossAwareTiesMerge, {"group": 1}, "merge.group must be at least 2, or null for all at once, got 1"),
     ],
 )
