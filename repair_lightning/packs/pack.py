@@ -25,14 +25,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from repair_lightning.edits.ledger import Ledger
-from repair_lightning.errors import ConfigError, RepairError
+from repair_lightning.errors import ConfigError, RepairError, first_line
 from repair_lightning.memory.routers import make_router
 from repair_lightning.memory.shards import shard_from
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.models.architectures import architecture_of, value_shape
 from repair_lightning.models.base import files_hash, load_base
 from repair_lightning.models.edited import EditedModel
-from repair_lightning.models.gguf import first_line
 from repair_lightning.storage.folders import replace_folder, whereabouts
 
 if TYPE_CHECKING:

@@ -13,8 +13,7 @@ from typing import Any
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import WandbLogger
 
-from repair_lightning.errors import ConfigError, RepairError
-from repair_lightning.models.gguf import first_line
+from repair_lightning.errors import ConfigError, RepairError, first_line
 
 log = logging.getLogger(__name__)
 
