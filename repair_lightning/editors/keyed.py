@@ -64,12 +64,6 @@ class Keyed(ShardEditor):
         """The key router."""
         return make_router("key", relation_false_rate=self.relation_false_rate)
 
-    @property
-    def stepping(self) -> str:
-        """`writing.optimizer`, or what fits: a base with a chat template wants values that say little besides."""
-        several = self.edited.forms.marks is not None
-        return self.writing.optimizer or ("normalized" if several else "adam")
-
     def write(self, batch: EditBatch) -> list[EditReport]:
         """Train the edits side by side; each gets a new shard, unless what came of it is not finite."""
         edits = batch.edits

@@ -4,7 +4,8 @@ Paper: "REPAIR: Robust Editing via Progressive Adaptive Intervention and Reinteg
 Alg. 1-4. WISE (arXiv 2405.14768) is the special case of one shard at a time, batches of one and no feedback.
 
 Our deviations, each a switch (docs/studies/repair-on-a-real-model.md says why):
-  * shards are trained in dual coordinates (`editors/dense.py`); `writing.optimizer` takes the paper's steps;
+  * shards of a base with a chat template are trained in dual coordinates (`editors/dense.py`), of others by Adam;
+    `writing.optimizer` takes the paper's steps;
   * an edit is written in several forms, and asked back in another;
   * routing by key is the default, the paper's activation score is `routing.router=activation`, both are `hybrid`;
   * the router sees the prompt alone, once per sequence; thresholds are calibrated on held-out irrelevant prompts;
@@ -251,11 +252,6 @@ class Repair(ShardEditor):
         return self.rows(
             edits, [*(self.variants(edits) if self.stepping == "normalized" else ()), *after, *more], rehearsed
         )
-
-    @property
-    def stepping(self) -> str:
-        """`writing.optimizer`, or steps in dual coordinates."""
-        return self.writing.optimizer or "normalized"
 
     @torch.no_grad()
     def least_squares(self, shards: Sequence[int], weights: Sequence[float]) -> Tensor:

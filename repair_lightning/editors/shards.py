@@ -44,8 +44,9 @@ class ShardEditor(AdaptiveEditor):
 
     @property
     def stepping(self) -> str:
-        """The optimiser's name."""
-        return self.writing.optimizer or "adam"
+        """`writing.optimizer`, or what fits: a base with a chat template wants values that say little besides."""
+        several = self.edited.forms.marks is not None
+        return self.writing.optimizer or ("normalized" if several else "adam")
 
     def build_optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         """The optimiser that `writing` names."""
