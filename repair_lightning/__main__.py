@@ -56,11 +56,12 @@ _ID: dict[str, Any] = {"help": "of an edit; may be given repeatedly", "action": 
     *_PACK,
     _option("--to", "the new folder", required=True, type=Path),
     _option("--merged", "fuse the edits into W_v: loads without us, answers worse; says how much", action="store_true"),
+    _option("--peft", "the shards as LoRA adapters, and which prompts take which", action="store_true"),
     _option("--overwrite", "replace an earlier export", action="store_true"),
     _option("--max_edits", "most edits that are asked to measure a merge; default all", type=int),
 )
 def export(to: Path, **given: Any) -> None:
-    """Write an edited model as a folder that needs no other: with its base, or merged into a plain checkpoint."""
+    """Write an edited model for elsewhere: with its base, merged into a plain checkpoint, or as LoRA adapters."""
     print("\n".join(exporting.report_lines(exporting.export_pack(to=to, **given), to)))
 
 
@@ -187,6 +188,26 @@ def diff(data: str, to: Path | None, **given: Any) -> None:
 def dashboard(entity: str, project: str) -> None:
     """Lay out a project's workspace on Weights & Biases (an extra: wandb)."""
     print(create(entity, project))
+
+
+@command(
+    _option("--pack", "a pack to serve, with NAME= before it under that name; repeatable", action="append", default=[]),
+    _option("--base", "a plain base to begin with, or the packs' own, where their name for it does not lead there"),
+    _option("--run", "the folder where corrections are kept; of one pack by default PACK/live", type=Path),
+    _PRECISION,
+    _option("--host", "where to listen; beyond this machine only with both keys", default="127.0.0.1"),
+    _option("--port", "default 8000", type=int, default=8000),
+    _option("--ask_key_file", "a file with the key that may ask", type=Path),
+    _option("--edit_key_file", "a file with the key that may correct, and ask", type=Path),
+)
+def serve(**given: Any) -> None:
+    """Serve a base and its edited models behind OpenAI's interface, and correct them while they answer (an extra:
+    serve)."""
+    try:
+        from repair_lightning.serving.run import serve as started
+    except ImportError as error:
+        raise ConfigError(f"serving needs {error.name}; pip install 'repair-lightning[serve]'") from error
+    started(**given, say=lambda text: print(text, flush=True))
 
 
 def main() -> None:

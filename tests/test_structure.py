@@ -28,6 +28,7 @@ ORDER = (
     ("reports",),
     ("callbacks",),
     ("commands",),
+    ("serving",),
     ("__init__", "__main__", "compare", "train", "evaluate"),
 )
 """Each part may import what stands in a line above its own, for its types too."""

@@ -83,7 +83,7 @@ class Journal:
             raise JournalError(f"'{path}' is no journal: there is no such file; give the directory of a run")
         with self._explained("opened"):
             address = f"{self.path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
-            self._db = sqlite3.connect(address, uri=True, isolation_level=None)
+            self._db = sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False)
             if not read_only:
                 self._db.execute("PRAGMA journal_mode = WAL")
                 self._db.execute("PRAGMA synchronous = FULL")  # a transaction that has returned is on the disk

@@ -186,13 +186,15 @@ class Ledger(Entries):
 
     journal: Any = None
 
-    def arrive(self, edits: Iterable[Edit], window: int) -> None:
-        """Enters new edits as pending; no id may be here already, or occur twice."""
+    def arrive(self, edits: Iterable[Edit], window: int, reason: str = "") -> None:
+        """Enters new edits as pending, with a reason where there is one; no id may be here already, or occur twice."""
         edits = list(edits)
         repeated = [id for id, n in Counter(edit.id for edit in edits).items() if n > 1 or id in self]
         if repeated:
             raise LedgerError(f"edit {repeated[0]!r} has arrived already; give each edit its own id")
-        self._enter("arrived", [LedgerEntry(edit, len(self) + i, int(window)) for i, edit in enumerate(edits)])
+        self._enter(
+            "arrived", [LedgerEntry(edit, len(self) + i, int(window), reason=reason) for i, edit in enumerate(edits)]
+        )
 
     def inherit(self, earlier: Ledger) -> None:
         """Takes over the edits of an earlier model as they stand, before anything arrives."""
@@ -253,6 +255,13 @@ class Ledger(Entries):
             raise LedgerError(f"cannot reassign edit {homeless[0]!r}: no shard owns it; write it first")
         self._enter(kind, [replace(self[id], shard=int(shard)) for id in ids])
 
+    def go_back(self, entries: Iterable[LedgerEntry]) -> None:
+        """Replaces the content by entries that it held before; the journal is the caller's to rewind."""
+        entries = list(entries)
+        Entries.__init__(self)  # empty again
+        for entry in entries:
+            self._put(entry)
+
     def state_dict(self) -> dict[str, Any]:
         """The ledger in plain types (it survives `torch.load(weights_only=True)`)."""
         return {"version": VERSION, "entries": [entry.as_dict() for entry in self.values()]}
@@ -267,9 +276,7 @@ class Ledger(Entries):
             raise LedgerError(
                 f"this is not the state of a ledger ({error!r}); use one that `state_dict` made"
             ) from error
-        Entries.__init__(self)  # empty again
-        for entry in entries:
-            self._put(entry)
+        self.go_back(entries)
 
     def to_parquet(self, path: str | Path) -> None:
         """Writes the ledger as a Parquet table, one row per edit; the file appears whole or not at all.

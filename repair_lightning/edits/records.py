@@ -104,12 +104,25 @@ def load_records(
     RecordError for a file or record that is bad (in mode `skip`: where nothing good is left), ConfigError for an
     unknown format or setting, RepairError where the source cannot be read at all.
     """
-    chosen = formats.get_format(format)
+    formats.get_format(format)
     if max_edits is not None and max_edits < 1:
         raise ConfigError(f"max_edits must be 1 or more, or null for all, got {max_edits}")
     if on_bad_record not in ("stop", "skip"):
         raise ConfigError(f"on_bad_record must be 'stop' or 'skip', got '{on_bad_record}'")
     source, rows = str(path_or_hub_name), read_rows(path_or_hub_name)
+    return checked_records(source, rows, format, max_edits, on_bad_record, sample_seed)
+
+
+def checked_records(
+    source: str,
+    rows: list[Any],
+    format: str = "jsonl",
+    max_edits: int | None = None,
+    on_bad_record: Literal["stop", "skip"] = "stop",
+    sample_seed: int | None = None,
+) -> RecordSet:
+    """Likewise of rows that were read already, from what messages call `source`."""
+    chosen = formats.get_format(format)
     if not rows:
         raise RecordError(source, None, None, "holds no records", f"give at least one record in format '{format}'")
     good, bad = _check_rows(source, rows, chosen)

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from repair_lightning.functional import bernoulli_mask
 from repair_lightning.memory.bank import ShardBank
-from repair_lightning.memory.shards import Adds, Factors, LowRankShard, Selection, Shard, ValueShard
+from repair_lightning.memory.shards import Adds, AnyShard, Factors, LowRankShard, Selection, Shard, ValueShard
 from repair_lightning.types import BASE
 
 
@@ -102,28 +102,7 @@ class SideMemory(ShardBank):
 
     def select(self, choice: Tensor) -> Selection:
         """What a choice (B,) of shard ids or `BASE` does to the value matrix's output."""
-        owners = choice.tolist()
-        wanted = {shard: self[shard] for shard in sorted(set(owners)) if shard != BASE}
-        if len(wanted) == 1 and BASE not in owners and not isinstance(wanted[owners[0]], ValueShard):
-            return Selection(len(owners), [(wanted[owners[0]], None)])  # type: ignore[list-item]
-
-        def of(shards: Iterable[int]) -> tuple[list[Any], Tensor]:
-            """The rows' shards, and the rows (n,)."""
-            rows = [i for i, shard in enumerate(owners) if shard in shards]
-            return [wanted[owners[i]] for i in rows], torch.tensor(rows, device=self.device)
-
-        dense, low, values = (
-            [shard for shard, module in wanted.items() if isinstance(module, kind)]
-            for kind in (Shard, LowRankShard, ValueShard)
-        )
-        parts: list[tuple[Adds, Tensor | None]] = [(wanted[shard], of([shard])[1]) for shard in dense]  # type: ignore[misc]
-        if low:
-            modules, rows = of(low)
-            parts.append((Factors(modules, self.device), rows))
-        if not values:
-            return Selection(len(owners), parts)
-        modules, rows = of(values)
-        return Selection(len(owners), parts, (torch.stack([one.value for one in modules]).to(self.device), rows))
+        return selection_of([None if shard == BASE else self[shard] for shard in choice.tolist()], self.device)
 
     def _mask(self, shard: int, generation: int) -> Tensor | None:
         if self.mask_ratio == 1:
@@ -132,3 +111,24 @@ class SideMemory(ShardBank):
             ((self.seed * 1_000_003 + shard) * 1_000_003 + generation) % (1 << 63)
         )
         return bernoulli_mask(self.shape, self.mask_ratio, generator)
+
+
+def selection_of(rows: Sequence[AnyShard | None], device: torch.device) -> Selection:
+    """What shards do to the value matrix's output, one for each of B rows; None is the base."""
+    wanted = {id(shard): shard for shard in rows if shard is not None}
+    if len(wanted) == 1 and None not in rows and not isinstance(rows[0], ValueShard):
+        return Selection(len(rows), [(rows[0], None)])  # type: ignore[list-item]
+
+    def of(kind: type[nn.Module]) -> tuple[list[Any], Tensor]:
+        """The shards of a kind, row by row, and the rows (n,)."""
+        found = [i for i, shard in enumerate(rows) if isinstance(shard, kind)]
+        return [rows[i] for i in found], torch.tensor(found, device=device)
+
+    dense, low, values = of(Shard), of(LowRankShard), of(ValueShard)
+    parts: list[tuple[Adds, Tensor | None]] = []
+    for shard in dict.fromkeys(dense[0]):
+        parts.append((shard, torch.tensor([i for i, one in enumerate(rows) if one is shard], device=device)))
+    if low[0]:
+        parts.append((Factors(low[0], device), low[1]))
+    replaced = (torch.stack([one.value for one in values[0]]).to(device), values[1]) if values[0] else None
+    return Selection(len(rows), parts, replaced)

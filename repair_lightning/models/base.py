@@ -91,6 +91,33 @@ def load_base(name: str, precision: str = "auto") -> Base:
     return Base(model, tokenizer, given, sha256, sum(p.numel() for p in model.parameters()))
 
 
+def in_memory(model: PreTrainedModel, tokenizer: Any) -> Base:
+    """A model that is loaded already, frozen from here on; it is the one that its folder holds, where it has one.
+
+    ConfigError without a tokenizer, or where its architecture or its tokenizer's end is not known.
+    """
+    if tokenizer is None or tokenizer.eos_token_id is None:
+        raise ConfigError("a loaded model needs its tokenizer, with an eos_token; give tokenizer=...")
+    architecture_of(model)
+    model.requires_grad_(False).eval()
+    name = str(model.name_or_path or type(model).__name__)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    folder = _folder(name)
+    files = _weight_files(folder) if folder.is_dir() else []
+    sha256 = weights_hash_of(folder) if files else _content_hash(model)
+    return Base(model, tokenizer, name, sha256, sum(p.numel() for p in model.parameters()))
+
+
+def _content_hash(model: PreTrainedModel) -> str:
+    found = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        found.update(name.encode())
+        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
 def _resolve(name: str) -> tuple[str, str | None]:
     """The folder or the hub name that a base's name stands for; with a GGUF file's hash where it came from one."""
     name = str(NAMED_BASES[name]()) if name in NAMED_BASES else os.path.expanduser(name)

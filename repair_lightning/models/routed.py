@@ -6,10 +6,13 @@ or nothing: where what it would say is anything else, the base answers.
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +29,8 @@ from repair_lightning.models.tokenizing import Encoded, target_labels
 from repair_lightning.models.weights import BaseWeights
 from repair_lightning.texts import dialogue
 from repair_lightning.types import BASE, Route
+
+T = TypeVar("T")
 
 Prompts = str | Sequence[str] | Sequence[Mapping[str, str]] | Sequence[Sequence[Mapping[str, str]]] | Tensor
 """What may be asked: a text, texts, messages, several dialogues, or token ids."""
@@ -72,16 +77,33 @@ class Turn:
 
 
 class Hooks:
-    """What a memory adds to a base's value matrix; outside of :meth:`during` nothing."""
+    """What a memory adds to a base's value matrix; outside of :meth:`during` nothing.
+
+    A turn belongs to the thread that began it. Calls of one base come one after the other, also those of several
+    models around it: a pass that replaces layers or listens to them is never seen by another thread's.
+    """
 
     def __init__(self, split: SplitModel, memory: SideMemory) -> None:
         self._memory = memory
-        self._turn: Turn | None = None
+        self._own = threading.local()
+        self.lock = lock_of(split.model)
         self._handles = [
+            split.model.register_forward_pre_hook(self._enter),
             split.model.register_forward_pre_hook(self._at_call, with_kwargs=True),
             split.value.register_forward_hook(self._at_value),
             split.model.register_forward_hook(self._at_end),
+            split.model.register_forward_hook(self._leave, always_call=True),
         ]
+
+    @property
+    def _turn(self) -> Turn | None:
+        return getattr(self._own, "turn", None)
+
+    def _enter(self, *_: Any) -> None:
+        self.lock.acquire()
+
+    def _leave(self, *_: Any) -> None:
+        self.lock.release()
 
     def remove(self) -> None:
         """Take the hooks out."""
@@ -91,11 +113,11 @@ class Hooks:
     @contextmanager
     def during(self, turn: Turn) -> Iterator[None]:
         """Inside, the base's own calls are those of a turn."""
-        before, self._turn = self._turn, turn
+        before, self._own.turn = self._turn, turn
         try:
             yield
         finally:
-            self._turn = before
+            self._own.turn = before
 
     def _at_call(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
         ids = args[0] if args else kwargs.get("input_ids")
@@ -119,6 +141,27 @@ class Hooks:
         rows = (turn.selection.size, -1) if turn.selection.size > 1 else (1, *output.shape[:-1])
         activations = args[0].reshape(*rows, args[0].shape[-1])
         return turn.selection(output.reshape(*rows, output.shape[-1]), activations).reshape(output.shape)
+
+
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_LOCKS_LOCK = threading.Lock()
+
+
+def lock_of(base: nn.Module) -> Any:
+    """What a thread holds while it runs a base, or replaces and listens to parts of it."""
+    with _LOCKS_LOCK:
+        return _LOCKS.setdefault(base, threading.RLock())
+
+
+def alone(method: Callable[..., T]) -> Callable[..., T]:
+    """A routed model's method during which no other thread runs the base."""
+
+    @wraps(method)
+    def held(self: RoutedModel, *args: Any, **kwargs: Any) -> T:
+        with self.lock:
+            return method(self, *args, **kwargs)
+
+    return held
 
 
 def quote(logits: Tensor, token: int) -> None:
@@ -159,7 +202,7 @@ class RoutedModel(nn.Module):
         self.layer, self.memory = layer, memory
         self.split = SplitModel(self.base, layer)
         self._hooks = Hooks(self.split, memory)
-        self.during = self._hooks.during
+        self.during, self.lock = self._hooks.during, self._hooks.lock
         self.router.read = self.last_states
 
     def release(self) -> None:
@@ -216,6 +259,7 @@ class RoutedModel(nn.Module):
         parts = [self.choose_rows([*map(self.forms.ids, part)], [*map(self.forms.asked, part)]) for part in batches]
         return Choice.join(parts) if parts else Choice.base(0)
 
+    @alone
     @torch.no_grad()
     def choose_rows(self, rows: Sequence[Sequence[int]], texts: Sequence[str] | None = None) -> Choice:
         """Who answers prompts, given as token ids, and as what they ask where that is known."""
@@ -250,6 +294,7 @@ class RoutedModel(nn.Module):
             found.append(None if target is None else self.forms.continued(row, target))
         return found
 
+    @alone
     @torch.no_grad()
     def over_targets(
         self, rows: Sequence[Encoded], memory: Tensor, read: Callable[[Tensor, Tensor], list[Any]], batch_size: int = 64
@@ -281,6 +326,7 @@ class RoutedModel(nn.Module):
                 if token != own:
                     break
 
+    @alone
     @torch.no_grad()
     def captures(self, rows: Sequence[Sequence[int]]) -> list[Capture]:
         """The states of token rows at the edited layer, each without padding."""
@@ -304,6 +350,7 @@ class RoutedModel(nn.Module):
         plain = [self.forms.plainly(text, row) for text, row in zip(texts, rows, strict=True)]
         return self.query_of(texts, plain, self.captures(plain))
 
+    @alone
     @torch.no_grad()
     def last_states(self, texts: Sequence[str]) -> Tensor:
         """The state (n, D) of each text's last token where it enters the edited layer, float32 on the CPU; the text is

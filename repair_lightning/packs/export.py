@@ -1,4 +1,5 @@
-"""Leaving a pack behind: a plain Hugging Face checkpoint with all edits in W_v, or a folder that needs no other base.
+"""Leaving a pack behind: a plain Hugging Face checkpoint with all edits in W_v, a folder that needs no other base, or
+the shards as LoRA adapters.
 
 One matrix cannot ask which edit is meant, so the plain checkpoint answers worse than the routed model; how much worse
 is measured on both and written beside it.
@@ -22,6 +23,7 @@ from repair_lightning.errors import ConfigError, RepairError, counted
 from repair_lightning.functional import fused_delta
 from repair_lightning.models.base import base_files, weights_hash_of
 from repair_lightning.models.prefix_cache import PrefixCache
+from repair_lightning.packs.adapters import ROUTER_FILE, require_additive, write_adapters
 from repair_lightning.packs.pack import BASE_FOLDER, CONFIG_FILE, Pack, PackedModel
 from repair_lightning.scoring.protocols import AUTOREGRESSIVE, KINDS, answers, normalise, overall_performance
 from repair_lightning.scoring.scorer import Scorer
@@ -45,15 +47,19 @@ def export_pack(
     precision: str = "auto",
     overwrite: bool = False,
     max_edits: int | None = None,
+    peft: bool = False,
 ) -> dict[str, Any]:
     """Export a pack into a new folder, or with `overwrite` in place of an earlier export; returns the content of
     `export.json`. `base` and `precision` are as `load_edited` takes them.
 
     With `merged` the export is a plain checkpoint with all edits fused into W_v, measured on at most `max_edits` live
-    edits; else the pack together with its base, which `load_edited` reads wherever the folder is moved. RepairError
-    where the pack is damaged, the folder is taken or cannot be written, or there is nothing to merge.
+    edits; with `peft` the shards as LoRA adapters, with what says which prompts take which; else the pack together with
+    its base, which `load_edited` reads wherever the folder is moved. RepairError where the pack is damaged, the folder
+    is taken or cannot be written, or there is nothing to merge or no shard that adds to W_v.
     """
     to = Path(to)
+    if merged and peft:
+        raise ConfigError("--merged and --peft are two kinds of export; give one of them")
     if max_edits is not None and max_edits < 1:
         raise ConfigError(f"max_edits must be at least 1, got {max_edits}; leave it out to ask all")
     if to.exists() and not (to.is_dir() and not any(to.iterdir())):
@@ -62,6 +68,8 @@ def export_pack(
         if not overwrite:
             raise ConfigError(f"'{to}' is not empty; give --to a new folder, or --overwrite to replace that export")
     content = Pack.read(pack)
+    if peft:
+        return _export_adapters(content, to, base, precision)
     return _export_merged(content, to, base, precision, max_edits) if merged else _export_whole(content, to, base)
 
 
@@ -79,6 +87,22 @@ def _export_whole(pack: Pack, to: Path, base: str | None) -> dict[str, Any]:
             shutil.copyfile(file, part / BASE_FOLDER / file.name)
         write_json(part / REPORT_FILE, report)
         Pack.read(part).check_base(str(part / BASE_FOLDER), weights_hash_of(part / BASE_FOLDER))
+
+    replace_folder(to, fill, what="export")
+    return report
+
+
+def _export_adapters(pack: Pack, to: Path, base: str | None, precision: str) -> dict[str, Any]:
+    require_additive(pack)
+    edits = live_edits(pack.ledger)
+    if not edits:
+        raise RepairError("the pack holds no live edit: there is no shard to export; export without --peft")
+    model = pack.open(base, precision)
+    report = {"kind": "peft", "base": model.card["base"], "live_edits": len(edits)}
+
+    def fill(part: Path) -> None:
+        report.update(write_adapters(model, edits, part))
+        write_json(part / REPORT_FILE, report)
 
     replace_folder(to, fill, what="export")
     return report
@@ -171,6 +195,11 @@ def _ask(model: PackedModel, prompts: Sequence[str]) -> list[str]:
 def report_lines(report: dict[str, Any], to: Path) -> list[str]:
     """What an export says to a person."""
     edits = counted(report["live_edits"], "edit")
+    if report["kind"] == "peft":
+        adapters = f"{counted(report['adapters'], 'LoRA adapter')}, rank {report['rank']:,} at most"
+        lines = [f"{to}: {adapters}, {report['bytes']:,} bytes, with {edits}; {ROUTER_FILE} says who takes which"]
+        larger = report["larger_than_dense"]
+        return lines + [f"larger than their dense matrices: {larger:,}, for their rank"] * bool(larger)
     if report["kind"] != "merged":
         return [f"{to}: the base with {edits}; repair_lightning.load_edited('{to}') needs no more"]
     asked = ", ".join(counted(report["asked"][of], noun) for of, noun in ASKED.items())

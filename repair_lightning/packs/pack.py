@@ -30,7 +30,7 @@ from repair_lightning.memory.routers import make_router
 from repair_lightning.memory.shards import shard_from
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.models.architectures import architecture_of, value_shape
-from repair_lightning.models.base import files_hash, load_base
+from repair_lightning.models.base import Base, files_hash, load_base
 from repair_lightning.models.edited import EditedModel
 from repair_lightning.storage.folders import replace_folder, whereabouts
 
@@ -398,21 +398,26 @@ class Pack:
             editor.changed_weights = self.weights
 
 
-def restore_editor(folder: str | Path, base: str | None = None, precision: str | None = None) -> Editor:
+def restore_editor(folder: str | Path, base: Base | str | None = None, precision: str | None = None) -> Editor:
     """The editor that wrote a pack, as it was then: it can write, forget, calibrate, merge and be saved again.
 
-    `base` and `precision` are those of :meth:`PackedModel.from_pretrained`; None does as when the pack was written.
+    `base` and `precision` are those of :meth:`PackedModel.from_pretrained`; None does as when the pack was written. A
+    base that is loaded already is taken as it is.
     RepairError where the pack is damaged, belongs to another base, or its editor is not known.
     """
     from repair_lightning.editors import make_editor
 
     pack = Pack.read(folder)
     with _fits(folder):
-        given = {"precision": precision, "base": base or pack.base}
+        given = {"precision": precision, "base": base.name if isinstance(base, Base) else base or pack.base}
         chosen = {name: value for name, value in given.items() if value is not None} | {"layer": pack.config["layer"]}
         editor = make_editor(pack.config["editor"], pack.config["options"] | chosen)
         irrelevant = pack.config["irrelevant"]["background"], pack.config["irrelevant"]["held_out"]
-    editor.load()
+    if isinstance(base, Base):
+        pack.check_base(base.name, base.sha256)
+        editor.build(base, pack.config["layer"])
+    else:
+        editor.load()
     editor.ledger = pack.ledger
     if irrelevant[0]:
         with _fits(folder):

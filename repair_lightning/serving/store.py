@@ -1,0 +1,80 @@
+"""Where the corrections of a live model become durable: a run's directory, which never ends.
+
+Each correction is events in the journal, its rows beside them, and a checkpoint of all else, as after a window of a
+run. What the journal tells beyond the last checkpoint was answered to nobody, and is void.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from repair_lightning.commands.run_dir import CHECKPOINT, RunDirectory
+from repair_lightning.editors import Editor
+from repair_lightning.edits.checkpoints import JournaledCheckpointIO
+from repair_lightning.edits.journal import Journal
+
+FORMAT = 1
+
+
+class Store:
+    """A live model's directory, held by this process. Raises `ConfigError` where another process has it, or it belongs
+    to something else; `RepairError` where it is damaged or cannot be written.
+
+    Args:
+        path: made where it is missing.
+        settings: what the model is; a directory goes on with the same alone.
+    """
+
+    def __init__(self, path: str | Path, settings: Mapping[str, Any]) -> None:
+        self._run = RunDirectory(path)
+        self._run.open({"live": FORMAT, **settings})
+        self._run.begin()
+        self._windows = 0
+        self._io: JournaledCheckpointIO = self._run.checkpoint_io(lambda: self._windows, self._run.journal.tables)
+
+    @property
+    def path(self) -> Path:
+        """The directory."""
+        return self._run.path
+
+    @property
+    def point(self) -> int:
+        """Where the journal stands."""
+        return self._run.journal.last
+
+    def load(self, editor: Editor) -> None:
+        """Give a prepared editor what the directory holds, and be told of all that it does."""
+        journal = self._run.journal
+        if self._run.checkpoint is not None:
+            found = self._io.load_checkpoint(self.path / CHECKPOINT, weights_only=True)
+            editor.ledger.load_state_dict(journal.rebuild().state_dict())
+            editor.on_load_checkpoint(found)
+            editor.load_state_dict(found["state_dict"], strict=False)
+            editor.change_base()
+        journal.follow(editor.ledger)
+
+    def save(self, editor: Editor) -> None:
+        """All that was corrected so far is on the disk when this returns."""
+        self._windows = max((entry.window + 1 for entry in editor.ledger.values()), default=0)
+        checkpoint: dict[str, Any] = {"state_dict": editor.state_dict()}
+        editor.on_save_checkpoint(checkpoint)
+        self._io.save_checkpoint(checkpoint, self.path / CHECKPOINT)
+
+    def rewind(self, point: int) -> None:
+        """Take back what the journal was told after a point."""
+        if self._run.journal.last > point:
+            self._run.journal.rewind(point, "a correction was not finished")
+
+    def events(self, id: str) -> Iterator[dict[str, Any]]:
+        """The history of a correction, without what is void; a connection of its own, so that any thread may ask."""
+        journal = Journal(self._run.journal.path, read_only=True)
+        try:
+            yield from (event for event in journal.events(id) if not event["void"])
+        finally:
+            journal.close()
+
+    def close(self) -> None:
+        """Let go of the directory."""
+        self._run.close()
