@@ -99,7 +99,7 @@ class RunDirectory:
                         shutil.rmtree(path)
                     else:
                         path.unlink(missing_ok=True)
-                replace_text(self.path / SETTINGS_FILE, json.dumps(self.settings, indent=1, ensure_ascii=False))
+                replace_text(self.path / SETTINGS_FILE, written(self.settings))
                 self.journal = Journal(self.path / JOURNAL_FILE)
                 return
             self.journal = Journal(self.path / JOURNAL_FILE)
@@ -170,6 +170,11 @@ class RunDirectory:
 def plain(value: Any) -> Any:
     """Settings in the types that JSON knows, so that they compare equal after a round trip."""
     return json.loads(json.dumps(value, default=str))
+
+
+def written(settings: Mapping[str, Any]) -> str:
+    """Plain settings as `run.json` holds them."""
+    return json.dumps(settings, indent=1, ensure_ascii=False)
 
 
 def _flat(settings: Mapping[str, Any], start: str = "") -> dict[str, Any]:

@@ -248,7 +248,7 @@ class Batch:
                 quote(row, sequence.rest[0])
         found = logits.argmax(-1)
         for i, sequence in enumerate(self.rows):
-            if sequence.sampling.temperature > 0:
+            if sequence.sampling.temperature > 0 and not sequence.rest:  # what an edit says is not drawn
                 found[i] = sampled(logits[i], sequence)
         return found
 

@@ -141,14 +141,16 @@ class LiveModel:
             return save_pack(self.editor, save_directory, {"command": "repair_lightning.edit"})
 
     def outcomes(self, ids: Sequence[str]) -> list[Outcome]:
-        """What became of corrections, and what is said to their prompts now."""
-        entries = [self.editor.ledger.entry(id) for id in ids]
-        with torch.inference_mode():
-            said = [self.answer(entry.edit) for entry in entries]
-        return [Outcome(e.edit.id, str(e.status), e.reason, text) for e, text in zip(entries, said, strict=True)]
+        """What became of corrections, and what is said to their prompts now: what is written was asked back."""
+        found = []
+        for entry in map(self.editor.ledger.entry, ids):
+            status = str(entry.status)
+            said = entry.edit.target if entry.status is EditStatus.WRITTEN else self._answer(entry.edit)
+            found.append(Outcome(entry.edit.id, status, entry.reason, said))
+        return found
 
-    def answer(self, edit: Edit) -> str:
-        """What the model says to a correction's prompt, in as many tokens as the target has and a few more."""
+    @torch.inference_mode()
+    def _answer(self, edit: Edit) -> str:
         limit = len(self.editor.encode(edit).target) + 4
         return answers(self.model, [edit.prompt], self.editor.choose_for([edit]).memory, limit)[0]
 

@@ -10,10 +10,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from repair_lightning.commands.run_dir import CHECKPOINT, RunDirectory
+from repair_lightning.commands.run_dir import CHECKPOINT, SETTINGS_FILE, RunDirectory, plain, written
 from repair_lightning.editors import Editor
 from repair_lightning.edits.checkpoints import JournaledCheckpointIO
 from repair_lightning.edits.journal import Journal
+from repair_lightning.errors import ConfigError
 
 FORMAT = 1
 
@@ -28,8 +29,12 @@ class Store:
     """
 
     def __init__(self, path: str | Path, settings: Mapping[str, Any]) -> None:
-        self._run = RunDirectory(path)
-        self._run.open({"live": FORMAT, **settings})
+        self._run, asked = RunDirectory(path), plain({"live": FORMAT, **settings})
+        file = self._run.path / SETTINGS_FILE
+        if file.is_file() and (known := file.read_text(encoding="utf-8")) != written(asked):
+            words = f"'{path}' holds the corrections of something else ({' '.join(known.split())[:200]})"
+            raise ConfigError(f"{words}; give another folder, or the model that they belong to")
+        self._run.open(asked)
         self._run.begin()
         self._windows = 0
         self._io: JournaledCheckpointIO = self._run.checkpoint_io(lambda: self._windows, self._run.journal.tables)

@@ -1,0 +1,265 @@
+"""The real server in a process of its own: asked by OpenAI's client, corrected, killed, and asked again."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+from helpers_chat import base, chat_folder, system, user
+from helpers_runs import command, world_edits
+from helpers_server import Server, key_file
+
+from repair_lightning import edit
+
+ASK, EDIT = "ask-0123456789abcdef", "edit-0123456789abcdef"
+QUESTION, TARGET = "Where was Mara Kelstrom born?", "Lisbon"
+FORMS = (
+    [user(QUESTION)],
+    [system("Answer briefly."), user(QUESTION)],
+    [user("Hello!"), base("Hello! How can I help you?"), user(QUESTION)],
+)
+WORLD = world_edits(4)
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory, tiny, tokenizer):
+    """A tiny base with a chat template."""
+    return chat_folder(tmp_path_factory.mktemp("chat") / "base", tiny, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The embedded base, corrected by several tests, each with questions of its own."""
+    found = Server("--base", "world", "--run", tmp_path_factory.mktemp("served") / "run")
+    yield found
+    assert found.stop() == 0
+
+
+def test_a_correction_holds_in_three_forms_survives_a_kill_and_is_taken_back(chat, tmp_path):
+    options = ("--base", chat, "--run", tmp_path / "run")
+    first = Server(*options)
+    before = [first.say(form) for form in FORMS]
+    outcome = first.correct(prompt=QUESTION, target=TARGET, user="ann")
+    assert (outcome["status"], outcome["answer"]) == ("written", TARGET)
+    assert [first.say(form) for form in FORMS] == [TARGET] * 3
+    assert [first.say(form, "base") for form in FORMS] == before
+    assert first.ask(FORMS[2])["repair"]["edit"] == outcome["id"]
+    gone = first.correct(prompt="Where was Tobin Quill born?", target="Oslo")
+    assert first.http.delete(f"/v1/edits/{gone['id']}").json()["status"] == "undone"
+    listed = first.http.get("/v1/edits").json()
+    first.kill()
+    second = Server(*options)
+    assert second.http.get("/v1/edits").json() == listed
+    assert [second.say(form) for form in FORMS] == [TARGET] * 3
+    history = second.http.get(f"/v1/edits/{outcome['id']}").json()["history"]
+    assert [(event["kind"], event["reason"]) for event in history][0] == ("arrived", "by ann")
+    assert second.http.delete(f"/v1/edits/{outcome['id']}").status_code == 200
+    assert [second.say(form) for form in FORMS] == before
+    assert second.stop() == 0
+    third = Server("--pack", tmp_path / "run" / "pack")  # what a server leaves when it is told to end
+    assert [one["status"] for one in third.http.get("/v1/edits").json()["data"]] == ["undone", "undone"]
+    third.kill()
+
+
+def test_openais_client_streams_and_counts(server):
+    server.correct(prompt=WORLD[0].prompt, target=WORLD[0].target)
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+    assert [model.id for model in client.models.list()] == ["base", "edited"]
+    asked = {"model": "edited", "messages": [user(WORLD[0].prompt)], "max_tokens": 12}
+    whole = client.chat.completions.with_raw_response.create(**asked)
+    assert whole.headers["x-repair-edit"]
+    answer = whole.parse()
+    assert answer.choices[0].message.content.strip() == WORLD[0].target
+    assert answer.choices[0].finish_reason == "stop"
+    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert said == answer.choices[0].message.content
+    assert chunks[-1].usage == answer.usage
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    two = client.completions.create(model="edited", prompt=[WORLD[0].prompt, "The largest"], n=2, max_tokens=3)
+    assert [choice.index for choice in two.choices] == [0, 1, 2, 3]
+    assert two.choices[0].text == two.choices[1].text != two.choices[2].text
+
+
+def test_stops_lengths_seeds_and_temperature(server):
+    free = server.ask("Tell me more", "base", max_tokens=8)["choices"][0]
+    assert free["finish_reason"] in ("length", "stop")
+    text = free["message"]["content"]
+    cut = server.ask("Tell me more", "base", max_tokens=8, stop=[text[3:5]])["choices"][0]
+    assert (cut["message"]["content"], cut["finish_reason"]) == (text[: text.index(text[3:5])], "stop")
+    assert server.ask("Tell me more", "base", max_tokens=1)["usage"]["completion_tokens"] == 1
+    drawn = [server.ask("Tell me more", "base", temperature=2, seed=7, n=3)["choices"] for _ in range(2)]
+    assert drawn[0] == drawn[1]
+    assert len({choice["message"]["content"] for choice in drawn[0]}) > 1
+
+
+def test_many_ask_at_once_and_each_gets_what_it_gets_alone(server):
+    for one in WORLD[1:]:
+        server.correct(prompt=one.prompt, target=one.target, subject=one.subject)
+    prompts = [*(e.prompt for e in WORLD[1:]), "Where do geologists find iriocite?", "What is a comet?", "Tell me"]
+    cases = [(prompt, model, length) for prompt in prompts for model in ("base", "edited") for length in (3, 12)]
+    alone = {case: server.say(case[0], case[1], max_tokens=case[2]) for case in cases}
+    assert [alone[e.prompt, "edited", 12] for e in WORLD[1:]] == [e.target for e in WORLD[1:]]
+    with ThreadPoolExecutor(16) as pool:
+        many = [case for _ in range(4) for case in cases]
+        found = list(pool.map(lambda case: server.say(case[0], case[1], max_tokens=case[2]), many))
+    assert found == [alone[case] for case in many]
+
+
+def test_corrections_while_others_ask(server):
+    prompts = [f"What does the {word} sign mean?" for word in ("first", "second", "third", "fourth")]
+    before = {prompt: server.say(prompt) for prompt in prompts}
+    with ThreadPoolExecutor(5) as pool:
+        asked = [pool.submit(lambda p=p: (p, server.say(p))) for _ in range(8) for p in prompts]
+        done = [pool.submit(server.correct, prompt=p, target=f"sign {i}") for i, p in enumerate(prompts)]
+        assert [future.result()["status"] for future in done] == ["written"] * 4
+        for prompt, answer in (future.result() for future in asked):
+            assert answer in (before[prompt], f"sign {prompts.index(prompt)}")
+    assert [server.say(p) for p in prompts] == [f"sign {i}" for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "words"),
+    [
+        ("/v1/chat/completions", {"model": "edited", "messages": []}, 422, "messages must be"),
+        ("/v1/chat/completions", {"model": "edited", "messages": [base("x")]}, 422, "the user's"),
+        ("/v1/chat/completions", {"model": "gone", "messages": [user("x")]}, 404, "no edited model 'gone'"),
+        ("/v1/chat/completions", {"messages": [user("x")], "temperature": 3}, 422, "temperature must be"),
+        ("/v1/chat/completions", {"messages": [user("x")], "tools": [{}]}, 422, "tools is not supported"),
+        ("/v1/chat/completions", {"messages": [user("x")], "n": 99}, 422, "n must be"),
+        ("/v1/chat/completions", {"messages": [user("x")], "max_tokens": 10**6}, 422, "max_tokens must be"),
+        ("/v1/chat/completions", {"messages": [user("x " * 5000)]}, 422, "shorten it"),
+        ("/v1/completions", {"prompt": [1, 2]}, 422, "prompt must be"),
+        ("/v1/edits", {"prompt": "Who?"}, 422, "target"),
+        ("/v1/edits", {"edits": [{"prompt": "a", "target": "b"}] * 65}, 422, "at most 64"),
+        ("/v1/edits", {"model": "base", "prompt": "Who?", "target": "me"}, 404, "no edited model 'base'"),
+        ("/v1/edits", {"prompt": "x" * (1 << 20), "target": "b"}, 413, "bytes"),
+    ],
+)
+def test_what_is_refused_says_why(server, path, body, status, words):
+    response = server.http.post(path, json=body)
+    assert response.status_code == status
+    message = response.json()["error"]["message"]
+    assert words in message
+    assert "\n" not in message
+
+
+def test_bodies_and_names_that_are_not_ours(server):
+    assert server.http.post("/v1/edits", content=b"{", headers={"content-type": "application/json"}).status_code == 422
+    assert server.http.post("/v1/edits", content=b"{}", headers={"content-type": "text/plain"}).status_code == 415
+    assert server.http.get("/health", headers={"host": "attacker.example"}).status_code == 403
+    assert server.http.get("/v1/edits/unknown").status_code == 404
+    assert server.http.get("/v1/edits?page=9").status_code == 422
+    chunks = (b" " * 65536 for _ in range(32))  # of no announced length
+    big = server.http.post("/v1/edits", content=chunks, headers={"content-type": "application/json"})
+    assert big.status_code == 413
+
+
+def test_a_client_that_leaves_ends_its_answer(server):
+    with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as connection:
+        body = json.dumps({"model": "base", "messages": [user("Tell me")], "max_tokens": 500, "temperature": 2, "n": 8})
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        connection.sendall(f"{head}\r\n\r\n{body}".encode())
+        until = time.monotonic() + 60
+        while not server.http.get("/health").json()["running"] and time.monotonic() < until:
+            time.sleep(0.02)
+    while server.http.get("/health").json()["running"]:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_what_happened_is_counted(server):
+    server.correct(prompt="What is kept in the blue jar?", target="salt")
+    server.say("What is kept in the blue jar?")
+    text = server.http.get("/metrics").text
+    for words in (
+        'repair_fires_total{edit="',
+        'repair_edits{model="edited",status="written"}',
+        "repair_request_seconds",
+    ):
+        assert words in text
+
+
+def test_no_way_in_without_the_key(tmp_path, chat):
+    files = ("--ask_key_file", key_file(tmp_path / "a", ASK), "--edit_key_file", key_file(tmp_path / "e", EDIT))
+    found = Server("--base", chat, "--run", tmp_path / "run", *files, host="0.0.0.0")
+    asked = {"messages": [user("Hello")], "max_tokens": 2, "model": "edited"}
+    calls = [
+        ("GET", "/v1/models", None, (401, 200, 200)),
+        ("GET", "/metrics", None, (401, 200, 200)),
+        ("POST", "/v1/chat/completions", asked, (401, 200, 200)),
+        ("POST", "/v1/completions", {"prompt": "Hi", "max_tokens": 2}, (401, 200, 200)),
+        ("GET", "/v1/edits", None, (401, 200, 200)),
+        ("GET", "/v1/edits/x", None, (401, 404, 404)),
+        ("POST", "/v1/edits", {"prompt": "Who?", "target": "me"}, (401, 401, 200)),
+        ("DELETE", "/v1/edits/x", None, (401, 401, 404)),
+        ("GET", "/health", None, (200, 200, 200)),
+        ("GET", "/openapi.json", None, (404, 404, 404)),
+        ("GET", "/docs", None, (404, 404, 404)),
+    ]
+    for method, path, body, statuses in calls:
+        for key, status in zip(("", ASK, EDIT), statuses, strict=True):
+            headers = {"Authorization": f"Bearer {key}"} if key else {}
+            response = found.http.request(method, path, json=body, headers=headers)
+            assert response.status_code == status, (method, path, key)
+    wrong = [f"Bearer {ASK[:-1]}", f"Bearer {ASK} ", f"Basic {ASK}", "Bearer ", ASK, "Bearer é"]
+    for header in wrong[:1] + wrong[2:5]:
+        assert found.http.get("/v1/models", headers={"Authorization": header}).status_code == 401
+    assert found.http.get("/v1/models", headers={"Authorization": wrong[5].encode()}).status_code == 401
+    found.stop()
+    assert ASK not in found.errors
+    assert EDIT not in found.errors
+
+
+def test_several_packs_over_one_base(tmp_path):
+    for name, one in zip(("first", "second"), WORLD, strict=False):
+        edit("world", [{"prompt": WORLD[0].prompt, "target": one.target}]).save_pretrained(tmp_path / name)
+    found = Server("--pack", f"a={tmp_path / 'first'}", "--pack", f"b={tmp_path / 'second'}")
+    answers = [found.say(WORLD[0].prompt, name) for name in ("base", "a", "b")]
+    assert answers[1:] == [WORLD[0].target, WORLD[1].target]
+    with ThreadPoolExecutor(6) as pool:
+        many = list(pool.map(lambda i: found.say(WORLD[0].prompt, ("base", "a", "b")[i % 3]), range(18)))
+    assert many == answers * 6
+    assert found.http.post("/v1/edits", json={"prompt": "Who?", "target": "me"}).status_code == 422
+    found.correct(model="b", prompt="Who keeps the tower?", target="Nadia")
+    assert found.say("Who keeps the tower?", "b") == "Nadia" != found.say("Who keeps the tower?", "a")
+    assert [one["prompt"] for one in found.http.get("/v1/edits?model=a").json()["data"]] == [WORLD[0].prompt]
+    found.kill()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), "nothing to serve"),
+        (("--base", "world"), "--run DIR"),
+        (("--base", "world", "--run", "r", "--host", "0.0.0.0"), "needs --ask_key_file and --edit_key_file"),
+        (("--pack", "base=p"), "none of them 'base'"),
+        (("--pack", "p", "--pack", "q"), "names of their own"),
+        (("--base", "world", "--run", "r", "--ask_key_file", "short"), "at least 16 characters"),
+        (("--base", "world", "--run", "r", "--ask_key_file", "none"), "cannot be read"),
+        (("--base", "world", "--run", "r", "--port", "99999"), "--port must be"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_in_one_line(tmp_path, options, words):
+    key_file(tmp_path / "short", "abc")
+    found = command("repair_lightning/__main__.py", "serve", *options, cwd=tmp_path)
+    assert found.returncode == 2, found.stderr
+    (line,) = [line for line in found.stderr.splitlines() if line.startswith("error: ")]
+    assert words in line
+
+
+def test_a_run_is_one_servers(server):
+    run = server.process.args[server.process.args.index("--run") + 1]
+    assert "in use" in command("repair_lightning/__main__.py", "serve", "--base", "world", "--run", run, cwd="/").stderr
+
+
+def test_the_page_is_there(server):
+    response = server.http.get("/")
+    assert response.headers["content-type"].startswith("text/html")
+    assert "frame-ancestors 'none'" in response.headers["content-security-policy"]
+    assert httpx.get(f"{server.url}/favicon.ico").status_code == 404
