@@ -11,7 +11,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 PARTS = (
     *("editing", "flat", "roofline", "generation", "memory", "routing"),
-    *("checkpoints", "merging", "recursion", "scaling", "gpu"),
+    *("checkpoints", "merging", "recursion", "scaling", "serving", "gpu"),
 )
 
 
@@ -50,6 +50,9 @@ class Context:
     alphas: tuple[float, ...] = option((0.0, 1.0), "merging: sensitivities to the losses, per nat")
     ranks: tuple[int, ...] = option((1, 2), "scaling: numbers of processes")
     ranks_window: int = option(256, "scaling: edits per window", quick=8)
+    served: int = option(1_000, "serving: edits that are there", quick=4)
+    load_minutes: float = option(5.0, "serving: how long askers and the editor go on", quick=0.2)
+    kills: int = option(20, "serving: kills meanwhile", quick=1)
     gpu_edits: int = option(256, "gpu: edits to write", quick=64)
     out: Path = Path("benchmarks/results/world")
     work: Path = Path("runs/benchmarks/work")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 
@@ -55,6 +56,10 @@ class Announcing(uvicorn.Server):
         super().__init__(config)
         self._say = say
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal lets answers end, and so does the process; a second one does not wait for them."""
+        self.should_exit, self.force_exit = True, self.should_exit
+
     async def startup(self, sockets: list | None = None) -> None:
         """Uvicorn's, and the address."""
         await super().startup(sockets)
@@ -68,7 +73,8 @@ def opened(packs: Sequence[str], base: str | None, run: Path | None, precision: 
     if not packs:
         if base is None or run is None:
             raise ConfigError("nothing to serve: give --pack DIR, or --base BASE with --run DIR to begin with no edit")
-        return {"edited": begun(base, "keyed", {"precision": precision}, run)}
+        options = {} if precision == "auto" else {"precision": precision}  # as `edit` goes on with the same folder
+        return {"edited": begun(base, "keyed", options, run)}
     if run is not None and len(packs) > 1:
         raise ConfigError("--run is for one pack; several keep their corrections in PACK/live")
     named = [_named(text) for text in packs]

@@ -57,7 +57,7 @@ def test_a_correction_holds_in_three_forms_survives_a_kill_and_is_taken_back(cha
     assert second.http.get("/v1/edits").json() == listed
     assert [second.say(form) for form in FORMS] == [TARGET] * 3
     history = second.http.get(f"/v1/edits/{outcome['id']}").json()["history"]
-    assert [(event["kind"], event["reason"]) for event in history][0] == ("arrived", "by ann")
+    assert (history[0]["kind"], history[0]["reason"]) == ("arrived", "by ann")
     assert second.http.delete(f"/v1/edits/{outcome['id']}").status_code == 200
     assert [second.say(form) for form in FORMS] == before
     assert second.stop() == 0
@@ -87,13 +87,17 @@ def test_openais_client_streams_and_counts(server):
 
 
 def test_stops_lengths_seeds_and_temperature(server):
-    free = server.ask("Tell me more", "base", max_tokens=8)["choices"][0]
-    assert free["finish_reason"] in ("length", "stop")
-    text = free["message"]["content"]
-    cut = server.ask("Tell me more", "base", max_tokens=8, stop=[text[3:5]])["choices"][0]
-    assert (cut["message"]["content"], cut["finish_reason"]) == (text[: text.index(text[3:5])], "stop")
+    server.correct(prompt="What stands on the hill?", target="an old mill with three sails")
+    whole = server.ask("What stands on the hill?", temperature=2, max_tokens=30)["choices"][
+        0
+    ]  # what an edit says is not drawn
+    assert whole["message"]["content"].strip() == "an old mill with three sails"
+    cut = server.ask("What stands on the hill?", stop=["mill", "sails"])["choices"][0]
+    assert (cut["message"]["content"].strip(), cut["finish_reason"]) == ("an old", "stop")
+    short = server.ask("What stands on the hill?", max_tokens=2)["choices"][0]
+    assert short["finish_reason"] == "length"
     assert server.ask("Tell me more", "base", max_tokens=1)["usage"]["completion_tokens"] == 1
-    drawn = [server.ask("Tell me more", "base", temperature=2, seed=7, n=3)["choices"] for _ in range(2)]
+    drawn = [server.ask("Where do geologists find iriocite?", "base", temperature=2, seed=7, n=8)["choices"] for _ in range(2)]
     assert drawn[0] == drawn[1]
     assert len({choice["message"]["content"] for choice in drawn[0]}) > 1
 
@@ -163,8 +167,8 @@ def test_bodies_and_names_that_are_not_ours(server):
 def test_a_client_that_leaves_ends_its_answer(server):
     with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as connection:
         body = json.dumps({"model": "base", "messages": [user("Tell me")], "max_tokens": 500, "temperature": 2, "n": 8})
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        connection.sendall(f"{head}\r\n\r\n{body}".encode())
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
+        connection.sendall(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
         until = time.monotonic() + 60
         while not server.http.get("/health").json()["running"] and time.monotonic() < until:
             time.sleep(0.02)
@@ -207,10 +211,9 @@ def test_no_way_in_without_the_key(tmp_path, chat):
             headers = {"Authorization": f"Bearer {key}"} if key else {}
             response = found.http.request(method, path, json=body, headers=headers)
             assert response.status_code == status, (method, path, key)
-    wrong = [f"Bearer {ASK[:-1]}", f"Bearer {ASK} ", f"Basic {ASK}", "Bearer ", ASK, "Bearer é"]
-    for header in wrong[:1] + wrong[2:5]:
+    for header in (f"Bearer {ASK[:-1]}", f"Basic {ASK}", ASK, "Bearer"):
         assert found.http.get("/v1/models", headers={"Authorization": header}).status_code == 401
-    assert found.http.get("/v1/models", headers={"Authorization": wrong[5].encode()}).status_code == 401
+    assert found.http.get("/v1/models", headers={"Authorization": "Bearer é".encode()}).status_code == 401
     found.stop()
     assert ASK not in found.errors
     assert EDIT not in found.errors
