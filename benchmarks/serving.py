@@ -123,7 +123,12 @@ def _record(one: Edit) -> dict[str, Any]:
 def _corrected(server: Server, one: Edit) -> tuple[float, bool]:
     """Seconds from the correction to its answer in chat, and whether that is right."""
     answer: list[str] = []
-    seconds = seconds_of(lambda: (server.post("/v1/edits", **_record(one)), answer.append(server.ask(one.prompt)[0])))
+
+    def correct() -> None:
+        server.post("/v1/edits", **_record(one))
+        answer.append(server.ask(one.prompt)[0])
+
+    seconds = seconds_of(correct)
     return seconds, answer[0].strip() == one.target
 
 

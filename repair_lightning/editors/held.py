@@ -122,7 +122,8 @@ class HeldModel(pl.LightningModule):
             self.edited.move_to(layer, memory)
         self.base = base
         scratch = self.scratch if self.cache_mib else None
-        self.edited.prefixes = PrefixCache(self.edited.split, self.cache_mib << 20, scratch)
+        heads = self.edited.forms.heads if self.edited.forms.marks is not None else ()
+        self.edited.prefixes = PrefixCache(self.edited.split, self.cache_mib << 20, scratch, heads=heads)
         self.join(self.team)
 
     def join(self, team: Team) -> None:

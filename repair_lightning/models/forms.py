@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import takewhile
 from typing import Any, Literal, get_args
 
 from repair_lightning.errors import ConfigError
@@ -164,6 +165,13 @@ class Forms:
         bare = [question] if self.chat else [question, LEAD + question, COURTESY.format(question)]
         found += [self.bare_encoded(text, target) for text in bare]
         return list(dict.fromkeys(found))
+
+    @cached_property
+    def heads(self) -> list[list[int]]:
+        """What the forms of :meth:`variants` and :meth:`checks` begin with, whatever is asked; token ids each."""
+        forms = [[*self.variants(word, ""), *self.checks(word, "")] for word in WORDS[:2]]
+        pairs = zip(*([row.prompt for row in rows] for rows in forms), strict=True)
+        return [[a for a, _ in takewhile(lambda both: both[0] == both[1], zip(*pair, strict=False))] for pair in pairs]
 
     def checks(self, prompt: str, target: str) -> list[Encoded]:
         """An edit in a form that it was not written in, to ask it back: after a system message and another turn, and

@@ -55,14 +55,16 @@ class SplitModel:
         self.value = self.arch.value_module(model, layer)
         self._as_tuple = model.config.model_type == "gptj"  # type: ignore[union-attr]
 
-    def inputs(self, ids: Tensor, mask: Tensor) -> dict[str, Any]:
-        """Keyword arguments of a forward pass over rows (B, T) padded on either side, without a key-value cache."""
-        positions = (mask.long().cumsum(-1) - 1).clamp_min(0)  # real tokens alone are counted
-        return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": False}
+    def inputs(self, ids: Tensor, mask: Tensor, past: Any = None) -> dict[str, Any]:
+        """Keyword arguments of a forward pass over rows (B, T) padded on either side, without a key-value cache, or
+        behind one, `past`: then the mask (B, S + T) is of its tokens too."""
+        positions = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]  # real tokens alone are counted
+        cached = {"use_cache": False} if past is None else {"past_key_values": past, "use_cache": True}
+        return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **cached}
 
-    def capture(self, ids: Tensor, mask: Tensor) -> Capture:
-        """Run layers 0..L over rows (B, T)."""
-        entering, activations, _ = self.through(ids, mask, None, self.index)
+    def capture(self, ids: Tensor, mask: Tensor, past: Any = None) -> Capture:
+        """Run layers 0..L over rows (B, T), behind a key-value cache where there is one, see :meth:`inputs`."""
+        entering, activations, _ = self.through(ids, mask, None, self.index, past)
         return Capture(entering[0], activations[0])
 
     @contextmanager
@@ -77,12 +79,14 @@ class SplitModel:
             for i, original in enumerate(originals):
                 self.layers[i] = original
 
-    def tail(self, ids: Tensor, mask: Tensor, hidden: Tensor | None, keep: int) -> tuple[Tensor, Tensor]:
+    def tail(
+        self, ids: Tensor, mask: Tensor, hidden: Tensor | None, keep: int, past: Any = None
+    ) -> tuple[Tensor, Tensor]:
         """Run layers L.. from `hidden` (B, T, D), inside :meth:`skipping`; for None the whole model, outside of it.
 
         Returns logits (B, keep, V) of the last positions, and the features (B, keep, D) that enter the head.
         """
-        return self._run(self.index, hidden, self.inputs(ids, mask), keep)
+        return self._run(self.index, hidden, self.inputs(ids, mask, past), keep)
 
     def readout(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (M, V) and head inputs (M, D) of states (M, D) that leave the last layer; inside :meth:`skipping` the
@@ -100,7 +104,7 @@ class SplitModel:
 
     @torch.no_grad()
     def through(
-        self, ids: Tensor, mask: Tensor, hidden: Tensor | None, upto: int
+        self, ids: Tensor, mask: Tensor, hidden: Tensor | None, upto: int, past: Any = None
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Run the layers from the edited one to `upto` from what enters the first, (B, T, D), or for None from the ids.
 
@@ -124,7 +128,7 @@ class SplitModel:
             for i in range(self.index, upto + 1):
                 hooks.enter_context(self.layers[i].register_forward_hook(at_layer, with_kwargs=True))
                 hooks.enter_context(self.arch.value_module(self.model, i).register_forward_pre_hook(at_value))
-            self.tail(ids, mask, hidden, 1)
+            self.tail(ids, mask, hidden, 1, past)
         return entering, activations, left[0]
 
     @torch.no_grad()

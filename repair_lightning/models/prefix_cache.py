@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
@@ -21,6 +21,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
+from torch.nn.functional import pad
+from transformers import DynamicCache
 
 from repair_lightning.errors import RepairError
 from repair_lightning.models.prefix import Capture, SplitModel
@@ -59,15 +61,74 @@ def canonical_batches(
             yield index, torch.tensor(padded, device=device)
 
 
-def capture_rows(split: SplitModel, rows: Sequence[Sequence[int]], batch_size: int = 64) -> list[Capture]:
+def capture_rows(
+    split: SplitModel, rows: Sequence[Sequence[int]], batch_size: int = 64, heads: Heads | None = None
+) -> list[Capture]:
     """The capture of each token row without padding: `hidden` (T, D), `activations` (T, F)."""
     captures: list[Any] = [None] * len(rows)
-    for index, ids in canonical_batches(split, rows, batch_size):
-        found = split.capture(ids, torch.ones_like(ids))
+    found_heads = [heads.of(row) if heads else () for row in rows]
+    own = [row[len(head) :] for row, head in zip(rows, found_heads, strict=True)]
+    for index, ids in canonical_batches(split, own, batch_size):
+        past, mask = None, torch.ones_like(ids)
+        known: list[Capture | None] = [None] * len(index)
+        if heads and any(found_heads[i] for i in index):
+            past, before, known = heads.behind([found_heads[i] for i in index])
+            mask = torch.cat([before, mask], 1)
+        found = split.capture(ids, mask, past)
         for place, i in enumerate(index):
-            n = len(rows[i])
-            captures[i] = Capture(found.hidden[place, :n].clone(), found.activations[place, :n].clone())
+            states = (found.hidden[place, : len(own[i])], found.activations[place, : len(own[i])])
+            head = known[place]
+            parts = [states] if head is None else [(head.hidden, head.activations), states]
+            captures[i] = Capture(*(torch.cat(part) for part in zip(*parts, strict=True)))
     return captures
+
+
+class Heads:
+    """What texts begin with again and again, as the words that a chat template puts before a question: read once.
+
+    Args:
+        split: the model, cut at the edited layer; nothing below it may change.
+        rows: such beginnings, as token ids.
+    """
+
+    SHORTEST = 8
+    """Fewer tokens are not worth it."""
+
+    def __init__(self, split: SplitModel, rows: Iterable[Sequence[int]]) -> None:
+        self.split = split
+        self._rows = sorted({tuple(row) for row in rows if len(row) >= self.SHORTEST}, key=len, reverse=True)
+        self._known: dict[Key, tuple[Capture, list[tuple[Tensor, Tensor]]]] = {}
+
+    def of(self, row: Sequence[int]) -> Key:
+        """The longest that a row begins with, and does not end with; empty where there is none."""
+        return next((head for head in self._rows if len(row) > len(head) and tuple(row[: len(head)]) == head), ())
+
+    def behind(self, rows: Sequence[Key]) -> tuple[DynamicCache, Tensor, list[Capture | None]]:
+        """A key-value cache that holds a head for each of B rows, padded on the left to S tokens; its mask (B, S); the
+        heads' own states, None where a row has no head."""
+        kept = [self._read(head) if head else None for head in rows]
+        width, past = max(map(len, rows)), DynamicCache()
+        blank = next(layers for one in kept if one is not None for layers in [one[1]])
+        for i, (keys, values) in enumerate(blank):
+            nothing = keys[:, :, :0], values[:, :, :0]
+            both = [one[1][i] if one is not None else nothing for one in kept]
+            padded = [[pad(x, (0, 0, width - x.shape[2], 0)) for x in pair] for pair in both]
+            past.update(torch.cat([pair[0] for pair in padded]), torch.cat([pair[1] for pair in padded]), i)
+        mask = torch.tensor([[0] * (width - len(head)) + [1] * len(head) for head in rows], device=blank[0][0].device)
+        return past, mask, [one and one[0] for one in kept]
+
+    def _read(self, head: Key) -> tuple[Capture, list[tuple[Tensor, Tensor]]]:
+        """A head's own states, and each layer's keys and values (1, H, S, E)."""
+        if head not in self._known:
+            ids, cache = torch.tensor([head], device=next(self.split.model.parameters()).device), DynamicCache()
+            found = self.split.capture(ids, torch.ones_like(ids), cache)
+            layers: Any = [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr]
+            self._known[head] = Capture(found.hidden[0], found.activations[0]), layers
+        return self._known[head]
+
+    def forget(self) -> None:
+        """Drop what was read."""
+        self._known.clear()
 
 
 class PrefixCache:
@@ -78,12 +139,19 @@ class PrefixCache:
         budget: most bytes in memory (the model's device); `used` says how many there are.
         spill: a folder for a scratch file, made when first needed; None goes without.
         spill_budget: most bytes on disk.
+        heads: what texts begin with again and again, as token ids.
     """
 
     def __init__(
-        self, split: SplitModel, budget: int = 2 << 30, spill: Path | None = None, spill_budget: int = 8 << 30
+        self,
+        split: SplitModel,
+        budget: int = 2 << 30,
+        spill: Path | None = None,
+        spill_budget: int = 8 << 30,
+        heads: Iterable[Sequence[int]] = (),
     ) -> None:
         self.split, self.budget, self.used = split, budget, 0
+        self.heads = Heads(split, heads)
         self.disk = Spill(spill or Path(), spill_budget if spill else 0)
         self._entries: OrderedDict[Key, Capture] = OrderedDict()
 
@@ -96,7 +164,7 @@ class PrefixCache:
         self._entries.update((key, entry) for key, entry in found.items() if entry)  # the last used are the last
         read: dict[Key, Any] = {key: self.disk.get(key) for key, entry in found.items() if entry is None}
         missing = [key for key, entry in read.items() if entry is None]
-        read |= zip(missing, capture_rows(self.split, missing), strict=True)
+        read |= zip(missing, capture_rows(self.split, missing, heads=self.heads), strict=True)
         found |= read
         self._entries |= read
         self.used += sum(map(_nbytes, read.values()))
@@ -109,6 +177,7 @@ class PrefixCache:
     def close(self) -> None:
         """Forget everything and remove the scratch file. The cache may be used further, in memory alone."""
         self._entries.clear()
+        self.heads.forget()
         self.used = 0
         self.disk.close()
 

@@ -182,3 +182,26 @@ class TestFailingDisk:
         cache.get(ROWS)
         os.ftruncate(cache.disk._file.fileno(), 10)
         self.check(cache, caplog)
+
+
+@each_case
+def test_heads_are_read_once_and_change_nothing_but_rounding(tiny, model_type, more):
+    """Rows with a long head, a short one, none, and one that is no more than a head."""
+    split = SplitModel(tiny(model_type, **more), 1)
+    heads = rows_of([12, 20, 5], seed=3)
+    tails = rows_of([3, 7, 17, 4, 2], seed=4)
+    rows = [heads[0] + tails[0], heads[1] + tails[1], tails[2], heads[0] + tails[3], heads[2] + tails[4], heads[1]]
+    cache = PrefixCache(split, heads=heads)
+    found = cache.get(rows)
+    assert [tuple(heads[i]) if i is not None else () for i in (0, 1, None, 0, None, None)] == [
+        cache.heads.of(row) for row in rows
+    ]
+    assert_close(found, capture_rows(split, rows))
+    passes = []
+    with split.model.register_forward_pre_hook(lambda *_: passes.append(1)):
+        cache.get([heads[0] + tails[4], heads[1] + tails[4]])
+    assert len(passes) == 1
+    cache.close()
+    with split.model.register_forward_pre_hook(lambda *_: passes.append(1)):
+        cache.get([heads[0] + tails[4]])
+    assert len(passes) == 3  # the head is read again

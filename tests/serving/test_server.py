@@ -97,7 +97,10 @@ def test_stops_lengths_seeds_and_temperature(server):
     short = server.ask("What stands on the hill?", max_tokens=2)["choices"][0]
     assert short["finish_reason"] == "length"
     assert server.ask("Tell me more", "base", max_tokens=1)["usage"]["completion_tokens"] == 1
-    drawn = [server.ask("Where do geologists find iriocite?", "base", temperature=2, seed=7, n=8)["choices"] for _ in range(2)]
+    drawn = [
+        server.ask("Where do geologists find iriocite?", "base", temperature=2, seed=7, n=8)["choices"]
+        for _ in range(2)
+    ]
     assert drawn[0] == drawn[1]
     assert len({choice["message"]["content"] for choice in drawn[0]}) > 1
 
