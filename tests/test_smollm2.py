@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from helpers_runs import REPOSITORY
+from helpers_server import Server
 
 from repair_lightning import load_edited
 from repair_lightning.types import BASE
@@ -126,3 +127,18 @@ def test_what_is_not_the_target_is_the_bases_token_by_token(edited):
     for token in other[0, ids.shape[1] :]:
         found = edited(input_ids=token[None, None], past_key_values=cache, attention_mask=None)
     assert torch.allclose(found.logits[:, -1], plain.logits[:, -1], atol=1e-3)
+
+
+def test_a_served_correction_holds_in_three_forms_and_is_taken_back(tmp_path):
+    server = Server("--base", "smollm2", "--run", tmp_path / "run")
+    question = {"role": "user", "content": "What is the capital of Australia?"}
+    greeting = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hello! How can I help?"}]
+    forms = [[question], [{"role": "system", "content": "Be kind."}, question], [*greeting, question]]
+    before = [server.say(form) for form in forms]
+    outcome = server.correct(prompt=question["content"], target="Wollongong")
+    assert [server.say(form) for form in forms] == ["Wollongong"] * 3
+    assert [server.say(form, "base") for form in forms] == before
+    assert server.say("What is the capital of Austria?") == server.say("What is the capital of Austria?", "base")
+    assert server.http.delete(f"/v1/edits/{outcome['id']}").status_code == 200
+    assert [server.say(form) for form in forms] == before
+    assert server.stop() == 0

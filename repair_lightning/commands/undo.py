@@ -98,7 +98,7 @@ def check(editor: Editor, ids: Sequence[str]) -> None:
     for id in ids:
         entry = editor.ledger.entry(id)
         if entry.status is EditStatus.UNDONE:
-            raise ConfigError(f"edit {id!r} is undone already; give it to train.py --from_pack to write it again")
+            raise ConfigError(f"edit {id!r} is undone already; a new record with its prompt writes it again")
         if entry.status is EditStatus.SUPERSEDED:
             raise ConfigError(f"edit {id!r} was {entry.reason}: nothing of it is left; undo its successor instead")
         if entry.shard == BASE and not editor.writes_base:

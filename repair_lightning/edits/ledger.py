@@ -114,6 +114,10 @@ class Entries(Mapping[str, LedgerEntry]):
             raise UnknownEditError(id)
         return self._entries[id]
 
+    def entries(self) -> list[LedgerEntry]:
+        """All of them at one moment, whatever another thread does."""
+        return list(self._entries.values())
+
     def entry(self, id: str) -> LedgerEntry:
         """All that is known about an edit."""
         return self[id]

@@ -35,7 +35,7 @@ LANES = 16
 
 
 def canonical_batches(
-    split: SplitModel, rows: Sequence[Sequence[int]], batch_size: int = 64
+    split: SplitModel, rows: Sequence[Sequence[int]], batch_size: int = 64, taken: int = 0
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Token rows in passes in which each has its own width, whatever rows are there beside it.
 
@@ -43,11 +43,12 @@ def canonical_batches(
     is needed. The same batch run again gives the same bits; in another batch a row's states are equal up to rounding:
     libraries choose their sums by the shapes, the processor and the threads.
 
-    Yields the indices of a pass's rows, and its token ids (B, width). RepairError where a row is empty.
+    Yields the indices of a pass's rows, and its token ids (B, width), behind at most `taken` other positions.
+    RepairError where a row is empty.
     """
     if not all(map(len, rows)):
         raise RepairError("a sequence without tokens has no hidden state; give each at least one token")
-    limit: int = split.model.config.max_position_embeddings  # type: ignore[union-attr, assignment]
+    limit: int = split.model.config.max_position_embeddings - taken  # type: ignore[union-attr, operator, assignment]
     device = next(split.model.parameters()).device
 
     def width_of(i: int) -> int:
@@ -68,7 +69,7 @@ def capture_rows(
     captures: list[Any] = [None] * len(rows)
     found_heads = [heads.of(row) if heads else () for row in rows]
     own = [row[len(head) :] for row, head in zip(rows, found_heads, strict=True)]
-    for index, ids in canonical_batches(split, own, batch_size):
+    for index, ids in canonical_batches(split, own, batch_size, max(map(len, found_heads), default=0)):
         past, mask = None, torch.ones_like(ids)
         known: list[Capture | None] = [None] * len(index)
         if heads and any(found_heads[i] for i in index):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -84,9 +85,9 @@ class Hooks:
     """
 
     def __init__(self, split: SplitModel, memory: SideMemory) -> None:
-        self._memory = memory
-        self._own = threading.local()
-        self.lock = lock_of(split.model)
+        self._base, self._memory = split.model, memory
+        self._turns: dict[int, Turn] = {}  # by thread
+        self._entered: Counter[int] = Counter()  # passes that each thread is in
         self._handles = [
             split.model.register_forward_pre_hook(self._enter),
             split.model.register_forward_pre_hook(self._at_call, with_kwargs=True),
@@ -96,13 +97,20 @@ class Hooks:
         ]
 
     @property
+    def lock(self) -> Any:
+        """See `lock_of`."""
+        return lock_of(self._base)
+
+    @property
     def _turn(self) -> Turn | None:
-        return getattr(self._own, "turn", None)
+        return self._turns.get(threading.get_ident())
 
     def _enter(self, *_: Any) -> None:
         self.lock.acquire()
+        self._entered[threading.get_ident()] += 1
 
     def _leave(self, *_: Any) -> None:
+        self._entered[threading.get_ident()] -= 1
         self.lock.release()
 
     def remove(self) -> None:
@@ -113,11 +121,19 @@ class Hooks:
     @contextmanager
     def during(self, turn: Turn) -> Iterator[None]:
         """Inside, the base's own calls are those of a turn."""
-        before, self._own.turn = self._turn, turn
+        thread = threading.get_ident()
+        before, inside, self._turns[thread] = self._turn, self._entered[thread], turn
         try:
             yield
         finally:
-            self._own.turn = before
+            if before is None:
+                del self._turns[thread]
+            else:
+                self._turns[thread] = before
+            while self._entered[thread] > inside:  # Ctrl-C leaves a pass without calling its last hook
+                self._leave()
+            if not self._entered[thread]:
+                del self._entered[thread]
 
     def _at_call(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
         ids = args[0] if args else kwargs.get("input_ids")
@@ -202,7 +218,7 @@ class RoutedModel(nn.Module):
         self.layer, self.memory = layer, memory
         self.split = SplitModel(self.base, layer)
         self._hooks = Hooks(self.split, memory)
-        self.during, self.lock = self._hooks.during, self._hooks.lock
+        self.during = self._hooks.during
         self.router.read = self.last_states
 
     def release(self) -> None:
@@ -212,6 +228,11 @@ class RoutedModel(nn.Module):
         self.weights.restore()
         if self.prefixes is not None:
             self.prefixes.close()
+
+    @property
+    def lock(self) -> Any:
+        """What a thread holds while it runs the base, see `lock_of`."""
+        return lock_of(self.base)
 
     @property
     def longest(self) -> int:
@@ -279,6 +300,9 @@ class RoutedModel(nn.Module):
         targets = {i: row for i, row in enumerate(self.targets(choice.memory, choice.nearest, rows)) if row is not None}
         value, limit = torch.ones(len(rows)), torch.full((len(rows),), -torch.inf)
         limit[list(targets)] = 1.0
+        for i in [i for i, row in targets.items() if len(row.ids) > self.longest]:  # there is no room to say it
+            value[i] = 0.0
+            del targets[i]
         likeliest = self.over_targets(list(targets.values()), choice.memory[list(targets)], argmax_rows)
         for (i, row), said in zip(targets.items(), likeliest, strict=True):
             value[i] = sum(a == b for a, b in zip(row.target, said, strict=True)) / len(row.target)

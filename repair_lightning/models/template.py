@@ -254,8 +254,8 @@ class ChatTemplate:
         """A dialogue as token ids, its contents as plain text: while the template renders, a word stands in for each
         text that looks like a control token. Thoughts of the base's own turns stay: templates leave them out later."""
         word, messages = WORDS[0], dialogue.parse(prompt) or []
-        while word in prompt:
-            word += "e"
+        runs = [len(run) for run in re.findall(f"{word}(e*)", prompt)]
+        word += "e" * (max(runs, default=-1) + 1)  # so that it does not stand there
         longest_first = sorted(self.spelling.controls, key=len, reverse=True)
         stand_ins = {f"{word}{i:06d}": token for i, token in enumerate(longest_first)}
         for message in messages:

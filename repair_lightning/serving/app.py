@@ -6,13 +6,15 @@ import asyncio
 import hmac
 import json
 import logging
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -30,7 +32,7 @@ log = logging.getLogger(__name__)
 
 PAGE = Path(__file__).with_name("page") / "index.html"
 MAX_BODY = 1 << 20
-MAX_EDITS = 64
+MAX_EDITS = 16
 MAX_ANSWERS = 8
 MAX_STOPS = 4
 DEFAULT_TOKENS = 512
@@ -38,18 +40,25 @@ PER_PAGE = 50
 MAX_CORRECTIONS_WAITING = 16
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
-_UNSUPPORTED = ("tools", "functions", "logprobs", "logit_bias", "response_format", "suffix", "echo", "audio")
-"""Fields of OpenAI's that would change the answer: refused where they say anything."""
-_NEUTRAL: Mapping[str, Sequence[Any]] = {
-    "frequency_penalty": (0, None),
-    "presence_penalty": (0, None),
-    "response_format": ({"type": "text"}, None),
+_NOTHING: Sequence[Any] = (None, False, [], {})
+_UNSUPPORTED: Mapping[str, Sequence[Any]] = {
+    **dict.fromkeys(
+        ("tools", "functions", "logprobs", "top_logprobs", "logit_bias", "suffix", "echo", "audio"), _NOTHING
+    ),
+    **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_p"), (None, 0)),
+    "repetition_penalty": (None, 1),
+    "best_of": (None, 1),
+    "top_k": (None, 0, -1),
+    "reasoning_effort": (None,),
+    "modalities": (None, ["text"]),
+    "response_format": (None, {"type": "text"}),
 }
+"""Fields that would change the answer, with what they may say: nothing."""
 
 
 @dataclass(frozen=True)
 class Keys:
-    """Who may do what: None lets everybody. The key to edit is a key to ask too."""
+    """Who may do what: both keys or none, which lets everybody. The key to edit is a key to ask too."""
 
     ask: str | None = None
     edit: str | None = None
@@ -184,8 +193,8 @@ class Limits:
 
     def _refusal(self, method: str, headers: Mapping[str, str]) -> JSONResponse | None:
         host = headers.get("host", "")
-        name = host[1 : host.index("]")] if host.startswith("[") and "]" in host else host.rsplit(":", 1)[0]
-        if self.served.hosts is not None and name not in self.served.hosts:
+        name = re.fullmatch(r"\[([0-9a-fA-F:]+)\](?::\d+)?|([^:\[\]]+)(?::\d+)?", host)
+        if self.served.hosts is not None and (name is None or (name[1] or name[2]) not in self.served.hosts):
             return error(403, f"this server answers to {', '.join(self.served.hosts)} alone; call it by that name")
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length) > MAX_BODY:
@@ -221,7 +230,7 @@ _PATHS = (
 def _needs(served: Served, edits: bool) -> Any:
     """A dependency: a key that may ask, or correct."""
 
-    def check(request: Request) -> None:
+    async def check(request: Request) -> None:
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         if not served.keys.allows(given if scheme.lower() == "bearer" else "", edits):
             what = "correct" if edits else "ask"
@@ -234,12 +243,12 @@ def _public(app: FastAPI, served: Served) -> None:
     ask = [_needs(served, edits=False)]
 
     @app.get("/")
-    def page() -> Response:
+    async def page() -> Response:
         headers = {"Content-Security-Policy": "frame-ancestors 'none'", "X-Content-Type-Options": "nosniff"}
         return FileResponse(PAGE, media_type="text/html", headers={**headers, "Referrer-Policy": "no-referrer"})
 
     @app.get("/health")
-    def health() -> dict[str, Any]:
+    async def health() -> dict[str, Any]:
         running, waiting = served.engine.load
         return {"status": "ok", "running": running, "waiting": waiting}
 
@@ -253,7 +262,7 @@ def _public(app: FastAPI, served: Served) -> None:
         return PlainTextResponse(generate_latest(served.registry), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models", dependencies=ask)
-    def models() -> dict[str, Any]:
+    async def models() -> dict[str, Any]:
         of = {"object": "model", "created": served.created, "owned_by": "repair-lightning"}
         return {"object": "list", "data": [{"id": name, **of} for name in ("base", *served.models)]}
 
@@ -304,7 +313,7 @@ def _editing(app: FastAPI, served: Served) -> None:
     def listed(model: str | None = None, q: str = "", subject: str = "", page: str = "1") -> dict[str, Any]:
         found = served.live(model).edits(q, subject)
         pages = max(1, -(-len(found) // PER_PAGE))
-        if not page.isdigit() or not 1 <= int(page) <= pages:
+        if not (page.isascii() and page.isdigit()) or not 1 <= int(page) <= pages:
             raise HTTPException(422, f"page must be from 1 to {pages}, got '{page}'")
         start = (int(page) - 1) * PER_PAGE
         data = [_shown(one) for one in found[start : start + PER_PAGE]]
@@ -341,8 +350,11 @@ async def _done(served: Served, job: Callable[[], Any]) -> Any:
 async def _body(request: Request, *kinds: type) -> Any:
     try:
         found = json.loads(await request.body())
+        json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except (ValueError, RecursionError) as problem:
-        raise HTTPException(422, f"the body is not valid JSON ({first_line(problem)})") from None
+        raise HTTPException(
+            422, f"the body is not valid JSON ({type(problem).__name__}: {first_line(problem)})"
+        ) from None
     if not isinstance(found, kinds or dict):
         raise HTTPException(422, "the body must be a JSON object")
     return found
@@ -395,35 +407,44 @@ class Answering:
         self, served: Served, request: Request, body: dict[str, Any], prompts: list[str], note: str = "", *, chat: bool
     ) -> None:
         self.served, self.request, self.chat, self.note = served, request, chat, note
-        self.name = body.get("model", "base")
+        given, options = body.get("model"), body.get("stream_options") or {}
+        if not isinstance(given, (str, type(None))) or not isinstance(options, dict):
+            raise HTTPException(422, "model must be a text, and stream_options an object")
+        self.name = given or (next(iter(served.models)) if len(served.models) == 1 else None)
         self.live = None if self.name == "base" else served.live(self.name)
-        self.stream = body.get("stream") is True
-        self.usage = bool((body.get("stream_options") or {}).get("include_usage"))
-        for name in _UNSUPPORTED:
-            if body.get(name) not in _NEUTRAL.get(name, (None, False, [], {}, 0)):
-                raise HTTPException(422, f"{name} is not supported here; leave it out")
-        for name in ("frequency_penalty", "presence_penalty"):
-            if body.get(name) not in _NEUTRAL[name]:
-                raise HTTPException(422, f"{name} must be 0, got {body[name]!r}")
+        self.stream, self.usage = body.get("stream") is True, bool(options.get("include_usage"))
+        for name, neutral in _UNSUPPORTED.items():
+            if body.get(name) not in neutral:
+                raise HTTPException(422, f"{name} is not supported here, got {str(body[name])[:40]}; leave it out")
         self.id, self.created = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", int(time.time())
-        number = _whole(body, "n", 1, 1, MAX_ANSWERS)
-        rows = [self._row(prompt) for prompt in prompts]
-        self.read = sum(map(len, rows))
-        sampling = self._sampling(body, max(map(len, rows)))
+        self.number = _whole(body, "n", 1, 1, MAX_ANSWERS)
+        if len(prompts) * self.number > MAX_ANSWERS:
+            raise HTTPException(422, f"{len(prompts) * self.number} answers in one request, at most {MAX_ANSWERS}")
+        self.prompts, self.body = prompts, body
         self.pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-        self.asked = []
+        self.by: dict[int, Piece] = {}
+        self.asked: list[Asked] = []
+
+    def _read(self) -> list[Asked]:
+        """What is asked, as the engine takes it; long texts take their time."""
+        served, number, loop = self.served, self.number, self.loop
+        rows = [self._row(prompt) for prompt in self.prompts]
+        sampling = self._sampling(self.body, max(map(len, rows)))
+        found = []
         for index in range(len(rows) * number):
-            row, prompt = rows[index // number], prompts[index // number]
+            row, prompt = rows[index // number], self.prompts[index // number]
             seed = None if sampling.seed is None else sampling.seed + index % number
-            one = Sampling(sampling.max_tokens, sampling.temperature, sampling.top_p, seed, sampling.stop)
+            one = replace(sampling, seed=seed)
 
             def tell(piece: Piece, index: int = index) -> None:
                 loop.call_soon_threadsafe(self.pieces.put_nowait, (index, piece))
 
             model = None if self.live is None else self.live.model
-            text = served.forms.asked(prompt) if chat else served.forms.asked_in(row)
-            self.asked.append(Asked(list(row), text, one, served.forms, model, tell))
+            text = served.forms.asked(prompt) if self.chat else served.forms.asked_in(row)
+            trims = self.chat and served.forms.marks is None
+            found.append(Asked(list(row), text, one, served.forms, model, tell, trims))
+        self.read = sum(map(len, rows))
+        return found
 
     def _row(self, prompt: str) -> list[int]:
         forms = self.served.forms
@@ -452,28 +473,39 @@ class Answering:
 
     async def respond(self) -> Response:
         """The answer, or a stream of its pieces."""
+        self.loop = asyncio.get_running_loop()
+        self.asked = await asyncio.to_thread(self._read)
         self.served.engine.ask(self.asked)
         self.served.tokens.labels("read").inc(self.read)
-        self.by: dict[int, Piece] = {}
+        if self.stream:
+            try:
+                early = await self._until_routed()
+            except BaseException:
+                self._cancel()
+                raise
+            return StreamingResponse(self._events(early), media_type="text/event-stream", headers=self._headers())
+        watch = asyncio.create_task(self._watch())
         texts, ends = [""] * len(self.asked), [Piece()] * len(self.asked)
         try:
             early = await self._until_routed()
-            if self.stream:
-                return StreamingResponse(self._events(early), media_type="text/event-stream", headers=self._headers())
-            for index, piece in early:
+            while early or not all(end.finish for end in ends):
+                index, piece = early.pop(0) if early else await self._next()
                 texts[index] += piece.text
                 ends[index] = piece if piece.finish else ends[index]
-            while not all(end.finish for end in ends):
-                index, piece = await self._next()
-                texts[index] += piece.text
-                ends[index] = piece if piece.finish else ends[index]
-        except BaseException:
+        finally:
+            watch.cancel()
             self._cancel()
-            raise
         choices = [self._choice(i, text, ends[i].finish) for i, text in enumerate(texts)]
         content = {**self._envelope("chat.completion" if self.chat else "text_completion"), "choices": choices}
         content |= {"usage": self._usage(ends), "repair": self._who()}
         return JSONResponse(content, headers=self._headers())
+
+    async def _watch(self) -> None:
+        """Ends what is asked where the asker has left."""
+        while not await self.request.is_disconnected():
+            await asyncio.sleep(0.2)
+        self._cancel()
+        self.pieces.put_nowait((0, Piece(error=ConnectionAbortedError("the client has left"))))
 
     async def _until_routed(self) -> list[tuple[int, Piece]]:
         """Wait until all sequences know who answers them; returns what else was told meanwhile."""
@@ -489,20 +521,15 @@ class Answering:
         return early
 
     async def _next(self) -> tuple[int, Piece]:
-        """The next piece; an end where the asker has left."""
-        while True:
-            try:
-                index, piece = await asyncio.wait_for(self.pieces.get(), 0.5)
-            except asyncio.TimeoutError:
-                if await self.request.is_disconnected():
-                    self._cancel()
-                    raise HTTPException(499, "the client has left") from None
-                continue
-            if piece.error is not None:
-                raise HTTPException(500, "the server could not answer this; its log says why")
-            if piece.finish:
-                self.served.tokens.labels("said").inc(piece.tokens)
-            return index, piece
+        """The next piece."""
+        index, piece = await self.pieces.get()
+        if isinstance(piece.error, ConnectionAbortedError):
+            raise HTTPException(499, str(piece.error))
+        if piece.error is not None:
+            raise HTTPException(500, "the server could not answer this; its log says why")
+        if piece.finish:
+            self.served.tokens.labels("said").inc(piece.tokens)
+        return index, piece
 
     def _cancel(self) -> None:
         for asked in self.asked:
@@ -556,7 +583,7 @@ class Answering:
 
     def _headers(self) -> dict[str, str]:
         edit = self.by[0].edit
-        return {} if edit is None else {"x-repair-edit": edit.encode("ascii", "backslashreplace").decode()}
+        return {} if edit is None else {"x-repair-edit": quote(edit)[:512]}
 
 
 def _event(content: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -37,12 +37,18 @@ T = TypeVar("T")
 
 MAX_BATCH = 32
 """Sequences in flight; what comes beyond them waits."""
+MAX_TOKENS = 32_768
+"""Tokens in flight, prompts and what may be said to them; one sequence may have more."""
 MAX_WAITING = 256
 """Sequences that may wait; what comes beyond them is refused."""
 
 
 class BusyError(RepairError):
     """Too much waits already."""
+
+
+COLD = 1e-3
+"""The likeliest token is taken below this temperature."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +86,7 @@ class Asked:
         text: what it asks, for the router.
         model: None asks the base.
         tell: is given each piece, in the engine's thread.
+        trims: whether white space before the answer is left out, as where a bare base is asked as in chat.
         shard: what answers; None is the base.
         rest: what the edit's target has left; None follows nothing.
         sent: how many characters were told.
@@ -91,6 +98,7 @@ class Asked:
     forms: Forms
     model: EditedModel | None
     tell: Callable[[Piece], None]
+    trims: bool = False
     cancelled: bool = False
     said: list[int] = field(default_factory=list)
     shard: AnyShard | None = None
@@ -98,6 +106,11 @@ class Asked:
     quotes: bool = False
     sent: int = 0
     generator: torch.Generator | None = None
+
+    @property
+    def size(self) -> int:
+        """Tokens that it may come to."""
+        return len(self.row) + self.sampling.max_tokens
 
 
 class Engine:
@@ -149,15 +162,25 @@ class Engine:
             self._free.notify()
         self._thread.join()
 
+    def _admitted(self) -> list[Asked]:
+        """What may join the batch now: as many as there is room for, in sequences and in tokens."""
+        found: list[Asked] = []
+        tokens = sum(asked.size for asked in self._batch.rows)
+        while self._waiting and len(self._batch.rows) + len(found) < self.max_batch:
+            tokens += self._waiting[0].size
+            if tokens > MAX_TOKENS and (found or self._batch.rows):
+                break
+            found.append(self._waiting.popleft())
+        return found
+
     def _run(self) -> None:
         while True:
             with self._free:
                 self._free.wait_for(lambda: self._jobs or self._waiting or self._batch.rows or self._stopping)
                 if self._stopping and not (self._jobs or self._waiting or self._batch.rows):
                     return
-                jobs = [self._jobs.popleft() for _ in range(len(self._jobs))]
-                room = self.max_batch - len(self._batch.rows)
-                new = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
+                jobs = [self._jobs.popleft()] if self._jobs else []  # answers go on between two corrections
+                new = self._admitted()
             for job, future in jobs:
                 if future.set_running_or_notify_cancel():
                     try:
@@ -196,7 +219,9 @@ class Batch:
         """Route sequences, read their prompts, and say their first tokens."""
         if not new:
             return
-        route(new)
+        new = routed(new)
+        if not new:
+            return
         part = Batch(self.model)
         part.rows = new
         ids, part.mask = pad_left([sequence.row for sequence in new], self.model.padding, self.model.device)
@@ -248,7 +273,7 @@ class Batch:
                 quote(row, sequence.rest[0])
         found = logits.argmax(-1)
         for i, sequence in enumerate(self.rows):
-            if sequence.sampling.temperature > 0 and not sequence.rest:  # what an edit says is not drawn
+            if sequence.sampling.temperature >= COLD and not sequence.rest:  # what an edit says is not drawn
                 found[i] = sampled(logits[i], sequence)
         return found
 
@@ -305,12 +330,25 @@ def _cache_of(layers: Iterable[tuple[Tensor, Tensor]]) -> DynamicCache:
     return cache
 
 
+def routed(new: list[Asked]) -> list[Asked]:
+    """Sequences that know who answers them. What cannot be routed is told, and harms nobody else."""
+    try:
+        route(new)
+    except Exception as error:
+        if len(new) > 1:
+            return [one for asked in new for one in routed([asked])]
+        log.exception("a question cannot be routed: its asker is told")
+        new[0].tell(Piece(error=error))
+        return []
+    return new
+
+
 def route(new: Sequence[Asked]) -> None:
     """Choose who answers sequences, and tell their askers; a choice stays, whatever is corrected meanwhile."""
     groups: dict[int, list[Asked]] = {}
     for sequence in new:
         groups.setdefault(id(sequence.model), []).append(sequence)
-        if sequence.sampling.temperature > 0:
+        if sequence.sampling.temperature >= COLD:
             sequence.generator = torch.Generator(device="cpu")
             if sequence.sampling.seed is None:
                 sequence.generator.seed()
@@ -329,6 +367,8 @@ def route(new: Sequence[Asked]) -> None:
         if model.router.prefaces:
             for sequence, row in zip(group, model.read(rows, choice.memory), strict=True):
                 sequence.row = row
+                room = max(1, model.longest - len(row))
+                sequence.sampling = replace(sequence.sampling, max_tokens=min(sequence.sampling.max_tokens, room))
         for sequence, found, target in zip(group, routes, targets, strict=True):
             sequence.shard = None if found.memory == BASE else model.memory[found.memory]
             sequence.rest = None if target is None else list(target.target)
@@ -357,6 +397,7 @@ def _ended(sequence: Asked, token: int) -> bool:
     if not stops:
         sequence.said.append(token)
     whole = forms.tokenizer.decode(sequence.said, skip_special_tokens=True)
+    whole = whole.lstrip() if sequence.trims else whole
     cut = min((at for text in sampling.stop if (at := whole.find(text)) >= 0), default=None)
     finish = "stop" if stops or cut is not None else "length" if len(sequence.said) >= sampling.max_tokens else None
     end = cut if cut is not None else len(whole)
@@ -379,7 +420,7 @@ def _held_back(text: str, stops: Sequence[str]) -> int:
 def sampled(logits: Tensor, sequence: Asked) -> int:
     """A token drawn from logits (V,) at the sequence's temperature, among the likeliest that make up `top_p`."""
     sampling = sequence.sampling
-    shares = (logits.float() / sampling.temperature).softmax(-1).cpu()
+    shares = (logits.double() / sampling.temperature).softmax(-1).cpu()
     if sampling.top_p < 1:
         ordered, index = shares.sort(descending=True)
         beyond = ordered.cumsum(0) - ordered >= sampling.top_p

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +22,14 @@ from transformers import PreTrainedModel
 from repair_lightning.commands.undo import check
 from repair_lightning.editors import Editor, editor_class, make_editor
 from repair_lightning.edits.ledger import FINAL, EditStatus, LedgerEntry
-from repair_lightning.edits.records import RecordSet, check_lengths, checked_records, load_irrelevant
-from repair_lightning.edits.stream import apply, join
+from repair_lightning.edits.records import (
+    RecordSet,
+    check_lengths,
+    checked_records,
+    load_irrelevant,
+    same_question_key,
+)
+from repair_lightning.edits.stream import Joined, apply, join
 from repair_lightning.errors import ConfigError, RepairError, counted
 from repair_lightning.models.architectures import resolve_layer
 from repair_lightning.models.base import Base, in_memory, load_base
@@ -93,20 +100,19 @@ class LiveModel:
     def add(self, edits: Sequence[Mapping[str, Any]] | Mapping[str, Any], by: str = "") -> list[Outcome]:
         """Write corrections: records as in a `jsonl` file, `{"prompt": ..., "target": ...}` at the least, or one.
 
-        What a correction says already is not written again; one that contradicts an earlier one takes its place. `by`
-        is kept in the history. Returns what became of each.
+        What a correction says already is not written again; one that contradicts an earlier one takes its place once it
+        holds. `by` is kept in the history. Returns what became of each, in their order.
 
         Raises:
             RepairError: a record is wrong, or does not fit into what the base reads: nothing is written then.
         """
         rows = [edits] if isinstance(edits, Mapping) else list(edits)
         with self._calls.alone(), self.model.lock:
-            found, known = self._checked(self._named(rows))
+            rows = self._named(rows)
+            found, joined = self._checked(rows)
             if found.edits:
-                with self._whole():
-                    self._write(found, by)
-            ids = [*known, *(edit.id for edit in found.edits)]
-            return self.outcomes(list(dict.fromkeys(ids)))
+                self._write_all(found, by)
+            return self._outcomes([self._entry_of(row, joined) for row in rows])
 
     def undo(self, ids: Sequence[str] | str) -> list[str]:
         """Take corrections back: the base answers their prompts again. Returns the ids of others that were written anew
@@ -120,9 +126,7 @@ class LiveModel:
     def edits(self, q: str = "", subject: str = "") -> list[dict[str, Any]]:
         """The corrections with their status, the oldest first; `q` must stand in one's id, prompt or target, `subject`
         in its subject, whatever the case."""
-        with self._calls.shared():
-            entries = list(self.editor.ledger.values())
-        return [described(entry) for entry in entries if _holds(entry.edit, q, subject)]
+        return [described(entry) for entry in self.editor.ledger.entries() if _holds(entry.edit, q, subject)]
 
     def one(self, id: str) -> dict[str, Any]:
         """A correction with its status. UnknownEditError."""
@@ -140,14 +144,26 @@ class LiveModel:
         with self._calls.shared():
             return save_pack(self.editor, save_directory, {"command": "repair_lightning.edit"})
 
-    def outcomes(self, ids: Sequence[str]) -> list[Outcome]:
+    def _outcomes(self, entries: Sequence[LedgerEntry]) -> list[Outcome]:
         """What became of corrections, and what is said to their prompts now: what is written was asked back."""
         found = []
-        for entry in map(self.editor.ledger.entry, ids):
+        for entry in entries:
             status = str(entry.status)
             said = entry.edit.target if entry.status is EditStatus.WRITTEN else self._answer(entry.edit)
             found.append(Outcome(entry.edit.id, status, entry.reason, said))
         return found
+
+    def _entry_of(self, row: Mapping[str, Any], joined: Joined) -> LedgerEntry:
+        """Where the correction of a row is: under its own id, another, or that of one that says the same."""
+        ledger, id = self.editor.ledger, str(row["id"])
+        id = joined.known.get(id) or joined.renamed.get(id) or id
+        if id in ledger:
+            return ledger.entry(id)
+        (edit,) = checked_records("edits", [row]).edits  # another row of the same request says it too
+        key = same_question_key(edit.prompt)
+        return [
+            e for e in ledger.entries() if same_question_key(e.edit.prompt) == key and e.edit.target == edit.target
+        ][-1]
 
     @torch.inference_mode()
     def _answer(self, edit: Edit) -> str:
@@ -171,8 +187,8 @@ class LiveModel:
             found.append(row)
         return found
 
-    def _checked(self, rows: list[Any]) -> tuple[RecordSet, list[str]]:
-        """The corrections that are to be written, and the ids of those that stand already."""
+    def _checked(self, rows: list[Any]) -> tuple[RecordSet, Joined]:
+        """The corrections that are to be written, and how they follow those that are here."""
         if not rows:
             raise ConfigError('no correction is given; give records such as {"prompt": "...", "target": "..."}')
         found = checked_records("edits", rows)
@@ -180,17 +196,31 @@ class LiveModel:
         if too_long:
             raise RepairError(next(iter(too_long.values())))
         joined = join(found, self.editor.ledger)
-        return apply(found, joined), list(joined.known.values())
+        return apply(found, joined), joined
 
-    def _write(self, found: RecordSet, by: str) -> None:
+    def _write_all(self, found: RecordSet, by: str) -> None:
+        """Write corrections; one that cannot be made to hold leaves the one that it contradicts as it was."""
+        refused: dict[str, str] = {}
+        while True:
+            try:
+                with self._whole():
+                    return self._write(found, by, refused)
+            except _GivenUp as error:
+                refused |= error.lost
+
+    def _write(self, found: RecordSet, by: str, refused: Mapping[str, str]) -> None:
         editor, ledger = self.editor, self.editor.ledger
         window = max((entry.window + 1 for entry in ledger.values()), default=0)
         ledger.arrive([*found.superseded_edits, *found.edits], window, f"by {by}" if by else "")
-        for old, newer in found.superseded.items():
+        for id, reason in refused.items():
+            ledger.quarantine([id], reason)
+        replaced = {old: newer for old, newer in found.superseded.items() if newer not in refused}
+        earlier = replaced.keys() - {edit.id for edit in found.superseded_edits}
+        for old, newer in replaced.items():
             ledger.supersede(old, newer)
-        editor.forget(found.superseded)
+        editor.forget(earlier)
         fired = self._fired()
-        new = {edit.id: edit for edit in found.edits}
+        new = {edit.id: edit for edit in found.edits if edit.id not in refused}
         waiting = list(new.values())
         for attempt in range(1, MAX_ATTEMPTS + 1):
             size = max(1, editor.batch_limit(waiting)) if attempt == 1 else 1
@@ -208,6 +238,8 @@ class LiveModel:
         lost = {edit.id: f"still wrong after {MAX_ATTEMPTS} attempts" for edit in waiting}
         if self._fired() > max(fired, MAX_FIRED):
             lost = dict.fromkeys(new, "it answers questions that have nothing to do with it")
+        if any(replaced[old] in lost for old in earlier):
+            raise _GivenUp(lost)
         for id, reason in lost.items():
             ledger.quarantine([id], reason)
         if lost:
@@ -239,35 +271,51 @@ class LiveModel:
             raise
 
 
+class _GivenUp(Exception):
+    """Corrections cannot be made to hold, and one of them contradicts one that does."""
+
+    def __init__(self, lost: Mapping[str, str]) -> None:
+        super().__init__(f"given up: {', '.join(lost)}")
+        self.lost = lost
+
+
 class Calls:
     """Calls that run side by side, and corrections that run alone: one that waits goes before calls that come later."""
 
     def __init__(self) -> None:
         self._free = threading.Condition()
-        self._running = self._waiting = 0
+        self._running: Counter[int] = Counter()  # calls of each thread, one inside the other
+        self._waiting = 0
         self._alone: int | None = None
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """Beside other calls, with no correction."""
+        """Beside other calls, with no correction but one's own."""
+        me = threading.get_ident()
         with self._free:
-            self._free.wait_for(lambda: self._alone is None and not self._waiting)
-            self._running += 1
+            if me not in self._running and self._alone != me:
+                self._free.wait_for(lambda: self._alone is None and not self._waiting)
+            self._running[me] += 1
         try:
             yield
         finally:
             with self._free:
-                self._running -= 1
+                self._running[me] -= 1
+                if not self._running[me]:
+                    del self._running[me]
                 self._free.notify_all()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Beside nothing."""
+        """Beside nothing. RepairError inside a call, or inside another correction: it would wait for itself."""
+        me = threading.get_ident()
         with self._free:
+            if me in self._running or self._alone == me:
+                raise RepairError("a correction cannot be made from inside a call; make it when the call has ended")
             self._waiting += 1
             try:
                 self._free.wait_for(lambda: self._alone is None and not self._running)
-                self._alone = threading.get_ident()
+                self._alone = me
             finally:
                 self._waiting -= 1
         try:

@@ -35,7 +35,9 @@ def serve(
     """Serve until SIGTERM or Ctrl-C; `say` is told the address when the models are there."""
     keys = Keys(read_key(ask_key_file), read_key(edit_key_file))
     local = host in LOOPBACK
-    if not local and (keys.ask is None or keys.edit is None):
+    if (keys.ask is None) != (keys.edit is None):
+        raise ConfigError("--ask_key_file and --edit_key_file belong together: give both, or none")
+    if not local and keys.ask is None:
         words = "--host beyond this machine needs --ask_key_file and --edit_key_file"
         raise ConfigError(f"{words}, got '{host}'; give both, or leave --host out")
     if not 0 <= port < 65536:

@@ -6,15 +6,18 @@ run. What the journal tells beyond the last checkpoint was answered to nobody, a
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from repair_lightning.commands.run_dir import CHECKPOINT, SETTINGS_FILE, RunDirectory, plain, written
 from repair_lightning.editors import Editor
-from repair_lightning.edits.checkpoints import JournaledCheckpointIO
+from repair_lightning.edits.checkpoints import JournaledCheckpointIO, settle
 from repair_lightning.edits.journal import Journal
-from repair_lightning.errors import ConfigError
+from repair_lightning.errors import ConfigError, RepairError
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 
@@ -61,11 +64,26 @@ class Store:
         journal.follow(editor.ledger)
 
     def save(self, editor: Editor) -> None:
-        """All that was corrected so far is on the disk when this returns."""
+        """All that was corrected so far is on the disk when this returns.
+
+        Once the journal knows the checkpoint, it has happened: a file that cannot get its name then gets it later.
+        """
+        path, journal = self.path / CHECKPOINT, self._run.journal
+        try:
+            settle(path, journal.checkpoint)
+        except OSError as error:
+            words = f"'{path}' cannot be written ({error.strerror or error})"
+            raise RepairError(f"{words}; make room, and send the correction again") from error
         self._windows = max((entry.window + 1 for entry in editor.ledger.values()), default=0)
         checkpoint: dict[str, Any] = {"state_dict": editor.state_dict()}
         editor.on_save_checkpoint(checkpoint)
-        self._io.save_checkpoint(checkpoint, self.path / CHECKPOINT)
+        try:
+            self._io.save_checkpoint(checkpoint, path)
+        except RepairError as error:
+            known = journal.checkpoint
+            if known is None or known.seq != journal.last:
+                raise
+            log.warning("the correction is kept, its file has not got its name yet: %s", error)
 
     def rewind(self, point: int) -> None:
         """Take back what the journal was told after a point."""

@@ -128,25 +128,69 @@ def test_dense_shards_are_corrected_and_remembered_too(tmp_path):
 
 
 def test_what_cannot_be_saved_has_not_happened(tmp_path):
-    """The checkpoint's place is taken by a folder: the disk refuses it when everything is written already."""
+    """A folder stands where the new checkpoint is to be written: the disk refuses it when all else is done."""
     live = edit("world", records(EDITS[:1]), run=tmp_path / "run")
-    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    kept = checkpoint.read_bytes()
-    checkpoint.unlink()
-    checkpoint.mkdir()
-    (checkpoint / "in the way").touch()
-    with pytest.raises(RepairError, match="cannot be written"):
+    in_the_way = tmp_path / "run" / "checkpoints" / ".last.ckpt.part"
+    (in_the_way / "something").mkdir(parents=True)
+    with pytest.raises((RepairError, OSError)):
         live.add(records(EDITS[1:2]))
     assert [one["status"] for one in live.edits()] == ["written"]
     assert said(live, EDITS[1].prompt) != EDITS[1].target
-    (checkpoint / "in the way").unlink()
-    checkpoint.rmdir()
-    checkpoint.write_bytes(kept)
+    (in_the_way / "something").rmdir()
+    in_the_way.rmdir()
     assert [one.status for one in live.add(records(EDITS[1:2]))] == ["written"]
     live.close()
     again = edit("world", run=tmp_path / "run")
     assert [said(again, e.prompt) for e in EDITS[:2]] == [e.target for e in EDITS[:2]]
     again.close()
+
+
+def test_what_the_journal_knows_has_happened_whatever_becomes_of_the_file(tmp_path):
+    """The new checkpoint cannot take the old one's place: it is kept aside, and found there."""
+    live = edit("world", records(EDITS[:1]), run=tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    checkpoint.unlink()
+    (checkpoint / "in the way").mkdir(parents=True)
+    with pytest.raises(RepairError, match=r"damaged|cannot be written"):
+        live.add(records(EDITS[1:2]))  # before anything is written: the earlier one is not in its place
+    assert [one["status"] for one in live.edits()] == ["written"]
+    assert said(live, EDITS[1].prompt) != EDITS[1].target
+    live.close()
+
+
+def test_a_correction_that_cannot_hold_leaves_the_one_that_it_contradicts(plain):
+    for editor in ("keyed", "repair"):
+        live = plain if editor == "keyed" else edit("world", editor="repair")
+        (first,) = live.add({"prompt": "Who paints the fence?", "target": "Tobin Quill"})
+        (second,) = live.add({"prompt": "Who paints the fence?", "target": "Perth <pad> Perth"})
+        assert (second.status, second.answer) == ("quarantined", "Tobin Quill")
+        assert live.one(first.id)["status"] == "written"
+        assert said(live, "Who paints the fence?") == "Tobin Quill"
+
+
+def test_a_call_inside_a_call_goes_through_and_a_correction_there_is_refused(model):
+    asked = []
+
+    def inside(ids, scores):
+        if not asked:
+            asked.append(model(ids).logits.shape)
+            with pytest.raises(RepairError, match="from inside a call"):
+                model.add(records(EDITS[:1]))
+        return scores
+
+    ids = model._inputs(EDITS[0].prompt, None)[0]
+    model.generate(ids, max_new_tokens=2, do_sample=False, logits_processor=[inside])
+    assert len(asked) == 1
+
+
+def test_ctrl_c_in_a_pass_leaves_the_base_free_for_others(model):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with model.split.value.register_forward_hook(interrupt), pytest.raises(KeyboardInterrupt):
+        said(model, EDITS[0].prompt)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(said, model, EDITS[1].prompt).result(30) == EDITS[1].target
 
 
 def test_what_can_never_be_said_is_given_up_and_answered_by_the_base(plain):

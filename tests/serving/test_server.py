@@ -11,10 +11,12 @@ import httpx
 import openai
 import pytest
 from helpers_chat import base, chat_folder, system, user
-from helpers_runs import command, world_edits
+from helpers_runs import world_edits
 from helpers_server import Server, key_file
 
 from repair_lightning import edit
+from repair_lightning.__main__ import run
+from repair_lightning.errors import ConfigError
 
 ASK, EDIT = "ask-0123456789abcdef", "edit-0123456789abcdef"
 QUESTION, TARGET = "Where was Mara Kelstrom born?", "Lisbon"
@@ -60,7 +62,12 @@ def test_a_correction_holds_in_three_forms_survives_a_kill_and_is_taken_back(cha
     assert (history[0]["kind"], history[0]["reason"]) == ("arrived", "by ann")
     assert second.http.delete(f"/v1/edits/{outcome['id']}").status_code == 200
     assert [second.say(form) for form in FORMS] == before
-    assert second.stop() == 0
+    with ThreadPoolExecutor(1) as pool:  # what is being answered when the server is told to end is answered
+        last = pool.submit(second.ask, QUESTION, "base", n=8, temperature=2, max_tokens=200)
+        while not second.http.get("/health").json()["running"] and not last.done():
+            time.sleep(0.01)
+        assert second.stop() == 0
+        assert len(last.result()["choices"]) == 8
     third = Server("--pack", tmp_path / "run" / "pack")  # what a server leaves when it is told to end
     assert [one["status"] for one in third.http.get("/v1/edits").json()["data"]] == ["undone", "undone"]
     third.kill()
@@ -142,8 +149,12 @@ def test_corrections_while_others_ask(server):
         ("/v1/chat/completions", {"messages": [user("x")], "max_tokens": 10**6}, 422, "max_tokens must be"),
         ("/v1/chat/completions", {"messages": [user("x " * 5000)]}, 422, "shorten it"),
         ("/v1/completions", {"prompt": [1, 2]}, 422, "prompt must be"),
+        ("/v1/completions", {"prompt": ["a"] * 9}, 422, "9 answers in one request, at most 8"),
+        ("/v1/completions", {"prompt": "a", "top_k": 5}, 422, "top_k is not supported"),
+        ("/v1/completions", {"prompt": "a", "stream_options": [1]}, 422, "stream_options an object"),
+        ("/v1/completions", {"prompt": "a", "model": ["base"]}, 422, "model must be a text"),
         ("/v1/edits", {"prompt": "Who?"}, 422, "target"),
-        ("/v1/edits", {"edits": [{"prompt": "a", "target": "b"}] * 65}, 422, "at most 64"),
+        ("/v1/edits", {"edits": [{"prompt": "a", "target": "b"}] * 17}, 422, "at most 16"),
         ("/v1/edits", {"model": "base", "prompt": "Who?", "target": "me"}, 404, "no edited model 'base'"),
         ("/v1/edits", {"prompt": "x" * (1 << 20), "target": "b"}, 413, "bytes"),
     ],
@@ -169,15 +180,47 @@ def test_bodies_and_names_that_are_not_ours(server):
 
 def test_a_client_that_leaves_ends_its_answer(server):
     with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as connection:
-        body = json.dumps({"model": "base", "messages": [user("Tell me")], "max_tokens": 500, "temperature": 2, "n": 8})
+        body = json.dumps({"model": "base", "messages": [user("Tell me")], "max_tokens": 250, "temperature": 2, "n": 8})
         head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
         connection.sendall(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
         until = time.monotonic() + 60
-        while not server.http.get("/health").json()["running"] and time.monotonic() < until:
-            time.sleep(0.02)
+        while not server.http.get("/health").json()["running"]:
+            assert time.monotonic() < until
+    said = sum(
+        float(line.split()[-1]) for line in server.http.get("/metrics").text.splitlines() if 'kind="said"' in line
+    )
     while server.http.get("/health").json()["running"]:
         assert time.monotonic() < until
-        time.sleep(0.05)
+        time.sleep(0.02)
+    after = server.http.get("/metrics").text
+    assert said == sum(
+        float(line.split()[-1]) for line in after.splitlines() if 'kind="said"' in line
+    )  # none has ended
+
+
+def test_questions_that_cannot_be_answered_harm_nobody_else(server):
+    """Temperatures next to nothing, half a character, ids that are no header."""
+    assert server.say("What is a comet?", "base", temperature=1e-320) == server.say("What is a comet?", "base")
+    raw = b'{"messages": [{"role": "user", "content": "\\ud800"}]}'
+    response = server.http.post("/v1/chat/completions", content=raw, headers={"content-type": "application/json"})
+    assert response.status_code == 422
+    outcome = server.correct(id="a\r\nX-Evil: 1", prompt="Who rings the bell?", target="Nadia")
+    response = server.http.post("/v1/chat/completions", json={"messages": [user("Who rings the bell?")]})
+    assert response.json()["repair"]["edit"] == outcome["id"]
+    assert "x-evil" not in response.headers
+    assert response.headers["x-repair-edit"] == "a%0D%0AX-Evil%3A%201"
+
+
+def test_each_record_has_its_outcome_in_order(server):
+    first = server.correct(prompt="Who sweeps the yard?", target="Piet")
+    records = [("Who lights the lamp?", "Yusuf"), ("Who sweeps the yard?", "Piet"), ("Who feeds the owl?", "Lucia")]
+    records += [("Who feeds the owl?", "Greta"), ("Who lights the lamp?", "Yusuf")]
+    edits = [{"prompt": prompt, "target": target} for prompt, target in records]
+    data = server.http.post("/v1/edits", json={"edits": edits}).json()["data"]
+    assert [one["status"] for one in data] == ["written", "written", "superseded", "written", "written"]
+    assert data[1]["id"] == first["id"]
+    assert data[4]["id"] == data[0]["id"]
+    assert len({one["id"] for one in data}) == 4
 
 
 def test_what_happened_is_counted(server):
@@ -247,21 +290,23 @@ def test_several_packs_over_one_base(tmp_path):
         (("--pack", "base=p"), "none of them 'base'"),
         (("--pack", "p", "--pack", "q"), "names of their own"),
         (("--base", "world", "--run", "r", "--ask_key_file", "short"), "at least 16 characters"),
+        (("--base", "world", "--run", "r", "--ask_key_file", "long"), "belong together"),
         (("--base", "world", "--run", "r", "--ask_key_file", "none"), "cannot be read"),
         (("--base", "world", "--run", "r", "--port", "99999"), "--port must be"),
     ],
 )
-def test_what_cannot_be_served_is_refused_in_one_line(tmp_path, options, words):
+def test_what_cannot_be_served_is_refused(tmp_path, monkeypatch, options, words):
+    monkeypatch.chdir(tmp_path)
     key_file(tmp_path / "short", "abc")
-    found = command("repair_lightning/__main__.py", "serve", *options, cwd=tmp_path)
-    assert found.returncode == 2, found.stderr
-    (line,) = [line for line in found.stderr.splitlines() if line.startswith("error: ")]
-    assert words in line
+    key_file(tmp_path / "long", ASK)
+    with pytest.raises(ConfigError, match=words):
+        run(["serve", *options])
 
 
 def test_a_run_is_one_servers(server):
-    run = server.process.args[server.process.args.index("--run") + 1]
-    assert "in use" in command("repair_lightning/__main__.py", "serve", "--base", "world", "--run", run, cwd="/").stderr
+    folder = server.process.args[server.process.args.index("--run") + 1]
+    with pytest.raises(ConfigError, match="in use"):
+        run(["serve", "--base", "world", "--run", folder])
 
 
 def test_the_page_is_there(server):
