@@ -51,7 +51,7 @@ class Context:
     ranks: tuple[int, ...] = option((1, 2), "scaling: numbers of processes")
     ranks_window: int = option(256, "scaling: edits per window", quick=8)
     served: int = option(1_000, "serving: edits that are there", quick=4)
-    load_minutes: float = option(5.0, "serving: how long askers and the editor go on", quick=0.2)
+    load_minutes: float = option(5.0, "serving: how long askers and the editor go on", quick=0.05)
     kills: int = option(20, "serving: kills meanwhile", quick=1)
     gpu_edits: int = option(256, "gpu: edits to write", quick=64)
     out: Path = Path("benchmarks/results/world")

@@ -57,7 +57,7 @@ class Server:
         self.process: Any = subprocess.Popen([*self.call, "--port", "0"], env=self.env, **out)  # type: ignore[call-overload]
         found = re.search(r"at (http://\S+)", self.process.stdout.readline())
         assert found is not None, "the server did not start"
-        self.url = found[1]
+        self.http = httpx.Client(base_url=found[1], timeout=120)  # one per call would cost more than the call
 
     def kill(self) -> None:
         """As a crash would."""
@@ -66,7 +66,7 @@ class Server:
 
     def post(self, path: str, **body: Any) -> Any:
         """A response's JSON."""
-        response = httpx.post(f"{self.url}{path}", json=body, timeout=120)
+        response = self.http.post(path, json=body)
         response.raise_for_status()
         return response.json()
 
@@ -210,7 +210,7 @@ def _held(server: Server) -> dict[str, str]:
     found: dict[str, str] = {}
     pages, page = 1, 1
     while page <= pages:
-        answer = httpx.get(f"{server.url}/v1/edits", params={"page": page}, timeout=60).json()
+        answer = server.http.get("/v1/edits", params={"page": page}).json()
         found |= {one["id"]: one["status"] for one in answer["data"]}
         pages, page = answer["pages"], page + 1
     return found

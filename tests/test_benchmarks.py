@@ -69,6 +69,15 @@ def test_parts_that_take_longer(context):
     assert all(row["Rel"] == 100 for row in rows if row["kind"] == "before")
 
 
+@pytest.mark.slow
+def test_a_server_under_a_short_load(context):
+    result = measured("serving", context, served=3, load_minutes=0.05, kills=1)
+    assert result["Answers and corrections"][0]["right after it"] == 1
+    (row,) = result["Under load"]
+    assert (row["kills"], row["lost"], row["wrong"], row["without an answer"]) == (1, 0, 0, 0)
+    assert row["answered"] > 0
+
+
 def test_invented_edits_are_new_and_named():
     known = world_edits(20)
     made = list(itertools.islice(streams.inventing(known, seed=1), 300))
