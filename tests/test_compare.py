@@ -244,8 +244,9 @@ def settings_of(run: compare.Run, monkeypatch) -> dict[str, Any]:
 
 
 LESS = {
-    "repair - dual coordinates": {"model.writing.optimizer"},
-    "repair - relative steps": {"model.writing.optimizer", "model.writing.lr", "model.writing.relative"},
+    "repair by Adam": {"model.writing.optimizer"},
+    "repair in dual coordinates": {"model.writing.optimizer"},
+    "repair by SGD": {"model.writing.optimizer", "model.writing.lr", "model.writing.relative"},
     "repair - quiet prompts": {"model.routing.sample"},
     "repair + routing loss": {"model.routing.router", "model.routing.weight"},
     "repair - key router": {"model.routing.router", "model.routing.weight"},

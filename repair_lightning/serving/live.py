@@ -411,6 +411,7 @@ def resumed(pack: Path, base: Base | str | None, run: str | Path | None = None, 
     if editor.base_changed:
         words = f"pack '{pack}' has its edits in the base's own weights"
         raise ConfigError(f"{words}; `repair-lightning export --merged` makes a plain checkpoint of it")
+    editor.guard_prompts = editor.held_out_prompts  # a pack keeps no others
     store = None
     if run is not None:
         store = Store(run, {"pack": _identity(pack)})

@@ -178,9 +178,12 @@ def test_bodies_and_names_that_are_not_ours(server):
     assert big.status_code == 413
 
 
-def test_a_client_that_leaves_ends_its_answer(server):
+def test_a_client_that_leaves_ends_its_answer(chat, tmp_path):
+    """The tiny base hardly ever ends by itself: eight answers of 1,500 tokens would take many seconds."""
+    server = Server("--base", chat, "--run", tmp_path / "run")
+    asked = {"model": "base", "messages": [user("Tell me")], "max_tokens": 1500, "temperature": 1, "n": 8}
     with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as connection:
-        body = json.dumps({"model": "base", "messages": [user("Tell me")], "max_tokens": 250, "temperature": 2, "n": 8})
+        body = json.dumps(asked)
         head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
         connection.sendall(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
         until = time.monotonic() + 60
@@ -190,6 +193,7 @@ def test_a_client_that_leaves_ends_its_answer(server):
         assert time.monotonic() < until
         time.sleep(0.02)
     assert 'code="499",method="POST",path="/v1/chat/completions"' in server.http.get("/metrics").text
+    server.kill()
 
 
 def test_questions_that_cannot_be_answered_harm_nobody_else(server):
