@@ -81,12 +81,14 @@ class Served:
     hosts: tuple[str, ...] | None = None
     """Names under which the server may be called; None is any. Without keys a page of another site must not reach it
     through a name of its own."""
+    threaded: bool = True
+    """Whether the engine has a thread of its own."""
     waiting: int = 0
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
         first = next(iter(self.models.values()))
-        self.engine = Engine(first.model)
+        self.engine = Engine(first.model, threaded=self.threaded)
         self.forms: Forms = first.model.forms
         self.registry = CollectorRegistry()
         own = self.registry

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -44,11 +46,29 @@ def serve(
         raise ConfigError(f"--port must be from 0 to 65535, got {port}")
     models = opened(pack, base, run, precision)
     names = ", ".join(("base", *models))
-    served = Served(models, keys, LOOPBACK if local and keys.ask is None else None)
+    served = Served(models, keys, LOOPBACK if local and keys.ask is None else None, threaded=False)
     config = uvicorn.Config(
         make_app(served), host, port, log_level="warning", server_header=False, timeout_graceful_shutdown=PATIENCE
     )
-    Announcing(config, lambda at: say(f"serving {names} at {at}")).run()
+    server = Announcing(config, lambda at: say(f"serving {names} at {at}"))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, server.handle_exit)
+    thread = threading.Thread(target=_listen, args=(server, served), name="server")
+    thread.start()
+    served.engine.run()
+    thread.join()
+    if not server.started:
+        raise ConfigError(f"cannot listen at {host}:{port}; the port may be in use: give another --port")
+
+
+def _listen(server: uvicorn.Server, served: Served) -> None:
+    """Listen until the server is told to end; the engine ends with it, however that comes about."""
+    try:
+        server.run()
+    except SystemExit:  # uvicorn's, where it cannot listen: it has said why
+        log.error("the server has not started")
+    finally:
+        served.engine.stop()
 
 
 class Announcing(uvicorn.Server):
