@@ -67,8 +67,9 @@ class Keyed(ShardEditor):
     def write(self, batch: EditBatch) -> list[EditReport]:
         """Train the edits side by side; each gets a new shard, unless what came of it is not finite."""
         edits = batch.edits
-        forms = [*map(self.encode, edits), *(row for _, row in [*self.variants(edits), *self.checks(edits)])]
-        self.edited.captures([row.ids for row in forms])  # all at once, for what comes one by one
+        if self.cache_mib:  # all forms at once: what comes one by one then finds them
+            forms = [*map(self.encode, edits), *(row for _, row in [*self.variants(edits), *self.checks(edits)])]
+            self.edited.captures([row.ids for row in forms])
         rows = self._rows(edits)
         budget = self.writing.steps * (1 + self.attempts(edits))
         outcomes = self._asked_back(edits, LowRankWriter(self).train(rows, budget), budget)

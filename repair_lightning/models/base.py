@@ -101,9 +101,7 @@ def in_memory(model: PreTrainedModel, tokenizer: Any) -> Base:
     architecture_of(model)
     model.requires_grad_(False).eval()
     name = str(model.name_or_path or type(model).__name__)
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    _pad_left(tokenizer)
     folder = _folder(name)
     files = _weight_files(folder) if folder.is_dir() else []
     sha256 = weights_hash_of(folder) if files else _content_hash(model)
@@ -158,10 +156,15 @@ def load_tokenizer(name: str, **options: Any) -> Any:
         if tokenizer(_PROBE_TEXT)["input_ids"] != truth(_PROBE_TEXT)["input_ids"]:
             log.warning("the tokenizer class of '%s' changes its ids: using its tokenizer.json as it stands", name)
             tokenizer = PreTrainedTokenizerFast.from_pretrained(name, **options)
+    _pad_left(tokenizer)
+    return tokenizer
+
+
+def _pad_left(tokenizer: Any) -> None:
+    """Rows are padded on the left, with the end of a text where there is nothing else."""
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def weights_hash_of(folder: Path) -> str:

@@ -364,18 +364,13 @@ def edit(
     Raises:
         RepairError: the base, an option or a correction cannot be used, or the folder holds something else.
     """
-    if isinstance(base, PreTrainedModel):
-        found: Base | str = in_memory(base, tokenizer)
-    elif (Path(base).expanduser() / CONFIG_FILE).is_file():
+    if not isinstance(base, PreTrainedModel) and (Path(base).expanduser() / CONFIG_FILE).is_file():
         if options or editor != "keyed":
             raise ConfigError(f"'{base}' is a pack, which has its own editor and options; leave them out")
-        live = resumed(Path(base), None, run)
-        if edits:
-            live.add(edits)
-        return live
+        live = resumed(Path(base).expanduser(), None, run)
     else:
-        found = str(base)
-    live = begun(found, editor, options, run, irrelevant)
+        found = in_memory(base, tokenizer) if isinstance(base, PreTrainedModel) else str(base)
+        live = begun(found, editor, options, run, irrelevant)
     if edits:
         live.add(edits)
     return live
@@ -396,13 +391,10 @@ def begun(
     made = make_editor(editor, {**options, "base": loaded.name})
     layer = None if isinstance(made.layer_option, str) else made.layer_option
     made.build(loaded, resolve_layer(loaded.model, layer))
-    store = None
-    if run is not None:
-        store = Store(run, {"base": loaded.sha256, "editor": editor, "options": dict(options)})
-    file = irrelevant or irrelevant_path()
-    texts = list(load_irrelevant(file))
+    settings = {"base": loaded.sha256, "editor": editor, "options": dict(options)}
+    texts = load_irrelevant(irrelevant or irrelevant_path())
     _prepare(made, texts[::2], texts[1::4], texts[3::4])
-    return _opened(made, store)
+    return _opened(made, run, settings)
 
 
 def resumed(pack: Path, base: Base | str | None, run: str | Path | None = None, precision: str = "auto") -> LiveModel:
@@ -412,17 +404,14 @@ def resumed(pack: Path, base: Base | str | None, run: str | Path | None = None, 
         words = f"pack '{pack}' has its edits in the base's own weights"
         raise ConfigError(f"{words}; `repair-lightning export --merged` makes a plain checkpoint of it")
     editor.guard_prompts = editor.held_out_prompts  # a pack keeps no others
-    store = None
-    if run is not None:
-        store = Store(run, {"pack": _identity(pack)})
-    return _opened(editor, store)
+    return _opened(editor, run, {"pack": _identity(pack)})
 
 
 def _identity(pack: Path) -> str:
     return str(json.loads((pack / CONFIG_FILE).read_text(encoding="utf-8"))["config_sha256"])
 
 
-def _prepare(editor: Editor, background: list[str], held_out: list[str], guard: list[str]) -> None:
+def _prepare(editor: Editor, background: Sequence[str], held_out: Sequence[str], guard: Sequence[str]) -> None:
     if editor.learnt_beforehand or not editor.can_undo:
         raise ConfigError(
             f"the editor {editor.editor_name} cannot correct a model in use: it cannot take edits back"  # type: ignore[attr-defined]
@@ -431,8 +420,10 @@ def _prepare(editor: Editor, background: list[str], held_out: list[str], guard: 
     editor.prepare(background, held_out)
 
 
-def _opened(editor: Editor, store: Store | None) -> LiveModel:
+def _opened(editor: Editor, run: str | Path | None, settings: Mapping[str, Any]) -> LiveModel:
+    """A live model of a prepared editor, with what the folder of its store holds, where it has one."""
     editor.eval()
+    store = None if run is None else Store(run, settings)
     if store is not None:
         store.load(editor)
     return LiveModel(editor, store)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers_browser import chromium
 
 from repair_lightning.__main__ import main
 from repair_lightning.edits.ledger import Ledger
@@ -196,22 +197,8 @@ def test_prompts_that_are_messages_are_shown_as_turns_and_edits_in_other_forms_w
 @pytest.fixture
 def browser(tmp_path) -> Iterator[Any]:
     """A real headless Chromium that keeps its console and its requests."""
-    paths = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
-    if None in paths.values():
-        pytest.skip("no chromium with its driver here: apt-get install chromium chromium-driver")
-    webdriver = pytest.importorskip("selenium.webdriver")
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = paths["chromium"]
-    flags = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
-    flags += " disable-component-update disable-sync disable-dev-shm-usage"
-    for flag in [*flags.split(), f"user-data-dir={tmp_path / 'chromium'}"]:
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(paths["chromedriver"]))
-    yield driver
-    driver.quit()
+    with chromium(tmp_path / "chromium", browser="ALL", performance="ALL") as driver:
+        yield driver
 
 
 def test_it_lives_in_a_browser(browser, copied_run):

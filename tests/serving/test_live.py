@@ -145,17 +145,24 @@ def test_what_cannot_be_saved_has_not_happened(tmp_path):
     again.close()
 
 
-def test_what_the_journal_knows_has_happened_whatever_becomes_of_the_file(tmp_path):
-    """The new checkpoint cannot take the old one's place: it is kept aside, and found there."""
+def test_what_the_journal_knows_has_happened_whatever_became_of_the_file(tmp_path):
+    """The last checkpoint has not got its name yet: the next correction gives it that name, or is refused."""
     live = edit("world", records(EDITS[:1]), run=tmp_path / "run")
     checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    checkpoint.unlink()
+    aside = checkpoint.with_name(".last.ckpt.part")
+    checkpoint.rename(aside)
     (checkpoint / "in the way").mkdir(parents=True)
-    with pytest.raises(RepairError, match=r"damaged|cannot be written"):
-        live.add(records(EDITS[1:2]))  # before anything is written: the earlier one is not in its place
+    with pytest.raises(RepairError, match="cannot be written"):
+        live.add(records(EDITS[1:2]))
     assert [one["status"] for one in live.edits()] == ["written"]
-    assert said(live, EDITS[1].prompt) != EDITS[1].target
+    assert aside.is_file()
+    (checkpoint / "in the way").rmdir()
+    checkpoint.rmdir()
+    assert [one.status for one in live.add(records(EDITS[1:2]))] == ["written"]
     live.close()
+    again = edit("world", run=tmp_path / "run")
+    assert [said(again, e.prompt) for e in EDITS[:2]] == [e.target for e in EDITS[:2]]
+    again.close()
 
 
 def test_a_correction_that_cannot_hold_leaves_the_one_that_it_contradicts(plain):

@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import re
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
+from helpers_browser import chromium
 
 import repair_lightning
 
@@ -206,22 +206,8 @@ RAW = "return [...document.querySelectorAll('.answer .text')].map(text => text.t
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory) -> Iterator[Any]:
     """A real headless Chromium that keeps its console."""
-    paths = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
-    if None in paths.values():
-        pytest.skip("no chromium with its driver here: apt-get install chromium chromium-driver")
-    webdriver = pytest.importorskip("selenium.webdriver")
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = paths["chromium"]
-    flags = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
-    flags += " disable-component-update disable-sync disable-dev-shm-usage"
-    for flag in [*flags.split(), f"user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(paths["chromedriver"]))
-    yield driver
-    driver.quit()
+    with chromium(tmp_path_factory.mktemp("chromium"), browser="ALL") as found:
+        yield found
 
 
 @pytest.fixture
