@@ -19,11 +19,24 @@ class Probe:
 
 
 @dataclass(frozen=True, slots=True)
+class Further:
+    """A question that follows from an edit, for scoring alone; each of `answers` counts as right.
+
+    `kind` is `multi_hop`, `persona`, `generation` (a text about the subject is asked for) or `portability/SORT`.
+    """
+
+    kind: str
+    prompt: str
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Edit:
     """One correction: `prompt` must be answered by `target`.
 
-    `rephrases`, `locality` (unrelated prompts) and `near` (neighbours: same relation, other subject) are for scoring
-    alone; no writer, router or threshold may read them.
+    `rephrases`, `locality` (unrelated prompts), `near` (neighbours: same relation, other subject), `aliases` (other
+    spellings of the target), `old_answer` (what the target replaces) and `further` are for scoring alone; no writer,
+    router or threshold may read them.
     """
 
     id: str
@@ -33,6 +46,9 @@ class Edit:
     rephrases: tuple[str, ...] = ()
     locality: tuple[Probe, ...] = ()
     near: tuple[Probe, ...] = ()
+    aliases: tuple[str, ...] = ()
+    old_answer: str | None = None
+    further: tuple[Further, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The edit as one record of the project's own `jsonl` format."""
@@ -43,7 +59,12 @@ class Edit:
         """The inverse of :meth:`as_dict`; expects a record that was already checked."""
         locality, near = (tuple(Probe(**probe) for probe in record.get(name) or ()) for name in ("locality", "near"))
         id, prompt, target = (record[name] for name in ("id", "prompt", "target"))
-        return cls(id, prompt, target, record.get("subject"), tuple(record.get("rephrases") or ()), locality, near)
+        further = tuple(
+            Further(one["kind"], one["prompt"], tuple(one["answers"])) for one in record.get("further") or ()
+        )
+        rephrases, aliases = (tuple(record.get(name) or ()) for name in ("rephrases", "aliases"))
+        subject, old_answer = record.get("subject"), record.get("old_answer")
+        return cls(id, prompt, target, subject, rephrases, locality, near, aliases, old_answer, further)
 
 
 @dataclass(frozen=True, slots=True)
