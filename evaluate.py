@@ -26,13 +26,14 @@ def main() -> None:
     parser.add_argument(
         "--generations", default=None, help="write every prompt with every answer to this JSON Lines file"
     )
+    parser.add_argument("--sample", type=int, default=0, help="score so many edits, drawn at random; 0: all")
     parser.add_argument("--quiet", action="store_true", help="only errors, and the score in one last line")
     options = parse(parser)
     data = options.data
     if options.quiet:
         only_errors()
     given = (data.path, data.format, data.max_edits, options.base, options.precision, data.on_bad_record)
-    metrics = evaluate_pack(options.pack, *given, generations=options.generations)
+    metrics = evaluate_pack(options.pack, *given, generations=options.generations, sample=options.sample)
     if options.out:
         write_json(Path(options.out), metrics)
     if options.quiet:

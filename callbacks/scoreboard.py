@@ -17,14 +17,14 @@ import lightning.pytorch as pl
 import torch
 
 from repair_lightning.edits.ledger import EditStatus
-from repair_lightning.errors import counted
+from repair_lightning.errors import ConfigError, counted
 from repair_lightning.packs.pack import bytes_left
 from repair_lightning.scoring.correctness import Answered, answered, kept
 from repair_lightning.scoring.forms import form_scores, same_subject
 from repair_lightning.scoring.measures import PeakMemory, feature_map
 from repair_lightning.scoring.probes import ProbeScorer, load_probes
 from repair_lightning.scoring.protocols import AUTOREGRESSIVE, TEACHER_FORCED, Scores, scores_of
-from repair_lightning.scoring.scorer import Result, Scorer, Singles
+from repair_lightning.scoring.scorer import Result, Scorer, Singles, sample_of
 
 from .editing import Editing, stream_of
 
@@ -38,13 +38,19 @@ class Scoreboard(pl.Callback):
         live: edits that are scored after each window for the progress bar and the loggers; 0 turns that off.
         probes: file of general-knowledge questions that no edit touches, asked before the first edit and at the end.
         forms: edits that are asked in every form at the end (bare, chat, system message, second turn, ...); 0 for none.
+        sample: edits that are scored, drawn at random with a fixed seed; 0 scores all. All are written.
+
+    ConfigError for a negative number.
     """
 
     seed = 0
     """Of the live sample; `train.py` sets it to the run's."""
 
-    def __init__(self, live: int = 16, probes: str | None = None, forms: int = 128) -> None:
-        self.live = live
+    def __init__(self, live: int = 16, probes: str | None = None, forms: int = 128, sample: int = 0) -> None:
+        for name, number in {"live": live, "forms": forms, "sample": sample}.items():
+            if number < 0:
+                raise ConfigError(f"scoreboard.{name} must be a number of edits, at least 0, got {number}")
+        self.live, self.sample = live, sample
         self.probes = load_probes(probes) if probes else ()
         self.forms = forms
         self.results: dict[str, Result] = {}  # by stage: `pre_edit`, `before_merge`, `final`
@@ -68,9 +74,11 @@ class Scoreboard(pl.Callback):
         """The base's own score, before the first edit."""
         with self._timed():
             stream = stream_of(trainer)
-            edits = counted(len(stream.edits), "edit")
+            self.scored = sample_of(stream.edits, self.sample)
+            self._scored_ids = {edit.id for edit in self.scored}
+            edits = counted(len(self.scored), "edit")
             log.info("asking the base the prompts of %s, before the first is written", edits)
-            self.scorer = Scorer(pl_module.edited, stream.edits)
+            self.scorer = Scorer(pl_module.edited, self.scored)
             self.results["pre_edit"] = self.scorer.by_base("pre_edit")  # not routed: a resumed run has shards
             if self.probes:
                 self.probe_scorer = ProbeScorer(pl_module.edited, self.probes)
@@ -96,14 +104,15 @@ class Scoreboard(pl.Callback):
         line |= {"time": round(time.time(), 3), "shards": len(pl_module.memory), "statuses": stream.ledger.counts()}
         self.curve.append(line)
         if self.singles is not None:
-            new = {edit.id for edit in stream.edits[: stream.arrived]} - {row["id"] for row in self.singles.rows}
+            arrived = self._scored_ids.intersection(edit.id for edit in stream.edits[: stream.arrived])
+            new = arrived - {row["id"] for row in self.singles.rows}
             if stream.complete and new:  # nothing more will be done for the edit that the model holds
                 with self._timed():
                     part, spent = self.scorer.subset(new), bytes_left(pl_module)
                     self.singles.take(pl_module, part, spent, self.perplexity is not None)
-        elif self.live and written:
+        elif self.live and (asked := [id for id in written if id in self._scored_ids]):
             with self._timed():
-                draw = random.Random(f"{self.seed}/{stream.windows}").sample(written, min(self.live, len(written)))
+                draw = random.Random(f"{self.seed}/{stream.windows}").sample(asked, min(self.live, len(asked)))
                 scores = self._ask("live", self.scorer.subset(set(draw)), pl_module).scores
             line |= {"live": scores, "live_edits": len(draw)}
             named = {"live": scores[AUTOREGRESSIVE], "live_forced": scores[TEACHER_FORCED]}
@@ -133,7 +142,7 @@ class Scoreboard(pl.Callback):
                 self.oracle = self._ask("oracle", self.scorer, pl_module, perfect=True).scores
                 self.beside["same_subject"] = same_subject(pl_module.edited, edits, pl_module.base_changed)
             if self.forms and self.singles is None:
-                self.beside["forms"], self.form_rows = form_scores(pl_module.edited, edits, self.forms)
+                self.beside["forms"], self.form_rows = form_scores(pl_module.edited, self.scored, self.forms)
             if self.answered is not None:
                 self.earlier = kept(self.answered, answered(pl_module, self.answered, (EditStatus.SUPERSEDED,)))
             self.features = feature_map(pl_module, edits)

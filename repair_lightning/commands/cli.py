@@ -42,6 +42,7 @@ from repair_lightning.models.base import files_hash
 from repair_lightning.packs.pack import JOURNAL_FILE, Pack, bytes_left, save_pack
 from repair_lightning.reports.html_report import try_report
 from repair_lightning.reports.report import print_report, verdict
+from repair_lightning.scoring.scorer import scored_of
 from repair_lightning.storage.files import write_json, write_rows
 from repair_lightning.training.ranks import explained, is_started_by_us
 from repair_lightning.training.strategies import STRATEGIES, EditStrategy
@@ -380,6 +381,7 @@ def _more_metrics(cli: EditCLI) -> dict[str, Any]:
     means = board.singles.figures() if board.singles else {}  # the editor at the end holds none of the single edits
     left = means["memory_bytes"] if means else bytes_left(editor)
     found = {
+        "scored": scored_of(board.scored, stream.edits),
         "shards": len(editor.memory),
         "memory_bytes": left,
         "bytes_per_edit": left / (1 if means else max(len(stream.edits), 1)),

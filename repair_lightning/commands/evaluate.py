@@ -12,10 +12,12 @@ from torch import Tensor
 
 from repair_lightning.edits.ledger import Ledger
 from repair_lightning.edits.records import load_records
+from repair_lightning.errors import ConfigError
+from repair_lightning.models.edited import EditedModel
 from repair_lightning.models.prefix_cache import PrefixCache
 from repair_lightning.packs.pack import Pack
 from repair_lightning.scoring.forms import form_scores, same_subject
-from repair_lightning.scoring.scorer import Scorer
+from repair_lightning.scoring.scorer import Scorer, sample_of, scored_of
 from repair_lightning.storage.files import write_rows
 from repair_lightning.types import BASE, Edit
 from repair_lightning.world import WORLD, edits_path
@@ -30,46 +32,62 @@ def evaluate_pack(
     precision: str = "auto",
     on_bad_record: str = "stop",
     generations: str | Path | None = None,
+    sample: int = 0,
 ) -> dict[str, Any]:
     """The figures of `metrics.json` that a finished model has; those of the run that made it stay there.
 
     An edit of the records is the pack's own where prompt and target agree with the ledger's; others have no owner.
-    Every prompt with its answers goes to `generations`, a JSON Lines file.
+    Every prompt with its answers goes to `generations`, a JSON Lines file. `sample` scores only so many edits, drawn at
+    random with a fixed seed; 0 scores all, and a negative number is a ConfigError.
     """
+    if sample < 0:
+        raise ConfigError(f"sample must be a number of edits, at least 0, got {sample}")
     started = time.perf_counter()
     content = Pack.read(pack)
     edits = load_records(str(edits_path()) if path == WORLD else path, format, max_edits, on_bad_record).edits  # type: ignore[arg-type]
     model = content.open(base, precision).to("cuda" if torch.cuda.is_available() else "cpu")
     model.prefixes = PrefixCache(model.split)  # prompts come again
     loaded = time.perf_counter() - started
-    scorer = Scorer(model, edits)
-    owners = _owners(content.ledger, edits, scorer)
-    before = scorer.by_base("pre_edit")
-    perplexity = scorer.perplexity(scorer.nobody) if format == "hallucination" else None
-    model.weights.load(content.weights)  # only now: the base's own answers are what must be kept
-    changed = bool(content.weights)
-    final = scorer.score("final", choice := scorer.choose(), owners, changed)
-    oracle = scorer.by_oracle(owners, changed)
-    forms, rows = form_scores(model, edits)
+    figures, rows = _scores(content, model, edits, sample, with_perplexity=format == "hallucination")
     if generations is not None:
-        write_rows(Path(generations), [*before.rows, *final.rows, *rows])
+        write_rows(Path(generations), rows)
     metrics: dict[str, Any] = {
         "editor": content.config["editor"],
         "base": {key: content.config["base"][key] for key in ("name", "sha256")},
         "n_edits": len(edits),
         "shards": len(model.memory),
+        **figures,
+        "provenance": content.config["provenance"],
+    }
+    seconds = time.perf_counter() - started
+    return metrics | {"seconds": {"load": loaded, "evaluate": seconds - loaded, "total": seconds}}
+
+
+def _scores(
+    content: Pack, model: EditedModel, edits: Sequence[Edit], sample: int, with_perplexity: bool
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The figures that asking gives, and every prompt with its answers."""
+    scorer = Scorer(model, scored := sample_of(edits, sample))
+    owners = _owners(content.ledger, scored, scorer)
+    before = scorer.by_base("pre_edit")
+    perplexity = scorer.perplexity(scorer.nobody) if with_perplexity else None
+    model.weights.load(content.weights)  # only now: the base's own answers are what must be kept
+    changed = bool(content.weights)
+    final = scorer.score("final", choice := scorer.choose(), owners, changed)
+    forms, rows = form_scores(model, scored)
+    figures: dict[str, Any] = {
         "pre_edit": before.scores,
         "final": final.scores | {"forms": forms, "same_subject": same_subject(model, edits, changed)},
         "routing": final.routing,
-        "oracle_routing": oracle.scores,
-        "provenance": content.config["provenance"],
+        "oracle_routing": scorer.by_oracle(owners, changed).scores,
     }
+    if (number := scored_of(scored, edits)) is not None:
+        figures["scored"] = number
     if changed:
-        metrics["method"] = {"deviation": {str(layer): d for layer, d in model.weights.deviations().items()}}
+        figures["method"] = {"deviation": {str(layer): d for layer, d in model.weights.deviations().items()}}
     if perplexity is not None:
-        metrics["perplexity"] = {"pre": perplexity, "final": scorer.perplexity(choice.memory)}
-    seconds = time.perf_counter() - started
-    return metrics | {"seconds": {"load": loaded, "evaluate": seconds - loaded, "total": seconds}}
+        figures["perplexity"] = {"pre": perplexity, "final": scorer.perplexity(choice.memory)}
+    return figures, [*before.rows, *final.rows, *rows]
 
 
 def _owners(ledger: Ledger, edits: Sequence[Edit], scorer: Scorer) -> Tensor:

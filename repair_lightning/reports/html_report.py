@@ -126,8 +126,9 @@ def _pictures(drawn: Sequence[Chart | str]) -> Section:
 def _sections(run: Artefacts) -> list[Section]:
     m, known = run.metrics, Counter(str(entry.status) for entry in run.entries.values())
     forms = Table("Edits in other forms", report.form_frame(m["final"].get("forms")), id="forms-table")
-    scores = [Table("", report.score_frame(m), id="score-table"), forms]
-    failed = f"{len(report.problems(run)):,} of {m['n_edits']:,} edits failed"
+    sample = report.sample_words(m).removeprefix(", ").capitalize()
+    scores = [Table(sample, report.score_frame(m), id="score-table"), forms]
+    failed = f"{len(report.problems(run)):,} of {m['n_edits']:,} edits failed{' as far as asked' * bool(sample)}"
     quarantined = m.get("closed_loop", {}).get("quarantined", 0)
     failed += f"; {quarantined:,} of them were quarantined, so the base answers them." if quarantined else "."
     counts = f"Failed ones come first. {', '.join(f'{number:,} {status}' for status, number in known.items())}"

@@ -93,7 +93,7 @@ _percent = partial(percent, sign="")
 def print_report(metrics: Mapping[str, Any], run_dir: Path | None, console: Console | None = None) -> None:
     """The closing words of a run: scores, routing, what became of the edits, and where everything is."""
     by = f", {metrics['editor']}" if "editor" in metrics else ""
-    title = f"{counted(metrics['n_edits'], 'edit')} of {metrics['base']['name']}{by}"
+    title = f"{counted(metrics['n_edits'], 'edit')} of {metrics['base']['name']}{by}{sample_words(metrics)}"
     tables = [Table(title, score_frame(metrics))]
     tables += [] if only_in_base(metrics) else [Table("Who answered", routing_frame(metrics["routing"]))]
     tables.append(Table("Edits in other forms", form_frame(metrics["final"].get("forms"))))
@@ -106,6 +106,12 @@ def print_report(metrics: Mapping[str, Any], run_dir: Path | None, console: Cons
         names = ", ".join(sorted(path.name for path in run_dir.iterdir() if not path.name.startswith(".")))
         said.append(f"Everything is in {run_dir}, for a reader in report.html: {names}")
     (console or Console()).print("\n".join(said), markup=False, highlight=False, soft_wrap=True)
+
+
+def sample_words(metrics: Mapping[str, Any]) -> str:
+    """What a title of scores says where they are of some edits alone; else nothing."""
+    scored = metrics.get("scored")
+    return f", scores of a sample of {counted(scored['edits'], 'edit')}" if scored else ""
 
 
 def side_words(metrics: Mapping[str, Any]) -> Iterator[str]:
@@ -148,7 +154,8 @@ def verdict(metrics: Mapping[str, Any], place: str | Path) -> str:
     final = metrics["final"][AUTOREGRESSIVE]
     scores = "  ".join(f"{words} {_percent(final[name])}" for name, words in SCORES_IN_WORDS.items())
     given_up = f"; {metrics['closed_loop']['quarantined']} quarantined" if "closed_loop" in metrics else ""
-    return f"{counted(metrics['n_edits'], 'edit')} of {metrics['base']['name']}: {scores}{given_up}; {place}"
+    edits = f"{counted(metrics['n_edits'], 'edit')} of {metrics['base']['name']}{sample_words(metrics)}"
+    return f"{edits}: {scores}{given_up}; {place}"
 
 
 # -- the tables of its page, which escapes their texts -----------------------------------------------------------------

@@ -18,6 +18,7 @@ from repair_lightning.models.edited import EditedModel
 from repair_lightning.models.forms import Forms
 from repair_lightning.scoring import protocols
 from repair_lightning.scoring.protocols import contains, mean_of, same_answer
+from repair_lightning.scoring.scorer import sample_of
 from repair_lightning.texts import asking
 from repair_lightning.types import BASE, Edit
 
@@ -64,8 +65,7 @@ def form_scores(
 ) -> tuple[dict[str, dict[str, float | None]], list[dict[str, Any]]]:
     """Shares per form, and each raw answer as a row, of `number` edits, drawn at random with a fixed seed where there
     are more. A prompt with as many tokens as the base reads is not asked."""
-    drawn = random.Random(0).sample(list(edits), number) if len(edits) > number else list(edits)
-    asked = [(edit, form_rows(model.forms, model.forms.asked(edit.prompt))) for edit in drawn]
+    asked = [(edit, form_rows(model.forms, model.forms.asked(edit.prompt))) for edit in sample_of(edits, number)]
     lines: dict[str, list[dict[str, Any]]] = {form: [] for form in FORMS}
     for form in FORMS:
         rows = [(edit, row) for edit, forms in asked if (row := forms[form]) and len(row) < model.longest]

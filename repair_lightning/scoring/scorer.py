@@ -5,6 +5,7 @@ The base is asked once; later only prompts that a shard answers are asked again,
 
 from __future__ import annotations
 
+import random
 from collections.abc import Collection, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -53,6 +54,18 @@ def questions_of(edits: Iterable[Edit]) -> list[Question]:
         found += [Question(edit.id, "locality", probe.prompt, probe.answer) for probe in edit.locality]
         found += [Question(edit.id, "near", probe.prompt, probe.answer) for probe in edit.near]
     return found
+
+
+def sample_of(edits: Sequence[Edit], number: int) -> list[Edit]:
+    """At most `number` of the edits in their order, drawn at random with a fixed seed; 0 gives all of them."""
+    if not number or len(edits) <= number:
+        return list(edits)
+    return [edits[i] for i in sorted(random.Random(0).sample(range(len(edits)), number))]
+
+
+def scored_of(sample: Sequence[Edit], edits: Sequence[Edit]) -> dict[str, int] | None:
+    """How many of the edits are scored, for `metrics.json`; None where all are."""
+    return {"edits": len(sample), "of": len(edits)} if len(sample) < len(edits) else None
 
 
 @dataclass(frozen=True, slots=True)
