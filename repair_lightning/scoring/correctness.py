@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from repair_lightning.edits.ledger import EditStatus, Ledger
 from repair_lightning.memory.query import Choice
 from repair_lightning.models.edited import EditedModel
@@ -51,16 +53,34 @@ def correctness(editor: Asked, edits: Sequence[Edit], protocol: str = AUTOREGRES
 
 
 def answered(editor: Asked, ids: Iterable[str], gone: Collection[EditStatus] = NOT_LIVE) -> Answered:
-    """How some edits, without those that are `gone`, are answered: free generation through the router."""
+    """How some edits, without those that are `gone`, are answered: free generation through the router, where an alias is
+    right too."""
     entries = [editor.ledger.entry(id) for id in ids]
     edits = [entry.edit for entry in entries if entry.status not in gone]
-    found: Answered = {id: {"rel": [score == 1], "gen": []} for id, score in correctness(editor, edits).items()}
-    asked = [(edit.id, prompt, edit.target) for edit in edits for prompt in edit.rephrases]
-    if asked:
-        owners, prompts, targets = (list(column) for column in zip(*asked, strict=True))
-        chosen = editor.choose(prompts).memory
-        for id, right in zip(owners, protocols.answered(editor.edited, prompts, targets, chosen), strict=True):
-            found[id]["gen"].append(right)
+    found: Answered = {edit.id: {"rel": [], "gen": []} for edit in edits}
+    others = [(edit, prompt) for edit in edits for prompt in edit.rephrases]
+    for kind, asked in (("rel", [(edit, edit.prompt) for edit in edits]), ("gen", others)):
+        if asked:
+            prompts = [prompt for _, prompt in asked]
+            chosen = editor.choose_for(edits) if kind == "rel" else editor.choose(prompts)
+            answers = [(edit.target, *edit.aliases) for edit, _ in asked]
+            for (edit, _), right in zip(asked, _any(editor.edited, prompts, answers, chosen.memory), strict=True):
+                found[edit.id][kind].append(right)
+    return found
+
+
+def _any(
+    model: EditedModel, prompts: Sequence[str], answers: Sequence[tuple[str, ...]], memory: Tensor
+) -> list[bool]:
+    """Whether each prompt is answered with one of its answers; the second is tried where the first is not said."""
+    found = [False] * len(prompts)
+    for n in range(max(map(len, answers), default=0)):
+        at = [i for i, right in enumerate(found) if not right and n < len(answers[i])]
+        if not at:
+            break
+        asked = [prompts[i] for i in at], [answers[i][n] for i in at], memory[at]
+        for i, right in zip(at, protocols.answered(model, *asked), strict=True):
+            found[i] = right
     return found
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from repair_lightning.models.edited import EditedModel
 from repair_lightning.models.forms import Forms
 from repair_lightning.scoring import protocols
-from repair_lightning.scoring.protocols import contains, mean_of, same_answer
+from repair_lightning.scoring.protocols import holds, mean_of, same_answer, says
 from repair_lightning.scoring.scorer import sample_of
 from repair_lightning.texts import asking
 from repair_lightning.types import BASE, Edit
@@ -64,7 +64,7 @@ def form_scores(
     model: EditedModel, edits: Sequence[Edit], number: int = 128
 ) -> tuple[dict[str, dict[str, float | None]], list[dict[str, Any]]]:
     """Shares per form, and each raw answer as a row, of `number` edits, drawn at random with a fixed seed where there
-    are more. A prompt with as many tokens as the base reads is not asked."""
+    are more. A prompt with as many tokens as the base reads is not asked; an alias of the target is right too."""
     asked = [(edit, form_rows(model.forms, model.forms.asked(edit.prompt))) for edit in sample_of(edits, number)]
     lines: dict[str, list[dict[str, Any]]] = {form: [] for form in FORMS}
     for form in FORMS:
@@ -78,7 +78,11 @@ def form_scores(
 
 def _answered(model: EditedModel, asked: Sequence[tuple[Edit, list[int]]]) -> list[dict[str, Any]]:
     rows = [row for _, row in asked]
-    limits = [len(model.forms.continued(row, edit.target).target) + 8 for edit, row in asked]
+    expected = [(edit.target, *edit.aliases) for edit, _ in asked]
+    limits = [
+        max(len(model.forms.continued(row, answer).target) for answer in answers) + 8
+        for (_, row), answers in zip(asked, expected, strict=True)
+    ]
     choice = model.choose_rows(rows)
     targets = [model.target_of(nearest) or "" if nearest is not None else "" for nearest in choice.nearest]
 
@@ -90,14 +94,14 @@ def _answered(model: EditedModel, asked: Sequence[tuple[Edit, list[int]]]) -> li
     # Where the choice has asked the shard for its target already, that is the answer.
     ask = [i for i, fired in enumerate(fires) if not (fired and model.router.vouches)]
     said = {i: protocols.shown_answer(target) for i, target in enumerate(targets)} | answers(ask, choice.memory)
-    right = [same_answer(said[i], edit.target) for i, (edit, _) in enumerate(asked)]
+    right = [says(said[i], expected[i]) for i in range(len(asked))]
     doubtful = [i for i, fired in enumerate(fires) if fired and not right[i]]
     base_says = answers(doubtful, torch.full_like(choice.memory, BASE))
     found = []
     for i, (edit, _) in enumerate(asked):
         garbled = i in base_says and said[i] != base_says[i] and not same_answer(said[i], targets[i])
         line = {"id": edit.id, "expected": edit.target, "answer": said[i], "memory": int(choice.memory[i])}
-        line |= {"nearest": choice.nearest[i], "rel": right[i], "contains": contains(said[i], edit.target)}
+        line |= {"nearest": choice.nearest[i], "rel": right[i], "contains": holds(said[i], expected[i])}
         found.append(line | {"fires": fires[i], "garbled": garbled})
     return found
 

@@ -1,7 +1,8 @@
 """How an edited model is asked, and what a score is. Two protocols, never mixed.
 
-`autoregressive`: greedy generation from the prompt alone with natural stop, compared after normalisation.
-`teacher_forced`: the share of the expected tokens that are the argmax when the expected text is fed.
+`autoregressive`: greedy generation from the prompt alone with natural stop, compared after normalisation. An alias of
+the target counts as right.
+`teacher_forced`: the share of the expected tokens that are the argmax when the expected text is fed; aliases are not.
 
 What asks prompts deals them out among the model's ranks: all of them must ask the same.
 """
@@ -85,6 +86,16 @@ def contains(said: str, target: str) -> bool:
     """Whether an answer holds the target, after normalisation, as whole words."""
     wanted = normalise(target)
     return bool(wanted) and re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", normalise(said)) is not None
+
+
+def says(said: str, answers: Iterable[str]) -> bool:
+    """Whether an answer is one of those that count as right: a target, or an alias of it."""
+    return any(same_answer(said, answer) for answer in answers)
+
+
+def holds(said: str, answers: Iterable[str]) -> bool:
+    """Whether an answer contains one of those that count as right, see :func:`contains`."""
+    return any(contains(said, answer) for answer in answers)
 
 
 def sorted_batches(keys: Sequence[int], batch_size: int) -> Iterator[list[int]]:

@@ -32,12 +32,14 @@ Reply = tuple[str, list[int]]
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One prompt of an edit of a kind in `KIND_OF_PROMPT`; `expected` is the data set's answer."""
+    """One prompt of an edit of a kind in `KIND_OF_PROMPT`; `expected` is the data set's answer, and `aliases` are other
+    spellings of it, which are right in free generation alone."""
 
     edit: str
     kind: str
     prompt: str
     expected: str | None
+    aliases: tuple[str, ...] = ()
 
     @property
     def keeps_base(self) -> bool:
@@ -49,8 +51,8 @@ def questions_of(edits: Iterable[Edit]) -> list[Question]:
     """All prompts of the edits, kind by kind within each edit."""
     found: list[Question] = []
     for edit in edits:
-        found.append(Question(edit.id, "edit", edit.prompt, edit.target))
-        found += [Question(edit.id, "rephrase", prompt, edit.target) for prompt in edit.rephrases]
+        asked = [("edit", edit.prompt), *(("rephrase", prompt) for prompt in edit.rephrases)]
+        found += [Question(edit.id, kind, prompt, edit.target, edit.aliases) for kind, prompt in asked]
         found += [Question(edit.id, "locality", probe.prompt, probe.answer) for probe in edit.locality]
         found += [Question(edit.id, "near", probe.prompt, probe.answer) for probe in edit.near]
     return found
@@ -81,12 +83,14 @@ class Result:
 class Scorer:
     """Asks a model the prompts of a set of edits, before and after editing.
 
-    Answers have at most as many tokens as the longest target and 8 more, or 32.
+    Answers have at most as many tokens as the longest target, or alias, and 8 more, or 32. In free generation an alias
+    is right wherever the target is, under teacher forcing nowhere.
     """
 
     def __init__(self, model: EditedModel, edits: Sequence[Edit]) -> None:
         self.model, self.questions = model, questions_of(edits)
-        longest = max((len(model.forms.encode(e.prompt, e.target).target) for e in edits), default=0)
+        right = ((e.prompt, answer) for e in edits for answer in (e.target, *e.aliases))
+        longest = max((len(model.forms.encode(*pair).target) for pair in right), default=0)
         self.max_new_tokens = max(32, longest + 8)
         self._fed: list[str] = []
         self._said: dict[tuple[int, str], Reply] = {}
@@ -113,14 +117,15 @@ class Scorer:
         """Score a stage, given who answers each question, a choice or memories (n,), and `owners` (n,), the shard that
         owns its edit, or `BASE`. `fresh` asks every question again, because the base itself has changed."""
         choice = who if isinstance(who, Choice) else replace(Choice.base(len(who)), memory=who)
-        marks, rows = [], []
+        marks, rows, held = [], [], []
         for i, (said, tokens) in enumerate(self._replies(choice.memory, fresh)):
             question, (own, own_tokens) = self.questions[i], self.base[i]
-            right, right_tokens = own, own_tokens
+            right, right_tokens = (own,), own_tokens
             if not question.keeps_base:
-                right = question.expected or ""
+                right = (question.expected or "", *question.aliases)
                 right_tokens = list(self.model.forms.encode(question.prompt, self._fed[i]).target)
-            exact = protocols.same_answer(said, right)
+            exact = protocols.says(said, right)
+            held += [protocols.holds(said, right)] if question.kind == "edit" else []
             marks.append((question.kind, float(exact), protocols.token_share(tokens, right_tokens)))
             row: dict[str, Any] = {"stage": stage, "id": question.edit, "kind": question.kind}
             row |= {"prompt": question.prompt, "expected": question.expected, "answer": said, "base_answer": own}
@@ -129,7 +134,7 @@ class Scorer:
             rows.append(row | {"nearest": choice.nearest[i]})
         scores = {name: found | {"contains": None, "garbled": None} for name, found in scores_of(marks).items()}
         scores[AUTOREGRESSIVE] |= {
-            "contains": mean_of(protocols.contains(r["answer"], r["expected"]) for r in rows if r["kind"] == "edit"),
+            "contains": mean_of(held),
             "garbled": mean_of(self._garbled(row) for row in rows),
         }
         return Result(stage, scores, confusion(self.questions, choice.memory, owners), rows)
@@ -181,11 +186,10 @@ class Scorer:
 
     def _garbled(self, row: dict[str, Any]) -> bool:
         """Whether a shard's answer is neither a target nor the base's."""
-        if row["memory"] == BASE or row["answer"] == row["base_answer"]:
+        if row["memory"] == BASE or row["answer"] == row["base_answer"] or row["correct"]:
             return False
         of_shard = self.model.target_of(row["nearest"]) if row["nearest"] is not None else None
-        targets = [target for target in (of_shard, row["expected"]) if target]
-        return not any(protocols.same_answer(row["answer"], target) for target in targets)
+        return not protocols.says(row["answer"], [target for target in (of_shard, row["expected"]) if target])
 
 
 def confusion(questions: Sequence[Question], memory: Tensor, owners: Tensor) -> dict[str, dict[str, float] | None]:
