@@ -14,6 +14,7 @@ from repair_lightning.edits.ledger import Ledger
 from repair_lightning.edits.records import load_records
 from repair_lightning.errors import ConfigError
 from repair_lightning.models.edited import EditedModel
+from repair_lightning.models.kept_answers import KeptAnswers
 from repair_lightning.models.prefix_cache import PrefixCache
 from repair_lightning.packs.pack import Pack
 from repair_lightning.scoring.forms import form_scores, same_subject
@@ -47,6 +48,7 @@ def evaluate_pack(
     edits = load_records(str(edits_path()) if path == WORLD else path, format, max_edits, on_bad_record).edits  # type: ignore[arg-type]
     model = content.open(base, precision).to("cuda" if torch.cuda.is_available() else "cpu")
     model.prefixes = PrefixCache(model.split)  # prompts come again
+    model.kept = KeptAnswers.of(model.base, content.config["base"]["sha256"])
     loaded = time.perf_counter() - started
     figures, rows = _scores(content, model, edits, sample, with_perplexity=format == "hallucination")
     if generations is not None:

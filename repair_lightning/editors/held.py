@@ -20,6 +20,7 @@ from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.models.architectures import architecture_of, resolve_layer, value_shape
 from repair_lightning.models.base import A_BASE, Base, load_base
 from repair_lightning.models.forms import Template
+from repair_lightning.models.kept_answers import KeptAnswers
 from repair_lightning.models.prefix_cache import PrefixCache
 from repair_lightning.training.team import ALONE, SharedModel, Team
 
@@ -131,6 +132,8 @@ class HeldModel(pl.LightningModule):
         self.team = team
         if self.base is not None:
             self.edited.team = team
+            # Ranks that run the base together must all run it, or none; so they look nothing up.
+            self.edited.kept = KeptAnswers.of(self.base.model, self.base.sha256) if team.deals else None
             self.memory.turn = (team.rank, team.size) if self.shares else (0, 1)
 
     @property

@@ -12,7 +12,7 @@ import logging
 import tempfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import groupby
 from pathlib import Path
 from typing import IO, Any, TypeAlias
@@ -97,8 +97,22 @@ class Heads:
 
     def __init__(self, split: SplitModel, rows: Iterable[Sequence[int]]) -> None:
         self.split = split
-        self._rows = sorted({tuple(row) for row in rows if len(row) >= self.SHORTEST}, key=len, reverse=True)
+        self._rows = self._worth(rows)
         self._known: dict[Key, tuple[Capture, list[tuple[Tensor, Tensor]]]] = {}
+
+    def _worth(self, rows: Iterable[Sequence[int]]) -> list[Key]:
+        return sorted({tuple(row) for row in rows if len(row) >= self.SHORTEST}, key=len, reverse=True)
+
+    @contextmanager
+    def also(self, row: Sequence[int]) -> Iterator[None]:
+        """Inside, a beginning more; nothing where it is too short, or known."""
+        rows = self._rows
+        self._rows = self._worth([*rows, row])
+        try:
+            yield
+        finally:
+            self._rows = rows
+            self._known = {head: found for head, found in self._known.items() if head in rows}
 
     def of(self, row: Sequence[int]) -> Key:
         """The longest that a row begins with, and does not end with; empty where there is none."""
@@ -130,6 +144,13 @@ class Heads:
     def forget(self) -> None:
         """Drop what was read."""
         self._known.clear()
+
+
+def shared_beginning(rows: Sequence[Sequence[int]]) -> Sequence[int]:
+    """What all rows begin with; nothing of no rows."""
+    first, last = min(rows, default=()), max(rows, default=())
+    differ = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return first[:differ]
 
 
 class PrefixCache:

@@ -24,6 +24,7 @@ from repair_lightning.memory.routers import Router
 from repair_lightning.memory.shards import Selection
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.models.forms import Forms, stop_ids
+from repair_lightning.models.kept_answers import KeptAnswers
 from repair_lightning.models.prefix import Capture, SplitModel, pad_left, stack_left
 from repair_lightning.models.prefix_cache import PrefixCache, canonical_batches, capture_rows
 from repair_lightning.models.tokenizing import Encoded, target_labels
@@ -195,6 +196,7 @@ class RoutedModel(nn.Module):
     Attributes:
         weights: the base's own value matrices, for what is written into them.
         prefixes: where the states of prompts that come again are kept; None runs the base again each time.
+        kept: what the base says by itself, from earlier runs; None asks it each time.
         target_of: from an edit's id what it is to say; None where that is not known.
     """
 
@@ -208,6 +210,7 @@ class RoutedModel(nn.Module):
         self.forms = forms or Forms(tokenizer, stop_ids(base, tokenizer))
         self.weights = BaseWeights(base)
         self.prefixes: PrefixCache | None = None
+        self.kept: KeptAnswers | None = None
         self.target_of: Callable[[str], str | None] = lambda _: None
         self._hooks: Hooks | None = None
         self.move_to(layer, memory)

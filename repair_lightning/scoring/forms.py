@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from repair_lightning.models.edited import EditedModel
 from repair_lightning.models.forms import Forms
+from repair_lightning.models.prefix_cache import shared_beginning
 from repair_lightning.scoring import protocols
 from repair_lightning.scoring.protocols import holds, mean_of, same_answer, says
 from repair_lightning.scoring.scorer import sample_of
@@ -69,9 +71,11 @@ def form_scores(
     lines: dict[str, list[dict[str, Any]]] = {form: [] for form in FORMS}
     for form in FORMS:
         rows = [(edit, row) for edit, forms in asked if (row := forms[form]) and len(row) < model.longest]
-        for start in range(0, len(rows), _BATCH):
-            found = _answered(model, rows[start : start + _BATCH])
-            lines[form] += [{"stage": "forms", "form": form, **line} for line in found]
+        begins = shared_beginning([row for _, row in rows])  # what stands before each question is read once
+        with model.prefixes.heads.also(begins) if model.prefixes else nullcontext():
+            for start in range(0, len(rows), _BATCH):
+                found = _answered(model, rows[start : start + _BATCH])
+                lines[form] += [{"stage": "forms", "form": form, **line} for line in found]
     scores = {form: {name: mean_of(line[name] for line in lines[form]) for name in FIGURES} for form in FORMS}
     return scores, [line for found in lines.values() for line in found]
 

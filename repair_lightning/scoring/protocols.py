@@ -24,6 +24,7 @@ from repair_lightning.models.forms import Forms
 from repair_lightning.models.prefix import pad_left
 from repair_lightning.models.routed import argmax_rows
 from repair_lightning.training.team import team_of
+from repair_lightning.types import BASE
 
 AUTOREGRESSIVE, TEACHER_FORCED = PROTOCOLS = ("autoregressive", "teacher_forced")
 KIND_OF_PROMPT: Mapping[str, str] = {"edit": "rel", "rephrase": "gen", "locality": "loc", "near": "near"}
@@ -120,13 +121,39 @@ def answers(
 @torch.no_grad()
 def answer_rows(model: EditedModel, rows: Sequence[Sequence[int]], memory: Tensor, limits: Sequence[int]) -> list[str]:
     """Greedy answers to prompts, given as token ids, each of at most so many tokens; see :func:`answers`."""
-    found = [""] * len(rows)
-    for index in sorted_batches([len(row) for row in rows], BATCH):
-        read = model.read([rows[i] for i in index], memory[index])
-        said = decoded(model, read, memory[index], max(limits[i] for i in index))
-        for i, ids in zip(index, said, strict=True):
-            found[i] = shown_answer(model.forms.said(ids))
-    return found
+
+    def ask(places: list[int]) -> list[list[int]]:
+        found: dict[int, list[int]] = {}
+        for batch in sorted_batches([len(rows[i]) for i in places], BATCH):
+            index = [places[i] for i in batch]
+            read = model.read([rows[i] for i in index], memory[index])
+            said = decoded(model, read, memory[index], max(limits[i] for i in index))
+            found |= {i: _up_to_stop(model, ids[: limits[i]]) for i, ids in zip(index, said, strict=True)}
+        return [found[i] for i in places]
+
+    asked = [(limit, *model.forms.stops, -1, *row) for limit, row in zip(limits, rows, strict=True)]
+    return [shown_answer(model.forms.said(ids)) for ids in _unless_kept(model, asked, memory, ask)]
+
+
+def _up_to_stop(model: EditedModel, ids: Sequence[int]) -> list[int]:
+    """Token ids up to the first stop, which is among them."""
+    end = next((i + 1 for i, token in enumerate(ids) if token in model.forms.stops), len(ids))
+    return list(ids[:end])
+
+
+def _unless_kept(
+    model: EditedModel, asked: Sequence[Sequence[int]], memory: Tensor, ask: Callable[[list[int]], list[list[int]]]
+) -> list[list[int]]:
+    """What B questions are answered with, as token ids: by the base (`memory` (B,) is `BASE`) from what is kept where
+    it is known, else by `ask`, which is given the places of some."""
+    own = (memory == BASE).nonzero()[:, 0].tolist()
+    kept = None if model.weights else model.kept  # what an edited base says is not the base's
+    known = {own[i]: ids for i, ids in kept.get([asked[i] for i in own]).items()} if kept else {}
+    missing = [i for i in range(len(asked)) if i not in known]
+    found = known | (dict(zip(missing, ask(missing), strict=True)) if missing else {})
+    if kept:
+        kept.put((asked[i], found[i]) for i in own if i not in known)
+    return [found[i] for i in range(len(asked))]
 
 
 def decoded(
@@ -155,7 +182,15 @@ def forced_tokens(
     own = [model.forms.encode(prompts[i], targets[i]) for i in mine]
     read_as = model.read([row.prompt for row in own], memory[mine])
     own = [replace(row, prompt=tuple(prompt)) for row, prompt in zip(own, read_as, strict=True)]
-    return team.items(mine, model.over_targets(own, memory[mine], read, BATCH))
+    who = memory[mine]
+
+    def ask(places: list[int]) -> list[Any]:
+        return model.over_targets([own[i] for i in places], who[places], read, BATCH)
+
+    if read is not argmax_rows:
+        return team.items(mine, ask(list(range(len(own)))))
+    asked = [(-2, len(row.prompt), *row.ids) for row in own]
+    return team.items(mine, _unless_kept(model, asked, who, ask))
 
 
 def answered(model: EditedModel, prompts: Sequence[str], targets: Sequence[str], memory: Tensor) -> list[bool]:

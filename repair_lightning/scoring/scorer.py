@@ -6,7 +6,7 @@ The base is asked once; later only prompts that a shard answers are asked again,
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -118,7 +118,7 @@ class Scorer:
         owns its edit, or `BASE`. `fresh` asks every question again, because the base itself has changed."""
         choice = who if isinstance(who, Choice) else replace(Choice.base(len(who)), memory=who)
         marks, rows, held = [], [], []
-        for i, (said, tokens) in enumerate(self._replies(choice.memory, fresh)):
+        for i, (said, tokens) in enumerate(self._replies(choice, fresh)):
             question, (own, own_tokens) = self.questions[i], self.base[i]
             right, right_tokens = (own,), own_tokens
             if not question.keeps_base:
@@ -162,18 +162,30 @@ class Scorer:
         prompts, targets = [q.prompt for q in asked.values()], [q.expected or "" for q in asked.values()]
         return protocols.target_loss(self.model, prompts, targets, memory[list(asked)])
 
-    def _ask(self, index: list[int], memory: Tensor) -> list[Reply]:
-        """The replies to some questions; the base is the first to be asked."""
-        prompts = [self.questions[i].prompt for i in index]
-        text = protocols.answers(self.model, prompts, memory, self.max_new_tokens)
-        if not self._fed:  # where the data set gives no answer to feed, the base's own serves
-            self._fed = [self.questions[i].expected or said or "." for i, said in zip(index, text, strict=True)]
-        fed = [self._fed[i] for i in index]
-        tokens = protocols.forced_tokens(self.model, prompts, fed, memory)
-        return list(zip(text, tokens, strict=True))
+    def _ask(self, index: list[int], memory: Tensor, vouched: Mapping[int, str] | None = None) -> list[Reply]:
+        """The replies to some questions; the base is the first to be asked.
 
-    def _replies(self, memory: Tensor, fresh: bool) -> list[Reply]:
+        `vouched` gives the answers that choosing who answers has found already: their memory says just that.
+        """
+        text, tokens = dict(vouched or {}), {}
+        ask = [n for n, i in enumerate(index) if i not in text]
+        prompts = {i: self.questions[i].prompt for i in index}
+        said = protocols.answers(self.model, [prompts[index[n]] for n in ask], memory[ask], self.max_new_tokens)
+        text |= zip((index[n] for n in ask), said, strict=True)
+        if not self._fed:  # where the data set gives no answer to feed, the base's own serves
+            self._fed = [self.questions[i].expected or text[i] or "." for i in index]
+        for i, answer in (vouched or {}).items():
+            if answer == self._fed[i]:
+                tokens[i] = list(self.model.forms.encode(prompts[i], answer).target)
+        ask = [n for n, i in enumerate(index) if i not in tokens]
+        fed = [self._fed[index[n]] for n in ask]
+        forced = protocols.forced_tokens(self.model, [prompts[index[n]] for n in ask], fed, memory[ask])
+        tokens |= zip((index[n] for n in ask), forced, strict=True)
+        return [(protocols.shown_answer(text[i]), tokens[i]) for i in index]
+
+    def _replies(self, choice: Choice, fresh: bool) -> list[Reply]:
         """What each question's memory says; it is asked again only if it changed since it was last asked."""
+        memory = choice.memory
         changed = f"base {self.model.weights.fingerprint()} " if fresh else ""
         holds = {BASE: changed}  # what each memory in use holds, as a hash: equal ones give equal answers
         for shard in set(memory.tolist()) - {BASE}:
@@ -181,8 +193,18 @@ class Scorer:
         keys = {i: (i, holds[shard]) for i, shard in enumerate(memory.tolist()) if fresh or shard != BASE}
         base = self.base  # asked first
         if ask := [i for i, key in keys.items() if key not in self._said]:
-            self._said.update(zip((keys[i] for i in ask), self._ask(ask, memory[ask]), strict=True))
+            replies = self._ask(ask, memory[ask], self._vouched(choice, ask))
+            self._said.update(zip((keys[i] for i in ask), replies, strict=True))
         return [self._said[keys[i]] if i in keys else own for i, own in enumerate(base)]
+
+    def _vouched(self, choice: Choice, index: list[int]) -> dict[int, str]:
+        """The targets of the edits that some questions were routed to, by a router that lets a shard answer only where
+        it says its target."""
+        if not self.model.router.vouches:
+            return {}
+        named = {i: choice.nearest[i] for i in index if int(choice.memory[i]) != BASE}
+        targets = {i: self.model.target_of(id) for i, id in named.items() if id is not None}
+        return {i: target for i, target in targets.items() if target is not None}
 
     def _garbled(self, row: dict[str, Any]) -> bool:
         """Whether a shard's answer is neither a target nor the base's."""

@@ -15,7 +15,7 @@ import torch
 from test_prefix import each_case
 
 from repair_lightning.models.prefix import Capture, SplitModel
-from repair_lightning.models.prefix_cache import PrefixCache, capture_rows
+from repair_lightning.models.prefix_cache import PrefixCache, capture_rows, shared_beginning
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 ROWS = ([5, 6, 7], [8, 9, 10, 11, 12], [13], [14, 15])
@@ -205,3 +205,19 @@ def test_heads_are_read_once_and_change_nothing_but_rounding(tiny, model_type, m
     with split.model.register_forward_pre_hook(lambda *_: passes.append(1)):
         cache.get([heads[0] + tails[4]])
     assert len(passes) == 3  # the head is read again
+
+
+def test_a_beginning_may_be_read_once_for_some_rows_alone(tiny):
+    split = SplitModel(tiny("llama"), 1)
+    begin, *tails = rows_of([20, 3, 7], seed=5)
+    rows = [begin + tail for tail in tails]
+    cache = PrefixCache(split)
+    assert shared_beginning(rows) == begin
+    assert shared_beginning([]) == ()
+    with cache.heads.also(shared_beginning(rows)):
+        assert [cache.heads.of(row) for row in rows] == [tuple(begin)] * 2
+        found = cache.get(rows)
+    assert_close(found, capture_rows(split, rows))
+    assert cache.heads.of(rows[0]) == ()
+    with cache.heads.also(begin[:3]):  # too short to be worth it
+        assert cache.heads.of(rows[0]) == ()

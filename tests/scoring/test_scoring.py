@@ -109,13 +109,11 @@ def test_a_changed_base_is_measured_against_the_old_one(written, edits):
     nobody = torch.full((len(scorer.questions),), BASE)
     before = scorer.score("before", nobody, nobody)
     owner = editor.ledger.owner_of(edits[0].id)
-    weight = editor.edited.split.value.weight
-    kept = weight.detach().clone()
     try:
-        weight.data += editor.memory[owner].delta.detach()
+        editor.edited.weights.add(editor.layer, editor.memory[owner].delta.detach())
         after = scorer.score("after", nobody, nobody, fresh=True)
     finally:
-        weight.data.copy_(kept)
+        editor.edited.weights.restore()
     shard = scorer.score("shard", torch.full_like(nobody, owner), nobody)
     assert [row["answer"] for row in after.rows] == [row["answer"] for row in shard.rows]
     assert after.scores == shard.scores != before.scores
