@@ -50,7 +50,10 @@ def test_an_answer_is_asked_once_and_the_same_ever_after(model, passes, tmp_path
 
 def test_another_limit_target_or_base_is_another_question(model, passes, tmp_path):
     asked(model)
-    for change in (lambda: asked(model, limit=5), lambda: protocols.forced_tokens(model, PROMPTS, ["Two."] * 3, NOBODY)):
+    for change in (
+        lambda: asked(model, limit=5),
+        lambda: protocols.forced_tokens(model, PROMPTS, ["Two."] * 3, NOBODY),
+    ):
         before = passes()
         change()
         assert passes() > before
