@@ -18,14 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from repair_lightning.editors.inner_loop import OpenCoordinates, TargetRows, TargetTail
-from repair_lightning.functional import (
-    activation_scores,
-    kd_loss,
-    routing_margin_loss,
-    soft_kd_loss,
-    target_cross_entropy,
-    target_margin,
-)
+from repair_lightning.editors.rivals import rivals_of
+from repair_lightning.functional import activation_scores, kd_loss, routing_margin_loss, soft_kd_loss, target_margin
 from repair_lightning.functional.least_squares import dual_basis
 from repair_lightning.memory.shards import Selection, Shard
 
@@ -103,16 +97,22 @@ class DenseWriter:
             tail.cut(),
             self.editor.edited.forced(hook),
         ):
+            # What is distilled is read from the whole vocabulary.
+            rivals = None if self.distillation.weight else rivals_of(tail, every)
             for step in range(budget + 1):  # the last round only looks at what the steps made
-                logits, features = tail(trained.product)
-                losses = part.per_row(target_cross_entropy(logits[:, None], part.labels[:, None]))
-                kd, per_sample = self._distil(logits, features, part, mine)
+                if rivals is None or rivals.due(step) or step == budget:
+                    with torch.set_grad_enabled(rivals is None):
+                        logits, features = tail(trained.product)
+                        losses = part.per_row(part.losses(logits))
+                        kd, per_sample = self._distil(logits, features, part, mine)
                 routing = losses.new_zeros(())
                 if self.routing.weight:
                     irrelevant = torch.randperm(size, generator=generator)[: self.routing.sample]
                     routing = self._routing_loss(trained.delta(), rows, irrelevant.to(module.delta.device))
                 if step == budget or (step % every == 0 and self._written(logits, part.labels, margin, routing)):
                     break
+                if rivals is not None:
+                    losses = part.per_row(rivals.losses(step, logits, lambda: tail(trained.product)[0]))
                 total = losses.mean() if mine is None else losses.sum() / len(rows)
                 total = total + self.distillation.weight * kd
                 total = total + self.routing.weight * routing / (1 if mine is None else self.team.size)

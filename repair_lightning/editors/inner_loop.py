@@ -24,6 +24,7 @@ from repair_lightning.types import Edit, EditBatch, EditReport
 
 if TYPE_CHECKING:
     from repair_lightning.editors.base import Editor
+    from repair_lightning.editors.rivals import Rivals
     from repair_lightning.editors.shards import ShardEditor
 
 Tail = Literal["positions", "rows", "model"]
@@ -173,6 +174,7 @@ def descend(
     total: Callable[[Tensor], Tensor] = torch.sum,
     after: Callable[[], None] = lambda: None,
     backward: Callable[[Tensor], None] = Tensor.backward,
+    rivals: Rivals | None = None,
 ) -> tuple[int, list[float]]:
     """Take steps until a write is done; returns how many, and each member's last loss.
 
@@ -181,17 +183,23 @@ def descend(
         logits_of: gives the target tokens' logits (M, V) as things stand.
         optimizer: of what is trained.
         steps: the most.
-        done: asked before each step and after the last, with its number, the logits and the rows' losses (B,).
+        done: asked before each step and after the last, with its number, the logits and the rows' losses (B,); with
+            `rivals` as often as these look at the whole vocabulary.
         total: what is minimised, of the rows' losses.
         after: called after each step.
         backward: of the total.
+        rivals: the tokens that steps see instead of the whole vocabulary.
     """
     with torch.enable_grad():
         for step in range(steps + 1):
-            logits = logits_of()
-            losses = rows.per_row(rows.losses(logits))
-            if done(step, logits.detach(), losses.detach()) or step == steps:
-                break
+            if rivals is None or rivals.due(step) or step == steps:
+                with torch.set_grad_enabled(rivals is None):
+                    logits = logits_of()
+                    losses = rows.per_row(rows.losses(logits))
+                if done(step, logits.detach(), losses.detach()) or step == steps:
+                    break
+            if rivals is not None:
+                losses = rows.per_row(rivals.losses(step, logits, logits_of))
             optimizer.zero_grad()
             backward(total(losses))
             optimizer.step()

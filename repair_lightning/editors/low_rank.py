@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from repair_lightning.editors.inner_loop import TargetRows, TargetTail, descend
+from repair_lightning.editors.rivals import rivals_of
 from repair_lightning.memory.shards import Selection
 
 if TYPE_CHECKING:
@@ -144,6 +145,8 @@ class LowRankWriter:
         hook = Selection(len(rows), [(training, None)])
         with editor.bound(values, rate) as optimizer, tail.cut(), editor.edited.forced(hook):
             step, losses = descend(
-                rows, lambda: tail(lambda _: training.pushed())[0], optimizer, budget, done, backward=backward
+                *(rows, lambda: tail(lambda _: training.pushed())[0], optimizer, budget, done),
+                backward=backward,
+                rivals=rivals_of(tail, every),
             )
         return step, ready.tolist(), losses

@@ -146,9 +146,9 @@ class Heads:
         self._known.clear()
 
 
-def shared_beginning(rows: Sequence[Sequence[int]]) -> Sequence[int]:
+def shared_beginning(rows: Sequence[list[int]]) -> list[int]:
     """What all rows begin with; nothing of no rows."""
-    first, last = min(rows, default=()), max(rows, default=())
+    first, last = min(rows, default=[]), max(rows, default=[])
     differ = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
     return first[:differ]
 

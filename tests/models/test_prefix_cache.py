@@ -213,7 +213,7 @@ def test_a_beginning_may_be_read_once_for_some_rows_alone(tiny):
     rows = [begin + tail for tail in tails]
     cache = PrefixCache(split)
     assert shared_beginning(rows) == begin
-    assert shared_beginning([]) == ()
+    assert shared_beginning([]) == []
     with cache.heads.also(shared_beginning(rows)):
         assert [cache.heads.of(row) for row in rows] == [tuple(begin)] * 2
         found = cache.get(rows)
