@@ -57,9 +57,14 @@ def test_cheap_parts(context):
 
 @pytest.mark.slow
 def test_parts_that_take_longer(context):
-    ours, fixed = measured("editing", context, editing.VARIANTS[:2], edits=4)  # by the real program
+    result = measured("editing", context, editing.VARIANTS[:2], edits=4)  # by the real program
+    ours, fixed = result["Against WISE"]
     assert fixed["ours is faster by"] == ours["edits/min"] / fixed["edits/min"]
     assert (ours["Rel (AR)"], ours["edits"]) == (100, 4)
+    parts = {row["part"]: row["of editing, %"] for row in result["Where the time goes"]}
+    assert parts["editing, in all"] == 100
+    assert parts["inner steps"] > 0
+    assert sum(share for part, share in parts.items() if share and "roof" not in part) == pytest.approx(200)
     first, last = measured("flat", context, sizes=(4, 8), window=4)
     assert (first["edits"], last["edits"], first["ratio"], last["invented"]) == (4, 8, 1, 0)
     (row,) = measured("memory", context, stream=12, cache_mib=(4,))
