@@ -53,8 +53,8 @@ def correctness(editor: Asked, edits: Sequence[Edit], protocol: str = AUTOREGRES
 
 
 def answered(editor: Asked, ids: Iterable[str], gone: Collection[EditStatus] = NOT_LIVE) -> Answered:
-    """How some edits, without those that are `gone`, are answered: free generation through the router, where an alias is
-    right too."""
+    """How some edits, without those that are `gone`, are answered: free generation through the router, in which their
+    aliases are right too."""
     entries = [editor.ledger.entry(id) for id in ids]
     edits = [entry.edit for entry in entries if entry.status not in gone]
     found: Answered = {edit.id: {"rel": [], "gen": []} for edit in edits}
@@ -69,9 +69,7 @@ def answered(editor: Asked, ids: Iterable[str], gone: Collection[EditStatus] = N
     return found
 
 
-def _any(
-    model: EditedModel, prompts: Sequence[str], answers: Sequence[tuple[str, ...]], memory: Tensor
-) -> list[bool]:
+def _any(model: EditedModel, prompts: Sequence[str], answers: Sequence[tuple[str, ...]], memory: Tensor) -> list[bool]:
     """Whether each prompt is answered with one of its answers; the second is tried where the first is not said."""
     found = [False] * len(prompts)
     for n in range(max(map(len, answers), default=0)):

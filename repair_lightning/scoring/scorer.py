@@ -120,7 +120,8 @@ class Scorer:
         marks, rows, held = [], [], []
         for i, (said, tokens) in enumerate(self._replies(choice.memory, fresh)):
             question, (own, own_tokens) = self.questions[i], self.base[i]
-            right, right_tokens = (own,), own_tokens
+            right: tuple[str, ...] = (own,)
+            right_tokens = own_tokens
             if not question.keeps_base:
                 right = (question.expected or "", *question.aliases)
                 right_tokens = list(self.model.forms.encode(question.prompt, self._fed[i]).target)
