@@ -19,8 +19,9 @@ import torch
 from repair_lightning.edits.ledger import EditStatus
 from repair_lightning.errors import ConfigError, counted
 from repair_lightning.packs.pack import bytes_left
+from repair_lightning.scoring.beside import beside_scores, old_answer
 from repair_lightning.scoring.correctness import Answered, answered, kept
-from repair_lightning.scoring.forms import form_scores, same_subject
+from repair_lightning.scoring.judge import Judge
 from repair_lightning.scoring.measures import PeakMemory, feature_map
 from repair_lightning.scoring.probes import ProbeScorer, load_probes
 from repair_lightning.scoring.protocols import AUTOREGRESSIVE, TEACHER_FORCED, Scores, scores_of
@@ -38,21 +39,34 @@ class Scoreboard(pl.Callback):
         live: edits that are scored after each window for the progress bar and the loggers; 0 turns that off.
         probes: file of general-knowledge questions that no edit touches, asked before the first edit and at the end.
         forms: edits that are asked in every form at the end (bare, chat, system message, second turn, ...); 0 for none.
+        further: edits that are asked further questions at the end (what follows from them, texts, denials); 0 for none.
+        judge: where an OpenAI-compatible interface begins, as http://127.0.0.1:8000/v1, to judge answers at the end.
+        judge_model: the name of the model there.
         sample: edits that are scored, drawn at random with a fixed seed; 0 scores all. All are written.
 
-    ConfigError for a negative number.
+    ConfigError for a negative number, or a judge that is no http address or has no model.
     """
 
     seed = 0
     """Of the live sample; `train.py` sets it to the run's."""
 
-    def __init__(self, live: int = 16, probes: str | None = None, forms: int = 128, sample: int = 0) -> None:
-        for name, number in {"live": live, "forms": forms, "sample": sample}.items():
+    def __init__(
+        self,
+        live: int = 16,
+        probes: str | None = None,
+        forms: int = 128,
+        further: int = 128,
+        judge: str | None = None,
+        judge_model: str | None = None,
+        sample: int = 0,
+    ) -> None:
+        for name, number in {"live": live, "forms": forms, "further": further, "sample": sample}.items():
             if number < 0:
                 raise ConfigError(f"scoreboard.{name} must be a number of edits, at least 0, got {number}")
         self.live, self.sample = live, sample
         self.probes = load_probes(probes) if probes else ()
-        self.forms = forms
+        self.forms, self.further = forms, further
+        self.judge = Judge(judge, judge_model or "") if judge is not None else None
         self.results: dict[str, Result] = {}  # by stage: `pre_edit`, `before_merge`, `final`
         self.oracle: Scores | None = None  # the final model's under perfect routing
         self.perplexity: dict[str, float] | None = None  # of hallucination records' targets, `pre` and `final`
@@ -60,7 +74,7 @@ class Scoreboard(pl.Callback):
         self.answered: Answered | None = None  # how the edits of the pack that the run starts from were, before it
         self.earlier: dict[str, Any] | None = None  # and what has become of them
         self.beside: dict[str, Any] = {"forms": None, "same_subject": None}
-        self.form_rows: list[dict[str, Any]] = []  # each raw answer of the forms
+        self.beside_rows: list[dict[str, Any]] = []  # each raw answer to what is asked beside
         self.seconds = 0.0  # of scoring
         self.edit_seconds = 0.0  # of fitting without the scoring
         self.prepare_seconds = 0.0  # of these, what went before the first edit
@@ -138,11 +152,15 @@ class Scoreboard(pl.Callback):
             edits = stream_of(trainer).edits
             if self.singles is not None:
                 self.oracle = scores_of(self.singles.oracle)
+                self.beside["old_answer"] = old_answer(self.scored, self.results["final"].rows)
             else:
                 self.oracle = self._ask("oracle", self.scorer, pl_module, perfect=True).scores
-                self.beside["same_subject"] = same_subject(pl_module.edited, edits, pl_module.base_changed)
-            if self.forms and self.singles is None:
-                self.beside["forms"], self.form_rows = form_scores(pl_module.edited, self.scored, self.forms)
+                given = (edits, self.scored, self.results["final"].rows, pl_module.base_changed)
+                self.beside, self.beside_rows = beside_scores(pl_module.edited, *given, self.forms, self.further)
+            if self.judge is not None and trainer.is_global_zero:
+                found, rows = self.judge.score(self.scored, self.results["final"].rows)
+                self.beside["judge"] = found
+                self.beside_rows += rows
             if self.answered is not None:
                 self.earlier = kept(self.answered, answered(pl_module, self.answered, (EditStatus.SUPERSEDED,)))
             self.features = feature_map(pl_module, edits)

@@ -66,6 +66,9 @@ FORM = dict.fromkeys(("rel", "contains", "fires", "garbled"), SHARE)
 BESIDE = {
     "forms": dict.fromkeys(("bare", "chat", "system", "second_turn", "wrapped", "long"), FORM),
     "same_subject": {"asked": int, "fires": (int, float), "changed": (int, float)},
+    "in_text": {"asked": int} | dict.fromkeys(("new", "new_before", "without_old", "both"), SHARE),
+    "fluency": dict.fromkeys(("before", "after"), (int, float)),
+    "negation": {"asked": int} | dict.fromkeys(("fires", "kept"), (int, float)),
 }
 SCHEMA = {
     "editor": str,
@@ -165,7 +168,7 @@ def test_another_process_scores_the_pack_alike(run, metrics, tmp_path):
     assert "12 edits of world" in ran.stdout
     said = (tmp_path / "said" / "all.jsonl").read_text().splitlines()
     assert set(said) <= set((run[0] / "generations.jsonl").read_text().splitlines())
-    assert {json.loads(line)["stage"] for line in said} == {"pre_edit", "final", "forms"}
+    assert {json.loads(line)["stage"] for line in said} == {"pre_edit", "final", "forms", "further"}
 
 
 def test_a_run_that_wrote_nothing_says_so(tmp_path, monkeypatch, capsys, caplog):

@@ -303,7 +303,7 @@ def finish(cli: EditCLI) -> None:
     cli.run.journal.note("finished", counted(len(stream.edits), "edit"))
     save_pack(editor, run_dir / "pack", cli.provenance(), {JOURNAL_FILE: cli.run.journal.to_parquet})
     rows = (result.rows for result in board.results.values())
-    write_rows(run_dir / "generations.jsonl", chain(*rows, board.form_rows))
+    write_rows(run_dir / "generations.jsonl", chain(*rows, board.beside_rows))
     write_rows(run_dir / "curves.jsonl", board.curve)
     write_rows(run_dir / "features.json", [board.features])
     metrics["seconds"]["total"] = time.perf_counter() - cli.started

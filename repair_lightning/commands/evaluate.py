@@ -17,7 +17,7 @@ from repair_lightning.models.edited import EditedModel
 from repair_lightning.models.kept_answers import KeptAnswers
 from repair_lightning.models.prefix_cache import PrefixCache
 from repair_lightning.packs.pack import Pack
-from repair_lightning.scoring.forms import form_scores, same_subject
+from repair_lightning.scoring.beside import beside_scores
 from repair_lightning.scoring.scorer import Scorer, sample_of, scored_of
 from repair_lightning.storage.files import write_rows
 from repair_lightning.types import BASE, Edit
@@ -76,10 +76,10 @@ def _scores(
     model.weights.load(content.weights)  # only now: the base's own answers are what must be kept
     changed = bool(content.weights)
     final = scorer.score("final", choice := scorer.choose(), owners, changed)
-    forms, rows = form_scores(model, scored)
+    beside, rows = beside_scores(model, edits, scored, final.rows, changed)
     figures: dict[str, Any] = {
         "pre_edit": before.scores,
-        "final": final.scores | {"forms": forms, "same_subject": same_subject(model, edits, changed)},
+        "final": final.scores | beside,
         "routing": final.routing,
         "oracle_routing": scorer.by_oracle(owners, changed).scores,
     }

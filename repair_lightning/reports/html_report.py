@@ -127,7 +127,8 @@ def _sections(run: Artefacts) -> list[Section]:
     m, known = run.metrics, Counter(str(entry.status) for entry in run.entries.values())
     forms = Table("Edits in other forms", report.form_frame(m["final"].get("forms")), id="forms-table")
     sample = report.sample_words(m).removeprefix(", ").capitalize()
-    scores = [Table(sample, report.score_frame(m), id="score-table"), forms]
+    further = Table("Further scores", report.further_frame(m["final"]), id="further-table")
+    scores = [Table(sample, report.score_frame(m), id="score-table"), forms, further]
     failed = f"{len(report.problems(run)):,} of {m['n_edits']:,} edits failed{' as far as asked' * bool(sample)}"
     quarantined = m.get("closed_loop", {}).get("quarantined", 0)
     failed += f"; {quarantined:,} of them were quarantined, so the base answers them." if quarantined else "."

@@ -82,6 +82,42 @@ def form_frame(forms: Mapping[str, Mapping[str, float | None]] | None) -> pd.Dat
     return pd.DataFrame(rows, columns=["form", "exact", *names[1:]])
 
 
+FURTHER = {
+    "in other persons' words": ("personas",),
+    "portability": ("portability", "all", "with_leak"),
+    "portability, without questions that state the answer": ("portability", "all", "without_leak"),
+    "several hops, any of a case's questions": ("multi_hop", "any_of_3"),
+    "several hops, all of them": ("multi_hop", "all_of_3"),
+    "the old answer still said": ("old_answer",),
+    "new answer likelier, edits (ES)": ("probability", "es"),
+    "new answer likelier, rephrases (PS)": ("probability", "ps"),
+    "own answer likelier, neighbours (NS)": ("probability", "ns"),
+    "in text: the new answer": ("in_text", "new"),
+    "in text: not the old answer": ("in_text", "without_old"),
+    "in text: both": ("in_text", "both"),
+    "denied, the base's answer kept": ("negation", "kept"),
+    "judged right, edits": ("judge", "rel"),
+    "judged right, rephrases": ("judge", "gen"),
+}
+"""What is scored beside, in words, and where it stands in `final` of `metrics.json`."""
+
+
+def further_frame(final: Mapping[str, Any]) -> pd.DataFrame:
+    """What was scored beside, in per cent, and the age of the edits; what was not asked is left out."""
+    rows = []
+    for words, path in FURTHER.items():
+        found: Any = final
+        for name in path:
+            found = found.get(name) if isinstance(found, Mapping) else None
+        rows += [[words, _percent(found)]] if found is not None else []
+    fifths = [part for part in final.get("age") or () if part["edits"]]
+    for kind in ("rel", "gen") if len(fifths) > 1 else ():
+        if any(part[kind] is not None for part in fifths):
+            known = " ".join(_percent(part[kind]) for part in fifths)
+            rows.append([f"{kind.capitalize()} by age, oldest fifth first", known])
+    return pd.DataFrame(rows, columns=["score", "per cent"])
+
+
 def percent(value: float | None, sign: str = " %") -> str:
     """A share in [0, 1] as a sentence has it."""
     return "-" if value is None else f"{100 * value:.1f}{sign}"
@@ -98,7 +134,8 @@ def print_report(metrics: Mapping[str, Any], run_dir: Path | None, console: Cons
     tables += [] if only_in_base(metrics) else [Table("Who answered", routing_frame(metrics["routing"]))]
     tables.append(Table("Edits in other forms", form_frame(metrics["final"].get("forms"))))
     said = [f"\n{table.title}\n{table.text('simple')}" for table in tables if len(table.frame)]
-    said += ["", *side_words(metrics)]
+    further = "; ".join(f"{words}: {value}" for words, value in further_frame(metrics["final"]).values.tolist())
+    said += ["", *([f"Also, per cent: {further}."] if further else []), *side_words(metrics)]
     if run_dir is not None:
         times = {"edit": "editing", "evaluate": "scoring", "total": "in all"}
         took = ", ".join(f"{metrics['seconds'][key]:.1f} s {word}" for key, word in times.items())

@@ -53,8 +53,8 @@ def correctness(editor: Asked, edits: Sequence[Edit], protocol: str = AUTOREGRES
 
 
 def answered(editor: Asked, ids: Iterable[str], gone: Collection[EditStatus] = NOT_LIVE) -> Answered:
-    """How some edits, without those that are `gone`, are answered: free generation through the router, and an alias is
-    right too."""
+    """How some edits, without those that are `gone`, are answered: free generation through the router, in which their
+    aliases are right too."""
     entries = [editor.ledger.entry(id) for id in ids]
     edits = [entry.edit for entry in entries if entry.status not in gone]
     found: Answered = {edit.id: {"rel": [], "gen": []} for edit in edits}

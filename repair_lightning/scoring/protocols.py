@@ -99,6 +99,14 @@ def holds(said: str, answers: Iterable[str]) -> bool:
     return any(contains(said, answer) for answer in answers)
 
 
+def still_says(said: str, old: str, right: Iterable[str]) -> bool:
+    """Whether an answer contains what its target replaces, elsewhere than inside the target or an alias of it."""
+    rest = normalise(said)
+    for answer in map(normalise, right):
+        rest = re.sub(rf"(?<!\w){re.escape(answer)}(?!\w)", "...", rest) if contains(answer, old) else rest
+    return contains(rest, old)
+
+
 def sorted_batches(keys: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     """The indices of rows in batches of alike keys, the smallest first."""
     order = sorted(range(len(keys)), key=lambda i: (keys[i], i))
@@ -116,6 +124,22 @@ def answers(
     mine = team.mine_of(prompts)
     own = [rows[i] for i in mine], memory[mine], [limits[i] for i in mine]
     return team.items(mine, answer_rows(model, *own))
+
+
+def routed_answers(
+    model: EditedModel, prompts: Sequence[str], max_new_tokens: int | Sequence[int]
+) -> tuple[Tensor, list[str]]:
+    """Who answers prompts, (B,) shard ids or `BASE`, and what is said; a shard that was chosen because it says its
+    target is not asked for it again."""
+    choice = model.choose(prompts)
+    fires = (choice.memory != BASE).tolist()
+    known = {i: model.target_of(name) for i, name in enumerate(choice.nearest) if name and fires[i]}
+    said = {i: shown_answer(text) for i, text in known.items() if text is not None and model.router.vouches}
+    ask = [i for i in range(len(prompts)) if i not in said]
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    found = answers(model, [prompts[i] for i in ask], choice.memory[ask], [limits[i] for i in ask])
+    said |= dict(zip(ask, found, strict=True))
+    return choice.memory, [said[i] for i in range(len(prompts))]
 
 
 @torch.no_grad()

@@ -182,6 +182,8 @@ def test_prompts_that_are_messages_are_shown_as_turns_and_edits_in_other_forms_w
     (tmp_path / "generations.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"kind": "locality"}) + "\n")
     stages = {stage: {"autoregressive": SCORES, "teacher_forced": SCORES} for stage in ("pre_edit", "final")}
     about = {"forms": FORMS, "same_subject": {"asked": 40, "fires": 0.05, "changed": 0.025}}
+    about |= {"portability": {"all": {"asked": 8, "with_leak": 0.25, "without_leak": None}}, "multi_hop": None}
+    about |= {"age": [{"edits": 1, "rel": rel, "gen": None} for rel in (0.5, 1.0)]}
     metrics = {"base": {"name": "org/small"}, "n_edits": 1, "seconds": {"edit": 2.0}, **stages}
     (tmp_path / "metrics.json").write_text(json.dumps(metrics | {"final": stages["final"] | about}))
     html = write_report(tmp_path).read_text()
@@ -191,6 +193,9 @@ def test_prompts_that_are_messages_are_shown_as_turns_and_edits_in_other_forms_w
     assert '"role"' not in text
     assert "40 other questions about edited subjects: a shard answers 5.0 %, 2.5 % of the answers changed" in text
     assert "<td>bare</td>" in html
+    assert '<td>portability</td><td class="number">25.0</td>' in html
+    assert "<td>Rel by age, oldest fifth first</td><td>50.0 100.0</td>" in html
+    assert "several hops" not in html  # what no record asks
     assert "<td>chat</td>" not in html  # a form that the base does not have is left out
 
 

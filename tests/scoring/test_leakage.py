@@ -16,9 +16,10 @@ from repair_lightning.editors import Keyed
 from repair_lightning.edits.stream import asked_of, folded
 from repair_lightning.models import forms as written_forms
 from repair_lightning.packs.pack import save_pack
+from repair_lightning.scoring import beside, in_text
 from repair_lightning.scoring import forms as asked_forms
 from repair_lightning.texts.relations import STAND_IN, bank
-from repair_lightning.types import Edit, Probe
+from repair_lightning.types import Edit, Further, Probe
 
 
 def other_probes(edit: Edit) -> Edit:
@@ -28,6 +29,9 @@ def other_probes(edit: Edit) -> Edit:
         rephrases=("What colour is the moon?", edit.prompt + " now"),
         locality=(Probe("Completely different", "words"), Probe(edit.prompt.upper(), edit.target)),
         near=(Probe(edit.prompt.replace(str(edit.subject), "Somebody Else")),),
+        aliases=(edit.target, edit.target.upper()),
+        old_answer=edit.target,
+        further=(Further("multi_hop", edit.prompt, (edit.target,)), Further("generation", edit.prompt, ("words",))),
     )
 
 
@@ -97,7 +101,7 @@ def default_run(folder: Path, base: str, edits: list[Edit], forms: int) -> tuple
     texts = folder / "irrelevant.jsonl"
     texts.write_text("".join(json.dumps({"question": text}) + "\n" for text in irrelevant_texts(40)))
     stream = world_stream(write_edits(folder / "edits.jsonl", edits), irrelevant=str(texts), window=4)
-    board = Scoreboard(live=2, forms=forms)
+    board = Scoreboard(live=2, forms=forms, further=forms)
     loop = [ProbeGate(), ErrorSampleMonitor(), PruneAndRetrigger(max_attempts=2), board]
     fit(editor, stream, loop, folder)
     assert (board.beside["forms"] is None) == (forms == 0)
@@ -113,6 +117,8 @@ def test_forms_and_other_questions_do_not_matter(tmp_path, monkeypatch, chat_fol
     found = [default_run(tmp_path / name, folder, edits, number) for name, number in (("none", 0), ("all", 8))]
     for name, words in zip(SCORING_WORDS, OTHER_WORDS, strict=True):
         monkeypatch.setattr(asked_forms, name, words)
+    monkeypatch.setattr(in_text, "ASKED", ("{} is", "What is {}?"))
+    monkeypatch.setattr(beside, "DENIAL", "{}")
     monkeypatch.setattr(asked_forms, "OWN", tuple(edit.prompt.replace(str(edit.subject), "{}") for edit in edits[:4]))
     found.append(default_run(tmp_path / "other", folder, edits, 8))
     assert found[0] == found[1] == found[2]
@@ -121,7 +127,8 @@ def test_forms_and_other_questions_do_not_matter(tmp_path, monkeypatch, chat_fol
 def scoring_texts() -> list[str]:
     """The words of the evaluation's own."""
     found = [getattr(asked_forms, name) for name in SCORING_WORDS]
-    return [*(part for text in found for part in ([text] if isinstance(text, str) else text)), *asked_forms.OWN]
+    found += [in_text.ASKED, beside.DENIAL, asked_forms.OWN]
+    return [part for text in found for part in ([text] if isinstance(text, str) else text)]
 
 
 def runs_of_words(text: str, number: int) -> set[tuple[str, ...]]:
