@@ -313,7 +313,8 @@ def asked_of(edits: Iterable[Edit]) -> set[str]:
     found: set[str] = set()
     for edit in edits:
         probes = (probe.prompt for probe in (*edit.locality, *edit.near))
-        found.update(map(folded, (edit.prompt, *edit.rephrases, *probes)))
+        further = (one.prompt for one in edit.further)
+        found.update(map(folded, (edit.prompt, *edit.rephrases, *probes, *further)))
     return found
 
 

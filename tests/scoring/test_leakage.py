@@ -18,7 +18,7 @@ from repair_lightning.models import forms as written_forms
 from repair_lightning.packs.pack import save_pack
 from repair_lightning.scoring import forms as asked_forms
 from repair_lightning.texts.relations import STAND_IN, bank
-from repair_lightning.types import Edit, Probe
+from repair_lightning.types import Edit, Further, Probe
 
 
 def other_probes(edit: Edit) -> Edit:
@@ -28,6 +28,9 @@ def other_probes(edit: Edit) -> Edit:
         rephrases=("What colour is the moon?", edit.prompt + " now"),
         locality=(Probe("Completely different", "words"), Probe(edit.prompt.upper(), edit.target)),
         near=(Probe(edit.prompt.replace(str(edit.subject), "Somebody Else")),),
+        aliases=(edit.target.upper(),),
+        old_answer="Something",
+        further=(Further("portability/Reasoning", edit.prompt + " then", (edit.target,)),),
     )
 
 
@@ -72,7 +75,9 @@ def test_what_a_later_edit_asks_is_no_irrelevant_prompt_and_no_probe(tmp_path):
     first window: of the three parts, of the gate's probes, and of the questions about edited subjects."""
     edits = hard_edits(8)
     late = edits[-1]
+    late = edits[-1] = replace(late, further=(Further("multi_hop", "who follows from it", ("Nobody",)),))
     texts = [*irrelevant_texts(40), late.prompt.upper(), *late.rephrases, *(probe.prompt for probe in late.near)]
+    texts += [one.prompt for one in late.further]
     (tmp_path / "irrelevant.jsonl").write_text("".join(json.dumps({"question": text}) + "\n" for text in texts))
     editor = Keyed("world", precision="float32")
     stream = world_stream(write_edits(tmp_path / "edits.jsonl", edits), irrelevant=str(tmp_path / "irrelevant.jsonl"))
