@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from repair_lightning.edits.formats import AUTO
 from repair_lightning.edits.ledger import Ledger
 from repair_lightning.edits.records import load_records
 from repair_lightning.models.prefix_cache import PrefixCache
@@ -24,7 +25,7 @@ from repair_lightning.world import WORLD, edits_path
 def evaluate_pack(
     pack: str | Path,
     path: str,
-    format: str = "jsonl",
+    format: str = AUTO,
     max_edits: int | None = None,
     base: str | None = None,
     precision: str = "auto",
@@ -38,14 +39,15 @@ def evaluate_pack(
     """
     started = time.perf_counter()
     content = Pack.read(pack)
-    edits = load_records(str(edits_path()) if path == WORLD else path, format, max_edits, on_bad_record).edits  # type: ignore[arg-type]
+    found = load_records(str(edits_path()) if path == WORLD else path, format, max_edits, on_bad_record)  # type: ignore[arg-type]
+    edits = found.edits
     model = content.open(base, precision).to("cuda" if torch.cuda.is_available() else "cpu")
     model.prefixes = PrefixCache(model.split)  # prompts come again
     loaded = time.perf_counter() - started
     scorer = Scorer(model, edits)
     owners = _owners(content.ledger, edits, scorer)
     before = scorer.by_base("pre_edit")
-    perplexity = scorer.perplexity(scorer.nobody) if format == "hallucination" else None
+    perplexity = scorer.perplexity(scorer.nobody) if found.format == "hallucination" else None
     model.weights.load(content.weights)  # only now: the base's own answers are what must be kept
     changed = bool(content.weights)
     final = scorer.score("final", choice := scorer.choose(), owners, changed)

@@ -45,6 +45,8 @@ from repair_lightning.edits.fields import (
 from repair_lightning.errors import ConfigError, FieldError
 from repair_lightning.texts.dialogue import opened
 
+AUTO = "auto"
+"""In the place of a format's name: the one that the records look like."""
 KINDS = ("multi_hop", "persona", "generation")
 """The kinds of what follows from an edit, beside `portability/SORT`."""
 _LOC, _LOCALITY = ("loc", "loc_ans"), ("locality_prompt", "locality_ground_truth")
@@ -456,7 +458,7 @@ def get_format(name: str) -> Format:
         return FORMATS[name]
     close = difflib.get_close_matches(str(name), FORMATS, n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""
-    raise ConfigError(f"unknown data format '{name}': {hint}known: {', '.join(FORMATS)}")
+    raise ConfigError(f"unknown data format '{name}': {hint}known: {', '.join((AUTO, *FORMATS))}")
 
 
 def guess_format(record: Record) -> str | None:
@@ -465,6 +467,26 @@ def guess_format(record: Record) -> str | None:
     fitting = [entry for entry in _ALL if entry.fits(record)]
     likest = max(fitting, key=lambda entry: (len(entry.known & record.keys()), -len(entry.known)), default=None)
     return likest.name if likest else None
+
+
+def recognise(source: str, rows: list[Any]) -> str:
+    """The format that more than half of the recognised records look like.
+
+    ConfigError where there is none, with what the formats need; rows that are no records at all are taken as `jsonl`.
+    """
+    records = [present(row) for row in rows if isinstance(row, Mapping)]
+    guesses = Counter(guess for record in records if (guess := guess_format(record)))
+    (likest, number), *others = guesses.most_common() or [("jsonl", 0)]
+    if number * 2 > sum(guesses.values()) or not records:
+        return likest
+    if others:
+        looks = " or ".join(f"'{name}' ({number:,})" for name, number in guesses.most_common())
+        problem = f"its records look like {looks}; give one format in each file, or name it"
+    else:
+        names = ", ".join(dict.fromkeys(str(name) for record in records for name in record)) or "none"
+        problem = f"its records have the fields {names}, which fit no format; rename them"
+    known = "; ".join(entry.described() for entry in _ALL)
+    raise ConfigError(f"data.format auto: '{source}' is not recognised: {problem}. Formats and what they need: {known}")
 
 
 def convert(record: Any, name: str, left: Counter[str] | None = None) -> Converted:

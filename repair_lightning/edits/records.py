@@ -49,6 +49,7 @@ class RecordSet:
             later one, which is always in `edits`.
         duplicates: ids of records that were dropped because question and target repeat an earlier record's.
         superseded_edits: the replaced edits themselves, for the ledger.
+        format: in which they were read.
     """
 
     edits: tuple[Edit, ...]
@@ -56,6 +57,7 @@ class RecordSet:
     superseded: Mapping[str, str] = field(default_factory=dict)
     duplicates: tuple[str, ...] = ()
     superseded_edits: tuple[Edit, ...] = ()
+    format: str = "jsonl"
 
     def without(self, refused: Mapping[str, str]) -> RecordSet:
         """The rest, where some edits are refused, each with a message; what one had superseded goes with it."""
@@ -97,15 +99,17 @@ def load_records(
     Args:
         path_or_hub_name: a file (`.jsonl`, `.json` with a list or with one object per line, `.csv`, `.tsv`,
             `.parquet`), or a hub name (`org/name`) where no such file exists.
+        format: its name, see :mod:`repair_lightning.edits.formats`, or `auto` for the one that the records look like.
         max_edits: stop after so many edits, not counting duplicates; None for all.
         on_bad_record: `stop` raises where a record is bad, `skip` lists bad records in `bad`; both name 20 of them.
         sample_seed: draw the `max_edits` edits at random with this seed and keep the source's order; what repeats a
             drawn edit, or was superseded by it, comes along. None takes the first.
 
     RecordError for a file or record that is bad (in mode `skip`: where nothing good is left), ConfigError for an
-    unknown format or setting, RepairError where the source cannot be read at all.
+    unknown or unrecognised format or setting, RepairError where the source cannot be read at all.
     """
-    formats.get_format(format)
+    if format != formats.AUTO:
+        formats.get_format(format)
     if max_edits is not None and max_edits < 1:
         raise ConfigError(f"max_edits must be 1 or more, or null for all, got {max_edits}")
     if on_bad_record not in ("stop", "skip"):
@@ -123,9 +127,12 @@ def checked_records(
     sample_seed: int | None = None,
 ) -> RecordSet:
     """Likewise of rows that were read already, from what messages call `source`."""
-    chosen = formats.get_format(format)
     if not rows:
-        raise RecordError(source, None, None, "holds no records", f"give at least one record in format '{format}'")
+        raise RecordError(source, None, None, "holds no records", 'give one such as {"prompt": "...", "target": "..."}')
+    if format == formats.AUTO:
+        format = formats.recognise(source, rows)
+        logger.info("%s: read as format '%s'", source, format)
+    chosen = formats.get_format(format)
     good, bad = _check_rows(source, rows, chosen)
     if bad and on_bad_record == "stop":
         raise RecordError.of(source, bad)
@@ -137,7 +144,7 @@ def checked_records(
         edits = _draw(good, max_edits, sample_seed)
         max_edits = None  # all that is said of the drawn prompts counts, also after the last of them has come up
     found, alike = _settle(edits, max_edits)
-    found = replace(_with_what_follows(source, found, good), bad=tuple(map(str, errors)))
+    found = replace(_with_what_follows(source, found, good), bad=tuple(map(str, errors)), format=format)
     _log_summary(source, found, alike)
     return found
 

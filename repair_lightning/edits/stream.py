@@ -18,6 +18,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from repair_lightning.edits.clustering import form_batches
+from repair_lightning.edits.formats import AUTO
 from repair_lightning.edits.ledger import FINAL, EditStatus, Ledger, LedgerEntry
 from repair_lightning.edits.records import (
     RecordSet,
@@ -61,7 +62,7 @@ class EditStream(pl.LightningDataModule):
 
     Args:
         path: a local file, a hub data set, or `world` for the embedded one.
-        format: of the records, see `repair_lightning.edits.formats`.
+        format: of the records, see `repair_lightning.edits.formats`; `auto` is the one that they look like.
         max_edits: take the first so many good records.
         on_bad_record: `stop` writes nothing when a record is bad, `skip` writes the good ones and lists the bad ones.
         window: edits that arrive and are handled together; 1 is the paper's strict stream.
@@ -82,7 +83,7 @@ class EditStream(pl.LightningDataModule):
     def __init__(
         self,
         path: str = WORLD,
-        format: str = "jsonl",
+        format: str = AUTO,
         max_edits: int | None = None,
         on_bad_record: Literal["stop", "skip"] = "stop",
         window: int = 128,
@@ -121,6 +122,7 @@ class EditStream(pl.LightningDataModule):
         found = load_records(self.file, self.format, self.max_edits, self.on_bad_record, self.sample_seed)
         if not found.edits:
             raise ConfigError(f"'{self.file}' holds no edit that can be written; see the messages above")
+        self.format = found.format
         return found
 
     def setup(self, stage: str = "fit") -> None:
@@ -367,10 +369,10 @@ def apply(found: RecordSet, joined: Joined) -> RecordSet:
     kept = tuple(replace(edit, id=name.get(edit.id, edit.id)) for edit in found.edits if edit.id not in joined.known)
     older = [edit for edit in found.superseded_edits if found.superseded[edit.id] not in joined.known]
     superseded = {joined.renamed.get(old, old): name.get(new, new) for old, new in found.superseded.items()}
-    return RecordSet(
-        kept,
-        found.bad,
-        superseded | dict(joined.replaced),
-        (*found.duplicates, *joined.known),
-        tuple(replace(edit, id=joined.renamed.get(edit.id, edit.id)) for edit in older),
+    return replace(
+        found,
+        edits=kept,
+        superseded=superseded | dict(joined.replaced),
+        duplicates=(*found.duplicates, *joined.known),
+        superseded_edits=tuple(replace(edit, id=joined.renamed.get(edit.id, edit.id)) for edit in older),
     )

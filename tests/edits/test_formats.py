@@ -102,7 +102,7 @@ SOURCES = {
         "locality": {
             "Relation_Specificity": [
                 {"prompt": "The name of the father of Leo Arons is", "ground_truth": [["Albert Arons"]]},
-                {"prompt": ["The field of work of Leo Arons is"], "ground_truth": ["physics"]},
+                {"prompt": "The field of work of Leo Arons is", "ground_truth": [["physics"]]},
             ],
         },
     },
@@ -184,7 +184,7 @@ KNOWEDIT_ZSRE = {
     "ground_truth": ["Aspidoceratidae"],
     "rephrase_prompt": "What family are Epaspidoceras?",
     "cond": "Geometridae >> Noctuidae || Which family does Epaspidoceras belong to?",
-    "locality": {"Relation_Specificity": [{"prompt": "Epaspidoceras taxon rank", "ground_truth": ["genus"]}]},
+    "locality": {"Relation_Specificity": [{"prompt": ["Epaspidoceras taxon rank"], "ground_truth": ["genus"]}]},
     "portability": {"Reasoning": [{"prompt": "Common name of the family?", "ground_truth": "Owlet moths"}]},
 }
 WIKIBIO = {
@@ -308,6 +308,7 @@ READ: list[tuple[str, dict, dict]] = [
         },
     ),
     ("knowedit", KNOWEDIT_ZSRE, {"old_answer": "Aspidoceratidae", "rephrases": ["What family are Epaspidoceras?"]}),
+    ("knowedit", KNOWEDIT_ZSRE, {"locality": [probe("Epaspidoceras taxon rank", "genus")]}),
     ("knowedit", WIKIBIO, {"subject": "john russell reynolds", "target": WIKIBIO["labels"]}),
     (
         "qaedit",

@@ -13,10 +13,12 @@ import pytest
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from test_formats import SOURCES
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from repair_lightning.edits import records
+from repair_lightning.edits.formats import FORMATS
 from repair_lightning.edits.records import check_lengths, load_irrelevant, load_records, same_question_key
 from repair_lightning.errors import ConfigError, RecordError, RepairError
 from repair_lightning.models.forms import Forms
@@ -326,6 +328,49 @@ def test_a_file_read_under_a_format_that_only_half_fits_is_warned_about(tmp_path
     assert "fields look more like 'counterfact'" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("e.jsonl", write_jsonl),
+        ("e.json", write_json),
+        ("e.csv", write_csv),
+        ("e.parquet", lambda path, rows: pq.write_table(pa.Table.from_pylist(rows), path)),
+    ],
+)
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_format_is_recognised_in_every_kind_of_file(tmp_path, caplog, name, write, format):
+    write(tmp_path / name, [SOURCES[format]] * 2)
+    with caplog.at_level(logging.INFO):
+        found = load_records(tmp_path / name, "auto")
+    assert found.format == format
+    assert f"{name}: read as format '{format}'" in caplog.text
+    assert found == load_records(tmp_path / name, format)
+
+
+def test_bad_records_do_not_hide_the_format(jsonl):
+    zsre = {"src": "Where is Lima?", "alt": "Peru"}
+    found = load_records(jsonl("{", zsre, {**zsre, "src": "Where is Oslo?"}, ROME, 3), "auto", on_bad_record="skip")
+    assert (found.format, len(found.edits), len(found.bad)) == ("zsre", 2, 3)
+    with pytest.raises(RecordError, match="record 1: is a number, not an object"):
+        load_records(jsonl(1, 2), "auto")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"a": 1}, {"a": 2, "b": 3}], "its records have the fields a, b, which fit no format; rename them. Formats"),
+        ([{"prompt": "x"}], "the fields prompt, which fit no format.*: jsonl .prompt, target or prompt, target_new or"),
+        (
+            [ROME, {"src": "a", "alt": "b"}],
+            r"look like 'jsonl' .1. or 'zsre' .1.; give one format.*; ultraedit .prompt",
+        ),
+    ],
+)
+def test_a_file_of_no_single_format_is_refused_with_all_formats(jsonl, rows, message):
+    with pytest.raises(ConfigError, match=f"data.format auto: '.*edits.jsonl' is not recognised: .*{message}"):
+        load_records(jsonl(*rows), "auto")
+
+
 @pytest.mark.parametrize("read", [load_records, load_irrelevant])
 def test_an_empty_file(tmp_path, read):
     path = tmp_path / "edits.json"
@@ -460,7 +505,8 @@ def test_lengths_cover_every_text_the_model_reads(forms, edit, field):
     ],
 )
 def test_real_sets(path, name, edits, superseded, near):
-    found = load_records(real(path), name)
+    found = load_records(real(path), "auto")
+    assert found.format == name
     assert (len(found.edits), len(found.superseded), found.bad, found.duplicates) == (edits, superseded, (), ())
     assert all(len(edit.locality) == (5 if name == "qaedit" else 1) for edit in found.edits)
     assert all(len(edit.near) == near for edit in found.edits)
