@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from repair_lightning.edits.formats import AUTO
 from repair_lightning.edits.ledger import Ledger
 from repair_lightning.edits.records import load_records
+from repair_lightning.edits.stream import with_locality
 from repair_lightning.models.prefix_cache import PrefixCache
 from repair_lightning.packs.pack import Pack
 from repair_lightning.scoring.forms import form_scores, same_subject
@@ -40,7 +42,7 @@ def evaluate_pack(
     started = time.perf_counter()
     content = Pack.read(pack)
     found = load_records(str(edits_path()) if path == WORLD else path, format, max_edits, on_bad_record)  # type: ignore[arg-type]
-    edits = found.edits
+    edits = as_in_training(found.edits, content.ledger)
     model = content.open(base, precision).to("cuda" if torch.cuda.is_available() else "cpu")
     model.prefixes = PrefixCache(model.split)  # prompts come again
     loaded = time.perf_counter() - started
@@ -72,6 +74,16 @@ def evaluate_pack(
         metrics["perplexity"] = {"pre": perplexity, "final": scorer.perplexity(choice.memory)}
     seconds = time.perf_counter() - started
     return metrics | {"seconds": {"load": loaded, "evaluate": seconds - loaded, "total": seconds}}
+
+
+def as_in_training(edits: Sequence[Edit], ledger: Ledger) -> tuple[Edit, ...]:
+    """The edits; one without locality prompts is asked those that its run gave it, or another edit of the pack."""
+    known = {(ledger.edit(id).prompt, ledger.edit(id).target): ledger.edit(id).locality for id in ledger}
+    found = [
+        edit if edit.locality else replace(edit, locality=known.get((edit.prompt, edit.target), ())) for edit in edits
+    ]
+    others = list(dict.fromkeys(probe.prompt for probes in known.values() for probe in probes))
+    return with_locality(found, others) if others else tuple(found)
 
 
 def _owners(ledger: Ledger, edits: Sequence[Edit], scorer: Scorer) -> Tensor:

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import count
+from itertools import count, cycle
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
@@ -29,13 +29,16 @@ from repair_lightning.edits.records import (
     same_question_key,
 )
 from repair_lightning.errors import ConfigError, RepairError, counted
-from repair_lightning.types import Edit, EditBatch
+from repair_lightning.types import Edit, EditBatch, Probe
 from repair_lightning.world import WORLD, edits_path, irrelevant_path
 
 if TYPE_CHECKING:
     from repair_lightning.models.forms import Forms
 
 log = logging.getLogger(__name__)
+
+HELD_BACK = 5
+"""One irrelevant prompt of so many is kept for scoring, where records have no locality and all would be used."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,13 @@ class EditStream(pl.LightningDataModule):
         if not found.edits:
             raise ConfigError(f"'{self.file}' holds no edit that can be written; see the messages above")
         self.format = found.format
-        return found
+        return replace(found, edits=asked_for_loc(found.edits, self._irrelevant, self.max_irrelevant))
+
+    @cached_property
+    def _irrelevant(self) -> tuple[str, ...] | None:
+        """The irrelevant prompts that were given; None where the base writes its own."""
+        path = irrelevant_path() if self.irrelevant == WORLD else self.irrelevant
+        return None if path is None else load_irrelevant(path, self.irrelevant_prefix)
 
     def setup(self, stage: str = "fit") -> None:
         """Read the records."""
@@ -184,8 +193,8 @@ class EditStream(pl.LightningDataModule):
     def irrelevant_parts(self, editor: Any) -> tuple[list[str], list[str], list[str]]:
         """Irrelevant prompts in three parts, so that what guards can fail: half for losses and centring, a quarter for
         thresholds, and a quarter that the gate and the merge guard alone ask."""
-        path, number = irrelevant_path() if self.irrelevant == WORLD else self.irrelevant, self.max_irrelevant
-        found = editor.base_texts(number) if path is None else load_irrelevant(path, self.irrelevant_prefix)
+        number = self.max_irrelevant
+        found = self._irrelevant or editor.base_texts(number)
         texts = self.unrelated(found)
         if left := len(found) - len(texts):
             log.info("left out: %s that another repeats or scoring asks", counted(left, "irrelevant prompt"))
@@ -202,11 +211,7 @@ class EditStream(pl.LightningDataModule):
         if not self._open or any(self.ledger.entry(id) is not entry for id, entry in self._open_entries.items()):
             self._open = self.next_window()
             self._open_entries = {id: self.ledger[id] for batch in self._open for id in batch.ids}
-        batches, editor = self._open, self._editor
-        if editor.shares:  # the longest go round first
-            costs = [float(sum(len(editor.encode(edit).target) for edit in batch.edits)) for batch in batches]
-            mine = [batches[i] for i in editor.team.mine(len(batches), costs)]
-            batches = mine + [EditBatch(())] * (-(-len(batches) // editor.team.size) - len(mine))
+        batches = _dealt_out(self._open, self._editor) if self._editor.shares else self._open
         return DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch)  # type: ignore[arg-type]
 
     def verdict(self) -> list[Any]:
@@ -298,16 +303,53 @@ class EditStream(pl.LightningDataModule):
         if "counts" not in saved:
             self.ledger.load_state_dict(saved)
         elif saved["counts"] != self.ledger.counts():
-            raise RepairError(
-                f"the journal is damaged: it tells of edits {_told(self.ledger.counts())}, the checkpoint of "
-                f"{_told(saved['counts'])}; restore it from a copy, or --overwrite starts the run anew"
-            )
+            raise RepairError(_damaged(self.ledger.counts(), saved["counts"]))
         self.arrived, self.windows = state_dict["arrived"], state_dict["windows"]
         self._open, self._open_entries = [], {}
 
 
+def _dealt_out(batches: list[EditBatch], editor: Any) -> list[EditBatch]:
+    """A rank's own batches, and empty ones up to as many as the others have; the longest go round first."""
+    costs = [float(sum(len(editor.encode(edit).target) for edit in batch.edits)) for batch in batches]
+    mine = [batches[i] for i in editor.team.mine(len(batches), costs)]
+    return mine + [EditBatch(())] * (-(-len(batches) // editor.team.size) - len(mine))
+
+
+def _damaged(told: dict[str, int], saved: dict[str, int]) -> str:
+    both = f"it tells of edits {_told(told)}, the checkpoint of {_told(saved)}"
+    return f"the journal is damaged: {both}; restore it from a copy, or --overwrite starts the run anew"
+
+
 def _told(counts: dict[str, int]) -> str:
     return ", ".join(f"{n} {status}" for status, n in counts.items() if n) or "none"
+
+
+def asked_for_loc(edits: Sequence[Edit], given: Sequence[str] | None, used: int) -> tuple[Edit, ...]:
+    """The edits; those without locality prompts are scored on irrelevant ones that serve for nothing else.
+
+    These are the prompts beyond the first `used` of those that were `given`, or a part of them that is held back; where
+    none were given and the base writes its own, the embedded ones.
+    """
+    lacking = sum(not edit.locality for edit in edits)
+    if not lacking:
+        return tuple(edits)
+    asked = asked_of(edits)
+    free = [text for text in dict.fromkeys(given or load_irrelevant(irrelevant_path())) if folded(text) not in asked]
+    if given:
+        free = free[used:] or free[len(free) - len(free) // HELD_BACK :]
+    if not free:
+        words = "and data.irrelevant has no prompt to spare: Loc and OP lack them"
+        log.warning("%s without 'locality', %s", counted(lacking, "edit"), words)
+        return tuple(edits)
+    number = counted(min(lacking, len(free)), "prompt")
+    log.info("%s without 'locality': Loc asks %s that serve for nothing else", counted(lacking, "edit"), number)
+    return with_locality(edits, free)
+
+
+def with_locality(edits: Iterable[Edit], prompts: Sequence[str]) -> tuple[Edit, ...]:
+    """The edits; those without a locality prompt get one each, in turn."""
+    turn = cycle(prompts)
+    return tuple(edit if edit.locality else replace(edit, locality=(Probe(next(turn)),)) for edit in edits)
 
 
 def asked_of(edits: Iterable[Edit]) -> set[str]:
