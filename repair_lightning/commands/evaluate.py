@@ -77,12 +77,12 @@ def evaluate_pack(
 
 
 def as_in_training(edits: Sequence[Edit], ledger: Ledger) -> tuple[Edit, ...]:
-    """The edits; one without locality prompts is asked those that its run gave it, or another edit of the pack."""
-    known = {(ledger.edit(id).prompt, ledger.edit(id).target): ledger.edit(id).locality for id in ledger}
-    found = [
-        edit if edit.locality else replace(edit, locality=known.get((edit.prompt, edit.target), ())) for edit in edits
-    ]
-    others = list(dict.fromkeys(probe.prompt for probes in known.values() for probe in probes))
+    """The edits with the subject and locality prompts that their run gave them; others without the latter are asked
+    those of the pack's edits."""
+    known = {(edit.prompt, edit.target): edit for edit in map(ledger.edit, ledger)}
+    pairs = [(edit, known.get((edit.prompt, edit.target), edit)) for edit in edits]
+    found = [replace(e, subject=e.subject or own.subject, locality=e.locality or own.locality) for e, own in pairs]
+    others = list(dict.fromkeys(probe.prompt for edit in known.values() for probe in edit.locality))
     return with_locality(found, others) if others else tuple(found)
 
 

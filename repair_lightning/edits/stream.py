@@ -29,6 +29,8 @@ from repair_lightning.edits.records import (
     same_question_key,
 )
 from repair_lightning.errors import ConfigError, RepairError, counted
+from repair_lightning.texts.dialogue import question_of
+from repair_lightning.texts.naming import named_in_each
 from repair_lightning.types import Edit, EditBatch, Probe
 from repair_lightning.world import WORLD, edits_path, irrelevant_path
 
@@ -78,6 +80,7 @@ class EditStream(pl.LightningDataModule):
             the file's order, and a larger draw holds every smaller one of its seed.
         singles: every edit by itself: a window holds one, and when all has been done for it and it is scored, the
             editor goes back to the model that it began with. Scores are then means over single edits (N = 1).
+        propose_subjects: an edit without a subject gets the name in its prompt that most other prompts do not share.
     """
 
     max_regroups = 2
@@ -97,6 +100,7 @@ class EditStream(pl.LightningDataModule):
         max_irrelevant: int = 1000,
         sample_seed: int | None = None,
         singles: bool = False,
+        propose_subjects: bool = True,
     ) -> None:
         super().__init__()
         for name, value in (("window", window), ("batch_size", batch_size), ("max_irrelevant", max_irrelevant)):
@@ -107,7 +111,7 @@ class EditStream(pl.LightningDataModule):
         self.max_edits, self.sample_seed, self.on_bad_record = max_edits, sample_seed, on_bad_record
         self.irrelevant, self.irrelevant_prefix, self.max_irrelevant = irrelevant, irrelevant_prefix, max_irrelevant
         self.window, self.batch_size = 1 if singles else window, batch_size
-        self.singles, self.clustering = singles, clustering
+        self.singles, self.clustering, self.propose_subjects = singles, clustering, propose_subjects
         self.also_scored: tuple[str, ...] = ()
         """Further prompts that score the model: like the edits' own they may serve for nothing else."""
         self.ledger = Ledger()
@@ -126,7 +130,8 @@ class EditStream(pl.LightningDataModule):
         if not found.edits:
             raise ConfigError(f"'{self.file}' holds no edit that can be written; see the messages above")
         self.format = found.format
-        return replace(found, edits=asked_for_loc(found.edits, self._irrelevant, self.max_irrelevant))
+        edits = with_subjects(found.edits) if self.propose_subjects else found.edits
+        return replace(found, edits=asked_for_loc(edits, self._irrelevant, self.max_irrelevant))
 
     @cached_property
     def _irrelevant(self) -> tuple[str, ...] | None:
@@ -322,6 +327,18 @@ def _damaged(told: dict[str, int], saved: dict[str, int]) -> str:
 
 def _told(counts: dict[str, int]) -> str:
     return ", ".join(f"{n} {status}" for status, n in counts.items() if n) or "none"
+
+
+def with_subjects(edits: Sequence[Edit]) -> tuple[Edit, ...]:
+    """The edits; those without a subject get the name in their prompt that most others do not share, where it has one,
+    and the log shows the first."""
+    names = named_in_each([question_of(edit.prompt) for edit in edits])
+    proposed = {edit.id: name for edit, name in zip(edits, names, strict=True) if name and edit.subject is None}
+    if proposed:
+        some = named([f"'{name}' ({id})" for id, name in proposed.items()])
+        words = "(data.propose_subjects false leaves them out)"
+        log.info("%s without 'subject', taken from the prompt %s: %s", counted(len(proposed), "edit"), words, some)
+    return tuple(replace(edit, subject=proposed.get(edit.id, edit.subject)) for edit in edits)
 
 
 def asked_for_loc(edits: Sequence[Edit], given: Sequence[str] | None, used: int) -> tuple[Edit, ...]:

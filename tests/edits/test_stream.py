@@ -14,7 +14,7 @@ from repair_lightning.editors import Repair
 from repair_lightning.edits.ledger import EditStatus, Ledger
 from repair_lightning.edits.stream import EditStream
 from repair_lightning.errors import ConfigError, RepairError
-from repair_lightning.types import EditBatch, EditReport, Probe
+from repair_lightning.types import Edit, EditBatch, EditReport, Probe
 
 
 class Watcher:
@@ -272,11 +272,25 @@ def test_without_a_prompt_to_spare_it_is_said(tmp_path, caplog):
 
 
 def test_a_pack_is_scored_on_the_questions_of_its_run():
-    """Its own edits on those that the run gave them, others in turn, and none where it has none."""
-    bare = [replace(edit, locality=()) for edit in world_edits(3)]
+    """Its own edits on those that the run gave them, with their subjects; others in turn; none where it has none."""
+    bare = [replace(edit, locality=(), subject=None) for edit in world_edits(3)]
     ledger = Ledger()
-    ledger.arrive([replace(bare[i], locality=(Probe(text),)) for i, text in ((1, "b"), (2, "c"))], window=0)
+    given = [replace(bare[i], locality=(Probe(text),), subject=text) for i, text in ((1, "b"), (2, "c"))]
+    ledger.arrive(given, window=0)
+    assert [edit.subject for edit in as_in_training(bare, ledger)] == [None, "b", "c"]
     assert [edit.locality for edit in as_in_training(bare, ledger)] == [(Probe("b"),), (Probe("b"),), (Probe("c"),)]
     own = world_edits(1)
     assert as_in_training(own, ledger) == tuple(own)
     assert as_in_training(bare, Ledger()) == tuple(bare)
+
+
+def test_a_subject_is_proposed_from_the_prompt(tmp_path, caplog):
+    """One that is given stays, and a prompt that names nothing has none; it may be turned off."""
+    prompts = ["Where was Mara Quill born?", "who bakes the bread", '[{"role": "user", "content": "Is Orsk a town?"}]']
+    edits = [Edit(f"e{i}", prompt, "x") for i, prompt in enumerate(prompts)]
+    path = write_edits(tmp_path / "edits.jsonl", [*edits, Edit("e3", "The bridge of Lund is", "y", "the bridge")])
+    with caplog.at_level("INFO"):
+        assert [edit.subject for edit in world_stream(path).edits] == ["Mara Quill", None, "Orsk", "the bridge"]
+    said = "2 edits without 'subject', taken from the prompt (data.propose_subjects false leaves them out): "
+    assert f"{said}'Mara Quill' (e0), 'Orsk' (e2)" in caplog.messages
+    assert [edit.subject for edit in world_stream(path, propose_subjects=False).edits] == [None] * 3 + ["the bridge"]
