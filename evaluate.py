@@ -1,4 +1,4 @@
-"""Score an edited model: `python evaluate.py --pack DIR --data.path FILE --data.format F [--out FILE] [--quiet]`."""
+"""Score an edited model: `python evaluate.py --pack DIR --data.path FILE [--out FILE] [--quiet]`."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__, exit_on_error=False)
     parser.add_argument("--pack", required=True, help="the pack's folder")
     parser.add_argument("--data.path", default="world", help="records: a file, a hub name or 'world'")
-    parser.add_argument("--data.format", default="jsonl", help="their format")
+    parser.add_argument("--data.format", default="auto", help="their format, or 'auto'")
     parser.add_argument("--data.max_edits", type=int | None, default=None, help="take the first so many")
     parser.add_argument("--data.on_bad_record", default="stop", choices=["stop", "skip"], help="as in training")
     parser.add_argument("--base", default=None, help="the base, where the pack's own name for it does not lead there")

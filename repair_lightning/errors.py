@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+LISTED = 20
+"""So many bad records of a file are named, then how many more there are."""
+
 
 def _one_line(message: str) -> str:
     """The message with line breaks and other control characters, which come from the user's data, made visible."""
@@ -47,27 +52,49 @@ class FieldError(RepairError):
 
 
 class RecordError(RepairError):
-    """A file or one of its records is bad: `edits.jsonl, record 3, field 'target': is empty; give the text ...`.
+    """A file or some of its records are bad: `edits.jsonl, record 3, field 'target': is empty; give the text ...`.
 
     Args:
         record: its number, counted from 1, or None where the file as a whole is wrong.
         field: None where the record as a whole is wrong.
-        more: how many more records of the same file are bad.
+        others: what is wrong with more records of the same file, a line each.
     """
 
     def __init__(
-        self, file: str, record: int | None, field: str | None, problem: str, remedy: str, more: int = 0
+        self,
+        file: str,
+        record: int | None,
+        field: str | None,
+        problem: str,
+        remedy: str,
+        others: Sequence[RecordError] = (),
     ) -> None:
         self.file, self.record, self.field = file, record, field
-        self.problem, self.remedy, self.more = problem, remedy, more
+        self.problem, self.remedy, self.more = problem, remedy, len(others)
         place = file + (f", record {record}" if record is not None else "") + (f", field '{field}'" if field else "")
-        rest = f" (and {counted(more, 'more bad record')} in this file)" if more else ""
-        super().__init__(_one_line(f"{place}: {problem}; {remedy}{rest}"))
+        lines = [
+            _one_line(f"{place}: {problem}; {remedy}"),
+            *(str(other).removeprefix(f"{file}, ") for other in others),
+        ]
+        super().__init__("\n".join(listed(lines)))
 
     @classmethod
-    def at(cls, file: str, record: int, error: FieldError, more: int = 0) -> RecordError:
+    def at(cls, file: str, record: int, error: FieldError) -> RecordError:
         """The field error `error` with the place where it was found."""
+        return cls(file, record, error.field, error.problem, error.remedy)
+
+    @classmethod
+    def of(cls, file: str, bad: Sequence[tuple[int, FieldError]]) -> RecordError:
+        """The numbered errors of a file, the first of them as this one's own."""
+        (record, error), *others = bad
+        more = [cls.at(file, *other) for other in others]
         return cls(file, record, error.field, error.problem, error.remedy, more)
+
+
+def listed(bad: Sequence[str]) -> list[str]:
+    """The first lines about the bad records of a file, and how many more there are."""
+    more = len(bad) - LISTED
+    return [*bad[:LISTED], *([f"(and {counted(more, 'more bad record')} in this file)"] if more > 0 else [])]
 
 
 class LedgerError(RepairError):

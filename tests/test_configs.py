@@ -72,7 +72,7 @@ def small_data(folder: Path, format: str) -> tuple[Path, Path]:
 def test_it_runs_on_a_tiny_base(path, tmp_path, monkeypatch, folder_of, chat_folder):
     """Parsed and run to the end by train.py, with the base, the layer, the data and the steps made small."""
     content = yaml.safe_load(path.read_text())
-    format = content.get("data", {}).get("format", "jsonl")
+    format = next((name for name in RECORDS if path.stem.startswith(name)), "jsonl")
     data, irrelevant = small_data(tmp_path, format)
     chat = content["model"].get("init_args", {}).get("template") == "chat"
     base = chat_folder if chat else folder_of("gpt2" if "gpt2" in path.stem else "llama")

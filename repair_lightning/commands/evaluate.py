@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from repair_lightning.edits.formats import AUTO
 from repair_lightning.edits.ledger import Ledger
 from repair_lightning.edits.records import load_records
+from repair_lightning.edits.stream import with_locality
 from repair_lightning.errors import ConfigError
 from repair_lightning.models.edited import EditedModel
 from repair_lightning.models.kept_answers import KeptAnswers
@@ -27,7 +30,7 @@ from repair_lightning.world import WORLD, edits_path
 def evaluate_pack(
     pack: str | Path,
     path: str,
-    format: str = "jsonl",
+    format: str = AUTO,
     max_edits: int | None = None,
     base: str | None = None,
     precision: str = "auto",
@@ -45,12 +48,13 @@ def evaluate_pack(
         raise ConfigError(f"sample must be a number of edits, at least 0, got {sample}")
     started = time.perf_counter()
     content = Pack.read(pack)
-    edits = load_records(str(edits_path()) if path == WORLD else path, format, max_edits, on_bad_record).edits  # type: ignore[arg-type]
+    found = load_records(str(edits_path()) if path == WORLD else path, format, max_edits, on_bad_record)  # type: ignore[arg-type]
+    edits = as_in_training(found.edits, content.ledger)
     model = content.open(base, precision).to("cuda" if torch.cuda.is_available() else "cpu")
     model.prefixes = PrefixCache(model.split)  # prompts come again
     model.kept = KeptAnswers.of(model.base, content.config["base"]["sha256"])
     loaded = time.perf_counter() - started
-    figures, rows = _scores(content, model, edits, sample, with_perplexity=format == "hallucination")
+    figures, rows = _scores(content, model, edits, sample, with_perplexity=found.format == "hallucination")
     if generations is not None:
         write_rows(Path(generations), rows)
     metrics: dict[str, Any] = {
@@ -90,6 +94,16 @@ def _scores(
     if perplexity is not None:
         figures["perplexity"] = {"pre": perplexity, "final": scorer.perplexity(choice.memory)}
     return figures, [*before.rows, *final.rows, *rows]
+
+
+def as_in_training(edits: Sequence[Edit], ledger: Ledger) -> tuple[Edit, ...]:
+    """The edits with the subject and locality prompts that their run gave them; others without the latter are asked
+    those of the pack's edits."""
+    known = {(edit.prompt, edit.target): edit for edit in map(ledger.edit, ledger)}
+    pairs = [(edit, known.get((edit.prompt, edit.target), edit)) for edit in edits]
+    found = [replace(e, subject=e.subject or own.subject, locality=e.locality or own.locality) for e, own in pairs]
+    others = list(dict.fromkeys(probe.prompt for edit in known.values() for probe in edit.locality))
+    return with_locality(found, others) if others else tuple(found)
 
 
 def _owners(ledger: Ledger, edits: Sequence[Edit], scorer: Scorer) -> Tensor:

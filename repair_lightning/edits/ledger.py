@@ -357,7 +357,9 @@ def _schema() -> pa.Schema:
     text, whole, real = pa.string(), pa.int64(), pa.float64()
     probes = pa.list_(pa.struct([("prompt", text), ("answer", text)]))
     edit = [("id", text), ("prompt", text), ("target", text), ("subject", text)]
-    lists = [("rephrases", pa.list_(text)), ("locality", probes), ("near", probes)]
+    lists = [("rephrases", pa.list_(text)), ("locality", probes), ("near", probes), ("aliases", pa.list_(text))]
+    further = pa.list_(pa.struct([("kind", text), ("prompt", text), ("answers", pa.list_(text))]))
+    lists += [("old_answer", text), ("further", further)]
     state = [("arrival", whole), ("window", whole), ("status", text), ("shard", whole), ("attempts", whole)]
     more = [("regroups", whole), ("loss", real), ("kd", real), ("score", real), ("reason", text)]
     return pa.schema(edit + lists + state + more, metadata={"repair_ledger": str(VERSION)})

@@ -12,8 +12,9 @@ import json
 import logging
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,10 +23,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import load_dataset
 
-from repair_lightning.edits import formats
-from repair_lightning.errors import ConfigError, FieldError, RecordError, RepairError, counted, first_line
+from repair_lightning.edits import fields, formats
+from repair_lightning.errors import ConfigError, FieldError, RecordError, RepairError, counted, first_line, listed
 from repair_lightning.texts import dialogue
-from repair_lightning.types import Edit
+from repair_lightning.types import Edit, Further
 
 if TYPE_CHECKING:
     from repair_lightning.models.forms import Forms
@@ -48,6 +49,7 @@ class RecordSet:
             later one, which is always in `edits`.
         duplicates: ids of records that were dropped because question and target repeat an earlier record's.
         superseded_edits: the replaced edits themselves, for the ledger.
+        format: in which they were read.
     """
 
     edits: tuple[Edit, ...]
@@ -55,17 +57,18 @@ class RecordSet:
     superseded: Mapping[str, str] = field(default_factory=dict)
     duplicates: tuple[str, ...] = ()
     superseded_edits: tuple[Edit, ...] = ()
+    format: str = "jsonl"
 
     def without(self, refused: Mapping[str, str]) -> RecordSet:
         """The rest, where some edits are refused, each with a message; what one had superseded goes with it."""
         orphans = {old: new for old, new in self.superseded.items() if new in refused}
         lost = [f"edit '{old}': its successor '{new}' is too long; give one that fits" for old, new in orphans.items()]
-        return RecordSet(
-            tuple(edit for edit in self.edits if edit.id not in refused),
-            (*self.bad, *refused.values(), *lost),
-            {old: new for old, new in self.superseded.items() if old not in orphans},
-            self.duplicates,
-            tuple(edit for edit in self.superseded_edits if edit.id not in orphans),
+        return replace(
+            self,
+            edits=tuple(edit for edit in self.edits if edit.id not in refused),
+            bad=(*self.bad, *refused.values(), *lost),
+            superseded={old: new for old, new in self.superseded.items() if old not in orphans},
+            superseded_edits=tuple(edit for edit in self.superseded_edits if edit.id not in orphans),
         )
 
 
@@ -96,15 +99,17 @@ def load_records(
     Args:
         path_or_hub_name: a file (`.jsonl`, `.json` with a list or with one object per line, `.csv`, `.tsv`,
             `.parquet`), or a hub name (`org/name`) where no such file exists.
+        format: its name, see :mod:`repair_lightning.edits.formats`, or `auto` for the one that the records look like.
         max_edits: stop after so many edits, not counting duplicates; None for all.
-        on_bad_record: `stop` raises for the first bad record, `skip` lists bad records in `bad`.
+        on_bad_record: `stop` raises where a record is bad, `skip` lists bad records in `bad`; both name 20 of them.
         sample_seed: draw the `max_edits` edits at random with this seed and keep the source's order; what repeats a
             drawn edit, or was superseded by it, comes along. None takes the first.
 
     RecordError for a file or record that is bad (in mode `skip`: where nothing good is left), ConfigError for an
-    unknown format or setting, RepairError where the source cannot be read at all.
+    unknown or unrecognised format or setting, RepairError where the source cannot be read at all.
     """
-    formats.get_format(format)
+    if format != formats.AUTO:
+        formats.get_format(format)
     if max_edits is not None and max_edits < 1:
         raise ConfigError(f"max_edits must be 1 or more, or null for all, got {max_edits}")
     if on_bad_record not in ("stop", "skip"):
@@ -122,20 +127,24 @@ def checked_records(
     sample_seed: int | None = None,
 ) -> RecordSet:
     """Likewise of rows that were read already, from what messages call `source`."""
-    chosen = formats.get_format(format)
     if not rows:
-        raise RecordError(source, None, None, "holds no records", f"give at least one record in format '{format}'")
+        raise RecordError(source, None, None, "holds no records", 'give one such as {"prompt": "...", "target": "..."}')
+    if format == formats.AUTO:
+        format = formats.recognise(source, rows)
+        logger.info("%s: read as format '%s'", source, format)
+    chosen = formats.get_format(format)
     good, bad = _check_rows(source, rows, chosen)
-    if bad and (on_bad_record == "stop" or not good):
-        first = RecordError.at(source, *bad[0], more=len(bad) - 1)
-        if on_bad_record == "stop":
-            raise first
-        raise RecordError(source, None, None, f"skipping bad records leaves none: {first}", "mend at least one")
+    if bad and on_bad_record == "stop":
+        raise RecordError.of(source, bad)
+    errors = [RecordError.at(source, number, error) for number, error in bad]
+    if not good:
+        raise RecordError(source, None, None, "skipping bad records leaves none", "mend at least one", errors)
+    edits = [edit for record in good for edit in record]
     if sample_seed is not None and max_edits is not None:
-        good = _draw(good, max_edits, sample_seed)
+        edits = _draw(good, max_edits, sample_seed)
         max_edits = None  # all that is said of the drawn prompts counts, also after the last of them has come up
-    messages = tuple(str(RecordError.at(source, number, error)) for number, error in bad)
-    found, alike = _settle(good, messages, max_edits)
+    found, alike = _settle(edits, max_edits)
+    found = replace(_with_what_follows(source, found, good), bad=tuple(map(str, errors)), format=format)
     _log_summary(source, found, alike)
     return found
 
@@ -152,7 +161,7 @@ def load_irrelevant(path: str | Path, prefix: str = "") -> tuple[str, ...]:
         raise RecordError(str(path), None, None, "holds no records", 'give records such as {"question": "..."}')
     prompts, bad = _attempt(rows, _irrelevant_prompt)
     if bad:
-        raise RecordError.at(str(path), *bad[0], more=len(bad) - 1)
+        raise RecordError.of(str(path), bad)
     return tuple(dialogue.with_question(prompt, prefix + dialogue.question_of(prompt)) for prompt in prompts)
 
 
@@ -166,6 +175,7 @@ def check_lengths(edits: Sequence[Edit], forms: Forms, max_tokens: int) -> dict[
         asked += [(f"rephrases[{i}] and target", text, edit.target) for i, text in enumerate(edit.rephrases)]
         for name in ("locality", "near"):
             asked += [(f"{name}[{i}]", probe.prompt, probe.answer or "") for i, probe in enumerate(getattr(edit, name))]
+        asked += [(f"further[{i}]", one.prompt, max(one.answers, key=len)) for i, one in enumerate(edit.further)]
         for name, prompt, target in asked:
             try:
                 length = len(forms.encode(prompt, target).ids)
@@ -277,30 +287,31 @@ def _attempt(rows: list[Any], convert: Callable[[int, Any], Any]) -> tuple[list[
 
 def _irrelevant_prompt(_: int, row: Any) -> str:
     if not isinstance(row, Mapping):
-        raise FieldError(None, f"is {formats.kind_of(row)}, not an object", 'write {"question": "..."}')
+        raise FieldError(None, f"is {fields.kind_of(row)}, not an object", 'write {"question": "..."}')
     names = ("question", "locality_prompt", "loc", "prompt")
     name = next((name for name in names if row.get(name) is not None), "question")
     remedy = "give a prompt that no edit should touch, as 'question' or 'prompt'"
     messages = dialogue.given(row.get(name), name)
     if messages is not None:
-        return formats.as_text(dialogue.dump(messages), name)
-    prompt = formats.required_text(row, name, remedy)
+        return fields.as_text(dialogue.dump(messages), name)
+    prompt = fields.required_text(row, name, remedy)
     return prompt if name == "prompt" else prompt.strip()  # the other names are those of published sets
 
 
 def _check_rows(
     source: str, rows: list[Any], chosen: formats.Format
-) -> tuple[list[Edit], list[tuple[int, FieldError]]]:
-    """The good edits, also those that repeat an earlier one, id included; and the numbered errors."""
+) -> tuple[list[list[Edit]], list[tuple[int, FieldError]]]:
+    """The edits of each good record, also those that repeat an earlier one, id included; and the numbered errors."""
     guess = formats.guess_format(rows[0]) if isinstance(rows[0], Mapping) and chosen.fits(rows[0]) else None
     if guess and guess != chosen.name:
         logger.warning("%s: read as format '%s', though its fields look more like '%s'", source, chosen.name, guess)
     first_with_id: dict[str, tuple[int, Edit]] = {}
     latest_target: dict[str, str] = {}
+    left: Counter[str] = Counter()
 
-    def check(number: int, row: Any) -> Edit:
-        record = formats.convert(row, chosen.name)
-        edit = Edit.from_dict({**record, "id": record["id"] or f"{chosen.name}-{number}"})
+    def check(number: int, place: int, record: dict[str, Any]) -> Edit:
+        id = record["id"] or f"{chosen.name}-{number}"
+        edit = Edit.from_dict({**record, "id": f"{id}-{place}" if chosen.several else id})
         key = same_question_key(edit.prompt)
         first, known = first_with_id.setdefault(edit.id, (number, edit))
         if known is edit:
@@ -309,7 +320,14 @@ def _check_rows(
             raise FieldError("id", f"'{edit.id}' already belongs to record {first}", "give each record its own id")
         return edit
 
-    return _attempt(rows, check)
+    def check_all(number: int, row: Any) -> list[Edit]:
+        found = formats.convert(row, chosen.name, left)
+        return [check(number, place, record) for place, record in enumerate(found, start=1)]
+
+    checked = _attempt(rows, check_all)
+    if parts := [f"{what} ({number:,})" for what, number in (+left).most_common()]:
+        logger.info("%s: format '%s' does not read: %s", source, chosen.name, ", ".join(parts))
+    return checked
 
 
 def named(names: Sequence[str]) -> str:
@@ -318,7 +336,7 @@ def named(names: Sequence[str]) -> str:
     return ", ".join(names[:10]) + (f" and {more:,} more" if more > 0 else "")
 
 
-def _settle(edits: Sequence[Edit], bad: tuple[str, ...], max_edits: int | None) -> tuple[RecordSet, list[str]]:
+def _settle(edits: Sequence[Edit], max_edits: int | None) -> tuple[RecordSet, list[str]]:
     """Drops duplicates and lets later edits supersede earlier ones, over the first records that yield `max_edits`; also
     says which pairs ask the same question in prompts that differ."""
     asked: dict[str, list[int]] = {}
@@ -338,16 +356,49 @@ def _settle(edits: Sequence[Edit], bad: tuple[str, ...], max_edits: int | None) 
     older = sorted(i for i, last in newest.items() if i != last)
     kept = tuple(edits[i] for i in sorted(newest.keys() - older))
     superseded = {edits[i].id: edits[newest[i]].id for i in older}
-    return RecordSet(kept, bad, superseded, tuple(duplicates), tuple(edits[i] for i in older)), alike
+    return RecordSet(kept, (), superseded, tuple(duplicates), tuple(edits[i] for i in older)), alike
 
 
-def _draw(edits: Sequence[Edit], number: int, seed: int) -> list[Edit]:
-    """The records of `number` questions, drawn at random: those of one question stay together, and a larger draw holds
-    the smaller ones."""
-    questions = list(dict.fromkeys(same_question_key(edit.prompt) for edit in edits))
+def _with_what_follows(source: str, found: RecordSet, records: Sequence[Sequence[Edit]]) -> RecordSet:
+    """What follows from a duplicate is asked of the edit that stays. Multi-hop questions follow from all edits of their
+    record: where one of these is superseded or not taken, they are left out."""
+    keys = {edit.id: _said(edit) for record in records for edit in record}
+    stays: dict[tuple[str, str], list[Further]] = {keys[edit.id]: [] for edit in found.edits}
+    seen, broken = {*found.superseded, *(edit.id for edit in found.edits)}, []
+    for record in records:
+        whole = all(keys[edit.id] in stays for edit in record)
+        if not whole and any(edit.id in seen for edit in record):
+            broken += [f"'{edit.id}'" for edit in record if any(one.kind == "multi_hop" for one in edit.further)]
+        for edit in record:
+            if keys[edit.id] in stays:
+                stays[keys[edit.id]] += [one for one in edit.further if whole or one.kind != "multi_hop"]
+    if broken:
+        logger.warning(
+            "%s: the multi-hop questions of %s are left out, because an edit that they follow from is superseded or "
+            "not taken: %s",
+            *(source, counted(len(broken), "edit"), named(broken)),
+        )
+    edits = tuple(replace(edit, further=tuple(dict.fromkeys(stays[keys[edit.id]]))) for edit in found.edits)
+    return replace(found, edits=edits)
+
+
+def _said(edit: Edit) -> tuple[str, str]:
+    """What an edit says: edits that agree in it are one."""
+    return same_question_key(edit.prompt), edit.target
+
+
+def _draw(records: Sequence[Sequence[Edit]], number: int, seed: int) -> list[Edit]:
+    """The records of `number` questions, drawn at random: those of one question stay together, a question brings the
+    others of its first record, and a larger draw holds the smaller ones."""
+    beside: dict[str, list[str]] = {}
+    for record in records:
+        keys = [same_question_key(edit.prompt) for edit in record]
+        for key in keys:
+            beside.setdefault(key, keys)
+    questions = list(beside)
     random.Random(seed).shuffle(questions)
-    drawn = set(questions[:number])
-    return [edit for edit in edits if same_question_key(edit.prompt) in drawn]
+    drawn = set(list(dict.fromkeys(key for question in questions for key in [question, *beside[question]]))[:number])
+    return [edit for record in records for edit in record if same_question_key(edit.prompt) in drawn]
 
 
 def _log_summary(source: str, found: RecordSet, alike: Sequence[str]) -> None:
@@ -364,6 +415,15 @@ def _log_summary(source: str, found: RecordSet, alike: Sequence[str]) -> None:
             "%s: the subject does not stand in the prompt of %s: %s; such an edit is found by its whole prompt alone; "
             "write the subject as the prompt does, or leave it out",
             *(source, counted(len(absent), "edit"), named(absent)),
+        )
+    if pairs := [f"'{old}' by '{new}'" for old, new in found.superseded.items()]:
+        logger.warning(
+            "%s: %s by a later one with the same question and another target: %s",
+            *(source, f"{counted(len(pairs), 'edit')} superseded", named(pairs)),
+        )
+    if found.bad:
+        logger.warning(
+            "%s: %s skipped:\n%s", source, counted(len(found.bad), "bad record"), "\n".join(listed(found.bad))
         )
     parts = [counted(len(found.edits), "edit"), f"{counted(len(found.bad), 'bad record')} skipped"]
     parts += [f"{counted(len(found.duplicates), 'duplicate')} dropped", f"{len(found.superseded)} superseded"]

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import count
+from itertools import count, cycle
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
@@ -18,6 +18,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from repair_lightning.edits.clustering import form_batches
+from repair_lightning.edits.formats import AUTO
 from repair_lightning.edits.ledger import FINAL, EditStatus, Ledger, LedgerEntry
 from repair_lightning.edits.records import (
     RecordSet,
@@ -28,13 +29,18 @@ from repair_lightning.edits.records import (
     same_question_key,
 )
 from repair_lightning.errors import ConfigError, RepairError, counted
-from repair_lightning.types import Edit, EditBatch
+from repair_lightning.texts.dialogue import question_of
+from repair_lightning.texts.naming import named_in_each
+from repair_lightning.types import Edit, EditBatch, Probe
 from repair_lightning.world import WORLD, edits_path, irrelevant_path
 
 if TYPE_CHECKING:
     from repair_lightning.models.forms import Forms
 
 log = logging.getLogger(__name__)
+
+HELD_BACK = 5
+"""One irrelevant prompt of so many is kept for scoring, where records have no locality and all would be used."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class EditStream(pl.LightningDataModule):
 
     Args:
         path: a local file, a hub data set, or `world` for the embedded one.
-        format: of the records, see `repair_lightning.edits.formats`.
+        format: of the records, see `repair_lightning.edits.formats`; `auto` is the one that they look like.
         max_edits: take the first so many good records.
         on_bad_record: `stop` writes nothing when a record is bad, `skip` writes the good ones and lists the bad ones.
         window: edits that arrive and are handled together; 1 is the paper's strict stream.
@@ -74,6 +80,7 @@ class EditStream(pl.LightningDataModule):
             the file's order, and a larger draw holds every smaller one of its seed.
         singles: every edit by itself: a window holds one, and when all has been done for it and it is scored, the
             editor goes back to the model that it began with. Scores are then means over single edits (N = 1).
+        propose_subjects: an edit without a subject gets the name in its prompt that most other prompts do not share.
     """
 
     max_regroups = 2
@@ -82,7 +89,7 @@ class EditStream(pl.LightningDataModule):
     def __init__(
         self,
         path: str = WORLD,
-        format: str = "jsonl",
+        format: str = AUTO,
         max_edits: int | None = None,
         on_bad_record: Literal["stop", "skip"] = "stop",
         window: int = 128,
@@ -93,6 +100,7 @@ class EditStream(pl.LightningDataModule):
         max_irrelevant: int = 1000,
         sample_seed: int | None = None,
         singles: bool = False,
+        propose_subjects: bool = True,
     ) -> None:
         super().__init__()
         for name, value in (("window", window), ("batch_size", batch_size), ("max_irrelevant", max_irrelevant)):
@@ -103,7 +111,7 @@ class EditStream(pl.LightningDataModule):
         self.max_edits, self.sample_seed, self.on_bad_record = max_edits, sample_seed, on_bad_record
         self.irrelevant, self.irrelevant_prefix, self.max_irrelevant = irrelevant, irrelevant_prefix, max_irrelevant
         self.window, self.batch_size = 1 if singles else window, batch_size
-        self.singles, self.clustering = singles, clustering
+        self.singles, self.clustering, self.propose_subjects = singles, clustering, propose_subjects
         self.also_scored: tuple[str, ...] = ()
         """Further prompts that score the model: like the edits' own they may serve for nothing else."""
         self.ledger = Ledger()
@@ -121,7 +129,15 @@ class EditStream(pl.LightningDataModule):
         found = load_records(self.file, self.format, self.max_edits, self.on_bad_record, self.sample_seed)
         if not found.edits:
             raise ConfigError(f"'{self.file}' holds no edit that can be written; see the messages above")
-        return found
+        self.format = found.format
+        edits = with_subjects(found.edits) if self.propose_subjects else found.edits
+        return replace(found, edits=asked_for_loc(edits, self._irrelevant, self.max_irrelevant))
+
+    @cached_property
+    def _irrelevant(self) -> tuple[str, ...] | None:
+        """The irrelevant prompts that were given; None where the base writes its own."""
+        path = irrelevant_path() if self.irrelevant == WORLD else self.irrelevant
+        return None if path is None else load_irrelevant(path, self.irrelevant_prefix)
 
     def setup(self, stage: str = "fit") -> None:
         """Read the records."""
@@ -182,8 +198,8 @@ class EditStream(pl.LightningDataModule):
     def irrelevant_parts(self, editor: Any) -> tuple[list[str], list[str], list[str]]:
         """Irrelevant prompts in three parts, so that what guards can fail: half for losses and centring, a quarter for
         thresholds, and a quarter that the gate and the merge guard alone ask."""
-        path, number = irrelevant_path() if self.irrelevant == WORLD else self.irrelevant, self.max_irrelevant
-        found = editor.base_texts(number) if path is None else load_irrelevant(path, self.irrelevant_prefix)
+        number = self.max_irrelevant
+        found = self._irrelevant or editor.base_texts(number)
         texts = self.unrelated(found)
         if left := len(found) - len(texts):
             log.info("left out: %s that another repeats or scoring asks", counted(left, "irrelevant prompt"))
@@ -200,11 +216,7 @@ class EditStream(pl.LightningDataModule):
         if not self._open or any(self.ledger.entry(id) is not entry for id, entry in self._open_entries.items()):
             self._open = self.next_window()
             self._open_entries = {id: self.ledger[id] for batch in self._open for id in batch.ids}
-        batches, editor = self._open, self._editor
-        if editor.shares:  # the longest go round first
-            costs = [float(sum(len(editor.encode(edit).target) for edit in batch.edits)) for batch in batches]
-            mine = [batches[i] for i in editor.team.mine(len(batches), costs)]
-            batches = mine + [EditBatch(())] * (-(-len(batches) // editor.team.size) - len(mine))
+        batches = _dealt_out(self._open, self._editor) if self._editor.shares else self._open
         return DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch)  # type: ignore[arg-type]
 
     def verdict(self) -> list[Any]:
@@ -296,16 +308,65 @@ class EditStream(pl.LightningDataModule):
         if "counts" not in saved:
             self.ledger.load_state_dict(saved)
         elif saved["counts"] != self.ledger.counts():
-            raise RepairError(
-                f"the journal is damaged: it tells of edits {_told(self.ledger.counts())}, the checkpoint of "
-                f"{_told(saved['counts'])}; restore it from a copy, or --overwrite starts the run anew"
-            )
+            raise RepairError(_damaged(self.ledger.counts(), saved["counts"]))
         self.arrived, self.windows = state_dict["arrived"], state_dict["windows"]
         self._open, self._open_entries = [], {}
 
 
+def _dealt_out(batches: list[EditBatch], editor: Any) -> list[EditBatch]:
+    """A rank's own batches, and empty ones up to as many as the others have; the longest go round first."""
+    costs = [float(sum(len(editor.encode(edit).target) for edit in batch.edits)) for batch in batches]
+    mine = [batches[i] for i in editor.team.mine(len(batches), costs)]
+    return mine + [EditBatch(())] * (-(-len(batches) // editor.team.size) - len(mine))
+
+
+def _damaged(told: dict[str, int], saved: dict[str, int]) -> str:
+    both = f"it tells of edits {_told(told)}, the checkpoint of {_told(saved)}"
+    return f"the journal is damaged: {both}; restore it from a copy, or --overwrite starts the run anew"
+
+
 def _told(counts: dict[str, int]) -> str:
     return ", ".join(f"{n} {status}" for status, n in counts.items() if n) or "none"
+
+
+def with_subjects(edits: Sequence[Edit]) -> tuple[Edit, ...]:
+    """The edits; those without a subject get the name in their prompt that most others do not share, where it has one,
+    and the log shows the first."""
+    names = named_in_each([question_of(edit.prompt) for edit in edits])
+    proposed = {edit.id: name for edit, name in zip(edits, names, strict=True) if name and edit.subject is None}
+    if proposed:
+        some = named([f"'{name}' ({id})" for id, name in proposed.items()])
+        words = "(data.propose_subjects false leaves them out)"
+        log.info("%s without 'subject', taken from the prompt %s: %s", counted(len(proposed), "edit"), words, some)
+    return tuple(replace(edit, subject=proposed.get(edit.id, edit.subject)) for edit in edits)
+
+
+def asked_for_loc(edits: Sequence[Edit], given: Sequence[str] | None, used: int) -> tuple[Edit, ...]:
+    """The edits; those without locality prompts are scored on irrelevant ones that serve for nothing else.
+
+    These are the prompts beyond the first `used` of those that were `given`, or a part of them that is held back; where
+    none were given and the base writes its own, the embedded ones.
+    """
+    lacking = sum(not edit.locality for edit in edits)
+    if not lacking:
+        return tuple(edits)
+    asked = asked_of(edits)
+    free = [text for text in dict.fromkeys(given or load_irrelevant(irrelevant_path())) if folded(text) not in asked]
+    if given:
+        free = free[used:] or free[len(free) - len(free) // HELD_BACK :]
+    if not free:
+        words = "and data.irrelevant has no prompt to spare: Loc and OP lack them"
+        log.warning("%s without 'locality', %s", counted(lacking, "edit"), words)
+        return tuple(edits)
+    number = counted(min(lacking, len(free)), "prompt")
+    log.info("%s without 'locality': Loc asks %s that serve for nothing else", counted(lacking, "edit"), number)
+    return with_locality(edits, free)
+
+
+def with_locality(edits: Iterable[Edit], prompts: Sequence[str]) -> tuple[Edit, ...]:
+    """The edits; those without a locality prompt get one each, in turn."""
+    turn = cycle(prompts)
+    return tuple(edit if edit.locality else replace(edit, locality=(Probe(next(turn)),)) for edit in edits)
 
 
 def asked_of(edits: Iterable[Edit]) -> set[str]:
@@ -313,7 +374,8 @@ def asked_of(edits: Iterable[Edit]) -> set[str]:
     found: set[str] = set()
     for edit in edits:
         probes = (probe.prompt for probe in (*edit.locality, *edit.near))
-        found.update(map(folded, (edit.prompt, *edit.rephrases, *probes)))
+        further = (one.prompt for one in edit.further)
+        found.update(map(folded, (edit.prompt, *edit.rephrases, *probes, *further)))
     return found
 
 
@@ -366,10 +428,10 @@ def apply(found: RecordSet, joined: Joined) -> RecordSet:
     kept = tuple(replace(edit, id=name.get(edit.id, edit.id)) for edit in found.edits if edit.id not in joined.known)
     older = [edit for edit in found.superseded_edits if found.superseded[edit.id] not in joined.known]
     superseded = {joined.renamed.get(old, old): name.get(new, new) for old, new in found.superseded.items()}
-    return RecordSet(
-        kept,
-        found.bad,
-        superseded | dict(joined.replaced),
-        (*found.duplicates, *joined.known),
-        tuple(replace(edit, id=joined.renamed.get(edit.id, edit.id)) for edit in older),
+    return replace(
+        found,
+        edits=kept,
+        superseded=superseded | dict(joined.replaced),
+        duplicates=(*found.duplicates, *joined.known),
+        superseded_edits=tuple(replace(edit, id=joined.renamed.get(edit.id, edit.id)) for edit in older),
     )

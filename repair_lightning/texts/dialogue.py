@@ -5,6 +5,7 @@ Ledger, journal, records and reports need not know; only what turns a prompt int
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -30,12 +31,16 @@ def is_messages(value: Any) -> bool:
     )
 
 
-def as_list(text: str) -> list[Any] | None:
-    """The list whose JSON a text is, or None where it is none."""
-    try:
-        return json.loads(text) if text.lstrip().startswith("[") else None
-    except (ValueError, RecursionError):
-        return None
+def opened(value: Any) -> Any:
+    """The list or object that a text is, in JSON or as Python prints it (as tables hold one); else the value itself."""
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")) and value.rstrip().endswith(("]", "}")):
+        for read in (json.loads, ast.literal_eval):
+            try:
+                found = read(value.strip())
+            except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+                continue
+            return found if isinstance(found, list | dict) else value
+    return value
 
 
 def given(value: Any, field: str) -> Messages | None:
@@ -44,8 +49,9 @@ def given(value: Any, field: str) -> Messages | None:
     FieldError where it is one and empty, a turn is no message, or the last is not the user's or asks nothing.
     """
     if isinstance(value, str):
-        value = as_list(value)
-        if not value or not all(isinstance(item, Mapping) and "role" in item for item in value):
+        value = opened(value)
+        turns = value if isinstance(value, list) else []
+        if not turns or not all(isinstance(item, Mapping) and "role" in item for item in turns):
             return None
     if not isinstance(value, list):
         return None
@@ -90,7 +96,10 @@ def dump(messages: Sequence[Mapping[str, str]]) -> str:
 
 def parse(prompt: str) -> Messages | None:
     """The messages of a prompt, or None where it is a plain text."""
-    found = as_list(prompt) if prompt.startswith("[") else None
+    try:
+        found = json.loads(prompt) if prompt.startswith("[") else None
+    except (ValueError, RecursionError):
+        return None
     return found if is_messages(found) else None
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 from repair_lightning.texts import asking
 
@@ -15,8 +16,20 @@ _IN_BRACKETS = re.compile(r"\s*\([^()]{1,40}\)")
 
 def named_in(text: str) -> str:
     """What stands in quotes, else the run of words with capitals that has most words; empty where there is none."""
-    quoted = _QUOTED.search(text)
-    return quoted.group(1).strip() if quoted is not None else max(_names(text), key=_weight, default="")
+    return named_in_each([text])[0]
+
+
+def named_in_each(texts: Sequence[str]) -> list[str]:
+    """Likewise of texts that stand together; a name that most of them share is only taken where there is no other.
+
+    `Who leads Sales at Acme Corporation?` is about Sales among other questions about that company. Most are more than
+    half, and at least three.
+    """
+    spans = [[quoted.group(1).strip()] if (quoted := _QUOTED.search(text)) else list(_names(text)) for text in texts]
+    counts = Counter(name for names in spans for name in {name.casefold() for name in names})
+    most = max(2, len(texts) / 2)
+    apart = [[name for name in names if counts[name.casefold()] <= most] for names in spans]
+    return [max(own or names, key=_weight, default="") for own, names in zip(apart, spans, strict=True)]
 
 
 def _names(text: str) -> Iterator[str]:

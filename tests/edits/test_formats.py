@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from typing import Any
 
 import pytest
 
 from repair_lightning.edits.formats import FORMATS, convert, guess_format
 from repair_lightning.errors import FieldError
 from repair_lightning.texts import dialogue
+from repair_lightning.types import Edit, Further, Probe
+
+
+def one(record: Any, name: str) -> dict[str, Any]:
+    """The only edit of a record."""
+    (found,) = convert(record, name)
+    return found
+
 
 SOURCES = {
     "jsonl": {
@@ -19,7 +29,10 @@ SOURCES = {
         "rephrases": ["Rome is in"],
         "locality": [{"prompt": "Who wrote Faust?", "answer": "Goethe"}],
         "near": ["Where is Oslo?"],
-        "note": "extra fields are ignored",
+        "aliases": "Italia",
+        "old_answer": "France",
+        "further": [{"kind": "multi_hop", "prompt": "Who governs Rome's country?", "answers": ["Rossi", "M. Rossi"]}],
+        "note": "extra fields are listed",
     },
     "zsre": {
         "subject": "Rome",
@@ -30,6 +43,12 @@ SOURCES = {
         "answers": ["Latium"],
         "loc": "nq question: who wrote faust",
         "loc_ans": "Goethe",
+        "cond": "France >> Italy || Where is Rome?",
+        "portability": {
+            "Recalled Relation": "(Italy, currency, euro)",
+            "New Question": "What is paid with in Rome?",
+            "New Answer": "The euro",
+        },
     },
     "counterfact": {
         "case_id": 0,
@@ -68,6 +87,111 @@ SOURCES = {
         "locality_prompt": "Description",
         "locality_ground_truth": "Map",
     },
+    "knowedit": {
+        "subject": "Leo Arons",
+        "prompt": "The place of death of Leo Arons is",
+        "target_new": "Berlin",
+        "portability": {
+            "Logical_Generalization": [{"prompt": "Is Leo Arons still alive?", "ground_truth": [["no"], ["is dead"]]}],
+            "Reasoning": [
+                {"prompt": "The continent of the place of death is", "ground_truth": [["Europe", "Old Continent"]]},
+                {"prompt": "Nobody says", "ground_truth": []},
+            ],
+            "Subject_Aliasing": [],
+        },
+        "locality": {
+            "Relation_Specificity": [
+                {"prompt": "The name of the father of Leo Arons is", "ground_truth": [["Albert Arons"]]},
+                {"prompt": "The field of work of Leo Arons is", "ground_truth": [["physics"]]},
+            ],
+        },
+    },
+    "mquake": {
+        "case_id": 2500,
+        "requested_rewrite": [
+            {
+                "prompt": "{} is a citizen of",
+                "relation_id": "P27",
+                "target_new": {"str": "Libya", "id": "Q1016"},
+                "target_true": {"str": "United States of America", "id": "Q30"},
+                "subject": "Vince McMahon",
+                "question": "What is the country of citizenship of Vince McMahon?",
+            },
+            {
+                "prompt": "The capital of {} is",
+                "relation_id": "P36",
+                "target_new": {"str": "Franklin", "id": "Q1778943"},
+                "target_true": {"str": "Tripoli", "id": "Q3579"},
+                "subject": "Libya",
+                "question": "What is the capital of Libya?",
+            },
+        ],
+        "questions": ["The capital of the country of Triple H's CEO?", "Triple H's CEO: capital?", "Which capital?"],
+        "answer": "Washington, D.C.",
+        "answer_alias": ["Washington"],
+        "new_answer": "Franklin",
+        "new_answer_alias": ["Franklin, Kentucky"],
+        "single_hops": [],
+        "new_single_hops": [
+            {
+                "question": "What is the country of citizenship of Vince McMahon?",
+                "cloze": "Vince McMahon is a citizen of",
+                "answer": "Libya",
+                "answer_alias": ["State of Libya"],
+            },
+        ],
+        "orig": {"triples": [["Q44567", "P108", "Q35339"]]},
+    },
+    "qaedit": {
+        "id": 2903,
+        "source": "SQA",
+        "prompt": "Which asteroid did Joseph Laurent discover?",
+        "target": "51 Nemausa",
+        "subject": "Joseph Laurent",
+        "rephrase": "What is the asteroid discovered by Joseph Laurent?",
+        "locality": [
+            {"loc": "where is the cornea", "loc_ans": "eye"},
+            {"loc": "who is the godfather", "loc_ans": "Vito"},
+        ],
+    },
+    "ultraedit": {
+        "case_id": 3,
+        "prompt": "Where is Rome?",
+        "ans": "Italy",
+        "subject": "Rome",
+        "rephrase_prompt": "Rome is where?",
+        "loc": "Where is Oslo?",
+        "loc_ans": "Norway",
+    },
+}
+KNOWEDIT_CF = {
+    "subject": "Frederic Piesch",
+    "prompt": "The name of the position held by Frederic Piesch is",
+    "target_new": "Archbishop of León, Mexico",
+    "ground_truth": "mayor of Vienna",
+    "portability": {
+        "Subject_Aliasing": [{"prompt": "Frederic of Pieschen is", "ground_truth": "Archbishop of León, Mexico"}]
+    },
+    "locality": {
+        "Relation_Specificity": [{"prompt": "The gender of Frederic Piesch is", "ground_truth": "male"}],
+        "Forgetfulness": [{"prompt": "His position, which is not Archbishop, is", "ground_truth": "mayor of Vienna"}],
+    },
+}
+KNOWEDIT_ZSRE = {
+    "subject": "Epaspidoceras",
+    "target_new": "Noctuidae",
+    "prompt": "Which family does Epaspidoceras belong to?",
+    "ground_truth": ["Aspidoceratidae"],
+    "rephrase_prompt": "What family are Epaspidoceras?",
+    "cond": "Geometridae >> Noctuidae || Which family does Epaspidoceras belong to?",
+    "locality": {"Relation_Specificity": [{"prompt": ["Epaspidoceras taxon rank"], "ground_truth": ["genus"]}]},
+    "portability": {"Reasoning": [{"prompt": "Common name of the family?", "ground_truth": "Owlet moths"}]},
+}
+WIKIBIO = {
+    "text": "This is a Wikipedia passage about john russell reynolds.",
+    "labels": "He was educated at University College, London.",
+    "concept": "john russell reynolds",
+    "locality": {"Relation_Specificity": [{"prompt": "reynolds field of work", "ground_truth": ["medicine"]}]},
 }
 
 ROME = {
@@ -82,6 +206,7 @@ ROME = {
     "paraphrase_prompts": ["A. Danielle, a native", "B. She speaks"],
     "neighborhood_prompts": ["Michel Rocard is a native speaker of", "Montesquieu spoke"],
     "generation_prompts": ["Danielle was born in"],
+    "attribute_prompts": ["J. R. R. Tolkien is a native speaker of"],
 }
 
 
@@ -95,7 +220,7 @@ TALK = [{"role": "system", "content": ""}, {"role": "assistant", "content": "Hi,
 
 
 def own(**fields):
-    return convert({**SUBJECTLESS, **fields}, "jsonl")
+    return one({**SUBJECTLESS, **fields}, "jsonl")
 
 
 def test_the_ends_of_every_text_of_ours_are_kept():
@@ -116,7 +241,14 @@ def test_the_ends_of_every_text_of_ours_are_kept():
         "rephrases": [" e ", "f\r\n"],
         "near": [probe("g\n", " h"), probe(" i ", None)],
         "locality": [probe(" j", None)],
+        "aliases": [],
+        "old_answer": None,
+        "further": [],
     }
+
+
+def follows(kind: str, prompt: str, *answers: str) -> dict:
+    return {"kind": kind, "prompt": prompt, "answers": list(answers)}
 
 
 MILAN = [probe("Milan is in", "Italy")]
@@ -126,7 +258,66 @@ READ: list[tuple[str, dict, dict]] = [
     ("counterfact", SOURCES["counterfact"], {"id": "0", "target": "Spain", "locality": MILAN, "near": MILAN}),
     ("counterfact", ROME, {"id": "7", "target": "English", "locality": ROCARD, "near": ROCARD}),
     ("counterfact", ROME, {"prompt": "In {x} the mother tongue of Danielle {Darrieux} is"}),
-    ("wikibigedit", SOURCES["wikibigedit"], {"rephrases": ["Rome is where?", "Ahoy, where be Rome?"], "near": []}),
+    ("zsre", SOURCES["zsre"], {"old_answer": "Latium"}),
+    (
+        "zsre",
+        SOURCES["zsre"],
+        {"further": [follows("portability/Reasoning", "What is paid with in Rome?", "The euro")]},
+    ),
+    ("counterfact", ROME, {"old_answer": "French", "rephrases": ["A. Danielle, a native", "B. She speaks"]}),
+    ("counterfact", ROME, {"further": [follows("generation", "Danielle was born in", "English")]}),
+    ("counterfact", SOURCES["counterfact"], {"old_answer": "Italy", "further": []}),
+    ("wikibigedit", SOURCES["wikibigedit"], {"rephrases": ["Rome is where?"], "near": []}),
+    (
+        "wikibigedit",
+        SOURCES["wikibigedit"],
+        {
+            "further": [
+                follows("persona", "Ahoy, where be Rome?", "Italy"),
+                follows("multi_hop", "Where is the city of the Colosseum?", "Italy"),
+            ]
+        },
+    ),
+    (
+        "knowedit",
+        SOURCES["knowedit"],
+        {
+            "target": "Berlin",
+            "locality": [
+                probe("The name of the father of Leo Arons is", "Albert Arons"),
+                probe("The field of work of Leo Arons is", "physics"),
+            ],
+            "further": [
+                follows("portability/Logical_Generalization", "Is Leo Arons still alive?", "no", "is dead"),
+                follows("portability/Reasoning", "The continent of the place of death is", "Europe", "Old Continent"),
+            ],
+        },
+    ),
+    (
+        "knowedit",
+        KNOWEDIT_CF,
+        {
+            "old_answer": "mayor of Vienna",
+            "locality": [
+                probe("The gender of Frederic Piesch is", "male"),
+                probe("His position, which is not Archbishop, is", "mayor of Vienna"),
+            ],
+            "further": [
+                follows("portability/Subject_Aliasing", "Frederic of Pieschen is", "Archbishop of León, Mexico")
+            ],
+        },
+    ),
+    ("knowedit", KNOWEDIT_ZSRE, {"old_answer": "Aspidoceratidae", "rephrases": ["What family are Epaspidoceras?"]}),
+    ("knowedit", KNOWEDIT_ZSRE, {"locality": [probe("Epaspidoceras taxon rank", "genus")]}),
+    ("knowedit", WIKIBIO, {"subject": "john russell reynolds", "target": WIKIBIO["labels"]}),
+    (
+        "qaedit",
+        SOURCES["qaedit"],
+        {"locality": [probe("where is the cornea", "eye"), probe("who is the godfather", "Vito")]},
+    ),
+    ("qaedit", SOURCES["qaedit"], {"rephrases": [SOURCES["qaedit"]["rephrase"]], "id": "SQA-2903"}),
+    ("ultraedit", SOURCES["ultraedit"], {"target": "Italy", "rephrases": ["Rome is where?"]}),
+    ("ultraedit", SOURCES["ultraedit"], {"locality": [probe("Where is Oslo?", "Norway")]}),
     ("wikibigedit", {"update": "a", "ans": "b", "loc": None}, {"rephrases": [], "locality": [], "subject": None}),
     ("hallucination", SOURCES["hallucination"], {"locality": [probe("Description Map of South Ameri", "ca.")]}),
     ("temporal", SOURCES["temporal"], {"rephrases": ["Rome, which lies on the Tiber,"]}),
@@ -136,9 +327,96 @@ READ: list[tuple[str, dict, dict]] = [
 @pytest.mark.parametrize(("name", "record", "expected"), READ)
 def test_what_each_published_set_says(name, record, expected):
     """By hand; some of their targets begin with a space, which means nothing."""
-    assert expected.items() <= convert(record, name).items()
+    assert expected.items() <= one(record, name).items()
     padded = {key: f" {value}\n" if isinstance(value, str) else value for key, value in record.items()}
-    assert convert(padded, name) == convert(record, name)
+    assert one(padded, name) == one(record, name)
+
+
+def test_a_case_of_mquake_is_several_edits():
+    """The first has what follows from all of them; another spelling of a target comes from the hop that says it."""
+    first, second = convert(SOURCES["mquake"], "mquake")
+    assert (first["prompt"], first["target"]) == ("Vince McMahon is a citizen of", "Libya")
+    assert (first["aliases"], first["old_answer"]) == (["State of Libya"], "United States of America")
+    assert first["rephrases"] == ["What is the country of citizenship of Vince McMahon?"]
+    asked = SOURCES["mquake"]["questions"]
+    assert first["further"] == [follows("multi_hop", text, "Franklin", "Franklin, Kentucky") for text in asked]
+    assert (second["prompt"], second["target"], second["further"]) == ("The capital of Libya is", "Franklin", [])
+    assert second["subject"] == "Libya"
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "jsonl"])
+@pytest.mark.parametrize("written", [json.dumps, repr])
+def test_lists_and_objects_in_the_cells_of_a_table_are_read_as_such(name, written):
+    """JSON, or what Python prints."""
+    cells = {key: written(value) if isinstance(value, list | dict) else value for key, value in SOURCES[name].items()}
+    assert guess_format(cells) == name
+    assert convert(cells, name) == convert(SOURCES[name], name)
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [
+        ("jsonl", {"'note'": 1}),
+        ("zsre", {"'pred'": 1, "'cond'": 1, "'portability.Recalled Relation'": 1}),
+        ("counterfact", {}),
+        ("wikibigedit", {"'tag'": 1}),
+        ("mquake", {f"'{name}'": 1 for name in ("answer", "answer_alias", "single_hops", "orig")}),
+        ("qaedit", {}),
+        ("knowedit", {"an empty 'portability.Subject_Aliasing'": 1, "'portability.Reasoning' without an answer": 1}),
+    ],
+)
+def test_what_is_not_read_is_counted(name, left):
+    found: Counter[str] = Counter()
+    convert(SOURCES[name], name, found)
+    assert +found == left
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), ""])
+def test_what_a_table_lacks_is_missing(missing):
+    found = one({**SOURCES["wikibigedit"], "mhop": missing, "mhop_ans": missing, "loc": missing}, "wikibigedit")
+    assert ([item["kind"] for item in found["further"]], found["locality"]) == (["persona"], [])
+
+
+@pytest.mark.parametrize(
+    ("record", "target", "aliases"),
+    [
+        ({"prompt": "a", "target_new": " b"}, " b", []),
+        ({"question": "a", "answer": "b"}, "b", []),
+        ({"question": "a", "answer": ["b", "c"]}, "b", ["c"]),
+        ({"prompt": "a", "completion": " [1, 2]"}, " [1, 2]", []),
+        ({"prompt": ASK, "completion": [{"role": "assistant", "content": "b"}]}, "b", []),
+        ({"messages": ASK, "completion": "b"}, "b", []),
+        ({"messages": [*ASK, {"role": "assistant", "content": "b"}]}, "b", []),
+    ],
+)
+def test_prompt_and_target_under_the_names_of_others(record, target, aliases):
+    assert guess_format(record) == "jsonl"
+    found = one(record, "jsonl")
+    assert found["prompt"] == (
+        dialogue.dump(ASK) if ASK in (record.get("prompt"), record.get("messages")) else found["prompt"]
+    )
+    assert (found["target"], found["aliases"]) == (target, aliases)
+
+
+EDIT = Edit(
+    "a",
+    "Where is Rome?",
+    "Italy",
+    "Rome",
+    ("Rome is in",),
+    (Probe("Who wrote Faust?", "Goethe"),),
+    (Probe("Where is Oslo?"),),
+    ("Italia", "IT"),
+    "France",
+    (Further("multi_hop", "Which sea?", ("Mediterranean",)), Further("portability/Reasoning", "Euro?", ("yes", "so"))),
+)
+
+
+def test_our_own_format_holds_all_of_an_edit():
+    assert Edit.from_dict(one(EDIT.as_dict(), "jsonl")) == EDIT
+    assert Edit.from_dict(one(json.loads(json.dumps(EDIT.as_dict())), "jsonl")) == EDIT
+    assert own(aliases="x")["aliases"] == ["x"]
+    assert own(further=[{"kind": "persona", "prompt": "a", "answers": "b"}])["further"][0]["answers"] == ["b"]
 
 
 @pytest.mark.parametrize(
@@ -236,6 +514,15 @@ def test_a_record_is_recognised_and_every_other_format_names_it(name):
             convert(SOURCES[name], other.name)
 
 
+@pytest.mark.parametrize("record", [SOURCES["knowedit"], KNOWEDIT_CF, KNOWEDIT_ZSRE, WIKIBIO])
+def test_no_other_format_takes_records_of_knowedit(record):
+    assert guess_format(record) == "knowedit"
+    for other in FORMATS:
+        if other != "knowedit":
+            with pytest.raises(FieldError, match="look like format 'knowedit': choose that"):
+                convert(record, other)
+
+
 @pytest.mark.parametrize(
     ("name", "change", "field", "problem"),
     [
@@ -246,6 +533,21 @@ def test_a_record_is_recognised_and_every_other_format_names_it(name):
         ("jsonl", {"rephrases": ["a", ""]}, "rephrases[1]", "is empty"),
         ("jsonl", {"near": [{"prompt": "a"}, {"answer": "b"}]}, "near[1].prompt", "is missing"),
         ("counterfact", {"rephrase_prompt": [1]}, "rephrase_prompt[0]", "is a number, not a text"),
+        ("jsonl", {"aliases": [1]}, "aliases[0]", "is a number, not a text"),
+        ("jsonl", {"old_answer": ["a"]}, "old_answer", "is a list, not a text"),
+        ("jsonl", {"further": "a"}, "further", "is a text, not a list"),
+        ("jsonl", {"further": ["a"]}, "further[0]", "is a text, not an object"),
+        ("jsonl", {"further": [{"kind": "x", "prompt": "a", "answers": "b"}]}, "further[0].kind", "is 'x'"),
+        ("jsonl", {"further": [{"kind": "portability/", "prompt": "a"}]}, "further[0].kind", "is 'portability/'"),
+        ("jsonl", {"further": [{"kind": "persona", "prompt": "a"}]}, "further[0].answers", "is missing"),
+        ("jsonl", {"further": [{"kind": "persona", "answers": "b"}]}, "further[0].prompt", "is missing"),
+        ("zsre", {"portability": 3}, "portability", "is a number, not an object"),
+        ("knowedit", {"locality": {"A": [3]}}, "locality.A[0]", "is a number, not an object"),
+        ("knowedit", {"locality": {"A": 3}}, "locality.A", "is a number, not a list"),
+        ("knowedit", {"portability": {"A": [{"prompt": {}}]}}, "portability.A[0].prompt", "is an object, not a text"),
+        ("mquake", {"requested_rewrite": []}, "requested_rewrite", "is empty"),
+        ("mquake", {"requested_rewrite": [{}]}, "requested_rewrite[0].subject", "is missing"),
+        ("qaedit", {"locality": [{"loc": "a"}, {"loc_ans": "b"}]}, "locality[1].loc", "is missing"),
     ],
 )
 def test_a_bad_field_is_named_as_the_source_names_it(name, change, field, problem):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,7 +12,7 @@ import pytest
 from repair_lightning.edits.ledger import EditStatus, Ledger
 from repair_lightning.errors import LedgerError, RepairError, UnknownEditError
 from repair_lightning.storage import files
-from repair_lightning.types import Edit, EditReport, Probe
+from repair_lightning.types import Edit, EditReport, Further, Probe
 
 
 def edit(id: str, **more) -> Edit:
@@ -26,6 +27,7 @@ def report(id: str, shard: int = 0, **more) -> EditReport:
 def ledger():
     """a..f: a, b written in shard 0, c in shard 1, d residual, e rolled back, f pending."""
     full = edit("a", subject="s", rephrases=("r",), locality=(Probe("p", "q"), Probe("p2")), near=(Probe("n", None),))
+    full = replace(full, aliases=("A",), old_answer="o", further=(Further("persona", "f", ("g", "h")),))
     found = Ledger()
     found.arrive([full, *map(edit, "bcde")], window=0)
     found.arrive([edit("f")], window=1)

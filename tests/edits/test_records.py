@@ -13,15 +13,17 @@ import pytest
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from test_formats import SOURCES
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from repair_lightning.edits import records
+from repair_lightning.edits.formats import FORMATS
 from repair_lightning.edits.records import check_lengths, load_irrelevant, load_records, same_question_key
 from repair_lightning.errors import ConfigError, RecordError, RepairError
 from repair_lightning.models.forms import Forms
 from repair_lightning.texts import dialogue
-from repair_lightning.types import Edit, Probe
+from repair_lightning.types import Edit, Further, Probe
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -216,6 +218,64 @@ def test_a_drawn_edit_brings_what_it_superseded_and_what_repeats_it(jsonl):
     assert len(seen) == 3
 
 
+def case(id, *facts, questions=("Which?",)):
+    """A case of MQuAKE; a fact is a subject with its new country."""
+    rewrites = [
+        {"prompt": "{} is in", "subject": s, "target_new": {"str": t}, "target_true": {"str": "X"}} for s, t in facts
+    ]
+    answer = {"new_answer": facts[-1][1], "new_answer_alias": []}
+    return {"case_id": id, "requested_rewrite": rewrites, "questions": [f"{q} {id}" for q in questions], **answer}
+
+
+def test_cases_share_edits_and_contradict_each_other(jsonl, caplog):
+    """Case 2 says what case 1 says, so its questions join it there; case 4 contradicts case 3, whose questions end."""
+    rows = [
+        case(1, ("Orsk", "Peru"), questions=("A?", "B?")),
+        case(2, ("Orsk", "Peru"), ("Lund", "Mali")),
+        case(3, ("Bern", "Iran"), ("Kyiv", "Laos")),
+        case(4, ("Kyiv", "Chad")),
+    ]
+    found = load_records(path := jsonl(*rows), "mquake")
+    asked = {edit.id: [(one.prompt, one.answers) for one in edit.further] for edit in found.edits}
+    assert asked == {
+        "1-1": [("A? 1", ("Peru",)), ("B? 1", ("Peru",)), ("Which? 2", ("Mali",))],
+        "2-2": [],
+        "3-1": [],
+        "4-1": [("Which? 4", ("Chad",))],
+    }
+    assert (found.duplicates, found.superseded) == (("2-1",), {"3-2": "4-1"})
+    lost, contradicted = [record.getMessage() for record in caplog.records]
+    assert "the multi-hop questions of 1 edit are left out" in lost
+    assert lost.endswith(": '3-1'")
+    same = "1 edit superseded by a later one with the same question and another target"
+    assert contradicted == f"{path}: {same}: '3-2' by '4-1'"
+
+
+def test_a_case_is_drawn_whole(jsonl):
+    """A question brings the others of its case, and a larger draw holds the smaller one."""
+    path = jsonl(*[case(i, (f"A{i}", "Peru"), (f"B{i}", "Mali")) for i in range(8)])
+    smaller, larger = (load_records(path, "mquake", number, sample_seed=0).edits for number in (4, 6))
+    assert len({edit.id.split("-")[0] for edit in smaller}) == 2
+    assert sum(len(edit.further) for edit in smaller) == 2
+    assert {edit.id for edit in smaller} < {edit.id for edit in larger}
+    cut = load_records(path, "mquake", 3).edits
+    assert [(edit.id, len(edit.further)) for edit in cut] == [("0-1", 1), ("0-2", 0), ("1-1", 0)]
+
+
+def test_what_follows_from_a_duplicate_is_asked_of_the_edit_that_stays(jsonl):
+    more = [{"kind": "persona", "prompt": text, "answers": "Italy"} for text in ("Ahoy?", "Prithee?")]
+    found = load_records(jsonl({**ROME, "further": more[:1]}, {**ROME, "further": more}))
+    (edit,) = found.edits
+    assert edit.further == (Further("persona", "Ahoy?", ("Italy",)), Further("persona", "Prithee?", ("Italy",)))
+
+
+def test_fields_that_are_not_read_are_listed_once(jsonl, caplog):
+    with caplog.at_level(logging.INFO):
+        load_records(path := jsonl({**ROME, "note": "x", "rating": 3}, {**OSLO, "note": "y"}))
+    assert caplog.messages[0] == f"{path}: format 'jsonl' does not read: 'note' (2), 'rating' (1)"
+    assert "does not read" not in "".join(caplog.messages[1:])
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -238,12 +298,24 @@ def test_a_bad_record_is_named_and_can_be_skipped(jsonl, row, message):
     assert skipped.bad == (str(caught.value),)
 
 
-def test_the_one_error_says_how_many_more_there_are(jsonl):
-    path = jsonl(ROME, {"prompt": "x"}, "{", 7)
-    with pytest.raises(RecordError, match=r"record 2, .*\(and 2 more bad records in this file\)$"):
+@pytest.mark.parametrize("number", [3, 20, 25])
+def test_bad_records_are_listed_in_both_modes(jsonl, caplog, number):
+    """Twenty of them, then how many more there are."""
+    path = jsonl(ROME, {"prompt": "x"}, "{", *[7] * (number - 2))
+    starts = [f"record {2 + i}" for i in range(min(number, 20))]
+    more = ["(and 5 more bad records in this file)"] if number == 25 else []
+    with pytest.raises(RecordError) as caught:
         load_records(path)
+    first, *others = str(caught.value).splitlines()
+    assert first == f"{path}, record 2, field 'target': is missing; give the text the model should answer"
+    assert [line.split(": ")[0] for line in others] == starts[1:] + more
+    assert caught.value.more == number - 1
     found = load_records(path, on_bad_record="skip")
-    assert [message.split(": ")[0].split(", ")[1] for message in found.bad] == ["record 2", "record 3", "record 4"]
+    assert len(found.bad) == number
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert warning.splitlines() == [f"{path}: {number} bad records skipped:", *found.bad[:20], *more]
+    with pytest.raises(RecordError, match="skipping bad records leaves none; mend at least one\nrecord 1, field"):
+        load_records(jsonl({"prompt": "x"}), on_bad_record="skip")
 
 
 def test_a_file_read_under_a_format_that_only_half_fits_is_warned_about(tmp_path, caplog):
@@ -254,6 +326,49 @@ def test_a_file_read_under_a_format_that_only_half_fits_is_warned_about(tmp_path
         assert not caplog.records
         load_records(path, "hallucination")
     assert "fields look more like 'counterfact'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("e.jsonl", write_jsonl),
+        ("e.json", write_json),
+        ("e.csv", write_csv),
+        ("e.parquet", lambda path, rows: pq.write_table(pa.Table.from_pylist(rows), path)),
+    ],
+)
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_format_is_recognised_in_every_kind_of_file(tmp_path, caplog, name, write, format):
+    write(tmp_path / name, [SOURCES[format]] * 2)
+    with caplog.at_level(logging.INFO):
+        found = load_records(tmp_path / name, "auto")
+    assert found.format == format
+    assert f"{name}: read as format '{format}'" in caplog.text
+    assert found == load_records(tmp_path / name, format)
+
+
+def test_bad_records_do_not_hide_the_format(jsonl):
+    zsre = {"src": "Where is Lima?", "alt": "Peru"}
+    found = load_records(jsonl("{", zsre, {**zsre, "src": "Where is Oslo?"}, ROME, 3), "auto", on_bad_record="skip")
+    assert (found.format, len(found.edits), len(found.bad)) == ("zsre", 2, 3)
+    with pytest.raises(RecordError, match="record 1: is a number, not an object"):
+        load_records(jsonl(1, 2), "auto")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"a": 1}, {"a": 2, "b": 3}], "its records have the fields a, b, which fit no format; rename them. Formats"),
+        ([{"prompt": "x"}], "the fields prompt, which fit no format.*: jsonl .prompt, target or prompt, target_new or"),
+        (
+            [ROME, {"src": "a", "alt": "b"}],
+            r"look like 'jsonl' .1. or 'zsre' .1.; give one format.*; ultraedit .prompt",
+        ),
+    ],
+)
+def test_a_file_of_no_single_format_is_refused_with_all_formats(jsonl, rows, message):
+    with pytest.raises(ConfigError, match=f"data.format auto: '.*edits.jsonl' is not recognised: .*{message}"):
+        load_records(jsonl(*rows), "auto")
 
 
 @pytest.mark.parametrize("read", [load_records, load_irrelevant])
@@ -337,7 +452,7 @@ def test_irrelevant_prompts_get_their_prefix(jsonl):
     ],
 )
 def test_bad_irrelevant_records(jsonl, row, message):
-    with pytest.raises(RecordError, match=message + r".*\(and 1 more bad record in this file\)"):
+    with pytest.raises(RecordError, match=message + r".*\nrecord 3: is null, not an object"):
         load_irrelevant(jsonl({"question": "a"}, row, "null"))
 
 
@@ -371,6 +486,7 @@ def test_messages_for_a_base_without_a_template_are_named(forms):
         (Edit("a", "x", "y", rephrases=("1 2", "1 2 3 4")), "rephrases[1] and target"),
         (Edit("a", "x", "y", locality=(Probe("1 2 3", "4 5"),)), "locality[0]"),
         (Edit("a", "x", "y", near=(Probe("1 2 3 4 5"),)), "near[0]"),
+        (Edit("a", "x", "y", further=(Further("persona", "1 2", ("3", "4 5 6")),)), "further[0]"),
     ],
 )
 def test_lengths_cover_every_text_the_model_reads(forms, edit, field):
@@ -385,9 +501,12 @@ def test_lengths_cover_every_text_the_model_reads(forms, edit, field):
         ("counterfact/counterfact_edit_3k.json", "counterfact", 2992, 8, 1),
         ("hallucination/hallucination-edit.json", "hallucination", 600, 0, 0),
         ("temporal/temporal-edit.json", "temporal", 75, 0, 0),
+        ("qaedit/qaedit_500.json", "qaedit", 500, 0, 0),
     ],
 )
 def test_real_sets(path, name, edits, superseded, near):
-    found = load_records(real(path), name)
+    found = load_records(real(path), "auto")
+    assert found.format == name
     assert (len(found.edits), len(found.superseded), found.bad, found.duplicates) == (edits, superseded, (), ())
-    assert all(len(edit.locality) == 1 and len(edit.near) == near for edit in found.edits)
+    assert all(len(edit.locality) == (5 if name == "qaedit" else 1) for edit in found.edits)
+    assert all(len(edit.near) == near for edit in found.edits)

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from helpers_runs import attach, irrelevant_texts, world_editor, world_edits, world_stream, write_edits
 
+from repair_lightning.commands.evaluate import as_in_training
 from repair_lightning.editors import Repair
-from repair_lightning.edits.ledger import EditStatus
+from repair_lightning.edits.ledger import EditStatus, Ledger
 from repair_lightning.edits.stream import EditStream
 from repair_lightning.errors import ConfigError, RepairError
-from repair_lightning.types import EditBatch, EditReport
+from repair_lightning.types import Edit, EditBatch, EditReport, Probe
 
 
 class Watcher:
@@ -236,3 +237,60 @@ def test_without_irrelevant_prompts_the_base_writes_its_own(tmp_path, watcher, e
     stream = stream_of(tmp_path, watcher, irrelevant=None, max_irrelevant=8)
     background, held_out, guard = stream.irrelevant_parts(editor)
     assert 4 <= len({*background, *held_out, *guard}) == len(background + held_out + guard) <= 8
+
+
+def bare(tmp_path, number: int = 3) -> str:
+    """World edits of which the first alone has locality prompts."""
+    first, *others = world_edits(number)
+    return write_edits(tmp_path / "edits.jsonl", [first, *(replace(edit, locality=(), near=()) for edit in others)])
+
+
+def test_records_without_locality_are_asked_irrelevant_prompts_in_turn(tmp_path, caplog):
+    """Those of a record stay; where nobody gives irrelevant prompts, the embedded ones are free."""
+    own = world_edits(1)[0].locality
+    for given in ("world", None):
+        with caplog.at_level("INFO"):
+            stream = world_stream(bare(tmp_path), irrelevant=given)
+            first, *others = (edit.locality for edit in stream.edits)
+        start = 60 if given else 0
+        assert first == own
+        assert others == [(Probe(text),) for text in irrelevant_texts(62)[start : start + 2]]
+    assert "2 edits without 'locality': Loc asks 2 prompts that serve for nothing else" in caplog.text
+
+
+def test_without_a_prompt_to_spare_it_is_said(tmp_path, caplog):
+    path = tmp_path / "irrelevant.jsonl"
+    path.write_text("".join(json.dumps({"question": text}) + "\n" for text in irrelevant_texts(4)))
+    assert [len(edit.locality) > 0 for edit in world_stream(bare(tmp_path), irrelevant=str(path)).edits] == [
+        True,
+        False,
+        False,
+    ]
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "2 edits without 'locality', and data.irrelevant has no prompt to spare: Loc and OP lack them"
+    ]
+
+
+def test_a_pack_is_scored_on_the_questions_of_its_run():
+    """Its own edits on those that the run gave them, with their subjects; others in turn; none where it has none."""
+    bare = [replace(edit, locality=(), subject=None) for edit in world_edits(3)]
+    ledger = Ledger()
+    given = [replace(bare[i], locality=(Probe(text),), subject=text) for i, text in ((1, "b"), (2, "c"))]
+    ledger.arrive(given, window=0)
+    assert [edit.subject for edit in as_in_training(bare, ledger)] == [None, "b", "c"]
+    assert [edit.locality for edit in as_in_training(bare, ledger)] == [(Probe("b"),), (Probe("b"),), (Probe("c"),)]
+    own = world_edits(1)
+    assert as_in_training(own, ledger) == tuple(own)
+    assert as_in_training(bare, Ledger()) == tuple(bare)
+
+
+def test_a_subject_is_proposed_from_the_prompt(tmp_path, caplog):
+    """One that is given stays, and a prompt that names nothing has none; it may be turned off."""
+    prompts = ["Where was Mara Quill born?", "who bakes the bread", '[{"role": "user", "content": "Is Orsk a town?"}]']
+    edits = [Edit(f"e{i}", prompt, "x") for i, prompt in enumerate(prompts)]
+    path = write_edits(tmp_path / "edits.jsonl", [*edits, Edit("e3", "The bridge of Lund is", "y", "the bridge")])
+    with caplog.at_level("INFO"):
+        assert [edit.subject for edit in world_stream(path).edits] == ["Mara Quill", None, "Orsk", "the bridge"]
+    said = "2 edits without 'subject', taken from the prompt (data.propose_subjects false leaves them out): "
+    assert f"{said}'Mara Quill' (e0), 'Orsk' (e2)" in caplog.messages
+    assert [edit.subject for edit in world_stream(path, propose_subjects=False).edits] == [None] * 3 + ["the bridge"]

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from repair_lightning.edits.formats import FORMATS
 from repair_lightning.edits.records import load_records, same_question_key
-from repair_lightning.errors import RepairError
+from repair_lightning.errors import LISTED, RepairError
 
 GOOD = '{"prompt": "Who?", "target": "Nobody"}'
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -42,6 +42,10 @@ BY_HAND: dict[str, bytes] = {
     "near.jsonl": b'{"prompt": "a", "target": "b", "near": {"prompt": "c"}}',
     "open.jsonl": b'{"prompt": "The mayor of {} is", "target": "b"}',
     "no-messages.jsonl": b'{"prompt": [], "target": "b"}',
+    "further.jsonl": b'{"prompt": "a", "target": "b", "further": [{"kind": ["c"], "prompt": "d", "answers": [[]]}]}',
+    "nested.json": b'[{"prompt": "a", "target_new": "b", "locality": {"A": {"prompt": [["c"], 3, {}]}}}]',
+    "rewrites.json": b'[{"requested_rewrite": [null, {"prompt": [], "subject": 3}], "questions": {"a": 1}}]',
+    "python-cells.csv": b"prompt,target,rephrases\na,b,\"['c', {1: (2,)}]\"\n",
     "answered.jsonl": b'{"prompt": [{"role": "assistant", "content": "a"}], "target": "b"}',
     "strange-role.jsonl": b'{"prompt": [{"role": {"a": 1}, "content": "a"}], "target": "b"}',
     "mixed-rephrases.jsonl": b'{"prompt": "a", "target": "b", "rephrases": [{"role": "user", "content": "c"}, "d"]}',
@@ -64,7 +68,7 @@ def malformed(number: int, seed: int = 0) -> Iterator[tuple[str, bytes]]:
 
 
 def survives(path: Path) -> bool:
-    """Whether every format, stopping and skipping, makes valid edits of a file or refuses it in one line."""
+    """Whether every format, stopping and skipping, makes valid edits of a file or refuses it in plain lines."""
     return all(_reads(path, name, mode) for name in FORMATS for mode in ("stop", "skip"))
 
 
@@ -72,7 +76,8 @@ def _reads(path: Path, name: str, mode: Any) -> bool:
     try:
         found = load_records(path, name, on_bad_record=mode)
     except RepairError as error:
-        return len(str(error).splitlines()) == 1 and str(error).isprintable()
+        lines = str(error).split("\n")
+        return len(lines) <= LISTED + 1 and all(map(str.isprintable, lines))
     except Exception:  # any other is what is looked for
         return False
     ids = {edit.id for edit in found.edits}

@@ -31,7 +31,11 @@ def other_probes(edit: Edit) -> Edit:
         near=(Probe(edit.prompt.replace(str(edit.subject), "Somebody Else")),),
         aliases=(edit.target, edit.target.upper()),
         old_answer=edit.target,
-        further=(Further("multi_hop", edit.prompt, (edit.target,)), Further("generation", edit.prompt, ("words",))),
+        further=(
+            Further("portability/Reasoning", edit.prompt + " then", (edit.target,)),
+            Further("multi_hop", edit.prompt, (edit.target,)),
+            Further("generation", edit.prompt, ("words",)),
+        ),
     )
 
 
@@ -76,7 +80,9 @@ def test_what_a_later_edit_asks_is_no_irrelevant_prompt_and_no_probe(tmp_path):
     first window: of the three parts, of the gate's probes, and of the questions about edited subjects."""
     edits = hard_edits(8)
     late = edits[-1]
+    late = edits[-1] = replace(late, further=(Further("multi_hop", "who follows from it", ("Nobody",)),))
     texts = [*irrelevant_texts(40), late.prompt.upper(), *late.rephrases, *(probe.prompt for probe in late.near)]
+    texts += [one.prompt for one in late.further]
     (tmp_path / "irrelevant.jsonl").write_text("".join(json.dumps({"question": text}) + "\n" for text in texts))
     editor = Keyed("world", precision="float32")
     stream = world_stream(write_edits(tmp_path / "edits.jsonl", edits), irrelevant=str(tmp_path / "irrelevant.jsonl"))
@@ -87,6 +93,27 @@ def test_what_a_later_edit_asks_is_no_irrelevant_prompt_and_no_probe(tmp_path):
     assert gate.prompts == list(editor.guard_prompts)
     assert not {folded(text) for text in seen} & asked_of(edits)
     assert {*editor.background_prompts, *editor.held_out_prompts, *editor.guard_prompts} == set(texts[:40])
+
+
+@pytest.mark.parametrize("number", [16, 80])
+def test_default_questions_for_loc_serve_for_nothing_else(tmp_path, number):
+    """Records without `locality` are scored on irrelevant prompts beyond those that are used, or on a part of them that
+    is held back; editor, thresholds and gate never see them."""
+    edits = [replace(edit, locality=(), near=()) for edit in hard_edits(4)]
+    texts = irrelevant_texts(number)
+    (tmp_path / "irrelevant.jsonl").write_text("".join(json.dumps({"question": text}) + "\n" for text in texts))
+    editor = Keyed("world", precision="float32")
+    path = write_edits(tmp_path / "edits.jsonl", edits)
+    stream = world_stream(path, irrelevant=str(tmp_path / "irrelevant.jsonl"), max_irrelevant=40, window=4)
+    gate, board = ProbeGate(), Scoreboard(live=0, forms=0)
+    fit(editor, stream, [gate, board], tmp_path)
+    asked = {probe.prompt for edit in stream.edits for probe in edit.locality}
+    seen = {*editor.background_prompts, *editor.held_out_prompts, *editor.guard_prompts, *gate.prompts, *gate.expected}
+    assert len(asked) == min(4, number // 5)
+    assert asked <= set(texts)
+    assert not asked & seen
+    assert len(seen) == min(40, number - len(asked))
+    assert all(board.results["final"].scores["autoregressive"][name] is not None for name in ("loc", "op"))
 
 
 SCORING_WORDS = ("_SYSTEM", "_EARLIER", "_BEFORE", "_AFTER", "_PARAGRAPH")

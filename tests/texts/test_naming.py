@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from repair_lightning.texts.naming import named_in
+from repair_lightning.texts.naming import named_in, named_in_each
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,11 @@ from repair_lightning.texts.naming import named_in
 )
 def test_the_longest_name_or_what_is_quoted(text, name):
     assert named_in(text) == name
+
+
+def test_what_most_texts_share_is_no_name_of_one():
+    """But where it is the only one; two that agree are about the same."""
+    texts = [f"Who leads {part} at Acme Corporation?" for part in ("Sales", "Research", "Design")]
+    assert named_in_each([*texts, "Where is Acme Corporation?"]) == ["Sales", "Research", "Design", "Acme Corporation"]
+    assert named_in_each(texts[:2]) == ["Acme Corporation"] * 2
+    assert named_in_each([]) == []
