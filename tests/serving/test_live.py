@@ -80,7 +80,7 @@ def test_a_loaded_model_is_a_base_and_what_is_saved_loads(tmp_path):
     [
         ({"prompt": "Who?"}, "target"),
         ({"prompt": "word " * 3000, "target": "x"}, "tokens long"),
-        ({"question": "Who?", "answer": "me"}, "fields"),
+        ({"ask": "Who?", "reply": "me"}, "fields"),
         ("Who?", "not an object"),
     ],
 )
