@@ -37,7 +37,7 @@ def follow_scores(model: EditedModel, edits: Sequence[Edit]) -> tuple[dict[str, 
         log.warning("%s cannot be asked of this base (too long, or a dialogue that it has no template for)", left_out)
     figures = {
         "portability": _portability([row for row in rows if row["kind"].startswith(PORTABILITY)]),
-        "multi_hop": _multi_hop(edits, [row for row in rows if row["kind"] == MULTI_HOP]),
+        "multi_hop": _multi_hop([row for row in rows if row["kind"] == MULTI_HOP]),
         "personas": mean_of(row["correct"] for row in rows if row["kind"] == PERSONA),
     }
     return figures, rows
@@ -65,7 +65,12 @@ def _answered(model: EditedModel, asked: Sequence[tuple[Edit, Further]]) -> list
     for edit, one in asked:
         shard, answer = by[one.prompt]
         row: Row = {"stage": "further", "id": edit.id, "kind": one.kind, "prompt": one.prompt}
-        row |= {"expected": one.answers[0], "answer": answer, "correct": says(answer, one.answers)}
+        row |= {
+            "expected": one.answers[0],
+            "answers": one.answers,
+            "answer": answer,
+            "correct": says(answer, one.answers),
+        }
         row["contains"] = holds(answer, one.answers)
         rows.append(row | {"leaks": holds(dialogue.shown(one.prompt), one.answers), "memory": shard})
     return rows
@@ -84,11 +89,12 @@ def _portability(rows: Sequence[Row]) -> dict[str, dict[str, Any]] | None:
     return found if rows else None
 
 
-def _multi_hop(edits: Sequence[Edit], rows: Sequence[Row]) -> dict[str, Any] | None:
-    """Shares of the cases with any and with all of their questions right; the edits of one case have the same ones."""
-    of_edit: dict[str, dict[str, bool]] = {edit.id: {} for edit in edits}
+def _multi_hop(rows: Sequence[Row]) -> dict[str, Any] | None:
+    """Shares of the cases with any and with all of their questions right. A case's questions have the same answers, and
+    an edit may stand for several cases; cases with the same questions are one."""
+    of_case: dict[tuple[str, tuple[str, ...]], dict[str, bool]] = {}
     for row in rows:
-        of_edit[row["id"]][row["prompt"]] = row["contains"]
-    cases = {tuple(sorted(found)): list(found.values()) for found in of_edit.values() if found}.values()
+        of_case.setdefault((row["id"], row["answers"]), {})[row["prompt"]] = row["contains"]
+    cases = {tuple(sorted(found)): list(found.values()) for found in of_case.values()}.values()
     shares = {"any_of_3": mean_of(map(any, cases)), "all_of_3": mean_of(map(all, cases))}
     return {"cases": len(cases), **shares} if cases else None

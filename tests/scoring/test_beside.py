@@ -63,8 +63,9 @@ def test_portability_with_and_without_questions_that_state_the_answer(model, edi
 def test_hops_are_counted_by_case_and_personas_by_question(model, edits):
     """Three cases: the first, of two edits, has one right of two, the next both, the last none."""
     a, b, c, d = edits
-    half = (Further("multi_hop", a.prompt, (a.target,)), Further("multi_hop", b.prompt, ("Zarn",)))
-    both = (Further("multi_hop", b.prompt, ("Zarn", b.target)), Further("multi_hop", c.prompt, (c.target,)))
+    half = (Further("multi_hop", a.prompt, (a.target,)), Further("multi_hop", b.prompt, (a.target,)))
+    right = ("Zarn", b.target, c.target)
+    both = (Further("multi_hop", b.prompt, right), Further("multi_hop", c.prompt, right))
     none = (Further("multi_hop", c.prompt, ("Zarn",)),)
     personas = (Further("persona", d.prompt, (d.target,)), Further("persona", d.prompt, (f"{d.target} or so",)))
     records = [replace(a, further=half), replace(b, further=half), replace(c, further=both)]
