@@ -1,4 +1,4 @@
-"""train.py and evaluate.py as a user runs them: real processes, the embedded base, everything they leave behind."""
+"""Commands as a user gives them: real processes, the embedded base, everything they leave behind."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -20,10 +21,11 @@ import yaml
 from helpers_runs import REPOSITORY, hard_edits, main_here, succeeded, world_edits, write_edits
 from helpers_wandb import offline_run, series
 
-import train
+from callbacks import CALLBACKS
 from repair_lightning import load_edited
-from repair_lightning.commands.cli import EditCLI
+from repair_lightning.commands.cli import EditCLI, Stopped, guarded
 from repair_lightning.commands.parsing import with_nulls
+from repair_lightning.editors import REGISTRY
 from repair_lightning.edits.ledger import Ledger
 from repair_lightning.errors import ConfigError
 from repair_lightning.types import BASE
@@ -144,7 +146,8 @@ def test_the_saved_config_runs_again(tmp_path, monkeypatch):
     """config.yaml is complete: alone, without presets and options, it gives the same pack. `paper` sets nulls."""
     options = ["--config", "quickstart", "--config", "paper", "--data.max_edits", "3", "--model.writing.steps", "6"]
     main_here(monkeypatch, "train.py", *options, *NO_LOGGER, "--run_dir", tmp_path / "a")
-    main_here(monkeypatch, "train.py", "--config", tmp_path / "a" / "config.yaml", "--run_dir", tmp_path / "b")
+    program = ["repair_lightning/__main__.py", "train"]
+    main_here(monkeypatch, *program, "--config", tmp_path / "a" / "config.yaml", "--run_dir", tmp_path / "b")
     packs = [tmp_path / name / "pack" / "side_memory.safetensors" for name in "ab"]
     assert packs[0].read_bytes() == packs[1].read_bytes()
     saved = [yaml.safe_load((tmp_path / name / "config.yaml").read_text()) for name in "ab"]
@@ -191,7 +194,8 @@ def test_other_records_can_be_scored(run, tmp_path, monkeypatch, capfd):
     base = tmp_path / "base"
     shutil.copytree(base_dir(), base)
     options = ["--data.path", records, "--base", base, "--out", "scores.json", "--quiet"]
-    assert main_here(monkeypatch, "evaluate.py", "--pack", run[0] / "pack", *options) == 0
+    program = ["repair_lightning/__main__.py", "evaluate"]
+    assert main_here(monkeypatch, *program, "--pack", run[0] / "pack", *options) == 0
     said = capfd.readouterr()
     assert (said.out.count("\n"), said.err) == (1, ""), "quiet"
     found = json.loads((tmp_path / "scores.json").read_text())
@@ -282,6 +286,12 @@ def test_ctrl_c_is_one_line_that_says_what_resumes_the_run(tmp_path):
         ("--model GRACE --model.routing.router key", ["the class that is chosen has no option '--model.routing.rout"]),
         ("--trainer.devices 2 --trainer.max_time 00:01:00:00", ["trainer.max_time ", "give trainer.max_epochs"]),
         ("--trainer.devices 2 --trainer.strategy ddp_spawn", ["trainer.strategy ", "give one of: auto, ddp"]),
+        (
+            "--data.max_edit 3",
+            ["unknown option '--data.max_edit'; did you mean '--data.max_edits'? train.py --data.he"],
+        ),
+        ("--model.writing.step 3", ["unknown option '--model.writing.step'; did you mean '--model.writing.steps'"]),
+        ("--run_di here", ["unknown option '--run_di'; did you mean '--run_dir'? train.py --help lists all"]),
         ("--data.window", ["--data.window: expected one argument"]),
         ("--data.window many", ["--data.window cannot be 'many': it takes a whole number; see train.py --help"]),
         ("--model repiar", ["--model cannot be 'repiar'; did you mean 'repair'? It takes one of: ", " icl, "]),
@@ -292,6 +302,87 @@ def test_a_mistake_is_one_line_and_exit_code_two(monkeypatch, tmp_path, capsys, 
     always = ["--config", "quickstart", *NO_LOGGER, "--data.max_edits", "2"]
     refused(monkeypatch, capsys, "train.py", [*always, *options.split()], *words)
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (
+            "evaluate --pack here --data.max_edit 3",
+            ["'--data.max_edit'; did you mean '--data.max_edits'? repair-light"],
+        ),
+        ("ask --pac here", ["unknown option '--pac'; did you mean '--pack'? repair-lightning ask --help lists all"]),
+        ("train --data.max_edit 3", ["did you mean '--data.max_edits'? repair-lightning train --data.help lists all"]),
+        ("evalute --pack here", ["no command 'evalute'; did you mean 'evaluate'? repair-lightning --help lists all"]),
+        ("undo", ["give --run and --id; repair-lightning undo --help explains the options"]),
+        ("serve --port some", ["--port cannot be 'some': it takes a whole number; see repair-lightning serve --help"]),
+    ],
+)
+def test_a_mistake_in_any_command_is_one_line(monkeypatch, tmp_path, capsys, command, words):
+    monkeypatch.chdir(tmp_path)
+    refused(monkeypatch, capsys, "repair_lightning/__main__.py", command.split(), *words)
+
+
+@pytest.mark.parametrize("command", ["train.py", "repair_lightning/__main__.py train"])
+def test_help_is_one_screen_that_begins_with_what_to_give(monkeypatch, capsys, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main_here(monkeypatch, *command.split(), "--help") == 0
+    said = capsys.readouterr().out
+    lines = said.splitlines()
+    assert len(lines) <= 50
+    assert max(map(len, lines)) <= 80
+    options = [line.split()[0] for line in lines if line.startswith("  --")]
+    assert options[:4] == ["--config", "--model.base", "--data.path", "--run_dir"]
+    assert {name for name in options if name.endswith(".help")} == {
+        f"--{part}.help" for part in ("model", "data", "trainer", *CALLBACKS) if part != "progress"
+    }
+    for name in ("quickstart", *REGISTRY):  # what --config and --model.help take
+        assert re.search(rf"\b{name}\b", said), name
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("--data.help", "data.path data.max_edits data.singles"),
+        ("--trainer.help", "trainer.devices trainer.logger"),
+        ("--merge.help", "merge.rule merge.max_op_drop"),
+        ("--model.help=keyed", "model.base model.hold model.writing.steps"),
+    ],
+)
+def test_the_help_of_one_part(monkeypatch, capsys, option, expected):
+    assert main_here(monkeypatch, "train.py", option) == 0
+    options = re.findall(r"^  --(\S+)", capsys.readouterr().out, re.MULTILINE)
+    assert set(expected.split()) <= set(options)
+    assert {name.split(".")[0] for name in options} == {option.strip("-").split(".")[0]}
+
+
+def test_one_command_for_all(monkeypatch, capsys):
+    assert main_here(monkeypatch, "repair_lightning/__main__.py", "--version") == 0
+    assert capsys.readouterr().out == f"repair-lightning {version('repair-lightning')}\n"
+    for options in ([], ["--help"]):
+        assert main_here(monkeypatch, "repair_lightning/__main__.py", *options) == 0
+        commands = re.findall(r"^  (\w+) ", capsys.readouterr().out, re.MULTILINE)
+        assert commands[:4] == ["train", "evaluate", "compare", "ask"]
+        assert {"export", "serve", "undo", "harness"} < set(commands)
+
+
+@pytest.mark.parametrize(
+    ("called", "again"),
+    [
+        ("/venv/bin/repair-lightning train --run_dir 'a run'", "repair-lightning train --run_dir 'a run'"),
+        ("/venv/repair_lightning/__main__.py train", "python -m repair_lightning train"),
+        ("../train.py --debug --quiet", "python ../train.py --quiet"),
+    ],
+)
+def test_the_way_on_is_the_command_that_was_given(monkeypatch, capsys, called, again):
+    def stopped() -> None:
+        raise Stopped(signal.SIGINT)
+
+    monkeypatch.setattr(sys, "argv", shlex.split(called))
+    with pytest.raises(SystemExit) as end:
+        guarded(stopped, resumes=True)
+    assert end.value.code == 130
+    assert capsys.readouterr().err.endswith(f"full window: {again}\n")
 
 
 @pytest.mark.parametrize(
@@ -314,8 +405,7 @@ def test_a_seed_of_zero_is_a_seed(monkeypatch, tmp_path, options, seed):
     monkeypatch.chdir(tmp_path)
     Path("seed.yaml").write_text("model: {init_args: {seed: 0}}")
     argv = ["--config", "quickstart", *NO_LOGGER, "--seed_everything", "3", *options]
-    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
-    assert EditCLI(train.CALLBACKS, [REPOSITORY / "configs"]).config.model.init_args.seed == seed
+    assert EditCLI(CALLBACKS, argv).config.model.init_args.seed == seed
 
 
 def test_null_on_the_command_line_is_null():
