@@ -227,7 +227,7 @@ def test_skipped_records_are_listed_and_configs_compose(tmp_path, monkeypatch, c
     stop = ["--config", "quickstart", "--data.path", bad_records, "--run_dir", "out"]
     words = "bad.jsonl, record 3, field 'target'", "is empty", "give the text the model should answer"
     refused(monkeypatch, capsys, "train.py", stop, *words)
-    assert not {"pack", "metrics.json"} & {path.name for path in (tmp_path / "out").glob("*")}
+    assert not (tmp_path / "out").exists()
     options = ["--data.path", bad_records, "--data.on_bad_record", "skip", "--model.writing.steps", "3"]
     more = [*NO_LOGGER, "--run_dir", "out", "--data.max_irrelevant", "40"]
     assert main_here(monkeypatch, "train.py", "--config", "quickstart", "--config=wise", *options, *more) == 0
@@ -242,6 +242,19 @@ def test_skipped_records_are_listed_and_configs_compose(tmp_path, monkeypatch, c
     assert (config["feedback"]["enabled"], config["merge"]["enabled"]) == (False, False)
     assert arguments["writing"]["optimizer"] == "sgd"
     assert arguments["writing"]["steps"] == 3  # the option, not wise's 70
+
+
+@pytest.mark.parametrize(
+    "options", [["--model.base", "./nowhere"], ["--data.path", "none.jsonl"], ["--model.layer", "99"]]
+)
+def test_a_refused_run_leaves_no_folder(monkeypatch, tmp_path, capsys, options):
+    """None that it made, its parents among them; in one that was there all is as it was."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    for folder in ("new/er/run", "mine"):
+        refused(monkeypatch, capsys, "train.py", ["--config", "quickstart", *options, "--run_dir", folder])
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["mine", "mine/notes.txt"]
 
 
 def interrupted(argv: list[str], cwd: Path) -> CompletedProcess:

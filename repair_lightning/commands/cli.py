@@ -142,7 +142,6 @@ class EditCLI(LightningCLI):
         self.config.run_dir = self.config.trainer.default_root_dir = str(self.run_dir)
         logger = self.config.trainer.logger
         if hasattr(logger, "init_args") and logger.init_args.get("save_dir") in (None, "."):
-            self.run_dir.mkdir(parents=True, exist_ok=True)
             logger.init_args.save_dir = str(self.run_dir)
             for option, value in (("name", self.run_dir.name), ("group", str(self.run_dir))):
                 if option in logger.init_args and logger.init_args[option] is None:
@@ -198,8 +197,12 @@ class EditCLI(LightningCLI):
             self.part(name).seed = self.seed
         if self.config.quiet:
             self.part("progress").disable()
-        with self._among_ranks():
-            self._load()
+        try:
+            with self._among_ranks():
+                self._load()
+        except BaseException:
+            self.run.leave()
+            raise
         self.loaded = time.perf_counter()
 
     def _load(self) -> None:
