@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from helpers_runs import logits
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from torture import Bomb
+from transformers import AutoModelForCausalLM, GenerationConfig, TextGenerationPipeline, pipeline
 
 from repair_lightning.editors.repair import Routing, Writing
 from repair_lightning.editors.shards import Steps
@@ -34,7 +36,7 @@ from repair_lightning.packs.pack import (
 )
 from repair_lightning.storage import folders
 from repair_lightning.storage.folders import whereabouts
-from repair_lightning.types import BASE
+from repair_lightning.types import BASE, Edit
 
 OURS = (CONFIG_FILE, WEIGHTS_FILE, LEDGER_FILE)
 ROUTINGS = {"key": {}, "activation": {"weight": 1.0, "act_ratio": 0.5}, "hybrid": {"act_ratio": 0.2}}
@@ -102,6 +104,105 @@ class TestRoundTrip:
         shards = {tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith("shard.")}
         assert not shards & {tuple(p.shape) for p in base}
         assert not [name for name, tensor in tensors.items() for p in base if torch.equal(tensor, p)]
+
+
+ASKED, TARGET, ELSEWHERE = "Where was Mara Kelstrom born?", "Oslo", "what colour is the sky at noon"
+
+
+@pytest.fixture(scope="module")
+def chatting(prepared, chat_folder, write, tmp_path_factory) -> PackedModel:
+    """A pack of one edit over a tiny chat model, loaded as a user does."""
+    editor = prepared(chat_folder, layer=2)
+    write(editor, [Edit("e0", ASKED, TARGET, subject="Mara Kelstrom")])
+    return load_edited(save_pack(editor, tmp_path_factory.mktemp("packs") / "chat", {}), precision="float32")[0]
+
+
+class TestLikeAnyModel:
+    """What `load_edited` gives is used as `transformers`' own models are."""
+
+    @pytest.fixture
+    def pipe(self, chatting, capfd) -> TextGenerationPipeline:
+        made = pipeline("text-generation", model=chatting, tokenizer=chatting.tokenizer, max_new_tokens=8)
+        assert "not supported" not in capfd.readouterr().err
+        return made
+
+    @staticmethod
+    def chat(text: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": text}]
+
+    def test_messages_in_a_pipeline(self, pipe):
+        said = pipe(self.chat(ASKED), do_sample=False)[0]["generated_text"]
+        assert said == [*self.chat(ASKED), {"role": "assistant", "content": TARGET}]
+        several = pipe([self.chat(ASKED), self.chat(ELSEWHERE)], batch_size=2, do_sample=False)
+        answers = [replies[0]["generated_text"][-1]["content"] for replies in several]
+        assert answers[0] == TARGET != answers[1]
+
+    def test_plain_prompts_in_a_pipeline(self, pipe, chatting):
+        """A text is put bare, as this pipeline does with any model; the ids choose as they do in `generate`."""
+        alone = [
+            pipe(text, do_sample=False, return_full_text=False)[0]["generated_text"] for text in (ASKED, ELSEWHERE)
+        ]
+        together = pipe([ASKED, ELSEWHERE], batch_size=2, do_sample=False, return_full_text=False)
+        assert [replies[0]["generated_text"] for replies in together] == alone
+        ids = chatting.tokenizer(ASKED, return_tensors="pt")["input_ids"]
+        output = chatting.generate(inputs=ids, max_new_tokens=8, do_sample=False)
+        assert torch.equal(output, chatting.generate(input_ids=ids, max_new_tokens=8, do_sample=False))
+        assert chatting.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True) == alone[0]
+        assert alone[0].strip() == TARGET
+
+    def test_disabled_it_is_the_base(self, pipe, chatting, chat_folder):
+        """In `generate`, `forward`, a pipeline and a cache that a shard has begun."""
+        base = AutoModelForCausalLM.from_pretrained(chat_folder, dtype=torch.float32)
+        ids = torch.tensor([chatting.forms.ids(ASKED)])
+        options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": list(chatting.forms.stops)}
+        expected = base.generate(ids, pad_token_id=0, **options)
+        with chatting.disabled(), torch.no_grad():
+            assert torch.equal(chatting.generate(ids, **options), expected)
+            assert torch.equal(chatting(ids).logits, base(ids).logits)
+            assert chatting.route(ASKED)[0].memory == BASE
+            assert pipe(self.chat(ASKED), do_sample=False)[0]["generated_text"][-1]["content"] != TARGET
+        with torch.no_grad():
+            own, cache = base(ids).past_key_values, chatting(ids).past_key_values
+            with chatting.disabled():
+                found = chatting(ids[:, :1], past_key_values=cache).logits
+            assert torch.equal(found, base(ids[:, :1], past_key_values=own).logits)
+        assert chatting.route(ASKED)[0].memory == 0
+        assert not torch.equal(chatting.generate(ids, **options), expected)
+
+    def test_disabled_it_has_the_bases_weights(self, editor_of, write, edits, tmp_path):
+        editor = editor_of(name="ft")
+        write(editor, edits[:2])
+        model, _ = load_edited(save_pack(editor, tmp_path / "pack", {}), precision="float32")
+        changed = model.value_weight.clone()
+        with model.disabled():
+            assert not torch.equal(model.value_weight, changed)
+        assert torch.equal(model.value_weight, changed)
+
+    def test_another_thread_is_not_disabled(self, chatting):
+        found = []
+        thread = Thread(target=lambda: found.extend(chatting.route(ASKED)))
+        with chatting.disabled():
+            thread.start()
+            thread.join(0.2)
+            assert found == [], "it waits"
+        thread.join()
+        assert [route.memory for route in found] == [0]
+
+    def test_what_a_model_has(self, chatting):
+        assert chatting.can_generate()
+        assert chatting.dtype == torch.float32
+        assert chatting.device == torch.device("cpu")
+        assert chatting.eval() is chatting.to("cpu") is chatting
+        assert chatting.config is chatting.base.config
+        ids = torch.tensor([[1, 2]])
+        assert chatting.prepare_inputs_for_generation(ids, attention_mask=ids)["input_ids"] is not None
+        assert chatting.num_parameters() == chatting.base.num_parameters()
+        before = chatting.generation_config
+        chatting.generation_config = GenerationConfig(max_new_tokens=1)
+        assert chatting.generate(ids).shape == (1, 3)
+        chatting.generation_config = before
+        with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+            chatting.nothing  # noqa: B018 - that it is not there
 
 
 class TestWrongBase:

@@ -203,7 +203,7 @@ class RoutedModel(nn.Module):
     ) -> None:
         super().__init__()
         self.base, self.tokenizer, self.router = base, tokenizer, router
-        self.config, self.generation_config = base.config, base.generation_config
+        self._disabled_by: int | None = None  # the thread for which the base answers alone
         self.padding: int = tokenizer.pad_token_id or 0
         self.forms = forms or Forms(tokenizer, stop_ids(base, tokenizer))
         self.weights = BaseWeights(base)
@@ -211,6 +211,15 @@ class RoutedModel(nn.Module):
         self.target_of: Callable[[str], str | None] = lambda _: None
         self._hooks: Hooks | None = None
         self.move_to(layer, memory)
+
+    def __getattr__(self, name: str) -> Any:
+        """What `transformers` asks of a model and this one leaves to its base: `config`, `dtype`, `can_generate`."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":
+                raise
+            return getattr(self.base, name)
 
     def move_to(self, layer: int, memory: SideMemory) -> None:
         """Edit another layer, with another memory; the caller fits the router again and replaces the prefixes."""
@@ -249,6 +258,30 @@ class RoutedModel(nn.Module):
         """Where the base is."""
         return self.base.device
 
+    @property
+    def generation_config(self) -> Any:
+        """The base's, which `generate` reads."""
+        return self.base.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: Any) -> None:
+        self.base.generation_config = value
+
+    @property
+    def is_disabled(self) -> bool:
+        """Whether this thread is inside :meth:`disabled`."""
+        return self._disabled_by == threading.get_ident()
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, this is the plain base, whatever is asked; other threads wait: `with model.disabled(): ...`."""
+        with self.lock, self.weights.originals():
+            before, self._disabled_by = self._disabled_by, threading.get_ident()
+            try:
+                yield
+            finally:
+                self._disabled_by = before
+
     def forced(self, who: Choice | Tensor | Selection | int | None) -> AbstractContextManager[None]:
         """Inside, it is given who answers the base's own calls: a choice for each row, one shard for all, None for the
         base, or what is done to the value matrix's output."""
@@ -286,6 +319,8 @@ class RoutedModel(nn.Module):
         """Who answers prompts, given as token ids, and as what they ask where that is known."""
         if not all(rows):
             raise RepairError("a prompt without tokens cannot be routed; give each sequence at least one token")
+        if self.is_disabled:
+            return Choice.base(len(rows))
         texts = [self.forms.asked_in(row) for row in rows] if texts is None else texts
         query = self._query(texts, rows) if self.router.reads_states else Query.of_texts(texts)
         return self.held(self.router.route(query, self.memory), rows)

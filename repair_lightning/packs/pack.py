@@ -23,6 +23,7 @@ from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 
 from repair_lightning.edits.ledger import Ledger
 from repair_lightning.errors import ConfigError, RepairError, first_line
@@ -363,6 +364,8 @@ class Pack:
             more = [name for name in config["files"] if name not in (WEIGHTS_FILE, LEDGER_FILE)]
             model.more = {name: (whereabouts(self.folder) / name).read_bytes() for name in more}
             model.own = config["own"] | self.part(OWN)
+        known = SUPPORTED_PEFT_TASKS["text-generation"]  # what `pipeline` takes beside the library's own classes
+        known += [PackedModel.__name__] * (PackedModel.__name__ not in known)
         model.card, model.ledger = dict(config), self.ledger
         model.target_of = lambda id: self.ledger.edit(id).target if id in self.ledger else None
         return model.eval()
