@@ -54,7 +54,8 @@ def test_a_run_leaves_everything_in_its_directory(run):
     for name in (*files, "edits.parquet", "checkpoints/last.ckpt"):
         assert (run_dir / name).is_file(), name
     names = {file.name for file in (run_dir / "pack").iterdir()}
-    assert names == {"repair_config.json", "side_memory.safetensors", "ledger.parquet", "journal.parquet"}
+    assert names == {"repair_config.json", "side_memory.safetensors", "ledger.parquet", "journal.parquet", "README.md"}
+    assert "| bare " in (run_dir / "pack" / "README.md").read_text()
     assert sorted(path.name for path in run_dir.parent.parent.iterdir()) == ["out"]  # and nothing elsewhere
     assert "12 edits of world" in ran.stdout
     assert "window 2: 12/12 edits" in ran.stderr

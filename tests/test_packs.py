@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers_runs import logits
+from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from torture import Bomb
@@ -23,6 +26,7 @@ from repair_lightning.errors import RepairError
 from repair_lightning.models.base import files_hash
 from repair_lightning.packs import pack as packs
 from repair_lightning.packs.pack import (
+    CARD_FILE,
     CONFIG_FILE,
     LEDGER_FILE,
     WEIGHTS_FILE,
@@ -38,7 +42,7 @@ from repair_lightning.storage import folders
 from repair_lightning.storage.folders import whereabouts
 from repair_lightning.types import BASE, Edit
 
-OURS = (CONFIG_FILE, WEIGHTS_FILE, LEDGER_FILE)
+OURS = (CONFIG_FILE, WEIGHTS_FILE, LEDGER_FILE, CARD_FILE)
 ROUTINGS = {"key": {}, "activation": {"weight": 1.0, "act_ratio": 0.5}, "hybrid": {"act_ratio": 0.2}}
 
 
@@ -203,6 +207,62 @@ class TestLikeAnyModel:
         chatting.generation_config = before
         with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
             chatting.nothing  # noqa: B018 - that it is not there
+
+
+SCORES = {
+    "autoregressive": {"rel": 1.0, "gen": 0.5, "loc": 0.25, "near": None, "op": 0.5, "contains": 1.0, "garbled": 0},
+    "forms": {"bare": {"rel": 0.5, "contains": 1, "fires": 1, "garbled": 0}, "chat": {"rel": None}},
+}
+
+
+class TestCard:
+    """The model card that is written with every pack."""
+
+    def test_what_it_says(self, chatting, chat_folder, tmp_path):
+        chatting.card |= {"scores": SCORES, "provenance": {"data": "org/facts"}}
+        card = ModelCard.load(chatting.save_pretrained(tmp_path / "pack") / CARD_FILE)
+        head = card.data.to_dict()
+        assert (head["library_name"], head["pipeline_tag"]) == ("repair-lightning", "text-generation")
+        assert head["tags"] == ["model-editing", "repair-lightning", "keyed"]
+        assert head["datasets"] == ["org/facts"]
+        assert "base_model" not in head, "the hub refuses what is no name of its own"
+        rows = [[part.strip() for part in line.split("|")[1:-1]] for line in card.text.splitlines() if "|" in line]
+        assert ["free generation", "100.0", "50.0", "25.0", "-", "50.0"] in rows
+        assert [row for row in rows if row[0] in ("bare", "chat")] == [["bare", "50.0", "100.0", "100.0", "0.0"]]
+        for words in (
+            f"prompt = '{ASKED}'",
+            "The edits: 1 written.",
+            chatting.card["base"]["sha256"],
+            "base's own answ",
+        ):
+            assert words in card.text, words
+        assert str(chat_folder.parent) not in card.text, "no path of this machine"
+        again = PackedModel.from_pretrained(tmp_path / "pack", precision="float32").save_pretrained(tmp_path / "again")
+        assert (again / CARD_FILE).read_text() == (tmp_path / "pack" / CARD_FILE).read_text()
+
+    def test_the_code_in_it_runs(self, chatting, tmp_path, capsys):
+        folder = chatting.save_pretrained(tmp_path / "pack")
+        (code,) = re.findall(r"```python\n(.*?)```", (folder / CARD_FILE).read_text(), re.DOTALL)
+        exec(compile(code.replace('"PACK"', f'"{folder}"'), "card", "exec"), {})
+        said, reason = capsys.readouterr().out.strip().splitlines()[-2:]
+        assert said.endswith(TARGET)
+        assert reason.startswith("shard 0: ")
+
+    def test_a_base_of_the_hub_and_one_that_is_written_into(self, editor_of, write, edits, tmp_path):
+        editor = editor_of(name="ft")
+        write(editor, edits[:2])
+        editor.base = replace(editor.base, name="org/base")
+        card = ModelCard.load(save_pack(editor, tmp_path / "pack", {}) / CARD_FILE)
+        assert card.data.base_model == "org/base"
+        assert "answers to other prompts may have changed" in card.text
+        assert "None are known for what the pack holds now" in card.text
+
+    def test_it_may_be_edited(self, spoilt):
+        """It is no part of what the hashes hold together."""
+        (spoilt / CARD_FILE).write_text("mine")
+        load_edited(spoilt, precision="float32")
+        (spoilt / CARD_FILE).unlink()
+        load_edited(spoilt, precision="float32")
 
 
 class TestWrongBase:

@@ -289,7 +289,8 @@ class EditCLI(LightningCLI):
         """Command, seed and versions, for the pack."""
         origin = {"from_pack": self.config.from_pack} if self.config.from_pack else {}
         command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-        found = origin | {"command": command, "seed": self.config.seed_everything, "python": platform.python_version()}
+        found = origin | {"command": command, "data": self.config.data.path, "seed": self.config.seed_everything}
+        found["python"] = platform.python_version()
         names = ("repair-lightning", "torch", "lightning", "transformers")
         return found | {"versions": {name: version(name) for name in names}}
 
@@ -316,7 +317,8 @@ def finish(cli: EditCLI) -> None:
     cli.parser.save(cli.config, run_dir / "config.yaml", overwrite=True, skip_validation=True, skip_unset=False)
     stream.ledger.to_parquet(run_dir / "edits.parquet")
     cli.run.journal.note("finished", counted(len(stream.edits), "edit"))
-    save_pack(editor, run_dir / "pack", cli.provenance(), {JOURNAL_FILE: cli.run.journal.to_parquet})
+    also = {JOURNAL_FILE: cli.run.journal.to_parquet}
+    save_pack(editor, run_dir / "pack", cli.provenance(), also, metrics["final"])
     rows = (result.rows for result in board.results.values())
     write_rows(run_dir / "generations.jsonl", chain(*rows, board.form_rows))
     write_rows(run_dir / "curves.jsonl", board.curve)

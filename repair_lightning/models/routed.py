@@ -28,6 +28,7 @@ from repair_lightning.models.prefix import Capture, SplitModel, pad_left, stack_
 from repair_lightning.models.prefix_cache import PrefixCache, canonical_batches, capture_rows
 from repair_lightning.models.tokenizing import Encoded, target_labels
 from repair_lightning.models.weights import BaseWeights
+from repair_lightning.models.wrapper import Wrapper
 from repair_lightning.texts import dialogue
 from repair_lightning.types import BASE, Route
 
@@ -185,7 +186,7 @@ def quote(logits: Tensor, token: int) -> None:
     logits[token] = logits.max() + 30
 
 
-class RoutedModel(nn.Module):
+class RoutedModel(Wrapper):
     """A frozen causal LM, its shards in `memory`, of the edited `layer`, and its router.
 
     Args:
@@ -211,15 +212,6 @@ class RoutedModel(nn.Module):
         self.target_of: Callable[[str], str | None] = lambda _: None
         self._hooks: Hooks | None = None
         self.move_to(layer, memory)
-
-    def __getattr__(self, name: str) -> Any:
-        """What `transformers` asks of a model and this one leaves to its base: `config`, `dtype`, `can_generate`."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base":
-                raise
-            return getattr(self.base, name)
 
     def move_to(self, layer: int, memory: SideMemory) -> None:
         """Edit another layer, with another memory; the caller fits the router again and replaces the prefixes."""
@@ -252,20 +244,6 @@ class RoutedModel(nn.Module):
     def value_weight(self) -> Tensor:
         """W_v of the edited layer in the base, in its storage order."""
         return self.weights.parameter(self.layer)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the base is."""
-        return self.base.device
-
-    @property
-    def generation_config(self) -> Any:
-        """The base's, which `generate` reads."""
-        return self.base.generation_config
-
-    @generation_config.setter
-    def generation_config(self, value: Any) -> None:
-        self.base.generation_config = value
 
     @property
     def is_disabled(self) -> bool:

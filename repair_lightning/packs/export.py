@@ -24,7 +24,7 @@ from repair_lightning.functional import fused_delta
 from repair_lightning.models.base import base_files, weights_hash_of
 from repair_lightning.models.prefix_cache import PrefixCache
 from repair_lightning.packs.adapters import ROUTER_FILE, require_additive, write_adapters
-from repair_lightning.packs.pack import BASE_FOLDER, CONFIG_FILE, Pack, PackedModel
+from repair_lightning.packs.pack import BASE_FOLDER, CARD_FILE, CONFIG_FILE, Pack, PackedModel
 from repair_lightning.scoring.protocols import AUTOREGRESSIVE, KINDS, answers, normalise, overall_performance
 from repair_lightning.scoring.scorer import Scorer
 from repair_lightning.storage.files import write_json
@@ -81,7 +81,11 @@ def _export_whole(pack: Pack, to: Path, base: str | None) -> dict[str, Any]:
 
     def fill(part: Path) -> None:
         (part / BASE_FOLDER).mkdir()
-        for name in (CONFIG_FILE, *pack.config["files"]):
+        for name in (
+            CONFIG_FILE,
+            *pack.config["files"],
+            *[CARD_FILE] * (whereabouts(pack.folder) / CARD_FILE).is_file(),
+        ):
             shutil.copyfile(whereabouts(pack.folder) / name, part / name)
         for file in files:
             shutil.copyfile(file, part / BASE_FOLDER / file.name)
