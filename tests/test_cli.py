@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -28,6 +29,8 @@ from repair_lightning.commands.parsing import with_nulls
 from repair_lightning.editors import REGISTRY
 from repair_lightning.edits.ledger import Ledger
 from repair_lightning.errors import ConfigError
+from repair_lightning.reports import tracking
+from repair_lightning.reports.tracking import LOGGERS
 from repair_lightning.types import BASE
 from repair_lightning.world import base_dir
 
@@ -139,6 +142,9 @@ def test_wandb_runs_offline_in_the_run_directory(run):
     assert named == ("first", "out/first")
     assert [len(series(records, key)) for key in ("live/rel", "routing/auroc", "pool/feedback")] == [2, 2, 2]
     assert series(records, "live/edits") == [8, 12]
+    final = json.loads((run[0] / "metrics.json").read_text())["final"]
+    assert series(records, "final/autoregressive/op") == [pytest.approx(final["autoregressive"]["op"])]
+    assert series(records, "final/forms/bare/rel") == [pytest.approx(final["forms"]["bare"]["rel"])]
     keys = {item.key or item.nested_key[0] for r in records if r.HasField("config") for item in r.config.update}
     assert any(key.startswith("model") for key in keys)
 
@@ -420,6 +426,30 @@ def test_a_seed_of_zero_is_a_seed(monkeypatch, tmp_path, options, seed):
     Path("seed.yaml").write_text("model: {init_args: {seed: 0}}")
     argv = ["--config", "quickstart", *NO_LOGGER, "--seed_everything", "3", *options]
     assert EditCLI(CALLBACKS, argv).config.model.init_args.seed == seed
+
+
+def test_loggers_by_name(run, tmp_path, monkeypatch, capsys):
+    """In place of the configuration's; its files lie in the run directory, and its speed is the one of the JSON."""
+    monkeypatch.chdir(tmp_path)
+    options = ["--config", "quickstart", "--data.max_edits", "4", "--model.writing.steps", "20", "--run_dir", "run"]
+    options += ["--data.max_irrelevant", "40", "--data.window", "4", "--trainer.logger"]
+    assert main_here(monkeypatch, "train.py", *options, "csv") == 0
+    live = re.search(r"window 1: 4/4 edits .* (\d+) edits/min", capsys.readouterr().err)
+    (file,) = Path("run").rglob("metrics.csv")
+    with open(file, newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    metrics = json.loads(Path("run/metrics.json").read_text())
+    assert float(rows[-1]["final/autoregressive/op"]) == pytest.approx(metrics["final"]["autoregressive"]["op"])
+    assert float(rows[-1]["final/edits_per_minute"]) == pytest.approx(metrics["edits_per_minute"])
+    (speed,) = [float(row["speed/edits_per_minute"]) for row in rows if row["speed/edits_per_minute"]]
+    assert round(speed) == int(live[1])
+    assert speed >= metrics["edits_per_minute"] > speed / 2, "what came after the window counts too"
+    assert not Path("run/wandb").exists()
+    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+    words = ["trainer.logger tensorboard needs its package: pip install tensorboard; or give wandb, csv"]
+    refused(monkeypatch, capsys, "train.py", [*options, "tensorboard"], *words)
+    argv = [*options[:-1], "--trainer.logger=wandb"]
+    assert EditCLI(CALLBACKS, argv).config.trainer.logger.class_path == LOGGERS["wandb"]
 
 
 def test_null_on_the_command_line_is_null():

@@ -43,6 +43,8 @@ from repair_lightning.models.base import files_hash
 from repair_lightning.packs.pack import JOURNAL_FILE, Pack, bytes_left, save_pack
 from repair_lightning.reports.html_report import try_report
 from repair_lightning.reports.report import print_report, verdict
+from repair_lightning.reports.tracking import check_logger, final_figures, named_loggers
+from repair_lightning.scoring.measures import edits_per_minute
 from repair_lightning.storage.files import write_json, write_rows
 from repair_lightning.training.ranks import explained, is_started_by_us
 from repair_lightning.training.strategies import STRATEGIES, EditStrategy
@@ -88,7 +90,7 @@ class EditCLI(LightningCLI):
     def __init__(self, callbacks: Mapping[str, type[pl.Callback]], argv: Sequence[str], prog: str = "train.py") -> None:
         self.started = self.loaded = time.perf_counter()
         self.forced = callbacks
-        self.argv, self.config_files = resolve_configs(argv)
+        self.argv, self.config_files = resolve_configs(named_loggers(argv))
         early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         early.add_argument("--from_pack", nargs="?")
         folder = early.parse_known_args(self.argv)[0].from_pack
@@ -141,6 +143,7 @@ class EditCLI(LightningCLI):
         self.run_dir = Path(self.config.run_dir or Path("runs") / name)
         self.config.run_dir = self.config.trainer.default_root_dir = str(self.run_dir)
         logger = self.config.trainer.logger
+        check_logger(getattr(logger, "class_path", ""))
         if hasattr(logger, "init_args") and logger.init_args.get("save_dir") in (None, "."):
             logger.init_args.save_dir = str(self.run_dir)
             for option, value in (("name", self.run_dir.name), ("group", str(self.run_dir))):
@@ -323,6 +326,9 @@ def finish(cli: EditCLI) -> None:
     write_rows(run_dir / "generations.jsonl", chain(*rows, board.form_rows))
     write_rows(run_dir / "curves.jsonl", board.curve)
     write_rows(run_dir / "features.json", [board.features])
+    for logger in cli.trainer.loggers:
+        logger.log_metrics(final_figures(metrics))
+        logger.finalize("success")
     metrics["seconds"]["total"] = time.perf_counter() - cli.started
     write_json(run_dir / METRICS_FILE, metrics)
     try_report(run_dir)  # while the journal is open: its last reader would leave SQLite's side files behind
@@ -366,7 +372,7 @@ def _metrics(cli: EditCLI) -> dict[str, Any]:
             "prepare": board.prepare_seconds,  # the part of `edit` before the first edit
             "evaluate": board.seconds + reporting,
         },
-        "edits_per_minute": 60 * len(stream.edits) / max(editing, 1e-9),
+        "edits_per_minute": edits_per_minute(len(stream.edits), editing),
         **{stage: results[stage].scores for stage in ("pre_edit", "before_merge")},
         "final": results["final"].scores | board.beside,
         "routing": results["final"].routing,
