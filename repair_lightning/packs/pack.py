@@ -108,7 +108,6 @@ def _write(folder: str | Path, config: State, edited: EditedModel, own: State, l
             save_file(tensors, part / WEIGHTS_FILE)
         except SafetensorError as error:  # it reports a full disk too
             raise OSError(str(error)) from error
-        (part / WEIGHTS_FILE).chmod(0o644)  # safetensors writes for the owner alone
         ledger.to_parquet(part / LEDGER_FILE)
         for name, put in also.items():
             put(part / name)
