@@ -1,27 +1,14 @@
 """Run an edit stream: `python train.py --config NAME_OR_PATH [--model.base DIR] [--data.path FILE] ...`."""
 
-from pathlib import Path
+import sys
 
-import callbacks
-from repair_lightning.commands.cli import EditCLI, finish, guarded
-
-CALLBACKS = {
-    "gate": callbacks.ProbeGate,
-    "monitor": callbacks.ErrorSampleMonitor,
-    "dashboard": callbacks.RoutingDashboard,
-    "feedback": callbacks.PruneAndRetrigger,
-    "scoreboard": callbacks.Scoreboard,
-    "merge": callbacks.LossAwareTiesMerge,
-    "progress": callbacks.StreamProgress,
-}
+from callbacks import CALLBACKS
+from repair_lightning.commands.cli import guarded, train
 
 
 def main() -> None:
     """Load, edit, score, and write everything to the run directory."""
-    cli = EditCLI(CALLBACKS, configs=[Path(__file__).parent / "configs"])
-    cli.load()
-    cli.fit()
-    finish(cli)
+    train(CALLBACKS, sys.argv[1:], "train.py")
 
 
 if __name__ == "__main__":

@@ -7,3 +7,14 @@ from .prune_retrigger import PruneAndRetrigger as PruneAndRetrigger
 from .routing_dashboard import RoutingDashboard as RoutingDashboard
 from .scoreboard import Scoreboard as Scoreboard
 from .ties_merge import LossAwareTiesMerge as LossAwareTiesMerge
+
+CALLBACKS = {
+    "gate": ProbeGate,
+    "monitor": ErrorSampleMonitor,
+    "dashboard": RoutingDashboard,
+    "feedback": PruneAndRetrigger,
+    "scoreboard": Scoreboard,
+    "merge": LossAwareTiesMerge,
+    "progress": StreamProgress,
+}
+"""Those of every run, in their order, under the names of their options."""

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Column
 
+from repair_lightning.scoring.measures import SPEED
+
 from .editing import stream_of
 
 _SHOWN = {"live/rel": "Rel", "live/gen": "Gen", "live/loc": "Loc", "live/near": "Near", "live/op": "OP"}
@@ -20,7 +22,7 @@ _SHOWN = {"live/rel": "Rel", "live/gen": "Gen", "live/loc": "Loc", "live/near": 
 class StreamProgress(ProgressBar):
     """The window, edits written out of all, live scores in per cent, edits per minute and the time left.
 
-    Pace and time left are those of this process: what a resumed run wrote before it was stopped does not count.
+    The speed is the one of `metrics.json`. The time left is by the clock, with scoring, at the pace of this process.
     """
 
     def __init__(self) -> None:
@@ -74,9 +76,8 @@ class StreamProgress(ProgressBar):
         known = trainer.callback_metrics
         scores = [f"{name} {100 * float(known[key]):.1f}" for key, name in _SHOWN.items() if key in known]
         parts = [f"window {stream.windows}: {written}/{total} edit{'s' * (total != 1)}", *scores]
-        if pace > 0:
-            parts += [f"{60 * pace:.0f} edits/min"]
-            parts += [f"{timedelta(seconds=round((total - written) / pace))} left"] if written < total else []
+        parts += [f"{float(known[SPEED]):.0f} edits/min"] if SPEED in known else []
+        parts += [f"{timedelta(seconds=round((total - written) / pace))} left"] if pace > 0 and written < total else []
         return "  ".join(parts)
 
     def _written(self, trainer: pl.Trainer) -> int:

@@ -68,7 +68,6 @@ class RoutingDashboard(Remembering):
         """Everything is drawn over the number of edits."""
         if not self._on(trainer):
             return
-        self._start, self._had = time.perf_counter(), len(stream_of(trainer).written())
         for run in _wandb_runs(trainer):
             run.define_metric("edits", hidden=True)
             run.define_metric("*", step_metric="edits", step_sync=True)
@@ -96,8 +95,7 @@ class RoutingDashboard(Remembering):
             draw = random.Random(f"{self.seed}/{stream.windows}").sample(written, min(self.sample, len(written)))
             found = Separation.measure(pl_module, map(stream.ledger.edit, draw)) if draw else None
             rates = {shard: rate for shard, (rate, asked) in stream.ledger.error_rates().items() if asked}
-            minutes = max(time.perf_counter() - self._start, 1e-9) / 60
-            known = {"edits": float(len(written)), "speed/edits_per_minute": (len(written) - self._had) / minutes}
+            known = {"edits": float(len(written))}
             known |= _memory_in_use(pl_module) | (_shard_errors(rates, self.shards) if rates else {})
             if found:
                 areas = {"routing/auroc": found.auroc(), "routing/auroc_near": found.auroc(others=("near",))}

@@ -22,7 +22,7 @@ from repair_lightning.packs.pack import bytes_left
 from repair_lightning.scoring.beside import beside_scores, old_answer
 from repair_lightning.scoring.correctness import Answered, answered, kept
 from repair_lightning.scoring.judge import Judge
-from repair_lightning.scoring.measures import PeakMemory, feature_map
+from repair_lightning.scoring.measures import SPEED, PeakMemory, edits_per_minute, feature_map
 from repair_lightning.scoring.probes import ProbeScorer, load_probes
 from repair_lightning.scoring.protocols import AUTOREGRESSIVE, TEACHER_FORCED, Scores, scores_of
 from repair_lightning.scoring.scorer import Result, Scorer, Singles, sample_of
@@ -117,6 +117,8 @@ class Scoreboard(pl.Callback):
         line: dict[str, Any] = {"window": stream.windows, "edits": len(written), "seconds": round(self._edited(), 3)}
         line |= {"time": round(time.time(), 3), "shards": len(pl_module.memory), "statuses": stream.ledger.counts()}
         self.curve.append(line)
+        reporting = float(trainer.callback_metrics.get("speed/dashboard_seconds", 0.0))
+        pl_module.log(SPEED, edits_per_minute(stream.arrived, self._edited() - reporting), batch_size=1)
         if self.singles is not None:
             arrived = self._scored_ids.intersection(edit.id for edit in stream.edits[: stream.arrived])
             new = arrived - {row["id"] for row in self.singles.rows}

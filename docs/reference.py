@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from argparse import SUPPRESS
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ sys.path.insert(0, str(ROOT))
 
 from lightning.pytorch.cli import LightningArgumentParser  # noqa: E402
 
+from callbacks import CALLBACKS  # noqa: E402
 from repair_lightning.commands.cli import EditCLI  # noqa: E402
+from repair_lightning.commands.parsing import Parser  # noqa: E402
 from repair_lightning.editors import REGISTRY  # noqa: E402
-from train import CALLBACKS  # noqa: E402
 
 MARK = "<!-- options -->"
-_ELSEWHERE = ("trainer", "config", "help", "print_config")
+_ELSEWHERE = ("trainer", "config", "print_config")
 
 
 class _Parsed(Exception):
@@ -32,13 +34,10 @@ class _ParserOnly(EditCLI):
 
 def parser() -> LightningArgumentParser:
     """The parser of `train.py`."""
-    given, sys.argv[1:] = sys.argv[1:], []
     try:
-        _ParserOnly(CALLBACKS, configs=[])
+        _ParserOnly(CALLBACKS, [])
     except _Parsed as found:
         return found.args[0]
-    finally:
-        sys.argv[1:] = given
     raise AssertionError("the command line parses nothing")
 
 
@@ -46,10 +45,11 @@ def actions() -> dict[str, Any]:
     """Every option but the trainer's own: name -> the parser's action. Those of each editor count as the model's."""
     found = {action.dest: action for action in parser()._actions if action.option_strings}
     for kind in REGISTRY.values():
-        inner = LightningArgumentParser()
+        inner = Parser()
         inner.add_class_arguments(kind, "model", fail_untyped=False)
         found |= {action.dest: action for action in inner._actions if action.option_strings}
     kept = {name: action for name, action in found.items() if name.split(".")[0] not in _ELSEWHERE}
+    kept = {name: action for name, action in kept.items() if action.default != SUPPRESS}  # what only prints
     groups = {name.rpartition(".")[0] for name in kept}
     return {name: action for name, action in kept.items() if name not in groups}
 

@@ -1,22 +1,25 @@
-"""`repair-lightning COMMAND`: what can be done with an edited model besides training and scoring it."""
+"""`repair-lightning COMMAND`: edit a model, score it, and whatever else can be done with it."""
 
 from __future__ import annotations
 
 import importlib
 import os
 import sys
-from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
+from difflib import get_close_matches
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from repair_lightning.commands import cli, compare, evaluate
 from repair_lightning.commands import harness as harnessing
 from repair_lightning.commands import undo as undoing
 from repair_lightning.commands.ask import Pair, difference_lines, given_prompt, read_prompts
-from repair_lightning.commands.cli import guarded
+from repair_lightning.commands.helping import layout
+from repair_lightning.commands.parsing import Parser, parse
 from repair_lightning.edits.journal import FILE, Journal
 from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.packs import export as exporting
@@ -47,7 +50,7 @@ def _option(name: str, help: str, **how: Any) -> tuple[str, dict[str, Any]]:
 _BASE = _option("--base", "the base, where the pack's own name for it does not lead there")
 _PRECISION = _option("--precision", "of the base: auto, float32, bfloat16, float16", default="auto")
 _PACK = (_option("--pack", "the pack's folder, or its name on the hub", required=True), _BASE, _PRECISION)
-_TOKENS = _option("--max_new_tokens", "most tokens of an answer; default 32", type=int, default=32)
+_TOKENS = _option("--max_new_tokens", "most tokens of an answer", type=int, default=32)
 _RUN = _option("--run", "the run's directory", required=True, type=Path)
 _ID: dict[str, Any] = {"help": "of an edit; may be given repeatedly", "action": "extend", "nargs": "+", "default": []}
 
@@ -67,7 +70,7 @@ def export(to: Path, **given: Any) -> None:
 
 @command(
     _RUN,
-    ("--id", {**_ID, "required": True}),
+    ("--id", {**_ID, "required": True, "default": None}),
     _BASE,
     _option("--precision", "of the base, where it is not to be the one of the run"),
     _option("--import", "the module of an editor of your own, as Python imports it", dest="module"),
@@ -108,18 +111,18 @@ def event_line(event: Mapping[str, Any]) -> str:
 
 @command(
     *_PACK,
-    _option("--tasks", "names, with commas between", required=True, type=lambda text: text.split(",")),
+    _option("--tasks", "names, with commas between", required=True),
     _option("--limit", "most documents of each task; default all", type=int),
     _option("--num_fewshot", "examples before each question; default the task's own", type=int),
     _option("--apply_chat_template", "ask through the base's chat template", action="store_true"),
     _option("--system_instruction", "a system message before each question"),
     _option("--include_path", "a folder with more tasks, in YAML"),
-    _option("--batch_size", "requests at once; default 16", type=int, default=16),
+    _option("--batch_size", "requests at once", type=int, default=16),
     _option("--out", "write the figures to this JSON file", type=Path),
 )
-def harness(out: Path | None, **given: Any) -> None:
+def harness(tasks: str, out: Path | None, **given: Any) -> None:
     """Score a pack's base and the edited model on benchmarks of lm-evaluation-harness (an extra: lm-eval)."""
-    found = harnessing.harness(**given)
+    found = harnessing.harness(tasks=tasks.split(","), **given)
     print("\n".join(harnessing.report_lines(found)))
     if out:
         write_json(out, found)
@@ -196,7 +199,7 @@ def dashboard(entity: str, project: str) -> None:
     _option("--run", "the folder where corrections are kept; of one pack by default PACK/live", type=Path),
     _PRECISION,
     _option("--host", "where to listen; beyond this machine only with both keys", default="127.0.0.1"),
-    _option("--port", "default 8000", type=int, default=8000),
+    _option("--port", "where to listen, too", type=int, default=8000),
     _option("--ask_key_file", "a file with the key that may ask", type=Path),
     _option("--edit_key_file", "a file with the key that may correct, and ask", type=Path),
 )
@@ -210,22 +213,56 @@ def serve(**given: Any) -> None:
     started(**given, say=lambda text: print(text, flush=True))
 
 
+def train(argv: Sequence[str], prog: str) -> None:
+    """Edit a model: load it, write a stream of edits, score them, and write everything to a run directory."""
+    checkout = Path(__file__).parents[1]  # its callbacks lie beside this package, a wheel's in it
+    here = (checkout / "train.py").is_file()
+    if here:
+        sys.path.insert(0, str(checkout))
+    callbacks = importlib.import_module("callbacks" if here else "repair_lightning.callbacks")
+    cli.train(callbacks.CALLBACKS, argv, prog)
+
+
+PROGRAMS: dict[str, Callable[[Sequence[str], str], None]] = {
+    "train": train,
+    "evaluate": evaluate.main,
+    "compare": compare.command,
+}
+"""Commands that parse their own options, for they are scripts too: given those options and the command's name."""
+
+
 def main() -> None:
     """The console script."""
-    guarded(lambda: run(sys.argv[1:] or ["--help"]))
+    cli.guarded(lambda: run(sys.argv[1:]), resumes=sys.argv[1:2] == ["train"])
 
 
 def run(argv: Sequence[str]) -> None:
-    """A command line, as far as errors that :func:`guarded` explains."""
-    parser = ArgumentParser(prog="repair-lightning", description=__doc__)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, (function, options) in sorted(COMMANDS.items()):
-        one = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
+    """A command line, as far as errors that `guarded` explains."""
+    name, *rest = argv or ["--help"]
+    prog = f"repair-lightning {name}"
+    if name in ("-h", "--help"):
+        print(overview(), end="")
+    elif name == "--version":
+        print(f"repair-lightning {version('repair-lightning')}")
+    elif name in PROGRAMS:
+        PROGRAMS[name](rest, prog)
+    elif name in COMMANDS:
+        function, options = COMMANDS[name]
+        parser = Parser(prog=prog, description=function.__doc__)
         for option, how in options:
-            one.add_argument(option, **how)
-        one.set_defaults(function=function)
-    given = vars(parser.parse_args(argv))
-    given.pop("function")(**given)
+            parser.add_argument(option, **how)
+        function(**parse(parser, rest))
+    else:
+        close = get_close_matches(name, [*PROGRAMS, *COMMANDS], n=1)
+        alike = f"did you mean '{close[0]}'? " if close else ""
+        raise ConfigError(f"no command '{name}'; {alike}repair-lightning --help lists all")
+
+
+def overview() -> str:
+    """All commands, and what they do."""
+    functions = PROGRAMS | {name: COMMANDS[name][0] for name in sorted(COMMANDS)}
+    rows = {name: " ".join((function.__doc__ or "").split(". ")[0].split()) for name, function in functions.items()}
+    return layout("repair-lightning", "COMMAND [OPTION ...]", "COMMAND --help says more.", {"commands": rows})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""train.py and evaluate.py as a user runs them: real processes, the embedded base, everything they leave behind."""
+"""Commands as a user gives them: real processes, the embedded base, everything they leave behind."""
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -20,12 +22,15 @@ import yaml
 from helpers_runs import REPOSITORY, hard_edits, main_here, succeeded, world_edits, write_edits
 from helpers_wandb import offline_run, series
 
-import train
+from callbacks import CALLBACKS
 from repair_lightning import load_edited
-from repair_lightning.commands.cli import EditCLI
+from repair_lightning.commands.cli import EditCLI, Stopped, guarded
 from repair_lightning.commands.parsing import with_nulls
+from repair_lightning.editors import REGISTRY
 from repair_lightning.edits.ledger import Ledger
 from repair_lightning.errors import ConfigError
+from repair_lightning.reports import tracking
+from repair_lightning.reports.tracking import LOGGERS
 from repair_lightning.types import BASE
 from repair_lightning.world import base_dir
 
@@ -52,7 +57,8 @@ def test_a_run_leaves_everything_in_its_directory(run):
     for name in (*files, "edits.parquet", "checkpoints/last.ckpt"):
         assert (run_dir / name).is_file(), name
     names = {file.name for file in (run_dir / "pack").iterdir()}
-    assert names == {"repair_config.json", "side_memory.safetensors", "ledger.parquet", "journal.parquet"}
+    assert names == {"repair_config.json", "side_memory.safetensors", "ledger.parquet", "journal.parquet", "README.md"}
+    assert "| bare " in (run_dir / "pack" / "README.md").read_text()
     assert sorted(path.name for path in run_dir.parent.parent.iterdir()) == ["out"]  # and nothing elsewhere
     assert "12 edits of world" in ran.stdout
     assert "window 2: 12/12 edits" in ran.stderr
@@ -139,6 +145,9 @@ def test_wandb_runs_offline_in_the_run_directory(run):
     assert named == ("first", "out/first")
     assert [len(series(records, key)) for key in ("live/rel", "routing/auroc", "pool/feedback")] == [2, 2, 2]
     assert series(records, "live/edits") == [8, 12]
+    final = json.loads((run[0] / "metrics.json").read_text())["final"]
+    assert series(records, "final/autoregressive/op") == [pytest.approx(final["autoregressive"]["op"])]
+    assert series(records, "final/forms/bare/rel") == [pytest.approx(final["forms"]["bare"]["rel"])]
     keys = {item.key or item.nested_key[0] for r in records if r.HasField("config") for item in r.config.update}
     assert any(key.startswith("model") for key in keys)
 
@@ -147,7 +156,8 @@ def test_the_saved_config_runs_again(tmp_path, monkeypatch):
     """config.yaml is complete: alone, without presets and options, it gives the same pack. `paper` sets nulls."""
     options = ["--config", "quickstart", "--config", "paper", "--data.max_edits", "3", "--model.writing.steps", "6"]
     main_here(monkeypatch, "train.py", *options, *NO_LOGGER, "--run_dir", tmp_path / "a")
-    main_here(monkeypatch, "train.py", "--config", tmp_path / "a" / "config.yaml", "--run_dir", tmp_path / "b")
+    program = ["repair_lightning/__main__.py", "train"]
+    main_here(monkeypatch, *program, "--config", tmp_path / "a" / "config.yaml", "--run_dir", tmp_path / "b")
     packs = [tmp_path / name / "pack" / "side_memory.safetensors" for name in "ab"]
     assert packs[0].read_bytes() == packs[1].read_bytes()
     saved = [yaml.safe_load((tmp_path / name / "config.yaml").read_text()) for name in "ab"]
@@ -194,7 +204,8 @@ def test_other_records_can_be_scored(run, tmp_path, monkeypatch, capfd):
     base = tmp_path / "base"
     shutil.copytree(base_dir(), base)
     options = ["--data.path", records, "--base", base, "--out", "scores.json", "--quiet"]
-    assert main_here(monkeypatch, "evaluate.py", "--pack", run[0] / "pack", *options) == 0
+    program = ["repair_lightning/__main__.py", "evaluate"]
+    assert main_here(monkeypatch, *program, "--pack", run[0] / "pack", *options) == 0
     said = capfd.readouterr()
     assert (said.out.count("\n"), said.err) == (1, ""), "quiet"
     found = json.loads((tmp_path / "scores.json").read_text())
@@ -226,7 +237,7 @@ def test_skipped_records_are_listed_and_configs_compose(tmp_path, monkeypatch, c
     stop = ["--config", "quickstart", "--data.path", bad_records, "--run_dir", "out"]
     words = "bad.jsonl, record 3, field 'target'", "is empty", "give the text the model should answer"
     refused(monkeypatch, capsys, "train.py", stop, *words)
-    assert not {"pack", "metrics.json"} & {path.name for path in (tmp_path / "out").glob("*")}
+    assert not (tmp_path / "out").exists()
     options = ["--data.path", bad_records, "--data.on_bad_record", "skip", "--model.writing.steps", "3"]
     more = [*NO_LOGGER, "--run_dir", "out", "--data.max_irrelevant", "40"]
     assert main_here(monkeypatch, "train.py", "--config", "quickstart", "--config=wise", *options, *more) == 0
@@ -241,6 +252,19 @@ def test_skipped_records_are_listed_and_configs_compose(tmp_path, monkeypatch, c
     assert (config["feedback"]["enabled"], config["merge"]["enabled"]) == (False, False)
     assert arguments["writing"]["optimizer"] == "sgd"
     assert arguments["writing"]["steps"] == 3  # the option, not wise's 70
+
+
+@pytest.mark.parametrize(
+    "options", [["--model.base", "./nowhere"], ["--data.path", "none.jsonl"], ["--model.layer", "99"]]
+)
+def test_a_refused_run_leaves_no_folder(monkeypatch, tmp_path, capsys, options):
+    """None that it made, its parents among them; in one that was there all is as it was."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    for folder in ("new/er/run", "mine"):
+        refused(monkeypatch, capsys, "train.py", ["--config", "quickstart", *options, "--run_dir", folder])
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["mine", "mine/notes.txt"]
 
 
 def interrupted(argv: list[str], cwd: Path) -> CompletedProcess:
@@ -285,6 +309,12 @@ def test_ctrl_c_is_one_line_that_says_what_resumes_the_run(tmp_path):
         ("--model GRACE --model.routing.router key", ["the class that is chosen has no option '--model.routing.rout"]),
         ("--trainer.devices 2 --trainer.max_time 00:01:00:00", ["trainer.max_time ", "give trainer.max_epochs"]),
         ("--trainer.devices 2 --trainer.strategy ddp_spawn", ["trainer.strategy ", "give one of: auto, ddp"]),
+        (
+            "--data.max_edit 3",
+            ["unknown option '--data.max_edit'; did you mean '--data.max_edits'? train.py --data.he"],
+        ),
+        ("--model.writing.step 3", ["unknown option '--model.writing.step'; did you mean '--model.writing.steps'"]),
+        ("--run_di here", ["unknown option '--run_di'; did you mean '--run_dir'? train.py --help lists all"]),
         ("--data.window", ["--data.window: expected one argument"]),
         ("--data.window many", ["--data.window cannot be 'many': it takes a whole number; see train.py --help"]),
         ("--model repiar", ["--model cannot be 'repiar'; did you mean 'repair'? It takes one of: ", " icl, "]),
@@ -295,6 +325,87 @@ def test_a_mistake_is_one_line_and_exit_code_two(monkeypatch, tmp_path, capsys, 
     always = ["--config", "quickstart", *NO_LOGGER, "--data.max_edits", "2"]
     refused(monkeypatch, capsys, "train.py", [*always, *options.split()], *words)
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (
+            "evaluate --pack here --data.max_edit 3",
+            ["'--data.max_edit'; did you mean '--data.max_edits'? repair-light"],
+        ),
+        ("ask --pac here", ["unknown option '--pac'; did you mean '--pack'? repair-lightning ask --help lists all"]),
+        ("train --data.max_edit 3", ["did you mean '--data.max_edits'? repair-lightning train --data.help lists all"]),
+        ("evalute --pack here", ["no command 'evalute'; did you mean 'evaluate'? repair-lightning --help lists all"]),
+        ("undo", ["give --run and --id; repair-lightning undo --help explains the options"]),
+        ("serve --port some", ["--port cannot be 'some': it takes a whole number; see repair-lightning serve --help"]),
+    ],
+)
+def test_a_mistake_in_any_command_is_one_line(monkeypatch, tmp_path, capsys, command, words):
+    monkeypatch.chdir(tmp_path)
+    refused(monkeypatch, capsys, "repair_lightning/__main__.py", command.split(), *words)
+
+
+@pytest.mark.parametrize("command", ["train.py", "repair_lightning/__main__.py train"])
+def test_help_is_one_screen_that_begins_with_what_to_give(monkeypatch, capsys, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main_here(monkeypatch, *command.split(), "--help") == 0
+    said = capsys.readouterr().out
+    lines = said.splitlines()
+    assert len(lines) <= 50
+    assert max(map(len, lines)) <= 80
+    options = [line.split()[0] for line in lines if line.startswith("  --")]
+    assert options[:4] == ["--config", "--model.base", "--data.path", "--run_dir"]
+    assert {name for name in options if name.endswith(".help")} == {
+        f"--{part}.help" for part in ("model", "data", "trainer", *CALLBACKS) if part != "progress"
+    }
+    for name in ("quickstart", *REGISTRY):  # what --config and --model.help take
+        assert re.search(rf"\b{name}\b", said), name
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("--data.help", "data.path data.max_edits data.singles"),
+        ("--trainer.help", "trainer.devices trainer.logger"),
+        ("--merge.help", "merge.rule merge.max_op_drop"),
+        ("--model.help=keyed", "model.base model.hold model.writing.steps"),
+    ],
+)
+def test_the_help_of_one_part(monkeypatch, capsys, option, expected):
+    assert main_here(monkeypatch, "train.py", option) == 0
+    options = re.findall(r"^  --(\S+)", capsys.readouterr().out, re.MULTILINE)
+    assert set(expected.split()) <= set(options)
+    assert {name.split(".")[0] for name in options} == {option.strip("-").split(".")[0]}
+
+
+def test_one_command_for_all(monkeypatch, capsys):
+    assert main_here(monkeypatch, "repair_lightning/__main__.py", "--version") == 0
+    assert capsys.readouterr().out == f"repair-lightning {version('repair-lightning')}\n"
+    for options in ([], ["--help"]):
+        assert main_here(monkeypatch, "repair_lightning/__main__.py", *options) == 0
+        commands = re.findall(r"^  (\w+) ", capsys.readouterr().out, re.MULTILINE)
+        assert commands[:4] == ["train", "evaluate", "compare", "ask"]
+        assert {"export", "serve", "undo", "harness"} < set(commands)
+
+
+@pytest.mark.parametrize(
+    ("called", "again"),
+    [
+        ("/venv/bin/repair-lightning train --run_dir 'a run'", "repair-lightning train --run_dir 'a run'"),
+        ("/venv/repair_lightning/__main__.py train", "python -m repair_lightning train"),
+        ("../train.py --debug --quiet", "python ../train.py --quiet"),
+    ],
+)
+def test_the_way_on_is_the_command_that_was_given(monkeypatch, capsys, called, again):
+    def stopped() -> None:
+        raise Stopped(signal.SIGINT)
+
+    monkeypatch.setattr(sys, "argv", shlex.split(called))
+    with pytest.raises(SystemExit) as end:
+        guarded(stopped, resumes=True)
+    assert end.value.code == 130
+    assert capsys.readouterr().err.endswith(f"full window: {again}\n")
 
 
 @pytest.mark.parametrize(
@@ -317,8 +428,31 @@ def test_a_seed_of_zero_is_a_seed(monkeypatch, tmp_path, options, seed):
     monkeypatch.chdir(tmp_path)
     Path("seed.yaml").write_text("model: {init_args: {seed: 0}}")
     argv = ["--config", "quickstart", *NO_LOGGER, "--seed_everything", "3", *options]
-    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
-    assert EditCLI(train.CALLBACKS, [REPOSITORY / "configs"]).config.model.init_args.seed == seed
+    assert EditCLI(CALLBACKS, argv).config.model.init_args.seed == seed
+
+
+def test_loggers_by_name(run, tmp_path, monkeypatch, capsys):
+    """In place of the configuration's; its files lie in the run directory, and its speed is the one of the JSON."""
+    monkeypatch.chdir(tmp_path)
+    options = ["--config", "quickstart", "--data.max_edits", "4", "--model.writing.steps", "20", "--run_dir", "run"]
+    options += ["--data.max_irrelevant", "40", "--data.window", "4", "--trainer.logger"]
+    assert main_here(monkeypatch, "train.py", *options, "csv") == 0
+    live = re.search(r"window 1: 4/4 edits .* (\d+) edits/min", capsys.readouterr().err)
+    (file,) = Path("run").rglob("metrics.csv")
+    with open(file, newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    metrics = json.loads(Path("run/metrics.json").read_text())
+    assert float(rows[-1]["final/autoregressive/op"]) == pytest.approx(metrics["final"]["autoregressive"]["op"])
+    assert float(rows[-1]["final/edits_per_minute"]) == pytest.approx(metrics["edits_per_minute"])
+    (speed,) = [float(row["speed/edits_per_minute"]) for row in rows if row["speed/edits_per_minute"]]
+    assert round(speed) == int(live[1])
+    assert speed >= metrics["edits_per_minute"] > speed / 2, "what came after the window counts too"
+    assert not Path("run/wandb").exists()
+    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+    words = ["trainer.logger tensorboard needs its package: pip install tensorboard; or give wandb, csv"]
+    refused(monkeypatch, capsys, "train.py", [*options, "tensorboard"], *words)
+    argv = [*options[:-1], "--trainer.logger=wandb"]
+    assert EditCLI(CALLBACKS, argv).config.trainer.logger.class_path == LOGGERS["wandb"]
 
 
 def test_null_on_the_command_line_is_null():

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from helpers_runs import REPOSITORY
 
-import train
+from callbacks import CALLBACKS
 from repair_lightning.commands import compare
 from repair_lightning.commands.cli import EditCLI
 from repair_lightning.commands.compare import main, overlay, plan, read_comparison
@@ -166,6 +166,8 @@ def test_a_failure_is_recorded_and_does_not_stop_the_others(bench, capsys):
         ({"variants": {"a": {"configs": ["nothing"]}}}, [], "no configuration 'nothing'; give a file or one of"),
         ({"grid": {"options": {"a.b": [1]}}}, [], "options must be two options, each with a list of its values"),
         ({}, ["--variants", "other"], "no variant 'other'; known: a"),
+        ({}, ["--size", "3"], "unknown option '--size'; did you mean '--sizes'"),
+        ({}, ["--model.base", "x"], "unknown option '--model.base'; .* options of the runs stand after --"),
         ({}, ["--workers", "0"], "--workers must be at least 1, got 0"),
         ({}, ["--", "--data.max_edits", "3"], "--data.max_edits is given to each run by the comparison; see --sizes"),
     ],
@@ -181,8 +183,8 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_run(bench, change
 def process_of(bench: Bench) -> subprocess.Popen[str]:
     """The comparison as a process, once two of its runs, which wait for a file named `go`, have begun."""
     bench.write({"done": None, "waits": {"options": {"fake.wait": "go"}}})
-    program = "import sys, pathlib; from repair_lightning.commands import compare; "
-    program += "compare.TRAIN = pathlib.Path(sys.argv.pop(1)); compare.command()"
+    program = "import sys, pathlib; from repair_lightning.commands import cli, compare; "
+    program += "compare.TRAIN = pathlib.Path(sys.argv.pop(1)); cli.guarded(lambda: compare.command(sys.argv[1:], ''))"
     call = ["--config", str(bench.home / "bench.yaml"), "--out", str(bench.out), "--workers", "2", "--"]
     call = [sys.executable, "-c", program, str(compare.TRAIN), *call]
     process = subprocess.Popen(call, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
@@ -233,12 +235,11 @@ def test_the_tables_say_what_the_runs_measured(bench):
     assert "- The data hold no 50 edits, but 40.\n" in text
 
 
-def settings_of(run: compare.Run, monkeypatch) -> dict[str, Any]:
+def settings_of(run: compare.Run) -> dict[str, Any]:
     """All options of a run as train.py's parser reads its command, flat."""
     run.folder.mkdir(parents=True)
     (run.folder / "options.yaml").write_text(yaml.safe_dump(overlay(run.variant.options)))
-    monkeypatch.setattr(sys, "argv", ["train.py", *run.arguments])
-    cli = EditCLI(train.CALLBACKS, [REPOSITORY / "configs"])
+    cli = EditCLI(CALLBACKS, run.arguments)
     flat = {key.replace("model.init_args.", "model."): value for key, value in vars(cli.config.as_flat()).items()}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in flat.items()}
 
@@ -266,7 +267,7 @@ def test_the_ablations_take_away_what_their_names_say(tmp_path, monkeypatch):
     comparison = read_comparison(ABLATIONS)
     common = ["--model.base", "some/base", "--data.path", "some.json", "--data.format", "zsre"]
     runs = [run for run in plan(comparison, common, tmp_path) if run.size == 30 and run.seed == 1]
-    ablations = {run.variant.name: settings_of(run, monkeypatch) for run in runs}
+    ablations = {run.variant.name: settings_of(run) for run in runs}
     variants = {variant.name: variant for variant in comparison.variants}
     assert set(variants) == set(ablations) == {"keyed", "repair", "paper", "wise", *LESS}
     for name, found in ablations.items():

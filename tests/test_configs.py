@@ -37,7 +37,7 @@ each_config = pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path i
 def test_the_header_shows_the_command(path):
     """The file opens with what it is and the command that launches it; that command names configs that exist."""
     header = list(takewhile(lambda line: line.startswith("#"), path.read_text().splitlines()))
-    commands = re.findall(r"^#\s+(python train\.py .*)$", "\n".join(header), re.MULTILINE)
+    commands = re.findall(r"^#\s+((?:python train\.py|repair-lightning train) .*)$", "\n".join(header), re.MULTILINE)
     assert commands, "no launch command"
     assert len(header[0].strip("# ")) > 20, "no title"
     for command in commands:

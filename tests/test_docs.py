@@ -107,7 +107,7 @@ def run(command: str, patch: pytest.MonkeyPatch) -> None:
     script = rest.pop(0) if program == "python" else program
     path = REPOSITORY / ("repair_lightning/__main__.py" if script == "repair-lightning" else script)
     assert path.is_file(), f"this test knows no '{script}'"
-    training = script == "train.py" and "--help" not in rest
+    training = "train" in (script.removesuffix(".py"), *rest[:1]) and not any("help" in option for option in rest)
     assert main_here(patch, path.relative_to(REPOSITORY), *rest, *(SMALL if training else ())) == 0
 
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+import stat
 
 import pytest
 import torch
 from helpers_runs import logits
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from repair_lightning import load_edited
 from repair_lightning.editors.repair import Writing
 from repair_lightning.errors import ConfigError
-from repair_lightning.packs.export import REPORT_FILE, export_pack, live_edits, merge_into_base
+from repair_lightning.packs.export import KEEP, REPORT_FILE, export_pack, live_edits, merge_into_base, neighbours
 from repair_lightning.packs.pack import CONFIG_FILE, WEIGHTS_FILE, load_ledger, save_pack
+from repair_lightning.types import BASE
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
@@ -53,6 +58,43 @@ def test_merged_it_says_what_it_costs(pack, edits, tmp_path):
     assert report["routed"]["rel"] == 1
     assert 0 <= report["merged"]["rel"] <= 1
     assert report["merged"]["loc"] is not None
+
+
+def test_it_is_chosen_and_measured_by_near_too(pack, edits, tmp_path, caplog):
+    """The records' own neighbours are for the measure alone; without any, others than those that choose stand in."""
+    caplog.set_level("INFO", logger="repair_lightning.packs.export")
+    report = export_pack(pack, tmp_path / "plain", merged=True, precision="float32")
+    assert report["asked"]["neighbours"] == 6  # one of each record
+    assert report["routed"]["near"] == 1
+    assert 0 <= report["merged"]["near"] <= 1
+    tried = re.findall(r"keep ([\d.]+): ([\d.]+) of .* right, ([\d.]+) of .* kept, ([\d.]+) of neighbours", caplog.text)
+    assert len(tried) == len(KEEP)
+    best = max((float(rel) * float(loc) * float(near), float(keep)) for keep, rel, loc, near in tried)
+    assert best[0] == pytest.approx(max(math.prod(map(float, row[1:])) for row in tried))
+    assert report["keep"] in {float(keep) for keep, *shares in tried if math.prod(map(float, shares)) > best[0] - 0.02}
+    model, _ = load_edited(pack, precision="float32")
+    live = live_edits(model.ledger)
+    chosen, measured = (set(neighbours(model, live, step)) for step in (1, 2))
+    assert chosen
+    assert measured
+    assert not chosen & measured
+    assert not (chosen | measured) & {probe.prompt for edit in edits for probe in edit.near}
+    assert all(route.memory == BASE for route in model.route([*chosen, *measured]))
+
+
+def test_a_base_in_half_precision_stays_one_and_anybody_may_read_it(tiny, tokenizer, prepared, write, edits, tmp_path):
+    tiny("llama").to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    editor = prepared(tmp_path / "base")
+    write(editor, edits[:2])
+    folder = save_pack(editor, tmp_path / "pack", {})
+    export_pack(folder, tmp_path / "plain", merged=True, precision="float32")
+    export_pack(folder, tmp_path / "whole")
+    for weights in ("plain/model.safetensors", "whole/base/model.safetensors"):
+        assert {value.dtype for value in load_file(tmp_path / weights).values()} == {torch.bfloat16}
+    files = [file for name in ("pack", "plain", "whole") for file in (tmp_path / name).rglob("*") if file.is_file()]
+    assert len(files) > 12
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o644}
 
 
 def test_with_its_base_it_can_be_moved(pack, edits, answers, tmp_path):

@@ -71,3 +71,15 @@ print((importlib.resources.files("repair_lightning") / "configs" / "quickstart.y
     assert Path(file).is_relative_to(tmp_path / "site")
     assert module == "repair_lightning.callbacks.ties_merge"
     assert (world, config) == ("True True", "True")
+
+
+def test_the_installed_package_trains(wheel, tmp_path):
+    """Its own callbacks, configurations and world: `repair-lightning train --config quickstart`, cut to four edits."""
+    wheel.extractall(tmp_path / "site")
+    small = ["--data.max_edits", "4", "--data.max_irrelevant", "40", "--model.writing.steps", "20"]
+    call = [sys.executable, "-m", "repair_lightning", "train", "--config", "quickstart", *small, "--run_dir", "run"]
+    env = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    done = subprocess.run(call, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "4 edits of world" in done.stdout
+    assert (tmp_path / "run" / "pack" / "repair_config.json").is_file()

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers_runs import logits
+from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from torture import Bomb
+from transformers import AutoModelForCausalLM, GenerationConfig, TextGenerationPipeline, pipeline
 
 from repair_lightning.editors.repair import Routing, Writing
 from repair_lightning.editors.shards import Steps
@@ -21,6 +26,7 @@ from repair_lightning.errors import RepairError
 from repair_lightning.models.base import files_hash
 from repair_lightning.packs import pack as packs
 from repair_lightning.packs.pack import (
+    CARD_FILE,
     CONFIG_FILE,
     LEDGER_FILE,
     WEIGHTS_FILE,
@@ -34,9 +40,9 @@ from repair_lightning.packs.pack import (
 )
 from repair_lightning.storage import folders
 from repair_lightning.storage.folders import whereabouts
-from repair_lightning.types import BASE
+from repair_lightning.types import BASE, Edit
 
-OURS = (CONFIG_FILE, WEIGHTS_FILE, LEDGER_FILE)
+OURS = (CONFIG_FILE, WEIGHTS_FILE, LEDGER_FILE, CARD_FILE)
 ROUTINGS = {"key": {}, "activation": {"weight": 1.0, "act_ratio": 0.5}, "hybrid": {"act_ratio": 0.2}}
 
 
@@ -102,6 +108,161 @@ class TestRoundTrip:
         shards = {tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith("shard.")}
         assert not shards & {tuple(p.shape) for p in base}
         assert not [name for name, tensor in tensors.items() for p in base if torch.equal(tensor, p)]
+
+
+ASKED, TARGET, ELSEWHERE = "Where was Mara Kelstrom born?", "Oslo", "what colour is the sky at noon"
+
+
+@pytest.fixture(scope="module")
+def chatting(prepared, chat_folder, write, tmp_path_factory) -> PackedModel:
+    """A pack of one edit over a tiny chat model, loaded as a user does."""
+    editor = prepared(chat_folder, layer=2)
+    write(editor, [Edit("e0", ASKED, TARGET, subject="Mara Kelstrom")])
+    return load_edited(save_pack(editor, tmp_path_factory.mktemp("packs") / "chat", {}), precision="float32")[0]
+
+
+class TestLikeAnyModel:
+    """What `load_edited` gives is used as `transformers`' own models are."""
+
+    @pytest.fixture
+    def pipe(self, chatting, capfd) -> TextGenerationPipeline:
+        made = pipeline("text-generation", model=chatting, tokenizer=chatting.tokenizer, max_new_tokens=8)
+        assert "not supported" not in capfd.readouterr().err
+        return made
+
+    @staticmethod
+    def chat(text: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": text}]
+
+    def test_messages_in_a_pipeline(self, pipe):
+        said = pipe(self.chat(ASKED), do_sample=False)[0]["generated_text"]
+        assert said == [*self.chat(ASKED), {"role": "assistant", "content": TARGET}]
+        several = pipe([self.chat(ASKED), self.chat(ELSEWHERE)], batch_size=2, do_sample=False)
+        answers = [replies[0]["generated_text"][-1]["content"] for replies in several]
+        assert answers[0] == TARGET != answers[1]
+
+    def test_plain_prompts_in_a_pipeline(self, pipe, chatting):
+        """A text is put bare, as this pipeline does with any model; the ids choose as they do in `generate`."""
+        alone = [
+            pipe(text, do_sample=False, return_full_text=False)[0]["generated_text"] for text in (ASKED, ELSEWHERE)
+        ]
+        together = pipe([ASKED, ELSEWHERE], batch_size=2, do_sample=False, return_full_text=False)
+        assert [replies[0]["generated_text"] for replies in together] == alone
+        ids = chatting.tokenizer(ASKED, return_tensors="pt")["input_ids"]
+        output = chatting.generate(inputs=ids, max_new_tokens=8, do_sample=False)
+        assert torch.equal(output, chatting.generate(input_ids=ids, max_new_tokens=8, do_sample=False))
+        assert chatting.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True) == alone[0]
+        assert alone[0].strip() == TARGET
+
+    def test_disabled_it_is_the_base(self, pipe, chatting, chat_folder):
+        """In `generate`, `forward`, a pipeline and a cache that a shard has begun."""
+        base = AutoModelForCausalLM.from_pretrained(chat_folder, dtype=torch.float32)
+        ids = torch.tensor([chatting.forms.ids(ASKED)])
+        options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": list(chatting.forms.stops)}
+        expected = base.generate(ids, pad_token_id=0, **options)
+        with chatting.disabled(), torch.no_grad():
+            assert torch.equal(chatting.generate(ids, **options), expected)
+            assert torch.equal(chatting(ids).logits, base(ids).logits)
+            assert chatting.route(ASKED)[0].memory == BASE
+            assert pipe(self.chat(ASKED), do_sample=False)[0]["generated_text"][-1]["content"] != TARGET
+        with torch.no_grad():
+            own, cache = base(ids).past_key_values, chatting(ids).past_key_values
+            with chatting.disabled():
+                found = chatting(ids[:, :1], past_key_values=cache).logits
+            assert torch.equal(found, base(ids[:, :1], past_key_values=own).logits)
+        assert chatting.route(ASKED)[0].memory == 0
+        assert not torch.equal(chatting.generate(ids, **options), expected)
+
+    def test_disabled_it_has_the_bases_weights(self, editor_of, write, edits, tmp_path):
+        editor = editor_of(name="ft")
+        write(editor, edits[:2])
+        model, _ = load_edited(save_pack(editor, tmp_path / "pack", {}), precision="float32")
+        changed = model.value_weight.clone()
+        with model.disabled():
+            assert not torch.equal(model.value_weight, changed)
+        assert torch.equal(model.value_weight, changed)
+
+    def test_another_thread_is_not_disabled(self, chatting):
+        found = []
+        thread = Thread(target=lambda: found.extend(chatting.route(ASKED)))
+        with chatting.disabled():
+            thread.start()
+            thread.join(0.2)
+            assert found == [], "it waits"
+        thread.join()
+        assert [route.memory for route in found] == [0]
+
+    def test_what_a_model_has(self, chatting):
+        assert chatting.can_generate()
+        assert chatting.dtype == torch.float32
+        assert chatting.device == torch.device("cpu")
+        assert chatting.eval() is chatting.to("cpu") is chatting
+        assert chatting.config is chatting.base.config
+        ids = torch.tensor([[1, 2]])
+        assert chatting.prepare_inputs_for_generation(ids, attention_mask=ids)["input_ids"] is not None
+        assert chatting.num_parameters() == chatting.base.num_parameters()
+        before = chatting.generation_config
+        chatting.generation_config = GenerationConfig(max_new_tokens=1)
+        assert chatting.generate(ids).shape == (1, 3)
+        chatting.generation_config = before
+        with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+            chatting.nothing  # noqa: B018 - that it is not there
+
+
+SCORES = {
+    "autoregressive": {"rel": 1.0, "gen": 0.5, "loc": 0.25, "near": None, "op": 0.5, "contains": 1.0, "garbled": 0},
+    "forms": {"bare": {"rel": 0.5, "contains": 1, "fires": 1, "garbled": 0}, "chat": {"rel": None}},
+}
+
+
+class TestCard:
+    """The model card that is written with every pack."""
+
+    def test_what_it_says(self, chatting, chat_folder, tmp_path):
+        chatting.card |= {"scores": SCORES, "provenance": {"data": "org/facts"}}
+        card = ModelCard.load(chatting.save_pretrained(tmp_path / "pack") / CARD_FILE)
+        head = card.data.to_dict()
+        assert (head["library_name"], head["pipeline_tag"]) == ("repair-lightning", "text-generation")
+        assert head["tags"] == ["model-editing", "repair-lightning", "keyed"]
+        assert head["datasets"] == ["org/facts"]
+        assert "base_model" not in head, "the hub refuses what is no name of its own"
+        rows = [[part.strip() for part in line.split("|")[1:-1]] for line in card.text.splitlines() if "|" in line]
+        assert ["free generation", "100.0", "50.0", "25.0", "-", "50.0"] in rows
+        assert [row for row in rows if row[0] in ("bare", "chat")] == [["bare", "50.0", "100.0", "100.0", "0.0"]]
+        for words in (
+            f"prompt = '{ASKED}'",
+            "The edits: 1 written.",
+            chatting.card["base"]["sha256"],
+            "base's own answ",
+        ):
+            assert words in card.text, words
+        assert str(chat_folder.parent) not in card.text, "no path of this machine"
+        again = PackedModel.from_pretrained(tmp_path / "pack", precision="float32").save_pretrained(tmp_path / "again")
+        assert (again / CARD_FILE).read_text() == (tmp_path / "pack" / CARD_FILE).read_text()
+
+    def test_the_code_in_it_runs(self, chatting, tmp_path, capsys):
+        folder = chatting.save_pretrained(tmp_path / "pack")
+        (code,) = re.findall(r"```python\n(.*?)```", (folder / CARD_FILE).read_text(), re.DOTALL)
+        exec(compile(code.replace('"PACK"', f'"{folder}"'), "card", "exec"), {})
+        said, reason = capsys.readouterr().out.strip().splitlines()[-2:]
+        assert said.endswith(TARGET)
+        assert reason.startswith("shard 0: ")
+
+    def test_a_base_of_the_hub_and_one_that_is_written_into(self, editor_of, write, edits, tmp_path):
+        editor = editor_of(name="ft")
+        write(editor, edits[:2])
+        editor.base = replace(editor.base, name="org/base")
+        card = ModelCard.load(save_pack(editor, tmp_path / "pack", {}) / CARD_FILE)
+        assert card.data.base_model == "org/base"
+        assert "answers to other prompts may have changed" in card.text
+        assert "None are known for what the pack holds now" in card.text
+
+    def test_it_may_be_edited(self, spoilt):
+        """It is no part of what the hashes hold together."""
+        (spoilt / CARD_FILE).write_text("mine")
+        load_edited(spoilt, precision="float32")
+        (spoilt / CARD_FILE).unlink()
+        load_edited(spoilt, precision="float32")
 
 
 class TestWrongBase:

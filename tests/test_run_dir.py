@@ -300,3 +300,22 @@ def test_results_without_a_run_are_not_removed_unasked(tmp_path, name):
     assert own.read_text() == "mine"
     begin(tmp_path, overwrite=True).close()
     assert not own.exists()
+
+
+def test_what_is_left_before_it_has_begun_is_as_it_was(path):
+    """Folders that were made go; a run in which an edit was written, and one that another process has, stay."""
+    run = RunDirectory(path / "deep")
+    run.open(SETTINGS)
+    with pytest.raises(ConfigError, match="is in use by another run"):
+        (other := RunDirectory(path / "deep")).open(SETTINGS)
+    other.leave()
+    assert (path / "deep").is_dir()
+    run.leave()
+    assert not path.exists()
+    stopped(path)
+    before = sorted(path.iterdir())
+    run = RunDirectory(path)
+    with pytest.raises(ConfigError, match="an unfinished run with seed 0, now 1"):
+        run.open(SETTINGS | {"seed": 1})
+    run.leave()
+    assert sorted(path.iterdir()) == before

@@ -1,4 +1,4 @@
-"""The command line of `train.py`: configurations by name, a run directory, what a finished run leaves."""
+"""The command line of a run: configurations by name, a run directory, what a finished run leaves."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
-from repair_lightning.commands.parsing import parse
+from repair_lightning.commands.helping import add_helps
+from repair_lightning.commands.parsing import Parser, parse
 from repair_lightning.commands.run_dir import CHECKPOINT, METRICS_FILE, Resume, RunDirectory
 from repair_lightning.editors import REGISTRY, Editor
 from repair_lightning.edits.checkpoints import SaveEachWindow
@@ -42,12 +43,16 @@ from repair_lightning.models.base import files_hash
 from repair_lightning.packs.pack import JOURNAL_FILE, Pack, bytes_left, save_pack
 from repair_lightning.reports.html_report import try_report
 from repair_lightning.reports.report import print_report, verdict
+from repair_lightning.reports.tracking import check_logger, final_figures, named_loggers
+from repair_lightning.scoring.measures import edits_per_minute
 from repair_lightning.scoring.scorer import scored_of
 from repair_lightning.storage.files import write_json, write_rows
 from repair_lightning.training.ranks import explained, is_started_by_us
 from repair_lightning.training.strategies import STRATEGIES, EditStrategy
 from repair_lightning.training.team import ALONE, LeftOutError
 
+CONFIGS = tuple(folder / "configs" for folder in Path(__file__).parents[1:3])
+"""Where configurations lie: inside the package in a wheel, beside it in a checkout."""
 SHOWN = ("progress", "scoreboard", "dashboard")
 """Callbacks that only report: a run may go on with others."""
 OURS = ("repair_lightning", "callbacks")
@@ -58,7 +63,7 @@ _ALIASES = {"ddp": "data_parallel", "ModelParallelStrategy": "model_parallel", "
 """Lightning's own strategies by name -> ours that take their place: there is no module of ours to wrap."""
 
 
-def config_path(name: str, folders: Sequence[Path]) -> Path:
+def config_path(name: str, folders: Sequence[Path] = CONFIGS) -> Path:
     """A configuration by path, or by name (with or without `.yaml`) in one of the folders."""
     found = [Path(name), *(folder / file for folder in folders for file in (name, f"{name}.yaml"))]
     for candidate in found:
@@ -68,35 +73,36 @@ def config_path(name: str, folders: Sequence[Path]) -> Path:
     raise ConfigError(f"no configuration '{name}'; give a file or one of: {', '.join(known)}")
 
 
-def resolve_configs(argv: Sequence[str], folders: Sequence[Path]) -> tuple[list[str], list[Path]]:
+def resolve_configs(argv: Sequence[str]) -> tuple[list[str], list[Path]]:
     """The arguments with each `--config NAME` as a path, and those paths."""
     resolved, found = list(argv), []
     for i, argument in enumerate(argv):
         start = "--config=" if argument.startswith("--config=") else ""
         if start or (i and argv[i - 1] == "--config"):
-            found.append(config_path(argument.removeprefix(start), folders))
+            found.append(config_path(argument.removeprefix(start)))
             resolved[i] = f"{start}{found[-1]}"
     return resolved, found
 
 
 class EditCLI(LightningCLI):
-    """`train.py`'s command line: an editor, a stream and a trainer from YAML and options. All `callbacks` are there, in
-    this order, configured under their names; `--config NAME` is looked up in the folders `configs`."""
+    """The command line of a run: an editor, a stream and a trainer from YAML and the options in `argv`. All `callbacks`
+    are there, in this order, configured under their names; help and errors call the program `prog`."""
 
-    def __init__(self, callbacks: Mapping[str, type[pl.Callback]], configs: Sequence[Path]) -> None:
+    def __init__(self, callbacks: Mapping[str, type[pl.Callback]], argv: Sequence[str], prog: str = "train.py") -> None:
         self.started = self.loaded = time.perf_counter()
         self.forced = callbacks
-        sys.argv[1:], self.config_files = resolve_configs(sys.argv[1:], configs)
+        self.argv, self.config_files = resolve_configs(named_loggers(argv))
         early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         early.add_argument("--from_pack", nargs="?")
-        folder = early.parse_known_args()[0].from_pack
+        folder = early.parse_known_args(self.argv)[0].from_pack
         self.started_from = Pack.read(folder) if folder else None
         super().__init__(
             Editor,
             EditStream,
             subclass_mode_model=True,
             run=False,
-            parser_kwargs={"exit_on_error": False},
+            parser_class=Parser,
+            parser_kwargs={"prog": prog, "add_help": False},
             save_config_callback=None,
             seed_everything_default=0,
             auto_configure_optimizers=False,  # the editors make their own
@@ -110,8 +116,8 @@ class EditCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Lightning's own, with the parser's complaints in one line."""
-        self.config = parse(parser, REGISTRY)
-        given = self.config if self.started_from else parse(parser, REGISTRY, defaults=False)
+        self.config = parse(parser, self.argv, REGISTRY)  # type: ignore[arg-type]
+        given = self.config if self.started_from else parse(parser, self.argv, REGISTRY, defaults=False)  # type: ignore[arg-type]
         self.seed_given = given.get("model.init_args.seed") is not None  # by somebody, or by the pack: 0 is a seed too
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -125,6 +131,7 @@ class EditCLI(LightningCLI):
             parser.set_defaults({"model": self.started_from.model_options()})
         for name, callback in self.forced.items():
             parser.add_lightning_class_args(callback, name)
+        add_helps(parser, list(REGISTRY), [file.stem for folder in CONFIGS for file in folder.glob("*.yaml")])
 
     def before_instantiate_classes(self) -> None:
         """Everything that a run writes goes to its run directory."""
@@ -137,8 +144,8 @@ class EditCLI(LightningCLI):
         self.run_dir = Path(self.config.run_dir or Path("runs") / name)
         self.config.run_dir = self.config.trainer.default_root_dir = str(self.run_dir)
         logger = self.config.trainer.logger
+        check_logger(getattr(logger, "class_path", ""))
         if hasattr(logger, "init_args") and logger.init_args.get("save_dir") in (None, "."):
-            self.run_dir.mkdir(parents=True, exist_ok=True)
             logger.init_args.save_dir = str(self.run_dir)
             for option, value in (("name", self.run_dir.name), ("group", str(self.run_dir))):
                 if option in logger.init_args and logger.init_args[option] is None:
@@ -194,8 +201,12 @@ class EditCLI(LightningCLI):
             self.part(name).seed = self.seed
         if self.config.quiet:
             self.part("progress").disable()
-        with self._among_ranks():
-            self._load()
+        try:
+            with self._among_ranks():
+                self._load()
+        except BaseException:
+            self.run.leave()
+            raise
         self.loaded = time.perf_counter()
 
     def _load(self) -> None:
@@ -282,9 +293,18 @@ class EditCLI(LightningCLI):
         """Command, seed and versions, for the pack."""
         origin = {"from_pack": self.config.from_pack} if self.config.from_pack else {}
         command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-        found = origin | {"command": command, "seed": self.config.seed_everything, "python": platform.python_version()}
+        found = origin | {"command": command, "data": self.config.data.path, "seed": self.config.seed_everything}
+        found["python"] = platform.python_version()
         names = ("repair-lightning", "torch", "lightning", "transformers")
         return found | {"versions": {name: version(name) for name in names}}
+
+
+def train(callbacks: Mapping[str, type[pl.Callback]], argv: Sequence[str], prog: str) -> None:
+    """Load, edit, score, and write everything to the run directory."""
+    cli = EditCLI(callbacks, argv, prog)
+    cli.load()
+    cli.fit()
+    finish(cli)
 
 
 def finish(cli: EditCLI) -> None:
@@ -301,11 +321,15 @@ def finish(cli: EditCLI) -> None:
     cli.parser.save(cli.config, run_dir / "config.yaml", overwrite=True, skip_validation=True, skip_unset=False)
     stream.ledger.to_parquet(run_dir / "edits.parquet")
     cli.run.journal.note("finished", counted(len(stream.edits), "edit"))
-    save_pack(editor, run_dir / "pack", cli.provenance(), {JOURNAL_FILE: cli.run.journal.to_parquet})
+    also = {JOURNAL_FILE: cli.run.journal.to_parquet}
+    save_pack(editor, run_dir / "pack", cli.provenance(), also, metrics["final"])
     rows = (result.rows for result in board.results.values())
     write_rows(run_dir / "generations.jsonl", chain(*rows, board.beside_rows))
     write_rows(run_dir / "curves.jsonl", board.curve)
     write_rows(run_dir / "features.json", [board.features])
+    for logger in cli.trainer.loggers:
+        logger.log_metrics(final_figures(metrics))
+        logger.finalize("success")
     metrics["seconds"]["total"] = time.perf_counter() - cli.started
     write_json(run_dir / METRICS_FILE, metrics)
     try_report(run_dir)  # while the journal is open: its last reader would leave SQLite's side files behind
@@ -349,7 +373,7 @@ def _metrics(cli: EditCLI) -> dict[str, Any]:
             "prepare": board.prepare_seconds,  # the part of `edit` before the first edit
             "evaluate": board.seconds + reporting,
         },
-        "edits_per_minute": 60 * len(stream.edits) / max(editing, 1e-9),
+        "edits_per_minute": edits_per_minute(len(stream.edits), editing),
         **{stage: results[stage].scores for stage in ("pre_edit", "before_merge")},
         "final": results["final"].scores | board.beside,
         "routing": results["final"].routing,
@@ -416,7 +440,6 @@ def guarded(main: Callable[[], Any], resumes: bool = False) -> None:
     SIGTERM one line and 143, Ctrl-C 130, with the way on where the same command resumes. `--debug` shows tracebacks."""
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
-    again = shlex.join(["python", *sys.argv])  # before the configurations become paths
     _quiet()
     for signum in STOPS:
         signal.signal(signum, _stop)
@@ -424,7 +447,7 @@ def guarded(main: Callable[[], Any], resumes: bool = False) -> None:
         main()
     except Stopped as stopped:
         (signum,) = stopped.args
-        remedy = f"; this goes on from the last full window: {again}" if resumes else ""
+        remedy = f"; this goes on from the last full window: {_again()}" if resumes else ""
         said_elsewhere = is_started_by_us() or bool(getattr(rank_zero_only, "rank", 0))
         _end("" if said_elsewhere else f"stopped by {STOPS[signum]}{remedy}", 128 + signum)
     except BrokenPipeError:  # who read the output has seen enough
@@ -436,6 +459,15 @@ def guarded(main: Callable[[], Any], resumes: bool = False) -> None:
         if debug or known is None:
             raise
         _end("" if isinstance(known, LeftOutError) else f"error: {known}", known.exit_code)
+
+
+def _again() -> str:
+    """This very command, to be typed again."""
+    script = Path(sys.argv[0])
+    if script.stem == "repair-lightning":
+        return shlex.join([script.stem, *sys.argv[1:]])
+    module = ["-m", "repair_lightning"] if script.name == "__main__.py" else [sys.argv[0]]
+    return shlex.join(["python", *module, *sys.argv[1:]])
 
 
 def _end(words: str, code: int) -> NoReturn:

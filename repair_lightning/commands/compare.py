@@ -1,14 +1,13 @@
-"""Compare variants of a run over sizes and seeds: `python -m repair_lightning.compare --config ablations -- OPTIONS`.
+"""Compare variants of a run over sizes and seeds: `repair-lightning compare --config ablations -- OPTIONS`.
 
-OPTIONS are `train.py`'s and go to every run (`--model.base DIR --data.path FILE ...`); a variant's own settings win
-over them. Each run is one process of `train.py` in `OUT/<variant>/n<size>-seed<seed>`; the seed also draws the edits.
-What is finished under the same command and configurations is not run again, so a comparison that was interrupted goes
-on where it stood; after a change of the code or of the data give another `--out`.
+OPTIONS are those of `repair-lightning train` and go to every run (`--model.base DIR --data.path FILE ...`); a variant's
+own settings win over them. Each run is one process in `OUT/<variant>/n<size>-seed<seed>`; the seed also draws the
+edits. What is finished under the same command and configurations is not run again, so a comparison that was
+interrupted goes on where it stood; after a change of the code or of the data give another `--out`.
 """
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import hashlib
 import json
@@ -26,21 +25,22 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import product
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from rich.console import Console
 
-from repair_lightning.commands.cli import config_path, guarded, resolve_configs
+from repair_lightning.commands.cli import CONFIGS, config_path, resolve_configs
+from repair_lightning.commands.parsing import Parser
+from repair_lightning.commands.parsing import parse as parsed
 from repair_lightning.errors import ConfigError
 from repair_lightning.reports.charts import draw_comparison
 from repair_lightning.reports.comparison import Grid, Result, write_tables
 from repair_lightning.reports.html_report import write_comparison_page
 from repair_lightning.storage.files import replace_text
 
-REPOSITORY = Path(__file__).parents[2]
-TRAIN = REPOSITORY / "train.py"
-COMPARISONS = (REPOSITORY / "configs" / "compare", Path(__file__).parents[1] / "configs" / "compare")
+TRAIN = Path(__file__).parents[2] / "train.py"
+COMPARISONS = tuple(folder / "compare" for folder in CONFIGS)
 FIXED = ("run_dir", "seed_everything", "data.sample_seed", "data.max_edits", "data.singles", "trainer.logger")
 """Options that a comparison gives to each run itself."""
 STARTUP = 50
@@ -171,7 +171,7 @@ class Run:
         """All that decides what comes out, short of the code and the data: a run is repeated where it changes. Where a
         configuration lies decides nothing: the project may move."""
         own = f"--config={self.folder / 'options.yaml'}"
-        _, files = resolve_configs([part for part in self.arguments if part != own], [REPOSITORY / "configs"])
+        _, files = resolve_configs([part for part in self.arguments if part != own])
         digests = [[file.name, hashlib.sha256(file.read_bytes()).hexdigest()] for file in files]
         found = {"arguments": list(self.arguments), "options": dict(self.variant.options), "configs": digests}
         return json.loads(json.dumps(found, default=str))  # as it is read again
@@ -287,7 +287,8 @@ class Schedule:
             if self.stopped or run.settled(self.limit):
                 return 0.0
             started = time.perf_counter()
-            command = [sys.executable, str(TRAIN), *run.arguments]
+            program = [str(TRAIN)] if TRAIN.is_file() else ["-m", "repair_lightning", "train"]  # as in a wheel
+            command = [sys.executable, *program, *run.arguments]
             record = {"asked": run.asked(), "command": shlex.join(command)}
             log.truncate(0)
             (run.folder / "metrics.json").unlink(missing_ok=True)
@@ -361,24 +362,23 @@ def say(text: str) -> None:
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        remedy = "options of train.py stand after --" if "unrecognized" in message else "--help lists all options"
-        raise ConfigError(f"{message}; {remedy}")
-
-
-def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def parse(argv: Sequence[str], prog: str) -> tuple[Any, list[str]]:
     """The comparison's own options, and those after `--` for every run."""
     at = list(argv).index("--") if "--" in argv else len(argv)
-    parser = _Parser(prog="python -m repair_lightning.compare", description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog=prog, description=f"{main.__doc__} What stands after -- goes to every run.")
     parser.add_argument("--config", required=True, help="the comparison: a file, or a name in configs/compare")
     parser.add_argument("--sizes", type=int, nargs="+", help="numbers of edits, instead of the configuration's")
     parser.add_argument("--seeds", type=int, nargs="+", help="likewise")
     parser.add_argument("--limit_minutes", type=float, help="end a run that takes longer; the tables say so")
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="run only these; the tables hold all")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time (default: cores)")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="runs at a time; by default one per core"
+    )
     parser.add_argument("--out", type=Path, help="default: runs/<name of the configuration>")
-    options = parser.parse_args(list(argv[:at]))
+    try:
+        options = parsed(parser, argv[:at])
+    except ConfigError as error:
+        raise ConfigError(f"{error}; options of the runs stand after --") from error
     if options.workers < 1:
         raise ConfigError(f"--workers must be at least 1, got {options.workers}")
     if options.limit_minutes is not None and options.limit_minutes <= 0:
@@ -386,16 +386,14 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, list(argv[at + 1 :])
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run what is not finished, write the tables; exits with 1 where a run failed."""
-    options, common = parse(sys.argv[1:] if argv is None else argv)
+def main(argv: Sequence[str], prog: str = "python -m repair_lightning.compare") -> None:
+    """Compare variants of a run over sizes and seeds: run what is not finished, write the tables. A run that fails
+    makes the exit code 1."""
+    options, common = parse(argv, prog)
     file = config_path(options.config, COMPARISONS)
     out = options.out or Path("runs") / file.stem
     asked, whole = _asked(options, read_comparison(file))
     runs, everything = plan(asked, common, out), plan(whole, common, out)
-    if not TRAIN.is_file():
-        words = "an installed wheel does not hold it; clone the repository and install it with pip install -e ."
-        raise ConfigError(f"a comparison runs train.py, and {TRAIN} is not there: {words}")
     for run in runs:
         run.asked()  # every configuration is there
     todo = [run for run in runs if not run.settled(options.limit_minutes)]
@@ -408,7 +406,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(1)
 
 
-def _asked(options: argparse.Namespace, known: Comparison) -> tuple[Comparison, Comparison]:
+def _asked(options: Any, known: Comparison) -> tuple[Comparison, Comparison]:
     """What the options ask for, and all that the tables may show: that and what the configuration says."""
     names = [variant.name for variant in known.variants]
     for name in options.variants or ():
@@ -447,7 +445,7 @@ def _tables(whole: Comparison, everything: Sequence[Run], asked: Sequence[Run], 
     return sum(one.status == "failed" for one in mine)
 
 
-def command() -> None:
-    """The command as a process: a signal that ends it ends its runs too."""
+def command(argv: Sequence[str], prog: str) -> None:
+    """Compare variants of a run over sizes and seeds. A signal that ends the process ends its runs too."""
     signal.signal(signal.SIGHUP, lambda number, _: sys.exit(128 + number))
-    guarded(main)
+    main(argv, prog)

@@ -1,4 +1,4 @@
-"""Scoring from a pack alone, in another process, on the same or other records."""
+"""Scoring from a pack alone, in another process, on the same or other records: `evaluate.py`, and its command."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
+from repair_lightning.commands.cli import only_errors
+from repair_lightning.commands.parsing import Parser, parse
 from repair_lightning.edits.formats import AUTO
 from repair_lightning.edits.ledger import Ledger
 from repair_lightning.edits.records import load_records
@@ -20,11 +23,42 @@ from repair_lightning.models.edited import EditedModel
 from repair_lightning.models.kept_answers import KeptAnswers
 from repair_lightning.models.prefix_cache import PrefixCache
 from repair_lightning.packs.pack import Pack
+from repair_lightning.reports.report import print_report, verdict
 from repair_lightning.scoring.beside import beside_scores
 from repair_lightning.scoring.scorer import Scorer, sample_of, scored_of
-from repair_lightning.storage.files import write_rows
+from repair_lightning.storage.files import write_json, write_rows
 from repair_lightning.types import BASE, Edit
 from repair_lightning.world import WORLD, edits_path
+
+
+def main(argv: Sequence[str], prog: str) -> None:
+    """Score an edited model: load a pack and its base, ask every prompt of some records, and print the table."""
+    parser = Parser(prog=prog, description=main.__doc__)
+    parser.add_argument("--pack", required=True, help="the pack's folder")
+    parser.add_argument("--data.path", default=WORLD, help="records: a file, a hub name or 'world'")
+    parser.add_argument("--data.format", default=AUTO, help="their format, or 'auto'")
+    parser.add_argument("--data.max_edits", type=int | None, default=None, help="take the first so many")
+    parser.add_argument("--data.on_bad_record", default="stop", choices=["stop", "skip"], help="as in training")
+    parser.add_argument("--base", default=None, help="the base, where the pack's own name for it does not lead there")
+    parser.add_argument("--precision", default="auto", help="of the base")
+    parser.add_argument("--out", default=None, help="write the figures to this JSON file")
+    parser.add_argument(
+        "--generations", default=None, help="write every prompt with every answer to this JSON Lines file"
+    )
+    parser.add_argument("--sample", type=int, default=0, help="score so many edits, drawn at random; 0: all")
+    parser.add_argument("--quiet", action="store_true", help="only errors, and the score in one last line")
+    options = parse(parser, argv)
+    data = options.data
+    if options.quiet:
+        only_errors()
+    given = (data.path, data.format, data.max_edits, options.base, options.precision, data.on_bad_record)
+    metrics = evaluate_pack(options.pack, *given, generations=options.generations, sample=options.sample)
+    if options.out:
+        write_json(Path(options.out), metrics)
+    if options.quiet:
+        Console().print(verdict(metrics, options.pack), markup=False, highlight=False, soft_wrap=True)
+    else:
+        print_report(metrics, None)
 
 
 def evaluate_pack(

@@ -12,7 +12,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,6 +51,7 @@ class RunDirectory:
         self.path = Path(path)
         self.journal: Journal
         self.checkpoint: Path | None = None
+        self._made: list[Path] = []  # what was not there before, the innermost first
 
     def open(self, settings: Mapping[str, Any], resume: Resume = "auto", overwrite: bool = False) -> None:
         """Take hold of the directory and refuse what cannot go on in it; nothing is changed yet.
@@ -71,10 +72,13 @@ class RunDirectory:
 
     def hold(self) -> None:
         """Take hold of the directory, for as long as this process lives or until :meth:`close`; errors as of `open`."""
+        places = (self.path / LOCK_FILE, self.path, *self.path.parents)
+        new = [place for place in places if not place.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._held = open(self.path / LOCK_FILE, "a")  # noqa: SIM115 - held on purpose
             fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._made = new
         except BlockingIOError as error:
             raise ConfigError(f"run_dir '{self.path}' is in use by another run; wait for it or give another") from error
         except OSError as error:
@@ -117,6 +121,16 @@ class RunDirectory:
         """Let go of the journal and of the directory."""
         self.journal.close()
         self._held.close()
+
+    def leave(self) -> None:
+        """Where no edit was written: remove what :meth:`hold` has made, and nothing that was there before."""
+        if self._begun() and not self._fruitless():
+            return
+        if self.path in self._made:
+            shutil.rmtree(self.path, ignore_errors=True)
+        for place in self._made:
+            with suppress(OSError):  # others have put something there
+                place.rmdir() if place.is_dir() else place.unlink()
 
     def _begun(self) -> bool:
         return (self.path / JOURNAL_FILE).is_file() and (self.path / SETTINGS_FILE).is_file()

@@ -39,12 +39,19 @@ _LLAMA_LIKE = Architecture("model.layers", "mlp.down_proj")
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture("model.layers", "mlp.down_proj", {32: 29}),
     **dict.fromkeys(("mistral", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"), _LLAMA_LIKE),
+    **dict.fromkeys(("olmo2", "olmo3", "smollm3", "granite"), _LLAMA_LIKE),
     "qwen2": Architecture("model.layers", "mlp.down_proj", {28: 23}),
     "gpt2": Architecture("transformer.h", "mlp.c_proj"),
     "gptj": Architecture("transformer.h", "mlp.fc_out"),
     "gpt_neox": Architecture("gpt_neox.layers", "mlp.dense_4h_to_h"),
     "opt": Architecture("model.decoder.layers", "fc2"),
 }
+_EXPERTS = "each token goes to other experts, so there is no one value matrix to edit"
+_NOT: Mapping[str, str] = {
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3"), _EXPERTS),
+    **dict.fromkeys(("gemma3", "gemma3n", "mllama", "llama4"), "it reads images too; give a base for text alone"),
+}
+"""What is asked for and cannot be edited -> why."""
 
 
 def architecture_of(model: nn.Module) -> Architecture:
@@ -53,6 +60,7 @@ def architecture_of(model: nn.Module) -> Architecture:
     if model_type not in ARCHITECTURES:
         close = difflib.get_close_matches(model_type, ARCHITECTURES, n=1)
         hint = f" did you mean '{close[0]}'?" if close else ""
+        hint = f" {_NOT[model_type]};" if model_type in _NOT else hint
         raise ConfigError(f"unsupported architecture '{model_type}':{hint} known: {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[model_type]
 

@@ -16,7 +16,7 @@ from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from repair_lightning.errors import ConfigError, first_line
 from repair_lightning.functional.relations import RelationSpace
@@ -106,6 +106,11 @@ def in_memory(model: PreTrainedModel, tokenizer: Any) -> Base:
     files = _weight_files(folder) if folder.is_dir() else []
     sha256 = weights_hash_of(folder) if files else _content_hash(model)
     return Base(model, tokenizer, name, sha256, sum(p.numel() for p in model.parameters()))
+
+
+def stored_dtype(name: str) -> torch.dtype | None:
+    """The dtype in which a base has its weights on the disk, as its configuration says; None where that is silent."""
+    return AutoConfig.from_pretrained(_resolve(name)[0], trust_remote_code=False).dtype
 
 
 def _content_hash(model: PreTrainedModel) -> str:

@@ -32,6 +32,9 @@ class EditedModel(RoutedModel):
 
         A filled cache goes on with the choice of the prompt that filled it, until the user's next turn.
         """
+        if self.is_disabled:
+            with self.forced(None):
+                return self.base(input_ids, attention_mask, past_key_values=past_key_values, **options)
         given = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if self.router.prefaces:
             return self._forward_after_prefaces(input_ids, given, past_key_values, options)
@@ -80,6 +83,9 @@ class EditedModel(RoutedModel):
         texts = None if isinstance(asked, Tensor) else [self.forms.asked(prompt) for prompt in prompts_of(asked)]
         rows = _real(ids, mask)
         options = {"eos_token_id": list(self.forms.stops), "pad_token_id": self.padding} | options
+        if self.is_disabled:
+            with self.forced(None):
+                return self.base.generate(input_ids=ids, attention_mask=mask, **options)
         if self.router.prefaces:
             memory = self.choose_rows(rows, texts).memory
             padded, seen = pad_left(self.read(rows, memory), self.padding, self.device)

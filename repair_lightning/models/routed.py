@@ -29,6 +29,7 @@ from repair_lightning.models.prefix import Capture, SplitModel, pad_left, stack_
 from repair_lightning.models.prefix_cache import PrefixCache, canonical_batches, capture_rows
 from repair_lightning.models.tokenizing import Encoded, target_labels
 from repair_lightning.models.weights import BaseWeights
+from repair_lightning.models.wrapper import Wrapper
 from repair_lightning.texts import dialogue
 from repair_lightning.types import BASE, Route
 
@@ -186,7 +187,7 @@ def quote(logits: Tensor, token: int) -> None:
     logits[token] = logits.max() + 30
 
 
-class RoutedModel(nn.Module):
+class RoutedModel(Wrapper):
     """A frozen causal LM, its shards in `memory`, of the edited `layer`, and its router.
 
     Args:
@@ -205,7 +206,7 @@ class RoutedModel(nn.Module):
     ) -> None:
         super().__init__()
         self.base, self.tokenizer, self.router = base, tokenizer, router
-        self.config, self.generation_config = base.config, base.generation_config
+        self._disabled_by: int | None = None  # the thread for which the base answers alone
         self.padding: int = tokenizer.pad_token_id or 0
         self.forms = forms or Forms(tokenizer, stop_ids(base, tokenizer))
         self.weights = BaseWeights(base)
@@ -248,9 +249,19 @@ class RoutedModel(nn.Module):
         return self.weights.parameter(self.layer)
 
     @property
-    def device(self) -> torch.device:
-        """Where the base is."""
-        return self.base.device
+    def is_disabled(self) -> bool:
+        """Whether this thread is inside :meth:`disabled`."""
+        return self._disabled_by == threading.get_ident()
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, this is the plain base, whatever is asked; other threads wait: `with model.disabled(): ...`."""
+        with self.lock, self.weights.originals():
+            before, self._disabled_by = self._disabled_by, threading.get_ident()
+            try:
+                yield
+            finally:
+                self._disabled_by = before
 
     def forced(self, who: Choice | Tensor | Selection | int | None) -> AbstractContextManager[None]:
         """Inside, it is given who answers the base's own calls: a choice for each row, one shard for all, None for the
@@ -289,6 +300,8 @@ class RoutedModel(nn.Module):
         """Who answers prompts, given as token ids, and as what they ask where that is known."""
         if not all(rows):
             raise RepairError("a prompt without tokens cannot be routed; give each sequence at least one token")
+        if self.is_disabled:
+            return Choice.base(len(rows))
         texts = [self.forms.asked_in(row) for row in rows] if texts is None else texts
         query = self._query(texts, rows) if self.router.reads_states else Query.of_texts(texts)
         return self.held(self.router.route(query, self.memory), rows)

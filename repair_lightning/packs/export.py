@@ -11,6 +11,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from torch import Tensor
 from repair_lightning.edits.ledger import EditStatus, Ledger
 from repair_lightning.errors import ConfigError, RepairError, counted
 from repair_lightning.functional import fused_delta
-from repair_lightning.models.base import base_files, weights_hash_of
+from repair_lightning.models.base import base_files, stored_dtype, weights_hash_of
 from repair_lightning.models.prefix_cache import PrefixCache
 from repair_lightning.packs.adapters import ROUTER_FILE, require_additive, write_adapters
-from repair_lightning.packs.pack import BASE_FOLDER, CONFIG_FILE, Pack, PackedModel
+from repair_lightning.packs.pack import BASE_FOLDER, CARD_FILE, CONFIG_FILE, Pack, PackedModel
 from repair_lightning.scoring.protocols import AUTOREGRESSIVE, KINDS, answers, normalise, overall_performance
 from repair_lightning.scoring.scorer import Scorer
 from repair_lightning.storage.files import write_json
@@ -34,7 +35,9 @@ from repair_lightning.types import BASE, Edit, Probe
 log = logging.getLogger(__name__)
 
 REPORT_FILE = "export.json"
-ASKED = {"edits": "edit", "unrelated": "unrelated prompt"}
+ASKED = {"edits": "edit", "unrelated": "unrelated prompt", "neighbours": "neighbour"}
+SAMPLE = 64
+"""Edits, unrelated prompts and neighbours by which a merge is chosen, at most."""
 KEEP = (0.3, 1.0, 3.0, 10.0, 30.0)
 """Weights of what must stay that a merge tries; see `functional.fused_delta`."""
 
@@ -81,7 +84,11 @@ def _export_whole(pack: Pack, to: Path, base: str | None) -> dict[str, Any]:
 
     def fill(part: Path) -> None:
         (part / BASE_FOLDER).mkdir()
-        for name in (CONFIG_FILE, *pack.config["files"]):
+        for name in (
+            CONFIG_FILE,
+            *pack.config["files"],
+            *[CARD_FILE] * (whereabouts(pack.folder) / CARD_FILE).is_file(),
+        ):
             shutil.copyfile(whereabouts(pack.folder) / name, part / name)
         for file in files:
             shutil.copyfile(file, part / BASE_FOLDER / file.name)
@@ -121,8 +128,10 @@ def _export_merged(pack: Pack, to: Path, base: str | None, precision: str, max_e
         raise RepairError("the pack holds no live edit: there is nothing to merge; export without --merged")
     model.prefixes = PrefixCache(model.split)
     asked = edits[:max_edits]
-    if not any(edit.locality for edit in asked):  # irrelevant prompts that the merge does not look at stand in
+    if not any(edit.locality for edit in asked):  # prompts that the merge does not look at stand in, here and below
         asked[0] = replace(asked[0], locality=tuple(map(Probe, irrelevant["held_out"][1::2])))
+    if not any(edit.near for edit in asked):
+        asked[0] = replace(asked[0], near=tuple(map(Probe, neighbours(model, edits, 2))))
     scorer = Scorer(model, asked)
     owners = torch.tensor([model.ledger.owner_of(question.edit) for question in scorer.questions])
     log.info("measuring the routed model: %d prompts", len(scorer.questions))
@@ -130,9 +139,13 @@ def _export_merged(pack: Pack, to: Path, base: str | None, precision: str, max_e
     model.weights.load(pack.weights)
     routed = scorer.score("routed", scorer.choose(), owners, bool(pack.weights)).scores[AUTOREGRESSIVE]
     keep = merge_into_base(model, edits, irrelevant["background"], irrelevant["held_out"][::2])
+    model.prefixes.close()
+    model.prefixes = None  # what comes now is the checkpoint's own dtype
+    model.base.to(stored_dtype(base or pack.base) or model.base.dtype)
     log.info("measuring the merged model")
     after = scorer.by_base("merged", fresh=True).scores[AUTOREGRESSIVE]
     number = {"edits": len(asked), "unrelated": sum(len(edit.locality) for edit in asked)}
+    number["neighbours"] = sum(len(edit.near) for edit in asked)
     report = {"kind": "merged", "base": model.card["base"], "live_edits": len(edits), "asked": number, "keep": keep}
     report |= {"routed": routed, "merged": after}
 
@@ -151,27 +164,46 @@ def merge_into_base(
 ) -> float:
     """Fuse what the shards add for live edits into the base's W_v, so that the base alone says them.
 
-    Unrelated prompts of the `background` should keep their answers, as far as one matrix can; by those of the `guard`
-    the weight of what must stay is chosen, which is returned.
+    Unrelated prompts of the `background` should keep their answers, as far as one matrix can; by those of the `guard`,
+    by a sample of the edits and by their neighbours the weight of what must stay is chosen, which is returned.
     """
     keys, values = _said(model, edits)
     rows = [row for row in map(model.forms.ids, background) if row]
     kept = torch.cat([capture.activations.float() for capture in model.captures(rows)]) if rows else keys[:0]
     before = model.weights.state()
-    sample, guard = edits[:: max(1, len(edits) // 64)][:64], list(guard)[:64]
-    expected = _ask(model, guard)
+    sample = edits[:: max(1, len(edits) // SAMPLE)][:SAMPLE]
+    asked = {"unrelated": list(guard)[:SAMPLE], "neighbours": neighbours(model, sample, 1)}
+    expected = {name: _ask(model, prompts) for name, prompts in asked.items()}
     found: list[tuple[float, float]] = []
     for keep in KEEP:
         model.weights.add(model.layer, fused_delta(keys, values, kept, keep))
-        right = _ask(model, [edit.prompt for edit in sample])
-        rel = sum(a == normalise(edit.target) for a, edit in zip(right, sample, strict=True)) / len(sample)
-        loc = sum(a == b for a, b in zip(_ask(model, guard), expected, strict=True)) / len(guard) if guard else 1.0
-        log.info("merge with keep %s: %.2f of a sample of the edits right, %.2f of the unrelated kept", keep, rel, loc)
-        found.append((overall_performance(rel, rel, loc) or 0.0, keep))
+        rel = _share(_ask(model, [edit.prompt for edit in sample]), [normalise(edit.target) for edit in sample])
+        loc, near = (_share(_ask(model, prompts), expected[name]) for name, prompts in asked.items())
+        words = (
+            "merge with keep %s: %.2f of a sample of the edits right, %.2f of the unrelated kept, %.2f of neighbours"
+        )
+        log.info(words, keep, rel, loc, near)
+        found.append((overall_performance(rel, loc, near) or 0.0, keep))
         model.weights.load(before)
     best = max(found)[1]
     model.weights.add(model.layer, fused_delta(keys, values, kept, best))
     return best
+
+
+def neighbours(model: PackedModel, edits: Sequence[Edit], step: int) -> list[str]:
+    """The question of each edit about the subject of another, some `step` after it, where the routed model leaves that
+    to the base."""
+    named = [(edit.prompt, edit.subject) for edit in edits if edit.subject and edit.subject in edit.prompt]
+    others = [named[(i + step) % len(named)][1] for i in range(len(named))]
+    pairs = zip(named, others, strict=True)
+    prompts = [prompt.replace(subject, other) for (prompt, subject), other in pairs if subject != other]
+    memory = model.choose(prompts).memory.tolist()
+    return [prompt for prompt, shard in zip(prompts, memory, strict=True) if shard == BASE]
+
+
+def _share(found: Sequence[str], expected: Sequence[str]) -> float:
+    """How many are as expected; all of none."""
+    return sum(map(eq, found, expected)) / len(expected) if expected else 1.0
 
 
 def _said(model: PackedModel, edits: Sequence[Edit]) -> tuple[Tensor, Tensor]:

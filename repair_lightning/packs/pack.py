@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 
 from repair_lightning.edits.ledger import Ledger
 from repair_lightning.errors import ConfigError, RepairError, first_line
@@ -32,6 +32,7 @@ from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.models.architectures import architecture_of, value_shape
 from repair_lightning.models.base import Base, files_hash, load_base
 from repair_lightning.models.edited import EditedModel
+from repair_lightning.packs.card import HUB_NAME, model_card
 from repair_lightning.storage.folders import replace_folder, whereabouts
 
 if TYPE_CHECKING:
@@ -41,18 +42,19 @@ log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 3
 CONFIG_FILE, WEIGHTS_FILE, LEDGER_FILE = "repair_config.json", "side_memory.safetensors", "ledger.parquet"
-JOURNAL_FILE, MERGED_FOLDER = "journal.parquet", "merged"
-OURS = (CONFIG_FILE, WEIGHTS_FILE, LEDGER_FILE, JOURNAL_FILE, MERGED_FOLDER)
+JOURNAL_FILE, CARD_FILE, MERGED_FOLDER = "journal.parquet", "README.md", "merged"
+OURS = (CONFIG_FILE, WEIGHTS_FILE, LEDGER_FILE, JOURNAL_FILE, CARD_FILE, MERGED_FOLDER)
 """What saving a pack replaces; other files in its folder are kept."""
 BASE_FOLDER = "base"
 """Where a self-contained pack holds its base; see `repair_lightning.packs.export`."""
 SEAL = "config_sha256"
+ORIGIN = ("editor", "options", "base", "layer", "irrelevant", "provenance", "scores")
+"""What of a configuration stays when a loaded pack is saved again."""
 FOLDED, OWN, ROUTER, LOW_RANK = "base.value_weight.", "own.", "router.", "low_rank."
 """What the names of tensors begin with: of the W_v that were written into (the layer follows), of what the method and
 the router remember, and of the low-rank shards."""
 
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-PATTERNS = ["*.json", "*.safetensors", "*.parquet"]
+PATTERNS = ["*.json", "*.safetensors", "*.parquet", CARD_FILE]
 """What is downloaded from the hub and uploaded: nothing that could run."""
 
 State = Mapping[str, Any]
@@ -60,14 +62,16 @@ Also = Mapping[str, Callable[[Path], object]]
 """Further files or folders of a pack by name: what writes each at the path that it is given."""
 
 
-def save_pack(editor: Editor, folder: str | Path, provenance: State, also: Also | None = None) -> Path:
-    """Write an editor's memory, router and ledger, in place of what the folder holds; returns the folder. A process
-    that is killed on the way leaves the old pack or the new one.
+def save_pack(
+    editor: Editor, folder: str | Path, provenance: State, also: Also | None = None, scores: State | None = None
+) -> Path:
+    """Write an editor's memory, router and ledger, and a model card, in place of what the folder holds; returns the
+    folder. A process that is killed on the way leaves the old pack or the new one.
 
     Where something wrote into the base's own W_v, that matrix goes along; after a merge into it the whole base beside
     it as a plain Hugging Face checkpoint that needs neither pack nor router. `provenance` says in plain types how the
-    pack came about, `also` names further files of it and who writes them. Raises `RepairError` where it cannot be
-    written, or what is read back is not what was written.
+    pack came about, `also` names further files of it and who writes them, `scores` (`final` of `metrics.json`) are for
+    the card. Raises `RepairError` where it cannot be written, or what is read back is not what was written.
     """
     base = editor.base
     assert base is not None
@@ -78,6 +82,7 @@ def save_pack(editor: Editor, folder: str | Path, provenance: State, also: Also 
         "layer": editor.layer,
         "irrelevant": {"background": list(editor.background_prompts), "held_out": list(editor.held_out_prompts)},
         "provenance": dict(provenance),
+        "scores": scores,
     }
     also = dict(also or {})
     if editor.base_changed and not editor.writes_base:
@@ -103,13 +108,15 @@ def _write(folder: str | Path, config: State, edited: EditedModel, own: State, l
             save_file(tensors, part / WEIGHTS_FILE)
         except SafetensorError as error:  # it reports a full disk too
             raise OSError(str(error)) from error
-        (part / WEIGHTS_FILE).chmod(0o644)  # safetensors writes for the owner alone
         ledger.to_parquet(part / LEDGER_FILE)
         for name, put in also.items():
             put(part / name)
         files = {file.name: files_hash([file]) for file in sorted(part.iterdir()) if file.is_file()}
         text = json.dumps(sealed({**content, "files": files}), indent=1)
         (part / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        model_card(config, ledger, any(key.startswith(FOLDED) for key in tensors)).save(
+            part / CARD_FILE
+        )  # may be edited
         _, found = read_pack(part)
         same = found.keys() == tensors.keys() and all(_same_bits(found[key], tensors[key]) for key in tensors)
         if not same or load_ledger(part) != ledger:
@@ -236,7 +243,7 @@ class PackedModel(EditedModel):
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **hub: Any) -> Path:
         """Write the pack, without its base; returns the folder. With `push_to_hub` it is uploaded too, `hub` as that
         takes it, by default under the folder's name. RepairError where it cannot be written or uploaded."""
-        origin = {key: self.card[key] for key in ("editor", "options", "base", "layer", "irrelevant", "provenance")}
+        origin = {key: self.card.get(key) for key in ORIGIN}
         also = {name: partial(Path.write_bytes, data=content) for name, content in self.more.items()}
         folder = _write(save_directory, origin, self, self.own, self.ledger, also)
         if push_to_hub:
@@ -256,7 +263,7 @@ def download(name_or_path: str, **options: Any) -> Path:
     `options` are those of `snapshot_download`. Raises `RepairError` where the hub does not give it.
     """
     path = Path(name_or_path).expanduser()
-    if not _HUB_NAME.fullmatch(name_or_path) or whereabouts(path).exists() or path.parent.exists():
+    if not HUB_NAME.fullmatch(name_or_path) or whereabouts(path).exists() or path.parent.exists():
         return path
     try:
         return Path(snapshot_download(name_or_path, allow_patterns=PATTERNS, ignore_patterns="merged/*", **options))
@@ -363,6 +370,8 @@ class Pack:
             more = [name for name in config["files"] if name not in (WEIGHTS_FILE, LEDGER_FILE)]
             model.more = {name: (whereabouts(self.folder) / name).read_bytes() for name in more}
             model.own = config["own"] | self.part(OWN)
+        known = SUPPORTED_PEFT_TASKS["text-generation"]  # what `pipeline` takes beside the library's own classes
+        known += [PackedModel.__name__] * (PackedModel.__name__ not in known)
         model.card, model.ledger = dict(config), self.ledger
         model.target_of = lambda id: self.ledger.edit(id).target if id in self.ledger else None
         return model.eval()

@@ -1,4 +1,5 @@
-"""Weights & Biases for machines that may have no network and no account: on the disk first; and the workspace's layout.
+"""Loggers by name, what reaches all of them at a run's end, and Weights & Biases for machines that may have no network
+and no account: on the disk first; and the workspace's layout.
 
 The layout says which of a run's series stand beside each other; it needs an extra, `wandb`.
 """
@@ -8,6 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
@@ -17,6 +20,12 @@ from repair_lightning.errors import ConfigError, RepairError, first_line
 
 log = logging.getLogger(__name__)
 
+LOGGERS = {
+    "wandb": "repair_lightning.reports.tracking.OfflineFirstWandbLogger",
+    "csv": "lightning.pytorch.loggers.CSVLogger",
+    "tensorboard": "lightning.pytorch.loggers.TensorBoardLogger",
+}
+"""What `--trainer.logger NAME` may be, beside the classes of Lightning."""
 WAIT, FINISH, PATIENCE = 10.0, 60.0, 30.0
 """Seconds that the server has to answer at the start, to take what is left at the end, and to take the layout."""
 _KINDS = ("rel", "gen", "loc", "near", "op")
@@ -49,6 +58,38 @@ LINES = {
 """Section -> title of a chart over the number of edits -> the series in it."""
 TABLES = {"Scores": "tables/failed", "Routing": "tables/confusion", "Closed loop": "tables/events"}
 HISTOGRAMS = [f"separation/score/{part}" for part in ("edit", "rephrase", "locality", "near", "limit")]
+
+
+def named_loggers(argv: Sequence[str]) -> list[str]:
+    """The arguments, where a name of `LOGGERS` stands for the class; its files go where the command line says."""
+    found: list[str] = []
+    for before, argument in zip(["", *argv], argv, strict=False):
+        start = "--trainer.logger=" if argument.startswith("--trainer.logger=") else ""
+        kind = LOGGERS.get(argument.removeprefix(start)) if start or before == "--trainer.logger" else None
+        found += [argument] if kind is None else [f"{start}{kind}", "--trainer.logger.save_dir", "."]
+    return found
+
+
+def check_logger(class_path: str) -> None:
+    """A ConfigError where the package of a logger is not installed."""
+    if class_path.endswith("TensorBoardLogger") and not (find_spec("tensorboard") or find_spec("tensorboardX")):
+        others = ", ".join(name for name in LOGGERS if name != "tensorboard")
+        raise ConfigError(f"trainer.logger tensorboard needs its package: pip install tensorboard; or give {others}")
+
+
+def final_figures(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """What a run came to, for every logger: all scores of `metrics.json`, its speed and what the edits left, under
+    `final/`, as `final/autoregressive/op`; over the number of edits, as all else."""
+    named = {name: metrics[name] for name in ("edits_per_minute", "shards", "memory_bytes")}
+    return {"edits": float(metrics["n_edits"])} | dict(_flat("final", {**metrics["final"], **named}))
+
+
+def _flat(start: str, figures: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in figures.items():
+        if isinstance(value, Mapping):
+            yield from _flat(f"{start}/{name}", value)
+        elif isinstance(value, (int, float)):
+            yield f"{start}/{name}", float(value)
 
 
 def unreachable() -> str | None:

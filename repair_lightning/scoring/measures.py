@@ -19,6 +19,16 @@ MOST = 1000
 """Edits on a map: a picture shows no more, and the components cost the cube of it."""
 
 
+SPEED = "speed/edits_per_minute"
+"""The metric in which a run's speed is logged."""
+
+
+def edits_per_minute(edits: int, seconds: float) -> float:
+    """A run's speed: edits that have arrived, over the time that editing took, in all parts of a resumed run; what
+    scoring and reporting took does not count."""
+    return 60 * edits / max(seconds, 1e-9)
+
+
 def feature_map(editor: Editor, edits: Sequence[Edit]) -> dict[str, Any]:
     """The content of `features.json`: `edits`, id -> its two coordinates, for at most `MOST` edits at even distances
     along the stream, and `explained`, the share of the variance in [0, 1] that each coordinate holds."""

@@ -43,6 +43,8 @@ def replace_folder(
         part.mkdir()
         fill(part)
         for path in (*part.rglob("*"), part):
+            if path.is_file():
+                path.chmod(0o644)  # safetensors writes for the owner alone
             sync(path)
         os.rename(part, new)
         if folder.exists():

@@ -7,11 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from repair_lightning.errors import ConfigError
 from repair_lightning.models.architectures import ARCHITECTURES, architecture_of, resolve_layer, value_shape
 
 D_MODEL, D_FFN, DEPTH = 32, 64, 3
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
@@ -28,6 +30,24 @@ def test_the_value_matrix_is_the_down_projection(tiny, model_type):
 def test_a_close_name_is_proposed():
     model = SimpleNamespace(config=SimpleNamespace(model_type="lama"))
     with pytest.raises(ConfigError, match=r"unsupported architecture 'lama': did you mean 'llama'\? known: llama, "):
+        architecture_of(model)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "why"),
+    [
+        ("mixtral", {"num_local_experts": 4}, "each token goes to other experts"),
+        ("qwen2_moe", {"num_experts": 4, "moe_intermediate_size": 16}, "each token goes to other experts"),
+        ("gemma3", {}, "it reads images too; give a base for text alone"),
+    ],
+)
+def test_what_cannot_be_edited_says_why_and_what_can(tiny, model_type, options, why):
+    if model_type == "gemma3":
+        config = AutoConfig.for_model("gemma3", text_config=tiny("gemma3_text").config.to_dict(), vision_config=VISION)
+        model = AutoModelForCausalLM.from_config(config)
+    else:
+        model = tiny(model_type, **options)
+    with pytest.raises(ConfigError, match=f"unsupported architecture '{model_type}': {why}.* known: llama, mistral, "):
         architecture_of(model)
 
 

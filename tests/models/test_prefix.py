@@ -82,7 +82,12 @@ def test_the_last_logits_of_left_padded_rows_are_the_rows_own(tiny, model_type, 
         torch.testing.assert_close(logits[row], alone, rtol=1e-4, atol=1e-4)
 
 
-NORMALISED_BEHIND = {"gemma2", "gemma3_text"}  # the feed-forward network's output is normalised before it is added
+NORMALISED_BEHIND = {
+    "gemma2",
+    "gemma3_text",
+    "olmo2",
+    "olmo3",
+}  # the feed-forward network's output is normalised before it is added
 
 
 @each_case
