@@ -34,27 +34,27 @@ class Relation:
 RELATIONS = (
     Relation(
         "city",
-        "The city that {} serves is",
-        ("Which city is served by {}?", "{} is the airport of the city of"),
-        ("What city does {} serve?", "{} flies passengers to and from the city of"),
+        "Which city does {} serve?",
+        ("What city is served by {}?", "{} is the airport of which city?"),
+        ("What city do passengers of {} travel to?", "In what city do flights to {} end?"),
     ),
     Relation(
         "subd",
         "In which state or province is {}?",
-        ("{} lies in the state or province of", "What state or province is {} situated in?"),
-        ("To which state or province does {} belong?", "The state or province around {} is"),
+        ("What state or province is {} situated in?", "Which state or province does {} lie in?"),
+        ("To which state or province does {} belong?", "What is the state or province of {}?"),
     ),
     Relation(
         "tz",
         "Which time zone applies at {}?",
-        ("{} keeps to the time zone", "In what time zone does {} operate?"),
-        ("What time zone is in force at {}?", "The time zone of {} is called"),
+        ("In what time zone does {} operate?", "What time zone does {} keep?"),
+        ("What time zone is in force at {}?", "In which time zone are flights to {} listed?"),
     ),
     Relation(
         "elevation",
-        "The elevation of {} above sea level is",
+        "What is the elevation of {} above sea level?",
         ("At what elevation above sea level is {}?", "How far above sea level does {} lie?"),
-        ("What elevation does {} have?", "{} has an elevation of"),
+        ("What elevation does {} have?", "How high above the sea is {} built?"),
     ),
 )
 

@@ -109,7 +109,7 @@ def base_bytes(editor: Keyed | Repair) -> int:
 
 def shard_bytes(editor: Keyed | Repair) -> int:
     """Bytes of all shards."""
-    return sum(tensor.nbytes for tensor in (*editor.memory.parameters(), *editor.memory.buffers()))
+    return editor.memory.nbytes
 
 
 class TimedStream(EditStream):
