@@ -157,11 +157,8 @@ class KeyRouter(Router):
         for field in _OF_EDITS:
             setattr(self, field, getattr(self, field)[keep])
         for number in gone:
-            self._drop(number)
-
-    def _drop(self, number: int) -> None:
-        del self._ids[number], self._relations[number]
-        self.names.remove(number)
+            del self._ids[number], self._relations[number]
+            self.names.remove(number)
 
     def _place(self, number: int) -> int:
         """Where an edit stands in the tables."""
