@@ -26,6 +26,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import altair as alt
 import torch
 
 from benchmarks.airports import airport_edits
@@ -42,6 +43,7 @@ from repair_lightning.edits.checkpoints import SaveEachWindow
 from repair_lightning.edits.journal import FILE, Journal
 from repair_lightning.models.base import load_base
 from repair_lightning.packs.pack import PackedModel, load_edited, save_pack
+from repair_lightning.reports.drawing import Chart, lines
 from repair_lightning.scoring import protocols
 from repair_lightning.types import BASE, Edit
 
@@ -64,7 +66,34 @@ def run_part(context: Context) -> dict[str, Rows]:
         row["ratio"], row["ratio, CPU"] = (row[name] / growth[0][name] for name in ("ms/edit", "CPU ms/edit"))
         row |= found
     compared = [comparison(context)] if context.killed else []
+    context.out.mkdir(parents=True, exist_ok=True)
+    growth_chart(growth).write(context.out)
     return {"Growth": growth, "Ages": ages, "Use": [used | going_on]} | ({"Killed": compared} if compared else {})
+
+
+PANELS: dict[str, tuple[str, ...]] = {
+    "ms per edit": ("ms/edit", "CPU ms/edit"),
+    "MiB": ("RSS MiB",),
+    "per cent": ("Rel", "Gen", "Near"),
+}
+"""What is drawn over the number of edits, one picture for each unit."""
+
+
+def growth_chart(growth: Rows) -> Chart:
+    """Time, memory and quality over the number of edits."""
+    rows = [
+        {"edits": row["edits"], "unit": unit, "figure": name, "value": row[name]}
+        for unit, names in PANELS.items()
+        for name in names
+        for row in growth
+    ]
+    pictures = [
+        lines([row for row in rows if row["unit"] == unit], "edits", "value", "figure", ("edits", unit), log="x")
+        for unit in PANELS
+    ]
+    picture = alt.vconcat(*pictures).resolve_scale(color="independent", strokeDash="independent")
+    words = f"What an edit costs and whether it holds, up to {max(row['edits'] for row in growth):,} edits."
+    return Chart("growth", "What grows with the number of edits", words, rows, picture)
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -87,7 +116,7 @@ def write_stream(context: Context, folder: Path, number: int) -> None:
     use_threads(context.threads)
     folder.mkdir(parents=True, exist_ok=True)
     bare = [replace(edit, rephrases=(), near=()) for edit in airport_edits(number, context.seed)]
-    stream = make_stream(replace(context, work=folder), bare, NotedStream)
+    stream = make_stream(replace(context, work=folder), bare, NotedStream, window=context.airports_window)
     stream.marks, stream.notes = [], folder / "windows.jsonl"
     editor = Keyed(context.base, seed=context.seed)
     run = RunDirectory(folder / "run")
