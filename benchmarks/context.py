@@ -11,7 +11,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 PARTS = (
     *("editing", "flat", "roofline", "generation", "memory", "routing"),
-    *("checkpoints", "merging", "recursion", "scaling", "serving", "gpu"),
+    *("checkpoints", "merging", "recursion", "scaling", "serving", "stream100k", "gpu"),
 )
 
 
@@ -53,6 +53,10 @@ class Context:
     served: int = option(1_000, "serving: edits that are there", quick=4)
     load_minutes: float = option(5.0, "serving: how long askers and the editor go on", quick=0.05)
     kills: int = option(20, "serving: kills meanwhile", quick=1)
+    airports: int = option(100_000, "stream100k: edits about real subjects", quick=64)
+    airports_window: int = option(128, "stream100k: edits per window", quick=16)
+    sampled: int = option(2_000, "stream100k: edits of each decile that are asked", quick=8)
+    killed: int = option(2_000, "stream100k: edits of the stream that is killed and compared, 0 for none", quick=32)
     gpu_edits: int = option(256, "gpu: edits to write", quick=64)
     out: Path = Path("benchmarks/results/world")
     work: Path = Path("runs/benchmarks/work")

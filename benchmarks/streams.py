@@ -109,7 +109,7 @@ def base_bytes(editor: Keyed | Repair) -> int:
 
 def shard_bytes(editor: Keyed | Repair) -> int:
     """Bytes of all shards."""
-    return sum(tensor.nbytes for tensor in (*editor.memory.parameters(), *editor.memory.buffers()))
+    return editor.memory.nbytes
 
 
 class TimedStream(EditStream):
@@ -159,10 +159,17 @@ def stream(context: Context, number: int, window: int, warm: bool = False, **opt
     }
 
 
-def fit(editor: Keyed | Repair, stream: EditStream, callbacks: list[pl.Callback], folder: Path) -> None:
-    """Run the stream as train.py does, without loggers, scoring and checkpoints."""
+def fit(
+    editor: Keyed | Repair,
+    stream: EditStream,
+    callbacks: list[pl.Callback],
+    folder: Path,
+    checkpoint: Path | None = None,
+    plugins: Sequence[Any] = (),
+) -> None:
+    """Run the stream as train.py does, without loggers and scoring, from a checkpoint where there is one."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    off = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = pl.Trainer(
@@ -173,5 +180,7 @@ def fit(editor: Keyed | Repair, stream: EditStream, callbacks: list[pl.Callback]
             reload_dataloaders_every_n_epochs=1,
             default_root_dir=folder,
             callbacks=callbacks,
+            enable_checkpointing=bool(plugins),
+            plugins=[*plugins],
         )
-        trainer.fit(editor, datamodule=stream)
+        trainer.fit(editor, datamodule=stream, ckpt_path=checkpoint)

@@ -71,7 +71,8 @@ class PruneAndRetrigger(Remembering):
         stream, ledger = stream_of(trainer), stream_of(trainer).ledger
         self._give_up(pl_module)
         failed = ledger.with_status(EditStatus.FAILED)
-        rates = {shard: rate for shard, rate in ledger.error_rates().items() if shard != BASE}
+        owners = {ledger.owner_of(id) for id in failed} - {None, BASE}
+        rates = ledger.error_rates(owners)  # type: ignore[arg-type]  # other shards' are 0
         decision = should_prune(rates, len(failed), self.tau_prune, self.tau_pool)
         pl_module.team.same("whether to prune", decision.reason)
         if decision and pl_module.can_prune:

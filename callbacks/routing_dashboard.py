@@ -188,7 +188,7 @@ def _shard_errors(rates: dict[int, float], most: int) -> dict[str, float]:
 def _memory_in_use(editor: Editing) -> dict[str, float]:
     """MiB: of the shards, the process's peak, and the accelerator's where there is one."""
     memory = editor.edited.memory
-    shards = sum(tensor.nbytes for tensor in (*memory.parameters(), *memory.buffers()))
+    shards = memory.nbytes
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, others KiB
     found = {"shards": shards, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     if editor.device.type == "cuda":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 BASE = -1
@@ -52,7 +52,8 @@ class Edit:
 
     def as_dict(self) -> dict[str, Any]:
         """The edit as one record of the project's own `jsonl` format."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: [*map(_plain, value)] if isinstance(value, tuple) else value for name, value in named.items()}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Edit:
@@ -65,6 +66,10 @@ class Edit:
         rephrases, aliases = (tuple(record.get(name) or ()) for name in ("rephrases", "aliases"))
         subject, old_answer = record.get("subject"), record.get("old_answer")
         return cls(id, prompt, target, subject, rephrases, locality, near, aliases, old_answer, further)
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, str) else asdict(value)
 
 
 @dataclass(frozen=True, slots=True)

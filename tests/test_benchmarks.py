@@ -13,12 +13,15 @@ import pytest
 import torch
 from helpers_runs import world_edits
 
-from benchmarks import editing, merging, report, roofline, streams
+from benchmarks import airports, editing, merging, report, roofline, streams
 from benchmarks.__main__ import main
 from benchmarks.context import Context
 from callbacks import LossAwareTiesMerge
 from repair_lightning.editors.repair import Repair, Writing
+from repair_lightning.texts import asking
+from repair_lightning.texts.relations import STAND_IN, bank
 
+BANK = [wording.replace(STAND_IN, "{}") for wording in bank()[0]]
 TINY = {"hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48, "num_attention_heads": 4}
 TINY |= {"num_key_value_heads": 2, "vocab_size": 2560, "max_position_embeddings": 128}
 
@@ -81,6 +84,38 @@ def test_a_server_under_a_short_load(context):
     (row,) = result["Under load"]
     assert (row["kills"], row["lost"], row["wrong"], row["without an answer"]) == (1, 0, 0, 0)
     assert row["answered"] > 0
+
+
+def test_real_subjects():
+    """A short list begins a longer one; wordings are kept apart; no subject is named by another one's prompts."""
+    edits = airports.airport_edits(400, seed=0)
+    assert edits[:40] == airports.airport_edits(40, seed=0)
+    assert len({edit.id for edit in edits}) == len({edit.prompt for edit in edits}) == 400
+    subjects = {edit.subject for edit in edits}
+    assert len(subjects) == 100
+    for relation in airports.RELATIONS:
+        assert len({relation.wording, *relation.rephrases, *relation.neighbours}) == 5
+        assert not {relation.wording, *relation.rephrases, *relation.neighbours} & set(BANK)
+    near = [probe.prompt for edit in edits for probe in edit.near]
+    for edit in edits:
+        words = asking.spellings(edit.subject)
+        assert all(asking.places(prompt, words) for prompt in (edit.prompt, *edit.rephrases))
+    assert not any(asking.places(prompt, asking.spellings(subject)) for subject in subjects for prompt in near[:50])
+    with pytest.raises(ValueError, match="--airports must be at most"):
+        airports.airport_edits(10**6, seed=0)
+
+
+@pytest.mark.slow
+def test_a_stream_about_real_subjects_is_killed_and_goes_on(context):
+    result = measured("stream100k", context, airports=24, airports_window=8, sampled=4, killed=16)
+    (row,) = result["Growth"]
+    assert (row["edits"], row["ratio"]) == (24, 1)
+    assert len(result["Ages"]) == 10
+    (use,) = result["Use"]
+    assert 12 <= use["killed at"] <= 24
+    assert use["pack kB/edit"] > use["journal kB/edit"] / 3 > 0
+    (killed,) = result["Killed"]
+    assert (killed["edits"], killed["statuses that differ"], killed["rows that differ"]) == (16, 0, 0)
 
 
 def test_invented_edits_are_new_and_named():

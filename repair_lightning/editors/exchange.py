@@ -52,7 +52,8 @@ class Written:
     def _exchange_low_rank(editor: AskedModel, shards: Sequence[int]) -> None:
         memory, (d, f) = editor.memory, editor.memory.shape
         empty = {"ids": torch.zeros(0).long(), "ranks": torch.zeros(0).long()}
-        empty |= {"left": torch.zeros(0, d), "right": torch.zeros(0, f)}
+        kind = torch.half if memory.halves else torch.float32
+        empty |= {"left": torch.zeros(0, d, dtype=kind), "right": torch.zeros(0, f, dtype=kind)}
         tensors = memory.low_rank_tensors(shards) or empty
         for rank, part in enumerate(editor.team.gather(*(tensors[name].to(memory.device) for name in empty))):
             if rank != editor.team.rank and len(part[0]):

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor
 
 from repair_lightning.editors.adapt import AUTO
 from repair_lightning.edits.ledger import Ledger
 from repair_lightning.errors import ConfigError
+from repair_lightning.memory.bank import BankState
 from repair_lightning.memory.routers import Router, make_router
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.models.architectures import architecture_of, resolve_layer, value_shape
@@ -33,8 +33,8 @@ class Snapshot:
     remembers besides, see `Editor.remember`.
     """
 
-    shards: tuple[dict[str, torch.nn.Module], int]
-    router: dict[str, Any]
+    shards: BankState
+    router: Any
     weights: dict[int, Tensor]
     own: Any
 
@@ -184,12 +184,12 @@ class HeldModel(pl.LightningModule):
     def snapshot(self) -> Snapshot:
         """What was learnt and written so far, to go back to with :meth:`rollback`."""
         shards = self.memory.snapshot(writable=True)
-        return Snapshot(shards, self.router.state_dict(), self.edited.weights.state(), self.remember())
+        return Snapshot(shards, self.router.remember(), self.edited.weights.state(), self.remember())
 
     def rollback(self, snapshot: Snapshot) -> None:
         """Go back to a :meth:`snapshot`, bit by bit; a snapshot serves once."""
         self.memory.restore(snapshot.shards)
-        self.router.load_state_dict(snapshot.router)
+        self.router.recall(snapshot.router)
         self.edited.weights.load(snapshot.weights)
         self.recall(snapshot.own)
 
@@ -218,8 +218,7 @@ class HeldModel(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The router's thresholds and keys travel with the shards, and each W_v that was written into."""
-        state = self.router.state_dict()
-        checkpoint["router"] = {name: value for name, value in state.items() if name not in self.router.per_edit}
+        checkpoint["router"] = self.router.common_state()
         checkpoint["rows"] = {"shards": self.memory.rows(), "router": self.router.rows()}
         checkpoint["value_weights"] = {layer: value.cpu() for layer, value in self.edited.weights.state().items()}
         checkpoint["own"] = self.own_state()

@@ -19,6 +19,7 @@ from repair_lightning.editors.inner_loop import TargetRows, not_held, rows_asked
 from repair_lightning.editors.low_rank import LowRankWriter, Outcome
 from repair_lightning.editors.shards import ShardEditor, Steps
 from repair_lightning.errors import ConfigError
+from repair_lightning.functional.halves import halved
 from repair_lightning.memory.routers import Router, make_router
 from repair_lightning.memory.shards import Factors
 from repair_lightning.memory.side_memory import SideMemory
@@ -57,8 +58,8 @@ class Keyed(ShardEditor):
         self.writing, self.hold = writing, hold
 
     def build_memory(self, shape: tuple[int, int]) -> SideMemory:
-        """An empty bank."""
-        return SideMemory(shape, host=self.hold == "host")
+        """An empty bank that keeps shards in half precision: an edit's target is said with a margin."""
+        return SideMemory(shape, host=self.hold == "host", halves=True)
 
     def build_router(self) -> Router:
         """The key router."""
@@ -80,10 +81,11 @@ class Keyed(ShardEditor):
         return reports
 
     def _report(self, id: str, outcome: Outcome) -> EditReport:
-        if not (math.isfinite(outcome.loss) and math.isfinite(float(outcome.left.norm()))):
+        left, right = halved(outcome.left, outcome.right)
+        if not (math.isfinite(outcome.loss) and left.isfinite().all() and right.isfinite().all()):
             reason = f"the loss or the shard was not finite after {outcome.steps} steps: rolled back"
             return EditReport(id, BASE, outcome.loss, 0.0, outcome.steps, error=reason)
-        return EditReport(id, self.memory.add(outcome.left, outcome.right), outcome.loss, 0.0, outcome.steps)
+        return EditReport(id, self.memory.add(left, right), outcome.loss, 0.0, outcome.steps)
 
     def rewrite(self, batch: EditBatch, shard: int) -> list[EditReport]:
         """Write edits again, each into a new shard."""
@@ -113,6 +115,5 @@ class Keyed(ShardEditor):
 
     def finish_window(self) -> None:
         """Besides, an edit that was written again has left its old shard, which goes."""
-        owned = self.ledger.sizes()
-        self.memory.drop([shard for shard in self.memory.ids if shard not in owned])
+        self.memory.drop([shard for shard in self.memory.ids if not self.ledger.owns(shard)])
         super().finish_window()

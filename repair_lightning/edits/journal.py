@@ -79,6 +79,7 @@ class Journal:
 
     def __init__(self, path: str | Path, read_only: bool = False) -> None:
         self.path = Path(path)
+        self._stored: dict[str, set[int]] | None = None  # the numbers of the rows, once they are known
         if read_only and not self.path.is_file():
             raise JournalError(f"'{path}' is no journal: there is no such file; give the directory of a run")
         with self._explained("opened"):
@@ -105,8 +106,8 @@ class Journal:
         said = kind in ("arrived", "inherited")  # the edit itself is said once
         rows = []
         for entry in entries:
-            row = entry.as_dict() | {"time": time.time(), "kind": kind, "id": entry.edit.id}
-            rows.append(row | {"edit": json.dumps(row["edit"], ensure_ascii=False) if said else None})
+            edit = json.dumps(entry.edit.as_dict(), ensure_ascii=False) if said else None
+            rows.append(entry.state() | {"time": time.time(), "kind": kind, "id": entry.edit.id, "edit": edit})
         names, marks = (", ".join(f"{sign}{name}" for name in _SAID) for sign in ("", ":"))
         with self._transaction():
             self._db.executemany(f"INSERT INTO events ({names}) VALUES ({marks})", rows)
@@ -130,14 +131,25 @@ class Journal:
         The file with this hash, which holds all else, is on the disk, and gets its name when this has returned. Only
         rows that are not stored yet are written.
         """
-        found = {(name, number): row for name, rows in (tables or {}).items() for number, row in rows.items()}
+        found = tables or {}
         with self._transaction():
-            stored = set(self._db.execute("SELECT name, number FROM rows"))
-            self._db.executemany("DELETE FROM rows WHERE name = ? AND number = ?", stored - found.keys())
-            new = ((*key, *_encoded(found[key])) for key in sorted(found.keys() - stored))
-            self._db.executemany("INSERT INTO rows VALUES (?, ?, ?, ?)", new)
+            stored = self._stored if self._stored is not None else self._numbers()
+            for name in sorted(found.keys() | stored.keys()):
+                rows, known = found.get(name, {}), stored.get(name, set())
+                gone = ((name, number) for number in known - rows.keys())
+                self._db.executemany("DELETE FROM rows WHERE name = ? AND number = ?", gone)
+                new = ((name, number, *_encoded(rows[number])) for number in sorted(rows.keys() - known))
+                self._db.executemany("INSERT INTO rows VALUES (?, ?, ?, ?)", new)
             row = (sha256, self.last, windows, time.time())
             self._db.execute("INSERT OR REPLACE INTO checkpoint VALUES (1, ?, ?, ?, ?)", row)
+        self._stored = {name: set(rows) for name, rows in found.items()}
+
+    def _numbers(self) -> dict[str, set[int]]:
+        """Of each table the numbers of its rows."""
+        found: dict[str, set[int]] = {}
+        for name, number in self._db.execute("SELECT name, number FROM rows"):
+            found.setdefault(name, set()).add(number)
+        return found
 
     def rewind(self, seq: int, reason: str) -> int:
         """Go on after event `seq`: all later ones are void. Returns how many."""

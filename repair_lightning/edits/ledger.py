@@ -20,7 +20,7 @@ import io
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,12 @@ class LedgerEntry:
 
     def as_dict(self) -> dict[str, Any]:
         """The entry in plain types, the edit as its `jsonl` record."""
-        return {**asdict(self), "edit": self.edit.as_dict(), "status": self.status.value}
+        return {"edit": self.edit.as_dict()} | self.state()
+
+    def state(self) -> dict[str, Any]:
+        """The entry in plain types, without its edit."""
+        found = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "edit"}
+        return found | {"status": self.status.value}
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> LedgerEntry:
@@ -138,17 +143,22 @@ class Entries(Mapping[str, LedgerEntry]):
         """How many edits each shard owns; shards without any are left out."""
         return {key: len(self._ids[key]) for key in sorted(k for k in self._ids if type(k) is int) if self._ids[key]}
 
+    def owns(self, shard: int) -> bool:
+        """Whether a shard owns edits."""
+        return bool(self._ids.get(shard))
+
     def with_status(self, *statuses: EditStatus | str) -> list[str]:
         """The ids of the edits in one of `statuses`, in order of arrival."""
         return self._in_order(set(map(EditStatus, statuses)))
 
-    def error_rates(self) -> dict[int, tuple[float, int]]:
-        """For each shard that owns edits: the share of failed ones among those evaluated, and how many were evaluated.
+    def error_rates(self, shards: Iterable[int] | None = None) -> dict[int, tuple[float, int]]:
+        """For each shard that owns edits, or for some: the share of failed ones among those evaluated, and how many
+        were evaluated.
 
         An edit counts as evaluated if it was scored since it was last written. A shard without any has (0.0, 0).
         """
         rates = {}
-        for shard in self.sizes():
+        for shard in self.sizes() if shards is None else shards:
             evaluated = [entry for entry in map(self.entry, self.owned_by(shard)) if entry.score is not None]
             failed = sum(entry.status is EditStatus.FAILED for entry in evaluated)
             rates[shard] = (failed / max(len(evaluated), 1), len(evaluated))
@@ -168,7 +178,10 @@ class Entries(Mapping[str, LedgerEntry]):
             self._ids[key].add(id)
 
     def _in_order(self, keys: Iterable[Any]) -> list[str]:
-        return sorted((id for key in keys for id in self._ids.get(key, ())), key=lambda id: self[id].arrival)
+        found = {id for key in keys for id in self._ids.get(key, ())}
+        if 2 * len(found) > len(self._entries):  # they are held in their order
+            return [id for id in self._entries if id in found]
+        return sorted(found, key=lambda id: self[id].arrival)
 
 
 class KeptElsewhere:

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from repair_lightning.errors import RepairError
+from repair_lightning.functional.halves import halved
+from repair_lightning.memory.rows import Rows
 from repair_lightning.memory.shards import AnyShard, LowRankShard, Shard, ValueShard
+
+BankState = tuple[dict[str, nn.Module], dict[int, LowRankShard], int]
+"""Shards that are modules by id in digits, low-rank shards by id, and the next id."""
 
 
 class ShardBank(nn.Module):
@@ -19,17 +24,19 @@ class ShardBank(nn.Module):
     Args:
         shape: (D, F) of the value matrix.
         host: keep low-rank shards in the CPU's memory, wherever the rest of the bank is.
+        halves: keep new low-rank shards in half precision, see :func:`halved`.
     """
 
     _place: Tensor
 
-    def __init__(self, shape: tuple[int, int], host: bool = False) -> None:
+    def __init__(self, shape: tuple[int, int], host: bool = False, halves: bool = False) -> None:
         super().__init__()
-        self.shape, self.host = shape, host
+        self.shape, self.host, self.halves = shape, host, halves
         self.next_id = self.next_number = 0
         self.offered: Mapping[int, Mapping[str, Tensor]] = {}
         """The :meth:`rows` that belong to the state that is loaded next."""
-        self.shards = nn.ModuleDict()
+        self.shards = nn.ModuleDict()  # but for low-rank ones, which are no modules
+        self._low: dict[int, LowRankShard] = {}
         self.register_buffer("_place", torch.zeros(0), persistent=False)  # follows the bank to its device
 
     @property
@@ -40,17 +47,28 @@ class ShardBank(nn.Module):
     @property
     def ids(self) -> list[int]:
         """The ids of the shards, oldest first."""
-        return [int(key) for key in self.shards]
+        return sorted([*map(int, self.shards), *self._low]) if len(self.shards) else list(self._low)
+
+    @property
+    def nbytes(self) -> int:
+        """What the shards take."""
+        dense = sum(tensor.nbytes for tensor in (*self.parameters(), *self.buffers()))
+        return dense + sum(shard.nbytes for shard in self._low.values())
 
     def __len__(self) -> int:
-        return len(self.shards)
+        return len(self.shards) + len(self._low)
+
+    def __contains__(self, shard: int) -> bool:
+        return shard in self._low or str(shard) in self.shards
 
     def __getitem__(self, shard: int) -> AnyShard:
+        if shard in self._low:
+            return self._low[shard]
         if str(shard) not in self.shards:
             raise RepairError(f"there is no shard {shard}; known: {self.ids}")
         return self.shards[str(shard)]  # type: ignore[return-value]
 
-    def snapshot(self, writable: bool = False) -> tuple[dict[str, nn.Module], int]:
+    def snapshot(self, writable: bool = False) -> BankState:
         """The shards as they are, to go back to with :meth:`restore`.
 
         Fusing and pruning replace shards and never change one. Writing changes dense shards: where it may happen before
@@ -60,37 +78,50 @@ class ShardBank(nn.Module):
             name: copy.deepcopy(shard) if writable and isinstance(shard, Shard) else shard
             for name, shard in self.shards.items()
         }
-        return shards, self.next_id
+        return shards, dict(self._low), self.next_id
 
-    def restore(self, snapshot: tuple[dict[str, nn.Module], int]) -> None:
+    def restore(self, snapshot: BankState) -> None:
         """Go back to a :meth:`snapshot`, or take over what a new bank holds."""
-        shards, self.next_id = snapshot
+        shards, self._low, self.next_id = snapshot
         self.shards = nn.ModuleDict(shards)
-        self.next_number = max(self.next_number, 1 + max((s.number for s in self._low_rank().values()), default=-1))
+        self.next_number = max(self.next_number, 1 + max((s.number for s in self._low.values()), default=-1))
 
     def _low_rank_shard(self, left: Tensor, right: Tensor) -> LowRankShard:
         """A shard with a number that is never given twice, whatever is restored."""
         self.next_number += 1
-        return LowRankShard(left, right, self.next_number - 1, self.host)
+        factors = halved(left, right) if self.halves and left.dtype is not torch.half else (left, right)
+        return LowRankShard(*factors, self.next_number - 1)
 
-    def _put(self, shard: int, module: AnyShard) -> int:
-        self.shards[str(shard)] = module.to(self.device)
+    def _put(self, shard: int, found: AnyShard) -> int:
+        if isinstance(found, LowRankShard):
+            place = torch.device("cpu") if self.host else self.device
+            self._low[shard] = found.moved(lambda tensor: tensor.to(place))
+        else:
+            self.shards[str(shard)] = found.to(self.device)
         return shard
+
+    def _remove(self, shard: int) -> None:
+        if self._low.pop(shard, None) is None:
+            del self.shards[str(shard)]
 
     def _sort(self) -> None:
         self.shards = nn.ModuleDict({key: self.shards[key] for key in sorted(self.shards, key=int)})
+        self._low = dict(sorted(self._low.items()))
 
-    def _low_rank(self) -> dict[int, LowRankShard]:
-        return {int(key): shard for key, shard in self.shards.items() if isinstance(shard, LowRankShard)}
+    def _apply(self, fn: Any, recurse: bool = True) -> ShardBank:
+        """What moves modules to devices moves low-rank shards too, but those on the host."""
+        if not self.host:
+            self._low = {id: shard.moved(fn) for id, shard in self._low.items()}
+        return super()._apply(fn, recurse)  # type: ignore[return-value]
 
-    def rows(self) -> dict[int, dict[str, Tensor]]:
+    def rows(self) -> Rows[LowRankShard]:
         """The low-rank shards, which a `state_dict` leaves out, by number."""
-        return {shard.number: {"left": shard.left, "right": shard.right} for shard in self._low_rank().values()}
+        return Rows({shard.number: shard for shard in self._low.values()}, LowRankShard.state_dict)
 
     def low_rank_tensors(self, shards: Iterable[int] | None = None) -> dict[str, Tensor]:
         """Low-rank shards, by default all, as tensors: `ids` and `ranks` (N,), `left` (sum R, D) and `right`
         (sum R, F); nothing where there are none."""
-        found = self._low_rank()
+        found = self._low
         ids = list(found if shards is None else shards)
         if not ids:
             return {}
@@ -106,13 +137,13 @@ class ShardBank(nn.Module):
         ids, ranks = tensors["ids"].tolist(), tensors["ranks"].tolist()
         factors = zip(tensors["left"].split(ranks), tensors["right"].split(ranks), strict=True)
         for id, (left, right) in zip(ids, factors, strict=True):
-            self._put(id, self._low_rank_shard(left.T.clone(), right.clone()))
+            self._put(id, self._low_rank_shard(left.T, right))
         self._sort()
 
     def get_extra_state(self) -> dict:
         """What tensors cannot say: the ids and generations, so that a loaded bank has the same shards."""
         dense = {key: shard.generation for key, shard in self.shards.items() if isinstance(shard, Shard)}
-        apart = {shard: low.number for shard, low in self._low_rank().items()}
+        apart = torch.tensor([[*self._low], [low.number for low in self._low.values()]])
         return {"next_id": self.next_id, "next_number": self.next_number, "generations": dense, "low_rank": apart}
 
     def set_extra_state(self, state: dict) -> None:
@@ -121,11 +152,12 @@ class ShardBank(nn.Module):
         self.next_number = max(self.next_number, state["next_number"])
         for key, generation in state["generations"].items():
             self.shards[key].generation = generation  # type: ignore[assignment]
-        lacking = set(state["low_rank"].values()) - self.offered.keys()
+        ids, numbers = state["low_rank"].tolist()
+        lacking = set(numbers) - self.offered.keys()
         if lacking:
             raise RepairError(f"this state lacks {len(lacking)} low-rank shards; set `offered` to the `rows` beside it")
-        for shard, number in state["low_rank"].items():
-            self._put(shard, LowRankShard(**self.offered[number], number=number, host=self.host))
+        for shard, number in zip(ids, numbers, strict=True):
+            self._put(shard, LowRankShard(**self.offered[number], number=number))
         self.offered = {}
         self._sort()
 
@@ -135,5 +167,6 @@ class ShardBank(nn.Module):
         names = {key[len(start) :].split(".")[0] for key in state_dict if key.startswith(start)}
         values = {name: state_dict.get(f"{start}{name}.value") for name in names}
         made = {name: Shard(self.shape) if value is None else ValueShard(value) for name, value in values.items()}
+        self._low = {}
         self.shards = nn.ModuleDict({name: made[name].to(self.device) for name in sorted(names, key=int)})
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -9,7 +9,7 @@ base's.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -74,47 +74,47 @@ class Shard(nn.Module):
             self.delta.copy_(found)
 
 
-class LowRankShard(nn.Module):
-    """A side memory `delta = left right` of rank R, with `left` (D, R) and `right` (R, F). It never changes.
+class LowRankShard:
+    """A side memory `delta = left right` of rank R, with `left` (D, R) and `right` (R, F), in float32 or as
+    :func:`halved`. It never changes, and is no module: there may be a hundred thousand.
 
     `number` tells it from every other shard of its bank, also from those that had its id before a rollback. On the
     `host` it stays in the CPU's memory wherever the bank goes, and is brought to the device when it answers.
     """
 
-    left: Tensor
-    right: Tensor
+    __slots__ = ("left", "number", "right")
     open = None
     generation = 0
 
-    def __init__(self, left: Tensor, right: Tensor, number: int, host: bool = False) -> None:
-        super().__init__()
-        self.number, self.host = number, host
-        place = torch.device("cpu") if host else left.device
-        self.register_buffer("left", left.detach().to(place, torch.float32))
-        self.register_buffer("right", right.detach().to(place, torch.float32))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> LowRankShard:
-        """What moves modules to devices leaves one on the host alone."""
-        return self if self.host else super()._apply(fn, recurse)  # type: ignore[return-value]
+    def __init__(self, left: Tensor, right: Tensor, number: int) -> None:
+        self.left, self.right, self.number = left.detach(), right.detach(), number
 
     @property
     def delta(self) -> Tensor:
         """The whole matrix (D, F), computed anew each time."""
-        return self.left @ self.right
+        return self.left.float() @ self.right.float()
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes."""
+        return self.left.nbytes + self.right.nbytes
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Its factors; that of the bank leaves them out, see `SideMemory.rows`."""
+        return {"left": self.left, "right": self.right}
+
+    def moved(self, change: Callable[[Tensor], Tensor]) -> LowRankShard:
+        """The same shard, as what moves modules to devices wants it."""
+        return LowRankShard(change(self.left), change(self.right), self.number)
 
     def product(self, activations: Tensor) -> Tensor:
         """`A delta^T` (..., D) for float32 activations (..., F)."""
-        left, right = self.left.to(activations.device), self.right.to(activations.device)
+        left, right = (part.to(activations.device).float() for part in (self.left, self.right))
         return nn.functional.linear(nn.functional.linear(activations, right), left)
 
     def fingerprint(self) -> str:
         """A hash of what it holds."""
         return content_hash(self.left) + content_hash(self.right)
-
-    def _save_to_state_dict(self, *_: object) -> None:
-        """The bank gives its low-rank shards apart, see `SideMemory.rows`; they are loaded where they are made."""
-
-    def _load_from_state_dict(self, *_: object) -> None: ...
 
 
 class ValueShard(nn.Module):
@@ -170,7 +170,7 @@ class Factors:
     def __init__(self, shards: Sequence[HasFactors], device: torch.device) -> None:
         left = pad_sequence([shard.left.T for shard in shards], batch_first=True)
         right = pad_sequence([shard.right for shard in shards], batch_first=True)
-        self.left, self.right = left.mT.to(device), right.to(device)
+        self.left, self.right = left.mT.to(device).float(), right.to(device).float()
 
     def product(self, activations: Tensor) -> Tensor:
         """`A_n delta_n^T` (n, T, D) for float32 activations (n, T, F)."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from repair_lightning.functional import bernoulli_mask
 from repair_lightning.memory.bank import ShardBank
@@ -22,10 +22,18 @@ class SideMemory(ShardBank):
         mask_ratio: share of the coordinates that a shard may train (rho); 1 opens all.
         seed: with the shard's id and generation it determines the mask.
         host: keep low-rank shards in the CPU's memory, wherever the rest of the bank is.
+        halves: keep new low-rank shards in half precision.
     """
 
-    def __init__(self, shape: tuple[int, int], mask_ratio: float = 1.0, seed: int = 0, host: bool = False) -> None:
-        super().__init__(shape, host)
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        mask_ratio: float = 1.0,
+        seed: int = 0,
+        host: bool = False,
+        halves: bool = False,
+    ) -> None:
+        super().__init__(shape, host, halves)
         if not 0 < mask_ratio <= 1:
             raise ValueError(f"mask_ratio must be in (0, 1], got {mask_ratio}")
         self.mask_ratio, self.seed = mask_ratio, seed
@@ -66,7 +74,7 @@ class SideMemory(ShardBank):
 
     def put_dense(self, shard: int, generation: int, delta: Tensor) -> None:
         """Take in what another bank has written into a dense shard, a new one or one that is here."""
-        if str(shard) not in self.shards:
+        if shard not in self:
             self._put(shard, Shard(self.shape, self._mask(shard, generation), generation))
             self._sort()
         self[shard].delta.data.copy_(delta)
@@ -74,7 +82,7 @@ class SideMemory(ShardBank):
     def drop(self, shards: Iterable[int]) -> None:
         """Take shards out for good."""
         for shard in list(shards):
-            del self.shards[str(shard)]
+            self._remove(shard)
 
     def prune(self, shard: int) -> None:
         """Forget what a shard holds: a dense one's delta becomes zero and its mask is drawn anew, another leaves."""
@@ -90,7 +98,7 @@ class SideMemory(ShardBank):
         fused = self.next_id
         self.next_id += 1
         for shard in gone:
-            del self.shards[str(shard)]
+            self._remove(shard)
         self._put(fused, Shard(self.shape, None if self.mask_ratio == 1 else delta.ne(0)))
         self[fused].delta.data.copy_(delta)
         return fused
@@ -119,7 +127,7 @@ def selection_of(rows: Sequence[AnyShard | None], device: torch.device) -> Selec
     if len(wanted) == 1 and None not in rows and not isinstance(rows[0], ValueShard):
         return Selection(len(rows), [(rows[0], None)])  # type: ignore[list-item]
 
-    def of(kind: type[nn.Module]) -> tuple[list[Any], Tensor]:
+    def of(kind: type[Any]) -> tuple[list[Any], Tensor]:
         """The shards of a kind, row by row, and the rows (n,)."""
         found = [i for i, shard in enumerate(rows) if isinstance(shard, kind)]
         return [rows[i] for i in found], torch.tensor(found, device=device)

@@ -146,7 +146,9 @@ def written_tensors(edited: EditedModel, own: State) -> dict[str, Tensor]:
 
 def shard_tensors(memory: SideMemory) -> dict[str, Tensor]:
     """The shards: dense deltas, masks in bits with the values that they open, and low-rank factors."""
-    found = {f"shard.{id}.{key}": value for id in memory.ids for key, value in memory[id].state_dict().items()}
+    found = {
+        f"shard.{id}.{key}": value for id in memory.shards for key, value in memory.shards[id].state_dict().items()
+    }
     found |= {f"{LOW_RANK}{key}": value for key, value in memory.low_rank_tensors().items()}
     return {key: value.cpu().contiguous() for key, value in found.items()}
 
@@ -344,7 +346,7 @@ class Pack:
         memory.next_id = int(config["next_shard"])
         if low_rank:
             memory.load_low_rank(low_rank)
-        for name in config["shards"].keys() - memory.shards.keys():
+        for name in config["shards"].keys() - map(str, memory.ids):
             state = self.part(f"shard.{name}.")
             if not any(kind <= state.keys() for kind in ({"delta"}, {"mask", "values"}, {"value"})):
                 raise RepairError(f"the pack lacks shard {name}; restore it from a copy")
@@ -401,7 +403,7 @@ class Pack:
             memory = self.memory().requires_grad_(True).to(editor.memory.device)
             if memory.shape != editor.memory.shape:
                 raise ValueError(f"its shards are {memory.shape}, the value matrix is {editor.memory.shape}")
-            editor.memory.restore((dict(memory.shards.items()), memory.next_id))
+            editor.memory.restore(memory.snapshot())
             editor.router.load_state_dict(config["router"]["state"] | self.part(ROUTER))
             editor.load_own_state(config["own"] | self.part(OWN))
             editor.changed_weights = self.weights

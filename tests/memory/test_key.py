@@ -6,6 +6,7 @@ the same words are alike. The space of relations is learnt from the real bank.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import pytest
@@ -161,6 +162,32 @@ class TestHistory:
         router.load_state_dict(before)
         add(router, PAUL, first=1)
         assert router.numbers.tolist() == [0, 2]
+
+    def test_back_to_what_was_remembered(self):
+        """What has gone comes back, what has come leaves, with the limits of then."""
+        asked = [MAYOR[1], "Who is Orsk's mayor?", BORN[1], PAUL[1], FOUNDED[1]]
+        router = with_edits(MAYOR, BORN, FOUNDED)
+        known, answered = router.remember(), route(router, *asked)
+        state = json.dumps(router.state_dict(), default=torch.Tensor.tolist)
+        router.forget(["e0", "e2"])
+        add(router, PAUL, first=7)
+        assert route(router, *asked) != answered
+        router.recall(known)
+        assert route(router, *asked) == answered
+        assert json.dumps(router.state_dict() | {"next_number": 3}, default=torch.Tensor.tolist) == state
+        add(router, PAUL, first=7)
+        assert router.numbers.tolist() == [0, 1, 2, 4]
+
+
+def test_subjects_of_one_kind_are_told_apart_without_looking_at_all_of_them():
+    """A word that many names share leads to few edits: each is kept under what is rarest among the edits too."""
+    names = [
+        f"{first} {kind} Airport" for kind in ("Regional", "County") for first in ("Fargo", "Minot", "Orsk", "Tulan")
+    ]
+    router = with_edits(*((name, f"Where is {name}?") for name in names))
+    assert max(map(len, router.names._index.values())) == 1
+    assert route(router, *(f"Where is {name}?" for name in names)) == [*range(8)]
+    assert route(router, "Where is Bend Regional Airport?") == [BASE]
 
 
 def test_irrelevant_prompts_that_name_the_subject_raise_limits():

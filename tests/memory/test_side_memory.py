@@ -160,6 +160,32 @@ def test_shards_on_the_host_stay_there():
     assert loaded[2].left.device.type == "cpu"
 
 
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_halves_hold_what_the_factors_gave(size):
+    """Of each entry of a factor 2^-11 at most is lost, whichever of the two is large; half the bytes."""
+    memory, whole = SideMemory((40, 60), halves=True), SideMemory((40, 60))
+    left, right = size * torch.randn(40, 3), torch.randn(3, 60) / size
+    for bank in (memory, whole):
+        bank.add(left, right)
+    lost = (memory[0].delta - whole[0].delta).abs()
+    assert bool((lost <= 2**-10 * (left.abs() @ right.abs()) * 1.01).all())
+    assert 2 * memory.nbytes == whole.nbytes
+    tensors = memory.low_rank_tensors()
+    again = SideMemory((40, 60), halves=True)
+    again.load_low_rank(tensors)
+    assert torch.equal(again[0].left, memory[0].left), "what is in half precision already stays as it is"
+    assert memory.rows()[0].keys() == {"left", "right"}
+
+
+def test_rows_of_a_checkpoint_without_a_journal(tmp_path):
+    """They are made when they are looked at, and stored whole by who stores all."""
+    memory = SideMemory((4, 6))
+    memory.add(torch.ones(4, 1), torch.ones(1, 6))
+    torch.save({"rows": memory.rows()}, tmp_path / "last.ckpt")
+    (row,) = torch.load(tmp_path / "last.ckpt", weights_only=True)["rows"].values()
+    assert torch.equal(row["left"], torch.ones(4, 1))
+
+
 def test_an_id_that_is_given_again_is_another_row():
     """What is stored once: low-rank shards by numbers that stand for one shard for ever."""
     memory = SideMemory((4, 6))

@@ -103,7 +103,7 @@ class ActivationRouter(Router):
         """Activation scores (B, K) on the CPU of each prompt's candidates; 0, which never fires, for other shards."""
         query = query.at_last() if self.pool == "last" else query
         activations, mask = query.activations.float(), query.mask
-        found = dict(zip(memory.ids, memory.shards.values(), strict=True))
+        found = {shard: memory[shard] for shard in memory.ids}
         modules: list[AnyShard] = [found[shard] for shard in shards]  # type: ignore[misc]
         rough = sketched_scores(activations, self._sketches_of(modules).to(activations.device), mask, self.pool)
         chosen = (rough.cpu() / limits).topk(min(self.candidates, len(shards)), dim=-1).indices

@@ -108,7 +108,19 @@ class Router(ABC):
             value = state[name]
             setattr(self, name, value.cpu() if isinstance(value, Tensor) else value)
 
-    def rows(self) -> dict[int, dict[str, Tensor]]:
+    def common_state(self) -> dict[str, Any]:
+        """The :meth:`state_dict` without its entries `per_edit`."""
+        return {name: value for name, value in self.state_dict().items() if name not in self.per_edit}
+
+    def remember(self) -> Any:
+        """What :meth:`recall` goes back to, within this process; who remembers much gives references."""
+        return self.state_dict()
+
+    def recall(self, kept: Any) -> None:
+        """Go back to what :meth:`remember` gave."""
+        self.load_state_dict(kept)
+
+    def rows(self) -> Mapping[int, Mapping[str, Tensor]]:
         """What of its state is said once per edit and never changes, as tensors under a number that no other edit ever
         has; nothing by default."""
         return {}

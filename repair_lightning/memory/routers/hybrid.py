@@ -61,9 +61,19 @@ class HybridRouter(KeyRouter):
         super().reassign(shards, fused)
         self.gate.reassign(shards, fused)
 
-    def state_dict(self) -> dict[str, Any]:
+    def common_state(self) -> dict[str, Any]:
         """Both states."""
-        return super().state_dict() | self.gate.state_dict()
+        return super().common_state() | self.gate.state_dict()
+
+    def remember(self) -> Any:
+        """Both states."""
+        return super().remember(), self.gate.remember()
+
+    def recall(self, kept: Any) -> None:
+        """Both states."""
+        own, gate = kept
+        super().recall(own)
+        self.gate.recall(gate)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Both states."""

@@ -14,7 +14,7 @@ Ours, not the paper's: the activation score finds the right shard for fewer prom
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -31,6 +31,7 @@ from repair_lightning.functional.relations import (
 from repair_lightning.memory.query import Choice, Query, pad_right
 from repair_lightning.memory.routers.base import Anchor, Read, Router
 from repair_lightning.memory.routers.names import Candidate, Known, NameIndex
+from repair_lightning.memory.rows import Rows
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.texts.relations import bank, share_in_common, stem_weight, stems
 from repair_lightning.types import BASE
@@ -44,7 +45,7 @@ _REMEMBERED = 8192
 """Texts whose vectors are kept: what is asked comes again."""
 _SAMPLED, _ENOUGH = 150, 30
 """Wordings of edits that a limit is taken from: at most, and at least."""
-_OF_EDITS = ("shards", "limits", "relations", "numbers")
+_OF_EDITS = ("shards", "limits", "numbers")
 
 
 class KeyRouter(Router):
@@ -64,20 +65,30 @@ class KeyRouter(Router):
     def __init__(self, relation_false_rate: float = 0.01) -> None:
         self.relation_false_rate = relation_false_rate
         self.space = no_space()
-        self.ids: list[str] = []
         self.numbers = torch.zeros(0, dtype=torch.long)  # ascending; no two edits ever have the same
         self.next_number = 0
         self.shards = torch.zeros(0, dtype=torch.long)
-        self.relations = torch.zeros(0, 0)
         self.limits = torch.zeros(0)
         self.names = NameIndex()
-        self._rows: list[dict[str, Tensor]] = []
+        self._ids: dict[int, str] = {}  # by number, as the vectors are
+        self._numbers: dict[str, int] = {}
+        self._relations: dict[int, Tensor] = {}
         self._vectors_of: dict[str, Tensor] = {}  # of texts that were read
+
+    @property
+    def ids(self) -> list[str]:
+        """The edits in their order."""
+        return list(self._ids.values())
+
+    @property
+    def relations(self) -> Tensor:
+        """The vectors (n, k) of what the edits ask."""
+        return torch.stack([*self._relations.values()]) if self._relations else torch.zeros(0, 0)
 
     def fit(self, background: Query) -> None:
         """Which words are common, from irrelevant prompts, and the space of relations, from a bank of our own. A router
         that holds edits keeps what it has."""
-        if self.ids:
+        if self._ids:
             return
         self.names.count(background.texts)
         self._vectors_of = {}
@@ -120,33 +131,38 @@ class KeyRouter(Router):
         """Take in edits; until the next calibration the space's own limit is theirs."""
         self.forget(ids)
         rows = [bytes(byte for byte in row if byte >= 0) for row in described["texts"].tolist()]
-        vectors = described["relations"]
-        self._append(ids, [json.loads(row.decode("utf-8", "surrogatepass")) for row in rows], vectors)
+        known = [Known.of(*json.loads(row.decode("utf-8", "surrogatepass"))) for row in rows]
+        numbers = torch.arange(len(ids)) + self.next_number
+        self._enter(numbers.tolist(), ids, known, described["relations"])
         self.shards = torch.cat([self.shards, described["shards"]])
-        self.relations = torch.cat([self.relations if len(self.relations) else vectors[:0], vectors])
         self.limits = torch.cat([self.limits, torch.full((len(ids),), -1.0)])
-        self.numbers = torch.cat([self.numbers, torch.arange(len(ids)) + self.next_number])
+        self.numbers = torch.cat([self.numbers, numbers])
         self.next_number += len(ids)
 
-    def _append(self, ids: Sequence[str], texts: Sequence[Sequence[str]], vectors: Tensor) -> None:
-        for id, (subject, asked), vector in zip(ids, texts, vectors, strict=True):
-            self.ids.append(id)
-            known = Known.of(subject, asked)
-            self.names.append(known)
-            said = json.dumps([id, " ".join(known.subject), asked]).encode()
-            self._rows.append({"said": torch.frombuffer(bytearray(said), dtype=torch.uint8), "relations": vector})
+    def _enter(
+        self, numbers: Sequence[int], ids: Sequence[str], known: Iterable[Known], vectors: Iterable[Tensor]
+    ) -> None:
+        self._ids |= zip(numbers, ids, strict=True)
+        self._numbers |= zip(ids, numbers, strict=True)
+        self._relations |= zip(numbers, vectors, strict=True)
+        for number, one in zip(numbers, known, strict=True):
+            self.names.enter(number, one)
 
     def forget(self, ids: Sequence[str]) -> None:
         """Drop edits; the others keep their order."""
-        gone = set(ids)
-        if gone.isdisjoint(self.ids):
+        gone = [self._numbers.pop(id) for id in dict.fromkeys(ids) if id in self._numbers]
+        if not gone:
             return
-        keep = [i for i, name in enumerate(self.ids) if name not in gone]
-        index = torch.tensor(keep, dtype=torch.long)
-        for field in ("shards", "relations", "limits", "numbers"):
-            setattr(self, field, getattr(self, field)[index])
-        self.ids, self._rows = [self.ids[i] for i in keep], [self._rows[i] for i in keep]
-        self.names.keep(keep)
+        keep = ~torch.isin(self.numbers, torch.tensor(gone))
+        for field in _OF_EDITS:
+            setattr(self, field, getattr(self, field)[keep])
+        for number in gone:
+            del self._ids[number], self._relations[number]
+            self.names.remove(number)
+
+    def _place(self, number: int) -> int:
+        """Where an edit stands in the tables."""
+        return int(torch.searchsorted(self.numbers, number))
 
     def reassign(self, shards: Sequence[int], fused: int) -> None:
         """The edits of the given shards belong to `fused`."""
@@ -159,26 +175,26 @@ class KeyRouter(Router):
         if not len(new):
             return
         self.limits[new] = min(self.space.limit, self._usual_limit(), _ALIKE)
-        for candidate, score in self._compared(background.texts, {int(i) for i in new}):
+        for candidate, score in self._compared(background.texts, set(self.numbers[new].tolist())):
             if candidate.same:  # it asks for the edit itself
                 continue
-            above = score + _ABOVE_OTHERS * (1 - score)
-            self.limits[candidate.edit] = max(float(self.limits[candidate.edit]), above)
+            above, place = score + _ABOVE_OTHERS * (1 - score), self._place(candidate.edit)
+            self.limits[place] = max(float(self.limits[place]), above)
 
     def _usual_limit(self) -> float:
         """The limit that what the edits ask of their subjects suggests; 1 while they ask too little."""
-        places = torch.linspace(0, len(self.ids) - 1, min(len(self.ids), 2 * _SAMPLED)).long().unique().tolist()
-        first = {self.names.known[place].relation: place for place in reversed(places)}
+        places = torch.linspace(0, len(self._ids) - 1, min(len(self._ids), 2 * _SAMPLED)).long().unique()
+        first = {self.names.known[number].relation: number for number in reversed(self.numbers[places].tolist())}
         texts = list(first)[:_SAMPLED]
         if len(texts) < _ENOUGH or not len(self.space.centre):
             return 1.0
-        vectors = self.relations[[first[text] for text in texts]]
+        vectors = torch.stack([self._relations[first[text]] for text in texts])
         both = alike(vectors @ vectors.T, _words_in_common(texts))
         return usual_limit(both[torch.ones_like(both, dtype=torch.bool).triu(1)])
 
     def route(self, query: Query, memory: SideMemory) -> Choice:
         """The best edit of each prompt, if it asks the same."""
-        if not self.ids:
+        if not self._ids:
             return Choice.base(len(query))
         best: dict[int, tuple[float, ...]] = {}
         for candidate, score in self._compared(query.texts):
@@ -188,15 +204,15 @@ class KeyRouter(Router):
         size = len(query)
         memories, scores, limits = torch.full((size,), BASE), torch.full((size,), -1.0), torch.full((size,), torch.inf)
         nearest: list[str | None] = [None] * size
-        for row, (fires, _, _, score, place) in best.items():
-            edit = int(place)
-            memories[row] = self.shards[edit] if fires else BASE
-            scores[row], limits[row], nearest[row] = score, self._limit(edit), self.ids[edit]
+        for row, (fires, _, _, score, number) in best.items():
+            edit = int(number)
+            memories[row] = self.shards[self._place(edit)] if fires else BASE
+            scores[row], limits[row], nearest[row] = score, self._limit(edit), self._ids[edit]
         return Choice(memories, scores, limits, tuple(nearest))
 
-    def _limit(self, place: int) -> float:
+    def _limit(self, number: int) -> float:
         """An edit's limit; the space's own until it is calibrated."""
-        found = float(self.limits[place])
+        found = float(self.limits[self._place(number)])
         return found if found >= 0 else self.space.limit
 
     def _compared(self, texts: Sequence[str], among: set[int] | None = None) -> list[tuple[Candidate, float]]:
@@ -207,20 +223,42 @@ class KeyRouter(Router):
         if not open_ones:
             return [(candidate, 1.0) for candidate in found]
         vectors = self._vectors([candidate.relation for candidate in open_ones], anew=among is not None)
-        own = self.relations[torch.tensor([candidate.edit for candidate in open_ones])]
-        words = [share_in_common(stems(c.relation), stems(self.names.known[c.edit].relation)) for c in open_ones]
+        own = torch.stack([self._relations[candidate.edit] for candidate in open_ones])
+        words = [share_in_common(stems(c.relation), stems(self.names.known[c.edit].asks.relation)) for c in open_ones]
         scores = iter(alike((vectors * own).sum(-1), torch.tensor(words)).clamp(-1, _ALIKE).tolist())
         return [(candidate, 1.0 if candidate.same else next(scores)) for candidate in found]
 
     def state_dict(self) -> dict[str, Any]:
         """What is known of the edits, and what was learnt before them."""
+        texts = [[" ".join(known.subject), known.asked] for known in self.names.known.values()]
+        of_edits = {"ids": self.ids, "texts": texts, "relations": self.relations, "numbers": self.numbers}
+        return self.common_state() | of_edits
+
+    def common_state(self) -> dict[str, Any]:
+        """Besides what was learnt before the edits, their shards and limits."""
         return {
-            "ids": list(self.ids),
-            "texts": [[" ".join(known.subject), known.asked] for known in self.names.known],
-            **{field: getattr(self, field) for field in (*_OF_EDITS, "next_number")},
+            **{field: getattr(self, field) for field in ("shards", "limits", "next_number")},
             **{field: getattr(self.space, field) for field in ("limit", "centre", "projection")},
             "frequent": dict(self.names.frequent),
         }
+
+    def remember(self) -> Any:
+        """References: nothing that is kept is changed in place, but for limits that are set once."""
+        tables = {field: getattr(self, field) for field in _OF_EDITS}
+        return tables, dict(self._ids), dict(self._relations), dict(self.names.known), self.names.frequent, self.space
+
+    def recall(self, kept: Any) -> None:
+        """Go back to what was remembered: what has come since leaves, what has gone comes back."""
+        tables, ids, relations, known, self.names.frequent, self.space = kept
+        for number in self._ids.keys() - ids.keys():
+            self.names.remove(number)
+        for number in ids.keys() - self._ids.keys():
+            self.names.enter(number, known[number])
+        for field, table in tables.items():
+            setattr(self, field, table.clone())
+        self._ids, self._relations, self.names.known = ids, relations, known
+        self._numbers = {id: number for number, id in ids.items()}
+        self._vectors_of = {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Accepts what :meth:`state_dict` gave."""
@@ -230,12 +268,18 @@ class KeyRouter(Router):
         self.names = NameIndex(state["frequent"])
         self._vectors_of = {}
         self.space = RelationSpace(state["centre"].cpu(), state["projection"].cpu(), float(state["limit"]))
-        self.ids, self._rows = [], []
-        self._append(list(state["ids"]), state["texts"], self.relations)
+        self._ids, self._numbers, self._relations = {}, {}, {}
+        known = (Known(tuple(subject.split()), asked) for subject, asked in state["texts"])
+        self._enter(self.numbers.tolist(), list(state["ids"]), known, state["relations"].cpu())
 
-    def rows(self) -> dict[int, dict[str, Tensor]]:
+    def rows(self) -> Rows[int]:
         """The edits' ids and texts in UTF-8, and their vectors."""
-        return dict(zip(self.numbers.tolist(), self._rows, strict=True))
+        return Rows({number: number for number in self._ids}, self._row)
+
+    def _row(self, number: int) -> dict[str, Tensor]:
+        known = self.names.known[number]
+        said = json.dumps([self._ids[number], " ".join(known.subject), known.asked]).encode()
+        return {"said": torch.frombuffer(bytearray(said), dtype=torch.uint8), "relations": self._relations[number]}
 
     @staticmethod
     def from_rows(rows: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Any]:

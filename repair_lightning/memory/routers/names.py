@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 
 from repair_lightning.texts import asking
 from repair_lightning.texts.relations import STAND_IN
@@ -14,34 +15,49 @@ _UNNAMED = 0.75
 """Share of the words, weighted, that an edit without a subject and a prompt must have in common."""
 
 
-@dataclass(frozen=True, slots=True)
-class Known:
-    """What an edit's prompt asks, as it is compared: with the words of its subject (none where the prompt does not name
-    it), as it was written, and with the stand-in; whether every sign counts, whether it denies something, its words
-    with digits outside the subject, and how many sentences it has."""
+class Asks(NamedTuple):
+    """What is compared of an edit's prompt: what it asks, with the stand-in for its subject, whether every sign counts,
+    whether it denies something, its words with digits outside the subject, and how many sentences it has."""
 
-    subject: tuple[str, ...]
-    asked: str
     relation: str
     code: bool
     denies: bool
     numbers: frozenset[str]
     sentences: int
 
+
+@dataclass(slots=True)
+class Known:
+    """An edit's prompt: the words of its subject, none where the prompt does not name it, and what was asked."""
+
+    subject: tuple[str, ...]
+    asked: str
+    _asks: Asks | None = field(default=None, compare=False, repr=False)
+
     @classmethod
     def of(cls, subject: str, asked: str) -> Known:
         """From an edit's subject and what its prompt asks."""
         words = asking.spellings(subject)
-        masked = asking.without(asked, words, STAND_IN) if words else None
-        named = words if masked is not None else ()
-        relation = masked if masked is not None else asked
-        code, denies, sentences = asking.is_code(asked), asking.negated(relation), len(asking.sentences(asked))
-        return cls(named, asked, relation, code, denies, _numbers(relation), sentences)
+        return cls(words if words and asking.places(asked, words) else (), asked)
+
+    @property
+    def asks(self) -> Asks:
+        """What is compared; found when it is first asked for, as most edits of a large memory never are."""
+        if self._asks is None:
+            relation = self.relation
+            code, denies = asking.is_code(self.asked), asking.negated(relation)
+            self._asks = Asks(relation, code, denies, _numbers(relation), len(asking.sentences(self.asked)))
+        return self._asks
+
+    @property
+    def relation(self) -> str:
+        """What is asked, with the stand-in for the subject."""
+        return (asking.without(self.asked, self.subject, STAND_IN) if self.subject else None) or self.asked
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A part of a prompt that may ask what an edit is about: the prompt's row, the edit's place, the sentence with the
+    """A part of a prompt that may ask what an edit is about: the prompt's row, the edit's number, the sentence with the
     stand-in, whether it says the same words, and how many words of the subject it names."""
 
     row: int
@@ -52,80 +68,93 @@ class Candidate:
 
 
 class NameIndex:
-    """Edits by the words of their subjects; a place is an edit's number in the order of entry."""
+    """Edits by the words of their subjects, each under a number; later ones have higher numbers."""
 
     def __init__(self, frequent: Mapping[str, int] | None = None) -> None:
-        self.known: list[Known] = []
+        self.known: dict[int, Known] = {}
         self.frequent = Counter(frequent or {})
         """How many irrelevant prompts hold a word; rare words are looked up first."""
         self._index: dict[str, list[int]] = {}
         self._exact: dict[str, list[int]] = {}
+        self._keys: dict[int, str] = {}  # under which of its words an edit is in the index
 
     def count(self, texts: Iterable[str]) -> None:
         """Learn from irrelevant prompts which words are common."""
         self.frequent = Counter(word for text in texts for word in dict.fromkeys(asking.spellings(text)))
 
-    def append(self, known: Known) -> None:
+    def enter(self, number: int, known: Known) -> None:
         """Enter an edit."""
-        place = len(self.known)
-        self.known.append(known)
-        self._exact.setdefault(_exactly(known.asked), []).append(place)
+        self.known[number] = known
+        self._exact.setdefault(_exactly(known.asked), []).append(number)
         words = known.subject or asking.spellings(known.asked)
-        keys = _pairs(known.subject) or words
-        if keys:
-            rarest = min(keys, key=lambda key: (max(self.frequent[word] for word in key.split()), -len(key)))
-            self._index.setdefault(rarest, []).append(place)
+        pairs = _pairs(known.subject)
+        if words:
+            rarest = min(pairs or words, key=lambda key: (self._met(key, bool(pairs)), -len(key)))
+            self._keys[number] = rarest
+            self._index.setdefault(rarest, []).append(number)
 
-    def keep(self, places: Sequence[int]) -> None:
-        """Drop all edits but those at some places."""
-        kept = [self.known[place] for place in places]
-        self.known, self._index, self._exact = [], {}, {}
-        for known in kept:
-            self.append(known)
+    def _met(self, key: str, pair: bool) -> int:
+        """How often a key is likely to be met in vain: it is in irrelevant prompts, and of a pair, many edits are under
+        it. Who names a subject names all its pairs, so any of them finds the edit."""
+        often = 1 + max(self.frequent[word] for word in key.split())
+        return often * (1 + len(self._index.get(key, ()))) if pair else often
+
+    def remove(self, number: int) -> None:
+        """Drop an edit."""
+        _drop(self._exact, _exactly(self.known.pop(number).asked), number)
+        if number in self._keys:
+            _drop(self._index, self._keys.pop(number), number)
 
     def candidates(self, row: int, text: str) -> list[Candidate]:
         """The parts of a prompt, of row `row`, that may ask what an edit is about."""
         if exact := self._exact.get(_exactly(text)):
-            return [Candidate(row, place, "", True, len(self.known[place].subject)) for place in exact]
+            return [Candidate(row, number, "", True, len(self.known[number].subject)) for number in exact]
         by_edit: dict[int, list[Candidate]] = defaultdict(list)
         for window in asking.windows(text):
             spelled = asking.spellings(window)
             keys = {*spelled, *_pairs(spelled)}
             keys |= {key[:-1] for key in keys if key.endswith("s")}  # in the plural too
-            places = sorted({place for key in keys for place in self._index.get(key, ())})
-            long = len(asking.sentences(window)) if len(places) else 0
-            for place in places:
-                if by_edit.get(place) and long != self.known[place].sentences:
+            numbers = sorted({number for key in keys for number in self._index.get(key, ())})
+            long = len(asking.sentences(window)) if numbers else 0
+            for number in numbers:
+                if by_edit.get(number) and long != self.known[number].asks.sentences:
                     continue  # the likeliest part that names it is enough, but for one that is as long as the edit's
-                candidate = self._candidate(row, place, window)
+                candidate = self._candidate(row, number, window)
                 if candidate is not None:
-                    by_edit[place].append(candidate)
-        names = {place: f" {' '.join(self.known[place].subject)} " for place, parts in by_edit.items() if parts}
+                    by_edit[number].append(candidate)
+        names = {number: f" {' '.join(self.known[number].subject)} " for number, parts in by_edit.items() if parts}
         longer = sorted(set(names.values()), key=len, reverse=True)
         longest = [p for p, own in names.items() if not any(own != other and own in other for other in longer)]
-        return [candidate for place in longest for candidate in by_edit[place]]
+        return [candidate for number in longest for candidate in by_edit[number]]
 
-    def _candidate(self, row: int, place: int, window: str) -> Candidate | None:
+    def _candidate(self, row: int, number: int, window: str) -> Candidate | None:
         """The window as a candidate for an edit; None where it is about something else, or plainly asks something
         else."""
-        known = self.known[place]
-        if known.code:  # signs count: only the same signs are the same
+        known = self.known[number]
+        asks = known.asks
+        if asks.code:  # signs count: only the same signs are the same
             _, found, after = f" {asking.signs(window)} ".rpartition(f" {asking.signs(known.asked)} ")
             same = bool(found) and all(map(asking.is_courtesy, asking.sentences(after)))
-            return Candidate(row, place, "", True, len(known.subject)) if same else None
+            return Candidate(row, number, "", True, len(known.subject)) if same else None
         relation = _masked(window, known.subject) if known.subject else window
-        if relation is None or asking.negated(relation) != known.denies or _numbers(relation) != known.numbers:
+        if relation is None or asking.negated(relation) != asks.denies or _numbers(relation) != asks.numbers:
             return None
         if not known.subject and self._in_common(known.asked, window) < _UNNAMED:
             return None
-        same = asking.says_the_same(relation, known.relation)
-        return Candidate(row, place, relation, same, len(known.subject))
+        same = asking.says_the_same(relation, asks.relation)
+        return Candidate(row, number, relation, same, len(known.subject))
 
     def _in_common(self, one: str, other: str) -> float:
         """The weighted share of the words of either text that both have; rare words weigh more."""
         a, b = set(asking.spellings(one)), set(asking.spellings(other))
         weight = {word: 1 / (1 + self.frequent[word]) for word in a | b}
         return sum(weight[word] for word in a & b) / max(sum(weight.values()), 1e-9)
+
+
+def _drop(table: dict[str, list[int]], key: str, number: int) -> None:
+    table[key].remove(number)
+    if not table[key]:
+        del table[key]
 
 
 def _pairs(words: Sequence[str]) -> list[str]:
