@@ -21,6 +21,7 @@ from repair_lightning.models.architectures import architecture_of, resolve_layer
 from repair_lightning.models.base import A_BASE, Base, load_base
 from repair_lightning.models.forms import Template
 from repair_lightning.models.prefix_cache import PrefixCache
+from repair_lightning.models.weights import Place
 from repair_lightning.training.team import ALONE, SharedModel, Team
 
 
@@ -28,13 +29,13 @@ from repair_lightning.training.team import ALONE, SharedModel, Team
 class Snapshot:
     """What an editor has learnt at one moment.
 
-    `weights` are by layer, W_v (as the base stores it) where it is no longer the base's own; `own` is what the method
-    remembers besides, see `Editor.remember`.
+    `weights` are what was written into the base, see `BaseWeights.state`; `own` is what the method remembers besides,
+    see `Editor.remember`.
     """
 
     shards: tuple[dict[str, torch.nn.Module], int]
     router: dict[str, Any]
-    weights: dict[int, Tensor]
+    weights: dict[Place, Tensor]
     own: Any
 
 
@@ -92,8 +93,8 @@ class HeldModel(pl.LightningModule):
         self.template, self.cache_mib = template, cache_mib
         self.ledger = Ledger()
         self.base: Base | None = None
-        self.changed_weights: dict[int, Tensor] = {}
-        """Each W_v that writing or a merge has left, by layer, until :meth:`change_base` puts them in their place."""
+        self.changed_weights: dict[Place, Tensor] = {}
+        """What writing or a merge has left in the base, by place, until :meth:`change_base` puts it there."""
         self.team = ALONE
         self.scratch: Path | None = None
         """A folder for what the prefix cache cannot hold in memory; None computes it anew."""

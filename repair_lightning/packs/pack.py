@@ -32,6 +32,7 @@ from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.models.architectures import architecture_of, value_shape
 from repair_lightning.models.base import Base, files_hash, load_base
 from repair_lightning.models.edited import EditedModel
+from repair_lightning.models.weights import Place
 from repair_lightning.storage.folders import replace_folder, whereabouts
 
 if TYPE_CHECKING:
@@ -48,8 +49,8 @@ BASE_FOLDER = "base"
 """Where a self-contained pack holds its base; see `repair_lightning.packs.export`."""
 SEAL = "config_sha256"
 FOLDED, OWN, ROUTER, LOW_RANK = "base.value_weight.", "own.", "router.", "low_rank."
-"""What the names of tensors begin with: of the W_v that were written into (the layer follows), of what the method and
-the router remember, and of the low-rank shards."""
+"""What the names of tensors begin with: of what was written into the base (a W_v's layer follows, or a module's name),
+of what the method and the router remember, and of the low-rank shards."""
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 PATTERNS = ["*.json", "*.safetensors", "*.parquet"]
@@ -314,9 +315,9 @@ class Pack:
         return str(inside) if (inside / "config.json").is_file() else self.config["base"]["name"]
 
     @property
-    def weights(self) -> dict[int, Tensor]:
-        """Each W_v that was written into, by layer."""
-        return {int(layer): value for layer, value in self.part(FOLDED).items()}
+    def weights(self) -> dict[Place, Tensor]:
+        """What was written into the base, by place; see `BaseWeights.state`."""
+        return {int(place) if place.isdigit() else place: value for place, value in self.part(FOLDED).items()}
 
     def part(self, start: str) -> dict[str, Tensor]:
         """The tensors whose names begin so, by the rest of their names."""

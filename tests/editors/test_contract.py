@@ -37,6 +37,7 @@ OPTIONS: dict[str, dict] = {
     },
     "ft": {"lr": 0.02, "steps": 100, "norm_constraint": 0.5},
     "ft_ewc": {"lr": 0.02, "accumulate": True},
+    "lora": {"rank": 8, "alpha": 16, "lr": 0.01, "epochs": 60, "stop_loss": 0.02},
     "grace": {"eps": 0.5, "relative": True, "lr": 0.3, "steps": 100, "stop_margin": 2.0},
     "defer": {"lr": 0.02, "steps": 200, "stop_margin": 3.0},
     "wise": {
