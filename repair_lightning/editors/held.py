@@ -117,7 +117,7 @@ class HeldModel(pl.LightningModule):
         if self.base is None:
             forms = base.forms(self.template)
             self.edited = SharedModel(base.model, base.tokenizer, memory, self.build_router(), layer, forms)
-            self.edited.target_of = lambda id: self.ledger.edit(id).target if id in self.ledger else None
+            self.edited.edit_of = lambda id: self.ledger.edit(id) if id in self.ledger else None
             self._encode = lru_cache(1 << 16)(forms.encode)
         else:
             self.edited.move_to(layer, memory)

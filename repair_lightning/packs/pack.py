@@ -365,7 +365,7 @@ class Pack:
             model.more = {name: (whereabouts(self.folder) / name).read_bytes() for name in more}
             model.own = config["own"] | self.part(OWN)
         model.card, model.ledger = dict(config), self.ledger
-        model.target_of = lambda id: self.ledger.edit(id).target if id in self.ledger else None
+        model.edit_of = lambda id: self.ledger.edit(id) if id in self.ledger else None
         return model.eval()
 
     def model_options(self) -> dict[str, Any]:

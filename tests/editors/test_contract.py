@@ -129,7 +129,7 @@ def test_what_lacks_a_part_is_refused_before_anything_is_loaded():
         ("rlsedit", {"ridge": 0.0}, "ridge must be positive"),
         ("rlsedit", {"values": Values(at="foo")}, r"values\.at must be one of targets, subject, got 'foo'"),
         ("rlsedit", {"anchors": "nowhere.txt"}, "'nowhere.txt' is no file"),
-        ("icl", {"line": "{prompt}"}, "line must hold {prompt} and {target}"),
+        ("icl", {"retriever": "words"}, "retriever must be one of key, states, got 'words'"),
         ("repair", {}, r"no base: give --model\.base a folder in Hugging Face format"),
     ],
 )
