@@ -192,7 +192,7 @@ class Forms:
         return [*row[:start], *said[self._head : self._turn_starts(said)[-1] + width], *row[start + width :]]
 
     def _told_by_system(self, row: list[int], text: str) -> list[int]:
-        """A dialogue with a text in its system message, or at the head of its first turn where the template has none."""
+        """A dialogue with a text in its system message, or at the head of its first turn where it has none."""
         alone, own = self._lead(), self._lead(role="system") if self.takes_system else []
         in_own = self._begins(row, own) and not (self._begins(alone, own) and self._begins(row, alone))
         lead = own if in_own else alone
