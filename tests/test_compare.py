@@ -20,6 +20,7 @@ from callbacks import CALLBACKS
 from repair_lightning.commands import compare
 from repair_lightning.commands.cli import EditCLI
 from repair_lightning.commands.compare import main, overlay, plan, read_comparison
+from repair_lightning.editors import REGISTRY
 from repair_lightning.editors.repair import Writing
 from repair_lightning.errors import ConfigError
 
@@ -346,6 +347,21 @@ def test_a_run_that_takes_too_long_is_stopped_and_the_others_go_on(bench, capsys
     bench.run("--limit_minutes", "0.9")
     assert bench.new() == ["plain/n30-seed0", "waits/n30-seed0"]
     assert "topped" not in (bench.out / "scores.md").read_text()
+
+
+def test_every_editor_is_compared_in_chat(tmp_path, monkeypatch):
+    """On the records that are asked for, and through the template, whatever an editor's own configuration says."""
+    comparison = read_comparison(ABLATIONS.with_name("compare_smollm2.yaml"))
+    assert {variant.name for variant in comparison.variants} == set(REGISTRY)
+    common = ["--data.path", "some.json", "--data.format", "counterfact"]
+    for run in [run for run in plan(comparison, common, tmp_path) if run.size == 30]:
+        found = settings_of(run, monkeypatch)
+        assert found["model.class_path"].rsplit(".", 1)[-1] == REGISTRY[run.variant.name].__name__
+        asked = [found[name] for name in ("model.base", "data.path", "data.format")]
+        assert asked == ["smollm2", "some.json", "counterfact"]
+        assert found["model.template"] in ("chat", "auto")
+        named = {name: value for name, value in run.variant.options.items() if name != "model.class_path"}
+        assert named == {name: found[name] for name in named}
 
 
 @pytest.mark.parametrize("path", sorted(ABLATIONS.parent.glob("*.yaml")), ids=lambda path: path.stem)

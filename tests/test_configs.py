@@ -50,6 +50,7 @@ IN_PLACE = {"model.values.steps": 2, "model.values.contexts": 0}
 SMALL: dict[str, dict] = dict.fromkeys(("rlsedit", "rome", "memit"), IN_PLACE) | {
     name: {} for name in ("ultraedit", "ft", "ft_ewc", "grace", "defer", "icl", "lookup")
 }
+SMALL["lora"] = {"model.epochs": 2}
 SMALL["mend"] = {
     "model.train_data": REPOSITORY / "repair_lightning" / "world" / "edits.jsonl",
     "model.steps": 2,

@@ -6,6 +6,7 @@ from .ft import FT, FTEWC
 from .grace import GRACE
 from .icl import InContext, Lookup
 from .keyed import Keyed
+from .lora import Lora
 from .memit import MEMIT, ROME
 from .mend import MEND
 from .repair import Repair

@@ -22,6 +22,7 @@ from repair_lightning.models.base import A_BASE, Base, load_base
 from repair_lightning.models.forms import Template
 from repair_lightning.models.kept_answers import KeptAnswers
 from repair_lightning.models.prefix_cache import PrefixCache
+from repair_lightning.models.weights import Place
 from repair_lightning.training.team import ALONE, SharedModel, Team
 
 
@@ -29,13 +30,13 @@ from repair_lightning.training.team import ALONE, SharedModel, Team
 class Snapshot:
     """What an editor has learnt at one moment.
 
-    `weights` are by layer, W_v (as the base stores it) where it is no longer the base's own; `own` is what the method
-    remembers besides, see `Editor.remember`.
+    `weights` are what was written into the base, see `BaseWeights.state`; `own` is what the method remembers besides,
+    see `Editor.remember`.
     """
 
     shards: BankState
     router: Any
-    weights: dict[int, Tensor]
+    weights: dict[Place, Tensor]
     own: Any
 
 
@@ -93,8 +94,8 @@ class HeldModel(pl.LightningModule):
         self.template, self.cache_mib = template, cache_mib
         self.ledger = Ledger()
         self.base: Base | None = None
-        self.changed_weights: dict[int, Tensor] = {}
-        """Each W_v that writing or a merge has left, by layer, until :meth:`change_base` puts them in their place."""
+        self.changed_weights: dict[Place, Tensor] = {}
+        """What writing or a merge has left in the base, by place, until :meth:`change_base` puts it there."""
         self.team = ALONE
         self.scratch: Path | None = None
         """A folder for what the prefix cache cannot hold in memory; None computes it anew."""
@@ -117,7 +118,7 @@ class HeldModel(pl.LightningModule):
         if self.base is None:
             forms = base.forms(self.template)
             self.edited = SharedModel(base.model, base.tokenizer, memory, self.build_router(), layer, forms)
-            self.edited.target_of = lambda id: self.ledger.edit(id).target if id in self.ledger else None
+            self.edited.edit_of = lambda id: self.ledger.edit(id) if id in self.ledger else None
             self._encode = lru_cache(1 << 16)(forms.encode)
         else:
             self.edited.move_to(layer, memory)

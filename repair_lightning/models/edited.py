@@ -124,19 +124,23 @@ class EditedModel(RoutedModel):
 
     @torch.no_grad()
     def read(self, rows: Sequence[Sequence[int]], memory: Tensor) -> list[list[int]]:
-        """Prompts, given as token ids, as the base reads them: after what their memory (B,) puts before them.
+        """Prompts, given as token ids, as the base reads them: after the edits that their memory (B,) puts before them.
 
-        What does not fit with room for an answer loses its beginning; a first token that every text has stays first.
+        Edits for which there is no room beside an answer are left out, the least important first.
         """
         if not self.router.prefaces:
             return [list(row) for row in rows]
-        prefaces = self.router.preface(self._query([self.forms.asked_in(row) for row in rows], rows), memory.tolist())
-        found = []
-        for row, preface in zip(rows, prefaces, strict=True):
-            start = 1 if len(row) > 1 and row[0] == self.tokenizer.bos_token_id else 0
-            room = max(0, self.longest - ROOM - len(row))
-            found.append([*row[:start], *preface[max(0, len(preface) - room) :], *row[start:]])
-        return found
+        prefaces = self.router.preface(self._seen([self.forms.asked_in(row) for row in rows], rows), memory.tolist())
+        return [self._after(row, ids) for row, ids in zip(rows, prefaces, strict=True)]
+
+    def _after(self, row: Sequence[int], ids: Sequence[str]) -> list[int]:
+        edits = [edit for edit in map(self.edit_of, ids) if edit is not None]
+        facts = [(self.forms.asked(edit.prompt), edit.target) for edit in edits]
+        for first in range(len(facts)):
+            found = self.forms.told(row, facts[first:])
+            if len(found) <= self.longest - ROOM:
+                return found
+        return list(row)
 
     def _forward_after_prefaces(self, ids: Tensor, mask: Tensor, cache: Any, options: dict[str, Any]) -> Any:
         """The forward pass where something stands before the prompts; its logits are those of the given tokens."""

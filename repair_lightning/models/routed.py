@@ -31,7 +31,7 @@ from repair_lightning.models.tokenizing import Encoded, target_labels
 from repair_lightning.models.weights import BaseWeights
 from repair_lightning.models.wrapper import Wrapper
 from repair_lightning.texts import dialogue
-from repair_lightning.types import BASE, Route
+from repair_lightning.types import BASE, Edit, Route
 
 T = TypeVar("T")
 
@@ -198,7 +198,7 @@ class RoutedModel(Wrapper):
         weights: the base's own value matrices, for what is written into them.
         prefixes: where the states of prompts that come again are kept; None runs the base again each time.
         kept: what the base says by itself, from earlier runs; None asks it each time.
-        target_of: from an edit's id what it is to say; None where that is not known.
+        edit_of: from its id an edit; None where it is not known.
     """
 
     def __init__(
@@ -212,7 +212,7 @@ class RoutedModel(Wrapper):
         self.weights = BaseWeights(base)
         self.prefixes: PrefixCache | None = None
         self.kept: KeptAnswers | None = None
-        self.target_of: Callable[[str], str | None] = lambda _: None
+        self.edit_of: Callable[[str], Edit | None] = lambda _: None
         self._hooks: Hooks | None = None
         self.move_to(layer, memory)
 
@@ -232,6 +232,11 @@ class RoutedModel(Wrapper):
         self.weights.restore()
         if self.prefixes is not None:
             self.prefixes.close()
+
+    def target_of(self, id: str) -> str | None:
+        """What an edit is to say; None where that is not known."""
+        edit = self.edit_of(id)
+        return None if edit is None else edit.target
 
     @property
     def lock(self) -> Any:
@@ -303,8 +308,7 @@ class RoutedModel(Wrapper):
         if self.is_disabled:
             return Choice.base(len(rows))
         texts = [self.forms.asked_in(row) for row in rows] if texts is None else texts
-        query = self._query(texts, rows) if self.router.reads_states else Query.of_texts(texts)
-        return self.held(self.router.route(query, self.memory), rows)
+        return self.held(self.router.route(self._seen(texts, rows), self.memory), rows)
 
     def held(self, choice: Choice, rows: Sequence[Sequence[int]]) -> Choice:
         """The choice where the memory would say its edit's target to the very prompt (B rows of ids), else the base.
@@ -384,6 +388,10 @@ class RoutedModel(Wrapper):
         activations = [capture.activations[at] for at, capture in zip(places, captures, strict=True)]
         mask = stack_left([torch.ones(len(part), dtype=torch.bool, device=self.device) for part in hidden])
         return Query(tuple(texts), mask, stack_left(hidden), stack_left(activations))
+
+    def _seen(self, texts: Sequence[str], rows: Sequence[Sequence[int]]) -> Query:
+        """Prompts as far as the router looks at them."""
+        return self._query(texts, rows) if self.router.reads_states else Query.of_texts(texts)
 
     def _query(self, texts: Sequence[str], rows: Sequence[Sequence[int]]) -> Query:
         """What prompts ask, in the one form in which the base is asked plainly: no system message, no history."""

@@ -32,6 +32,7 @@ from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.models.architectures import architecture_of, value_shape
 from repair_lightning.models.base import Base, files_hash, load_base
 from repair_lightning.models.edited import EditedModel
+from repair_lightning.models.weights import Place
 from repair_lightning.packs.card import HUB_NAME, model_card
 from repair_lightning.storage.folders import replace_folder, whereabouts
 
@@ -51,8 +52,8 @@ SEAL = "config_sha256"
 ORIGIN = ("editor", "options", "base", "layer", "irrelevant", "provenance", "scores")
 """What of a configuration stays when a loaded pack is saved again."""
 FOLDED, OWN, ROUTER, LOW_RANK = "base.value_weight.", "own.", "router.", "low_rank."
-"""What the names of tensors begin with: of the W_v that were written into (the layer follows), of what the method and
-the router remember, and of the low-rank shards."""
+"""What the names of tensors begin with: of what was written into the base (a W_v's layer follows, or a module's name),
+of what the method and the router remember, and of the low-rank shards."""
 
 PATTERNS = ["*.json", "*.safetensors", "*.parquet", CARD_FILE]
 """What is downloaded from the hub and uploaded: nothing that could run."""
@@ -323,9 +324,9 @@ class Pack:
         return str(inside) if (inside / "config.json").is_file() else self.config["base"]["name"]
 
     @property
-    def weights(self) -> dict[int, Tensor]:
-        """Each W_v that was written into, by layer."""
-        return {int(layer): value for layer, value in self.part(FOLDED).items()}
+    def weights(self) -> dict[Place, Tensor]:
+        """What was written into the base, by place; see `BaseWeights.state`."""
+        return {int(place) if place.isdigit() else place: value for place, value in self.part(FOLDED).items()}
 
     def part(self, start: str) -> dict[str, Tensor]:
         """The tensors whose names begin so, by the rest of their names."""
@@ -375,7 +376,7 @@ class Pack:
         known = SUPPORTED_PEFT_TASKS["text-generation"]  # what `pipeline` takes beside the library's own classes
         known += [PackedModel.__name__] * (PackedModel.__name__ not in known)
         model.card, model.ledger = dict(config), self.ledger
-        model.target_of = lambda id: self.ledger.edit(id).target if id in self.ledger else None
+        model.edit_of = lambda id: self.ledger.edit(id) if id in self.ledger else None
         return model.eval()
 
     def model_options(self) -> dict[str, Any]:

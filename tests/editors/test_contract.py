@@ -37,6 +37,7 @@ OPTIONS: dict[str, dict] = {
     },
     "ft": {"lr": 0.02, "steps": 100, "norm_constraint": 0.5},
     "ft_ewc": {"lr": 0.02, "accumulate": True},
+    "lora": {"rank": 8, "alpha": 16, "lr": 0.01, "epochs": 60, "stop_loss": 0.02},
     "grace": {"eps": 0.5, "relative": True, "lr": 0.3, "steps": 100, "stop_margin": 2.0},
     "defer": {"lr": 0.02, "steps": 200, "stop_margin": 3.0},
     "wise": {
@@ -128,7 +129,7 @@ def test_what_lacks_a_part_is_refused_before_anything_is_loaded():
         ("rlsedit", {"ridge": 0.0}, "ridge must be positive"),
         ("rlsedit", {"values": Values(at="foo")}, r"values\.at must be one of targets, subject, got 'foo'"),
         ("rlsedit", {"anchors": "nowhere.txt"}, "'nowhere.txt' is no file"),
-        ("icl", {"line": "{prompt}"}, "line must hold {prompt} and {target}"),
+        ("icl", {"retriever": "words"}, "retriever must be one of key, states, got 'words'"),
         ("repair", {}, r"no base: give --model\.base a folder in Hugging Face format"),
     ],
 )

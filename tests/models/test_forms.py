@@ -18,7 +18,7 @@ from jinja2.exceptions import TemplateError
 from tokenizers import AddedToken
 
 from repair_lightning.errors import ConfigError
-from repair_lightning.models.forms import LEAD, SYSTEM, Forms, stop_ids
+from repair_lightning.models.forms import FACTS, LEAD, SYSTEM, Forms, stop_ids
 from repair_lightning.texts import dialogue
 
 CHATML_DEFAULT = (
@@ -179,6 +179,37 @@ def controls_in(forms: Forms, ids: list[int]) -> list[int]:
 
 EARLIER = [user("Hello there!"), base("Good day.")]
 THIRD = [*EARLIER, user("Who taught Tobin Quill to sail?"), base("Nobody.\n\nHe swims.")]
+
+
+def words_of(forms: Forms, ids: list[int]) -> list[str]:
+    """Without the blanks, of which a template's mark may leave one more."""
+    return forms.spelling.spelled(ids).split()
+
+
+class TestTold:
+    FACT = ("Where did Tobin Quill grow up?", "Oslo")
+    PUT = f"{FACTS}{' '.join(FACT)}"
+    TURNS = (user(FACT[0]), base(FACT[1]))
+
+    @pytest.mark.parametrize("turns", [[user(QUESTION)], [*EARLIER, user(QUESTION)]])
+    def test_facts_are_a_system_message_and_earlier_turns(self, forms, turns):
+        """As the template puts them; where it takes no system message, at the head of the first turn."""
+        told = forms.told(forms.in_chat(turns), [self.FACT])
+        first = [user(f"{self.PUT}\n\n{self.FACT[0]}"), self.TURNS[1]]
+        wanted = [system(self.PUT), *self.TURNS, *turns] if forms.takes_system else [*first, *turns]
+        assert words_of(forms, told) == words_of(forms, forms.in_chat(wanted))
+        assert forms.asked_in(told) == QUESTION
+
+    def test_they_stand_before_a_system_message_that_is_there(self, forms, family):
+        if family.system in ("refused", "folded", "lost"):
+            pytest.skip("its template puts none before the first turn")
+        told = forms.told(forms.in_chat([system("Be brief."), user(QUESTION)]), [self.FACT])
+        wanted = [system(f"{self.PUT}\n\nBe brief."), *self.TURNS, user(QUESTION)]
+        assert words_of(forms, told) == words_of(forms, forms.in_chat(wanted))
+
+    def test_before_a_bare_text_they_are_lines(self, forms):
+        told = forms.told(forms.bare(QUESTION), [self.FACT])
+        assert forms.tokenizer.decode(told, skip_special_tokens=True).strip() == f"{' '.join(self.FACT)}\n{QUESTION}"
 
 
 class TestMarks:

@@ -14,7 +14,7 @@ from repair_lightning.memory.routers.gate import GateRouter
 from repair_lightning.memory.routers.hybrid import HybridRouter
 from repair_lightning.memory.routers.key import KeyRouter
 from repair_lightning.memory.routers.lookup import LookupRouter
-from repair_lightning.memory.routers.retrieval import RetrievalRouter
+from repair_lightning.memory.routers.retrieval import FactsRouter, RetrievalRouter
 
 _KINDS = (
     ActivationRouter,
@@ -24,6 +24,7 @@ _KINDS = (
     BallRouter,
     GateRouter,
     RetrievalRouter,
+    FactsRouter,
     NobodyRouter,
 )
 ROUTERS: Mapping[str, type[Router]] = {cls.name: cls for cls in _KINDS}
@@ -47,6 +48,7 @@ __all__ = [
     "ActivationRouter",
     "Anchor",
     "BallRouter",
+    "FactsRouter",
     "GateRouter",
     "HybridRouter",
     "KeyRouter",

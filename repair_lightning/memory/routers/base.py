@@ -49,7 +49,7 @@ class Router(ABC):
     per_edit: ClassVar[tuple[str, ...]] = ()
     """The entries of its state that :meth:`rows` hold too."""
     prefaces: ClassVar[bool] = False
-    """Whether the base reads something before a prompt that a memory answers, see :meth:`preface`."""
+    """Whether the base reads edits as texts before a prompt that a memory answers, see :meth:`preface`."""
 
     def fit(self, background: Query) -> None:  # noqa: B027 - nothing to learn by default
         """Learn what is common from irrelevant prompts, once, before the first edit."""
@@ -82,8 +82,9 @@ class Router(ABC):
     def route(self, query: Query, memory: SideMemory) -> Choice:
         """Choose a memory for each prompt."""
 
-    def preface(self, query: Query, memory: Sequence[int]) -> list[list[int]]:
-        """Token ids that the base reads before each prompt, given who answers it; only asked where `prefaces`."""
+    def preface(self, query: Query, memory: Sequence[int]) -> list[list[str]]:
+        """The ids of the edits that the base reads before each prompt, given who answers it, the most important last;
+        only asked where `prefaces`."""
         return [[] for _ in memory]
 
     def edit_of(self, shard: int) -> str | None:

@@ -196,11 +196,7 @@ class KeyRouter(Router):
         """The best edit of each prompt, if it asks the same."""
         if not self._ids:
             return Choice.base(len(query))
-        best: dict[int, tuple[float, ...]] = {}
-        for candidate, score in self._compared(query.texts):
-            fires = float(score > self._limit(candidate.edit))
-            rank = (fires, float(candidate.same), float(candidate.named), score, float(candidate.edit))
-            best[candidate.row] = max(rank, best.get(candidate.row, rank))
+        best = {row: ranked[-1] for row, ranked in self.ranked(query.texts).items()}
         size = len(query)
         memories, scores, limits = torch.full((size,), BASE), torch.full((size,), -1.0), torch.full((size,), torch.inf)
         nearest: list[str | None] = [None] * size
@@ -209,6 +205,16 @@ class KeyRouter(Router):
             memories[row] = self.shards[self._place(edit)] if fires else BASE
             scores[row], limits[row], nearest[row] = score, self._limit(edit), self._ids[edit]
         return Choice(memories, scores, limits, tuple(nearest))
+
+    def ranked(self, texts: Sequence[str]) -> dict[int, list[tuple[float, ...]]]:
+        """By row, what is known of the edits that a prompt may be about, the likeliest last: whether it asks the same,
+        whether in the same words, how many words of the subject it names, how alike it asks, the edit's number."""
+        found: dict[int, list[tuple[float, ...]]] = {}
+        for candidate, score in self._compared(texts):
+            fires = float(score > self._limit(candidate.edit))
+            rank = (fires, float(candidate.same), float(candidate.named), score, float(candidate.edit))
+            found.setdefault(candidate.row, []).append(rank)
+        return {row: sorted(ranks) for row, ranks in found.items()}
 
     def _limit(self, number: int) -> float:
         """An edit's limit; the space's own until it is calibrated."""
