@@ -45,9 +45,9 @@ class Lora(WeightEditor):
         self,
         rank: int = 16,
         alpha: float = 32.0,
-        lr: float = 5e-4,
+        lr: float = 1e-3,
         epochs: int = 20,
-        batch: int = 8,
+        batch: int = 4,
         stop_loss: float | None = 0.05,
         **common: Any,
     ) -> None:
