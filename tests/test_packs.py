@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, TextGenerationP
 
 from repair_lightning.editors.repair import Routing, Writing
 from repair_lightning.editors.shards import Steps
+from repair_lightning.edits.records import load_records
 from repair_lightning.errors import RepairError
 from repair_lightning.models.base import files_hash
 from repair_lightning.packs import pack as packs
@@ -329,6 +330,22 @@ class TestDamage:
         refused(spoilt, "names a file elsewhere")
         rewrite(spoilt, format_version=version)
         refused(spoilt, rf"has format version {version}; this release reads 3")
+
+    def test_an_earlier_format_is_written_again_by_the_command_that_is_named(self, spoilt):
+        rewrite(spoilt, format_version=2)
+        line = refused(spoilt, "`repair-lightning train .*` writes its edits again, undone ones too")
+        (file,) = re.findall(r"--data\.path (\S+)`", line)
+        again = load_records(file).edits
+        assert [(edit.prompt, edit.target) for edit in again] == [
+            (edit.prompt, edit.target) for edit in map(load_ledger(spoilt).edit, load_ledger(spoilt))
+        ]
+
+    def test_a_pack_from_before_there_were_cards_loads(self, spoilt, tmp_path):
+        rewrite(spoilt, scores="gone")
+        (spoilt / CARD_FILE).unlink()
+        model, _ = load_edited(spoilt, precision="float32")
+        assert "None are known" in (model.save_pretrained(tmp_path / "new") / CARD_FILE).read_text()
+        assert restore_editor(spoilt, precision="float32").ledger == model.ledger
 
     def test_no_pack(self, tmp_path):
         for folder in (tmp_path, tmp_path / "nothing"):

@@ -179,7 +179,8 @@ def read_pack(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         version = config.get("format_version") if isinstance(config, dict) else None
         if version != FORMAT_VERSION:
             words = f"pack '{folder}' has format version {version}; this release reads {FORMAT_VERSION}"
-            raise RepairError(f"{words}: train.py writes the edits of its {LEDGER_FILE} again")
+            again = f"repair-lightning train --config own --model.base BASE --data.path {place / LEDGER_FILE}"
+            raise RepairError(f"{words}: `{again}` writes its edits again, undone ones too")
         if sealed(config) != config:
             raise ValueError(f"{CONFIG_FILE} is not as it was written")
         files = config.get("files")
