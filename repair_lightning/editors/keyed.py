@@ -19,7 +19,6 @@ from repair_lightning.editors.inner_loop import TargetRows, not_held, rows_asked
 from repair_lightning.editors.low_rank import LowRankWriter, Outcome
 from repair_lightning.editors.shards import ShardEditor, Steps
 from repair_lightning.errors import ConfigError
-from repair_lightning.functional.halves import halved
 from repair_lightning.memory.routers import Router, make_router
 from repair_lightning.memory.shards import Factors
 from repair_lightning.memory.side_memory import SideMemory
@@ -81,7 +80,7 @@ class Keyed(ShardEditor):
         return reports
 
     def _report(self, id: str, outcome: Outcome) -> EditReport:
-        left, right = halved(outcome.left, outcome.right)
+        left, right = self.memory.kept(outcome.left, outcome.right)
         if not (math.isfinite(outcome.loss) and left.isfinite().all() and right.isfinite().all()):
             reason = f"the loss or the shard was not finite after {outcome.steps} steps: rolled back"
             return EditReport(id, BASE, outcome.loss, 0.0, outcome.steps, error=reason)

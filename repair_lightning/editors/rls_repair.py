@@ -19,6 +19,7 @@ from repair_lightning.editors.rlsedit import ANCHORING, RIDGE, VALUES, RLSEdit
 from repair_lightning.editors.shards import Steps
 from repair_lightning.editors.values import Values
 from repair_lightning.memory.shards import LowRankShard
+from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.types import BASE, EditBatch, EditReport
 
 
@@ -55,6 +56,10 @@ class RLSRepair(Keyed, RLSEdit):
         keyed: dict[str, Any] = {"relation_false_rate": relation_false_rate, "writing": writing, "hold": hold}
         rls: dict[str, Any] = {"values": values, "ridge": ridge, "anchoring": anchoring, "anchors": anchors}
         super().__init__(**keyed, **rls, seed=seed, layers=1, **common)
+
+    def build_memory(self, shape: tuple[int, int]) -> SideMemory:
+        """An empty bank in float32: shards follow the matrix again and again, and rounding would add up."""
+        return SideMemory(shape, host=self.hold == "host")
 
     def write(self, batch: EditBatch) -> list[EditReport]:
         """What is new goes into the matrix, what has failed before into shards."""

@@ -89,8 +89,11 @@ class ShardBank(nn.Module):
     def _low_rank_shard(self, left: Tensor, right: Tensor) -> LowRankShard:
         """A shard with a number that is never given twice, whatever is restored."""
         self.next_number += 1
-        factors = halved(left, right) if self.halves and left.dtype is not torch.half else (left, right)
-        return LowRankShard(*factors, self.next_number - 1)
+        return LowRankShard(*self.kept(left, right), self.next_number - 1)
+
+    def kept(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors as the bank keeps them."""
+        return halved(left, right) if self.halves and left.dtype is not torch.half else (left, right)
 
     def _put(self, shard: int, found: AnyShard) -> int:
         if isinstance(found, LowRankShard):

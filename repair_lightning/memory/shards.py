@@ -105,7 +105,9 @@ class LowRankShard:
 
     def moved(self, change: Callable[[Tensor], Tensor]) -> LowRankShard:
         """The same shard, as what moves modules to devices wants it."""
-        return LowRankShard(change(self.left), change(self.right), self.number)
+        left, right = change(self.left), change(self.right)
+        same = left is self.left and right is self.right
+        return self if same else LowRankShard(left, right, self.number)
 
     def product(self, activations: Tensor) -> Tensor:
         """`A delta^T` (..., D) for float32 activations (..., F)."""

@@ -13,6 +13,8 @@ from repair_lightning.texts.relations import STAND_IN
 
 _UNNAMED = 0.75
 """Share of the words, weighted, that an edit without a subject and a prompt must have in common."""
+_NO_WORD = ""
+"""In the index, the word of texts that have none."""
 
 
 class Asks(NamedTuple):
@@ -75,7 +77,6 @@ class NameIndex:
         self.frequent = Counter(frequent or {})
         """How many irrelevant prompts hold a word; rare words are looked up first."""
         self._index: dict[str, list[int]] = {}
-        self._exact: dict[str, list[int]] = {}
         self._keys: dict[int, str] = {}  # under which of its words an edit is in the index
 
     def count(self, texts: Iterable[str]) -> None:
@@ -85,36 +86,40 @@ class NameIndex:
     def enter(self, number: int, known: Known) -> None:
         """Enter an edit."""
         self.known[number] = known
-        self._exact.setdefault(_exactly(known.asked), []).append(number)
-        words = known.subject or asking.spellings(known.asked)
+        words = known.subject or asking.spellings(known.asked) or (_NO_WORD,)
         pairs = _pairs(known.subject)
-        if words:
-            rarest = min(pairs or words, key=lambda key: (self._met(key, bool(pairs)), -len(key)))
-            self._keys[number] = rarest
-            self._index.setdefault(rarest, []).append(number)
+        rarest = min(pairs or words, key=lambda key: (self._met(key, bool(pairs)), -len(key)))
+        self._keys[number] = rarest
+        self._index.setdefault(rarest, []).append(number)
 
     def _met(self, key: str, pair: bool) -> int:
         """How often a key is likely to be met in vain: it is in irrelevant prompts, and of a pair, many edits are under
         it. Who names a subject names all its pairs, so any of them finds the edit."""
-        often = 1 + max(self.frequent[word] for word in key.split())
+        often = 1 + max((self.frequent[word] for word in key.split()), default=0)
         return often * (1 + len(self._index.get(key, ()))) if pair else often
 
     def remove(self, number: int) -> None:
         """Drop an edit."""
-        _drop(self._exact, _exactly(self.known.pop(number).asked), number)
-        if number in self._keys:
-            _drop(self._index, self._keys.pop(number), number)
+        del self.known[number]
+        key = self._keys.pop(number)
+        self._index[key].remove(number)
+        if not self._index[key]:
+            del self._index[key]
+
+    def _under(self, spelled: Sequence[str]) -> list[int]:
+        """The edits that are in the index under some words, or two that stand side by side."""
+        keys = {*spelled, *_pairs(spelled)}
+        keys |= {key[:-1] for key in keys if key.endswith("s")}  # in the plural too
+        return sorted({number for key in keys for number in self._index.get(key, ())})
 
     def candidates(self, row: int, text: str) -> list[Candidate]:
         """The parts of a prompt, of row `row`, that may ask what an edit is about."""
-        if exact := self._exact.get(_exactly(text)):
-            return [Candidate(row, number, "", True, len(self.known[number].subject)) for number in exact]
+        exact, near = _exactly(text), self._under(asking.spellings(text) or (_NO_WORD,))
+        if alike := [number for number in near if _exactly(self.known[number].asked) == exact]:
+            return [Candidate(row, number, "", True, len(self.known[number].subject)) for number in alike]
         by_edit: dict[int, list[Candidate]] = defaultdict(list)
         for window in asking.windows(text):
-            spelled = asking.spellings(window)
-            keys = {*spelled, *_pairs(spelled)}
-            keys |= {key[:-1] for key in keys if key.endswith("s")}  # in the plural too
-            numbers = sorted({number for key in keys for number in self._index.get(key, ())})
+            numbers = self._under(asking.spellings(window))
             long = len(asking.sentences(window)) if numbers else 0
             for number in numbers:
                 if by_edit.get(number) and long != self.known[number].asks.sentences:
@@ -149,12 +154,6 @@ class NameIndex:
         a, b = set(asking.spellings(one)), set(asking.spellings(other))
         weight = {word: 1 / (1 + self.frequent[word]) for word in a | b}
         return sum(weight[word] for word in a & b) / max(sum(weight.values()), 1e-9)
-
-
-def _drop(table: dict[str, list[int]], key: str, number: int) -> None:
-    table[key].remove(number)
-    if not table[key]:
-        del table[key]
 
 
 def _pairs(words: Sequence[str]) -> list[str]:
