@@ -16,6 +16,7 @@ from torch import Tensor
 from repair_lightning.errors import RepairError, counted
 from repair_lightning.models.prefix import pad_left
 from repair_lightning.models.routed import Prompts, RoutedModel, Turn, prompts_of
+from repair_lightning.models.telling import told
 
 ROOM = 64
 """Positions that stay free for an answer where a prompt is put after other texts."""
@@ -137,7 +138,7 @@ class EditedModel(RoutedModel):
         edits = [edit for edit in map(self.edit_of, ids) if edit is not None]
         facts = [(self.forms.asked(edit.prompt), edit.target) for edit in edits]
         for first in range(len(facts)):
-            found = self.forms.told(row, facts[first:])
+            found = told(self.forms, row, facts[first:])
             if len(found) <= self.longest - ROOM:
                 return found
         return list(row)

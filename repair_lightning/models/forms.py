@@ -29,8 +29,6 @@ COURTESY = "I have a question. {} Thank you."
 
 MARK = 16
 """What opens a turn has no more tokens."""
-FACTS = "Answer in a few words. "
-"""What stands before facts in a system message."""
 
 
 class Forms:
@@ -114,13 +112,14 @@ class Forms:
         """A text as a turn of the user without what the template puts before it; bare where there is no template."""
         if not self.chat:
             return self.bare(text) or (self.bare_end,)
-        return self.in_chat([_user(text)])[self._head :]
+        return self.in_chat([_user(text)])[self.head :]
 
     @cached_property
-    def _head(self) -> int:
-        return next(reversed(self._turn_starts(self.in_chat([_user(WORDS[0])]))), 0)
+    def head(self) -> int:
+        """How many token ids stand before a first turn of the user."""
+        return next(reversed(self.turn_starts(self.in_chat([_user(WORDS[0])]))), 0)
 
-    def _turn_starts(self, ids: Sequence[int]) -> list[int]:
+    def turn_starts(self, ids: Sequence[int]) -> list[int]:
         """Where the turns of the user begin in token ids."""
         marks = self.marks.user if self.marks else ()
         return [i for i in range(len(ids)) if self.spelling.spelled(ids[i : i + MARK]).startswith(marks)]
@@ -173,55 +172,12 @@ class Forms:
         found += [self.bare_encoded(text, target) for text in bare]
         return list(dict.fromkeys(found))
 
-    def told(self, ids: Sequence[int], facts: Sequence[tuple[str, str]]) -> list[int]:
-        """A prompt, given as token ids, after facts: questions with their answers. In a dialogue they stand in the
-        system message, before what that says, and are earlier turns too; before a text they are lines."""
-        lines = "".join(f"{asked} {answer}\n" for asked, answer in facts)
-        if not self.turns(ids):
-            row, bos = list(ids), self.tokenizer.bos_token_id
-            start = 1 if len(row) > 1 and row[0] == bos else 0
-            return [*row[:start], *self.spelling.plain(lines), *row[start:]]
-        return self._told_by_system(self._told_in_turns(list(ids), facts), f"{FACTS}{lines}".rstrip())
-
-    def _told_in_turns(self, row: list[int], facts: Sequence[tuple[str, str]]) -> list[int]:
-        """A dialogue after turns in which the questions were asked and answered."""
-        start = self._turn_starts(row)[0]
-        width = _shared(row[start:], self._lead()[self._head :])
-        turns = [turn for asked, answer in facts for turn in (_user(asked), {"role": "assistant", "content": answer})]
-        said = self.in_chat([*turns, _user(WORDS[0])])
-        return [*row[:start], *said[self._head : self._turn_starts(said)[-1] + width], *row[start + width :]]
-
-    def _told_by_system(self, row: list[int], text: str) -> list[int]:
-        """A dialogue with a text in its system message, or at the head of its first turn where it has none."""
-        alone, own = self._lead(), self._lead(role="system") if self.takes_system else []
-        in_own = self._begins(row, own) and not (self._begins(alone, own) and self._begins(row, alone))
-        lead = own if in_own else alone
-        if not self._begins(row, lead):
-            return row
-        if self.takes_system and not in_own:
-            before = self._lead({"role": "system", "content": text})
-        else:
-            before = [*lead, *self.spelling.plain(f"{text}\n\n")]
-        same = _shared(row, lead)  # a blank at a lead's end may be one token with what follows it
-        ending = lead[same:]
-        return [*(before[: -len(ending)] if ending and before[-len(ending) :] == ending else before), *row[same:]]
-
-    def _lead(self, *messages: dict[str, str], role: str = "user") -> list[int]:
-        """What the template puts before the content of a message that follows others."""
-        rest = [_user(WORDS[2])] if role != "user" else []
-        one, other = (self.in_chat([*messages, {"role": role, "content": word}, *rest]) for word in WORDS[:2])
-        return list(one[: _shared(one, other)])
-
-    def _begins(self, row: Sequence[int], lead: Sequence[int]) -> bool:
-        """Whether a row begins with a lead, where there is one, in its text."""
-        return bool(lead) and self.spelling.spelled(row).startswith(self.spelling.spelled(lead))
-
     @cached_property
     def heads(self) -> list[list[int]]:
         """What the forms of :meth:`variants` and :meth:`checks` begin with, whatever is asked; token ids each."""
         forms = [[*self.variants(word, ""), *self.checks(word, "")] for word in WORDS[:2]]
         pairs = zip(*([row.prompt for row in rows] for rows in forms), strict=True)
-        return [list(one[: _shared(one, other)]) for one, other in pairs]
+        return [list(one[: shared(one, other)]) for one, other in pairs]
 
     def checks(self, prompt: str, target: str) -> list[Encoded]:
         """An edit in a form that it was not written in, to ask it back: after a system message and another turn, and
@@ -287,6 +243,6 @@ def _user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
-def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+def shared(one: Sequence[int], other: Sequence[int]) -> int:
     """How many token ids two rows begin with alike."""
     return sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(one, other, strict=False)))

@@ -8,8 +8,10 @@ from helpers_chat import base, system, user
 
 from repair_lightning.errors import RepairError
 from repair_lightning.memory.query import Query
-from repair_lightning.models.forms import FACTS, SYSTEM
+from repair_lightning.models.forms import SYSTEM
 from repair_lightning.models.prefix import pad_left
+from repair_lightning.models.telling import FACTS
+from repair_lightning.models.telling import told as tell
 from repair_lightning.packs.pack import load_edited, save_pack
 from repair_lightning.scoring import protocols
 from repair_lightning.types import BASE, Edit
@@ -114,7 +116,7 @@ class TestChat:
         (both,) = chatting.edited.read([row], memory)
         (last,) = chatting.router.preface(Query.of_texts([f"Is {edits[0].subject} tall?"]), memory.tolist())
         edit = chatting.ledger.edit(last[-1])
-        one = chatting.edited.forms.told(row, [(edit.prompt, edit.target)])
+        one = tell(chatting.edited.forms, row, [(edit.prompt, edit.target)])
         for least, wanted in ((len(both), both), (len(both) - 1, one), (len(one) - 1, row)):
             monkeypatch.setattr(type(chatting.edited), "longest", least + 64)
             assert chatting.edited.read([row], memory) == [wanted]

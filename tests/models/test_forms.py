@@ -18,7 +18,8 @@ from jinja2.exceptions import TemplateError
 from tokenizers import AddedToken
 
 from repair_lightning.errors import ConfigError
-from repair_lightning.models.forms import FACTS, LEAD, SYSTEM, Forms, stop_ids
+from repair_lightning.models.forms import LEAD, SYSTEM, Forms, stop_ids
+from repair_lightning.models.telling import FACTS, told
 from repair_lightning.texts import dialogue
 
 CHATML_DEFAULT = (
@@ -194,22 +195,22 @@ class TestTold:
     @pytest.mark.parametrize("turns", [[user(QUESTION)], [*EARLIER, user(QUESTION)]])
     def test_facts_are_a_system_message_and_earlier_turns(self, forms, turns):
         """As the template puts them; where it takes no system message, at the head of the first turn."""
-        told = forms.told(forms.in_chat(turns), [self.FACT])
+        read = told(forms, forms.in_chat(turns), [self.FACT])
         first = [user(f"{self.PUT}\n\n{self.FACT[0]}"), self.TURNS[1]]
         wanted = [system(self.PUT), *self.TURNS, *turns] if forms.takes_system else [*first, *turns]
-        assert words_of(forms, told) == words_of(forms, forms.in_chat(wanted))
-        assert forms.asked_in(told) == QUESTION
+        assert words_of(forms, read) == words_of(forms, forms.in_chat(wanted))
+        assert forms.asked_in(read) == QUESTION
 
     def test_they_stand_before_a_system_message_that_is_there(self, forms, family):
         if family.system in ("refused", "folded", "lost"):
             pytest.skip("its template puts none before the first turn")
-        told = forms.told(forms.in_chat([system("Be brief."), user(QUESTION)]), [self.FACT])
+        read = told(forms, forms.in_chat([system("Be brief."), user(QUESTION)]), [self.FACT])
         wanted = [system(f"{self.PUT}\n\nBe brief."), *self.TURNS, user(QUESTION)]
-        assert words_of(forms, told) == words_of(forms, forms.in_chat(wanted))
+        assert words_of(forms, read) == words_of(forms, forms.in_chat(wanted))
 
     def test_before_a_bare_text_they_are_lines(self, forms):
-        told = forms.told(forms.bare(QUESTION), [self.FACT])
-        assert forms.tokenizer.decode(told, skip_special_tokens=True).strip() == f"{' '.join(self.FACT)}\n{QUESTION}"
+        read = told(forms, forms.bare(QUESTION), [self.FACT])
+        assert forms.tokenizer.decode(read, skip_special_tokens=True).strip() == f"{' '.join(self.FACT)}\n{QUESTION}"
 
 
 class TestMarks:
