@@ -80,11 +80,6 @@ class KeyRouter(Router):
         """The edits in their order."""
         return list(self._ids.values())
 
-    @property
-    def relations(self) -> Tensor:
-        """The vectors (n, k) of what the edits ask."""
-        return torch.stack([*self._relations.values()]) if self._relations else torch.zeros(0, 0)
-
     def fit(self, background: Query) -> None:
         """Which words are common, from irrelevant prompts, and the space of relations, from a bank of our own. A router
         that holds edits keeps what it has."""
@@ -237,7 +232,8 @@ class KeyRouter(Router):
     def state_dict(self) -> dict[str, Any]:
         """What is known of the edits, and what was learnt before them."""
         texts = [[" ".join(known.subject), known.asked] for known in self.names.known.values()]
-        of_edits = {"ids": self.ids, "texts": texts, "relations": self.relations, "numbers": self.numbers}
+        relations = torch.stack([*self._relations.values()]) if self._relations else torch.zeros(0, 0)
+        of_edits = {"ids": self.ids, "texts": texts, "relations": relations, "numbers": self.numbers}
         return self.common_state() | of_edits
 
     def common_state(self) -> dict[str, Any]:
