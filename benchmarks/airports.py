@@ -63,7 +63,7 @@ def airports(seed: int) -> list[dict[str, Any]]:
     """All airports that can be subjects, in an order that the seed draws."""
     import airportsdata
 
-    known = [*airportsdata.load("ICAO").values()]
+    known: list[Any] = [*airportsdata.load("ICAO").values()]
     names = [spellings(airport["name"]) for airport in known]
     whole, within = Counter(names), {part for name in set(names) for part in _parts(name)}
     alone = [a for a, name in zip(known, names, strict=True) if whole[name] == 1 and name not in within]
