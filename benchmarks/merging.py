@@ -65,7 +65,7 @@ def undone(editor: Repair) -> Iterator[None]:
     try:
         yield
     finally:
-        editor.memory.restore((dict(memory[0]), dict(memory[1]), memory[2]))
+        editor.memory.restore(memory)
         editor.router.load_state_dict(router)
         editor.ledger.load_state_dict(ledger)
 

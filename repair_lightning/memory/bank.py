@@ -82,8 +82,8 @@ class ShardBank(nn.Module):
 
     def restore(self, snapshot: BankState) -> None:
         """Go back to a :meth:`snapshot`, or take over what a new bank holds."""
-        shards, self._low, self.next_id = snapshot
-        self.shards = nn.ModuleDict(shards)
+        shards, low, self.next_id = snapshot
+        self.shards, self._low = nn.ModuleDict(shards), dict(low)
         self.next_number = max(self.next_number, 1 + max((s.number for s in self._low.values()), default=-1))
 
     def _low_rank_shard(self, left: Tensor, right: Tensor) -> LowRankShard:

@@ -258,7 +258,7 @@ class KeyRouter(Router):
             self.names.enter(number, known[number])
         for field, table in tables.items():
             setattr(self, field, table.clone())
-        self._ids, self._relations, self.names.known = ids, relations, known
+        self._ids, self._relations, self.names.known = dict(ids), dict(relations), dict(known)
         self._numbers = {id: number for number, id in ids.items()}
         self._vectors_of = {}
 
