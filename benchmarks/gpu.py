@@ -56,7 +56,7 @@ def random_base(shape: Mapping[str, int], device: str, seed: int) -> Base:
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.requires_grad_(False).eval()
-    return Base(model, tokenizer, "random-llama", "0" * 64, sum(p.numel() for p in model.parameters()))
+    return Base(model, tokenizer, "random-llama", "0" * 64, sum(p.numel() for p in model.parameters()), as_stored=False)
 
 
 def measured(

@@ -134,7 +134,8 @@ class HeldModel(pl.LightningModule):
         if self.base is not None:
             self.edited.team = team
             # Ranks that run the base together must all run it, or none; so they look nothing up.
-            self.edited.kept = KeptAnswers.of(self.base.model, self.base.sha256) if team.deals else None
+            known = team.deals and self.base.as_stored
+            self.edited.kept = KeptAnswers.of(self.base.model, self.base.sha256) if known else None
             self.memory.turn = (team.rank, team.size) if self.shares else (0, 1)
 
     @property

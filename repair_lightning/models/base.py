@@ -40,6 +40,7 @@ class Base:
     """A frozen causal LM with its tokenizer.
 
     `sha256` identifies the weights, whatever the precision loaded; for a base from a GGUF file it is that file's hash.
+    `as_stored` says that the weights were just read from there: who hands over a loaded model may have changed them.
     """
 
     model: PreTrainedModel
@@ -47,6 +48,7 @@ class Base:
     name: str
     sha256: str
     parameters: int
+    as_stored: bool = True
 
     def forms(self, template: Template = "auto") -> Forms:
         """How this base is asked; it stops where its answers are taught to end from here on."""
@@ -105,7 +107,7 @@ def in_memory(model: PreTrainedModel, tokenizer: Any) -> Base:
     folder = _folder(name)
     files = _weight_files(folder) if folder.is_dir() else []
     sha256 = weights_hash_of(folder) if files else _content_hash(model)
-    return Base(model, tokenizer, name, sha256, sum(p.numel() for p in model.parameters()))
+    return Base(model, tokenizer, name, sha256, sum(p.numel() for p in model.parameters()), as_stored=False)
 
 
 def stored_dtype(name: str) -> torch.dtype | None:

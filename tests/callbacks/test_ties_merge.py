@@ -163,6 +163,7 @@ def test_the_guard_sees_damage_to_unrelated_answers():
     editor, _ = written_editor()
     guard = MergeGuard(editor, list(editor.ledger), into_base=True)
     before = guard.score()
-    weight = editor.edited.value_weight
-    weight.data.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * 10 * weight.std())
+    own = editor.edited.weights.matrix(editor.layer)
+    noise = torch.randn(own.shape, generator=torch.Generator().manual_seed(0)) * 10 * own.std()
+    editor.edited.weights.put(editor.layer, noise)
     assert guard.score() < before

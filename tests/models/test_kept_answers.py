@@ -6,7 +6,10 @@ import logging
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from repair_lightning.editors import Keyed
+from repair_lightning.models.base import in_memory, load_base
 from repair_lightning.models.kept_answers import KeptAnswers
 from repair_lightning.scoring import protocols
 from repair_lightning.types import BASE
@@ -85,3 +88,14 @@ def test_a_cache_that_is_damaged_costs_time_alone(model, caplog):
         assert asked(model) == plain
     assert "the base's answers cannot be kept" in caplog.text
     assert len(caplog.records) == 1
+
+
+def test_a_model_that_somebody_loaded_is_asked_each_time(chat_folder):
+    """Its weights may not be those of its folder any more."""
+    loaded = in_memory(AutoModelForCausalLM.from_pretrained(chat_folder), AutoTokenizer.from_pretrained(chat_folder))
+    editor = Keyed()
+    editor.build(loaded, 1)
+    assert editor.edited.kept is None
+    editor = Keyed()
+    editor.build(load_base(str(chat_folder)), 1)
+    assert editor.edited.kept is not None
