@@ -4,6 +4,7 @@ missing for it."""
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,18 +25,19 @@ from repair_lightning.scoring.separation import MEANT, OTHERS, auroc
 from repair_lightning.types import BASE
 
 KINDS_IN_WORDS = {"edit": "edits", "rephrase": "rephrases", "locality": "unrelated", "near": "neighbours"}
-MOST_COLOURS = 8
-"""Shards that a map can tell apart by colour; more are shown as a scale."""
+OUTCOMES = ("all right", "a rephrase wrong", "its own prompt wrong", "not asked")
+"""How an edit is answered in the end."""
 
 
 def separation(run: Artefacts, bins: int = 40) -> Chart | str:
-    """The routing score of every prompt over its threshold, by kind of prompt (paper, Fig. 4)."""
-    frame = pd.DataFrame(run.final, columns=["kind", "score", "threshold"])
+    """The routing score of every prompt over its threshold, by kind of prompt and by who answers (paper, Fig. 4)."""
+    frame = pd.DataFrame(run.final, columns=["kind", "score", "threshold", "memory"])
     score, threshold = frame["score"].astype(float), frame["threshold"].astype(float).replace(0, np.nan)
     ratio = score.clip(lower=0) / threshold
     if ratio.isna().all():
         return "separation: no routing score with a threshold in generations.jsonl"
     ratio = ratio.mask(threshold.isna() & (score < 0), 0.0).dropna()  # below zero: no edit is about what it names
+    fired = frame["memory"].fillna(BASE) != BASE
     found = {kind: ratio[frame["kind"] == kind].to_numpy() for kind in KINDS_IN_WORDS}
     edges = np.linspace(0.0, max(1.2, 1.05 * float(ratio.quantile(0.995))), bins + 1)
     rows, above = [], []
@@ -44,20 +46,22 @@ def separation(run: Artefacts, bins: int = 40) -> Chart | str:
             continue
         above.append(f"{percent(float(np.mean(values > 1)))} of the {KINDS_IN_WORDS[kind]}")
         panel = f"{KINDS_IN_WORDS[kind]} ({len(values):,})"
-        shares = 100 * np.histogram(values.clip(edges[0], edges[-1]), edges)[0] / len(values)
-        places = zip((edges[:-1] + edges[1:]) / 2, shares, strict=True)
-        rows += [
-            {"prompts": panel, "ratio": round(x, 4), "share": round(y, 3)} for x, y in np.array([*places]).tolist()
-        ]
+        shard = fired[ratio.index][frame["kind"] == kind].to_numpy()
+        for who, own in (("a shard answers", values[shard]), ("the base answers", values[~shard])):
+            shares = 100 * np.histogram(own.clip(edges[0], edges[-1]), edges)[0] / len(values)
+            places = np.array([*zip((edges[:-1] + edges[1:]) / 2, shares, strict=True)]).tolist()
+            of_bars = {"prompts": panel, "who": who}
+            rows += [of_bars | {"ratio": round(x, 4), "share": round(y, 3)} for x, y in places]
     about = torch.tensor(np.concatenate([found[kind] for kind in MEANT]))
     areas = {kind: auroc(about, torch.tensor(found[kind])) for kind in OTHERS}
     apart = [f"{area:.3f} against {KINDS_IN_WORDS[kind]} prompts" for kind, area in areas.items() if area is not None]
     words = f"Routing score over threshold: {', '.join(above)} lie above their threshold."
     words += f" AUROC of edits and rephrases: {', '.join(apart)}." if apart else ""
     if run.option("model.routing.router") != "activation":
-        words += " A prompt that names no edited subject counts as 0."
+        words += " A prompt that names no edited subject counts as 0; above the line the base answers where the shard"
+        words += " would not say its target."
     titles = ("routing score over threshold", "% of prompts")
-    picture = drawing.histograms(rows, "ratio", "share", "prompts", titles, mark=1.0)
+    picture = drawing.histograms(rows, "ratio", "share", "prompts", "who", titles, mark=1.0)
     return Chart("separation", "Are edited and unrelated prompts apart?", words, rows, picture)
 
 
@@ -138,28 +142,34 @@ def first_scores(events: Sequence[Row]) -> dict[str, float]:
 
 
 def feature_points(run: Artefacts) -> Chart | str:
-    """The edits' features in the frozen base, along two principal components, coloured by the shard that owns them."""
+    """The edits' features in the frozen base, along two principal components, coloured by how they are answered."""
     features = next(iter(run.objects("features.json")), {})
     places: Mapping[str, Sequence[float]] = features.get("edits") or {}
     if len(places) < 2:
         return "features: no features.json with two edits (an older run)"
-    owners = {id: run.entries[id].shard if id in run.entries else None for id in places}
-    shards = {*owners.values()} - {None, BASE}
-    many = len(shards) > MOST_COLOURS
-    names = {None: "none", BASE: "base"} | {shard: f"shard {shard}" for shard in shards}
+    outcomes = outcomes_of(run.final)
     rows: list[Row] = [
-        {"id": id, "x": x, "y": y, "shard": owners[id] if many else names[owners[id]]} for id, (x, y) in places.items()
+        {"id": id, "x": x, "y": y, "outcome": outcomes.get(id, "not asked")} for id, (x, y) in places.items()
     ]
+    rows.sort(key=lambda row: OUTCOMES.index(row["outcome"]))
     first, second = features.get("explained") or [0.0, 0.0]
-    colour = "The colour is the shard's number, in the order of writing." if many else "Each shard has its colour."
-    held = f"{counted(len(shards), 'shard')} own{'s' * (len(shards) == 1)} them. {colour}"
+    counts = Counter(row["outcome"] for row in rows)
     words = (
         f"{len(rows):,} edits of {run.metrics['n_edits']:,}, each the frozen base's state at its prompt's last token, "
         f"along the two directions of largest variance ({percent(first)} and {percent(second)} of it); "
-        + (held if shards else "no shard has one.")
+        f"{', '.join(f'{number:,} {outcome}' for outcome, number in counts.items())}."
     )
-    picture = drawing.points(rows, "x", "y", "shard", ("first component", "second component"))
-    return Chart("features", "Where the edits lie", words, rows, picture)
+    picture = drawing.points(rows, "x", "y", "outcome", ("first component", "second component"))
+    return Chart("features", "Where the edits lie, and how they are answered", words, rows, picture)
+
+
+def outcomes_of(final: Sequence[Row]) -> dict[str, str]:
+    """By id, how the final model answers an edit, in the words of `OUTCOMES`."""
+    wrong = {kind: {row["id"] for row in final if row["kind"] == kind and not row["correct"]} for kind in MEANT}
+    return {
+        row["id"]: OUTCOMES[2 if row["id"] in wrong["edit"] else 1 if row["id"] in wrong["rephrase"] else 0]
+        for row in final
+    }
 
 
 def thinned(rows: Sequence[Row]) -> list[Row]:

@@ -220,7 +220,7 @@ def remarks(results: Sequence[Result]) -> list[str]:
     found += [f"{r.status.capitalize()}: `{r.variant}`, {r.size} edits, seed {r.seed}: {r.error}" for r in bad]
     unasked = {(run.variant, run.size): run.error for run in results if run.status == "not run"}
     found += [f"Not run: `{name}`, {size} edits: {why}." for (name, size), why in unasked.items()]
-    sampled = sorted({found["edits"] for run in results if (found := run.figure(("scored",)))})
+    sampled = sorted({scored["edits"] for run in results if (scored := run.figure(("scored",)))})
     found += [f"Scores are of a sample of {number:,} edits where there are more." for number in sampled]
     few = {run.size: run.edits for run in results if run.metrics}
     return found + [f"The data hold no {size} edits, but {held}." for size, held in few.items() if held != size]

@@ -81,13 +81,14 @@ def lines(
     return alt.layer(*drawn)
 
 
-def histograms(rows: Sequence[Row], x: str, y: str, panel: str, titles: Sequence[str], mark: float) -> Any:
-    """Bars y at the numbers x, a small picture for each panel one below the other; a vertical line at `mark`."""
+def histograms(rows: Sequence[Row], x: str, y: str, panel: str, group: str, titles: Sequence[str], mark: float) -> Any:
+    """Bars y at the numbers x, with a colour for each name in `group`, a small picture for each panel one below the
+    other; a vertical line at `mark`."""
     base = alt.Chart(width=WIDTH, height=60)
     bars = base.mark_bar(size=0.8 * WIDTH / len(_values(rows, x))).encode(
         x=_axis(alt.X, x, titles[0]),
         y=alt.Y(y, type="quantitative", title=titles[1], axis=alt.Axis(tickCount=3)),
-        color=_named(panel, legend=None),
+        color=_named(group),
     )
     rule = base.mark_rule(color="#b93a20", strokeDash=[4, 3], strokeWidth=1.5).encode(x=alt.datum(mark))
     drawn = alt.layer(bars, rule, data=_data(rows)).facet(facet=_panels(rows, panel), columns=1)

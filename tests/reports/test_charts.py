@@ -22,6 +22,7 @@ from repair_lightning.reports.charts import (
     costs_of_results,
     first_scores,
     live,
+    outcomes_of,
     retention,
     scale,
     sensitivity,
@@ -61,10 +62,11 @@ def chart_of(found: Chart | str) -> Chart:
 def test_separation(tmp_path):
     """Score 3 over threshold 2 is 1.5, right of the line; every panel adds up to 100 per cent; a prompt that names no
     subject has -1 and no threshold, and counts as nothing. AUROC is the share of pairs in the right order."""
-    rows = [row("edit", 3.0), row("edit", 2.2), row("near", 2.4), row("near", -1.0, None)]
+    rows = [row("edit", 3.0) | {"memory": 0}, row("edit", 2.2), row("near", 2.4), row("near", -1.0, None)]
     rows.append(row("edit", 9.0, None))  # nothing to compare with: not in the picture
     chart = chart_of(separation(run_in(tmp_path / "run", rows), bins=15))
     places = {(one["prompts"], round(one["ratio"], 1)) for one in chart.rows if one["share"] == 50}
+    assert {one["who"] for one in chart.rows if one["share"]} == {"a shard answers", "the base answers"}
     assert places == {("edits (2)", 1.1), ("edits (2)", 1.5), ("neighbours (2)", 0.1), ("neighbours (2)", 1.2)}
     assert sum(one["share"] for one in chart.rows) == 200
     assert "100.0 % of the edits, 50.0 % of the neighbours" in chart.words
@@ -76,6 +78,13 @@ def test_separation(tmp_path):
     share = np.mean([a > b for a, b in product(about, others)])
     words = chart_of(separation(run_in(tmp_path / "run", rows))).words
     assert f"AUROC of edits and rephrases: {share:.3f} against unrelated prompts." in words
+
+
+def test_outcomes_of_edits():
+    final = [row("edit", 1, id="a"), row("rephrase", 1, id="a"), row("edit", 1, id="b"), row("locality", 1, id="a")]
+    final += [row("rephrase", 1, id="b", correct=False), row("edit", 1, id="c", correct=False)]
+    final.append(row("locality", 1, id="a", correct=False))
+    assert outcomes_of(final) == {"a": "all right", "b": "a rephrase wrong", "c": "its own prompt wrong"}
 
 
 def test_retention_by_age(tmp_path):
