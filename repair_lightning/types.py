@@ -22,7 +22,8 @@ class Probe:
 class Further:
     """A question that follows from an edit, for scoring alone; each of `answers` counts as right.
 
-    `kind` is `multi_hop`, `persona`, `generation` (a text about the subject is asked for) or `portability/SORT`.
+    `kind` is `multi_hop` or, where an edit has several cases, `multi_hop/CASE`; `persona`; `generation` (a text about
+    the subject is asked for); or `portability/SORT`.
     """
 
     kind: str

@@ -97,4 +97,5 @@ def rivals_of(tail: TargetTail, every: int) -> Rivals | None:
     head: Any = tail.split.model.get_output_embeddings()  # type: ignore[operator]
     if tail.kind != "positions" or not isinstance(head, nn.Linear) or len(head.weight) < WORTH * MOST or every < 2:
         return None
-    return Rivals(tail, every)
+    most = int(tail.rows.owner[tail.rows.row].bincount().max())
+    return Rivals(tail, every) if 2 * most <= MOST else None  # an edit's targets leave room for their rivals

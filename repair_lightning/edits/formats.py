@@ -48,7 +48,8 @@ from repair_lightning.texts.dialogue import opened
 AUTO = "auto"
 """In the place of a format's name: the one that the records look like."""
 KINDS = ("multi_hop", "persona", "generation")
-"""The kinds of what follows from an edit, beside `portability/SORT`."""
+"""The kinds of what follows from an edit, beside those with a name of the user's own after them."""
+_NAMED = ("portability/", "multi_hop/")
 _LOC, _LOCALITY = ("loc", "loc_ans"), ("locality_prompt", "locality_ground_truth")
 _PROBE = '[{"prompt": "...", "answer": "..."}]'
 _FURTHER = '[{"kind": "multi_hop", "prompt": "...", "answers": ["..."]}]'
@@ -190,9 +191,10 @@ def _given_further(record: Record, subject: str | None) -> list[dict[str, Any]]:
     found = []
     for place, item in objects(record, "further", _FURTHER):
         flat = named(item, place, _FURTHER)
-        kind = required_text(flat, f"{place}.kind", f"choose of {', '.join(KINDS)}, portability/SORT").strip()
-        if kind not in KINDS and not (kind.startswith("portability/") and len(kind) > len("portability/")):
-            raise FieldError(f"{place}.kind", f"is '{kind}'", f"choose of {', '.join(KINDS)}, portability/SORT")
+        remedy = f"choose of {', '.join(KINDS)}, portability/SORT, multi_hop/CASE"
+        kind = required_text(flat, f"{place}.kind", remedy).strip()
+        if kind not in KINDS and not (kind.startswith(_NAMED) and kind not in _NAMED):
+            raise FieldError(f"{place}.kind", f"is '{kind}'", remedy)
         prompt = prompt_of(flat, f"{place}.prompt", "give the question that follows from the edit", subject)
         answers = texts(flat, f"{place}.answers")
         if not answers:
@@ -321,9 +323,14 @@ def _nested(record: Record, field: str, left: Counter[str]) -> Iterator[tuple[st
 
 def _asked(flat: Record, place: str) -> Iterator[tuple[str, list[str]]]:
     """The prompts of one entry with their answers: one each where there are as many, else each has all of them."""
-    prompts, answers = (spellings(flat.get(name), name) for name in (f"{place}.prompt", f"{place}.ground_truth"))
-    paired = len(prompts) == len(answers) > 1
-    yield from ((prompt, [answers[i]] if paired else answers) for i, prompt in enumerate(prompts))
+    name = f"{place}.ground_truth"
+    prompts, answers = opened(flat.get(f"{place}.prompt")), opened(flat.get(name))
+    if isinstance(prompts, list) and isinstance(answers, list) and len(prompts) == len(answers) > 1:
+        pairs = list(zip(prompts, answers, strict=True))
+    else:
+        pairs = [(prompts, answers)]
+    for own, given in pairs:
+        yield from ((prompt, spellings(given, name)) for prompt in spellings(own, f"{place}.prompt"))
 
 
 def _knowedit(record: Record, chosen: Format, left: Counter[str]) -> Converted:
@@ -352,7 +359,8 @@ def _qaedit(record: Record, chosen: Format, left: Counter[str]) -> Converted:
 def _mquake(record: Record, chosen: Format, left: Counter[str]) -> Converted:
     """A case of MQuAKE: its edits, of which the first has the questions that follow from all of them."""
     shape = '[{"prompt": "{} is in", "subject": "...", "target_new": {"str": "..."}}]'
-    hops = {hop.get("question"): hop for _, hop in objects(record, "new_single_hops", "[]") if isinstance(hop, Mapping)}
+    steps = [hop for _, hop in objects(record, "new_single_hops", "[]") if isinstance(hop, Mapping)]
+    hops = {hop["question"]: hop for hop in steps if isinstance(hop.get("question"), str)}
     found: Converted = []
     for place, item in objects(record, "requested_rewrite", shape):
         flat = _rewrite(item, place)
@@ -366,7 +374,9 @@ def _mquake(record: Record, chosen: Format, left: Counter[str]) -> Converted:
     asked = texts(record, "questions")
     answers = [text for name in ("new_answer", "new_answer_alias") for text in spellings(record.get(name), name)]
     left["'questions' without 'new_answer'"] += bool(asked and not answers)
-    found[0]["further"] = _follows("multi_hop", asked, list(dict.fromkeys(answers))) if answers else []
+    case = identity(record)["id"]  # another case may begin with the same edit
+    kind = "multi_hop" if case is None else f"multi_hop/{case}"
+    found[0]["further"] = _follows(kind, asked, list(dict.fromkeys(answers))) if answers else []
     return found
 
 

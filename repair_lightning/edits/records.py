@@ -175,7 +175,6 @@ def check_lengths(edits: Sequence[Edit], forms: Forms, max_tokens: int) -> dict[
         asked += [(f"rephrases[{i}] and target", text, edit.target) for i, text in enumerate(edit.rephrases)]
         for name in ("locality", "near"):
             asked += [(f"{name}[{i}]", probe.prompt, probe.answer or "") for i, probe in enumerate(getattr(edit, name))]
-        asked += [(f"further[{i}]", one.prompt, max(one.answers, key=len)) for i, one in enumerate(edit.further)]
         for name, prompt, target in asked:
             try:
                 length = len(forms.encode(prompt, target).ids)
@@ -368,10 +367,12 @@ def _with_what_follows(source: str, found: RecordSet, records: Sequence[Sequence
     for record in records:
         whole = all(keys[edit.id] in stays for edit in record)
         if not whole and any(edit.id in seen for edit in record):
-            broken += [f"'{edit.id}'" for edit in record if any(one.kind == "multi_hop" for one in edit.further)]
+            broken += [
+                f"'{edit.id}'" for edit in record if any(one.kind.startswith("multi_hop") for one in edit.further)
+            ]
         for edit in record:
             if keys[edit.id] in stays:
-                stays[keys[edit.id]] += [one for one in edit.further if whole or one.kind != "multi_hop"]
+                stays[keys[edit.id]] += [one for one in edit.further if whole or not one.kind.startswith("multi_hop")]
     if broken:
         logger.warning(
             "%s: the multi-hop questions of %s are left out, because an edit that they follow from is superseded or "

@@ -19,30 +19,30 @@ from repair_lightning.models.gguf import cache_dir
 log = logging.getLogger(__name__)
 
 MOST_BYTES = 1 << 30
-"""A file that has grown larger is begun again."""
+"""A file that holds more is emptied."""
+_SIZES = ("page_count", "freelist_count", "page_size")
 
 
 class KeptAnswers:
-    """Rows of token ids that a base answered other rows with, in one SQLite file per base, precision, device and
-    versions of what computes them: they decide the last bits.
+    """Rows of token ids that a base answered other rows with, in one SQLite file for each that computes them otherwise.
 
     A cache that cannot be read or written costs time alone: one warning, and it is done without.
 
     Args:
         folder: where the file is made.
-        identity: names the base's weights and their precision.
-        device: what computes the answers.
+        identity: all that decides the answers.
     """
 
-    def __init__(self, folder: Path, identity: str, device: torch.device) -> None:
-        named = (identity, device.type, torch.__version__, transformers.__version__)
-        self.file = folder / f"{hashlib.sha256(repr(named).encode()).hexdigest()[:32]}.sqlite"
+    def __init__(self, folder: Path, *identity: str) -> None:
+        self.file = folder / f"{hashlib.sha256(repr(identity).encode()).hexdigest()[:32]}.sqlite"
         self.works = True
 
     @classmethod
     def of(cls, model: Any, sha256: str) -> KeptAnswers:
-        """Those of a loaded base, in the user's cache."""
-        return cls(cache_dir() / "answers", f"{sha256} {model.dtype}", model.device)
+        """Those of a loaded base, in the user's cache: by its weights, its settings, and what computes."""
+        settings = (model.config.to_json_string(), model.generation_config.to_json_string(), str(model.dtype))
+        device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
+        return cls(cache_dir() / "answers", sha256, *settings, device, torch.__version__, transformers.__version__)
 
     def get(self, questions: Sequence[Sequence[int]]) -> dict[int, list[int]]:
         """By place, the answers to those of the questions that are known; a question holds all that decides it."""
@@ -64,17 +64,19 @@ class KeptAnswers:
             return
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            if self.file.is_file() and self.file.stat().st_size > MOST_BYTES:
-                self.file.unlink()
             with closing(self._open()) as store, store:
-                store.execute("CREATE TABLE IF NOT EXISTS said (name BLOB PRIMARY KEY, ids BLOB) WITHOUT ROWID")
+                pages, free, size = (store.execute(f"PRAGMA {name}").fetchone()[0] for name in _SIZES)
+                if (pages - free) * size > MOST_BYTES:
+                    store.execute("DELETE FROM said")
                 store.executemany("INSERT OR IGNORE INTO said VALUES (?, ?)", rows)
         except (sqlite3.Error, OSError) as error:
             self._give_up(error)
 
     def _open(self) -> sqlite3.Connection:
         """A connection for one call: threads and processes share the file."""
-        return sqlite3.connect(self.file, timeout=30)
+        store = sqlite3.connect(self.file, timeout=30)
+        store.execute("CREATE TABLE IF NOT EXISTS said (name BLOB PRIMARY KEY, ids BLOB) WITHOUT ROWID")
+        return store
 
     def _give_up(self, error: Exception) -> None:
         log.warning("the base's answers cannot be kept in '%s' (%s): it is asked each time", self.file, error)

@@ -37,7 +37,7 @@ def follow_scores(model: EditedModel, edits: Sequence[Edit]) -> tuple[dict[str, 
         log.warning("%s cannot be asked of this base (too long, or a dialogue that it has no template for)", left_out)
     figures = {
         "portability": _portability([row for row in rows if row["kind"].startswith(PORTABILITY)]),
-        "multi_hop": _multi_hop([row for row in rows if row["kind"] == MULTI_HOP]),
+        "multi_hop": _multi_hop([row for row in rows if row["kind"].startswith(MULTI_HOP)]),
         "personas": mean_of(row["correct"] for row in rows if row["kind"] == PERSONA),
     }
     return figures, rows
@@ -90,11 +90,10 @@ def _portability(rows: Sequence[Row]) -> dict[str, dict[str, Any]] | None:
 
 
 def _multi_hop(rows: Sequence[Row]) -> dict[str, Any] | None:
-    """Shares of the cases with any and with all of their questions right. A case's questions have the same answers, and
-    an edit may stand for several cases; cases with the same questions are one."""
-    of_case: dict[tuple[str, tuple[str, ...]], dict[str, bool]] = {}
+    """Shares of the cases with any and with all of their questions right; cases with the same questions are one."""
+    of_case: dict[tuple[str, str], dict[str, bool]] = {}
     for row in rows:
-        of_case.setdefault((row["id"], row["answers"]), {})[row["prompt"]] = row["contains"]
+        of_case.setdefault((row["id"], row["kind"]), {})[row["prompt"]] = row["contains"]
     cases = {tuple(sorted(found)): list(found.values()) for found in of_case.values()}.values()
     shares = {"any_of_3": mean_of(map(any, cases)), "all_of_3": mean_of(map(all, cases))}
     return {"cases": len(cases), **shares} if cases else None

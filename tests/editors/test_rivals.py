@@ -9,6 +9,7 @@ import torch
 from repair_lightning.editors.inner_loop import TargetTail
 from repair_lightning.editors.repair import Writing
 from repair_lightning.editors.rivals import MOST, rivals_of
+from repair_lightning.types import Edit
 
 EVERY = 3
 LARGE = {"vocabulary": 8192}
@@ -76,6 +77,14 @@ def test_a_small_vocabulary_is_seen_whole(prepared, folder_of, edits):
     editor = prepared(folder_of("llama"))
     assert rivals_of(TargetTail(editor.edited.split, editor._rows(edits[:2]), editor.tail), EVERY) is None
     assert MOST < 512
+
+
+def test_an_edit_whose_targets_would_leave_no_room_sees_the_whole_vocabulary(prepared, folder_of):
+    editor = prepared(folder_of("llama", **LARGE | {"max_position_embeddings": 512}))
+    words = " ".join(str(number) for number in range(100))
+    rows = editor._rows([Edit("long", "Count", words)])
+    assert int(rows.owner[rows.row].bincount().max()) > MOST / 2
+    assert rivals_of(TargetTail(editor.edited.split, rows, editor.tail), EVERY) is None
 
 
 @pytest.mark.parametrize("options", [{"name": "keyed"}, {"name": "repair", "writing": Writing(optimizer="normalized")}])

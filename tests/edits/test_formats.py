@@ -332,6 +332,26 @@ def test_what_each_published_set_says(name, record, expected):
     assert one(padded, name) == one(record, name)
 
 
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        ([["x", "y"], ["x"]], [["x", "y"], ["x"]]),
+        (["x", "x"], [["x"], ["x"]]),
+        ([["x", "y"], ["z"], ["w"]], [["x", "y", "z", "w"]] * 2),  # not one for each: all count
+        ("x", [["x"], ["x"]]),
+    ],
+)
+def test_each_question_of_knowedit_has_its_own_answers(answers, expected):
+    record = SOURCES["knowedit"] | {"portability": {"Reasoning": [{"prompt": ["p", "q"], "ground_truth": answers}]}}
+    found = convert(record, "knowedit")[0]["further"]
+    assert [(one["prompt"], one["answers"]) for one in found] == [("p", expected[0]), ("q", expected[1])]
+
+
+def test_a_hop_without_a_question_is_passed_over():
+    record = SOURCES["mquake"] | {"new_single_hops": [{"question": ["x"]}, "y", *SOURCES["mquake"]["new_single_hops"]]}
+    assert convert(record, "mquake") == convert(SOURCES["mquake"], "mquake")
+
+
 def test_a_case_of_mquake_is_several_edits():
     """The first has what follows from all of them; another spelling of a target comes from the hop that says it."""
     first, second = convert(SOURCES["mquake"], "mquake")
@@ -339,7 +359,7 @@ def test_a_case_of_mquake_is_several_edits():
     assert (first["aliases"], first["old_answer"]) == (["State of Libya"], "United States of America")
     assert first["rephrases"] == ["What is the country of citizenship of Vince McMahon?"]
     asked = SOURCES["mquake"]["questions"]
-    assert first["further"] == [follows("multi_hop", text, "Franklin", "Franklin, Kentucky") for text in asked]
+    assert first["further"] == [follows("multi_hop/2500", text, "Franklin", "Franklin, Kentucky") for text in asked]
     assert (second["prompt"], second["target"], second["further"]) == ("The capital of Libya is", "Franklin", [])
     assert second["subject"] == "Libya"
 

@@ -486,12 +486,16 @@ def test_messages_for_a_base_without_a_template_are_named(forms):
         (Edit("a", "x", "y", rephrases=("1 2", "1 2 3 4")), "rephrases[1] and target"),
         (Edit("a", "x", "y", locality=(Probe("1 2 3", "4 5"),)), "locality[0]"),
         (Edit("a", "x", "y", near=(Probe("1 2 3 4 5"),)), "near[0]"),
-        (Edit("a", "x", "y", further=(Further("persona", "1 2", ("3", "4 5 6")),)), "further[0]"),
     ],
 )
 def test_lengths_cover_every_text_the_model_reads(forms, edit, field):
     assert f"field '{field}': is 6 tokens" in check_lengths([edit], forms, 5)["a"]
     assert check_lengths([edit], forms, 6) == {}
+
+
+def test_a_question_that_only_scoring_asks_refuses_no_edit(forms):
+    """One that does not fit is left out when the edit is scored."""
+    assert check_lengths([Edit("a", "x", "y", further=(Further("persona", "1 2 3 4 5 6", ("7",)),))], forms, 5) == {}
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from repair_lightning.errors import RepairError
+from repair_lightning.memory.shards import Factors
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.types import BASE
 
@@ -196,3 +199,15 @@ def test_an_id_that_is_given_again_is_another_row():
     memory.add(torch.zeros(4, 1), torch.ones(1, 6))
     assert memory.ids == [0, 1]
     assert list(memory.rows()) == [0, 2]
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_shards_of_two_precisions_answer_one_batch(order):
+    """As those of an earlier version and new ones do: none is rounded to the other's."""
+    half = SimpleNamespace(left=torch.ones(2, 1, dtype=torch.float16), right=torch.ones(1, 3, dtype=torch.float16))
+    single = SimpleNamespace(left=torch.ones(2, 2), right=torch.tensor([[1e-9, 1e6, 3.0], [0.0, 0.0, 1.0]]))
+    shards = [(half, single)[i] for i in order]
+    found = Factors(shards, torch.device("cpu"))
+    for i, shard in enumerate(shards):
+        assert torch.equal(found.right[i, : len(shard.right)], shard.right.float())
+        assert torch.equal(found.left[i, :, : len(shard.right)], shard.left.float())

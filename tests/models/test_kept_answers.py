@@ -22,7 +22,7 @@ NOBODY = torch.full((3,), BASE)
 @pytest.fixture
 def model(prepared, chat_folder, tmp_path):
     found = prepared(chat_folder).edited
-    found.kept = KeptAnswers(tmp_path, "a base", found.device)
+    found.kept = KeptAnswers(tmp_path, "a base")
     return found
 
 
@@ -46,7 +46,7 @@ def test_an_answer_is_asked_once_and_the_same_ever_after(model, passes, tmp_path
     model.kept = kept
     assert asked(model) == plain
     before = passes()
-    model.kept = KeptAnswers(tmp_path, "a base", model.device)  # another run's
+    model.kept = KeptAnswers(tmp_path, "a base")  # another run's
     assert asked(model) == plain
     assert passes() == before
 
@@ -60,7 +60,7 @@ def test_another_limit_target_or_base_is_another_question(model, passes, tmp_pat
         before = passes()
         change()
         assert passes() > before
-    model.kept = KeptAnswers(tmp_path, "another base", model.device)
+    model.kept = KeptAnswers(tmp_path, "another base")
     before = passes()
     asked(model)
     assert passes() > before
@@ -99,3 +99,17 @@ def test_a_model_that_somebody_loaded_is_asked_each_time(chat_folder):
     editor = Keyed()
     editor.build(load_base(str(chat_folder)), 1)
     assert editor.edited.kept is not None
+
+
+def test_other_settings_of_the_same_weights_are_another_base(chat_folder):
+    model = load_base(str(chat_folder)).model
+    before = KeptAnswers.of(model, "weights").file
+    assert KeptAnswers.of(model, "weights").file == before != KeptAnswers.of(model, "others").file
+    model.generation_config.suppress_tokens = [5]
+    assert KeptAnswers.of(model, "weights").file != before
+
+
+def test_a_file_that_another_process_has_just_begun_is_empty(model):
+    model.kept.file.write_bytes(b"")
+    assert asked(model) == asked(model)
+    assert model.kept.works

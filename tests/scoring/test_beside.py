@@ -63,13 +63,12 @@ def test_portability_with_and_without_questions_that_state_the_answer(model, edi
 def test_hops_are_counted_by_case_and_personas_by_question(model, edits):
     """Three cases: the first, of two edits, has one right of two, the next both, the last none."""
     a, b, c, d = edits
-    half = (Further("multi_hop", a.prompt, (a.target,)), Further("multi_hop", b.prompt, (a.target,)))
-    right = ("Zarn", b.target, c.target)
-    both = (Further("multi_hop", b.prompt, right), Further("multi_hop", c.prompt, right))
-    none = (Further("multi_hop", c.prompt, ("Zarn",)),)
+    half = (Further("multi_hop", a.prompt, (a.target,)), Further("multi_hop", b.prompt, ("Zarn",)))
+    both = (Further("multi_hop/1", b.prompt, ("Zarn", b.target)), Further("multi_hop/1", c.prompt, (c.target,)))
+    none = (Further("multi_hop/2", c.prompt, ("Zarn",)),)
     personas = (Further("persona", d.prompt, (d.target,)), Further("persona", d.prompt, (f"{d.target} or so",)))
-    records = [replace(a, further=half), replace(b, further=half), replace(c, further=both)]
-    found, rows = follow_scores(model, [*records, replace(d, further=(*none, *personas))])
+    records = [replace(a, further=half), replace(b, further=half), replace(c, further=(*both, *none))]
+    found, rows = follow_scores(model, [*records, replace(d, further=personas)])
     assert found["multi_hop"] == {
         "cases": 3,
         "any_of_3": pytest.approx(2 / 3),
