@@ -35,7 +35,8 @@ def main(argv: Sequence[str], prog: str) -> None:
     """Score an edited model: load a pack and its base, ask every prompt of some records, and print the table."""
     parser = Parser(prog=prog, description=main.__doc__)
     parser.add_argument("--pack", required=True, help="the pack's folder")
-    parser.add_argument("--data.path", default=WORLD, help="records: a file, a hub name or 'world'")
+    words = "records: a file, a hub name or 'world'; by default those of the run that made the pack"
+    parser.add_argument("--data.path", default=None, help=words)
     parser.add_argument("--data.format", default=AUTO, help="their format, or 'auto'")
     parser.add_argument("--data.max_edits", type=int | None, default=None, help="take the first so many")
     parser.add_argument("--data.on_bad_record", default="stop", choices=["stop", "skip"], help="as in training")
@@ -63,7 +64,7 @@ def main(argv: Sequence[str], prog: str) -> None:
 
 def evaluate_pack(
     pack: str | Path,
-    path: str,
+    path: str | None = None,
     format: str = AUTO,
     max_edits: int | None = None,
     base: str | None = None,
@@ -82,6 +83,9 @@ def evaluate_pack(
         raise ConfigError(f"sample must be a number of edits, at least 0, got {sample}")
     started = time.perf_counter()
     content = Pack.read(pack)
+    path = path or content.config["provenance"].get("data")
+    if not path:
+        raise ConfigError(f"the pack '{pack}' does not say what it was made from; give --data.path")
     found = load_records(str(edits_path()) if path == WORLD else path, format, max_edits, on_bad_record)  # type: ignore[arg-type]
     edits = as_in_training(found.edits, content.ledger)
     model = content.open(base, precision).to("cuda" if torch.cuda.is_available() else "cpu")

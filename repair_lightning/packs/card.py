@@ -62,6 +62,8 @@ None are known for what the pack holds now: `repair-lightning evaluate --pack PA
 
 - It needs the base whose weights have the SHA-256 hash `{{ sha256 }}`; `load_edited` checks that.
 - {{ scope }}
+- Another question about an edited subject, in nearly the edit's words, may get the edit's target too: "Who was the
+  first woman to climb it?" for "Who climbed it first?".
 - What follows from a corrected fact is corrected only where an edit says it.
 - The edits: {{ statuses }}. What is not written is answered as by the base.
 """

@@ -138,7 +138,9 @@ def print_report(metrics: Mapping[str, Any], run_dir: Path | None, console: Cons
     said += ["", *([f"Also, per cent: {further}."] if further else []), *side_words(metrics)]
     if run_dir is not None:
         times = {"edit": "editing", "evaluate": "scoring", "total": "in all"}
-        took = ", ".join(f"{metrics['seconds'][key]:.1f} s {word}" for key, word in times.items())
+        spent = metrics["seconds"]
+        first = f" ({spent['prepare']:.1f} of them before the first edit)" if spent.get("prepare") else ""
+        took = ", ".join(f"{spent[key]:.1f} s {word}{first * (key == 'edit')}" for key, word in times.items())
         said += [loop_words(metrics), f"{metrics['edits_per_minute']:.0f} edits a minute: {took}."]
         names = ", ".join(sorted(path.name for path in run_dir.iterdir() if not path.name.startswith(".")))
         said.append(f"Everything is in {run_dir}, for a reader in report.html: {names}")
