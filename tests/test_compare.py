@@ -349,13 +349,13 @@ def test_a_run_that_takes_too_long_is_stopped_and_the_others_go_on(bench, capsys
     assert "topped" not in (bench.out / "scores.md").read_text()
 
 
-def test_every_editor_is_compared_in_chat(tmp_path, monkeypatch):
+def test_every_editor_is_compared_in_chat(tmp_path):
     """On the records that are asked for, and through the template, whatever an editor's own configuration says."""
     comparison = read_comparison(ABLATIONS.with_name("compare_smollm2.yaml"))
     assert {variant.name for variant in comparison.variants} == set(REGISTRY)
     common = ["--data.path", "some.json", "--data.format", "counterfact"]
     for run in [run for run in plan(comparison, common, tmp_path) if run.size == 30]:
-        found = settings_of(run, monkeypatch)
+        found = settings_of(run)
         assert found["model.class_path"].rsplit(".", 1)[-1] == REGISTRY[run.variant.name].__name__
         asked = [found[name] for name in ("model.base", "data.path", "data.format")]
         assert asked == ["smollm2", "some.json", "counterfact"]

@@ -189,7 +189,7 @@ def test_the_reference_misses_no_option(site, here):
     model = content.pop("model")["init_args"]
     found = list(leaves(content | {"model": model}))
     assert len(found) > 40
-    assert len(list(leaves(content))) < 40, "an option exists because two users would set it differently"
+    assert len(list(leaves(content))) <= 40, "an option exists because two users would set it differently"
     assert [name for name in found if f"--{name}<" not in text] == []
     assert "&lt;!-- options" not in text
     assert "<!-- options" not in text

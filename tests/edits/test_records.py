@@ -32,6 +32,11 @@ OSLO = {"prompt": "Where is Oslo?", "target": "Norway"}
 BERN = {"prompt": "Where is Bern?", "target": "Switzerland"}
 
 
+def warnings_in(caplog) -> list[str]:
+    """What was warned of; another test may have let the library say more."""
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
 def lines(path: Path, *rows: object) -> Path:
     """Writes a jsonl file; a row that is a string stands there as it is."""
     text = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
@@ -244,7 +249,7 @@ def test_cases_share_edits_and_contradict_each_other(jsonl, caplog):
         "4-1": [("Which? 4", ("Chad",))],
     }
     assert (found.duplicates, found.superseded) == (("2-1",), {"3-2": "4-1"})
-    lost, contradicted = [record.getMessage() for record in caplog.records]
+    lost, contradicted = warnings_in(caplog)
     assert "the multi-hop questions of 1 edit are left out" in lost
     assert lost.endswith(": '3-1'")
     same = "1 edit superseded by a later one with the same question and another target"
@@ -312,7 +317,7 @@ def test_bad_records_are_listed_in_both_modes(jsonl, caplog, number):
     assert caught.value.more == number - 1
     found = load_records(path, on_bad_record="skip")
     assert len(found.bad) == number
-    (warning,) = [record.getMessage() for record in caplog.records]
+    (warning,) = warnings_in(caplog)
     assert warning.splitlines() == [f"{path}: {number} bad records skipped:", *found.bad[:20], *more]
     with pytest.raises(RecordError, match="skipping bad records leaves none; mend at least one\nrecord 1, field"):
         load_records(jsonl({"prompt": "x"}), on_bad_record="skip")
