@@ -71,8 +71,7 @@ def step_flops(editor: Keyed, rows: TargetRows) -> dict[str, float]:
     weight = editor.edited.base.get_output_embeddings().weight
     width = editor.memory.shape[0]
     head = 2.0 * int((rows.labels >= 0).sum()) * weight.numel()
-    own = rows.owner[rows.row].bincount()  # an edit's own target tokens, in all forms that it is asked in
-    value = 2.0 * width * int((own**2).sum())
+    value = 2.0 * width * int((rows.ranks**2).sum())  # of an edit's target tokens in all forms
     matrices = attention = 0.0
     if not editor.edited.split.adds_up():
         above = list(editor.edited.split.layers)[editor.layer + 1 :]

@@ -54,6 +54,9 @@ class TargetRows:
         lengths, firsts: (B,) how many target tokens each row has, and where its first one stands among the M.
         span: of how many last positions of a row the logits are needed.
         owner: (B,) the edit that a row belongs to; `owners` is how many there are, rehearsed ones included.
+        edit, slot, order: (M,) the edit that a target token belongs to, its place among those of that edit, and the
+            target tokens edit by edit.
+        ranks: (`owners`,) how many target tokens each edit has, on the CPU.
     """
 
     def __init__(
@@ -79,6 +82,11 @@ class TargetRows:
         self.members, self._prompts, self.owners = members, prompts, len(set(owners))
         self.owner = torch.tensor(list(owners)).to(device)
         self._per_owner = torch.tensor(list(owners)).bincount().to(device)
+        edit = torch.tensor(list(owners))[(labels >= 0).nonzero()[:, 0]]
+        self.ranks, order = edit.bincount(minlength=self.owners), edit.argsort(stable=True)
+        slot = torch.empty_like(order)
+        slot[order] = torch.arange(len(order)) - (self.ranks.cumsum(0) - self.ranks).repeat_interleave(self.ranks)
+        self.edit, self.slot, self.order = edit.to(device), slot.to(device), order.to(device)
 
     @classmethod
     def of(cls, edited: EditedModel, encoded: Sequence[Encoded], members: int | None = None) -> TargetRows:
@@ -128,7 +136,7 @@ class TargetRows:
             return torch.zeros(self.members, dtype=torch.bool, device=logits.device)
         margins = target_margin(logits[:, None], self.labels[:, None])
         lowest = margins.new_full((self.owners,), torch.inf)
-        return ~(lowest.scatter_reduce(0, self.owner[self.row], margins, "amin") < margin)[: self.members]
+        return ~(lowest.scatter_reduce(0, self.edit, margins, "amin") < margin)[: self.members]
 
 
 class TargetTail:
@@ -237,7 +245,7 @@ def not_held(editor: ShardEditor, added: Adds, rows: TargetRows) -> list[int]:
     with tail.cut(), editor.edited.forced(Selection(len(rows), [(added, None)])):
         logits, _ = tail(lambda _: rows.reading(added.product(rows.activations.float())))
     held = torch.ones(rows.members, dtype=torch.bool, device=logits.device)
-    held[rows.owner[rows.row[logits.argmax(-1) != rows.labels]]] = False
+    held[rows.edit[logits.argmax(-1) != rows.labels]] = False
     return (~editor.agreed(held)).nonzero()[:, 0].tolist()
 
 

@@ -61,17 +61,12 @@ class LowRankTraining:
 
     def __init__(self, rows: TargetRows, known: Tensor | None = None) -> None:
         keys = rows.reading(rows.activations).float()
-        self._row_edit, self._token_edit = rows.owner, rows.owner[rows.row]
-        self.ranks = self._token_edit.bincount(minlength=rows.members)
-        order = self._token_edit.argsort(stable=True)
-        before = self.ranks.cumsum(0) - self.ranks
-        self._slot = torch.empty_like(order)
-        self._slot[order] = torch.arange(len(order), device=order.device) - before.repeat_interleave(self.ranks)
+        self._rows, self.ranks = rows, rows.ranks
         padded = keys.new_zeros(rows.members, int(self.ranks.max()), keys.shape[-1])
-        padded[self._token_edit, self._slot] = keys
+        padded[rows.edit, rows.slot] = keys
         gram = padded @ padded.mT
         empty = (padded.square().sum(-1) == 0).float()
-        ridge = RIDGE * gram.diagonal(dim1=1, dim2=2).sum(-1) / self.ranks
+        ridge = RIDGE * gram.diagonal(dim1=1, dim2=2).sum(-1) / self.ranks.to(gram.device)
         self.right = torch.linalg.solve(gram + torch.diag_embed(empty + ridge[:, None]), padded)
         self._responses = padded @ self.right.mT
         start = torch.zeros(*self.right.shape[:2], rows.hidden.shape[-1], device=keys.device)
@@ -81,11 +76,11 @@ class LowRankTraining:
 
     def pushed(self) -> Tensor:
         """What the values add at the target tokens' positions, (M, D)."""
-        return (self._responses @ self.values)[self._token_edit, self._slot]
+        return (self._responses @ self.values)[self._rows.edit, self._rows.slot]
 
     def product(self, activations: Tensor) -> Tensor:
         """What they add in each row, (B, T, D), for float32 activations (B, T, F)."""
-        return activations @ self.right[self._row_edit].mT @ self.values[self._row_edit]
+        return activations @ self.right[self._rows.owner].mT @ self.values[self._rows.owner]
 
 
 @dataclass(slots=True)

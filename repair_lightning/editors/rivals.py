@@ -37,25 +37,16 @@ class Rivals(nn.Module):
         model: Any = tail.split.model
         self.every, self._rows = every, tail.rows
         self._of = model, model.get_output_embeddings()  # a module that held the model would be a part of itself
-        self._edit = self._rows.owner[self._rows.row]
-        owners = self._edit.tolist()
-        places: dict[int, list[int]] = {}
-        slots = []
-        for place, edit in enumerate(owners):
-            slots.append(len(places.setdefault(edit, [])))
-            places[edit].append(place)
-        device = self._edit.device
-        self._slot = torch.tensor(slots, device=device)
-        self._places = [torch.tensor(places[edit], device=device) for edit in range(self._rows.owners)]
-        self._longest = max(map(len, places.values()))
+        ranks = self._rows.ranks.tolist()
+        self._places, self._longest = self._rows.order.split(ranks), max(ranks)
 
     def forward(self, features: Tensor) -> Tensor:
         """The logits (M, 1, K) of each position's rivals, from what enters the head, (M, 1, D)."""
         padded = features.new_zeros(len(self._weight), self._longest, features.shape[-1])
-        logits = padded.index_put((self._edit, self._slot), features[:, 0]) @ self._weight.mT
+        logits = padded.index_put((self._rows.edit, self._rows.slot), features[:, 0]) @ self._weight.mT
         if self._bias is not None:
             logits = logits + self._bias[:, None]
-        return logits[self._edit, self._slot][:, None]
+        return logits[self._rows.edit, self._rows.slot][:, None]
 
     def due(self, step: int) -> bool:
         """Whether it is time to look at the whole vocabulary."""
@@ -82,9 +73,9 @@ class Rivals(nn.Module):
         logits, labels, (_, head) = logits.float(), self._rows.labels, self._of
         whole = logits.logsumexp(-1)
         nearest = torch.stack([(logits[at] - whole[at, None]).amax(0) for at in self._places])
-        nearest[self._edit, labels] = torch.inf  # all targets are among them
+        nearest[self._rows.edit, labels] = torch.inf  # all targets are among them
         rivals = nearest.nan_to_num(-torch.inf, posinf=torch.inf).topk(MOST, dim=-1).indices
-        own = rivals[self._edit]
+        own = rivals[self._rows.edit]
         self._label = (own == labels[:, None]).int().argmax(-1, keepdim=True)
         share = (logits.gather(-1, own).logsumexp(-1) - whole).clamp(max=-1e-6)
         self._others = whole + torch.log1p(-share.exp())
@@ -97,5 +88,6 @@ def rivals_of(tail: TargetTail, every: int) -> Rivals | None:
     head: Any = tail.split.model.get_output_embeddings()  # type: ignore[operator]
     if tail.kind != "positions" or not isinstance(head, nn.Linear) or len(head.weight) < WORTH * MOST or every < 2:
         return None
-    most = int(tail.rows.owner[tail.rows.row].bincount().max())
-    return Rivals(tail, every) if 2 * most <= MOST else None  # an edit's targets leave room for their rivals
+    return (
+        Rivals(tail, every) if 2 * int(tail.rows.ranks.max()) <= MOST else None
+    )  # an edit's targets leave room for their rivals

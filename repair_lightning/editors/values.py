@@ -89,7 +89,7 @@ class Places:
     def of_targets(cls, rows: TargetRows) -> Places:
         """One for each target token of a member, at the position from which it is read; rows of one member share."""
         number = torch.arange(len(rows.row), device=rows.row.device) - rows.firsts[rows.row]
-        own = rows.owner[rows.row]
+        own = rows.edit
         shift = rows.firsts[own] + torch.minimum(number, rows.lengths[own] - 1)
         return cls(rows.row, rows.lengths[rows.row] - number, shift, rows.row[rows.row < rows.members])
 

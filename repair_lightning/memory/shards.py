@@ -170,9 +170,8 @@ class Factors:
     """The low-rank shards of n rows, of any ranks, gathered on a device, filled up with zeros to the highest rank."""
 
     def __init__(self, shards: Sequence[HasFactors], device: torch.device) -> None:
-        left = pad_sequence(
-            [shard.left.T.float() for shard in shards], batch_first=True
-        )  # some may be in half precision
+        # Each to float32 before they are put together: some may be in half precision.
+        left = pad_sequence([shard.left.T.float() for shard in shards], batch_first=True)
         right = pad_sequence([shard.right.float() for shard in shards], batch_first=True)
         self.left, self.right = left.mT.to(device), right.to(device)
 

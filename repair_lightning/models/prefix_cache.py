@@ -146,13 +146,6 @@ class Heads:
         self._known.clear()
 
 
-def shared_beginning(rows: Sequence[list[int]]) -> list[int]:
-    """What all rows begin with; nothing of no rows."""
-    first, last = min(rows, default=[]), max(rows, default=[])
-    differ = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-    return first[:differ]
-
-
 class PrefixCache:
     """Captures by token ids: the least recently used leave for the disk when the budget is full. For one thread.
 

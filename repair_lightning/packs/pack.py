@@ -115,9 +115,8 @@ def _write(folder: str | Path, config: State, edited: EditedModel, own: State, l
         files = {file.name: files_hash([file]) for file in sorted(part.iterdir()) if file.is_file()}
         text = json.dumps(sealed({**content, "files": files}), indent=1)
         (part / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-        model_card(config, ledger, any(key.startswith(FOLDED) for key in tensors)).save(
-            part / CARD_FILE
-        )  # may be edited
+        card = model_card(config, ledger, any(key.startswith(FOLDED) for key in tensors))
+        card.save(part / CARD_FILE)  # after the hashes: it may be edited
         _, found = read_pack(part)
         same = found.keys() == tensors.keys() and all(_same_bits(found[key], tensors[key]) for key in tensors)
         if not same or load_ledger(part) != ledger:

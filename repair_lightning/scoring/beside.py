@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from repair_lightning.models.edited import EditedModel
 from repair_lightning.scoring.follow import Row, fits, follow_scores
 from repair_lightning.scoring.forms import form_scores, same_subject
 from repair_lightning.scoring.in_text import text_scores
 from repair_lightning.scoring.probability import probability_scores
-from repair_lightning.scoring.protocols import answers, mean_of, routed_answers, still_says
+from repair_lightning.scoring.protocols import answers_beside_base, mean_of, still_says
 from repair_lightning.scoring.scorer import sample_of
 from repair_lightning.texts import asking, dialogue
 from repair_lightning.types import BASE, Edit
@@ -93,14 +91,10 @@ def negation(
     if not denied:
         return None, []
     prompts = list(denied)
-    memory = model.choose(prompts).memory
-    at = [i for i, shard in enumerate(memory.tolist()) if shard != BASE or base_changed]
-    asked = [prompts[i] for i in at]
-    shards, now = routed_answers(model, asked, _TOKENS)
-    with model.weights.originals():
-        own = answers(model, asked, torch.full((len(at),), BASE), _TOKENS)
+    memory, both = answers_beside_base(model, prompts, _TOKENS, base_changed)
     rows = []
-    for prompt, shard, said, before in zip(asked, shards.tolist(), now, own, strict=True):
+    for i, (said, before) in both.items():
+        prompt, shard = prompts[i], int(memory[i])
         row = {"stage": "further", "id": denied[prompt].id, "kind": "negation", "prompt": prompt, "answer": said}
         rows.append(row | {"base_answer": before, "kept": said == before, "memory": shard})
     changed = sum(not row["kept"] for row in rows)

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from repair_lightning.models.edited import EditedModel
-from repair_lightning.models.forms import Forms
-from repair_lightning.models.prefix_cache import shared_beginning
+from repair_lightning.models.forms import Forms, shared
 from repair_lightning.scoring import protocols
 from repair_lightning.scoring.protocols import holds, mean_of, same_answer, says
 from repair_lightning.scoring.scorer import sample_of
@@ -71,7 +70,8 @@ def form_scores(
     lines: dict[str, list[dict[str, Any]]] = {form: [] for form in FORMS}
     for form in FORMS:
         rows = [(edit, row) for edit, forms in asked if (row := forms[form]) and len(row) < model.longest]
-        begins = shared_beginning([row for _, row in rows])  # what stands before each question is read once
+        first, last = (pick((row for _, row in rows), default=[]) for pick in (min, max))
+        begins = first[: shared(first, last)]  # what stands before each question is read once
         with model.prefixes.heads.also(begins) if model.prefixes else nullcontext():
             for start in range(0, len(rows), _BATCH):
                 found = _answered(model, rows[start : start + _BATCH])
@@ -94,10 +94,8 @@ def _answered(model: EditedModel, asked: Sequence[tuple[Edit, list[int]]]) -> li
         found = protocols.answer_rows(model, [rows[i] for i in at], memory[at], [limits[i] for i in at])
         return dict(zip(at, found, strict=True))
 
-    fires = (choice.memory != BASE).tolist()
-    # Where the choice has asked the shard for its target already, that is the answer.
-    ask = [i for i, fired in enumerate(fires) if not (fired and model.router.vouches)]
-    said = {i: protocols.shown_answer(target) for i, target in enumerate(targets)} | answers(ask, choice.memory)
+    fires, known = (choice.memory != BASE).tolist(), protocols.vouched(model, choice)
+    said = known | answers([i for i in range(len(rows)) if i not in known], choice.memory)
     right = [says(said[i], expected[i]) for i in range(len(asked))]
     doubtful = [i for i, fired in enumerate(fires) if fired and not right[i]]
     base_says = answers(doubtful, torch.full_like(choice.memory, BASE))
@@ -177,12 +175,7 @@ def same_subject(model: EditedModel, edits: Sequence[Edit], base_changed: bool =
     questions = questions_about_subjects(edits)
     if not questions:
         return None
-    memory = model.choose(questions).memory
-    fires = memory != BASE
-    at = [i for i, fired in enumerate(fires.tolist()) if fired or base_changed]
-    asked = [questions[i] for i in at]
-    now = protocols.answers(model, asked, memory[at], 16)
-    with model.weights.originals():
-        before = protocols.answers(model, asked, torch.full((len(at),), BASE), 16)
-    changed = sum(a != b for a, b in zip(now, before, strict=True))
-    return {"asked": len(questions), "fires": float(fires.float().mean()), "changed": changed / len(questions)}
+    memory, both = protocols.answers_beside_base(model, questions, 16, base_changed)
+    changed = sum(now != before for now, before in both.values())
+    fires = float((memory != BASE).float().mean())
+    return {"asked": len(questions), "fires": fires, "changed": changed / len(questions)}

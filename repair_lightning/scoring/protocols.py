@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from repair_lightning.memory.query import Choice
 from repair_lightning.models.edited import EditedModel
 from repair_lightning.models.forms import Forms
 from repair_lightning.models.prefix import pad_left
@@ -132,14 +133,42 @@ def routed_answers(
     """Who answers prompts, (B,) shard ids or `BASE`, and what is said; a shard that was chosen because it says its
     target is not asked for it again."""
     choice = model.choose(prompts)
-    fires = (choice.memory != BASE).tolist()
-    known = {i: model.target_of(name) for i, name in enumerate(choice.nearest) if name and fires[i]}
-    said = {i: shown_answer(text) for i, text in known.items() if text is not None and model.router.vouches}
-    ask = [i for i in range(len(prompts)) if i not in said]
-    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
-    found = answers(model, [prompts[i] for i in ask], choice.memory[ask], [limits[i] for i in ask])
-    said |= dict(zip(ask, found, strict=True))
+    said = _chosen_answers(model, prompts, choice, range(len(prompts)), max_new_tokens)
     return choice.memory, [said[i] for i in range(len(prompts))]
+
+
+def answers_beside_base(
+    model: EditedModel, prompts: Sequence[str], max_new_tokens: int, base_changed: bool = False
+) -> tuple[Tensor, dict[int, tuple[str, str]]]:
+    """Who answers prompts, (B,) shard ids or `BASE`; and by place, of those that a shard answers, or of all where the
+    base has changed, what is said and what the base as it was says."""
+    choice = model.choose(prompts)
+    at = [i for i, shard in enumerate(choice.memory.tolist()) if shard != BASE or base_changed]
+    now = _chosen_answers(model, prompts, choice, at, max_new_tokens)
+    with model.weights.originals():
+        before = answers(model, [prompts[i] for i in at], torch.full((len(at),), BASE), max_new_tokens)
+    return choice.memory, {i: (now[i], said) for i, said in zip(at, before, strict=True)}
+
+
+def vouched(model: EditedModel, choice: Choice) -> dict[int, str]:
+    """By place, the answers that choosing has found already: where the router lets a shard answer only if it says its
+    edit's target, that is what it says."""
+    if not model.router.vouches:
+        return {}
+    named = {i: id for i, id in enumerate(choice.nearest) if id is not None and int(choice.memory[i]) != BASE}
+    targets = {i: model.target_of(id) for i, id in named.items()}
+    return {i: shown_answer(target) for i, target in targets.items() if target is not None}
+
+
+def _chosen_answers(
+    model: EditedModel, prompts: Sequence[str], choice: Choice, at: Sequence[int], max_new_tokens: int | Sequence[int]
+) -> dict[int, str]:
+    """By place, what the chosen memories say to the prompts at some places."""
+    known = vouched(model, choice)
+    ask = [i for i in at if i not in known]
+    limits = max_new_tokens if isinstance(max_new_tokens, int) else [max_new_tokens[i] for i in ask]
+    found = answers(model, [prompts[i] for i in ask], choice.memory[ask], limits)
+    return {i: known[i] for i in at if i in known} | dict(zip(ask, found, strict=True))
 
 
 @torch.no_grad()

@@ -176,13 +176,13 @@ class Scorer:
         if not self._fed:  # where the data set gives no answer to feed, the base's own serves
             self._fed = [self.questions[i].expected or text[i] or "." for i in index]
         for i, answer in (vouched or {}).items():
-            if answer == self._fed[i]:
-                tokens[i] = list(self.model.forms.encode(prompts[i], answer).target)
+            if answer == protocols.shown_answer(self._fed[i]):
+                tokens[i] = list(self.model.forms.encode(prompts[i], self._fed[i]).target)
         ask = [n for n, i in enumerate(index) if i not in tokens]
         fed = [self._fed[index[n]] for n in ask]
         forced = protocols.forced_tokens(self.model, [prompts[index[n]] for n in ask], fed, memory[ask])
         tokens |= zip((index[n] for n in ask), forced, strict=True)
-        return [(protocols.shown_answer(text[i]), tokens[i]) for i in index]
+        return [(text[i], tokens[i]) for i in index]
 
     def _replies(self, choice: Choice, fresh: bool) -> list[Reply]:
         """What each question's memory says; it is asked again only if it changed since it was last asked."""
@@ -194,18 +194,10 @@ class Scorer:
         keys = {i: (i, holds[shard]) for i, shard in enumerate(memory.tolist()) if fresh or shard != BASE}
         base = self.base  # asked first
         if ask := [i for i, key in keys.items() if key not in self._said]:
-            replies = self._ask(ask, memory[ask], self._vouched(choice, ask))
+            known = protocols.vouched(self.model, choice)
+            replies = self._ask(ask, memory[ask], {i: known[i] for i in ask if i in known})
             self._said.update(zip((keys[i] for i in ask), replies, strict=True))
         return [self._said[keys[i]] if i in keys else own for i, own in enumerate(base)]
-
-    def _vouched(self, choice: Choice, index: list[int]) -> dict[int, str]:
-        """The targets of the edits that some questions were routed to, by a router that lets a shard answer only where
-        it says its target."""
-        if not self.model.router.vouches:
-            return {}
-        named = {i: choice.nearest[i] for i in index if int(choice.memory[i]) != BASE}
-        targets = {i: self.model.target_of(id) for i, id in named.items() if id is not None}
-        return {i: target for i, target in targets.items() if target is not None}
 
     def _garbled(self, row: dict[str, Any]) -> bool:
         """Whether a shard's answer is neither a target nor the base's."""

@@ -66,11 +66,11 @@ def test_the_head_is_back_after_an_error(written):
 def test_one_edit_that_is_not_finite_spoils_no_other(written):
     _, rows, tail = written()
     pushed = torch.zeros_like(tail.out)
-    pushed[rows.owner[rows.row] == 1] = torch.nan
+    pushed[rows.edit == 1] = torch.nan
     with tail.cut():
         logits = tail(lambda _: pushed)[0]
         losses = rivals_of(tail, EVERY).losses(0, logits, lambda: tail(lambda _: pushed)[0])
-    assert losses.isnan().tolist() == (rows.owner[rows.row] == 1).tolist()
+    assert losses.isnan().tolist() == (rows.edit == 1).tolist()
 
 
 def test_a_small_vocabulary_is_seen_whole(prepared, folder_of, edits):
@@ -83,7 +83,7 @@ def test_an_edit_whose_targets_would_leave_no_room_sees_the_whole_vocabulary(pre
     editor = prepared(folder_of("llama", **LARGE | {"max_position_embeddings": 512}))
     words = " ".join(str(number) for number in range(100))
     rows = editor._rows([Edit("long", "Count", words)])
-    assert int(rows.owner[rows.row].bincount().max()) > MOST / 2
+    assert int(rows.edit.bincount().max()) > MOST / 2
     assert rivals_of(TargetTail(editor.edited.split, rows, editor.tail), EVERY) is None
 
 

@@ -15,7 +15,7 @@ import torch
 from test_prefix import each_case
 
 from repair_lightning.models.prefix import Capture, SplitModel
-from repair_lightning.models.prefix_cache import PrefixCache, capture_rows, shared_beginning
+from repair_lightning.models.prefix_cache import PrefixCache, capture_rows
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 ROWS = ([5, 6, 7], [8, 9, 10, 11, 12], [13], [14, 15])
@@ -212,9 +212,7 @@ def test_a_beginning_may_be_read_once_for_some_rows_alone(tiny):
     begin, *tails = rows_of([20, 3, 7], seed=5)
     rows = [begin + tail for tail in tails]
     cache = PrefixCache(split)
-    assert shared_beginning(rows) == begin
-    assert shared_beginning([]) == []
-    with cache.heads.also(shared_beginning(rows)):
+    with cache.heads.also(begin):
         assert [cache.heads.of(row) for row in rows] == [tuple(begin)] * 2
         found = cache.get(rows)
     assert_close(found, capture_rows(split, rows))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from helpers_runs import main_here, world_edits
@@ -26,9 +27,12 @@ def test_a_sample_is_in_order_and_the_same_each_time():
 
 
 def test_a_run_scores_a_sample_and_writes_all(tmp_path, monkeypatch, capsys):
-    """Its tables and page say so; `evaluate.py --sample` finds the same figures."""
+    """Its tables and page say so; `evaluate.py --sample` finds the same figures, on the run's own records."""
     monkeypatch.chdir(tmp_path)
-    options = ["--config", "quickstart", *SMALL.split(), "--scoreboard.sample", "4", "--run_dir", "run"]
+    edits = world_edits(20)[10:]
+    Path("own.jsonl").write_text("".join(json.dumps(edit.as_dict()) + "\n" for edit in edits))
+    options = ["--config", "quickstart", *SMALL.split(), "--data.path", "own.jsonl"]
+    options += ["--scoreboard.sample", "4", "--run_dir", "run"]
     assert main_here(monkeypatch, "train.py", *options) == 0
     assert "10 edits of world, keyed, scores of a sample of 4 edits\n" in capsys.readouterr().out
     assert "Scores of a sample of 4 edits" in (tmp_path / "run" / "report.html").read_text()
@@ -36,7 +40,7 @@ def test_a_run_scores_a_sample_and_writes_all(tmp_path, monkeypatch, capsys):
     assert (metrics["n_edits"], metrics["scored"]) == (10, {"edits": 4, "of": 10})
     assert Ledger.from_parquet(tmp_path / "run" / "edits.parquet").counts()["written"] == 10
     rows = [json.loads(line) for line in (tmp_path / "run" / "generations.jsonl").read_text().splitlines()]
-    drawn = [edit.id for edit in sample_of(world_edits(10), 4)]
+    drawn = [edit.id for edit in sample_of(edits, 4)]
     for stage, name in {"pre_edit": "edit", "before_merge": "edit", "final": "edit", "forms": "bare"}.items():
         of_stage = [row for row in rows if row["stage"] == stage and name in (row.get("kind"), row.get("form"))]
         assert [row["id"] for row in of_stage] == drawn, stage
