@@ -1,11 +1,17 @@
 """How fast is an 8B base? Random weights of LLaMA-3-8B's shape in bfloat16, made on the GPU; the world's tokenizer and
 edits; the editor's own code for everything else: `keyed` at the published layer and at the last one, in batches of 128,
 and `repair` at the last one, a shard of 16 at a time.
+
+*Waits*: how often the processor waits for the GPU while one more batch is written, in all and inside the loop of its
+inner steps (PyTorch's own count; that loop looks whether an edit is written every few steps). *Generation*: as in the
+part `generation`, beside a second copy of the base.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +19,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.context import Context
+from benchmarks.generation import cell
 from benchmarks.machine import seconds_of
-from benchmarks.report import MIB, Rows
+from benchmarks.report import MIB, Result
 from benchmarks.streams import base_bytes, load_edits, make_stream, shard_bytes, write
 from repair_lightning.editors import Keyed, Repair
 from repair_lightning.models.architectures import resolve_layer
@@ -36,15 +43,25 @@ _WARM = 4
 """Edits that are written before the clock starts."""
 
 
-def run_part(context: Context, device: str | None = None, shape: Mapping[str, int] = LLAMA3_8B) -> Rows | str:
-    """Write the world's edits; skipped without a CUDA device."""
+def run_part(context: Context, device: str | None = None, shape: Mapping[str, int] = LLAMA3_8B) -> Result:
+    """Write the world's edits, and ask them; skipped without a CUDA device."""
     device = device or ("cuda" if torch.cuda.is_available() else None)
     if device is None:
         return "skipped: no CUDA device"
     world = replace(context, data=WORLD, format="jsonl", irrelevant=WORLD, irrelevant_prefix="")
-    edits, _ = load_edits(world, context.gpu_edits + _WARM)
-    base = random_base(shape, device, context.seed)
-    return [measured(world, base, kind, layer, edits) for kind, layer in ((Keyed, None), (Keyed, -1), (Repair, -1))]
+    further = min(_BATCH, context.gpu_edits)
+    edits, _ = load_edits(world, _WARM + context.gpu_edits + further)
+    base, plain = (random_base(shape, device, context.seed) for _ in range(2))
+    editing, generation = [], []
+    for kind, layer in ((Keyed, -1), (Repair, -1), (Keyed, None)):
+        editor = ready(world, base, kind, layer, edits)
+        editing.append(measured(editor, edits[:-further], edits[-further:]))
+        print("{editor}, layer {layer}: {edits/s:.1f} edits/s".format_map(editing[-1]), flush=True)
+        prompts = [edit.prompt for edit in edits]
+        names = {"editor": editor.editor_name, "layer": editor.layer}
+        generation += [names | cell(world, editor, plain.model, prompts[:batch]) for batch in context.batches]
+        editor.edited.release()
+    return {"Editing": editing, "Generation": generation}
 
 
 def random_base(shape: Mapping[str, int], device: str, seed: int) -> Base:
@@ -59,15 +76,18 @@ def random_base(shape: Mapping[str, int], device: str, seed: int) -> Base:
     return Base(model, tokenizer, "random-llama", "0" * 64, sum(p.numel() for p in model.parameters()), as_stored=False)
 
 
-def measured(
-    context: Context, base: Base, kind: type[Keyed | Repair], layer: int | None, edits: Sequence[Edit]
-) -> dict[str, Any]:
-    """Write all edits but those that warm up, in full batches."""
-    device = base.model.device
+def ready(context: Context, base: Base, kind: type[Keyed | Repair], layer: int | None, edits: Sequence[Edit]) -> Any:
+    """An editor of the base that knows the irrelevant prompts."""
     editor = kind("random-llama", layer=layer, seed=context.seed)
     editor.build(base, resolve_layer(base.model, layer))
-    editor.to(device)
+    editor.to(base.model.device)
     editor.prepare(*make_stream(context, edits, max_irrelevant=128).irrelevant_parts(editor)[:2])
+    return editor
+
+
+def measured(editor: Any, edits: Sequence[Edit], further: Sequence[Edit]) -> dict[str, Any]:
+    """Write all edits but those that warm up, in full batches; then one batch of further ones, counting waits."""
+    device, base = editor.edited.device, editor.base
     write(editor, edits[:_WARM])
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -89,5 +109,28 @@ def measured(
         "cache MiB": getattr(editor.edited.prefixes, "used", 0) / MIB,
         "steps": steps,
     }
-    editor.edited.release()
-    return found
+    taken: list[int] = []
+    waits, inside = waited(lambda: taken.append(write(editor, further[:size])[0].steps))
+    return found | {"steps of one batch": taken[0], "waits": waits, "in the steps": inside}
+
+
+def waited(call: Callable[[], Any]) -> tuple[int | None, int | None]:
+    """How often a call waits for the GPU, in all and inside `descend`; None without one."""
+    if not torch.cuda.is_available():
+        call()
+        return None, None
+    seen: list[bool] = []
+
+    def note(*_: Any, **__: Any) -> None:
+        seen.append(any(frame.name == "descend" for frame in traceback.extract_stack()))
+
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+    return len(seen), sum(seen)

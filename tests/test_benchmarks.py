@@ -173,9 +173,13 @@ def test_a_merge_of_the_study_is_the_callbacks_and_is_undone(context):
 def test_the_gpu_part_on_a_tiny_base(context, device):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    rows = measured("gpu", context, device, TINY, gpu_edits=6)
+    found = measured("gpu", context, device, TINY, gpu_edits=6)
+    rows = found["Editing"]
     assert [(row["layer"], row["edits"], bool(row["peak MiB"])) for row in rows] == [(2, 6, device == "cuda")] * 3
     assert all(row["shards MiB"] > 0 and row["cache MiB"] > 0 for row in rows)
+    assert all((row["waits"] or 0) > 0 for row in rows) is (device == "cuda")
+    assert {row["editor"] for row in found["Generation"]} == {"keyed", "repair"}
+    assert all(row["ratio"] > 0 for row in found["Generation"])
 
 
 def test_the_command_writes_json_and_a_page_and_a_part_that_fails_does_not_stop_the_others(tmp_path, capsys):
