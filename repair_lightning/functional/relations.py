@@ -102,11 +102,14 @@ def _discriminants(states: Tensor, relation: Tensor) -> tuple[Tensor, Tensor]:
     known, index = relation.unique(return_inverse=True)
     sizes = index.bincount().double()[:, None]
     means = directions.new_zeros(len(known), states.shape[1]).index_add(0, index, directions) / sizes
-    apart = directions - means[index]
-    within = apart.T @ apart / max(len(states) - len(known), 1)
-    within += SHRINKAGE * within.diagonal().mean().clamp_min(1e-12) * torch.eye(len(within), dtype=within.dtype)
-    values, vectors = torch.linalg.eigh(within)
-    whiten = vectors @ torch.diag(values.clamp_min(1e-12).rsqrt()) @ vectors.T
-    between = (means - means.mean(0)) @ whiten
-    _, _, axes = torch.linalg.svd(between, full_matrices=False)
-    return centre.float(), (whiten @ axes[: min(DIMENSIONS, len(known) - 1)].T).float()
+    apart, count = directions - means[index], max(len(states) - len(known), 1)
+    within, axes = torch.linalg.eigh(apart @ apart.T / count)  # of n by n, since a large base's D by D takes minutes
+    within, least = within.clamp_min(0), (SHRINKAGE * within.sum() / states.shape[1]).clamp_min(SHRINKAGE * 1e-12)
+    root = (within + least).sqrt()
+    inner = -axes / (root * least.sqrt() * (root + least.sqrt())) @ axes.T / count
+
+    def whitened(rows: Tensor) -> Tensor:
+        return rows * least.rsqrt() + rows @ apart.T @ inner @ apart
+
+    _, _, found = torch.linalg.svd(whitened(means - means.mean(0)), full_matrices=False)
+    return centre.float(), whitened(found[: min(DIMENSIONS, len(known) - 1)]).T.float()

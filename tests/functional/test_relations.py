@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from repair_lightning.functional.relations import RelationSpace, usual_limit
+from repair_lightning.functional.relations import SHRINKAGE, RelationSpace, usual_limit
 from repair_lightning.functional.relations import fit_relations as fit
 
 D, EACH = 24, 7
@@ -53,6 +53,21 @@ class TestFit:
         made, relation = states(80, seed=2)
         _, outside = cosines(space(made), relation)
         assert rate / 4 < (outside > space.limit).float().mean() < 3 * rate
+
+    @pytest.mark.parametrize("relations", [4, 60])  # fewer wordings than dimensions, and more
+    def test_it_whitens_what_wordings_of_one_question_differ_in(self, relations):
+        """Fisher's discriminants as the textbook has them: with the whole scatter matrix, and its inverse root."""
+        made, relation = (found[::2] for found in states(relations))
+        space = fit_relations(made, relation, 0.1)
+        directions = torch.nn.functional.normalize(made.double() - made.double().mean(0), dim=-1)
+        means = torch.stack([directions[relation == one].mean(0) for one in range(relations)])
+        apart = directions - means[relation]
+        within = apart.T @ apart / (len(made) - relations)
+        values, vectors = torch.linalg.eigh(within + SHRINKAGE * within.trace() / D * torch.eye(D))
+        whiten = vectors @ values.rsqrt().diag() @ vectors.T
+        axes = torch.linalg.svd((means - means.mean(0)) @ whiten)[2][: space.projection.shape[1]]
+        expected = (whiten @ axes.T).float()  # up to the sign of each axis
+        torch.testing.assert_close(space.projection @ space.projection.T, expected @ expected.T, rtol=1e-4, atol=1e-4)
 
 
 class TestApply:
