@@ -140,26 +140,31 @@ def write_stream(context: Context, folder: Path, number: int) -> None:
 
 
 def written(context: Context, folder: Path, number: int, kill: int | None = None) -> dict[str, Any]:
-    """Write a stream in a process of its own; where `kill` edits have arrived it is killed, and another goes on.
-    Returns how many edits had arrived then, and the seconds from the new process's start to its first window.
+    """Write a stream in a process of its own, or go on with it; where `kill` edits have arrived the process is killed,
+    and another goes on. Returns how many edits had arrived at the first kill, and the seconds from the start of the
+    process that finishes to its first window.
 
     Raises:
         RuntimeError: a process failed.
     """
-    started, process = time.perf_counter(), begun(context, folder, number)
-    before: list[dict[str, Any]] = []
-    while kill is not None and process.is_alive() and not before:
-        process.join(0.2)
-        before = [note for note in notes_of(folder) if note["edits"] >= kill]
-    if process.is_alive() and before:
-        os.kill(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
-        process.join()
-        started, process = time.perf_counter(), begun(context, folder, number)
+    before, process, started = notes_of(folder), begun(context, folder, number), time.perf_counter()
+    if kill is not None and not _reached(before, kill):
+        while process.is_alive() and not _reached(notes_of(folder), kill):
+            process.join(0.2)
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
+            process.join()
+            before, process, started = notes_of(folder), begun(context, folder, number), time.perf_counter()
     process.join()
     if process.exitcode:
         raise RuntimeError(f"writing {number} edits to '{folder}' failed with exit code {process.exitcode}; see above")
-    first = next(note["clock"] for note in notes_of(folder) if note["clock"] > started)
-    return {"killed at": before[0]["edits"] if before else None, "went on after s": first - started}
+    notes = notes_of(folder)
+    ends = [a["edits"] for a, b in pairwise(notes) if a["process"] != b["process"]]
+    return {"killed at": ends[0] if ends else None, "went on after s": notes[len(before)]["clock"] - started}
+
+
+def _reached(notes: Sequence[dict[str, Any]], edits: int) -> bool:
+    return any(note["edits"] >= edits for note in notes)
 
 
 def begun(context: Context, folder: Path, number: int) -> Any:

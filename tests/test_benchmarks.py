@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers_runs import world_edits
 
-from benchmarks import airports, editing, merging, report, roofline, streams
+from benchmarks import airports, editing, merging, report, roofline, stream100k, streams
 from benchmarks.__main__ import main
 from benchmarks.context import Context
 from callbacks import LossAwareTiesMerge
@@ -116,6 +116,8 @@ def test_a_stream_about_real_subjects_is_killed_and_goes_on(context):
     assert use["pack kB/edit"] > use["journal kB/edit"] / 3 > 0
     (killed,) = result["Killed"]
     assert (killed["edits"], killed["statuses that differ"], killed["rows that differ"]) == (16, 0, 0)
+    stopped = stream100k.written(replace(context, airports_window=8), context.work / "airports", 24, kill=12)
+    assert stopped["killed at"] == use["killed at"]  # a run that was stopped while it was asked finds all there
 
 
 def test_invented_edits_are_new_and_named():
