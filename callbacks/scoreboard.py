@@ -20,6 +20,7 @@ from repair_lightning.edits.ledger import EditStatus
 from repair_lightning.errors import ConfigError, counted
 from repair_lightning.packs.pack import bytes_left
 from repair_lightning.scoring.beside import beside_scores, old_answer
+from repair_lightning.scoring.bootstrap import op_interval
 from repair_lightning.scoring.correctness import Answered, answered, kept
 from repair_lightning.scoring.judge import Judge
 from repair_lightning.scoring.measures import SPEED, PeakMemory, edits_per_minute, feature_map
@@ -159,6 +160,7 @@ class Scoreboard(pl.Callback):
                 self.oracle = self._ask("oracle", self.scorer, pl_module, perfect=True).scores
                 given = (edits, self.scored, self.results["final"].rows, pl_module.base_changed)
                 self.beside, self.beside_rows = beside_scores(pl_module.edited, *given, self.forms, self.further)
+            self.beside["op_interval"] = op_interval(self.results["final"].rows)
             if self.judge is not None and trainer.is_global_zero:
                 found, rows = self.judge.score(self.scored, self.results["final"].rows)
                 self.beside["judge"] = found

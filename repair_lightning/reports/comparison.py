@@ -90,13 +90,18 @@ def short(option: str) -> str:
 
 COLUMNS = {
     **{name: Column(("final", AUTOREGRESSIVE, name.lower())) for name in ("Rel", "Gen", "Loc", "Near", "OP")},
+    "OP low": Column(("final", "op_interval", "low")),
+    "OP high": Column(("final", "op_interval", "high")),
     "OP forced": Column(("final", TEACHER_FORCED, "op")),
     "OP oracle": Column(("oracle_routing", AUTOREGRESSIVE, "op")),
+    "subject changed": Column(("final", "same_subject", "changed")),
+    "in text": Column(("final", "in_text", "both")),
     "quarantined": Column(("closed_loop", "quarantined"), scale=1.0),
     "bytes/edit": Column(("bytes_per_edit",), scale=1.0, digits=0),
     "edits/min": Column(("edits_per_minute",), scale=1.0, digits=0),
 }
-"""The columns of the table of one size; scores are of free generation unless they say otherwise."""
+"""The columns of the table of one size; scores are of free generation unless they say otherwise. `OP low` and `OP high`
+are the bounds of the bootstrap over the edits (95 %)."""
 BEFORE = "(no edit)"
 """The row of the base as it was."""
 COSTS = {
