@@ -15,7 +15,7 @@ from torch import Tensor
 from repair_lightning.commands.cli import only_errors
 from repair_lightning.commands.parsing import Parser, parse
 from repair_lightning.edits.formats import AUTO
-from repair_lightning.edits.ledger import Ledger
+from repair_lightning.edits.ledger import EditStatus, Ledger
 from repair_lightning.edits.records import load_records
 from repair_lightning.edits.stream import with_locality
 from repair_lightning.errors import ConfigError
@@ -76,8 +76,10 @@ def evaluate_pack(
     """The figures of `metrics.json` that a finished model has; those of the run that made it stay there.
 
     An edit of the records is the pack's own where prompt and target agree with the ledger's; others have no owner.
+    Those that were taken back are not asked: `undone` lists their ids.
+
     Every prompt with its answers goes to `generations`, a JSON Lines file. `sample` scores only so many edits, drawn at
-    random with a fixed seed; 0 scores all, and a negative number is a ConfigError.
+    random with a fixed seed; 0 scores all. ConfigError for a negative number, or where all edits were taken back.
     """
     if sample < 0:
         raise ConfigError(f"sample must be a number of edits, at least 0, got {sample}")
@@ -87,7 +89,10 @@ def evaluate_pack(
     if not path:
         raise ConfigError(f"the pack '{pack}' does not say what it was made from; give --data.path")
     found = load_records(str(edits_path()) if path == WORLD else path, format, max_edits, on_bad_record)  # type: ignore[arg-type]
-    edits = as_in_training(found.edits, content.ledger)
+    wanted, undone = without_undone(found.edits, content.ledger)
+    if not wanted:
+        raise ConfigError(f"all edits of '{path}' were taken back from the pack '{pack}'; give other records")
+    edits = as_in_training(wanted, content.ledger)
     model = content.open(base, precision).to("cuda" if torch.cuda.is_available() else "cpu")
     model.prefixes = PrefixCache(model.split)  # prompts come again
     model.kept = KeptAnswers.of(model.base, content.config["base"]["sha256"])
@@ -99,6 +104,7 @@ def evaluate_pack(
         "editor": content.config["editor"],
         "base": {key: content.config["base"][key] for key in ("name", "sha256")},
         "n_edits": len(edits),
+        "undone": undone,
         "shards": len(model.memory),
         **figures,
         "provenance": content.config["provenance"],
@@ -132,6 +138,14 @@ def _scores(
     if perplexity is not None:
         figures["perplexity"] = {"pre": perplexity, "final": scorer.perplexity(choice.memory)}
     return figures, [*before.rows, *final.rows, *rows]
+
+
+def without_undone(edits: Sequence[Edit], ledger: Ledger) -> tuple[list[Edit], list[str]]:
+    """The edits without those that were taken back and not written again since, and the ids of these."""
+    last = {(entry.edit.prompt, entry.edit.target): entry.status for entry in ledger.entries()}
+    back = {pair for pair, status in last.items() if status is EditStatus.UNDONE}
+    undone = [edit.id for edit in edits if (edit.prompt, edit.target) in back]
+    return [edit for edit in edits if (edit.prompt, edit.target) not in back], undone
 
 
 def as_in_training(edits: Sequence[Edit], ledger: Ledger) -> tuple[Edit, ...]:
