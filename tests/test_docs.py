@@ -73,7 +73,6 @@ def here(tmp_path_factory) -> Path:
     edits = world_edits(12)
     write_edits(folder / "edits.jsonl", edits[:4])
     write_edits(folder / "more.jsonl", edits[8:])
-    (folder / "prompts.txt").write_text("\n".join([edits[0].prompt, "Which river flows through Zarvik?"]))
     (folder / "direct.py").write_text(editor_of_the_page())
     return folder
 
@@ -97,6 +96,10 @@ def reader(here, monkeypatch) -> Iterator[pytest.MonkeyPatch]:
 def run(command: str, patch: pytest.MonkeyPatch) -> None:
     """A command of a document, as far as this process can be the shell."""
     program, *rest = (STAND_INS.get(word, word) for word in shlex.split(command, comments=True))
+    if program == "printf":
+        text, _, file = rest
+        Path(file).write_text(text.replace("\\n", "\n"))
+        return
     if program == "make":
         call = [program, "-n", *rest]
         steps = subprocess.run(call, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout.splitlines()

@@ -13,7 +13,7 @@ import torch
 from helpers_runs import REPOSITORY, written_editor
 
 from repair_lightning.__main__ import event_line
-from repair_lightning.commands.evaluate import evaluate_pack, without_undone
+from repair_lightning.commands.evaluate import evaluate_pack, still_wanted
 from repair_lightning.commands.run_dir import RunDirectory
 from repair_lightning.commands.undo import report_lines, undo
 from repair_lightning.editors import Repair
@@ -95,9 +95,9 @@ def test_what_was_taken_back_is_not_scored(tmp_path, copied, capsys):
     ledger = load_ledger(pack)
     edits = [ledger.edit(id) for id in ids]
     ledger.arrive([replace(edits[2], id="again")], 1)
-    assert without_undone(edits, ledger) == ([edit for edit in edits if edit.id != ids[3]], [ids[3]])
+    assert still_wanted(edits, ledger) == ([edit for edit in edits if edit.id != ids[3]], [ids[3]])
     undo(tmp_path / "run", [id for id in ids if id not in ids[2:4]])
-    with pytest.raises(ConfigError, match=r"all edits of 'world' were taken back from the pack .*; give other records"):
+    with pytest.raises(ConfigError, match=r"no edit of 'world' is left to ask: .* all were taken back; give other"):
         evaluate_pack(pack, "world", max_edits=8)
 
 

@@ -76,22 +76,23 @@ def evaluate_pack(
     """The figures of `metrics.json` that a finished model has; those of the run that made it stay there.
 
     An edit of the records is the pack's own where prompt and target agree with the ledger's; others have no owner.
-    Those that were taken back are not asked: `undone` lists their ids.
+    Those that were taken back are not asked: `undone` lists their ids. `path` None takes the pack's own records.
 
     Every prompt with its answers goes to `generations`, a JSON Lines file. `sample` scores only so many edits, drawn at
-    random with a fixed seed; 0 scores all. ConfigError for a negative number, or where all edits were taken back.
+    random with a fixed seed; 0 scores all. ConfigError for a negative number, or where no edit is left to ask.
     """
     if sample < 0:
         raise ConfigError(f"sample must be a number of edits, at least 0, got {sample}")
     started = time.perf_counter()
     content = Pack.read(pack)
-    path = path or content.config["provenance"].get("data")
+    given, path = path, path or content.config["provenance"].get("data")
     if not path:
         raise ConfigError(f"the pack '{pack}' does not say what it was made from; give --data.path")
     found = load_records(str(edits_path()) if path == WORLD else path, format, max_edits, on_bad_record)  # type: ignore[arg-type]
-    wanted, undone = without_undone(found.edits, content.ledger)
+    wanted, undone = still_wanted(found.edits, content.ledger, own_only=not given)
     if not wanted:
-        raise ConfigError(f"all edits of '{path}' were taken back from the pack '{pack}'; give other records")
+        reason = f"the pack '{pack}' never held them, or all were taken back"
+        raise ConfigError(f"no edit of '{path}' is left to ask: {reason}; give other records by --data.path")
     edits = as_in_training(wanted, content.ledger)
     model = content.open(base, precision).to("cuda" if torch.cuda.is_available() else "cpu")
     model.prefixes = PrefixCache(model.split)  # prompts come again
@@ -140,12 +141,14 @@ def _scores(
     return figures, [*before.rows, *final.rows, *rows]
 
 
-def without_undone(edits: Sequence[Edit], ledger: Ledger) -> tuple[list[Edit], list[str]]:
-    """The edits without those that were taken back and not written again since, and the ids of these."""
+def still_wanted(edits: Sequence[Edit], ledger: Ledger, own_only: bool = False) -> tuple[list[Edit], list[str]]:
+    """The edits, or those that the ledger knows, without those that were taken back and not written again since; and
+    the ids of these."""
     last = {(entry.edit.prompt, entry.edit.target): entry.status for entry in ledger.entries()}
-    back = {pair for pair, status in last.items() if status is EditStatus.UNDONE}
-    undone = [edit.id for edit in edits if (edit.prompt, edit.target) in back]
-    return [edit for edit in edits if (edit.prompt, edit.target) not in back], undone
+    stands = {edit.id: last.get((edit.prompt, edit.target)) for edit in edits}
+    undone = [id for id, status in stands.items() if status is EditStatus.UNDONE]
+    left = [edit for edit in edits if stands[edit.id] is not EditStatus.UNDONE]
+    return [edit for edit in left if stands[edit.id] is not None or not own_only], undone
 
 
 def as_in_training(edits: Sequence[Edit], ledger: Ledger) -> tuple[Edit, ...]:
