@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -160,6 +161,17 @@ def test_the_editor_of_the_page_edits(here, reader):
     assert scores["rel"] == scores["loc"] == scores["near"] == 1.0
     assert scores["gen"] > 0.8  # the router's part: which other words it takes for the same question
     assert metrics["edits"]["written"] == metrics["n_edits"] == 4
+
+
+def test_the_sizes_are_those_of_the_shapes():
+    """The bases' parameters as their makers count them, and the page's table as the script prints it."""
+    script = runpy.run_path(str(DOCS / "studies" / "sizes.py"))
+    counted = {name: script["parameters"](shape) for name, shape in script["SHAPES"].items()}
+    published = {"SmolLM2-135M": 134_515_008, "Qwen2.5-0.5B": 494_032_768, "Qwen2.5-1.5B": 1_543_714_304}
+    published |= {"Qwen2.5-7B": 7_615_616_512, "LLaMA-3-8B": 8_030_261_248, "LLaMA-3-70B": 70_553_706_496}
+    assert counted == {"`qa-llama`": 15_637_536, **published}
+    assert script["low_rank_bytes"]({"hidden_size": 4096, "intermediate_size": 14336}, 5) == 184_320
+    assert script["table"]() in (DOCS / "sizes.md").read_text()
 
 
 needs_mkdocs = pytest.mark.skipif(find_spec("mkdocs") is None, reason="needs the extra: docs")
