@@ -102,7 +102,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """A hook: docstrings name code by its role, as :meth:`Editor.write`; a reader wants the name alone."""
+    """A hook: docstrings name code with its role, `:meth:` and so on; a reader wants the name alone."""
     return re.sub(r":(?:meth|func|class):(?=<code>)", "", html)
 
 

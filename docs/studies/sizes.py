@@ -3,7 +3,7 @@
     python docs/studies/sizes.py
 
 Prints the table of docs/sizes.md. The parameters are counted on the meta device, which has no memory. MB and GB are
-10^6 and 10^9 bytes.
+decimal.
 """
 
 from __future__ import annotations
