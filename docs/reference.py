@@ -1,4 +1,4 @@
-"""The configuration reference, from the parser of `train.py`: `python docs/reference.py`, and a hook of MkDocs."""
+"""The configuration reference, from the parser of `train.py`: `python docs/reference.py`. And the hooks of MkDocs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lightning.pytorch.cli import LightningArgumentParser  # noqa: E402
+from mkdocs.structure.files import File, Files  # noqa: E402
+from nbconvert import MarkdownExporter  # noqa: E402
 
 from callbacks import CALLBACKS  # noqa: E402
 from repair_lightning.commands.cli import EditCLI  # noqa: E402
@@ -20,6 +22,7 @@ from repair_lightning.commands.parsing import Parser  # noqa: E402
 from repair_lightning.editors import REGISTRY  # noqa: E402
 
 MARK = "<!-- options -->"
+NOTEBOOK = ".ipynb"
 _ELSEWHERE = ("trainer", "config", "print_config")
 
 
@@ -81,11 +84,26 @@ def _words(text: str | None) -> str:
     return words.replace("|", "\\|").replace("%%", "%").replace("<", "&lt;")
 
 
+def on_files(files: Files, config: Any) -> Files:
+    """A hook: each notebook is a page too."""
+    for file in [file for file in files if file.src_uri.endswith(NOTEBOOK)]:
+        text, _ = MarkdownExporter().from_filename(str(file.abs_src_path))
+        files.append(File.generated(config, f"{file.src_uri.removesuffix(NOTEBOOK)}.md", content=text))
+    return files
+
+
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """The hook: the reference takes the place of its mark, and what lies outside the site is named, not linked."""
+    """A hook: the reference takes the place of its mark, a link to a notebook leads to its page, and what lies outside
+    the site is named, not linked."""
     found = markdown.replace(MARK, reference()) if MARK in markdown else markdown
+    found = re.sub(rf"(\]\([\w/-]+){re.escape(NOTEBOOK)}\)", r"\1.md)", found)
     up = "../" * (page.file.src_uri.count("/") + 1)
     return re.sub(rf"\[([^\]]+)\]\({re.escape(up)}([^)]+)\)", r"\1 (`\2`)", found)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """A hook: docstrings name code with its role, `:meth:` and so on; a reader wants the name alone."""
+    return re.sub(r":(?:meth|func|class):(?=<code>)", "", html)
 
 
 if __name__ == "__main__":

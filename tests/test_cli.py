@@ -455,6 +455,22 @@ def test_loggers_by_name(run, tmp_path, monkeypatch, capsys):
     assert EditCLI(CALLBACKS, argv).config.trainer.logger.class_path == LOGGERS["wandb"]
 
 
+def test_loggers_by_name_in_a_configuration(tmp_path, monkeypatch, capsys):
+    """The later configuration wins, an option beats both, and the rest of the configuration counts too."""
+    monkeypatch.chdir(tmp_path)
+    Path("logged.yaml").write_text("trainer: {logger: csv, max_epochs: 3}\nmonitor: {tau_correct: 5e-1}\n")
+    argv = ["--config", "quickstart", "--config=logged.yaml", "--run_dir", "run"]
+    cli = EditCLI(CALLBACKS, argv)
+    (logger,) = cli.trainer.loggers
+    assert (type(logger).__name__, logger.save_dir) == ("CSVLogger", "run")
+    assert (cli.trainer.max_epochs, cli.config.monitor.tau_correct) == (3, 0.5)
+    assert [file.stem for file in cli.config_files] == ["quickstart", "logged"]
+    over = EditCLI(CALLBACKS, [*argv, "--trainer.logger", "wandb", "--trainer.logger.offline", "true"])
+    assert over.config.trainer.logger.class_path == LOGGERS["wandb"]
+    Path("logged.yaml").write_text("trainer: {logger: mlflow}")
+    refused(monkeypatch, capsys, "train.py", argv, "trainer.logger cannot be 'mlflow'")
+
+
 def test_null_on_the_command_line_is_null():
     """Also where a configuration before has set it, and an option after sets another of the same group."""
     argv = ["--model.writing.stop_margin", "null", "--model.routing.act_ratio=null", "--data.path", "null"]

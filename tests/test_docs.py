@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -73,7 +74,6 @@ def here(tmp_path_factory) -> Path:
     edits = world_edits(12)
     write_edits(folder / "edits.jsonl", edits[:4])
     write_edits(folder / "more.jsonl", edits[8:])
-    (folder / "prompts.txt").write_text("\n".join([edits[0].prompt, "Which river flows through Zarvik?"]))
     (folder / "direct.py").write_text(editor_of_the_page())
     return folder
 
@@ -97,6 +97,10 @@ def reader(here, monkeypatch) -> Iterator[pytest.MonkeyPatch]:
 def run(command: str, patch: pytest.MonkeyPatch) -> None:
     """A command of a document, as far as this process can be the shell."""
     program, *rest = (STAND_INS.get(word, word) for word in shlex.split(command, comments=True))
+    if program == "printf":
+        text, _, file = rest
+        Path(file).write_text(text.replace("\\n", "\n"))
+        return
     if program == "make":
         call = [program, "-n", *rest]
         steps = subprocess.run(call, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout.splitlines()
@@ -157,6 +161,17 @@ def test_the_editor_of_the_page_edits(here, reader):
     assert scores["rel"] == scores["loc"] == scores["near"] == 1.0
     assert scores["gen"] > 0.8  # the router's part: which other words it takes for the same question
     assert metrics["edits"]["written"] == metrics["n_edits"] == 4
+
+
+def test_the_sizes_are_those_of_the_shapes():
+    """The bases' parameters as their makers count them, and the page's table as the script prints it."""
+    script = runpy.run_path(str(DOCS / "studies" / "sizes.py"))
+    counted = {name: script["parameters"](shape) for name, shape in script["SHAPES"].items()}
+    published = {"SmolLM2-135M": 134_515_008, "Qwen2.5-0.5B": 494_032_768, "Qwen2.5-1.5B": 1_543_714_304}
+    published |= {"Qwen2.5-7B": 7_615_616_512, "LLaMA-3-8B": 8_030_261_248, "LLaMA-3-70B": 70_553_706_496}
+    assert counted == {"`qa-llama`": 15_637_536, **published}
+    assert script["low_rank_bytes"]({"hidden_size": 4096, "intermediate_size": 14336}, 5) == 184_320
+    assert script["table"]() in (DOCS / "sizes.md").read_text()
 
 
 needs_mkdocs = pytest.mark.skipif(find_spec("mkdocs") is None, reason="needs the extra: docs")

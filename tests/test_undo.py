@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from helpers_runs import REPOSITORY, written_editor
 
 from repair_lightning.__main__ import event_line
+from repair_lightning.commands.evaluate import evaluate_pack, still_wanted
 from repair_lightning.commands.run_dir import RunDirectory
 from repair_lightning.commands.undo import report_lines, undo
 from repair_lightning.editors import Repair
@@ -19,6 +21,7 @@ from repair_lightning.edits.journal import FILE, Journal
 from repair_lightning.edits.ledger import EditStatus, Ledger
 from repair_lightning.errors import ConfigError, RepairError, UnknownEditError
 from repair_lightning.packs.pack import load_edited, load_ledger, restore_editor, save_pack
+from repair_lightning.reports.report import print_report
 from repair_lightning.types import BASE, EditReport
 
 
@@ -75,6 +78,27 @@ def test_the_base_answers_again_and_the_others_stay(tmp_path, copied):
     assert "undone" in story[-1]
     assert "taken back on request" in story[-1]
     assert any("100.0 % of their prompts" in line for line in report_lines(found))
+
+
+def test_what_was_taken_back_is_not_scored(tmp_path, copied, capsys):
+    """Until the same is written again; without any edit left there is nothing to score."""
+    ids = copied(tmp_path / "run", 1)
+    undo(tmp_path / "run", ids[2:4])
+    pack = tmp_path / "run" / "pack"
+    found = evaluate_pack(pack, "world", max_edits=8)
+    assert (found["n_edits"], found["undone"]) == (6, ids[2:4])
+    assert found["final"]["autoregressive"]["rel"] == 1
+    assert found["routing"]["edit"] == {"base": 0.0, "right": 1.0, "wrong": 0.0}
+    print_report(found, None)
+    said = f"Taken back, and therefore not asked: 2 edits ({', '.join(ids[2:4])})."
+    assert said in " ".join(capsys.readouterr().out.split())
+    ledger = load_ledger(pack)
+    edits = [ledger.edit(id) for id in ids]
+    ledger.arrive([replace(edits[2], id="again")], 1)
+    assert still_wanted(edits, ledger) == ([edit for edit in edits if edit.id != ids[3]], [ids[3]])
+    undo(tmp_path / "run", [id for id in ids if id not in ids[2:4]])
+    with pytest.raises(ConfigError, match=r"no edit of 'world' is left to ask: .* all were taken back; give other"):
+        evaluate_pack(pack, "world", max_edits=8)
 
 
 def test_a_shard_that_others_share_is_rebuilt_for_them(tmp_path, copied):

@@ -43,7 +43,7 @@ from repair_lightning.models.base import files_hash
 from repair_lightning.packs.pack import JOURNAL_FILE, Pack, bytes_left, save_pack
 from repair_lightning.reports.html_report import try_report
 from repair_lightning.reports.report import print_report, verdict
-from repair_lightning.reports.tracking import check_logger, final_figures, named_loggers
+from repair_lightning.reports.tracking import check_logger, final_figures, named_loggers, with_named_logger
 from repair_lightning.scoring.measures import edits_per_minute
 from repair_lightning.scoring.scorer import scored_of
 from repair_lightning.storage.files import write_json, write_rows
@@ -74,13 +74,13 @@ def config_path(name: str, folders: Sequence[Path] = CONFIGS) -> Path:
 
 
 def resolve_configs(argv: Sequence[str]) -> tuple[list[str], list[Path]]:
-    """The arguments with each `--config NAME` as a path, and those paths."""
+    """The arguments with each `--config NAME` as the parser takes it, and the paths of the configurations."""
     resolved, found = list(argv), []
     for i, argument in enumerate(argv):
         start = "--config=" if argument.startswith("--config=") else ""
         if start or (i and argv[i - 1] == "--config"):
             found.append(config_path(argument.removeprefix(start)))
-            resolved[i] = f"{start}{found[-1]}"
+            resolved[i] = f"{start}{with_named_logger(found[-1])}"
     return resolved, found
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from repair_lightning.commands.cli import only_errors
 from repair_lightning.commands.parsing import Parser, parse
 from repair_lightning.edits.formats import AUTO
-from repair_lightning.edits.ledger import Ledger
+from repair_lightning.edits.ledger import EditStatus, Ledger
 from repair_lightning.edits.records import load_records
 from repair_lightning.edits.stream import with_locality
 from repair_lightning.errors import ConfigError
@@ -76,18 +76,24 @@ def evaluate_pack(
     """The figures of `metrics.json` that a finished model has; those of the run that made it stay there.
 
     An edit of the records is the pack's own where prompt and target agree with the ledger's; others have no owner.
+    Those that were taken back are not asked: `undone` lists their ids. `path` None takes the pack's own records.
+
     Every prompt with its answers goes to `generations`, a JSON Lines file. `sample` scores only so many edits, drawn at
-    random with a fixed seed; 0 scores all, and a negative number is a ConfigError.
+    random with a fixed seed; 0 scores all. ConfigError for a negative number, or where no edit is left to ask.
     """
     if sample < 0:
         raise ConfigError(f"sample must be a number of edits, at least 0, got {sample}")
     started = time.perf_counter()
     content = Pack.read(pack)
-    path = path or content.config["provenance"].get("data")
+    given, path = path, path or content.config["provenance"].get("data")
     if not path:
         raise ConfigError(f"the pack '{pack}' does not say what it was made from; give --data.path")
     found = load_records(str(edits_path()) if path == WORLD else path, format, max_edits, on_bad_record)  # type: ignore[arg-type]
-    edits = as_in_training(found.edits, content.ledger)
+    wanted, undone = still_wanted(found.edits, content.ledger, own_only=not given)
+    if not wanted:
+        reason = f"the pack '{pack}' never held them, or all were taken back"
+        raise ConfigError(f"no edit of '{path}' is left to ask: {reason}; give other records by --data.path")
+    edits = as_in_training(wanted, content.ledger)
     model = content.open(base, precision).to("cuda" if torch.cuda.is_available() else "cpu")
     model.prefixes = PrefixCache(model.split)  # prompts come again
     model.kept = KeptAnswers.of(model.base, content.config["base"]["sha256"])
@@ -99,6 +105,7 @@ def evaluate_pack(
         "editor": content.config["editor"],
         "base": {key: content.config["base"][key] for key in ("name", "sha256")},
         "n_edits": len(edits),
+        "undone": undone,
         "shards": len(model.memory),
         **figures,
         "provenance": content.config["provenance"],
@@ -132,6 +139,16 @@ def _scores(
     if perplexity is not None:
         figures["perplexity"] = {"pre": perplexity, "final": scorer.perplexity(choice.memory)}
     return figures, [*before.rows, *final.rows, *rows]
+
+
+def still_wanted(edits: Sequence[Edit], ledger: Ledger, own_only: bool = False) -> tuple[list[Edit], list[str]]:
+    """The edits, or those that the ledger knows, without those that were taken back and not written again since; and
+    the ids of these."""
+    last = {(entry.edit.prompt, entry.edit.target): entry.status for entry in ledger.entries()}
+    stands = {edit.id: last.get((edit.prompt, edit.target)) for edit in edits}
+    undone = [id for id, status in stands.items() if status is EditStatus.UNDONE]
+    left = [edit for edit in edits if stands[edit.id] is not EditStatus.UNDONE]
+    return [edit for edit in left if stands[edit.id] is not None or not own_only], undone
 
 
 def as_in_training(edits: Sequence[Edit], ledger: Ledger) -> tuple[Edit, ...]:

@@ -130,7 +130,7 @@ class Editor(AskedModel):
         """Stop answering for edits, as far as the method can; the base answers their prompts."""
 
     def undo(self, ids: Sequence[str]) -> list[str]:
-        """Take edits back, ledger included; returns the ids of other edits that had to be written anew for it."""
+        """Take edits back, ledger included; returns the ids of other edits that had to be written again for it."""
         if not self.can_undo:
             raise ConfigError(
                 f"the editor {self.editor_name} cannot take edits back; a new run without the record can"  # type: ignore[attr-defined]

@@ -31,7 +31,7 @@ from repair_lightning.types import Edit, EditReport
 
 @register("defer")
 class Defer(WholeEditor):
-    """A gate and a second value matrix; see the module's own docstring.
+    """A gate and a second value matrix.
 
     Args:
         lr: of Adam, absolute.

@@ -49,7 +49,7 @@ def rounded_into_ball(weight: Tensor, centre: Tensor, radius: float) -> Tensor:
 
 @register("ft")
 class FT(WeightEditor):
-    """Fine-tuning inside an L-infinity ball; see the module's own docstring.
+    """Fine-tuning inside an L-infinity ball.
 
     Args:
         lr: of Adam, absolute.
@@ -115,7 +115,7 @@ class FT(WeightEditor):
 
 @register("ft_ewc")
 class FTEWC(FT):
-    """Fine-tuning with the elastic penalty; see the module's own docstring.
+    """Fine-tuning with the elastic penalty.
 
     Args:
         lr: of Adam, absolute.

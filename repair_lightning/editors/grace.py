@@ -60,7 +60,7 @@ def placement(distance: float, radius: float, same_label: bool, first: float) ->
 
 @register("grace")
 class GRACE(WholeEditor):
-    """General retrieval adaptors for continual editing; see the module's own docstring.
+    """General retrieval adaptors for continual editing.
 
     Args:
         layer: the edited layer, below the last; None takes it at 27/31 of the depth.

@@ -30,7 +30,7 @@ NAME = "edits"  # of the adapters
 
 @register("lora")
 class Lora(WeightEditor):
-    """LoRA adapters on all linear layers; see the module's own docstring. Its `layer` is always the first.
+    """LoRA adapters on all linear layers. Its `layer` is always the first.
 
     Args:
         rank: r, of each adapter.

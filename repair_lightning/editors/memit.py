@@ -34,7 +34,7 @@ MEMITS = replace(ROMES, steps=25, clamp=0.75, contexts=5)
 
 @register("rome")
 class ROME(ValueEditor):
-    """Rank-one model editing; see the module's own docstring.
+    """Rank-one model editing.
 
     Args:
         layer: the edited layer; None for the paper's share of the depth. Not the last: nothing there would carry the
@@ -56,7 +56,7 @@ class ROME(ValueEditor):
 
 @register("memit")
 class MEMIT(ValueEditor):
-    """Mass-editing memory in a transformer; see the module's own docstring.
+    """Mass-editing memory in a transformer.
 
     Args:
         layer: the lowest edited layer; None ends at the paper's share of the depth.

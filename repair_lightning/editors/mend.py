@@ -128,7 +128,7 @@ def has_gradient(factors: Factors) -> Tensor:
 
 @register("mend")
 class MEND(WeightEditor):
-    """Model editor networks with gradient decomposition; see the module's own docstring.
+    """Model editor networks with gradient decomposition.
 
     Args:
         layers: how many layers are written into.

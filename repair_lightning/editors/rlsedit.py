@@ -55,7 +55,7 @@ class Term:
 
 @register("rlsedit")
 class RLSEdit(ValueEditor):
-    """Soft recursive least squares; see the module's own docstring.
+    """Soft recursive least squares.
 
     Args:
         base: folder or hub name of a Hugging Face causal LM.

@@ -36,7 +36,7 @@ def pseudo_values(keys: Tensor, gradients: Tensor, known: RunningMoments, lr: fl
 
 @register("ultraedit")
 class UltraEdit(WeightEditor):
-    """Lifelong normalisation and a closed form; see the module's own docstring.
+    """Lifelong normalisation and a closed form.
 
     Args:
         layers: how many layers are written into.

@@ -38,7 +38,7 @@ OLD_WEIGHT = 0.6  # what a merged memory weighs in the next merge; the new ones 
 
 @register("wise")
 class WISE(Repair):
-    """Side memories that are retrieved or merged; see the module's own docstring.
+    """Side memories that are retrieved or merged.
 
     Args:
         routing: how prompts find their memory.

@@ -31,6 +31,8 @@ NAMED_BASES: Mapping[str, Callable[[], Path]] = {WORLD: base_dir, "smollm2": smo
 """Where the bases are that have a name of their own."""
 A_BASE = "a folder in Hugging Face format, a hub name, a .gguf file, 'smollm2' or 'world'"
 """What a base may be, for errors."""
+_NOT_HERE = f"no folder here and not one of {', '.join(NAMED_BASES)}, and the hub does not give it"
+_REMEDY = f"; give {A_BASE}. Offline, copy what `hf download NAME --local-dir DIR` got elsewhere, and give DIR"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PROBE_TEXT = "In 1984, Zoë's 2 cats weren't at 51 Rue d'Été. 日本"
 
@@ -81,7 +83,8 @@ def load_base(name: str, precision: str = "auto") -> Base:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
         tokenizer = load_tokenizer(name, **options)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(f"base '{name}' cannot be loaded: {first_line(error)}") from error
+        lost = f"base '{name}' cannot be loaded" if local else f"base '{name}' is {_NOT_HERE}"
+        raise ConfigError(f"{lost}: {first_line(error).rstrip('.')}{'' if local else _REMEDY}") from error
     architecture_of(model)
     model.requires_grad_(False).eval()
     if tokenizer.eos_token_id is None:

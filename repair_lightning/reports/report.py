@@ -160,6 +160,9 @@ def side_words(metrics: Mapping[str, Any]) -> Iterator[str]:
             f"{counted(about['asked'], 'other question')} about edited subjects: a shard answers "
             f"{percent(about['fires'])}, {percent(about['changed'])} of the answers changed."
         )
+    if undone := metrics.get("undone"):
+        named = f"{', '.join(undone[:5])}{', ...' * (len(undone) > 5)}"
+        yield f"Taken back, and therefore not asked: {counted(len(undone), 'edit')} ({named})."
     if metrics.get("perplexity"):
         yield "Perplexity of the targets: " + ", ".join(f"{k} {v:.2f}" for k, v in metrics["perplexity"].items())
     if kept := metrics.get("probes"):

@@ -6,13 +6,17 @@ The layout says which of a run's series stand beside each other; it needs an ext
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+import yaml
+from jsonargparse import get_loader
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import WandbLogger
 
@@ -25,7 +29,7 @@ LOGGERS = {
     "csv": "lightning.pytorch.loggers.CSVLogger",
     "tensorboard": "lightning.pytorch.loggers.TensorBoardLogger",
 }
-"""What `--trainer.logger NAME` may be, beside the classes of Lightning."""
+"""What `trainer.logger` may be, as an option and in a configuration, beside the classes of Lightning."""
 WAIT, FINISH, PATIENCE = 10.0, 60.0, 30.0
 """Seconds that the server has to answer at the start, to take what is left at the end, and to take the layout."""
 _KINDS = ("rel", "gen", "loc", "near", "op")
@@ -68,6 +72,20 @@ def named_loggers(argv: Sequence[str]) -> list[str]:
         kind = LOGGERS.get(argument.removeprefix(start)) if start or before == "--trainer.logger" else None
         found += [argument] if kind is None else [f"{start}{kind}", "--trainer.logger.save_dir", "."]
     return found
+
+
+def with_named_logger(file: Path) -> str:
+    """A configuration as the parser takes it: its path; where its `trainer.logger` is a name of `LOGGERS`, its content
+    in one line, with the class in the name's place."""
+    try:
+        content = get_loader("yaml")(file.read_text())
+    except yaml.YAMLError:  # the parser says what is wrong
+        return str(file)
+    trainer = content.get("trainer") if isinstance(content, dict) else None
+    if not isinstance(trainer, dict) or trainer.get("logger") not in list(LOGGERS):
+        return str(file)
+    trainer["logger"] = {"class_path": LOGGERS[trainer["logger"]], "init_args": {"save_dir": "."}}
+    return json.dumps(content)
 
 
 def check_logger(class_path: str) -> None:

@@ -43,11 +43,12 @@ def beside_scores(
         forms: edits that are asked in every form; 0 for none.
         further: edits that further questions are asked about; 0 for none. A quarter of them is asked for a text.
     """
-    found: dict[str, Any] = {"forms": None, "same_subject": same_subject(model, edits, base_changed)}
+    about, said = same_subject(model, edits, base_changed)
+    found: dict[str, Any] = {"forms": None, "same_subject": about}
     found |= {"old_answer": old_answer(scored, rows), "age": age(edits, rows)}
-    said: list[Row] = []
     if forms:
-        found["forms"], said = form_scores(model, scored, forms)
+        found["forms"], in_forms = form_scores(model, scored, forms)
+        said += in_forms
     if further:
         drawn = sample_of(scored, further)
         figures, more = follow_scores(model, drawn)

@@ -12,12 +12,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from repair_lightning.models.edited import EditedModel
 from repair_lightning.scoring.follow import GENERATION, Row, fits
-from repair_lightning.scoring.protocols import answers, answers_beside_base, holds, mean_of, still_says
-from repair_lightning.types import BASE, Edit
+from repair_lightning.scoring.protocols import both_answers, holds, mean_of, still_says
+from repair_lightning.types import Edit
 
 ASKED = ("Write a short paragraph about {}.", "Tell me in one sentence about {}.")
 """Requests for a text, used in turn."""
@@ -46,11 +44,8 @@ def text_scores(
     if not asked:
         return {"in_text": None, "fluency": None}, []
     prompts = list(dict.fromkeys(prompt for _, prompt in asked))
-    memory, both = answers_beside_base(model, prompts, TOKENS, base_changed)
-    rest = [i for i in range(len(prompts)) if i not in both]
-    own = answers(model, [prompts[i] for i in rest], torch.full((len(rest),), BASE), TOKENS)
-    both |= {i: (said, said) for i, said in zip(rest, own, strict=True)}
-    after, before = ({prompts[i]: said[which] for i, said in sorted(both.items())} for which in (0, 1))
+    memory, both = both_answers(model, prompts, TOKENS, base_changed)
+    after, before = ({prompt: said[which] for prompt, said in zip(prompts, both, strict=True)} for which in (0, 1))
     shard = dict(zip(prompts, memory.tolist(), strict=True))
     rows = [_row(edit, prompt, after[prompt], before[prompt]) | {"memory": shard[prompt]} for edit, prompt in asked]
     known = [row for row in rows if row["without_old"] is not None]

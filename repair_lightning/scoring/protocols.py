@@ -150,6 +150,18 @@ def answers_beside_base(
     return choice.memory, {i: (now[i], said) for i, said in zip(at, before, strict=True)}
 
 
+def both_answers(
+    model: EditedModel, prompts: Sequence[str], max_new_tokens: int, base_changed: bool = False
+) -> tuple[Tensor, list[tuple[str, str]]]:
+    """As :func:`answers_beside_base`, with both answers to each prompt: where nothing could change the base's, they are
+    one."""
+    memory, both = answers_beside_base(model, prompts, max_new_tokens, base_changed)
+    rest = [i for i in range(len(prompts)) if i not in both]
+    own = answers(model, [prompts[i] for i in rest], torch.full((len(rest),), BASE), max_new_tokens)
+    both |= {i: (said, said) for i, said in zip(rest, own, strict=True)}
+    return memory, [both[i] for i in range(len(prompts))]
+
+
 def vouched(model: EditedModel, choice: Choice) -> dict[int, str]:
     """By place, the answers that choosing has found already: where the router lets a shard answer only if it says its
     edit's target, that is what it says."""

@@ -84,7 +84,7 @@ class LiveModel:
 
     @property
     def model(self) -> EditedModel:
-        """The edited model, for who sees to it that nothing is corrected meanwhile."""
+        """The edited model itself, without the waiting: nothing may be corrected while it is used."""
         return self.editor.edited
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -93,7 +93,7 @@ class LiveModel:
             return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As :meth:`EditedModel.generate`."""
+        """The edited model's `generate`: texts, messages or token ids, see :meth:`PackedModel.generate`."""
         with self._calls.shared():
             return self.model.generate(*args, **kwargs)
 
@@ -115,8 +115,8 @@ class LiveModel:
             return self._outcomes([self._entry_of(row, joined) for row in rows])
 
     def undo(self, ids: Sequence[str] | str) -> list[str]:
-        """Take corrections back: the base answers their prompts again. Returns the ids of others that were written anew
-        for it. RepairError where one is unknown, undone or superseded: nothing has changed then."""
+        """Take corrections back: the base answers their prompts again. Returns the ids of others that were written
+        again for it. RepairError where one is unknown, undone or superseded: nothing has changed then."""
         ids = [ids] if isinstance(ids, str) else list(dict.fromkeys(ids))
         with self._calls.alone(), self.model.lock:
             check(self.editor, ids)

@@ -64,6 +64,14 @@ class TestMissing:
             load_base(name, "float32")
         assert time.monotonic() - started < 2
 
+    def test_a_hub_name_that_leads_nowhere(self, monkeypatch):
+        """Without network, as with one where the hub knows no such model: what was looked for, and where."""
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        words = r"base 'smollm' is no folder here and not one of world, smollm2, and the hub does not give it: .*; "
+        words += r"give a folder in Hugging Face format, .*\. Offline, copy what `hf download NAME --local-dir DIR`"
+        with pytest.raises(ConfigError, match=words):
+            load_base("smollm", "float32")
+
     @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
     def test_a_damaged_folder(self, copied, file):
         folder = copied()

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers_runs import main_here, world_edits
+from helpers_runs import main_here, world_edits, write_edits
 
 from callbacks import Scoreboard
 from repair_lightning.commands.evaluate import evaluate_pack
@@ -30,7 +30,7 @@ def test_a_run_scores_a_sample_and_writes_all(tmp_path, monkeypatch, capsys):
     """Its tables and page say so; `evaluate.py --sample` finds the same figures, on the run's own records."""
     monkeypatch.chdir(tmp_path)
     edits = world_edits(20)[10:]
-    Path("own.jsonl").write_text("".join(json.dumps(edit.as_dict()) + "\n" for edit in edits))
+    write_edits(Path("own.jsonl"), [*edits, *world_edits(4)])  # of which the run takes ten
     options = ["--config", "quickstart", *SMALL.split(), "--data.path", "own.jsonl"]
     options += ["--scoreboard.sample", "4", "--run_dir", "run"]
     assert main_here(monkeypatch, "train.py", *options) == 0
@@ -44,7 +44,7 @@ def test_a_run_scores_a_sample_and_writes_all(tmp_path, monkeypatch, capsys):
     for stage, name in {"pre_edit": "edit", "before_merge": "edit", "final": "edit", "forms": "bare"}.items():
         of_stage = [row for row in rows if row["stage"] == stage and name in (row.get("kind"), row.get("form"))]
         assert [row["id"] for row in of_stage] == drawn, stage
-    given = ["--pack", "run/pack", "--data.max_edits", "10", "--sample", "4", "--out", "found.json", "--quiet"]
+    given = ["--pack", "run/pack", "--sample", "4", "--out", "found.json", "--quiet"]
     assert main_here(monkeypatch, "evaluate.py", *given) == 0
     assert "10 edits of world, scores of a sample of 4 edits: Rel" in capsys.readouterr().out
     found = json.loads((tmp_path / "found.json").read_text())
