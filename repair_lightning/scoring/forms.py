@@ -128,14 +128,15 @@ _EACH = 4
 """Questions of our own about each subject, at the least one."""
 
 
-def questions_about_subjects(edits: Sequence[Edit], number: int = 200) -> list[str]:
-    """At most `number` questions, the same for the same edits: from what other edits ask, with the subject put in, and
-    of our own. What some record gives as rephrases of one another are not other questions."""
+def questions_about_subjects(edits: Sequence[Edit], number: int = 200) -> dict[str, str]:
+    """At most `number` questions, each with the id of an edit whose subject it names; the same for the same edits: from
+    what other edits ask, with the subject put in, and of our own. What some record gives as rephrases of one another
+    are not other questions."""
     dice = random.Random(0)
     named = [edit for edit in edits if edit.subject and asking.places(edit.prompt, asking.spellings(edit.subject))]
     asked_already = {(edit.subject, _plain(edit.prompt, edit.subject)) for edit in named}
     meaning = _meanings(named)
-    found: dict[str, None] = {}
+    found: dict[str, str] = {}
     each = max(1, min(len(OWN), -(-number // max(len(named), 1))))
     for edit in dice.sample(named, len(named)):
         drawn = dice.sample(named, min(len(named), 4 * each))
@@ -144,8 +145,9 @@ def questions_about_subjects(edits: Sequence[Edit], number: int = 200) -> list[s
         made += [text.format(edit.subject) for text in dice.sample(OWN, min(_EACH, each) if others else each)]
         for text in made[: 2 * each]:
             if text and (edit.subject, _plain(text, edit.subject)) not in asked_already:
-                found[text] = None
-    return dice.sample(list(found), number) if len(found) > number else list(found)
+                found.setdefault(text, edit.id)
+    kept = dice.sample(list(found), number) if len(found) > number else found
+    return {text: found[text] for text in kept}
 
 
 def _meanings(edits: Sequence[Edit]) -> dict[str, str]:
@@ -169,13 +171,15 @@ def _plain(text: str, subject: str | None) -> str:
 
 
 @torch.no_grad()
-def same_subject(model: EditedModel, edits: Sequence[Edit], base_changed: bool = False) -> dict[str, Any] | None:
-    """How many were asked, and the shares of them that a shard answered and whose answer changed; None where no edit
-    names a subject."""
+def same_subject(
+    model: EditedModel, edits: Sequence[Edit], base_changed: bool = False
+) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """How many were asked, and the shares of them that a shard answered and whose answer changed, and a row for each
+    that was asked twice; None where no edit names a subject."""
     questions = questions_about_subjects(edits)
     if not questions:
-        return None
-    memory, both = protocols.answers_beside_base(model, questions, 16, base_changed)
-    changed = sum(now != before for now, before in both.values())
+        return None, []
+    memory, rows = protocols.kept_rows(model, "same_subject", questions, 16, base_changed)
+    changed = sum(not row["kept"] for row in rows)
     fires = float((memory != BASE).float().mean())
-    return {"asked": len(questions), "fires": fires, "changed": changed / len(questions)}
+    return {"asked": len(questions), "fires": fires, "changed": changed / len(questions)}, rows
