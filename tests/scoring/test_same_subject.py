@@ -32,7 +32,10 @@ def test_they_are_other_edits_relations_and_our_own(edits):
 
 def test_by_hand(editor, edits, monkeypatch):
     """Of all questions every fourth is forced to a shard that is not its own; the rest is the base's."""
-    questions = questions_about_subjects(edits)
+    about = questions_about_subjects(edits)
+    questions = list(about)
+    subjects = {edit.id: edit.subject for edit in edits}
+    assert all(subjects[id] in text for text, id in about.items())
     memory = torch.tensor([0 if i % 4 == 0 else BASE for i in range(len(questions))])
     real = editor.edited.choose
     monkeypatch.setattr(editor.edited, "choose", lambda asked: replace(real(asked), memory=memory))
@@ -40,20 +43,27 @@ def test_by_hand(editor, edits, monkeypatch):
     now, before = (protocols.answers(editor.edited, questions, chosen, 16) for chosen in (memory, nobody))
     changed = sum(a != b for a, b in zip(now, before, strict=True))
     assert changed > 0, "the premise"
-    assert same_subject(editor.edited, edits) == {
+    found, rows = same_subject(editor.edited, edits)
+    assert found == {
         "asked": len(questions),
         "fires": pytest.approx(int((memory != BASE).sum()) / len(questions)),
         "changed": pytest.approx(changed / len(questions)),
     }
+    assert [row["prompt"] for row in rows] == questions[::4]
+    assert [(row["answer"], row["base_answer"]) for row in rows] == list(zip(now[::4], before[::4], strict=True))
+    assert sum(not row["kept"] for row in rows) == changed
+    assert {(row["kind"], row["memory"]) for row in rows} == {("same_subject", 0)}
+    assert all(row["id"] == about[row["prompt"]] for row in rows)
 
 
 def test_a_base_that_was_written_into_is_asked_everything(editor_of, write, edits):
     """No shard answers, yet answers change; what the base said before is said by its own weights."""
     editor = editor_of("llama", "ft", lr=0.02, steps=100, norm_constraint=0.5)
     write(editor, edits[:4])
-    found = same_subject(editor.edited, edits, editor.base_changed)
+    found, rows = same_subject(editor.edited, edits, editor.base_changed)
     assert found is not None
+    assert len(rows) == found["asked"]
     assert found["fires"] == 0.0
     assert found["changed"] > 0
-    assert same_subject(editor.edited, edits, base_changed=False)["changed"] == 0.0
+    assert same_subject(editor.edited, edits, base_changed=False)[0]["changed"] == 0.0
     assert editor.base_changed, "and it is left as it was found"
