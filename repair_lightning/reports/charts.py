@@ -126,8 +126,8 @@ def live(run: Artefacts) -> Chart | str:
         for kind, value in line["live"][AUTOREGRESSIVE].items()
         if value is not None and kind in SCORES_IN_WORDS
     ]
-    if not rows:
-        return "live: no live scores in curves.jsonl (scoreboard.live is 0, or an older run)"
+    if len({row["edits"] for row in rows}) < 2:
+        return "live: needs live scores of two windows in curves.jsonl (scoreboard.live is 0, or one window)"
     ends = ", ".join(f"{name} {value:.1f}" for name, value in {row["score"]: row["value"] for row in rows}.items())
     asked = max(line.get("live_edits", 0) for line in curve)
     words = f"Free generation after each window, on samples of at most {asked} written edits; at the end {ends}."
@@ -228,9 +228,10 @@ def cost(spent: pd.DataFrame, log: bool = True) -> Chart | str:
     if spent.empty:
         return "cost: needs the seconds of editing at three numbers of edits"
     rows = records(spent.sort_values(["of", "edits"], kind="stable").round(3))
+    last = {row["of"]: (row["edits"], row["seconds"]) for row in rows}
     ends = "; ".join(
-        f"{name}: {row['edits']:,} edits in {row['seconds']:.1f} s, {60 * row['edits'] / row['seconds']:,.0f} a minute"
-        for name, row in {row["of"]: row for row in rows}.items()
+        f"{name}: {counted(edits, 'edit')} in {seconds:.1f} s, {60 * edits / seconds:,.0f} a minute"
+        for name, (edits, seconds) in last.items()
     )
     words = f"Seconds of editing, without loading and scoring, for the first so many edits. {ends}."
     looks = {name: EDITORS[of] for name in spent["of"] if (of := name.rpartition(": ")[2]) in EDITORS}
@@ -302,7 +303,7 @@ def components(results: Sequence[Result]) -> Chart | str:
     words = f"Free generation, mean over {counted(shown['seed'].nunique(), 'seed')}."
     cells = [{**row, "shown": f"{row['value']:.1f}" + (f" ± {row['sd']:.1f}" if row["sd"] else "")} for row in rows]
     picture = drawing.heat(cells, "score", "variant", "value")
-    return Chart("components", f"Which parts help, {size:,} edits", words, rows, picture)
+    return Chart("components", f"Which parts help, {counted(size, 'edit')}", words, rows, picture)
 
 
 def sensitivity(grid: Grid, results: Sequence[Result], name: str) -> Chart | str:
@@ -323,7 +324,7 @@ def sensitivity(grid: Grid, results: Sequence[Result], name: str) -> Chart | str
     default = (grid.default[column], grid.default[row]) if len(grid.default) == 2 else None
     words = f"Best {best}; worst {worst}." + " The frame marks the default." * bool(default)
     picture = drawing.heat(rows, x, y, "OP", [name.replace("_", " ") for name in (x, y)], default)
-    return Chart(name, f"OP over {size:,} edits", words, rows, picture)
+    return Chart(name, f"OP over {counted(size, 'edit')}", words, rows, picture)
 
 
 def result_of(run: Artefacts) -> Result:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -188,9 +188,11 @@ def named_points(
     """Shares y in per cent over a logarithmic axis x, each place with its name, in a small picture for each panel."""
     width, height = 300, 250
     colour, mark = (part.legend(None) for part in _look(rows, group, looks))
-    placed = [
-        row for name in _values(rows, panel) for row in _apart([r for r in rows if r[panel] == name], x, y, group)
-    ]
+    low, high = (
+        round_(math.log10(end(row[x] for row in rows))) for round_, end in ((math.floor, min), (math.ceil, max))
+    )
+    across = [{**row, "across": (math.log10(row[x]) - low) / max(high - low, 1)} for row in rows]
+    placed = [row for name in _values(rows, panel) for row in _apart([r for r in across if r[panel] == name], y, group)]
     base = alt.Chart(width=width, height=height).encode(
         x=_axis(alt.X, x, titles[0], log=True), y=_axis(alt.Y, y, titles[1]), color=colour
     )
@@ -207,22 +209,21 @@ def named_points(
     return alt.layer(*layers, data=_data(placed)).facet(facet=_panels(rows, panel), columns=2)
 
 
-def _apart(rows: Sequence[Row], x: str, y: str, group: str) -> list[Row]:
-    """Rows with the height `label` of their names and the `side` at which these begin, so that none lies on another."""
-    line, letter = 6.0, 0.02  # a line's height in per cent; a letter's width as a share of the axis
-    logs = [math.log(row[x]) for row in rows]
-    low, wide = min(logs), max(max(logs) - min(logs), 1e-9)
-    taken: list[tuple[float, float, float]] = []
+def _apart(rows: Sequence[Row], y: str, group: str) -> list[Row]:
+    """Rows, each `across` so much of the width, with the height `label` of their names and the `side` at which these
+    begin, so that none lies on another or on a mark."""
+    line, letter, mark = 6.0, 0.02, 0.02  # a line's height in per cent; a letter and half a mark as shares of the width
+    taken = [(row["across"] - mark, row["across"] + mark, float(row[y])) for row in rows]
     found: list[Row] = []
     for row in sorted(rows, key=lambda row: -row[y]):
-        place, size = (math.log(row[x]) - low) / wide, letter * (len(row[group]) + 2)
-        side = "left" if place + size <= 1.1 else "right"
-        start = place if side == "left" else place - size
-        at = float(row[y])
-        while any(start < end and begin < start + size and abs(at - other) < line for begin, end, other in taken):
-            at -= line / 2
-        taken.append((start, start + size, at))
-        found.append({**row, "label": at, "side": side})
+        at, size = row["across"], letter * len(row[group])
+        side = "left" if at + size <= 1 else "right"
+        start = at + 1.1 * mark if side == "left" else at - 1.1 * mark - size
+        near = [height for begin, end, height in taken if start < end and begin < start + size]
+        heights = (row[y] + sign * step * line / 2 for step in itertools.count() for sign in (-1, 1))
+        label = next(height for height in heights if all(abs(height - other) >= line for other in near))
+        taken.append((start, start + size, label))
+        found.append({**row, "label": label, "side": side})
     return found
 
 
@@ -230,7 +231,7 @@ def _look(rows: Sequence[Row], group: str, looks: Mapping[str, Look]) -> tuple[A
     """The colours and marks of the names in a column: those given, and for others those that are left."""
     names = _values(rows, group)
     taken = {looks[name] for name in names if name in looks}
-    free = [(colour, shape) for shape, colour in product(SHAPES, COLOURS) if (colour, shape) not in taken]
+    free = [(colour, shape) for shape, colour in itertools.product(SHAPES, COLOURS) if (colour, shape) not in taken]
     others = [name for name in names if name not in looks]
     known = {**looks, **{name: free[i % len(free)] for i, name in enumerate(others)}}
     scales = [alt.Scale(domain=names, range=[known[name][part] for name in names]) for part in (0, 1)]

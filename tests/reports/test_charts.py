@@ -227,19 +227,12 @@ def test_every_editor_has_one_look_of_its_own_in_every_picture():
 
 
 def test_names_beside_points_do_not_lie_on_each_other():
-    names = [f"editor-{i}" for i in range(8)]
-    placed = _apart(
-        [{"cost": 1 + i % 2 / 50, "OP": 90.0, "editor": name} for i, name in enumerate(names)], "cost", "OP", "editor"
-    )
-    heights = sorted(row["label"] for row in placed)
-    assert len(placed) == 8
-    for side in ("left", "right"):
-        heights = sorted(row["label"] for row in placed if row["side"] == side)
-        assert all(b - a >= 6 for a, b in pairwise(heights))
-    alone = _apart(
-        [{"cost": 1.0, "OP": 90.0, "editor": "a"}, {"cost": 9.0, "OP": 20.0, "editor": "b"}], "cost", "OP", "editor"
-    )
-    assert all(row["label"] == row["OP"] for row in alone)
+    rows = [{"across": 0.5 + i % 2 / 50, "OP": 90.0, "editor": f"editor-{i}"} for i in range(8)]
+    heights = sorted(row["label"] for row in _apart(rows, "OP", "editor"))
+    assert len(heights) == 8
+    assert all(b - a >= 6 for a, b in pairwise(heights))
+    apart = [{"across": 0.1, "OP": 90.0, "editor": "a"}, {"across": 0.99, "OP": 90.0, "editor": "b"}]
+    assert [(row["label"], row["side"]) for row in _apart(apart, "OP", "editor")] == [(90.0, "left"), (90.0, "right")]
 
 
 def test_an_axis_that_does_not_begin_at_zero_says_so():

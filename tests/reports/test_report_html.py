@@ -72,7 +72,7 @@ def test_its_figures_are_those_of_the_metrics(hard_run, page):
     for protocol in ("autoregressive", "teacher_forced"):
         for stage in ("pre_edit", "before_merge", "final", "oracle_routing"):
             assert f"{100 * metrics[stage][protocol]['op']:.1f}" in page.text
-    assert "6 of 12 edits failed; 6 of them were quarantined" in page.text
+    assert "6 of 12 edits failed; 6 quarantined, so the base answers" in page.text
     assert "quarantined: still wrong after 2 attempts" in page.text
     run = Artefacts.read(hard_run)
     assert set(problems(run)) == {row["id"] for row in run.final if row["kind"] == "edit" and not row["correct"]}
@@ -132,9 +132,9 @@ def test_an_older_run_has_a_report_without_what_it_lacks_and_undone_edits_are_sa
     ledger.undo(["w0005"], "undone")
     ledger.to_parquet(copied_run / "edits.parquet")
     text = Page(write_report(copied_run).read_text()).text
-    assert "Left out: live: no live scores" in text
+    assert "Left out: live: needs live scores of two windows" in text
     assert "Left out: features: no features.json" in text
-    assert "1 of the edits were taken back after the run" in text
+    assert "1 edit taken back after the run" in text
 
 
 def enlarged(run: Path, number: int) -> None:
