@@ -320,7 +320,7 @@ def event_table(run: Artefacts) -> Table:
         done = {"time, UTC": when, "what": kind, "why": reason, "edits": len(ids), "arrived in window": window}
         named = ", ".join(ids[:4]) + ", ..." * (len(ids) > 4)
         rows.append(done | {"written in the end": known.count(EditStatus.WRITTEN) if ids else None, "which": named})
-    return table("event-table", "Pruned, written again, given up", rows, "`repair-lightning log --run DIR`")
+    return table("event-table", "What was done to which edits", rows, "`repair-lightning log --run DIR`")
 
 
 def merge_table(metrics: Mapping[str, Any]) -> Table:
