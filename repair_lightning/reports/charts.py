@@ -20,7 +20,7 @@ from repair_lightning.reports import comparison, drawing
 from repair_lightning.reports.artefacts import Artefacts, Row, base_name
 from repair_lightning.reports.comparison import COLUMNS, TABLE, Column, Grid, Result, cell, read_tables, short
 from repair_lightning.reports.drawing import EDITORS, Chart, Look, records
-from repair_lightning.reports.report import CHECKS, SCORES_IN_WORDS, check_failed, only_in_base, percent
+from repair_lightning.reports.report import CHECKS, OTHER_CHECK, SCORES_IN_WORDS, held_back, only_in_base, percent
 from repair_lightning.scoring.protocols import AUTOREGRESSIVE
 from repair_lightning.scoring.separation import MEANT, OTHERS, auroc
 from repair_lightning.types import BASE
@@ -33,11 +33,12 @@ OUTCOMES: Mapping[str, Look] = {
     "not asked": (drawing.GREY, "diamond"),
 }
 """How an edit is answered in the end, and how that looks."""
-FIRES, HELD, UNDER = "over the line: a shard answers", "over the line, but", "not over the line: the base answers"
+FIRES, UNDER, HELD = "over the line: a shard answers", "not over the line: the base answers", "over the line, but "
+_DARK = (drawing.DARK, drawing.PINK, drawing.GREY)
 WHO: Mapping[str, Look] = {
     FIRES: (drawing.BLUE, "circle"),
     UNDER: (drawing.ORANGE, "circle"),
-    **{f"{HELD} {why}: the base answers": (drawing.DARK, "circle") for why in CHECKS.values()},
+    **{HELD + why: (colour, "circle") for why, colour in zip((*CHECKS.values(), OTHER_CHECK), _DARK, strict=True)},
 }
 """Who answers a prompt, by the score and by what is checked besides, and how that looks."""
 
@@ -88,7 +89,7 @@ def _who(row: Row) -> str:
     score, threshold = row.get("score"), row.get("threshold")
     if score is None or threshold is None or score <= threshold:
         return UNDER
-    return f"{HELD} {CHECKS.get(check_failed(row) or '', next(iter(CHECKS.values())))}: the base answers"
+    return HELD + held_back(row)
 
 
 def answered_by(run: Artefacts) -> Chart | str:
@@ -234,7 +235,7 @@ def cost(spent: pd.DataFrame, log: bool = True) -> Chart | str:
         for name, (edits, seconds) in last.items()
     )
     words = f"Seconds of editing, without loading and scoring, for the first so many edits. {ends}."
-    looks = {name: EDITORS[of] for name in spent["of"] if (of := name.rpartition(": ")[2]) in EDITORS}
+    looks = dict(EDITORS) | {name: EDITORS[of] for name in spent["of"] if (of := name.rpartition(": ")[2]) in EDITORS}
     titles = ("edits", "seconds of editing")
     picture = drawing.lines(rows, "edits", "seconds", "of", titles, log="xy" if log else "", looks=looks)
     return Chart("cost", "What editing costs", words, rows, picture)
@@ -341,7 +342,7 @@ def scale(results: Sequence[Result]) -> Chart | str:
         return "scale: needs runs of one base with different numbers of edits"
     parts = [name for name in ("base", "variant") if found[name].nunique() > 1] or ["base"]
     found = found.assign(of=found[parts].agg(", ".join, axis=1))
-    looks = {row["of"]: EDITORS[row["variant"]] for row in records(found) if row["variant"] in EDITORS}
+    looks = dict(EDITORS) | {row["of"]: EDITORS[row["variant"]] for row in records(found) if row["variant"] in EDITORS}
     rows = records(found[["of", "edits", "OP", "sd"]].sort_values(["of", "edits"]))
     words = "Free generation, final model, by the number of edits. Where a line falls, edits get in each other's way."
     picture = drawing.lines(

@@ -105,7 +105,7 @@ def lines(
     logarithmic axes; y is in per cent where its title says so, `spread` is the column with the standard deviation."""
     rows, names = _once(rows, x, y, group)
     few = len(rows) <= 60 * len(names)
-    colour, mark = _look(rows, group, {names[name]: look for name, look in (looks or {}).items() if name in names})
+    colour, mark = _look(rows, group, {names.get(name, name): look for name, look in (looks or {}).items()})
     base = alt.Chart(_data(rows), width=WIDTH, height=230).encode(
         x=_axis(alt.X, x, titles[0], "x" in log), y=_axis(alt.Y, y, titles[1], "y" in log), color=colour
     )
@@ -229,8 +229,8 @@ def _apart(rows: Sequence[Row], y: str, group: str) -> list[Row]:
 
 def _look(rows: Sequence[Row], group: str, looks: Mapping[str, Look]) -> tuple[Any, Any]:
     """The colours and marks of the names in a column: those given, and for others those that are left."""
-    names = _values(rows, group)
-    taken = {looks[name] for name in names if name in looks}
+    names = [_printable(name) for name in _values(rows, group)]
+    taken = set(looks.values())
     free = [(colour, shape) for shape, colour in itertools.product(SHAPES, COLOURS) if (colour, shape) not in taken]
     others = [name for name in names if name not in looks]
     known = {**looks, **{name: free[i % len(free)] for i, name in enumerate(others)}}

@@ -230,14 +230,21 @@ CHECKS = {
     "its target's tokens said": "the nearest edit's shard would not say its target here",
     "activation": "the shard that the key chose was not excited enough",
 }
-"""What a prompt has to pass besides the score, as its place in `generations.jsonl` names it, and what is so where it
+"""What a prompt has to pass besides the score, as its line in `generations.jsonl` names it, and what is so where it
 did not."""
+OTHER_CHECK = "a further check failed"
+"""Of a check that is not among these, or of an older run."""
 
 
 def check_failed(row: Row) -> str | None:
     """The first check besides the score that a prompt did not pass, by its name."""
     checks = row.get("checks") or {}
     return next((name for name, (value, limit) in checks.items() if value is None or value < limit), None)
+
+
+def held_back(row: Row) -> str:
+    """Why a prompt whose score is over its threshold is answered by the base."""
+    return CHECKS.get(check_failed(row) or "", OTHER_CHECK)
 
 
 def why_wrong(row: Row, entry: LedgerEntry | None) -> str:
@@ -252,7 +259,7 @@ def why_wrong(row: Row, entry: LedgerEntry | None) -> str:
         if owner == BASE:
             return "the base answered, into whose weights the edit is written"
         if scored and score > threshold:
-            words = CHECKS.get(check_failed(row) or "", "a check besides the score failed")
+            words = held_back(row)
         elif score is not None and score < 0 and threshold is None:
             words = "it names nothing that an edit is about"
         return f"no shard answered: {words}".removesuffix(": ")
