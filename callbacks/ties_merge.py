@@ -82,8 +82,7 @@ class LossAwareTiesMerge(pl.Callback):
         self.enabled, self.rule, self.group, self.alpha, self.normalize = enabled, rule, group, alpha, normalize
         self.every_n_windows, self.target, self.max_op_drop = every_n_windows, target, max_op_drop
         self.outcome: Decision | None = None
-        self.weights: dict[str, float] = {}
-        self.merged: list[int] = []
+        self.merges: list[dict[str, Any]] = []  # each one that was tried, for `metrics.json`
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Every n windows, if asked."""
@@ -99,12 +98,22 @@ class LossAwareTiesMerge(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         """What came of the merges so far."""
         known = None if self.outcome is None else [self.outcome.yes, self.outcome.reason]
-        return {"outcome": known, "weights": dict(self.weights), "merged": list(self.merged)}
+        return {"outcome": known, "merges": list(self.merges)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self.outcome = None if state_dict["outcome"] is None else Decision(*state_dict["outcome"])
-        self.weights, self.merged = dict(state_dict["weights"]), list(state_dict["merged"])
+        self.merges = list(state_dict["merges"])
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight that each shard had when it was last merged."""
+        return {shard: weight for one in self.merges for shard, weight in one["weights"].items()}
+
+    @property
+    def merged(self) -> list[int]:
+        """The shards that merges left, which are not merged again."""
+        return [one["into"] for one in self.merges if one["accepted"]]
 
     def merge(self, editor: Editing, whole: bool = False) -> None:
         """Merge the shards that own edits, group by group, where they bear it; with `whole`, full groups alone.
@@ -122,54 +131,66 @@ class LossAwareTiesMerge(pl.Callback):
         if not groups:
             self.outcome = self.outcome or Decision(False, f"{counted(len(shards), 'shard')}: nothing to merge")
             return
-        outcomes = [self._merge(group, editor) for group in groups]
-        stay = sum(map(bool, outcomes))
-        said = "; ".join(outcome.reason for outcome in outcomes[:8])
+        tried = [self._merge(group, editor) for group in groups]
+        self.merges += tried
+        stay = sum(one["accepted"] for one in tried)
+        said = "; ".join(f"{_named(one['shards'])}: {one['reason']}" for one in tried[:8])
         self.outcome = Decision(stay > 0, f"{stay} of {counted(len(groups), 'merge')}: {said}")
         log.info("merges: %s", self.outcome.reason)
         weights = {f"merge/weight/{shard}": weight for shard, weight in self.weights.items()}
-        editor.log_now({"merge/accepted": stay / len(groups), **weights})
+        costs = [one["before"] - one["after"] for one in tried if one["after"] is not None]
+        cost = {"merge/cost": max(costs)} if costs else {}
+        editor.log_now({"merge/accepted": stay / len(groups), **cost, **weights})
 
-    def _merge(self, shards: list[int], editor: Editing) -> Decision:
+    def _merge(self, shards: list[int], editor: Editing) -> dict[str, Any]:
+        tried: dict[str, Any] = {"shards": shards, "into": None, "rule": self.rule, "weights": {}}
         if len(shards) > self.max_shards:
-            return Decision(False, f"{len(shards)} shards are more than {self.max_shards}")
+            none = {"before": None, "after": None, "accepted": False}
+            return tried | none | {"reason": f"{len(shards)} shards are more than {self.max_shards}"}
         model, into_base = editor.edited, self.target == "main"
         owned = {shard: editor.ledger.owned_by(shard) for shard in shards}
         ids = [id for known in owned.values() for id in known]
         guard = MergeGuard(editor, ids, into_base)
         before = guard.score()
         snapshot, router = model.memory.snapshot(), model.router.state_dict()
+        weights = dict(zip(map(str, shards), self.weights_of(shards, editor).tolist(), strict=True))
         fused = editor.fuse(shards, self.fused_delta(shards, editor))
         editor.ledger.reassign(ids, fused)
         editor.calibrate()
         if into_base:
             editor.fold(fused)
-        decision = accept(before, guard.score(), self.max_op_drop)
+        after = guard.score()
+        decision = accept(before, after, self.max_op_drop)
         editor.team.same("whether a merge may stay", decision.reason)
-        if decision:
-            self.merged.append(fused)
-            if into_base:
-                editor.ledger.reassign(editor.ledger.owned_by(fused), BASE)
-        else:
+        if decision and into_base:
+            editor.ledger.reassign(editor.ledger.owned_by(fused), BASE)
+        elif not decision:
             if into_base:
                 editor.unfold()
             model.memory.restore(snapshot)
             model.router.load_state_dict(router)
             for shard, known in owned.items():
                 editor.ledger.reassign(known, shard, "unmerged")
-        named = f"shards {shards}" if len(shards) <= 8 else f"{len(shards)} shards"
-        return Decision(decision.yes, f"{named}: {decision.reason}")
+        into = (BASE if into_base else fused) if decision else None
+        found = {"into": into, "weights": weights, "before": before, "after": after}
+        return tried | found | {"accepted": decision.yes, "reason": decision.reason}
+
+    def weights_of(self, shards: list[int], editor: Editing) -> Tensor:
+        """(K,) how much each shard counts, by the losses of its edits."""
+        return loss_weights(torch.tensor([mean_loss(editor.ledger, shard) for shard in shards]), self.alpha)
 
     @torch.no_grad()
     def fused_delta(self, shards: list[int], editor: Editing) -> Tensor:
         """The weighted merge of some shards' deltas, (D, F), by the rule."""
-        losses = torch.tensor([mean_loss(editor.ledger, shard) for shard in shards])
-        weights = loss_weights(losses, self.alpha)
-        self.weights |= {str(shard): float(weight) for shard, weight in zip(shards, weights, strict=True)}
+        weights = self.weights_of(shards, editor)
         if self.rule == "least_squares":
             return editor.least_squares(shards, weights.tolist())
         deltas = editor.edited.memory.stacked(shards)
         return ties_merge(deltas, weights.to(deltas), self.normalize)
+
+
+def _named(shards: list[int]) -> str:
+    return f"shards {shards}" if len(shards) <= 8 else f"{len(shards)} shards"
 
 
 class MergeGuard:

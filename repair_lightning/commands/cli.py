@@ -355,7 +355,8 @@ def _nothing_written(ledger: Ledger, ids: Sequence[str]) -> str | None:
 
 def _metrics(cli: EditCLI) -> dict[str, Any]:
     """The content of `metrics.json`; figures that do not apply are None."""
-    board, feedback, outcome = cli.part("scoreboard"), cli.part("feedback"), cli.part("merge").outcome
+    board, feedback, merge = cli.part("scoreboard"), cli.part("feedback"), cli.part("merge")
+    reason = merge.outcome.reason if merge.outcome is not None else "merging is off"
     editor, stream, results = cli.model, cli.datamodule, board.results
     records, joined = stream.records, stream.joined
     reporting = cli.part("dashboard").seconds  # reporting measures, as scoring does
@@ -385,7 +386,7 @@ def _metrics(cli: EditCLI) -> dict[str, Any]:
             "retriggered": feedback.retriggered,
             "quarantined": len(stream.ledger.with_status(EditStatus.QUARANTINED)),
         },
-        "merge": {"accepted": bool(outcome), "reason": outcome.reason if outcome is not None else "merging is off"},
+        "merge": {"accepted": bool(merge.outcome), "reason": reason, "merges": merge.merges},
         "records": {
             "bad": list(records.bad),
             "duplicates": list(records.duplicates),

@@ -33,7 +33,7 @@ from rich.console import Console
 from repair_lightning.commands.cli import CONFIGS, config_path, resolve_configs
 from repair_lightning.commands.parsing import Parser
 from repair_lightning.commands.parsing import parse as parsed
-from repair_lightning.errors import ConfigError
+from repair_lightning.errors import ConfigError, counted
 from repair_lightning.reports.charts import draw_comparison
 from repair_lightning.reports.comparison import Grid, Result, write_tables
 from repair_lightning.reports.html_report import write_comparison_page
@@ -165,7 +165,7 @@ class Run:
     arguments: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.variant.name}, {self.size} edits, seed {self.seed}"
+        return f"{self.variant.name}, {counted(self.size, 'edit')}, seed {self.seed}"
 
     def asked(self) -> dict[str, Any]:
         """All that decides what comes out, short of the code and the data: a run is repeated where it changes. Where a

@@ -45,9 +45,18 @@ class Artefacts:
         return self.path.resolve().name
 
     @cached_property
+    def _generations(self) -> list[Row]:
+        return self.objects("generations.jsonl", lines=True)
+
+    @cached_property
     def final(self) -> list[Row]:
         """The lines of `generations.jsonl` about the final model."""
-        return [row for row in self.objects("generations.jsonl", lines=True) if row.get("stage") == "final"]
+        return [row for row in self._generations if row.get("stage") == "final"]
+
+    @cached_property
+    def about_subjects(self) -> list[Row]:
+        """The lines of `generations.jsonl` about other questions that name an edited subject."""
+        return [row for row in self._generations if row.get("kind") == "same_subject"]
 
     @cached_property
     def own_rows(self) -> dict[str, Row]:

@@ -3,6 +3,7 @@ missing for it."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,39 +19,55 @@ from repair_lightning.errors import ConfigError, counted
 from repair_lightning.reports import comparison, drawing
 from repair_lightning.reports.artefacts import Artefacts, Row, base_name
 from repair_lightning.reports.comparison import COLUMNS, TABLE, Column, Grid, Result, cell, read_tables, short
-from repair_lightning.reports.drawing import Chart, records
-from repair_lightning.reports.report import SCORES_IN_WORDS, only_in_base, percent
+from repair_lightning.reports.drawing import EDITORS, Chart, Look, records
+from repair_lightning.reports.report import CHECKS, OTHER_CHECK, SCORES_IN_WORDS, held_back, only_in_base, percent
 from repair_lightning.scoring.protocols import AUTOREGRESSIVE
 from repair_lightning.scoring.separation import MEANT, OTHERS, auroc
 from repair_lightning.types import BASE
 
 KINDS_IN_WORDS = {"edit": "edits", "rephrase": "rephrases", "locality": "unrelated", "near": "neighbours"}
-OUTCOMES = ("all right", "a rephrase wrong", "its own prompt wrong", "not asked")
-"""How an edit is answered in the end."""
+OUTCOMES: Mapping[str, Look] = {
+    "all right": (drawing.BLUE, "circle"),
+    "a rephrase wrong": (drawing.ORANGE, "triangle-up"),
+    "its own prompt wrong": (drawing.RED, "cross"),
+    "not asked": (drawing.GREY, "diamond"),
+}
+"""How an edit is answered in the end, and how that looks."""
+FIRES, UNDER, HELD = "over the line: a shard answers", "not over the line: the base answers", "over the line, but "
+_DARK = (drawing.DARK, drawing.PINK, drawing.GREY)
+WHO: Mapping[str, Look] = {
+    FIRES: (drawing.BLUE, "circle"),
+    UNDER: (drawing.ORANGE, "circle"),
+    **{HELD + why: (colour, "circle") for why, colour in zip((*CHECKS.values(), OTHER_CHECK), _DARK, strict=True)},
+}
+"""Who answers a prompt, by the score and by what is checked besides, and how that looks."""
 
 
 def separation(run: Artefacts, bins: int = 40) -> Chart | str:
-    """The routing score of every prompt over its threshold, by kind of prompt and by who answers (paper, Fig. 4)."""
-    frame = pd.DataFrame(run.final, columns=["kind", "score", "threshold", "memory"])
+    """The routing score of every prompt over its threshold, by kind of prompt and by who answers, so by the further
+    checks as well (paper, Fig. 4)."""
+    frame = pd.DataFrame(run.final, columns=["kind", "score", "threshold"])
     score, threshold = frame["score"].astype(float), frame["threshold"].astype(float).replace(0, np.nan)
     ratio = score.clip(lower=0) / threshold
     if ratio.isna().all():
         return "separation: no routing score with a threshold in generations.jsonl"
     ratio = ratio.mask(threshold.isna() & (score < 0), 0.0).dropna()  # below zero: no edit is about what it names
-    fired = frame["memory"].fillna(BASE) != BASE
+    who = pd.Series([_who(row) for row in run.final])
     found = {kind: ratio[frame["kind"] == kind].to_numpy() for kind in KINDS_IN_WORDS}
-    edges = np.linspace(0.0, max(1.2, 1.05 * float(ratio.quantile(0.995))), bins + 1)
+    top = max(1.2, 1.05 * float(ratio.quantile(0.995)))
+    parts = max(1, round(bins / top))  # of a unit, so that no bar lies across the line
+    edges = np.arange(math.ceil(top * parts) + 1) / parts
     rows, above = [], []
     for kind, values in found.items():
         if not len(values):
             continue
         above.append(f"{percent(float(np.mean(values > 1)))} of the {KINDS_IN_WORDS[kind]}")
         panel = f"{KINDS_IN_WORDS[kind]} ({len(values):,})"
-        shard = fired[ratio.index][frame["kind"] == kind].to_numpy()
-        for who, own in (("a shard answers", values[shard]), ("the base answers", values[~shard])):
-            shares = 100 * np.histogram(own.clip(edges[0], edges[-1]), edges)[0] / len(values)
+        own = who[ratio.index][frame["kind"] == kind].to_numpy()
+        for words in [name for name in WHO if (who == name).any()]:
+            shares = 100 * np.histogram(values[own == words].clip(edges[0], edges[-1]), edges)[0] / len(values)
             places = np.array([*zip((edges[:-1] + edges[1:]) / 2, shares, strict=True)]).tolist()
-            of_bars = {"prompts": panel, "who": who}
+            of_bars = {"prompts": panel, "who": words}
             rows += [of_bars | {"ratio": round(x, 4), "share": round(y, 3)} for x, y in places]
     about = torch.tensor(np.concatenate([found[kind] for kind in MEANT]))
     areas = {kind: auroc(about, torch.tensor(found[kind])) for kind in OTHERS}
@@ -58,29 +75,46 @@ def separation(run: Artefacts, bins: int = 40) -> Chart | str:
     words = f"Routing score over threshold: {', '.join(above)} lie above their threshold."
     words += f" AUROC of edits and rephrases: {', '.join(apart)}." if apart else ""
     if run.option("model.routing.router") != "activation":
-        words += " A prompt that names no edited subject counts as 0; above the line the base answers where the shard"
-        words += " would not say its target."
+        words += " A prompt that names no edited subject counts as 0; above the line the base answers where a further"
+        words += " check fails."
     titles = ("routing score over threshold", "% of prompts")
-    picture = drawing.histograms(rows, "ratio", "share", "prompts", "who", titles, mark=1.0)
+    picture = drawing.histograms(rows, "ratio", "share", "prompts", "who", titles, mark=1.0, looks=WHO)
     return Chart("separation", "Are edited and unrelated prompts apart?", words, rows, picture)
 
 
+def _who(row: Row) -> str:
+    """Who answered a prompt, and by what, in the words of `WHO`."""
+    if row.get("memory", BASE) != BASE:
+        return FIRES
+    score, threshold = row.get("score"), row.get("threshold")
+    if score is None or threshold is None or score <= threshold:
+        return UNDER
+    return HELD + held_back(row)
+
+
 def answered_by(run: Artefacts) -> Chart | str:
-    """Which memory answered each kind of prompt."""
+    """How many prompts of each kind were answered by which memory."""
     routing = {} if only_in_base(run.metrics) else run.metrics.get("routing") or {}
-    names = {"right": "the edit's own shard", "wrong": "another shard", "base": "the base"}
-    rows = [
-        {"prompts": KINDS_IN_WORDS[kind], "memory": words, "share": round(100 * shares[name], 3)}
-        for kind, shares in routing.items()
-        if shares
-        for name, words in names.items()
-    ]
-    if not rows:
-        return "answered_by: no routing figures in metrics.json, or no shard that could answer"
-    right = "; ".join(f"{row['prompts']} {row['share']:.1f} %" for row in rows if row["memory"] == names["right"])
-    words = f"Answered by the edit's own shard: {right}. Edits and rephrases should be, all others not."
-    shown = [{**row, "shown": f"{row['share']:.1f}"} for row in rows]
-    picture = drawing.heat(shown, "prompts", "memory", "share")
+    names = {"right": "its own edit's shard", "wrong": "another shard", "base": "the base"}
+    asked = Counter(row["kind"] for row in run.final)
+    known = {kind: shares for kind, shares in routing.items() if shares and asked[kind]}
+    if not known:
+        return "answered_by: no routing figures in metrics.json, no prompts, or no shard that could answer"
+    rows: list[Row] = []
+    shown: list[Row] = []
+    for kind, shares in known.items():
+        counts = {words: round(asked[kind] * shares[name]) for name, words in names.items()}
+        rows.append({"prompts": KINDS_IN_WORDS[kind]} | counts)
+        for name, words in names.items():
+            cell = {"prompts": KINDS_IN_WORDS[kind], "memory": words, "share": round(100 * shares[name], 3)}
+            shown.append(cell | {"shown": f"{counts[words]:,}"})
+    right = "; ".join(
+        f"{row['prompts']} {row[names['right']]:,} of {asked[kind]:,}" for kind, row in zip(known, rows, strict=True)
+    )
+    words = (
+        f"Numbers of prompts. Answered by their own edit's shard: {right}. Edits and rephrases should be, others not."
+    )
+    picture = drawing.heat(shown, "memory", "prompts", "share")
     return Chart("answered_by", "Who answered?", words, rows, picture)
 
 
@@ -93,8 +127,8 @@ def live(run: Artefacts) -> Chart | str:
         for kind, value in line["live"][AUTOREGRESSIVE].items()
         if value is not None and kind in SCORES_IN_WORDS
     ]
-    if not rows:
-        return "live: no live scores in curves.jsonl (scoreboard.live is 0, or an older run)"
+    if len({row["edits"] for row in rows}) < 2:
+        return "live: needs live scores of two windows in curves.jsonl (scoreboard.live is 0, or one window)"
     ends = ", ".join(f"{name} {value:.1f}" for name, value in {row["score"]: row["value"] for row in rows}.items())
     asked = max(line.get("live_edits", 0) for line in curve)
     words = f"Free generation after each window, on samples of at most {asked} written edits; at the end {ends}."
@@ -151,7 +185,7 @@ def feature_points(run: Artefacts) -> Chart | str:
     rows: list[Row] = [
         {"id": id, "x": x, "y": y, "outcome": outcomes.get(id, "not asked")} for id, (x, y) in places.items()
     ]
-    rows.sort(key=lambda row: OUTCOMES.index(row["outcome"]))
+    rows.sort(key=lambda row: list(OUTCOMES).index(row["outcome"]))
     first, second = features.get("explained") or [0.0, 0.0]
     counts = Counter(row["outcome"] for row in rows)
     words = (
@@ -159,15 +193,16 @@ def feature_points(run: Artefacts) -> Chart | str:
         f"along the two directions of largest variance ({percent(first)} and {percent(second)} of it); "
         f"{', '.join(f'{number:,} {outcome}' for outcome, number in counts.items())}."
     )
-    picture = drawing.points(rows, "x", "y", "outcome", ("first component", "second component"))
+    picture = drawing.points(rows, "x", "y", "outcome", ("first component", "second component"), OUTCOMES)
     return Chart("features", "Where the edits lie, and how they are answered", words, rows, picture)
 
 
 def outcomes_of(final: Sequence[Row]) -> dict[str, str]:
     """By id, how the final model answers an edit, in the words of `OUTCOMES`."""
     wrong = {kind: {row["id"] for row in final if row["kind"] == kind and not row["correct"]} for kind in MEANT}
+    right, rephrase, own, _ = OUTCOMES
     return {
-        row["id"]: OUTCOMES[2 if row["id"] in wrong["edit"] else 1 if row["id"] in wrong["rephrase"] else 0]
+        row["id"]: own if row["id"] in wrong["edit"] else rephrase if row["id"] in wrong["rephrase"] else right
         for row in final
     }
 
@@ -190,17 +225,19 @@ def costs_of(runs: Sequence[Artefacts]) -> pd.DataFrame:
 def cost(spent: pd.DataFrame, log: bool = True) -> Chart | str:
     """Time of editing against the number of edits, both logarithmic as in the paper (Fig. 7), or not."""
     spent = spent[(spent["edits"] > 0) & (spent["seconds"] > 0)]
+    spent = spent[spent.groupby("of")["edits"].transform("nunique") > 2]  # fewer say nothing about growth
     if spent.empty:
-        return "cost: no run with edits and seconds"
-    sizes = spent.groupby("of")["edits"].transform("nunique")
-    spent = spent[sizes > min(1, sizes.max() - 1)]  # beside lines, a point alone says nothing about growth
+        return "cost: needs the seconds of editing at three numbers of edits"
     rows = records(spent.sort_values(["of", "edits"], kind="stable").round(3))
+    last = {row["of"]: (row["edits"], row["seconds"]) for row in rows}
     ends = "; ".join(
-        f"{name}: {row['edits']:,} edits in {row['seconds']:.1f} s, {60 * row['edits'] / row['seconds']:,.0f} a minute"
-        for name, row in {row["of"]: row for row in rows}.items()
+        f"{name}: {counted(edits, 'edit')} in {seconds:.1f} s, {60 * edits / seconds:,.0f} a minute"
+        for name, (edits, seconds) in last.items()
     )
     words = f"Seconds of editing, without loading and scoring, for the first so many edits. {ends}."
-    picture = drawing.lines(rows, "edits", "seconds", "of", ("edits", "seconds of editing"), log="xy" if log else "")
+    looks = dict(EDITORS) | {name: EDITORS[of] for name in spent["of"] if (of := name.rpartition(": ")[2]) in EDITORS}
+    titles = ("edits", "seconds of editing")
+    picture = drawing.lines(rows, "edits", "seconds", "of", titles, log="xy" if log else "", looks=looks)
     return Chart("cost", "What editing costs", words, rows, picture)
 
 
@@ -267,7 +304,7 @@ def components(results: Sequence[Result]) -> Chart | str:
     words = f"Free generation, mean over {counted(shown['seed'].nunique(), 'seed')}."
     cells = [{**row, "shown": f"{row['value']:.1f}" + (f" ± {row['sd']:.1f}" if row["sd"] else "")} for row in rows]
     picture = drawing.heat(cells, "score", "variant", "value")
-    return Chart("components", f"Which parts help, {size:,} edits", words, rows, picture)
+    return Chart("components", f"Which parts help, {counted(size, 'edit')}", words, rows, picture)
 
 
 def sensitivity(grid: Grid, results: Sequence[Result], name: str) -> Chart | str:
@@ -288,7 +325,7 @@ def sensitivity(grid: Grid, results: Sequence[Result], name: str) -> Chart | str
     default = (grid.default[column], grid.default[row]) if len(grid.default) == 2 else None
     words = f"Best {best}; worst {worst}." + " The frame marks the default." * bool(default)
     picture = drawing.heat(rows, x, y, "OP", [name.replace("_", " ") for name in (x, y)], default)
-    return Chart(name, f"OP over {size:,} edits", words, rows, picture)
+    return Chart(name, f"OP over {counted(size, 'edit')}", words, rows, picture)
 
 
 def result_of(run: Artefacts) -> Result:
@@ -304,10 +341,20 @@ def scale(results: Sequence[Result]) -> Chart | str:
     if found.empty:
         return "scale: needs runs of one base with different numbers of edits"
     parts = [name for name in ("base", "variant") if found[name].nunique() > 1] or ["base"]
-    found = found.assign(of=found[parts].agg(", ".join, axis=1))[["of", "edits", "OP", "sd"]]
-    rows = records(found.sort_values(["of", "edits"]))
+    found = found.assign(of=found[parts].agg(", ".join, axis=1))
+    looks = dict(EDITORS) | {row["of"]: EDITORS[row["variant"]] for row in records(found) if row["variant"] in EDITORS}
+    rows = records(found[["of", "edits", "OP", "sd"]].sort_values(["of", "edits"]))
     words = "Free generation, final model, by the number of edits. Where a line falls, edits get in each other's way."
-    picture = drawing.lines(rows, "edits", "OP", "of", ("edits", "OP, per cent"), log="x", spread="sd")
+    picture = drawing.lines(
+        rows,
+        "edits",
+        "OP",
+        "of",
+        ("edits", "OP, per cent"),
+        log="x",
+        spread="sd",
+        looks=looks if "variant" in parts else {},
+    )
     return Chart("scale", "OP against the number of edits", words, rows, picture)
 
 
@@ -332,7 +379,7 @@ def op_against(results: Sequence[Result]) -> Iterator[Chart | str]:
         best = records(found.loc[found.groupby("id", sort=False)["OP"].idxmax()])
         said = "; ".join(f"{row['id']}: {row['editor']} {row['OP']:.1f} at {row['cost']:,g}" for row in best)
         said = f"Free generation, a picture per number of edits; upper left is best. Highest OP at {said}."
-        picture = drawing.points(records(found), "cost", "OP", "editor", (title, "OP, per cent"), panel="id")
+        picture = drawing.named_points(records(found), "cost", "OP", "editor", (title, "OP, per cent"), "id", EDITORS)
         yield Chart(f"op_against_{spent}", f"OP against {title}", said, records(found), picture)
 
 

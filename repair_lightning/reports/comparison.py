@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import pandas as pd
 
-from repair_lightning.errors import RepairError
+from repair_lightning.errors import RepairError, counted
 from repair_lightning.reports.artefacts import base_name
 from repair_lightning.reports.report import Table, latex, markdown
 from repair_lightning.scoring.protocols import AUTOREGRESSIVE, PROTOCOLS, TEACHER_FORCED
@@ -222,13 +222,17 @@ def remarks(results: Sequence[Result]) -> list[str]:
     """What the variants are, what failed or was not run, and where the data were too few."""
     found = [f"`{name}`: {note}." for name, note in {run.variant: run.note for run in results if run.note}.items()]
     bad = [run for run in results if run.status in ("failed", "stopped")]
-    found += [f"{r.status.capitalize()}: `{r.variant}`, {r.size} edits, seed {r.seed}: {r.error}" for r in bad]
+    found += [
+        f"{r.status.capitalize()}: `{r.variant}`, {counted(r.size, 'edit')}, seed {r.seed}: {r.error}" for r in bad
+    ]
     unasked = {(run.variant, run.size): run.error for run in results if run.status == "not run"}
-    found += [f"Not run: `{name}`, {size} edits: {why}." for (name, size), why in unasked.items()]
+    found += [f"Not run: `{name}`, {counted(size, 'edit')}: {why}." for (name, size), why in unasked.items()]
     sampled = sorted({scored["edits"] for run in results if (scored := run.figure(("scored",)))})
-    found += [f"Scores are of a sample of {number:,} edits where there are more." for number in sampled]
+    found += [f"Scores are of a sample of {counted(number, 'edit')} where there are more." for number in sampled]
     few = {run.size: run.edits for run in results if run.metrics}
-    return found + [f"The data hold no {size} edits, but {held}." for size, held in few.items() if held != size]
+    return found + [
+        f"The data hold no {counted(size, 'edit')}, but {held:,}." for size, held in few.items() if held != size
+    ]
 
 
 def scores_frame(parts: Sequence[Part]) -> pd.DataFrame:

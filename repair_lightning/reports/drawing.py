@@ -1,12 +1,14 @@
-"""The four forms of pictures, drawn by Altair from rows of data. Texts of the user's are data here, never markup."""
+"""The five forms of pictures, drawn by Altair from rows of data. Texts of the user's are data here, never markup."""
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import altair as alt
 import pandas as pd
@@ -16,8 +18,32 @@ from repair_lightning.storage.files import replace_text
 
 Row = Mapping[str, Any]
 
-COLOURS = ["#0b6e99", "#d97706", "#2f855a", "#a23b72", "#6b5fb5", "#b93a20", "#7a8790", "#8a6d1f"]
-SHAPES = ["circle", "triangle-up", "square", "diamond", "cross"]
+BLUE, ORANGE, GREEN, PINK = "#0072b2", "#e69f00", "#009e73", "#cc79a7"
+SKY, RED, DARK, GREY = "#56b4e9", "#d55e00", "#1d2529", "#8a949b"
+"""Apart for the colour-blind too (Okabe and Ito, 2008), without the yellow."""
+COLOURS = [BLUE, ORANGE, GREEN, PINK, SKY, RED, DARK, GREY]
+SHAPES = ["circle", "triangle-up", "square", "diamond", "cross", "triangle-down"]
+Look = tuple[str, str]
+"""A colour and a mark."""
+EDITORS: Mapping[str, Look] = {
+    "keyed": (BLUE, "circle"),
+    "repair": (RED, "square"),
+    "wise": (GREEN, "triangle-up"),
+    "grace": (PINK, "diamond"),
+    "defer": (ORANGE, "cross"),
+    "ft": (GREY, "circle"),
+    "ft_ewc": (GREY, "square"),
+    "rome": (SKY, "triangle-up"),
+    "memit": (SKY, "triangle-down"),
+    "mend": (DARK, "diamond"),
+    "ultraedit": (ORANGE, "triangle-up"),
+    "rlsedit": (GREEN, "square"),
+    "rls_repair": (PINK, "cross"),
+    "lookup": (DARK, "cross"),
+    "icl": (RED, "triangle-down"),
+    "lora": (BLUE, "diamond"),
+}
+"""How each editor looks, in every picture."""
 CONFIG = {
     "aria": False,  # the page has the words and the numbers beside each picture
     "font": "Liberation Sans, Arial, sans-serif",
@@ -26,7 +52,6 @@ CONFIG = {
     "header": {"labelFontWeight": "bold", "labelAnchor": "start", "labelLimit": 300},
     "legend": {"orient": "bottom", "columns": 3, "labelLimit": 0, "title": None},
     "title": {"anchor": "start"},
-    "range": {"category": COLOURS},
 }
 WIDTH = 380
 
@@ -67,30 +92,60 @@ def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def lines(
-    rows: Sequence[Row], x: str, y: str, group: str, titles: Sequence[str], log: str = "", spread: str = ""
+    rows: Sequence[Row],
+    x: str,
+    y: str,
+    group: str,
+    titles: Sequence[str],
+    log: str = "",
+    spread: str = "",
+    looks: Mapping[str, Look] | None = None,
 ) -> Any:
-    """A line for each group. `titles` are those of x and y, `log` names logarithmic axes; y is in per cent where its
-    title says so, `spread` is the column with the standard deviation."""
-    few = len(rows) <= 60 * len(_values(rows, group))
+    """A line for each group; where some coincide, one under all their names. `titles` are those of x and y, `log` names
+    logarithmic axes; y is in per cent where its title says so, `spread` is the column with the standard deviation."""
+    rows, names = _once(rows, x, y, group)
+    few = len(rows) <= 60 * len(names)
+    colour, mark = _look(rows, group, {names.get(name, name): look for name, look in (looks or {}).items()})
     base = alt.Chart(_data(rows), width=WIDTH, height=230).encode(
-        x=_axis(alt.X, x, titles[0], "x" in log), y=_axis(alt.Y, y, titles[1], "y" in log), color=_named(group)
+        x=_axis(alt.X, x, titles[0], "x" in log), y=_axis(alt.Y, y, titles[1], "y" in log), color=colour
     )
-    dash = _named(group, alt.StrokeDash, legend=None)
-    drawn = [base.mark_line(point={"size": 25} if few else False, clip=False).encode(strokeDash=dash)]
+    drawn = [base.mark_line(clip=False).encode(strokeDash=_named(group, alt.StrokeDash, legend=None))]
+    drawn += [base.mark_point(filled=True, size=40, opacity=1).encode(shape=mark)] if few else []
     drawn += [base.mark_errorbar(ticks=True).encode(yError=alt.YError(spread))] if spread else []
     return alt.layer(*drawn)
 
 
-def histograms(rows: Sequence[Row], x: str, y: str, panel: str, group: str, titles: Sequence[str], mark: float) -> Any:
+def _once(rows: Sequence[Row], x: str, y: str, group: str) -> tuple[list[Row], dict[str, str]]:
+    """The rows of lines that do not coincide with an earlier one, which has the names of all that do; and by its first
+    name that of each."""
+    same: dict[Any, list[str]] = {}
+    for name in _values(rows, group):
+        same.setdefault(tuple((row[x], row[y]) for row in rows if row[group] == name), []).append(name)
+    words = {names[0]: " = ".join(names) for names in same.values()}
+    return [{**row, group: words[row[group]]} for row in rows if row[group] in words], words
+
+
+def histograms(
+    rows: Sequence[Row],
+    x: str,
+    y: str,
+    panel: str,
+    group: str,
+    titles: Sequence[str],
+    mark: float,
+    looks: Mapping[str, Look],
+) -> Any:
     """Bars y at the numbers x, with a colour for each name in `group`, a small picture for each panel one below the
     other; a vertical line at `mark`."""
+    places = _values(rows, x)
+    domain = alt.Scale(domain=[0, places[0] + places[-1]], nice=False)
     base = alt.Chart(width=WIDTH, height=60)
-    bars = base.mark_bar(size=0.8 * WIDTH / len(_values(rows, x))).encode(
-        x=_axis(alt.X, x, titles[0]),
+    bars = base.mark_bar(size=0.9 * WIDTH / len(places)).encode(
+        x=_axis(alt.X, x, titles[0]).scale(domain),
         y=alt.Y(y, type="quantitative", title=titles[1], axis=alt.Axis(tickCount=3)),
-        color=_named(group),
+        color=_look(rows, group, looks)[0].legend(columns=1),
     )
-    rule = base.mark_rule(color="#b93a20", strokeDash=[4, 3], strokeWidth=1.5).encode(x=alt.datum(mark))
+    rule = base.mark_rule(color=DARK, strokeDash=[4, 3], strokeWidth=1.5).encode(x=alt.datum(mark))
     drawn = alt.layer(bars, rule, data=_data(rows)).facet(facet=_panels(rows, panel), columns=1)
     return drawn.resolve_scale(y="independent")
 
@@ -103,7 +158,8 @@ def heat(
     known = [row[value] for row in rows if row[value] is not None]
     top, places = max(known), _values(rows, y)
     low = min([*known, top - 20])  # small differences look small
-    base = alt.Chart(_data(rows), width=alt.Step(70), height=alt.Step(45)).encode(
+    wide = max(70, *(7 * len(str(name)) for name in _values(rows, x)))
+    base = alt.Chart(_data(rows), width=alt.Step(wide), height=alt.Step(45)).encode(
         x=alt.X(x, type="ordinal", sort=_values(rows, x), title=titles[0], axis=alt.Axis(labelAngle=0)),
         y=alt.Y(y, type="ordinal", sort=places if isinstance(places[0], str) else places[::-1], title=titles[1]),
     )
@@ -117,20 +173,69 @@ def heat(
     return alt.layer(cells, words, base.mark_rect(fill=None, stroke="red", strokeWidth=3).properties(data=framed))
 
 
-def points(rows: Sequence[Row], x: str, y: str, group: str, titles: Sequence[str], panel: str | None = None) -> Any:
-    """Places: a colour for each name in `group`, or a scale where it holds numbers; a small picture for each panel,
-    then with shares in per cent over a logarithmic axis."""
-    if any(isinstance(row[group], str) for row in rows):  # colours come again with another mark
-        shapes = [SHAPES[i // len(COLOURS) % len(SHAPES)] for i in range(len(_values(rows, group)))]
-        look = {"color": _named(group), "shape": _named(group, alt.Shape, scale=alt.Scale(range=shapes))}
-    else:
-        legend = alt.Legend(orient="right", title=group)
-        look = {"color": alt.Color(f"{group}:Q", scale=alt.Scale(scheme="viridis"), legend=legend)}
-    drawn = alt.Chart(_data(rows), width=280 if panel else WIDTH, height=180 if panel else 280).encode(
-        x=_axis(alt.X, x, titles[0], log=bool(panel), zero=False), y=_axis(alt.Y, y, titles[1], zero=False), **look
+def points(
+    rows: Sequence[Row], x: str, y: str, group: str, titles: Sequence[str], looks: Mapping[str, Look] | None = None
+) -> Any:
+    """Places, with a look for each name in `group`."""
+    colour, mark = _look(rows, group, looks or {})
+    drawn = alt.Chart(_data(rows), width=WIDTH, height=280).mark_point(filled=True, size=40)
+    return drawn.encode(x=_axis(alt.X, x, titles[0]), y=_axis(alt.Y, y, titles[1]), color=colour, shape=mark)
+
+
+def named_points(
+    rows: Sequence[Row], x: str, y: str, group: str, titles: Sequence[str], panel: str, looks: Mapping[str, Look]
+) -> Any:
+    """Shares y in per cent over a logarithmic axis x, each place with its name, in a small picture for each panel."""
+    width, height = 300, 250
+    colour, mark = (part.legend(None) for part in _look(rows, group, looks))
+    low, high = (
+        round_(math.log10(end(row[x] for row in rows))) for round_, end in ((math.floor, min), (math.ceil, max))
     )
-    drawn = drawn.mark_point(filled=True, size=40)
-    return drawn.facet(facet=_panels(rows, panel), columns=2) if panel else drawn
+    across = [{**row, "across": (math.log10(row[x]) - low) / max(high - low, 1)} for row in rows]
+    placed = [row for name in _values(rows, panel) for row in _apart([r for r in across if r[panel] == name], y, group)]
+    base = alt.Chart(width=width, height=height).encode(
+        x=_axis(alt.X, x, titles[0], log=True), y=_axis(alt.Y, y, titles[1]), color=colour
+    )
+    layers = [
+        base.mark_rule(strokeWidth=0.7).encode(y2="label"),
+        base.mark_point(filled=True, size=60).encode(shape=mark),
+    ]
+    sides: tuple[tuple[Literal["left", "right"], int], ...] = (("left", 1), ("right", -1))
+    for side, sign in sides:
+        words = base.transform_filter(alt.datum.side == side).encode(y=alt.Y("label", type="quantitative"))
+        layers.append(
+            words.mark_text(align=side, dx=7 * sign, fontSize=10).encode(text=alt.Text(group, type="nominal"))
+        )
+    return alt.layer(*layers, data=_data(placed)).facet(facet=_panels(rows, panel), columns=2)
+
+
+def _apart(rows: Sequence[Row], y: str, group: str) -> list[Row]:
+    """Rows, each `across` so much of the width, with the height `label` of their names and the `side` at which these
+    begin, so that none lies on another or on a mark."""
+    line, letter, mark = 6.0, 0.02, 0.02  # a line's height in per cent; a letter and half a mark as shares of the width
+    taken = [(row["across"] - mark, row["across"] + mark, float(row[y])) for row in rows]
+    found: list[Row] = []
+    for row in sorted(rows, key=lambda row: -row[y]):
+        at, size = row["across"], letter * len(row[group])
+        side = "left" if at + size <= 1 else "right"
+        start = at + 1.1 * mark if side == "left" else at - 1.1 * mark - size
+        near = [height for begin, end, height in taken if start < end and begin < start + size]
+        heights = (row[y] + sign * step * line / 2 for step in itertools.count() for sign in (-1, 1))
+        label = next(height for height in heights if all(abs(height - other) >= line for other in near))
+        taken.append((start, start + size, label))
+        found.append({**row, "label": label, "side": side})
+    return found
+
+
+def _look(rows: Sequence[Row], group: str, looks: Mapping[str, Look]) -> tuple[Any, Any]:
+    """The colours and marks of the names in a column: those given, and for others those that are left."""
+    names = [_printable(name) for name in _values(rows, group)]
+    taken = set(looks.values())
+    free = [(colour, shape) for shape, colour in itertools.product(SHAPES, COLOURS) if (colour, shape) not in taken]
+    others = [name for name in names if name not in looks]
+    known = {**looks, **{name: free[i % len(free)] for i, name in enumerate(others)}}
+    scales = [alt.Scale(domain=names, range=[known[name][part] for name in names]) for part in (0, 1)]
+    return _named(group, alt.Color, scale=scales[0]), _named(group, alt.Shape, scale=scales[1])
 
 
 def _values(rows: Sequence[Row], column: str) -> list[Any]:
@@ -147,10 +252,12 @@ def _named(column: str, kind: Any = alt.Color, **more: Any) -> Any:
     return kind(column, type="nominal", sort=None, **more)
 
 
-def _axis(kind: Any, column: str, title: str, log: bool = False, zero: bool = True) -> Any:
-    """A numeric axis; shares in per cent have room for marks that lie on their limits."""
-    limits: dict[str, Any] = {"domain": [-3, 103], "nice": False} if "per cent" in title else {"zero": zero}
+def _axis(kind: Any, column: str, title: str, log: bool = False) -> Any:
+    """A numeric axis, from zero unless it is logarithmic, which its title says; shares in per cent have room for marks
+    that lie on their limits."""
+    limits: dict[str, Any] = {"domain": [-3, 103], "nice": False} if "per cent" in title else {"zero": True}
     scale = alt.Scale(type="log") if log else alt.Scale(**limits)
+    title += ", logarithmic" if log else ""
     return kind(column, type="quantitative", title=title, scale=scale, axis=alt.Axis(format=",~f"))
 
 

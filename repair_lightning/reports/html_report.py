@@ -21,6 +21,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from repair_lightning.edits.ledger import EditStatus
+from repair_lightning.errors import counted
 from repair_lightning.reports import comparison, report
 from repair_lightning.reports.artefacts import Artefacts, base_name
 from repair_lightning.reports.charts import RUN_CHARTS, op_against, scale
@@ -55,11 +56,11 @@ def write_report(run_dir: str | Path) -> Path:
     final = run.metrics["final"].get(AUTOREGRESSIVE, {})
     return _write(
         run.path,
-        title=f"{run.metrics['n_edits']:,} corrections of {base_name(run.metrics)}",
+        title=f"{counted(run.metrics['n_edits'], 'correction')} of {base_name(run.metrics)}",
         subtitle=f"Run {run.name}{when}",
         lead=_lead(run),
         sections=_sections(run),
-        tiles={kind: percent(final.get(kind)) for kind in ("rel", "gen", "loc", "near", "op")},
+        tiles={kind: percent(final.get(kind)) for kind in ("rel", "gen", "loc", "near", "op")} | _changed(run),
         made=f"Made by REPAIR-Lightning; `repair-lightning report --run {run.path}` makes it again.",
     )
 
@@ -129,19 +130,29 @@ def _sections(run: Artefacts) -> list[Section]:
     sample = report.sample_words(m).removeprefix(", ").capitalize()
     further = Table("Further scores", report.further_frame(m["final"]), id="further-table")
     scores = [Table(sample, report.score_frame(m), id="score-table"), forms, further]
-    failed = f"{len(report.problems(run)):,} of {m['n_edits']:,} edits failed{' as far as asked' * bool(sample)}"
+    failed = (
+        f"{len(report.problems(run)):,} of {counted(m['n_edits'], 'edit')} failed{' as far as asked' * bool(sample)}"
+    )
     quarantined = m.get("closed_loop", {}).get("quarantined", 0)
-    failed += f"; {quarantined:,} of them were quarantined, so the base answers them." if quarantined else "."
-    counts = f"Failed ones come first. {', '.join(f'{number:,} {status}' for status, number in known.items())}"
-    edits = [report.edits_table(run), report.others_table(run)]
+    failed += f"; {quarantined:,} quarantined, so the base answers." if quarantined else "."
+    counts = f"Failed ones come first. {', '.join(f'{number:,} {status}' for status, number in known.items())}."
+    edits = [report.edits_table(run), report.others_table(run), report.changed_table(run)]
+    loop = [report.merge_table(m), report.event_table(run)]
     texts = [("The command", _provenance(run).get("command")), ("The complete configuration", run.config_text)]
     return [
         Section("scores", "Scores", list(report.side_words(m)), scores),
         Section("edits", "The edits, and why some failed", [failed, counts], edits),
         _pictures([make(run) for make in RUN_CHARTS.values()]),
-        Section("loop", "What happened", [report.loop_words(m)], [report.event_table(run)]),
+        Section("loop", "What happened", [report.loop_words(m)], loop),
         Section("how", "Configuration", facts=_setup(run), texts=[(name, text) for name, text in texts if text]),
     ]
+
+
+def _changed(run: Artefacts) -> dict[str, str]:
+    """The tile with how many other questions about edited subjects are answered in another way; none where none was
+    asked."""
+    about = run.metrics["final"].get("same_subject")
+    return {"changed": f"{round(about['changed'] * about['asked']):,} of {about['asked']:,}"} if about else {}
 
 
 def _provenance(run: Artefacts) -> dict[str, Any]:
@@ -153,15 +164,17 @@ def _lead(run: Artefacts) -> list[str]:
     """What was asked and how it was done, in plain words."""
     m, data = run.metrics, run.option("data.path")
     changed, shards = "deviation" in m.get("method", {}), m.get("shards", 0)
-    words = f"A language model was wrong about some facts. {m['n_edits']:,} corrections were written into "
-    words += f"{base_name(m)}, one after the other, as they would arrive in use. "
-    words += f"They come from {data}. " if data else ""
-    words += "They change some of its own weights. " if changed else "The model itself was not retrained. "
+    one = m["n_edits"] == 1
+    words = f"A language model was wrong about {'a fact' if one else 'some facts'}. "
+    words += f"{counted(m['n_edits'], 'correction')} {'was' if one else 'were'} written into {base_name(m)}"
+    words += ". " if one else ", one after the other, as they would arrive in use. "
+    words += f"{'It comes' if one else 'They come'} from {data}. " if data else ""
+    words += "Some of its own weights are changed. " if changed else "The model itself was not retrained. "
     if shards or not changed:
         words += f"Corrections are kept in memories beside it (shards; {shards:,} at the end): for every question a "
         words += "router decides, from its words alone, whether one of them or the model answers."
     undone = sum(entry.status == EditStatus.UNDONE for entry in run.entries.values())
-    back = f"{undone} of the edits were taken back after the run; scores and answers are those before that."
+    back = f"{counted(undone, 'edit')} taken back after the run; scores and answers are those before that."
     return [words] + [back] * bool(undone)
 
 

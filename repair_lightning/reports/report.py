@@ -229,6 +229,27 @@ def problems(run: Artefacts) -> dict[str, str]:
     return found
 
 
+CHECKS = {
+    "its target's tokens said": "the nearest edit's shard would not say its target here",
+    "activation": "the shard that the key chose was not excited enough",
+}
+"""What a prompt has to pass besides the score, as its line in `generations.jsonl` names it, and what is so where it
+did not."""
+OTHER_CHECK = "a further check failed"
+"""Of a check that is not among these, or of an older run."""
+
+
+def check_failed(row: Row) -> str | None:
+    """The first check besides the score that a prompt did not pass, by its name."""
+    checks = row.get("checks") or {}
+    return next((name for name, (value, limit) in checks.items() if value is None or value < limit), None)
+
+
+def held_back(row: Row) -> str:
+    """Why a prompt whose score is over its threshold is answered by the base."""
+    return CHECKS.get(check_failed(row) or "", OTHER_CHECK)
+
+
 def why_wrong(row: Row, entry: LedgerEntry | None) -> str:
     """Why a prompt is answered wrong, from who answered it."""
     owner, memory, kept = entry.shard if entry else None, row["memory"], row["kind"] in OTHERS
@@ -241,7 +262,7 @@ def why_wrong(row: Row, entry: LedgerEntry | None) -> str:
         if owner == BASE:
             return "the base answered, into whose weights the edit is written"
         if scored and score > threshold:
-            words = "the nearest edit's shard would not say its target here"
+            words = held_back(row)
         elif score is not None and score < 0 and threshold is None:
             words = "it names nothing that an edit is about"
         return f"no shard answered: {words}".removesuffix(": ")
@@ -266,6 +287,18 @@ def others_table(run: Artefacts) -> Table:
     return table("others-table", "Other prompts that are answered wrong", rows, "generations.jsonl")
 
 
+def changed_table(run: Artefacts) -> Table:
+    """Other questions about edited subjects whose answers changed."""
+    rows = []
+    for row in run.about_subjects:
+        if not row["kept"]:
+            said = {"of edit": row["id"], "asked": dialogue.shown(row["prompt"]), "the base says": row["base_answer"]}
+            by = "the base, changed" if row["memory"] == BASE else f"shard {row['memory']}"
+            rows.append(said | {"now says": row["answer"], "answered by": by})
+    title = "Other questions about edited subjects that changed"
+    return table("changed-table", title, rows, "generations.jsonl, kind `same_subject`")
+
+
 def edits_table(run: Artefacts) -> Table:
     """All edits: failed ones first with the reason, then in order of arrival."""
     why, answered = problems(run), run.own_rows
@@ -285,15 +318,31 @@ def edits_table(run: Artefacts) -> Table:
 
 
 def event_table(run: Artefacts) -> Table:
-    """The journal but for arrivals, writes and checks that went well: what was done to how many edits, and why."""
+    """The journal but for arrivals, writes and checks that went well: what was done to which edits, why, and how many
+    of them are written in the end."""
     told = [e for e in run.events if e["kind"] not in ("arrived", "written", "evaluated", "inherited")]
     rows = []
     for (kind, reason, window), same in groupby(told, key=lambda e: (e["kind"], e["reason"], e["window"])):
         first, *others = same
-        edits = sum(event["id"] is not None for event in (first, *others))
+        ids = list(dict.fromkeys(event["id"] for event in (first, *others) if event["id"] is not None))
+        known = [run.entries[id].status for id in ids if id in run.entries]
         when = f"{datetime.fromtimestamp(first['time'], timezone.utc):%H:%M:%S}"
-        rows.append({"time, UTC": when, "what": kind, "edits": edits, "arrived in window": window, "why": reason})
-    return table("event-table", "", rows, "`repair-lightning log --run DIR`")
+        done = {"time, UTC": when, "what": kind, "why": reason, "edits": len(ids), "arrived in window": window}
+        named = ", ".join(ids[:4]) + ", ..." * (len(ids) > 4)
+        rows.append(done | {"written in the end": known.count(EditStatus.WRITTEN) if ids else None, "which": named})
+    return table("event-table", "What was done to which edits", rows, "`repair-lightning log --run DIR`")
+
+
+def merge_table(metrics: Mapping[str, Any]) -> Table:
+    """Every merge that was tried: what it made of which shards, by what weights, and what it cost."""
+    rows = []
+    for one in (metrics.get("merge") or {}).get("merges") or ():
+        into = {None: "-", BASE: "the base's own weights"}.get(one["into"], f"shard {one['into']}")
+        weights = ", ".join(f"{weight:.2f}" for weight in one["weights"].values())
+        tried = {"shards": ", ".join(map(str, one["shards"])), "into": into, "rule": one["rule"].replace("_", " ")}
+        tried |= {"weights": weights, "before": _percent(one["before"]), "after": _percent(one["after"])}
+        rows.append(tried | {"accepted": "yes" if one["accepted"] else "no", "why": one["reason"]})
+    return table("merge-table", "Merges", rows, "metrics.json")
 
 
 # -- tables as files ---------------------------------------------------------------------------------------------------

@@ -53,6 +53,7 @@ LINES = {
         "waiting": ["pool/residual", "pool/feedback", "pool/requeued", "pool/quarantined"],
         "per window": ["loop/pruned", "loop/requeued", "loop/rolled_back", "loop/quarantined"],
     },
+    "Merge": {"share that stays, and the most that one costs": ["merge/accepted", "merge/cost"]},
     "Writing": {"loss, nats": ["write/loss"], "distillation loss, nats": ["write/kd"], "steps": ["write/steps"]},
     "Cost": {
         "edits per minute": ["speed/edits_per_minute"],

@@ -14,7 +14,7 @@ from repair_lightning.scoring.follow import Row, fits, follow_scores
 from repair_lightning.scoring.forms import form_scores, same_subject
 from repair_lightning.scoring.in_text import text_scores
 from repair_lightning.scoring.probability import probability_scores
-from repair_lightning.scoring.protocols import answers_beside_base, mean_of, still_says
+from repair_lightning.scoring.protocols import kept_rows, mean_of, still_says
 from repair_lightning.scoring.scorer import sample_of
 from repair_lightning.texts import asking, dialogue
 from repair_lightning.types import BASE, Edit
@@ -88,19 +88,13 @@ def negation(
     the shares that a shard answered and that kept the base's answer, and a row for each that was asked twice; None
     where no prompt is a cloze."""
     plain = [edit for edit in edits if not model.forms.is_rendered(edit.prompt)]
-    denied = {text: edit for edit in plain if (text := _denied(edit)) is not None and fits(model, text, _TOKENS)}
+    denied = {text: edit.id for edit in plain if (text := _denied(edit)) is not None and fits(model, text, _TOKENS)}
     if not denied:
         return None, []
-    prompts = list(denied)
-    memory, both = answers_beside_base(model, prompts, _TOKENS, base_changed)
-    rows = []
-    for i, (said, before) in both.items():
-        prompt, shard = prompts[i], int(memory[i])
-        row = {"stage": "further", "id": denied[prompt].id, "kind": "negation", "prompt": prompt, "answer": said}
-        rows.append(row | {"base_answer": before, "kept": said == before, "memory": shard})
+    memory, rows = kept_rows(model, "negation", denied, _TOKENS, base_changed)
     changed = sum(not row["kept"] for row in rows)
-    shares = {"fires": float((memory != BASE).float().mean()), "kept": 1 - changed / len(prompts)}
-    return {"asked": len(prompts), **shares}, rows
+    shares = {"fires": float((memory != BASE).float().mean()), "kept": 1 - changed / len(denied)}
+    return {"asked": len(denied), **shares}, rows
 
 
 def _denied(edit: Edit) -> str | None:

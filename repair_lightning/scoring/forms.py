@@ -129,9 +129,9 @@ _EACH = 4
 
 
 def questions_about_subjects(edits: Sequence[Edit], number: int = 200) -> dict[str, str]:
-    """At most `number` questions, the same for the same edits, with the id of an edit about whose subject each asks:
-    from what other edits ask, with the subject put in, and of our own. What some record gives as rephrases of one
-    another are not other questions."""
+    """At most `number` questions, each with the id of an edit whose subject it names; the same for the same edits: from
+    what other edits ask, with the subject put in, and of our own. What some record gives as rephrases of one another
+    are not other questions."""
     dice = random.Random(0)
     named = [edit for edit in edits if edit.subject and asking.places(edit.prompt, asking.spellings(edit.subject))]
     asked_already = {(edit.subject, _plain(edit.prompt, edit.subject)) for edit in named}
@@ -145,8 +145,9 @@ def questions_about_subjects(edits: Sequence[Edit], number: int = 200) -> dict[s
         made += [text.format(edit.subject) for text in dice.sample(OWN, min(_EACH, each) if others else each)]
         for text in made[: 2 * each]:
             if text and (edit.subject, _plain(text, edit.subject)) not in asked_already:
-                found[text] = edit.id
-    return found if len(found) <= number else {text: found[text] for text in dice.sample(list(found), number)}
+                found.setdefault(text, edit.id)
+    kept = dice.sample(list(found), number) if len(found) > number else found
+    return {text: found[text] for text in kept}
 
 
 def _meanings(edits: Sequence[Edit]) -> dict[str, str]:
@@ -173,15 +174,12 @@ def _plain(text: str, subject: str | None) -> str:
 def same_subject(
     model: EditedModel, edits: Sequence[Edit], base_changed: bool = False
 ) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-    """How many were asked, and the shares of them that a shard answered and whose answer changed, None where no edit
-    names a subject; and each question with its two answers as a row."""
+    """How many were asked, and the shares of them that a shard answered and whose answer changed, and a row for each
+    that was asked twice; None where no edit names a subject."""
     questions = questions_about_subjects(edits)
     if not questions:
         return None, []
-    memory, both = protocols.both_answers(model, list(questions), 16, base_changed)
-    rows = []
-    for (text, id), (said, before), shard in zip(questions.items(), both, memory.tolist(), strict=True):
-        row = {"stage": "further", "id": id, "kind": "same_subject", "prompt": text, "answer": said}
-        rows.append(row | {"base_answer": before, "kept": said == before, "memory": shard})
-    fires = mean_of(row["memory"] != BASE for row in rows)
-    return {"asked": len(rows), "fires": fires, "changed": mean_of(not row["kept"] for row in rows)}, rows
+    memory, rows = protocols.kept_rows(model, "same_subject", questions, 16, base_changed)
+    changed = sum(not row["kept"] for row in rows)
+    fires = float((memory != BASE).float().mean())
+    return {"asked": len(questions), "fires": fires, "changed": changed / len(questions)}, rows

@@ -162,6 +162,20 @@ def both_answers(
     return memory, [both[i] for i in range(len(prompts))]
 
 
+def kept_rows(
+    model: EditedModel, kind: str, asked: Mapping[str, str], max_new_tokens: int, base_changed: bool = False
+) -> tuple[Tensor, list[dict[str, Any]]]:
+    """Who answers prompts, each given with the id of an edit, whose answers are to stay the base's: (B,) shard ids or
+    `BASE`; and of each that is asked twice, see :func:`answers_beside_base`, a line of `generations.jsonl`."""
+    prompts = list(asked)
+    memory, both = answers_beside_base(model, prompts, max_new_tokens, base_changed)
+    rows = []
+    for i, (said, before) in both.items():
+        row = {"stage": "further", "id": asked[prompts[i]], "kind": kind, "prompt": prompts[i], "answer": said}
+        rows.append(row | {"base_answer": before, "kept": said == before, "memory": int(memory[i])})
+    return memory, rows
+
+
 def vouched(model: EditedModel, choice: Choice) -> dict[int, str]:
     """By place, the answers that choosing has found already: where the router lets a shard answer only if it says its
     edit's target, that is what it says."""

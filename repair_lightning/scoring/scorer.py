@@ -132,7 +132,7 @@ class Scorer:
             row |= {"prompt": question.prompt, "expected": question.expected, "answer": said, "base_answer": own}
             row |= {"correct": exact, "teacher_forced": rounded(marks[-1][2]), "memory": int(choice.memory[i])}
             row |= {"score": rounded(float(choice.score[i])), "threshold": rounded(float(choice.threshold[i]))}
-            rows.append(row | {"nearest": choice.nearest[i]})
+            rows.append(row | {"nearest": choice.nearest[i], "checks": _checks(choice, i)})
         scores = {name: found | {"contains": None, "garbled": None} for name, found in scores_of(marks).items()}
         scores[AUTOREGRESSIVE] |= {
             "contains": mean_of(held),
@@ -205,6 +205,12 @@ class Scorer:
             return False
         of_shard = self.model.target_of(row["nearest"]) if row["nearest"] is not None else None
         return not protocols.says(row["answer"], [target for target in (of_shard, row["expected"]) if target])
+
+
+def _checks(choice: Choice, i: int) -> dict[str, list[float | None]]:
+    """What a prompt had to pass besides its score, by name: the value, and the limit that it had to reach."""
+    asked = [(one.name, float(one.value[i]), float(one.limit[i])) for one in choice.checks if one.limit[i].isfinite()]
+    return {name: [rounded(value), rounded(limit)] for name, value, limit in asked}
 
 
 def confusion(questions: Sequence[Question], memory: Tensor, owners: Tensor) -> dict[str, dict[str, float] | None]:

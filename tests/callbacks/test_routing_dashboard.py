@@ -80,6 +80,8 @@ def test_the_values_are_those_of_the_run(ran):
     assert sum(series(ran.records, "loop/quarantined")) == len(ledger.with_status(EditStatus.QUARANTINED))
     assert series(ran.records, "pool/quarantined")[-1] == len(ledger.with_status(EditStatus.QUARANTINED))
     assert series(ran.records, "merge/accepted") == [float(bool(merge.outcome))]
+    costs = [one["before"] - one["after"] for one in merge.merges]
+    assert series(ran.records, "merge/cost") == ([pytest.approx(max(costs))] if costs else [])
     for shard, weight in merge.weights.items():
         assert series(ran.records, f"merge/weight/{shard}") == [pytest.approx(weight)]
     first = next(row for row in rows(ran.records) if "shards/worst_error" in row)

@@ -54,6 +54,9 @@ def test_a_rejected_merge_leaves_no_trace(router, mask_ratio, target):
     merge.merge(editor)
     assert not merge.outcome
     assert "more than -2.0" in merge.outcome.reason
+    (tried,) = merge.merges
+    assert (tried["shards"], tried["into"], tried["accepted"]) == ([0, 1], None, False)
+    assert merge.merged == []
     after = everything(editor)
     assert {key for key in before if not same(before[key], after[key])} == set()
     assert correctness(editor, list(map(editor.ledger.edit, editor.ledger))) == said
@@ -100,11 +103,16 @@ def test_by_default_groups_become_one_shard_each_that_answers_nearly_all():
     merge.merge(editor, whole=True)
     assert merge.outcome
     assert editor.memory.ids == merge.merged == [4, 5]
+    assert [(one["shards"], one["into"]) for one in merge.merges] == [([0, 1], 4), ([2, 3], 5)]
+    for one in merge.merges:
+        assert f"{one['before']:.3f} -> {one['after']:.3f}" in one["reason"]
+        assert one["reason"] in merge.outcome.reason
     assert sum(correctness(editor, edits).values()) >= 14
     again = LossAwareTiesMerge(group=2, max_op_drop=1.0)
     again.load_state_dict(merge.state_dict())
     again.merge(editor)
     assert editor.memory.ids == [4, 5]
+    assert again.merges == merge.merges
 
 
 @pytest.mark.parametrize("number", [4, 8], ids=["one_shard", "two_shards"])

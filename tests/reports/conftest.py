@@ -23,7 +23,7 @@ def hard_run(tmp_path_factory) -> Path:
         for i, edit in enumerate(hard_edits(12))
     ]
     path = write_edits(folder / "edits.jsonl", edits)
-    options = "--data.window 6 --merge.enabled false --data.max_irrelevant 60 --model.writing.steps 40 "
+    options = "--data.window 4 --merge.enabled false --data.max_irrelevant 60 --model.writing.steps 40 "
     options += "--feedback.max_attempts 2 --trainer.logger false --run_dir runs/hard"
     succeeded("train.py", "--config", "quickstart", "--data.path", path, *options.split(), cwd=folder)
     return folder / "runs" / "hard"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from itertools import product
+import re
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,20 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from repair_lightning.editors import REGISTRY
 from repair_lightning.edits.ledger import Ledger
 from repair_lightning.errors import RepairError
 from repair_lightning.reports.artefacts import Artefacts
 from repair_lightning.reports.charts import (
     RUN_CHARTS,
+    answered_by,
     components,
     cost,
     costs_of,
     costs_of_results,
     first_scores,
     live,
+    op_against,
     outcomes_of,
     retention,
     scale,
@@ -29,7 +33,8 @@ from repair_lightning.reports.charts import (
     separation,
 )
 from repair_lightning.reports.comparison import Grid, Result, read_tables, write_tables
-from repair_lightning.reports.drawing import Chart
+from repair_lightning.reports.drawing import EDITORS, Chart, _apart, _look
+from repair_lightning.reports.report import CHECKS
 from repair_lightning.types import Edit, EditReport
 
 SCORES = {"rel": 1.0, "gen": 0.5, "loc": 1.0, "near": None, "op": 0.7937}
@@ -61,13 +66,20 @@ def chart_of(found: Chart | str) -> Chart:
 
 def test_separation(tmp_path):
     """Score 3 over threshold 2 is 1.5, right of the line; every panel adds up to 100 per cent; a prompt that names no
-    subject has -1 and no threshold, and counts as nothing. AUROC is the share of pairs in the right order."""
-    rows = [row("edit", 3.0) | {"memory": 0}, row("edit", 2.2), row("near", 2.4), row("near", -1.0, None)]
+    subject has -1 and no threshold, and counts as nothing. What lies over the line is what a shard answers, or it says
+    which check failed. AUROC is the share of pairs in the right order."""
+    excited, unsaid = {"checks": {"activation": [0.5, 0.7]}}, {"checks": {"its target's tokens said": [0.5, 1.0]}}
+    rows = [row("edit", 3.0) | {"memory": 0}, row("edit", 2.2) | unsaid, row("near", 2.4) | excited]
+    rows.append(row("near", -1.0, None))
     rows.append(row("edit", 9.0, None))  # nothing to compare with: not in the picture
     chart = chart_of(separation(run_in(tmp_path / "run", rows), bins=15))
-    places = {(one["prompts"], round(one["ratio"], 1)) for one in chart.rows if one["share"] == 50}
-    assert {one["who"] for one in chart.rows if one["share"]} == {"a shard answers", "the base answers"}
-    assert places == {("edits (2)", 1.1), ("edits (2)", 1.5), ("neighbours (2)", 0.1), ("neighbours (2)", 1.2)}
+    places = {(one["prompts"], one["ratio"]) for one in chart.rows if one["share"] == 50}
+    who = {(one["prompts"][:4], one["who"].split(":")[0]) for one in chart.rows if one["share"]}
+    not_said, not_excited = (f"over the line, but {why}" for why in CHECKS.values())
+    assert who == {("edit", "over the line"), ("edit", not_said), ("neig", not_excited), ("neig", "not over the line")}
+    assert places == {("edits (2)", 1.15), ("edits (2)", 1.55), ("neighbours (2)", 0.05), ("neighbours (2)", 1.25)}
+    edges = {round((one["ratio"] - 1) / 0.05) for one in chart.rows}
+    assert all(edge % 2 for edge in edges), "no bar lies across the line"
     assert sum(one["share"] for one in chart.rows) == 200
     assert "100.0 % of the edits, 50.0 % of the neighbours" in chart.words
     assert isinstance(separation(run_in(tmp_path / "run", [row("edit", 0.0, None)])), str)
@@ -173,9 +185,65 @@ def test_scale_has_a_line_where_the_number_of_edits_differs():
     assert isinstance(scale(found[-1:]), str)
 
 
-def test_cost_leaves_out_points_beside_lines():
+def test_cost_needs_three_points():
     spent = costs_of_results([result("a", 10, 0, 0.9, 2.0), result("a", 10, 1, 0.9, 4.0), result("b", 10, 0, 0.9, 5.0)])
     assert spent.values.tolist() == [["a", 10, 3.0], ["b", 10, 5.0]]
-    assert [line["of"] for line in chart_of(cost(spent)).rows] == ["a", "b"]
-    chart = chart_of(cost(pd.concat([spent, spent[:1] * [1, 2, 2]])))
-    assert [tuple(line.values()) for line in chart.rows] == [("a", 10, 3.0), ("a", 20, 6.0)]
+    two = pd.concat([spent, spent * [1, 2, 2]])
+    assert cost(two) == "cost: needs the seconds of editing at three numbers of edits"
+    chart = chart_of(cost(pd.concat([two, spent[:1] * [1, 3, 3]])))
+    assert [tuple(line.values()) for line in chart.rows] == [("a", 10, 3.0), ("a", 20, 6.0), ("a", 30, 9.0)]
+
+
+def test_who_answered_is_counted(tmp_path):
+    """Shares of `metrics.json` times the prompts that were asked: two of four edits, one by another's shard."""
+    run = run_in(tmp_path / "run", [row("edit", 3.0, id=f"e{i}") for i in range(4)] + [row("near", 1.0)])
+    shares = {"edit": {"right": 0.5, "wrong": 0.25, "base": 0.25}, "near": {"right": 0.0, "wrong": 0.0, "base": 1.0}}
+    run.metrics["routing"] = shares | {"rephrase": None}  # type: ignore[index]
+    chart = chart_of(answered_by(run))
+    assert [tuple(line.values()) for line in chart.rows] == [("edits", 2, 1, 1), ("neighbours", 0, 0, 1)]
+    assert list(chart.rows[0]) == ["prompts", "its own edit's shard", "another shard", "the base"]
+
+
+def test_lines_that_coincide_are_drawn_once_under_all_their_names(tmp_path):
+    scores = {"rel": 1.0, "gen": 0.5, "loc": 1.0}
+    curve = [{"edits": edits, "live": {"autoregressive": scores}} for edits in (2, 4)]
+    chart = chart_of(live(run_in(tmp_path / "run", curve=curve)))
+    assert len(chart.rows) == 6, "the data are whole"
+    assert "Rel = Loc" in chart.svg()
+    (drawn,) = chart.picture.to_dict()["datasets"].values()
+    assert {line["score"] for line in drawn} == {"Rel = Loc", "Gen"}
+
+
+def test_every_editor_has_one_look_of_its_own_in_every_picture():
+    ours = {name for name, kind in REGISTRY.items() if kind.__module__.startswith("repair_lightning.")}
+    assert set(EDITORS) == ours
+    assert len(set(EDITORS.values())) == len(EDITORS)
+    scales = [part.to_dict()["scale"] for part in _look([{"of": "mine"}], "of", EDITORS)]
+    assert tuple(scale["range"][0] for scale in scales) not in EDITORS.values(), "nobody looks like an editor"
+    ops = {"wise": 0.8, "keyed": 0.9, "mine": 0.9}  # the last two lines are one
+    several = [result(name, size, 0, op, size * op) for name, op in ops.items() for size in (10, 20, 30)]
+    drawn = [chart_of(scale(several)), chart_of(cost(costs_of_results(several, "of: ")))]
+    for chart in [*drawn, *(one for one in op_against(several) if isinstance(one, Chart))]:
+        svg = chart.svg()
+        assert all(colour in svg for colour, _ in map(EDITORS.get, ("wise", "keyed"))), chart.name  # type: ignore[misc]
+
+
+def test_names_beside_points_do_not_lie_on_each_other():
+    rows = [{"across": 0.5 + i % 2 / 50, "OP": 90.0, "editor": f"editor-{i}"} for i in range(8)]
+    heights = sorted(row["label"] for row in _apart(rows, "OP", "editor"))
+    assert len(heights) == 8
+    assert all(b - a >= 6 for a, b in pairwise(heights))
+    apart = [{"across": 0.1, "OP": 90.0, "editor": "a"}, {"across": 0.99, "OP": 90.0, "editor": "b"}]
+    assert [(row["label"], row["side"]) for row in _apart(apart, "OP", "editor")] == [(90.0, "left"), (90.0, "right")]
+
+
+def test_an_axis_that_does_not_begin_at_zero_says_so():
+    runs = [result("keyed", size, 0, 0.9) for size in (10, 20, 30)]
+    drawn = [one for one in (scale(runs), cost(costs_of_results(runs)), *op_against(runs)) if isinstance(one, Chart)]
+    assert len(drawn) == 3
+    for chart in drawn:
+        axes = re.findall(r"'scale': (\{[^}]*\}), 'title': '([^']+)'", str(chart.picture.to_dict()))
+        assert axes
+        for scaled, title in axes:
+            assert ("log" in scaled) == title.endswith(", logarithmic"), title
+            assert "log" in scaled or "'zero': True" in scaled or "[-3, 103]" in scaled

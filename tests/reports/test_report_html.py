@@ -20,9 +20,17 @@ from repair_lightning.errors import RepairError
 from repair_lightning.reports.artefacts import Artefacts
 from repair_lightning.reports.charts import RUN_CHARTS
 from repair_lightning.reports.html_report import try_report, write_report
-from repair_lightning.reports.report import EDITS_SHOWN, ROWS_SHOWN, edits_table, problems
+from repair_lightning.reports.report import (
+    EDITS_SHOWN,
+    ROWS_SHOWN,
+    check_failed,
+    edits_table,
+    event_table,
+    merge_table,
+    problems,
+)
 from repair_lightning.texts import dialogue
-from repair_lightning.types import Edit, EditReport
+from repair_lightning.types import BASE, Edit, EditReport
 
 
 class Page(HTMLParser):
@@ -72,7 +80,7 @@ def test_its_figures_are_those_of_the_metrics(hard_run, page):
     for protocol in ("autoregressive", "teacher_forced"):
         for stage in ("pre_edit", "before_merge", "final", "oracle_routing"):
             assert f"{100 * metrics[stage][protocol]['op']:.1f}" in page.text
-    assert "6 of 12 edits failed; 6 of them were quarantined" in page.text
+    assert "6 of 12 edits failed; 6 quarantined, so the base answers" in page.text
     assert "quarantined: still wrong after 2 attempts" in page.text
     run = Artefacts.read(hard_run)
     assert set(problems(run)) == {row["id"] for row in run.final if row["kind"] == "edit" and not row["correct"]}
@@ -132,9 +140,9 @@ def test_an_older_run_has_a_report_without_what_it_lacks_and_undone_edits_are_sa
     ledger.undo(["w0005"], "undone")
     ledger.to_parquet(copied_run / "edits.parquet")
     text = Page(write_report(copied_run).read_text()).text
-    assert "Left out: live: no live scores" in text
+    assert "Left out: live: needs live scores of two windows" in text
     assert "Left out: features: no features.json" in text
-    assert "1 of the edits were taken back after the run" in text
+    assert "1 edit taken back after the run" in text
 
 
 def enlarged(run: Path, number: int) -> None:
@@ -179,7 +187,10 @@ FORMS = {
 def test_prompts_that_are_messages_are_shown_as_turns_and_edits_in_other_forms_where_they_were_asked(tmp_path):
     row = {"stage": "final", "id": "e", "kind": "edit", "prompt": dialogue.dump(TURNS), "expected": "Oslo"}
     row |= {"answer": "Bergen", "base_answer": "Perth", "correct": False, "memory": 1, "score": 0.9, "threshold": 0.5}
-    (tmp_path / "generations.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"kind": "locality"}) + "\n")
+    other = {"stage": "further", "kind": "same_subject", "id": "e", "prompt": "Who taught Mara Quill?", "memory": 1}
+    asked = [row, row | {"kind": "locality"}, other | {"answer": "Oslo", "base_answer": "Ilse", "kept": False}]
+    asked.append(other | {"prompt": "Is it kept?", "answer": "Ilse", "base_answer": "Ilse", "kept": True})
+    (tmp_path / "generations.jsonl").write_text("".join(json.dumps(one) + "\n" for one in asked))
     stages = {stage: {"autoregressive": SCORES, "teacher_forced": SCORES} for stage in ("pre_edit", "final")}
     about = {"forms": FORMS, "same_subject": {"asked": 40, "fires": 0.05, "changed": 0.025}}
     about |= {"portability": {"all": {"asked": 8, "with_leak": 0.25, "without_leak": None}}, "multi_hop": None}
@@ -191,12 +202,60 @@ def test_prompts_that_are_messages_are_shown_as_turns_and_edits_in_other_forms_w
     said = "user: Hello there!\nassistant: Good day.\nuser: Where was Mara Quill born?"
     assert text.count(said) == 2  # the edit, and another prompt
     assert '"role"' not in text
+    assert "1 correction of small" in text
+    assert "1 correction was written into small." in text
+    assert "1 of 40other questions about edited subjects that changed" in text
+    assert "<td>Who taught Mara Quill?</td><td>Ilse</td><td>Oslo</td><td>shard 1</td>" in html
+    assert "Is it kept?" not in text
     assert "40 other questions about edited subjects: a shard answers 5.0 %, 2.5 % of the answers changed" in text
     assert "<td>bare</td>" in html
     assert '<td>portability</td><td class="number">25.0</td>' in html
     assert "<td>Rel by age, oldest fifth first</td><td>50.0 100.0</td>" in html
     assert "several hops" not in html  # what no record asks
     assert "<td>chat</td>" not in html  # a form that the base does not have is left out
+
+
+def test_over_the_line_a_shard_answers_unless_a_check_failed(hard_run):
+    """On a real run: the score and the checks that are kept say of every prompt who answered it."""
+    final = Artefacts.read(hard_run).final
+    for row in final:
+        over = row["threshold"] is not None and row["score"] > row["threshold"]
+        assert (row["memory"] != BASE) == (over and check_failed(row) is None), row
+    assert {row["memory"] != BASE for row in final} == {True, False}, "the premise"
+    assert any(row["checks"] for row in final)
+
+
+MERGES = [
+    {"shards": [0, 1], "into": 2, "rule": "ties", "weights": {"0": 0.25, "1": 0.75}, "before": 0.9, "after": 0.875,
+     "accepted": True, "reason": "guard score 0.900 -> 0.875: within 0.06"},
+    {"shards": [3, 4], "into": None, "rule": "ties", "weights": {"3": 0.5, "4": 0.5}, "before": 0.9, "after": 0.5,
+     "accepted": False, "reason": "guard score 0.900 -> 0.500: costs 0.400, more than 0.06"},
+    {"shards": [5], "into": -1, "rule": "ties", "weights": {"5": 1.0}, "before": 1.0, "after": 1.0, "accepted": True,
+     "reason": "guard score 1.000 -> 1.000: within 0.06"},
+]  # fmt: skip
+
+
+def test_merges_are_listed_with_their_weights_and_what_they_cost():
+    found = merge_table({"merge": {"merges": MERGES}}).frame.values.tolist()
+    assert [row[:7] for row in found] == [
+        ["0, 1", "shard 2", "ties", "0.25, 0.75", "90.0", "87.5", "yes"],
+        ["3, 4", "-", "ties", "0.50, 0.50", "90.0", "50.0", "no"],
+        ["5", "the base's own weights", "ties", "1.00", "100.0", "100.0", "yes"],
+    ]
+    assert found[1][7].endswith("costs 0.400, more than 0.06")
+    assert len(merge_table({"merge": {"accepted": False}}).frame) == 0, "an older run's"
+
+
+def test_what_was_written_again_and_given_up_says_why_and_which(hard_run):
+    """Every second of the twelve edits can never be right: it is written twice, and then given up."""
+    rows = event_table(Artefacts.read(hard_run)).frame.to_dict("records")
+    given_up = [row for row in rows if row["what"] == "quarantined"]
+    assert sum(row["edits"] for row in given_up) == 6
+    assert {(row["why"], row["written in the end"]) for row in given_up} == {("still wrong after 2 attempts", 0)}
+    again = [row for row in rows if row["what"] == "requeued"]
+    assert all(row["why"] for row in again)
+    assert sum(row["edits"] - row["written in the end"] for row in again) == 6
+    assert all("w0" in row["which"] for row in [*given_up, *again])
 
 
 @pytest.fixture
@@ -220,6 +279,18 @@ def test_it_lives_in_a_browser(browser, copied_run):
     drawn = "return [...document.querySelectorAll('img.plot')].filter(plot => plot.naturalWidth > 100).length"
     assert browser.execute_script(drawn) == len(RUN_CHARTS)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+    boxes = "return [...document.querySelectorAll('.scroll')].filter(box => box.checkVisibility())"
+    wide = browser.execute_script(f"{boxes}.map(box => [box.getBoundingClientRect().right, box.scrollWidth])")
+    assert wide
+    assert all(right <= 390 for right, _ in wide), "a table scrolls inside its own box"
+    stacked = browser.execute_script(f"{boxes}.filter(box => box.querySelector('.stack')).map(box => box.scrollWidth)")
+    assert stacked
+    assert max(stacked) <= 390, "and long texts are stacked"
+    named = "return getComputedStyle(document.querySelector('#all-edits td:nth-child(3)'), '::before').content"
+    assert "should say" in browser.execute_script(
+        "return document.querySelector('#all-edits td:nth-child(3)').dataset.name"
+    )
+    assert browser.execute_script(named) != "none"
     rows = "return [...document.querySelectorAll('#all-edits tbody tr')].filter(row => !row.hidden)"
     ids = f"{rows}.map(row => row.cells[0].textContent)"
     assert browser.execute_script(ids)[0] == "many-59"  # what failed comes first

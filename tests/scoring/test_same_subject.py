@@ -24,41 +24,37 @@ def editor(editor_of, write, edits) -> Any:
 def test_they_are_other_edits_relations_and_our_own(edits):
     """By hand: one asks where, the other what instrument; the subjects change places."""
     pair = [edits[0], edits[2]]
-    asked = questions_about_subjects(pair)
-    found = set(asked)
+    found = set(questions_about_subjects(pair))
     swapped = {"What instrument did Mara Kelstrom play?", "Where was Ilse Vandermeer born?"}
     assert swapped < found
-    assert all(edit.subject in text for text, id in asked.items() for edit in pair if edit.id == id)
     assert found - swapped <= {text.format(edit.subject) for text in OWN for edit in pair}
 
 
 def test_by_hand(editor, edits, monkeypatch):
     """Of all questions every fourth is forced to a shard that is not its own; the rest is the base's."""
-    asked = questions_about_subjects(edits)
-    questions = list(asked)
+    about = questions_about_subjects(edits)
+    questions = list(about)
+    subjects = {edit.id: edit.subject for edit in edits}
+    assert all(subjects[id] in text for text, id in about.items())
     memory = torch.tensor([0 if i % 4 == 0 else BASE for i in range(len(questions))])
     real = editor.edited.choose
-
-    def forced(asked):
-        return replace(real(asked), memory=memory, nearest=(None,) * len(asked))
-
-    monkeypatch.setattr(editor.edited, "choose", forced)
+    monkeypatch.setattr(editor.edited, "choose", lambda asked: replace(real(asked), memory=memory))
     nobody = torch.full_like(memory, BASE)
     now, before = (protocols.answers(editor.edited, questions, chosen, 16) for chosen in (memory, nobody))
     changed = sum(a != b for a, b in zip(now, before, strict=True))
     assert changed > 0, "the premise"
-    figures, rows = same_subject(editor.edited, edits)
-    assert figures == {
+    found, rows = same_subject(editor.edited, edits)
+    assert found == {
         "asked": len(questions),
         "fires": pytest.approx(int((memory != BASE).sum()) / len(questions)),
         "changed": pytest.approx(changed / len(questions)),
     }
-    assert {(row["stage"], row["kind"]) for row in rows} == {("further", "same_subject")}
-    assert [(row["id"], row["prompt"], row["memory"]) for row in rows] == [
-        (id, prompt, shard) for (prompt, id), shard in zip(asked.items(), memory.tolist(), strict=True)
-    ]
-    assert [(row["answer"], row["base_answer"]) for row in rows] == list(zip(now, before, strict=True))
+    assert [row["prompt"] for row in rows] == questions[::4]
+    assert [row["base_answer"] for row in rows] == before[::4]
     assert all(row["kept"] == (row["answer"] == row["base_answer"]) for row in rows)
+    assert sum(not row["kept"] for row in rows) == changed
+    assert {(row["kind"], row["memory"]) for row in rows} == {("same_subject", 0)}
+    assert all(row["id"] == about[row["prompt"]] for row in rows)
 
 
 def test_a_base_that_was_written_into_is_asked_everything(editor_of, write, edits):
@@ -67,7 +63,7 @@ def test_a_base_that_was_written_into_is_asked_everything(editor_of, write, edit
     write(editor, edits[:4])
     found, rows = same_subject(editor.edited, edits, editor.base_changed)
     assert found is not None
-    assert found["changed"] == sum(row["answer"] != row["base_answer"] for row in rows) / len(rows)
+    assert len(rows) == found["asked"]
     assert found["fires"] == 0.0
     assert found["changed"] > 0
     assert same_subject(editor.edited, edits, base_changed=False)[0]["changed"] == 0.0

@@ -1,5 +1,5 @@
 "use strict";
-// Tables sort by a click on a heading, and a search field hides the rows of its section's table that lack its words.
+// Where a row of a table is stacked, its cells have their headings' names. Tables sort by a click on a heading, and a search field hides the rows of its section's table that lack its words.
 (() => {
   const number = (text) => /^-?[\d,.]+( ±.*)?$/.test(text) ? parseFloat(text.replace(/,/g, "")) : NaN;
   const compare = (a, b) => {
@@ -9,6 +9,8 @@
   };
   document.querySelectorAll("table").forEach((table) => {
     const headings = [...table.querySelectorAll("th")], body = table.tBodies[0];
+    const names = headings.map((heading) => heading.textContent);
+    if (table.matches(".stack")) for (const row of body.rows) [...row.cells].forEach((cell, i) => { cell.dataset.name = names[i]; });
     headings.forEach((heading, i) => {
       const button = document.createElement("button");
       button.type = "button";
