@@ -22,7 +22,7 @@ def option(default: Any, help: str, quick: Any = None) -> Any:
 
 @dataclass(frozen=True)
 class Context:
-    """The settings of one run; each but `quick` is an option of the same name."""
+    """The settings of one run; each but `out`, `work` and `quick` is an option of the same name."""
 
     base: str = option("world", "a folder in Hugging Face format, or 'world' for the embedded base")
     data: str = option("world", "records to edit: a file or 'world'")
@@ -55,6 +55,7 @@ class Context:
     kills: int = option(20, "serving: kills meanwhile", quick=1)
     airports: int = option(100_000, "stream100k: edits about real subjects", quick=64)
     airports_window: int = option(128, "stream100k: edits per window", quick=16)
+    airports_folder: str = option("", "stream100k: where it is written, and goes on; '' for a temporary folder")
     sampled: int = option(2_000, "stream100k: edits of each decile that are asked", quick=8)
     killed: int = option(2_000, "stream100k: edits of the stream that is killed and compared, 0 for none", quick=32)
     gpu_edits: int = option(256, "gpu: edits to write", quick=64)
@@ -77,7 +78,7 @@ def parse(argv: Sequence[str], work: Path) -> tuple[tuple[str, ...], Context]:
     parser = _parser(quick="--quick" in argv)
     given: dict[str, Any] = vars(parser.parse_args(argv))
     given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
-    parts, out, work = given.pop("parts"), given.pop("out"), given.pop("work") or work
+    parts, out = given.pop("parts"), given.pop("out")
     unknown = [name for name in parts if name not in PARTS]
     if unknown:
         parser.error(f"no part {', '.join(unknown)}; known: {', '.join(PARTS)}")
@@ -97,7 +98,6 @@ def _parser(quick: bool) -> argparse.ArgumentParser:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--quick", action="store_true", help="everything small: does it run? (writes to runs/)")
     parser.add_argument("--out", type=Path, help="folder of the results instead of benchmarks/results/<base>")
-    parser.add_argument("--work", type=Path, help="folder of what is written meanwhile, where stream100k goes on")
     for item in fields(Context):
         if item.metadata:
             default: Any = item.metadata["quick"] if quick else item.default

@@ -3,7 +3,7 @@ edits; the editor's own code for everything else: `keyed` at the published layer
 and `repair` at the last one, a shard of 16 at a time.
 
 *Waits*: how often the processor waits for the GPU while one more batch is written, in all and inside the loop of its
-inner steps (PyTorch's own count; that loop looks whether an edit is written every few steps). *Generation*: as in the
+inner steps (PyTorch's own count; that loop looks every few steps whether an edit is written). *Generation*: as in the
 part `generation`, beside a second copy of the base.
 """
 
@@ -13,6 +13,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -110,19 +111,25 @@ def measured(editor: Any, edits: Sequence[Edit], further: Sequence[Edit]) -> dic
         "steps": steps,
     }
     taken: list[int] = []
-    waits, inside = waited(lambda: taken.append(write(editor, further[:size])[0].steps))
+    waits, inside = waited(device, lambda: taken.append(write(editor, further[:size])[0].steps))
     return found | {"steps of one batch": taken[0], "waits": waits, "in the steps": inside}
 
 
-def waited(call: Callable[[], Any]) -> tuple[int | None, int | None]:
-    """How often a call waits for the GPU, in all and inside `descend`; None without one."""
-    if not torch.cuda.is_available():
+LOOPS = ("inner_loop.py", "descend"), ("dense.py", "train")
+"""Where inner steps are taken."""
+
+
+def waited(device: torch.device, call: Callable[[], Any]) -> tuple[int | None, int | None]:
+    """How often a call waits for the GPU, in all and inside the loop of the inner steps; None without one."""
+    if device.type != "cuda":
         call()
         return None, None
     seen: list[bool] = []
 
-    def note(*_: Any, **__: Any) -> None:
-        seen.append(any(frame.name == "descend" for frame in traceback.extract_stack()))
+    def note(message: Any, *_: Any, **__: Any) -> None:
+        if "synchronizing" in str(message):
+            frames = [(Path(frame.filename).name, frame.name) for frame in traceback.extract_stack()]
+            seen.append(any(loop in frames for loop in LOOPS))
 
     mode = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():

@@ -19,7 +19,7 @@ import random
 import signal
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from itertools import pairwise
 from multiprocessing import get_context
@@ -56,7 +56,7 @@ ANSWER = 16
 
 def run_part(context: Context) -> dict[str, Rows]:
     """Write the stream, with a kill half-way; score it in a process of its own; then a short stream twice."""
-    folder = context.work / "airports"
+    folder = Path(context.airports_folder or context.work / "airports")
     going_on = written(context, folder, context.airports, kill=context.airports // 2)
     windows = windows_of(folder)
     sizes = sorted({size for size in SIZES if size < context.airports} | {context.airports})
@@ -108,7 +108,7 @@ class NotedStream(TimedStream):
         """Besides, a line of the file, with the process that wrote it."""
         super().mark()
         with open(self.notes, "a") as file:
-            file.write(json.dumps(self.marks[-1] | {"process": os.getpid()}) + "\n")
+            file.write("\n" + json.dumps(self.marks[-1] | {"process": os.getpid()}) + "\n")  # a kill may tear a line
 
 
 def write_stream(context: Context, folder: Path, number: int) -> None:
@@ -121,7 +121,7 @@ def write_stream(context: Context, folder: Path, number: int) -> None:
     editor = Keyed(context.base, seed=context.seed)
     run = RunDirectory(folder / "run")
     stream.setup()
-    run.open({"edits": number, "seed": context.seed, "base": context.base})
+    run.open({"edits": number, "seed": context.seed, "base": context.base, "window": context.airports_window})
     editor.scratch = folder / "scratch"
     editor.load()
     stream.check_fit(editor.edited.forms, editor.edited.longest)
@@ -175,10 +175,13 @@ def begun(context: Context, folder: Path, number: int) -> Any:
 
 
 def notes_of(folder: Path) -> list[dict[str, Any]]:
-    """What was noted so far; a line that is being written is left out."""
+    """What was noted so far, without a line that is being written, or that a kill has torn."""
     file = folder / "windows.jsonl"
-    lines = file.read_text().splitlines(True) if file.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    found = []
+    for line in file.read_text().splitlines() if file.is_file() else []:
+        with suppress(json.JSONDecodeError):
+            found += [json.loads(line)] if line else []
+    return found
 
 
 def windows_of(folder: Path) -> list[dict[str, Any]]:

@@ -155,12 +155,12 @@ class Scoreboard(pl.Callback):
             edits = stream_of(trainer).edits
             if self.singles is not None:
                 self.oracle = scores_of(self.singles.oracle)
-                self.beside["old_answer"] = old_answer(self.scored, self.results["final"].rows)
+                said = self.results["final"].rows
+                self.beside |= {"old_answer": old_answer(self.scored, said), "op_interval": op_interval(said)}
             else:
                 self.oracle = self._ask("oracle", self.scorer, pl_module, perfect=True).scores
                 given = (edits, self.scored, self.results["final"].rows, pl_module.base_changed)
                 self.beside, self.beside_rows = beside_scores(pl_module.edited, *given, self.forms, self.further)
-            self.beside["op_interval"] = op_interval(self.results["final"].rows)
             if self.judge is not None and trainer.is_global_zero:
                 found, rows = self.judge.score(self.scored, self.results["final"].rows)
                 self.beside["judge"] = found

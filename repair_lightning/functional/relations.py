@@ -9,6 +9,7 @@ either.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -102,14 +103,20 @@ def _discriminants(states: Tensor, relation: Tensor) -> tuple[Tensor, Tensor]:
     known, index = relation.unique(return_inverse=True)
     sizes = index.bincount().double()[:, None]
     means = directions.new_zeros(len(known), states.shape[1]).index_add(0, index, directions) / sizes
-    apart, count = directions - means[index], max(len(states) - len(known), 1)
-    within, axes = torch.linalg.eigh(apart @ apart.T / count)  # of n by n, since a large base's D by D takes minutes
-    within, least = within.clamp_min(0), (SHRINKAGE * within.sum() / states.shape[1]).clamp_min(SHRINKAGE * 1e-12)
-    root = (within + least).sqrt()
-    inner = -axes / (root * least.sqrt() * (root + least.sqrt())) @ axes.T / count
-
-    def whitened(rows: Tensor) -> Tensor:
-        return rows * least.rsqrt() + rows @ apart.T @ inner @ apart
-
+    whitened = _whitening(directions - means[index], max(len(states) - len(known), 1))
     _, _, found = torch.linalg.svd(whitened(means - means.mean(0)), full_matrices=False)
     return centre.float(), whitened(found[: min(DIMENSIONS, len(known) - 1)]).T.float()
+
+
+def _whitening(apart: Tensor, freedom: int) -> Callable[[Tensor], Tensor]:
+    """What makes rows (m, D) have the same variance in all directions, where what is `apart` (n, D) has it with so many
+    degrees of freedom: its scatter matrix, shrunk, to the power of -1/2. The smaller of the n by n and D by D matrices
+    is taken apart: a large base's D by D takes minutes."""
+    n, d = apart.shape
+    least = (SHRINKAGE * apart.square().sum() / freedom / d).clamp_min(SHRINKAGE * 1e-12)
+    within, axes = torch.linalg.eigh((apart @ apart.T if n < d else apart.T @ apart) / freedom)
+    root = (within.clamp_min(0) + least).sqrt()
+    if n >= d:
+        return lambda rows: rows @ (axes / root) @ axes.T
+    inner = -axes / (root * least.sqrt() * (root + least.sqrt())) @ axes.T / freedom
+    return lambda rows: rows * least.rsqrt() + rows @ apart.T @ inner @ apart

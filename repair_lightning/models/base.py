@@ -83,8 +83,9 @@ def load_base(name: str, precision: str = "auto") -> Base:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
         tokenizer = load_tokenizer(name, **options)
     except (OSError, ValueError, SafetensorError) as error:
-        lost = f"base '{name}' cannot be loaded" if local else f"base '{name}' is {_NOT_HERE}"
-        raise ConfigError(f"{lost}: {first_line(error).rstrip('.')}{'' if local else _REMEDY}") from error
+        missing = not local and isinstance(error, OSError)
+        lost = f"base '{name}' is {_NOT_HERE}" if missing else f"base '{name}' cannot be loaded"
+        raise ConfigError(f"{lost}: {first_line(error).rstrip('.')}{_REMEDY if missing else ''}") from error
     architecture_of(model)
     model.requires_grad_(False).eval()
     if tokenizer.eos_token_id is None:

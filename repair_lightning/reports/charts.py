@@ -43,6 +43,10 @@ WHO: Mapping[str, Look] = {
 """Who answers a prompt, by the score and by what is checked besides, and how that looks."""
 
 
+MOST_ABOVE = 20.0
+"""Thresholds that a score is drawn above; what exceeds them is in the last bar."""
+
+
 def separation(run: Artefacts, bins: int = 40) -> Chart | str:
     """The routing score of every prompt over its threshold, by kind of prompt and by who answers, so by the further
     checks as well (paper, Fig. 4)."""
@@ -54,7 +58,7 @@ def separation(run: Artefacts, bins: int = 40) -> Chart | str:
     ratio = ratio.mask(threshold.isna() & (score < 0), 0.0).dropna()  # below zero: no edit is about what it names
     who = pd.Series([_who(row) for row in run.final])
     found = {kind: ratio[frame["kind"] == kind].to_numpy() for kind in KINDS_IN_WORDS}
-    top = max(1.2, 1.05 * float(ratio.quantile(0.995)))
+    top = min(max(1.2, 1.05 * float(ratio.quantile(0.995))), MOST_ABOVE)
     parts = max(1, round(bins / top))  # of a unit, so that no bar lies across the line
     edges = np.arange(math.ceil(top * parts) + 1) / parts
     rows, above = [], []
@@ -353,7 +357,7 @@ def scale(results: Sequence[Result]) -> Chart | str:
         ("edits", "OP, per cent"),
         log="x",
         spread="sd",
-        looks=looks if "variant" in parts else {},
+        looks=looks,
     )
     return Chart("scale", "OP against the number of edits", words, rows, picture)
 

@@ -213,6 +213,7 @@ def _apart(rows: Sequence[Row], y: str, group: str) -> list[Row]:
     """Rows, each `across` so much of the width, with the height `label` of their names and the `side` at which these
     begin, so that none lies on another or on a mark."""
     line, letter, mark = 6.0, 0.02, 0.02  # a line's height in per cent; a letter and half a mark as shares of the width
+    floor = min(0.0, *(float(row[y]) for row in rows)) if rows else 0.0
     taken = [(row["across"] - mark, row["across"] + mark, float(row[y])) for row in rows]
     found: list[Row] = []
     for row in sorted(rows, key=lambda row: -row[y]):
@@ -221,7 +222,8 @@ def _apart(rows: Sequence[Row], y: str, group: str) -> list[Row]:
         start = at + 1.1 * mark if side == "left" else at - 1.1 * mark - size
         near = [height for begin, end, height in taken if start < end and begin < start + size]
         heights = (row[y] + sign * step * line / 2 for step in itertools.count() for sign in (-1, 1))
-        label = next(height for height in heights if all(abs(height - other) >= line for other in near))
+        free = (height for height in heights if all(abs(height - other) >= line for other in near))
+        label = next(height for height in free if height >= floor)
         taken.append((start, start + size, label))
         found.append({**row, "label": label, "side": side})
     return found

@@ -174,7 +174,8 @@ def _lead(run: Artefacts) -> list[str]:
         words += f"Corrections are kept in memories beside it (shards; {shards:,} at the end): for every question a "
         words += "router decides, from its words alone, whether one of them or the model answers."
     undone = sum(entry.status == EditStatus.UNDONE for entry in run.entries.values())
-    back = f"{counted(undone, 'edit')} taken back after the run; scores and answers are those before that."
+    was = "was" if undone == 1 else "were"
+    back = f"{counted(undone, 'edit')} {was} taken back after the run; scores and answers are from before."
     return [words] + [back] * bool(undone)
 
 

@@ -6,8 +6,8 @@ The layout says which of a run's series stand beside each other; it needs an ext
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -79,14 +79,14 @@ def with_named_logger(file: Path) -> str:
     """A configuration as the parser takes it: its path; where its `trainer.logger` is a name of `LOGGERS`, its content
     in one line, with the class in the name's place."""
     try:
-        content = get_loader("yaml")(file.read_text())
+        content = get_loader("yaml")(file.read_text(encoding="utf-8"))
     except yaml.YAMLError:  # the parser says what is wrong
         return str(file)
     trainer = content.get("trainer") if isinstance(content, dict) else None
     if not isinstance(trainer, dict) or trainer.get("logger") not in list(LOGGERS):
         return str(file)
     trainer["logger"] = {"class_path": LOGGERS[trainer["logger"]], "init_args": {"save_dir": "."}}
-    return json.dumps(content)
+    return yaml.safe_dump(content, default_flow_style=True, width=math.inf)
 
 
 def check_logger(class_path: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from repair_lightning.models.edited import EditedModel
+from repair_lightning.scoring.bootstrap import op_interval
 from repair_lightning.scoring.follow import Row, fits, follow_scores
 from repair_lightning.scoring.forms import form_scores, same_subject
 from repair_lightning.scoring.in_text import text_scores
@@ -45,7 +46,7 @@ def beside_scores(
     """
     about, said = same_subject(model, edits, base_changed)
     found: dict[str, Any] = {"forms": None, "same_subject": about}
-    found |= {"old_answer": old_answer(scored, rows), "age": age(edits, rows)}
+    found |= {"op_interval": op_interval(rows), "old_answer": old_answer(scored, rows), "age": age(edits, rows)}
     if forms:
         found["forms"], in_forms = form_scores(model, scored, forms)
         said += in_forms

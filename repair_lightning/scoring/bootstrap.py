@@ -14,7 +14,8 @@ _KINDS = ("edit", "rephrase", "locality")
 
 def op_interval(rows: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
     """`low` and `high`, between which `SHARE` of OP in free generation lies, in [0, 1], over `DRAWS` draws of the edits
-    with replacement, each with all its prompts; None where there is no OP. The seed is fixed.
+    with replacement, each with all its prompts; None where there is no OP. Draws that hold no prompt of some kind count
+    as none. The seed is fixed.
 
     Args:
         rows: what a model said to each prompt: `id` of the edit, `kind`, `correct`.
@@ -30,6 +31,6 @@ def op_interval(rows: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
         return None
     generator, evenly = np.random.default_rng(0), np.full(len(place), 1 / len(place))
     drawn = (generator.multinomial(len(place), evenly) for _ in range(DRAWS))
-    shares = [(right @ times) / np.maximum(asked @ times, 1) for times in drawn]
+    shares = [(right @ times) / (asked @ times) for times in drawn if (asked @ times).all()]
     low, high = np.quantile(np.prod(shares, 1) ** (1 / len(_KINDS)), [(1 - SHARE) / 2, (1 + SHARE) / 2])
     return {"low": float(low), "high": float(high)}

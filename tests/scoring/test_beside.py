@@ -233,7 +233,7 @@ def test_a_base_that_was_written_into_is_asked_again(editor_of, write):
 def test_nothing_is_asked_where_it_is_turned_off(model, edits):
     found, rows = beside_scores(model, edits, edits, [], forms=0, further=0)
     assert {row["kind"] for row in rows} == {"same_subject"}
-    assert set(found) == {"forms", "same_subject", "old_answer", "age"}
+    assert set(found) == {"forms", "same_subject", "op_interval", "old_answer", "age"}
     asked, rows = beside_scores(model, edits, edits, [], forms=0, further=2)
     assert {row["kind"] for row in rows} <= {"generation", "negation", "same_subject"}
     assert asked["in_text"]["asked"] == 1

@@ -30,6 +30,12 @@ def test_edits_are_drawn_with_all_their_prompts():
     assert op_interval(repeated) == op_interval(rows(4, wrong=1))
 
 
+def test_a_draw_without_rephrases_says_nothing_of_them():
+    """One edit of twenty has a rephrase, which is right: a third of the draws miss it."""
+    asked = [row for row in rows(20) if row["kind"] != "rephrase" or row["id"] == "e3"]
+    assert op_interval(asked) == {"low": 1.0, "high": 1.0}
+
+
 def test_without_an_op_there_is_none():
     assert op_interval([]) is None
     assert op_interval([row for row in rows(3) if row["kind"] != "locality"]) is None
