@@ -155,6 +155,9 @@ def sample_words(metrics: Mapping[str, Any]) -> str:
 
 def side_words(metrics: Mapping[str, Any]) -> Iterator[str]:
     """What was measured beside the scores."""
+    if (found := metrics["final"].get("op_interval")) and found["low"] < found["high"]:
+        bounds = f"between {percent(found['low'])} and {percent(found['high'])}"
+        yield f"Were the edits drawn again, OP would lie {bounds} in 95 of 100 cases."
     if about := metrics["final"].get("same_subject"):
         yield (
             f"{counted(about['asked'], 'other question')} about edited subjects: a shard answers "

@@ -193,6 +193,7 @@ def test_prompts_that_are_messages_are_shown_as_turns_and_edits_in_other_forms_w
     (tmp_path / "generations.jsonl").write_text("".join(json.dumps(one) + "\n" for one in asked))
     stages = {stage: {"autoregressive": SCORES, "teacher_forced": SCORES} for stage in ("pre_edit", "final")}
     about = {"forms": FORMS, "same_subject": {"asked": 40, "fires": 0.05, "changed": 0.025}}
+    about |= {"op_interval": {"low": 0.25, "high": 0.75}}
     about |= {"portability": {"all": {"asked": 8, "with_leak": 0.25, "without_leak": None}}, "multi_hop": None}
     about |= {"age": [{"edits": 1, "rel": rel, "gen": None} for rel in (0.5, 1.0)]}
     metrics = {"base": {"name": "org/small"}, "n_edits": 1, "seconds": {"edit": 2.0}, **stages}
@@ -208,6 +209,7 @@ def test_prompts_that_are_messages_are_shown_as_turns_and_edits_in_other_forms_w
     assert "<td>Who taught Mara Quill?</td><td>Ilse</td><td>Oslo</td><td>shard 1</td>" in html
     assert "Is it kept?" not in text
     assert "40 other questions about edited subjects: a shard answers 5.0 %, 2.5 % of the answers changed" in text
+    assert "Were the edits drawn again, OP would lie between 25.0 % and 75.0 % in 95 of 100 cases." in text
     assert "<td>bare</td>" in html
     assert '<td>portability</td><td class="number">25.0</td>' in html
     assert "<td>Rel by age, oldest fifth first</td><td>50.0 100.0</td>" in html
