@@ -142,7 +142,7 @@ def test_an_older_run_has_a_report_without_what_it_lacks_and_undone_edits_are_sa
     text = Page(write_report(copied_run).read_text()).text
     assert "Left out: live: needs live scores of two windows" in text
     assert "Left out: features: no features.json" in text
-    assert "1 edit taken back after the run" in text
+    assert "1 edit was taken back after the run" in text
 
 
 def enlarged(run: Path, number: int) -> None:
