@@ -105,7 +105,8 @@ def _discriminants(states: Tensor, relation: Tensor) -> tuple[Tensor, Tensor]:
     means = directions.new_zeros(len(known), states.shape[1]).index_add(0, index, directions) / sizes
     whitened = _whitening(directions - means[index], max(len(states) - len(known), 1))
     _, _, found = torch.linalg.svd(whitened(means - means.mean(0)), full_matrices=False)
-    return centre.float(), whitened(found[: min(DIMENSIONS, len(known) - 1)]).T.float()
+    projection = whitened(found[: min(DIMENSIONS, len(known) - 1)]).T.float()
+    return centre.float(), projection.contiguous()  # as it is stored: a product differs in its last bits by the layout
 
 
 def _whitening(apart: Tensor, freedom: int) -> Callable[[Tensor], Tensor]:
