@@ -91,7 +91,8 @@ def growth_chart(growth: Rows) -> Chart:
         lines([row for row in rows if row["unit"] == unit], "edits", "value", "figure", ("edits", unit), log="x")
         for unit in PANELS
     ]
-    picture = alt.vconcat(*pictures).resolve_scale(color="independent", strokeDash="independent")
+    picture = alt.hconcat(*(one.properties(width=260) for one in pictures))
+    picture = picture.resolve_scale(color="independent", shape="independent", strokeDash="independent")
     words = f"What an edit costs and whether it holds, up to {max(row['edits'] for row in growth):,} edits."
     return Chart("growth", "What grows with the number of edits", words, rows, picture)
 
