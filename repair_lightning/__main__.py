@@ -146,14 +146,15 @@ def figures(runs: list[Path], to: Path) -> None:
 
 @command(_option("question", "as many as you like, each a text or messages as JSON", nargs="*"), *_PACK, _TOKENS)
 def ask(question: list[str], **given: Any) -> None:
-    """Ask the base and the edited model the same: both answers, who answered, and why. Without a question, a prompt
-    that Ctrl-D leaves."""
+    """Ask the base and the edited model the same: both answers, who answered, and why. Without a question it asks
+    for them, until Ctrl-D."""
     pair = Pair(**given)
     if len(question) > 1 and not any(" " in part for part in question):
         question = [" ".join(question)]  # one without its quotes
     if question:
-        replies = pair.ask([given_prompt(one, "question") for one in question])
-        print("\n\n".join("\n".join(reply.lines()) for reply in replies))
+        for number, prompt in enumerate([given_prompt(one, "question") for one in question]):
+            (reply,) = pair.ask([prompt])
+            print("\n" * bool(number) + "\n".join(reply.lines()), flush=True)
         return
     prompt = "> " if sys.stdin.isatty() else ""
     if prompt:

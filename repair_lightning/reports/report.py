@@ -141,9 +141,12 @@ def print_report(metrics: Mapping[str, Any], run_dir: Path | None, console: Cons
         spent = metrics["seconds"]
         first = f" ({spent['prepare']:.1f} of them before the first edit)" if spent.get("prepare") else ""
         took = ", ".join(f"{spent[key]:.1f} s {word}{first * (key == 'edit')}" for key, word in times.items())
-        said += [loop_words(metrics), f"{metrics['edits_per_minute']:.0f} edits a minute: {took}."]
+        said += [loop_words(metrics), f"{counted(round(metrics['edits_per_minute']), 'edit')} a minute: {took}."]
         names = ", ".join(sorted(path.name for path in run_dir.iterdir() if not path.name.startswith(".")))
         said.append(f"Everything is in {run_dir}, for a reader in report.html: {names}")
+        if (run_dir / "pack").is_dir():
+            said.append(f"Ask both models: repair-lightning ask --pack {run_dir / 'pack'} (or serve)")
+            said.append(f"The edits by their ids: repair-lightning log --run {run_dir}")
     (console or Console()).print("\n".join(said), markup=False, highlight=False, soft_wrap=True)
 
 
