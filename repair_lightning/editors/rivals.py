@@ -88,6 +88,5 @@ def rivals_of(tail: TargetTail, every: int) -> Rivals | None:
     head: Any = tail.split.model.get_output_embeddings()  # type: ignore[operator]
     if tail.kind != "positions" or not isinstance(head, nn.Linear) or len(head.weight) < WORTH * MOST or every < 2:
         return None
-    return (
-        Rivals(tail, every) if 2 * int(tail.rows.ranks.max()) <= MOST else None
-    )  # an edit's targets leave room for their rivals
+    room = 2 * int(tail.rows.ranks.max()) <= MOST  # beside an edit's targets, for their rivals
+    return Rivals(tail, every) if room else None

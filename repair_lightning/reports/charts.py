@@ -41,8 +41,6 @@ WHO: Mapping[str, Look] = {
     **{HELD + why: (colour, "circle") for why, colour in zip((*CHECKS.values(), OTHER_CHECK), _DARK, strict=True)},
 }
 """Who answers a prompt, by the score and by what is checked besides, and how that looks."""
-
-
 MOST_ABOVE = 20.0
 """Thresholds that a score is drawn above; what exceeds them is in the last bar."""
 

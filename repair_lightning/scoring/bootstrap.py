@@ -31,6 +31,6 @@ def op_interval(rows: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
         return None
     generator, evenly = np.random.default_rng(0), np.full(len(place), 1 / len(place))
     drawn = (generator.multinomial(len(place), evenly) for _ in range(DRAWS))
-    shares = [(right @ times) / (asked @ times) for times in drawn if (asked @ times).all()]
+    shares = [(right @ times) / number for times in drawn if (number := asked @ times).all()]
     low, high = np.quantile(np.prod(shares, 1) ** (1 / len(_KINDS)), [(1 - SHARE) / 2, (1 + SHARE) / 2])
     return {"low": float(low), "high": float(high)}
