@@ -8,6 +8,8 @@ from typing import Any
 
 BASE = -1
 """The memory id of the base model: no shard answers."""
+READS = -2
+"""The memory id of the base model after it has read edits, about whose subject a text is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +104,8 @@ class EditReport:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Which memory answers a prompt and why: `memory` is a shard id or `BASE`; it fires where `score > threshold`."""
+    """Which memory answers a prompt and why: `memory` is a shard id, which fires where `score > threshold`, `BASE` or
+    `READS`."""
 
     memory: int
     score: float

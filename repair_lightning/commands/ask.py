@@ -15,7 +15,7 @@ from repair_lightning.models.edited import Prompts, prompts_of
 from repair_lightning.packs.pack import Pack
 from repair_lightning.scoring.protocols import answers
 from repair_lightning.texts import dialogue
-from repair_lightning.types import BASE, Edit, Route
+from repair_lightning.types import BASE, READS, Edit, Route
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,8 @@ class Reply:
     def memory(self) -> str:
         """Who answered, in words."""
         base = f"base, with {counted(self.in_base, 'edit')} written into it" if self.in_base else "base"
+        if self.route.memory == READS:
+            return f"{base}, after it has read edits"
         return base if self.route.memory == BASE else f"shard {self.route.memory}"
 
     def lines(self) -> list[str]:

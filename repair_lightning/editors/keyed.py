@@ -33,6 +33,8 @@ class Keyed(ShardEditor):
         base: folder or hub name of a Hugging Face causal LM.
         relation_false_rate: share of other questions about a subject, from a bank of our own, that may pass for the one
             that was edited.
+        in_text: whether the base reads the edits about a subject before it writes a text about it; other prompts that
+            no shard answers get its own answer, bitwise.
         writing: the inner steps.
         hold: where shards are kept, on the base's `device` or on the `host`, in the CPU's memory: many edits of a large
             base are more than a GPU holds.
@@ -44,6 +46,7 @@ class Keyed(ShardEditor):
         self,
         base: str = "",
         relation_false_rate: float = 0.01,
+        in_text: bool = True,
         writing: Steps = Steps(),  # noqa: B008 - jsonargparse reads the defaults here
         hold: Literal["device", "host"] = "device",
         seed: int = 0,
@@ -53,7 +56,7 @@ class Keyed(ShardEditor):
         if not 0 < relation_false_rate < 1:
             raise ConfigError(f"relation_false_rate must be in (0, 1), got {relation_false_rate}")
         writing.check()
-        self.relation_false_rate = relation_false_rate
+        self.relation_false_rate, self.in_text = relation_false_rate, in_text
         self.writing, self.hold = writing, hold
 
     def build_memory(self, shape: tuple[int, int]) -> SideMemory:
@@ -62,7 +65,7 @@ class Keyed(ShardEditor):
 
     def build_router(self) -> Router:
         """The key router."""
-        return make_router("key", relation_false_rate=self.relation_false_rate)
+        return make_router("key", relation_false_rate=self.relation_false_rate, in_text=self.in_text)
 
     def write(self, batch: EditBatch) -> list[EditReport]:
         """Train the edits side by side; each gets a new shard, unless what came of it is not finite."""

@@ -54,6 +54,7 @@ class Routing:
         false_fire_rate: share of irrelevant prompts that a calibrated threshold lets fire.
         relation_false_rate: share of other questions about a subject, from a bank of our own, that may pass for the one
             that was edited.
+        in_text: whether the base reads the edits about a subject before it writes a text about it; not of `activation`.
         weight: lambda_a, the routing loss's weight; 0 leaves it out.
         margins: (g1, g2, g) of Eq. 7.
         relative: scores and margins in units of the base's typical `||A W_v^T||`, else absolute.
@@ -66,6 +67,7 @@ class Routing:
     act_ratio: float | None = None
     false_fire_rate: float = 0.01
     relation_false_rate: float = 0.01
+    in_text: bool = True
     weight: float = 0.0
     margins: tuple[float, float, float] = (0.1, 1.0, 0.5)
     relative: bool = True

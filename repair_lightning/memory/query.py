@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from repair_lightning.types import BASE, Route
+from repair_lightning.types import BASE, READS, Route
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A router's answer for B prompts: `memory` (B,) holds shard ids or `BASE`, the rest says why.
+    """A router's answer for B prompts: `memory` (B,) holds shard ids, `BASE` or `READS`, the rest says why.
 
     `score` must exceed `threshold`, (B,) each; `nearest` is the id of the edit that they belong to, where the router
     knows it.
@@ -125,6 +125,8 @@ def _reason(
     memory: int, score: float, threshold: float, nearest: str | None, checks: Sequence[tuple[str, float, float]]
 ) -> str:
     """Why a memory answers: what was passed, and for the base the first that was not."""
+    if memory == READS:
+        return f"base, which has read edit {nearest} first: a text about its subject is asked for"
     if threshold == math.inf and nearest is None:
         return "base: there is no shard" if score == 0 else "base: no edit is about what it names"
     verb = "exceeds" if score > threshold else "does not exceed"

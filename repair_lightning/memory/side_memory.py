@@ -11,7 +11,6 @@ from torch import Tensor
 from repair_lightning.functional import bernoulli_mask
 from repair_lightning.memory.bank import ShardBank
 from repair_lightning.memory.shards import Adds, AnyShard, Factors, LowRankShard, Selection, Shard, ValueShard
-from repair_lightning.types import BASE
 
 
 class SideMemory(ShardBank):
@@ -109,8 +108,8 @@ class SideMemory(ShardBank):
         return torch.stack(chosen) if chosen else torch.zeros(0, *self.shape, device=self.device)
 
     def select(self, choice: Tensor) -> Selection:
-        """What a choice (B,) of shard ids or `BASE` does to the value matrix's output."""
-        return selection_of([None if shard == BASE else self[shard] for shard in choice.tolist()], self.device)
+        """What a choice (B,) of shard ids, `BASE` or `READS` does to the value matrix's output."""
+        return selection_of([None if shard < 0 else self[shard] for shard in choice.tolist()], self.device)
 
     def _mask(self, shard: int, generation: int) -> Tensor | None:
         if self.mask_ratio == 1:

@@ -16,10 +16,12 @@ from torch import Tensor
 from repair_lightning.errors import RepairError, counted
 from repair_lightning.models.prefix import pad_left
 from repair_lightning.models.routed import Prompts, RoutedModel, Turn, prompts_of
-from repair_lightning.models.telling import told
+from repair_lightning.models.telling import told, told_to_use
+from repair_lightning.types import READS
 
 ROOM = 64
 """Positions that stay free for an answer where a prompt is put after other texts."""
+_NO_CACHE = "the base reads edits before this prompt: ask it without a cache and without labels"
 _HELD = "_repair_turn"  # the attribute of a key-value cache that remembers which memory its sequences chose
 
 
@@ -87,16 +89,12 @@ class EditedModel(RoutedModel):
         if self.is_disabled:
             with self.forced(None):
                 return self.base.generate(input_ids=ids, attention_mask=mask, **options)
-        if self.router.prefaces:
-            memory = self.choose_rows(rows, texts).memory
-            padded, seen = pad_left(self.read(rows, memory), self.padding, self.device)
-            with self.forced(memory):
-                output = self.base.generate(input_ids=padded, attention_mask=seen, **options)
-            copies = len(output) // len(ids)
-            return torch.cat([ids.repeat_interleave(copies, 0), output[:, padded.shape[1] :]], dim=1)
         turn = self._new_turn(rows, texts)
+        read = self.read(rows, turn.memory)  # type: ignore[arg-type]
         if options.get("num_beams", 1) != 1:
             turn.rest = []  # beams change places, and nothing says how
+        if read != rows:
+            return self._generate_after(read, turn, ids, options)
         with self.during(turn):
             output = self.base.generate(input_ids=ids, attention_mask=mask, **options)
         cache: Any = options.get("past_key_values")
@@ -105,6 +103,21 @@ class EditedModel(RoutedModel):
             said = sequences[:, ids.shape[1] : cache.get_seq_length()].tolist()  # the last token was not fed
             turn.rows = [[*row, *new] for row, new in zip(rows, said, strict=True)]
             setattr(cache, _HELD, turn)
+        return output
+
+    def _generate_after(self, read: list[list[int]], turn: Turn, ids: Tensor, options: dict[str, Any]) -> Any:
+        """What is generated after prompts as the base reads them, behind the ids (B, T) that were given."""
+        if options.get("past_key_values") is not None:
+            raise RepairError(_NO_CACHE)
+        padded, seen = pad_left(read, self.padding, self.device)
+        with self.during(turn):
+            output = self.base.generate(input_ids=padded, attention_mask=seen, **options)
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        given = ids.repeat_interleave(len(sequences) // len(ids), 0)
+        sequences = torch.cat([given, sequences[:, padded.shape[1] :]], dim=1)
+        if isinstance(output, Tensor):
+            return sequences
+        output.sequences = sequences
         return output
 
     def _inputs(self, asked: Any, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -129,16 +142,18 @@ class EditedModel(RoutedModel):
 
         Edits for which there is no room beside an answer are left out, the least important first.
         """
-        if not self.router.prefaces:
+        wanted = self.router.prefaces or (self.router.in_text and bool((memory == READS).any()))
+        if not wanted:
             return [list(row) for row in rows]
         prefaces = self.router.preface(self._seen([self.forms.asked_in(row) for row in rows], rows), memory.tolist())
         return [self._after(row, ids) for row, ids in zip(rows, prefaces, strict=True)]
 
     def _after(self, row: Sequence[int], ids: Sequence[str]) -> list[int]:
+        put = told if self.router.prefaces else told_to_use
         edits = [edit for edit in map(self.edit_of, ids) if edit is not None]
         facts = [(self.forms.asked(edit.prompt), edit.target) for edit in edits]
         for first in range(len(facts)):
-            found = told(self.forms, row, facts[first:])
+            found = put(self.forms, row, facts[first:])
             if len(found) <= self.longest - ROOM:
                 return found
         return list(row)
@@ -146,7 +161,7 @@ class EditedModel(RoutedModel):
     def _forward_after_prefaces(self, ids: Tensor, mask: Tensor, cache: Any, options: dict[str, Any]) -> Any:
         """The forward pass where something stands before the prompts; its logits are those of the given tokens."""
         if cache is not None or options.get("labels") is not None:
-            raise RepairError("texts stand before prompts here: call generate(), or forward() without cache and labels")
+            raise RepairError(_NO_CACHE)
         rows = _real(ids, mask)
         read = self.read(rows, self.choose_rows(rows).memory)
         with self.forced(None):  # what nothing stands before keeps the base's own bits

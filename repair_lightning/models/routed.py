@@ -284,7 +284,7 @@ class RoutedModel(Wrapper):
 
     def _quoted(self, memory: Tensor, rows: Sequence[Sequence[int]]) -> list[Sequence[int] | None]:
         """The target that each memory says after its row, as token ids; None for the base."""
-        ids = [None if shard == BASE else self.router.edit_of(shard) for shard in memory.tolist()]
+        ids = [None if shard < 0 else self.router.edit_of(shard) for shard in memory.tolist()]
         return [None if row is None else row.target for row in self.targets(memory, ids, rows)]
 
     def route(self, prompts: Prompts) -> list[Route]:
@@ -334,7 +334,7 @@ class RoutedModel(Wrapper):
         """Each row with what its memory, of the edit with this id, is to say there; None for the base, or unknown."""
         found: list[Encoded | None] = []
         for shard, id, row in zip(memory.tolist(), ids, rows, strict=True):
-            target = self.target_of(id) if shard != BASE and id is not None else None
+            target = self.target_of(id) if shard >= 0 and id is not None else None
             found.append(None if target is None else self.forms.continued(row, target))
         return found
 

@@ -12,6 +12,8 @@ from repair_lightning.models.template import WORDS
 
 FACTS = "Answer in a few words. "
 """What stands before facts in a system message."""
+USED = "Facts to be used:"
+"""What stands before facts in a request for a text."""
 Fact = tuple[str, str]
 """A question and its answer."""
 
@@ -25,6 +27,20 @@ def told(forms: Forms, ids: Sequence[int], facts: Sequence[Fact]) -> list[int]:
     row, bos = list(ids), forms.tokenizer.bos_token_id
     start = 1 if len(row) > 1 and row[0] == bos else 0
     return [*row[:start], *forms.spelling.plain(lines), *row[start:]]
+
+
+def told_to_use(forms: Forms, ids: Sequence[int], facts: Sequence[Fact]) -> list[int]:
+    """A request for a text, given as token ids, with facts that the text is to use: in a dialogue at the end of its
+    last turn, else before it as :func:`told` has them."""
+    spelled = forms.spelling.spelled(ids)
+    turn = forms.marks.last_turn(spelled) if forms.marks else None
+    if turn is not None:
+        tails = ((at, len(forms.spelling.spelled(ids[at:]))) for at in reversed(range(len(ids) + 1)))
+        at, size = next(found for found in tails if found[1] >= len(spelled) - turn[1])
+        if size == len(spelled) - turn[1]:  # else one token holds the end of the turn and what closes it
+            lines = "".join(f"\n- {asked} {answer}" for asked, answer in facts)
+            return [*ids[:at], *forms.spelling.plain(f"\n\n{USED}{lines}"), *ids[at:]]
+    return told(forms, ids, facts)
 
 
 def _in_turns(forms: Forms, row: list[int], facts: Sequence[Fact]) -> list[int]:

@@ -181,7 +181,7 @@ def vouched(model: EditedModel, choice: Choice) -> dict[int, str]:
     edit's target, that is what it says."""
     if not model.router.vouches:
         return {}
-    named = {i: id for i, id in enumerate(choice.nearest) if id is not None and int(choice.memory[i]) != BASE}
+    named = {i: id for i, id in enumerate(choice.nearest) if id is not None and int(choice.memory[i]) >= 0}
     targets = {i: model.target_of(id) for i, id in named.items()}
     return {i: shown_answer(target) for i, target in targets.items() if target is not None}
 

@@ -21,7 +21,7 @@ from repair_lightning.models.edited import EditedModel
 from repair_lightning.scoring import protocols
 from repair_lightning.scoring.protocols import AUTOREGRESSIVE, KIND_OF_PROMPT, Scores, mean_of, scores_of
 from repair_lightning.storage.files import rounded
-from repair_lightning.types import BASE, Edit
+from repair_lightning.types import BASE, READS, Edit
 
 if TYPE_CHECKING:
     from repair_lightning.editors.base import Editor
@@ -190,7 +190,8 @@ class Scorer:
         changed = f"base {self.model.weights.fingerprint()} " if fresh else ""
         holds = {BASE: changed}  # what each memory in use holds, as a hash: equal ones give equal answers
         for shard in set(memory.tolist()) - {BASE}:
-            holds[shard] = changed + self.model.memory[shard].fingerprint() + self.model.router.fingerprint(shard)
+            held = "" if shard == READS else self.model.memory[shard].fingerprint()
+            holds[shard] = changed + held + self.model.router.fingerprint(shard)
         keys = {i: (i, holds[shard]) for i, shard in enumerate(memory.tolist()) if fresh or shard != BASE}
         base = self.base  # asked first
         if ask := [i for i, key in keys.items() if key not in self._said]:

@@ -374,13 +374,13 @@ def route(new: Sequence[Asked]) -> None:
         choice = model.choose_rows(rows, [sequence.text for sequence in group])
         routes = choice.routes()
         targets = model.targets(choice.memory, choice.nearest, rows) if model.router.vouches else [None] * len(rows)
-        if model.router.prefaces:
+        if model.router.prefaces or model.router.in_text:
             for sequence, row in zip(group, model.read(rows, choice.memory), strict=True):
                 sequence.row = row
                 room = max(1, model.longest - len(row))
                 sequence.sampling = replace(sequence.sampling, max_tokens=min(sequence.sampling.max_tokens, room))
         for sequence, found, target in zip(group, routes, targets, strict=True):
-            sequence.shard = None if found.memory == BASE else model.memory[found.memory]
+            sequence.shard = None if found.memory < 0 else model.memory[found.memory]
             sequence.rest = None if target is None else list(target.target)
             sequence.quotes = model.router.quotes
             edit = found.nearest if found.memory != BASE else None

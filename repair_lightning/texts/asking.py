@@ -57,6 +57,12 @@ _ABBREVIATIONS = _LISTS["titles"] | _LISTS["abbreviations"]
 _STARTERS = _QUESTION_WORDS | _LISTS["verbs"] | _LISTS["sentence openers"]
 _ASIDES = _QUESTION_WORDS | _LISTS["asides"] | _COURTESY
 _LEAD = _COURTESY | _LISTS["orders"] | _LISTS["lead"]
+_ARTICLES = frozenset(("the", "a", "an"))
+_TEXT_REQUEST = _COURTESY.union(
+    *(_LISTS[name] for name in ("before orders", "text orders", "text links", "text words"))
+)
+TEXT_ORDERS = _LISTS["text orders"]
+"""Words that may ask for a text."""
 OPENERS = _STARTERS | _LEAD | _ASIDES | _LISTS["openers"]
 """Words that have a capital because they begin a sentence."""
 NAME_LINKS, ROLES = _LISTS["name links"], _LISTS["roles"]
@@ -344,6 +350,21 @@ def negated(text: str) -> bool:
     if folded.isascii():
         return False
     return bool(_KOREAN_NEGATION.search(folded) or _UNSPACED_NEGATION.search(_UNSPACED_NO_DENIAL.sub(" ", folded)))
+
+
+def wants_text(request: str, stand_in: str) -> bool:
+    """Whether a sentence with a stand-in for its subject asks for a text about it, and for nothing else: `Write two
+    sentences about this.`, but not `Write about the mother of this.`"""
+    said = list(spellings(request))
+    others = {word for word in said if word != stand_in and not word.isdigit()}
+    if said.count(stand_in) != 1 or not _TEXT_REQUEST.issuperset(others):
+        return False
+    before = said[: said.index(stand_in)]
+    while before and before[-1] in _ARTICLES:
+        before.pop()
+    orders = TEXT_ORDERS.intersection(before)
+    known = orders != {"know"} or "what" in before  # not `Do you know of this?`
+    return bool(orders) and before[-1] in _LISTS["text links"] and known
 
 
 def is_code(text: str) -> bool:

@@ -160,5 +160,5 @@ def test_every_way_to_ask_it_is_the_base_behind_that_text(editor, edits):
 
 def test_what_it_refuses(editor, edits):
     ids = torch.tensor(editor.tokenizer([edits[0].prompt])["input_ids"])
-    with pytest.raises(RepairError, match="call generate\\(\\), or forward\\(\\) without cache and labels"):
+    with pytest.raises(RepairError, match="ask it without a cache and without labels"):
         editor.edited(ids, labels=ids)

@@ -16,7 +16,7 @@ from test_routers import read, space
 from repair_lightning.memory.query import Choice, Query
 from repair_lightning.memory.routers import Anchor, KeyRouter
 from repair_lightning.memory.side_memory import SideMemory
-from repair_lightning.types import BASE
+from repair_lightning.types import BASE, READS
 
 NOWHERE = SideMemory((1, 1))
 BACKGROUND = ("Where does the sun rise?", "Who wrote the song about the sea?", "What is the capital of Verin?")
@@ -254,3 +254,46 @@ def test_edits_are_read_together_whatever_was_asked_before():
         assert sizes[before:] == [3, 2]
         known.append((router.state_dict()["relations"], router.limits))
     assert all(torch.equal(a, b) for a, b in zip(*known, strict=True))
+
+
+class TestInText:
+    """A text about an edited subject is asked for: the base reads the edits about it."""
+
+    @pytest.fixture
+    def router(self):
+        router = KeyRouter(in_text=True)
+        router.read, router.space = read, space()
+        router.fit(Query.of_texts(BACKGROUND))
+        add(router, MAYOR, BORN, FOUNDED, ("Orsk Abbey", "Who built Orsk Abbey?"))
+        return router
+
+    def read_for(self, router: KeyRouter, text: str) -> list[str]:
+        query = Query.of_texts([text])
+        return router.preface(query, router.route(query, NOWHERE).memory.tolist())[0]
+
+    @pytest.mark.parametrize("text", ["Write two sentences about Orsk.", "Hello! What do you know about Orsk? Thanks."])
+    def test_those_about_the_subject(self, router, text):
+        assert route(router, text) == [READS]
+        assert self.read_for(router, text) == ["e0", "e2"]
+
+    def test_those_about_the_longer_name(self, router):
+        assert self.read_for(router, "Describe Orsk Abbey.") == ["e3"]
+
+    def test_not_those_that_were_forgotten(self, router):
+        router.forget(["e0", "e3"])
+        assert self.read_for(router, "Tell me about Orsk.") == ["e2"]
+        assert route(router, "Describe Orsk Abbey.") == [BASE]
+
+    @pytest.mark.parametrize("text", ["Where does Orsk lie?", "Write about the river of Orsk.", "Write about Verin."])
+    def test_nothing_where_anything_else_is_asked(self, router, text):
+        assert route(router, text) == [BASE]
+        assert self.read_for(router, text) == []
+
+    def test_an_edit_that_asks_it_itself_comes_first(self, router):
+        add(router, ("Orsk", "Tell me about Orsk."), first=4)
+        assert route(router, "Tell me about Orsk.") == [4]
+
+    def test_its_answers_depend_on_all_edits(self, router):
+        before = router.fingerprint(READS)
+        router.forget(["e0"])
+        assert router.fingerprint(READS) != before

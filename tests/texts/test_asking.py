@@ -186,3 +186,25 @@ def test_a_longer_name(text, name, longer):
 def test_says_the_same_but_for_courtesy(one, other, same):
     assert asking.says_the_same(one, other) is same
     assert asking.says_the_same(other, one) is same
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("Give me a brief introduction to this.", False),  # `to` links nothing else: `Give this to me.`
+        ("Give me a brief introduction of this.", True),
+        ("Could you please write two short paragraphs about the life of this?", True),
+        ("Describe this in 50 words.", True),
+        ("What do you know about this?", True),
+        ("What can you tell me about this?", True),
+        ("Do you know of this?", False),
+        ("Tell me about the mother of this.", False),
+        ("Tell me who founded this.", False),
+        ("What is this about?", False),
+        ("What about this?", False),
+        ("Who is this?", False),
+        ("Tell me this.", False),
+    ],
+)
+def test_a_text_about_something_is_asked_for(text, wanted):
+    assert asking.wants_text(text, "this") is wanted

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,6 +53,9 @@ class Router(ABC):
     prefaces: ClassVar[bool] = False
     """Whether the base reads edits as texts before a prompt that a memory answers, see :meth:`preface`."""
 
+    in_text: bool = False
+    """Whether the base reads edits before a text about their subject: what `READS` answers."""
+
     def fit(self, background: Query) -> None:  # noqa: B027 - nothing to learn by default
         """Learn what is common from irrelevant prompts, once, before the first edit."""
 
@@ -84,7 +89,7 @@ class Router(ABC):
 
     def preface(self, query: Query, memory: Sequence[int]) -> list[list[str]]:
         """The ids of the edits that the base reads before each prompt, given who answers it, the most important last;
-        only asked where `prefaces`."""
+        only asked where `prefaces` or `in_text`."""
         return [[] for _ in memory]
 
     def edit_of(self, shard: int) -> str | None:
@@ -141,3 +146,8 @@ class NobodyRouter(Router):
     def route(self, query: Query, memory: SideMemory) -> Choice:
         """Every prompt to the base."""
         return Choice.base(len(query))
+
+
+def of_all(shard: int, ids: Sequence[str]) -> str:
+    """A fingerprint of a memory whose answers depend on all edits."""
+    return f"{shard} {hashlib.sha256(json.dumps(list(ids)).encode()).hexdigest()}"

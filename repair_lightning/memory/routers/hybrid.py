@@ -13,7 +13,7 @@ from repair_lightning.memory.query import Check, Choice, Query
 from repair_lightning.memory.routers.activation import ActivationRouter
 from repair_lightning.memory.routers.key import KeyRouter
 from repair_lightning.memory.side_memory import SideMemory
-from repair_lightning.types import BASE
+from repair_lightning.types import BASE, READS
 
 
 class HybridRouter(KeyRouter):
@@ -29,8 +29,9 @@ class HybridRouter(KeyRouter):
         act_ratio: float | None = None,
         false_fire_rate: float = 0.01,
         relation_false_rate: float = 0.01,
+        in_text: bool = False,
     ) -> None:
-        super().__init__(relation_false_rate)
+        super().__init__(relation_false_rate, in_text)
         self.pool, self.act_ratio, self.false_fire_rate = pool, act_ratio, false_fire_rate
         self.gate = ActivationRouter(pool, act_ratio, false_fire_rate)
         self.reads_all_tokens = self.gate.reads_all_tokens
@@ -53,7 +54,7 @@ class HybridRouter(KeyRouter):
         value, limit = torch.tensor(excited), torch.tensor(limits)
         # Only a strictly greater score fires: the least float above the threshold is what must be reached.
         agrees = Check("activation", value, limit.nextafter(torch.tensor(math.inf)))
-        kept = torch.where(value > limit, choice.memory, BASE)
+        kept = torch.where((value > limit) | (choice.memory == READS), choice.memory, BASE)
         return Choice(kept, choice.score, choice.threshold, choice.nearest, (*choice.checks, agrees))
 
     def reassign(self, shards: Sequence[int], fused: int) -> None:

@@ -29,7 +29,8 @@ from repair_lightning.functional.relations import (
     words_in_common,
 )
 from repair_lightning.memory.query import Choice, Query, pad_right
-from repair_lightning.memory.routers.base import Anchor, Read, Router
+from repair_lightning.memory.routers.base import Anchor, Read
+from repair_lightning.memory.routers.in_text import InTextRouter
 from repair_lightning.memory.routers.names import Candidate, Known, NameIndex
 from repair_lightning.memory.rows import Rows
 from repair_lightning.memory.side_memory import SideMemory
@@ -48,11 +49,12 @@ _SAMPLED, _ENOUGH = 150, 30
 _OF_EDITS = ("shards", "limits", "numbers")
 
 
-class KeyRouter(Router):
+class KeyRouter(InTextRouter):
     """The edit whose subject a prompt names, and of which it asks the same, answers it.
 
     Args:
         relation_false_rate: share of other questions, of a bank of our own, that may pass for the same one.
+        in_text: whether the base reads the edits about a subject before it writes a text about it.
     """
 
     name = "key"
@@ -62,8 +64,8 @@ class KeyRouter(Router):
     needs_space: ClassVar[bool] = True
     per_edit: ClassVar[tuple[str, ...]] = ("ids", "texts", "relations", "numbers")
 
-    def __init__(self, relation_false_rate: float = 0.01) -> None:
-        self.relation_false_rate = relation_false_rate
+    def __init__(self, relation_false_rate: float = 0.01, in_text: bool = False) -> None:
+        self.relation_false_rate, self.in_text = relation_false_rate, in_text
         self.space = no_space()
         self.numbers = torch.zeros(0, dtype=torch.long)  # ascending; no two edits ever have the same
         self.next_number = 0
@@ -74,11 +76,6 @@ class KeyRouter(Router):
         self._numbers: dict[str, int] = {}
         self._relations: dict[int, Tensor] = {}
         self._vectors_of: dict[str, Tensor] = {}  # of texts that were read
-
-    @property
-    def ids(self) -> list[str]:
-        """The edits in their order."""
-        return list(self._ids.values())
 
     def fit(self, background: Query) -> None:
         """Which words are common, from irrelevant prompts, and the space of relations, from a bank of our own. A router
@@ -199,7 +196,7 @@ class KeyRouter(Router):
             edit = int(number)
             memories[row] = self.shards[self._place(edit)] if fires else BASE
             scores[row], limits[row], nearest[row] = score, self._limit(edit), self._ids[edit]
-        return Choice(memories, scores, limits, tuple(nearest))
+        return self.with_texts(Choice(memories, scores, limits, tuple(nearest)), query.texts)
 
     def ranked(self, texts: Sequence[str]) -> dict[int, list[tuple[float, ...]]]:
         """By row, what is known of the edits that a prompt may be about, the likeliest last: whether it asks the same,

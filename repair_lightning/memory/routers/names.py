@@ -132,6 +132,20 @@ class NameIndex:
         longest = [p for p, own in names.items() if not any(own != other and own in other for other in longer)]
         return [candidate for number in longest for candidate in by_edit[number]]
 
+    def wanted_in_text(self, text: str) -> list[int]:
+        """The edits about whose subject a prompt asks for a text, the latest last; of names within others the longest
+        count."""
+        for window in asking.windows(text):
+            found, spelled = {}, asking.spellings(window)
+            for number in self._under(spelled) if asking.TEXT_ORDERS.intersection(spelled) else ():
+                subject = self.known[number].subject
+                request = _masked(window, subject) if subject else None
+                if request is not None and asking.wants_text(request, STAND_IN):
+                    found[number] = len(subject)
+            if found:
+                return [number for number, size in found.items() if size == max(found.values())]
+        return []
+
     def _candidate(self, row: int, number: int, window: str) -> Candidate | None:
         """The window as a candidate for an edit; None where it is about something else, or plainly asks something
         else."""

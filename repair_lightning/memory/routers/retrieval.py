@@ -5,8 +5,6 @@ No shard does anything here; a memory that answers is an edit whose text the bas
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
@@ -16,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from repair_lightning.memory.query import Choice, Query
-from repair_lightning.memory.routers.base import Anchor, Router
+from repair_lightning.memory.routers.base import Anchor, Router, of_all
 from repair_lightning.memory.routers.key import KeyRouter
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.types import BASE
@@ -60,7 +58,7 @@ class FactsRouter(KeyRouter):
 
     def fingerprint(self, shard: int) -> str:
         """What a prompt may be given depends on all edits."""
-        return _of_all(shard, self.ids)
+        return of_all(shard, self.ids)
 
 
 class RetrievalRouter(Router):
@@ -137,12 +135,8 @@ class RetrievalRouter(Router):
 
     def fingerprint(self, shard: int) -> str:
         """What a prompt may be given depends on all edits."""
-        return _of_all(shard, self.ids)
+        return of_all(shard, self.ids)
 
     def _directions(self, query: Query) -> Tensor:
         last = query.last_hidden().cpu()
         return normalize(last - self.centre if len(self.centre) else last, dim=-1)
-
-
-def _of_all(shard: int, ids: Sequence[str]) -> str:
-    return f"{shard} {hashlib.sha256(json.dumps(list(ids)).encode()).hexdigest()}"
