@@ -47,8 +47,8 @@ def parameters(shape: Mapping[str, Any]) -> int:
 
 
 def low_rank_bytes(shape: Mapping[str, Any], rows: int = ROWS) -> int:
-    """A low-rank shard: two factors of `rows` vectors, (D, rows) and (rows, F), in half precision."""
-    return 2 * rows * (shape["hidden_size"] + shape["intermediate_size"])
+    """A low-rank shard at most: factors (D, rows) and (rows, F), a byte per entry, and a scale in float32 per row."""
+    return rows * (shape["hidden_size"] + shape["intermediate_size"] + 4)
 
 
 def dense_bytes(shape: Mapping[str, Any]) -> int:

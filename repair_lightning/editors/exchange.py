@@ -52,8 +52,9 @@ class Written:
     def _exchange_low_rank(editor: AskedModel, shards: Sequence[int]) -> None:
         memory, (d, f) = editor.memory, editor.memory.shape
         empty = {"ids": torch.zeros(0).long(), "ranks": torch.zeros(0).long()}
-        kind = torch.half if memory.halves else torch.float32
+        kind = torch.int8 if memory.int8 else torch.float32
         empty |= {"left": torch.zeros(0, d, dtype=kind), "right": torch.zeros(0, f, dtype=kind)}
+        empty |= {"scale": torch.zeros(0)} if memory.int8 else {}
         tensors = memory.low_rank_tensors(shards) or empty
         for rank, part in enumerate(editor.team.gather(*(tensors[name].to(memory.device) for name in empty))):
             if rank != editor.team.rank and len(part[0]):

@@ -68,6 +68,7 @@ class TargetRows:
         prompts: Query | None = None,
     ) -> None:
         self._source = (list(encoded), list(captures), list(owners))
+        self._leaving: Tensor | None = None
         self.hidden = stack_left([capture.hidden for capture in captures])
         self.activations = stack_left([capture.activations for capture in captures])
         device = self.hidden.device
@@ -116,6 +117,13 @@ class TargetRows:
         """States (B, `span` or more, ...) at the positions from which the M target tokens are read, (M, ...)."""
         return states[:, -self.span :].flatten(0, 1).index_select(0, self._at)
 
+    def leaving(self, split: SplitModel) -> Tensor:
+        """The states (M, D) that leave the edited layer where target tokens are read; computed once."""
+        if self._leaving is None:
+            with split.skipping():
+                self._leaving = self.reading(split.layer_output(self.ids, self.mask, self.hidden))
+        return self._leaving
+
     def losses(self, logits: Tensor) -> Tensor:
         """The cross-entropy (M,) of the target tokens, nats, from their logits (M, V)."""
         return target_cross_entropy(logits[:, None], self.labels[:, None])
@@ -151,8 +159,7 @@ class TargetTail:
         self.split, self.rows, self.kind = split, rows, kind
         self.states = rows.reading(rows.hidden)
         if kind == "positions":
-            with split.skipping():
-                self.states = self.out = rows.reading(split.layer_output(rows.ids, rows.mask, rows.hidden))
+            self.states = self.out = rows.leaving(split)
             self.activations = rows.reading(rows.activations).float()
 
     def __call__(self, product: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -228,25 +235,34 @@ def in_halves(batch: EditBatch, attempt: Callable[[EditBatch], list[EditReport]]
     return [*in_halves(first, attempt), *in_halves(second, attempt)]
 
 
-def rows_asked_back(editor: ShardEditor, edits: Sequence[Edit]) -> TargetRows | None:
-    """Rows of the edits in the forms that they are asked back in; None where a base has no such form."""
-    found = editor.checks(edits)
-    if not found:
-        return None
-    captures = editor.edited.captures([row.ids for _, row in found])
-    return TargetRows([row for _, row in found], captures, [i for i, _ in found], len(edits))
+class AskedBack:
+    """Asks rows of an editor's edits, again and again, whether something says their targets."""
 
+    @torch.no_grad()
+    def __init__(self, editor: ShardEditor, rows: TargetRows) -> None:
+        self._editor, self.rows, self._tail = editor, rows, TargetTail(editor.edited.split, rows, editor.tail)
 
-@torch.no_grad()
-def not_held(editor: ShardEditor, added: Adds, rows: TargetRows) -> list[int]:
-    """The edits whose target what is added does not say, on any rank that trains the same shard, in rows that it was
-    not trained on."""
-    tail = TargetTail(editor.edited.split, rows, editor.tail)
-    with tail.cut(), editor.edited.forced(Selection(len(rows), [(added, None)])):
-        logits, _ = tail(lambda _: rows.reading(added.product(rows.activations.float())))
-    held = torch.ones(rows.members, dtype=torch.bool, device=logits.device)
-    held[rows.edit[logits.argmax(-1) != rows.labels]] = False
-    return (~editor.agreed(held)).nonzero()[:, 0].tolist()
+    @classmethod
+    def of(cls, editor: ShardEditor, edits: Sequence[Edit]) -> AskedBack | None:
+        """In the forms that edits are asked back in; None where a base has no such form."""
+        found = editor.checks(edits)
+        if not found:
+            return None
+        captures = editor.edited.captures([row.ids for _, row in found])
+        return cls(editor, TargetRows([row for _, row in found], captures, [i for i, _ in found], len(edits)))
+
+    @torch.no_grad()
+    def fails(self, added: Adds, margin: float | None = None) -> list[int]:
+        """The edits whose target what is added to the rows does not say everywhere, or not by a margin in nats, on any
+        rank that trains the same shard."""
+        rows, tail = self.rows, self._tail
+        with tail.cut(), self._editor.edited.forced(Selection(len(rows), [(added, None)])):
+            logits, _ = tail(lambda _: rows.reading(added.product(rows.activations.float())))
+        held = rows.lead(logits, margin)
+        if margin is None:
+            held = torch.ones_like(held)
+            held[rows.edit[logits.argmax(-1) != rows.labels]] = False
+        return (~self._editor.agreed(held)).nonzero()[:, 0].tolist()
 
 
 class OpenCoordinates:

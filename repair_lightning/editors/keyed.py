@@ -8,19 +8,17 @@ given values is ROME's (arXiv 2202.05262).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 
 from repair_lightning.editors.base import register
-from repair_lightning.editors.inner_loop import TargetRows, not_held, rows_asked_back
-from repair_lightning.editors.low_rank import LowRankWriter, Outcome
+from repair_lightning.editors.inner_loop import AskedBack, TargetRows
+from repair_lightning.editors.low_rank import LowRankWriter, Outcome, factors_of, shortened
 from repair_lightning.editors.shards import ShardEditor, Steps
 from repair_lightning.errors import ConfigError
 from repair_lightning.memory.routers import Router, make_router
-from repair_lightning.memory.shards import Factors
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.types import BASE, Edit, EditBatch, EditReport
 
@@ -60,8 +58,8 @@ class Keyed(ShardEditor):
         self.writing, self.hold = writing, hold
 
     def build_memory(self, shape: tuple[int, int]) -> SideMemory:
-        """An empty bank that keeps shards in half precision: an edit's target is said with a margin."""
-        return SideMemory(shape, host=self.hold == "host", halves=True)
+        """An empty bank that keeps shards in a byte per entry: an edit's target is said with a margin."""
+        return SideMemory(shape, host=self.hold == "host", int8=True)
 
     def build_router(self) -> Router:
         """The key router."""
@@ -75,7 +73,10 @@ class Keyed(ShardEditor):
             self.edited.captures([row.ids for row in forms])
         rows = self._rows(edits)
         budget = self.writing.steps * (1 + self.attempts(edits))
-        outcomes = self._asked_back(edits, LowRankWriter(self).train(rows, budget), budget)
+        asked = AskedBack.of(self, edits)
+        outcomes = self._asked_back(edits, LowRankWriter(self).train(rows, budget), budget, asked)
+        if self.memory.int8:
+            outcomes = shortened(outcomes, AskedBack(self, rows), asked, self.writing.margin)
         reports = [self._report(id, outcome) for id, outcome in zip(batch.ids, outcomes, strict=True)]
         stays = [i for i, report in enumerate(reports) if report.error is None]
         prompts = rows.prompts.rows(torch.tensor(stays, dtype=torch.long))
@@ -83,11 +84,10 @@ class Keyed(ShardEditor):
         return reports
 
     def _report(self, id: str, outcome: Outcome) -> EditReport:
-        left, right = self.memory.kept(outcome.left, outcome.right)
-        if not (math.isfinite(outcome.loss) and left.isfinite().all() and right.isfinite().all()):
+        if not outcome.is_finite():
             reason = f"the loss or the shard was not finite after {outcome.steps} steps: rolled back"
             return EditReport(id, BASE, outcome.loss, 0.0, outcome.steps, error=reason)
-        return EditReport(id, self.memory.add(left, right), outcome.loss, 0.0, outcome.steps)
+        return EditReport(id, self.memory.add(outcome.left, outcome.right), outcome.loss, 0.0, outcome.steps)
 
     def rewrite(self, batch: EditBatch, shard: int) -> list[EditReport]:
         """Write edits again, each into a new shard."""
@@ -101,14 +101,12 @@ class Keyed(ShardEditor):
         """Rows of the edits in the forms that they are written in; `checked`: also in those they are asked back in."""
         return self.rows(edits, self.variants(edits) + (self.checks(edits) if checked else []))
 
-    def _asked_back(self, edits: Sequence[Edit], outcomes: list[Outcome], budget: int) -> list[Outcome]:
-        """The outcomes where each edit is asked in forms that it was not written in; those that do not hold there are
-        written again with these forms among the others."""
-        rows = rows_asked_back(self, edits)
-        if rows is None:
-            return outcomes
-        factors = Factors([outcomes[edit] for edit in rows.owner.tolist()], self.edited.device)
-        fails = not_held(self, factors, rows)
+    def _asked_back(
+        self, edits: Sequence[Edit], outcomes: list[Outcome], budget: int, asked: AskedBack | None
+    ) -> list[Outcome]:
+        """The outcomes where each edit is asked in forms that it was not written in; those that do not hold there
+        are written again with these forms among the others."""
+        fails = [] if asked is None else asked.fails(factors_of(outcomes, asked.rows))
         if not fails:
             return outcomes
         again = LowRankWriter(self).train(self._rows([edits[i] for i in fails], checked=True), budget)

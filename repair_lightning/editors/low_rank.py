@@ -12,20 +12,23 @@ D = d_model, F = d_ffn.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from repair_lightning.editors.inner_loop import TargetRows, TargetTail, descend
+from repair_lightning.editors.inner_loop import AskedBack, TargetRows, TargetTail, descend
 from repair_lightning.editors.rivals import rivals_of
-from repair_lightning.memory.shards import Selection
+from repair_lightning.memory.shards import Factors, Selection
 
 if TYPE_CHECKING:
     from repair_lightning.editors.keyed import Keyed
 
+SPARED = (0.1, 0.03, 0.01)
+"""Shares of a shard's sum of squares that are left out, where its edit holds without them; the largest first."""
 RIDGE = 1e-4  # added to `K K^T`, as a share of its mean diagonal: two positions with one key must not blow up
 
 
@@ -92,6 +95,23 @@ class Outcome:
     steps: int
     loss: float
 
+    def factors(self, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """Both, as those of a shard."""
+        return self.left, self.right
+
+    def is_finite(self) -> bool:
+        """Whether it may become a shard."""
+        return math.isfinite(self.loss) and bool(self.left.isfinite().all() and self.right.isfinite().all())
+
+    def without(self, spared: float) -> Outcome:
+        """The same with the least rank that leaves out at most this share of the product's sum of squares."""
+        (outer, inner), (base, other) = torch.linalg.qr(self.left), torch.linalg.qr(self.right.T)
+        turned, sizes, back = torch.linalg.svd(inner @ other.T)
+        share = sizes.square().cumsum(0) / sizes.square().sum().clamp_min(1e-30)
+        rank = int((share < 1 - spared).sum()) + 1
+        left, right = outer @ turned[:, :rank] * sizes[:rank], back[:rank] @ base.T
+        return Outcome(left, right, self.steps, self.loss) if rank < len(self.right) else self
+
 
 class LowRankWriter:
     """Trains the low-rank shards of a batch side by side, with an editor's options, base and optimiser."""
@@ -145,3 +165,26 @@ class LowRankWriter:
                 rivals=rivals_of(tail, every),
             )
         return step, ready.tolist(), losses
+
+
+def factors_of(outcomes: Sequence[Outcome], rows: TargetRows) -> Factors:
+    """What each row's edit adds to it."""
+    return Factors([outcomes[edit] for edit in rows.owner.tolist()], rows.hidden.device)
+
+
+def shortened(
+    outcomes: list[Outcome], written: AskedBack, other: AskedBack | None, margin: float | None
+) -> list[Outcome]:
+    """The outcomes of the least rank at which each edit has its margin in the rows that it was `written` in, and holds
+    in those of the `other` forms: the same answers in fewer bytes."""
+    found, still = list(outcomes), [i for i, one in enumerate(outcomes) if one.is_finite()]
+    for spared in SPARED:
+        tried = list(outcomes)
+        for i in still:
+            tried[i] = outcomes[i].without(spared)
+        fails = set(written.fails(factors_of(tried, written.rows), margin))
+        fails.update(() if other is None else other.fails(factors_of(tried, other.rows)))
+        for i in still:
+            found[i] = found[i] if i in fails else tried[i]
+        still = [i for i in still if i in fails]
+    return found

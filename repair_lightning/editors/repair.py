@@ -27,7 +27,7 @@ from torch import Tensor
 
 from repair_lightning.editors.base import register
 from repair_lightning.editors.dense import DenseWriter
-from repair_lightning.editors.inner_loop import TargetRows, in_halves, not_held, rows_asked_back
+from repair_lightning.editors.inner_loop import AskedBack, TargetRows, in_halves
 from repair_lightning.editors.shards import ShardEditor, Steps
 from repair_lightning.errors import ConfigError
 from repair_lightning.functional import Margins, activation_scores, fused_delta
@@ -236,8 +236,8 @@ class Repair(ShardEditor):
         """
         rows = self._rows(edits, rehearsed)
         steps, loss, kd = DenseWriter(self).train(module, rows, budget)
-        asked = rows_asked_back(self, edits) if self.stepping == "normalized" else None
-        fails = [] if asked is None else not_held(self, module, asked)
+        asked = AskedBack.of(self, edits) if self.stepping == "normalized" else None
+        fails = [] if asked is None else asked.fails(module)
         if fails and all(map(math.isfinite, loss)):
             rows = self._rows(edits, rehearsed, [(i, row) for i, row in self.checks(edits) if i in fails])
             more, loss, kd = DenseWriter(self).train(module, rows, budget)

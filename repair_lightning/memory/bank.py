@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from repair_lightning.errors import RepairError
-from repair_lightning.functional.halves import halved
+from repair_lightning.functional.int8 import quantized
 from repair_lightning.memory.rows import Rows
 from repair_lightning.memory.shards import AnyShard, LowRankShard, Shard, ValueShard
 
@@ -24,14 +24,14 @@ class ShardBank(nn.Module):
     Args:
         shape: (D, F) of the value matrix.
         host: keep low-rank shards in the CPU's memory, wherever the rest of the bank is.
-        halves: keep new low-rank shards in half precision, see :func:`halved`.
+        int8: keep new low-rank shards in a byte per entry, see :func:`quantized`.
     """
 
     _place: Tensor
 
-    def __init__(self, shape: tuple[int, int], host: bool = False, halves: bool = False) -> None:
+    def __init__(self, shape: tuple[int, int], host: bool = False, int8: bool = False) -> None:
         super().__init__()
-        self.shape, self.host, self.halves = shape, host, halves
+        self.shape, self.host, self.int8 = shape, host, int8
         self.next_id = self.next_number = 0
         self.offered: Mapping[int, Mapping[str, Tensor]] = {}
         """The :meth:`rows` that belong to the state that is loaded next."""
@@ -89,11 +89,8 @@ class ShardBank(nn.Module):
     def _low_rank_shard(self, left: Tensor, right: Tensor) -> LowRankShard:
         """A shard with a number that is never given twice, whatever is restored."""
         self.next_number += 1
-        return LowRankShard(*self.kept(left, right), self.next_number - 1)
-
-    def kept(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors as the bank keeps them."""
-        return halved(left, right) if self.halves and left.dtype is not torch.half else (left, right)
+        kept = quantized(left, right) if self.int8 else (left, right, None)
+        return LowRankShard(*kept[:2], self.next_number - 1, kept[2])
 
     def _put(self, shard: int, found: AnyShard) -> int:
         if isinstance(found, LowRankShard):
@@ -122,25 +119,26 @@ class ShardBank(nn.Module):
         return Rows({shard.number: shard for shard in self._low.values()}, LowRankShard.state_dict)
 
     def low_rank_tensors(self, shards: Iterable[int] | None = None) -> dict[str, Tensor]:
-        """Low-rank shards, by default all, as tensors: `ids` and `ranks` (N,), `left` (sum R, D) and `right`
-        (sum R, F); nothing where there are none."""
-        found = self._low
-        ids = list(found if shards is None else shards)
+        """Low-rank shards, by default all, as tensors: `ids` and `ranks` (N,), `left` (sum R, D), `right` (sum R, F)
+        and, of those in int8, `scale` (sum R,); nothing where there are none."""
+        ids = list(self._low if shards is None else shards)
         if not ids:
             return {}
-        return {
-            "ids": torch.tensor(ids),
-            "ranks": torch.tensor([len(found[shard].right) for shard in ids]),
-            "left": torch.cat([found[shard].left.T for shard in ids]),
-            "right": torch.cat([found[shard].right for shard in ids]),
-        }
+        found = [self._low[shard] for shard in ids]
+        if any(shard.scale is not None for shard in found):  # those of an earlier version were in half precision
+            found = [shard if shard.scale is not None else _in_int8(shard) for shard in found]
+        parts = [shard.state_dict() | {"left": shard.left.T} for shard in found]
+        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return {"ids": torch.tensor(ids), "ranks": torch.tensor([len(shard.right) for shard in found])} | joined
 
     def load_low_rank(self, tensors: Mapping[str, Tensor]) -> None:
         """Take in what :meth:`low_rank_tensors` gave, beside the shards that are here."""
         ids, ranks = tensors["ids"].tolist(), tensors["ranks"].tolist()
-        factors = zip(tensors["left"].split(ranks), tensors["right"].split(ranks), strict=True)
-        for id, (left, right) in zip(ids, factors, strict=True):
-            self._put(id, self._low_rank_shard(left.T, right))
+        parts = {name: part.split(ranks) for name, part in tensors.items() if name not in ("ids", "ranks")}
+        for i, id in enumerate(ids):
+            part = {name: found[i] for name, found in parts.items()}
+            self.next_number += 1
+            self._put(id, LowRankShard(**part | {"left": part["left"].T}, number=self.next_number - 1))
         self._sort()
 
     def get_extra_state(self) -> dict:
@@ -173,3 +171,8 @@ class ShardBank(nn.Module):
         self._low = {}
         self.shards = nn.ModuleDict({name: made[name].to(self.device) for name in sorted(names, key=int)})
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _in_int8(shard: LowRankShard) -> LowRankShard:
+    left, right, scale = quantized(*shard.factors())
+    return LowRankShard(left, right, shard.number, scale)

@@ -75,48 +75,55 @@ class Shard(nn.Module):
 
 
 class LowRankShard:
-    """A side memory `delta = left right` of rank R, with `left` (D, R) and `right` (R, F), in float32 or as
-    :func:`halved`. It never changes, and is no module: there may be a hundred thousand.
+    """A side memory `delta = left right` of rank R, with `left` (D, R) and `right` (R, F); in int8 they are
+    :func:`quantized`, with a `scale` (R,). It never changes, and is no module: there may be a hundred thousand.
 
     `number` tells it from every other shard of its bank, also from those that had its id before a rollback. On the
     `host` it stays in the CPU's memory wherever the bank goes, and is brought to the device when it answers.
     """
 
-    __slots__ = ("left", "number", "right")
+    __slots__ = ("left", "number", "right", "scale")
     open = None
     generation = 0
 
-    def __init__(self, left: Tensor, right: Tensor, number: int) -> None:
-        self.left, self.right, self.number = left.detach(), right.detach(), number
+    def __init__(self, left: Tensor, right: Tensor, number: int, scale: Tensor | None = None) -> None:
+        self.left, self.right, self.number, self.scale = left.detach(), right.detach(), number, scale
 
     @property
     def delta(self) -> Tensor:
         """The whole matrix (D, F), computed anew each time."""
-        return self.left.float() @ self.right.float()
+        left, right = self.factors()
+        return left @ right
 
     @property
     def nbytes(self) -> int:
         """What it takes."""
-        return self.left.nbytes + self.right.nbytes
+        return sum(part.nbytes for part in self.state_dict().values())
+
+    def factors(self, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """`left` (D, R) and `right` (R, F) in float32, on a device, by default its own."""
+        left, right = (part.to(device or part.device).float() for part in (self.left, self.right))
+        return (left if self.scale is None else left * self.scale.to(left.device)), right
 
     def state_dict(self) -> dict[str, Tensor]:
         """Its factors; that of the bank leaves them out, see `SideMemory.rows`."""
-        return {"left": self.left, "right": self.right}
+        return {"left": self.left, "right": self.right} | ({} if self.scale is None else {"scale": self.scale})
 
     def moved(self, change: Callable[[Tensor], Tensor]) -> LowRankShard:
         """The same shard, as what moves modules to devices wants it."""
-        left, right = change(self.left), change(self.right)
-        same = left is self.left and right is self.right
-        return self if same else LowRankShard(left, right, self.number)
+        before = self.state_dict()
+        after = {name: change(part) for name, part in before.items()}
+        same = all(after[name] is part for name, part in before.items())
+        return self if same else LowRankShard(**after, number=self.number)
 
     def product(self, activations: Tensor) -> Tensor:
         """`A delta^T` (..., D) for float32 activations (..., F)."""
-        left, right = (part.to(activations.device).float() for part in (self.left, self.right))
+        left, right = self.factors(activations.device)
         return nn.functional.linear(nn.functional.linear(activations, right), left)
 
     def fingerprint(self) -> str:
         """A hash of what it holds."""
-        return content_hash(self.left) + content_hash(self.right)
+        return "".join(map(content_hash, self.state_dict().values()))
 
 
 class ValueShard(nn.Module):
@@ -160,20 +167,20 @@ def shard_from(shape: tuple[int, int], state: Mapping[str, Tensor], generation: 
 
 
 class HasFactors(Protocol):
-    """What has two factors, `left` (D, R) and `right` (R, F)."""
+    """What has two factors."""
 
-    left: Tensor
-    right: Tensor
+    def factors(self, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """`left` (D, R) and `right` (R, F) in float32."""
 
 
 class Factors:
     """The low-rank shards of n rows, of any ranks, gathered on a device, filled up with zeros to the highest rank."""
 
     def __init__(self, shards: Sequence[HasFactors], device: torch.device) -> None:
-        # Each to float32 before they are put together: some may be in half precision.
-        left = pad_sequence([shard.left.T.float() for shard in shards], batch_first=True)
-        right = pad_sequence([shard.right.float() for shard in shards], batch_first=True)
-        self.left, self.right = left.mT.to(device), right.to(device)
+        pairs = [shard.factors() for shard in shards]
+        left = pad_sequence([left.T for left, _ in pairs], batch_first=True)
+        self.left = left.mT.to(device)
+        self.right = pad_sequence([right for _, right in pairs], batch_first=True).to(device)
 
     def product(self, activations: Tensor) -> Tensor:
         """`A_n delta_n^T` (n, T, D) for float32 activations (n, T, F)."""

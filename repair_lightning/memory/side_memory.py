@@ -21,7 +21,7 @@ class SideMemory(ShardBank):
         mask_ratio: share of the coordinates that a shard may train (rho); 1 opens all.
         seed: with the shard's id and generation it determines the mask.
         host: keep low-rank shards in the CPU's memory, wherever the rest of the bank is.
-        halves: keep new low-rank shards in half precision.
+        int8: keep new low-rank shards in a byte per entry.
     """
 
     def __init__(
@@ -30,9 +30,9 @@ class SideMemory(ShardBank):
         mask_ratio: float = 1.0,
         seed: int = 0,
         host: bool = False,
-        halves: bool = False,
+        int8: bool = False,
     ) -> None:
-        super().__init__(shape, host, halves)
+        super().__init__(shape, host, int8)
         if not 0 < mask_ratio <= 1:
             raise ValueError(f"mask_ratio must be in (0, 1], got {mask_ratio}")
         self.mask_ratio, self.seed = mask_ratio, seed

@@ -55,7 +55,7 @@ def factored(delta: Tensor) -> tuple[Tensor, Tensor]:
 
 def factors_of(shard: AnyShard) -> tuple[Tensor, Tensor]:
     """LoRA's B (D, r) and A (r, F) of a shard that adds to W_v."""
-    return (shard.left.float(), shard.right.float()) if isinstance(shard, LowRankShard) else factored(shard.delta)
+    return shard.factors() if isinstance(shard, LowRankShard) else factored(shard.delta)
 
 
 def write_adapter(folder: Path, left: Tensor, right: Tensor, config: dict[str, Any]) -> int:

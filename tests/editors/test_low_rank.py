@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from repair_lightning.editors.low_rank import NormalizedGradient
+from repair_lightning.editors.low_rank import NormalizedGradient, Outcome
 from repair_lightning.editors.shards import LEAD, OFTEN, OPTIMIZERS, Steps
 
 
@@ -53,6 +53,7 @@ class TestWriting:
     def test_it_goes_for_more_than_the_margin(self, editor_of, write, edits):
         """Two and a half times 1.0, looked at every third step; each group on its own."""
         editor = editor_of(writing=Steps(optimizer="normalized", stop_margin=1.0))
+        editor.memory.int8 = False  # neither rounded nor shortened
         reports = write(editor, edits[:4])
         for edit, report in zip(edits[:4], reports, strict=True):
             assert report.steps % OFTEN == 0
@@ -64,3 +65,38 @@ class TestWriting:
             rivals = logits.clone()
             rivals[at] = -torch.inf
             assert float((logits[at] - rivals.amax(-1)).amin()) >= LEAD * 1.0 - 1e-3
+
+
+class TestShortened:
+    def test_the_least_rank_that_leaves_out_a_share(self):
+        """Of sizes 10, 3 and 1, whose squares are 90.9, 8.2 and 0.9 %."""
+        left, right = torch.eye(5)[:, :3] * torch.tensor([10.0, 3.0, 1.0]), torch.eye(7)[:3]
+        whole = Outcome(left, right, 4, 0.5)
+        for spared, rank in ((0.1, 1), (0.05, 2), (0.005, 3)):
+            found = whole.without(spared)
+            assert (len(found.right), found.left.shape[1]) == (rank, rank)
+            lost = (found.left @ found.right - left @ right).square().sum() / (left @ right).square().sum()
+            assert float(lost) <= spared
+        assert whole.without(0.005) is whole, "nothing is turned where nothing is saved"
+
+    def test_nothing_at_all_is_shortened_to_one_pair(self):
+        found = Outcome(torch.zeros(4, 3), torch.zeros(3, 6), 1, 0.0).without(0.1)
+        assert torch.equal(found.left @ found.right, torch.zeros(4, 6))
+
+    def test_edits_keep_their_margin_in_every_form(self, prepared, chat_folder, write, edits):
+        """Asked by the shards as they are kept; most of them need fewer pairs than they have target tokens."""
+        editor = prepared(chat_folder, writing=Steps(stop_margin=0.1))
+        write(editor, edits[:4])
+        shorter = 0
+        for edit in edits[:4]:
+            rows = [editor.encode(edit), *(row for _, row in editor.variants([edit]))]
+            shard = editor.memory[editor.ledger.owner_of(edit.id)]
+            shorter += len(shard.right) < sum(len(row.target) for row in rows)
+            for row in rows:
+                with torch.no_grad(), editor.edited.forced(editor.ledger.owner_of(edit.id)):
+                    logits = editor.base.model(torch.tensor([row.ids])).logits[0, len(row.prompt) - 1 : -1]
+                at = torch.arange(len(row.target)), torch.tensor(row.target)
+                rivals = logits.clone()
+                rivals[at] = -torch.inf
+                assert float((logits[at] - rivals.amax(-1)).amin()) > 0.09, "but for what a byte rounds off"
+        assert shorter > 2

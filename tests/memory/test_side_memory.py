@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from repair_lightning.errors import RepairError
-from repair_lightning.memory.shards import Factors
+from repair_lightning.memory.shards import Factors, LowRankShard
 from repair_lightning.memory.side_memory import SideMemory
 from repair_lightning.types import BASE
 
@@ -164,20 +162,40 @@ def test_shards_on_the_host_stay_there():
 
 
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
-def test_halves_hold_what_the_factors_gave(size):
-    """Of each entry of a factor 2^-11 at most is lost, whichever of the two is large; half the bytes."""
-    memory, whole = SideMemory((40, 60), halves=True), SideMemory((40, 60))
-    left, right = size * torch.randn(40, 3), torch.randn(3, 60) / size
-    for bank in (memory, whole):
-        bank.add(left, right)
-    lost = (memory[0].delta - whole[0].delta).abs()
-    assert bool((lost <= 2**-10 * (left.abs() @ right.abs()) * 1.01).all())
-    assert 2 * memory.nbytes == whole.nbytes
-    tensors = memory.low_rank_tensors()
-    again = SideMemory((40, 60), halves=True)
-    again.load_low_rank(tensors)
-    assert torch.equal(again[0].left, memory[0].left), "what is in half precision already stays as it is"
-    assert memory.rows()[0].keys() == {"left", "right"}
+def test_a_byte_per_entry_holds_what_the_factors_gave(size):
+    """An entry is off by half a step of 1/127 of its column's or row's largest, whichever of the two is large."""
+    memory, left, right = SideMemory((40, 60), int8=True), size * torch.randn(40, 3), torch.randn(3, 60) / size
+    memory.add(left, right)
+    lost = (memory[0].delta - left @ right).abs()
+    steps = left.abs().amax(0) / 254, right.abs().amax(1) / 254
+    most = steps[0] @ right.abs() + left.abs() @ steps[1][:, None] + steps[0] @ steps[1]
+    assert bool((lost <= 1.01 * most).all())
+    assert memory.nbytes == 3 * (40 + 60) + 3 * 4
+    again = SideMemory((40, 60), int8=True)
+    again.load_low_rank(memory.low_rank_tensors())
+    assert again[0].fingerprint() == memory[0].fingerprint(), "what is stored is not rounded again"
+    assert memory.rows()[0].keys() == {"left", "right", "scale"}
+
+
+def test_a_shard_that_does_nothing_in_a_byte_per_entry():
+    memory = SideMemory((4, 6), int8=True)
+    memory.add(torch.zeros(4, 2), torch.zeros(2, 6))
+    assert torch.equal(memory[0].delta, torch.zeros(4, 6))
+
+
+def test_shards_of_an_earlier_version_beside_new_ones():
+    """They were in half precision; they are read as they are, and stored as the others are."""
+    left, right = torch.randn(4, 1).half(), torch.randn(1, 6).half()
+    old = {"ids": torch.tensor([0]), "ranks": torch.tensor([1]), "left": left.T, "right": right}
+    memory = SideMemory((4, 6), int8=True)
+    memory.load_low_rank(old)
+    assert torch.equal(memory[0].delta, left.float() @ right.float())
+    memory.next_id = 1
+    memory.add(torch.ones(4, 2), torch.ones(2, 6))
+    again = SideMemory((4, 6), int8=True)
+    again.load_low_rank(memory.low_rank_tensors())
+    for shard in (0, 1):
+        assert torch.allclose(again[shard].delta, memory[shard].delta, atol=0.05)
 
 
 def test_rows_of_a_checkpoint_without_a_journal(tmp_path):
@@ -204,8 +222,8 @@ def test_an_id_that_is_given_again_is_another_row():
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_shards_of_two_precisions_answer_one_batch(order):
     """As those of an earlier version and new ones do: none is rounded to the other's."""
-    half = SimpleNamespace(left=torch.ones(2, 1, dtype=torch.float16), right=torch.ones(1, 3, dtype=torch.float16))
-    single = SimpleNamespace(left=torch.ones(2, 2), right=torch.tensor([[1e-9, 1e6, 3.0], [0.0, 0.0, 1.0]]))
+    half = LowRankShard(torch.ones(2, 1).half(), torch.ones(1, 3).half(), 0)
+    single = LowRankShard(torch.ones(2, 2), torch.tensor([[1e-9, 1e6, 3.0], [0.0, 0.0, 1.0]]), 1)
     shards = [(half, single)[i] for i in order]
     found = Factors(shards, torch.device("cpu"))
     for i, shard in enumerate(shards):
