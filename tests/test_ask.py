@@ -19,7 +19,7 @@ from repair_lightning.errors import RecordError, RepairError
 from repair_lightning.packs.pack import save_pack
 from repair_lightning.scoring.protocols import answers
 from repair_lightning.texts import dialogue
-from repair_lightning.types import BASE, Edit
+from repair_lightning.types import BASE, READS, Edit
 
 ELSEWHERE = "Which river flows through Zarvik?"
 
@@ -49,6 +49,16 @@ def test_both_answers_and_who_gave_them(pair, made):
     assert told.nearest == replace(edits[0], locality=told.nearest.locality, near=told.nearest.near)
     assert told.route.score > told.route.threshold
     assert not left.route.score > left.route.threshold
+
+
+def test_a_text_about_a_subject_is_the_bases_which_has_read_the_edit(pair, made):
+    _, editor, edits = made
+    asked = f"Write a sentence about {edits[0].subject}."
+    (reply,) = pair.ask([asked])
+    assert reply.memory == "base, after it has read edits"
+    assert reply.nearest.id == edits[0].id
+    assert reply.edited == answers(editor.edited, [asked], torch.tensor([READS]), 32)[0]
+    assert reply.base == answers(editor.edited, [asked], torch.tensor([BASE]), 32)[0]
 
 
 @pytest.mark.parametrize(
