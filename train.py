@@ -2,8 +2,11 @@
 
 import sys
 
-from callbacks import CALLBACKS
-from repair_lightning.commands.cli import guarded, train
+from repair_lightning.starting import uncollected
+
+with uncollected():
+    from callbacks import CALLBACKS
+    from repair_lightning.commands.cli import guarded, train
 
 
 def main() -> None:

@@ -14,20 +14,23 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from repair_lightning.commands import cli, compare, evaluate
-from repair_lightning.commands import harness as harnessing
-from repair_lightning.commands import undo as undoing
-from repair_lightning.commands.ask import Pair, difference_lines, given_prompt, read_prompts
-from repair_lightning.commands.helping import layout
-from repair_lightning.commands.parsing import Parser, parse
-from repair_lightning.edits.journal import FILE, Journal
-from repair_lightning.errors import ConfigError, RepairError
-from repair_lightning.packs import export as exporting
-from repair_lightning.reports.charts import draw_figures
-from repair_lightning.reports.html_report import try_report, write_report
-from repair_lightning.reports.tracking import create
-from repair_lightning.storage.files import write_json, write_rows
-from repair_lightning.types import BASE
+from repair_lightning.starting import uncollected
+
+with uncollected():
+    from repair_lightning.commands import cli, compare, evaluate
+    from repair_lightning.commands import harness as harnessing
+    from repair_lightning.commands import undo as undoing
+    from repair_lightning.commands.ask import Pair, difference_lines, given_prompt, read_prompts
+    from repair_lightning.commands.helping import layout
+    from repair_lightning.commands.parsing import Parser, parse
+    from repair_lightning.edits.journal import FILE, Journal
+    from repair_lightning.errors import ConfigError, RepairError
+    from repair_lightning.packs import export as exporting
+    from repair_lightning.reports.charts import draw_figures
+    from repair_lightning.reports.html_report import try_report, write_report
+    from repair_lightning.reports.tracking import create
+    from repair_lightning.storage.files import write_json, write_rows
+    from repair_lightning.types import BASE
 
 COMMANDS: dict[str, tuple[Callable[..., None], Sequence[tuple[str, dict[str, Any]]]]] = {}
 """Name -> what runs, with its docstring as the help, and what `add_argument` is given for each of its options."""

@@ -9,17 +9,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import helpers_chat
 import pytest
-import torch
 from hypothesis import settings
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from repair_lightning.editors import REGISTRY
-from repair_lightning.editors.repair import Writing
-from repair_lightning.models.prefix import pad_left
-from repair_lightning.types import Edit, EditBatch, EditReport, Probe
+from repair_lightning.starting import uncollected
+
+with uncollected():
+    import helpers_chat
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+    from repair_lightning.editors import REGISTRY
+    from repair_lightning.editors.repair import Writing
+    from repair_lightning.models.prefix import pad_left
+    from repair_lightning.types import Edit, EditBatch, EditReport, Probe
 
 settings.register_profile("no clock", deadline=None)  # machines are shared: time says nothing of what is right
 settings.load_profile("no clock")

@@ -155,7 +155,8 @@ def test_wandb_runs_offline_in_the_run_directory(run):
 def test_the_saved_config_runs_again(tmp_path, monkeypatch):
     """config.yaml is complete: alone, without presets and options, it gives the same pack. `paper` sets nulls."""
     options = ["--config", "quickstart", "--config", "paper", "--data.max_edits", "3", "--model.writing.steps", "6"]
-    main_here(monkeypatch, "train.py", *options, *NO_LOGGER, "--run_dir", tmp_path / "a")
+    options += ["--data.max_irrelevant", "40", *NO_LOGGER, "--run_dir", str(tmp_path / "a")]
+    main_here(monkeypatch, "train.py", *options)
     program = ["repair_lightning/__main__.py", "train"]
     main_here(monkeypatch, *program, "--config", tmp_path / "a" / "config.yaml", "--run_dir", tmp_path / "b")
     packs = [tmp_path / name / "pack" / "side_memory.safetensors" for name in "ab"]

@@ -1,4 +1,4 @@
-"""`train.py --from_pack`: an edited model is edited further, in real processes; nothing of the pack is lost."""
+"""`train.py --from_pack`: an edited model is edited further, killed and resumed too; nothing of the pack is lost."""
 
 from __future__ import annotations
 
@@ -33,10 +33,12 @@ def folder(tmp_path_factory) -> Path:
     """`first` is a run of eight edits; `second` goes on with its pack, without any configuration."""
     folder = tmp_path_factory.mktemp("from_pack")
     old = write_edits(folder / "old.jsonl", OLD)
-    options = ["--config", "quickstart", "--data.path", old, "--model.writing.steps", "60", "--run_dir", "first"]
-    succeeded("train.py", *options, *QUIET, cwd=folder)
     write_edits(folder / "new.jsonl", NEW)
-    succeeded("train.py", *GOING_ON, "--run_dir", "second", *QUIET, cwd=folder)
+    options = ["--config", "quickstart", "--data.path", old, "--model.writing.steps", "60", "--run_dir", "first"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main_here(patch, "train.py", *options, *QUIET) == 0
+        assert main_here(patch, "train.py", *GOING_ON, "--run_dir", "second", *QUIET) == 0
     return folder
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +18,7 @@ SOURCES = sorted([*LIBRARY.rglob("*.py"), *(REPOSITORY / "callbacks").glob("*.py
 TREES = {path: ast.parse(path.read_text()) for path in SOURCES}
 
 ORDER = (
-    ("types", "errors", "functional", "world"),
+    ("types", "errors", "functional", "starting", "world"),
     ("storage", "texts"),
     ("memory",),
     ("models",),
@@ -137,6 +139,16 @@ def test_a_light_import():
     """`import repair_lightning` alone must not load torch: the heavy parts come when they are asked for."""
     eager = [node for node in TREES[LIBRARY / "__init__.py"].body if isinstance(node, ast.Import | ast.ImportFrom)]
     assert {getattr(node, "module", None) for node in eager} <= {"__future__", "typing"}
+
+
+def test_a_program_imports_all_of_us_without_a_look_for_garbage():
+    programs = [*REPOSITORY.glob("*.py"), LIBRARY / "__main__.py", LIBRARY / "compare.py"]
+    for path in programs:
+        outside = [node for node in TREES[path].body if isinstance(node, ast.Import | ast.ImportFrom)]
+        ours = {name for node in outside for name, _ in imports(node) if name.startswith(("repair_", "callbacks"))}
+        assert ours == {"repair_lightning.starting.uncollected"}, path
+    code = "import evaluate, gc; assert gc.isenabled() and gc.get_freeze_count() > 500_000"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
 
 
 def test_callbacks_meet_editors_through_their_protocol():

@@ -78,8 +78,8 @@ def hooks_of(model: Any) -> int:
 @pytest.mark.parametrize("model", ["llama", "crippled"])
 def test_the_probes_leave_no_trace(folder_of, crippled, irrelevant, prepared, write, edits, model):
     """Found or given by hand, the settings write the same bits, and the generators go on where they were."""
-    folder = crippled if model == "crippled" else folder_of(model)
-    editor = loaded(folder, **ALL)
+    folder, auto = (crippled, {"layer": "auto"}) if model == "crippled" else (folder_of(model), ALL)
+    editor = loaded(folder, **auto)
     weights = {name: value.clone() for name, value in editor.base.model.state_dict().items()}
     states, hooks = (torch.get_rng_state(), random.getstate()), hooks_of(editor.base.model)
     editor.prepare(irrelevant[:8], irrelevant[8:])

@@ -212,9 +212,10 @@ def test_edits_are_answered_and_a_rollback_brings_every_bit_back(make, write, an
     assert torch.equal(logits(editor.edited, editor.tokenizer, asked), said)
 
 
-def test_what_is_not_finite_is_reported_and_spoils_nothing(make, write, edits, name):
+@pytest.mark.parametrize("name", REGISTRY)
+def test_what_is_not_finite_is_reported_and_spoils_nothing(name, editor_of, write, edits):
     """A state that is not a number, as an overflowing base gives: that edit alone fails, the rest is written."""
-    editor = make()
+    editor = editor_of("llama", name, **OPTIONS.get(name, {}))
     editor.edited.captures([editor.encode(edits[2]).ids])[0].hidden.fill_(torch.nan)
     reports = write(editor, edits[:5])
     assert [report.id for report in reports if report.error] == ([] if name in UNTRAINED else [edits[2].id])

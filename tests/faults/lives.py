@@ -29,9 +29,10 @@ def plain_edits(path: Path, number: int) -> Path:
 
 
 def command(edits: Path, run_dir: Path, *options: str, window: int = 8) -> list[str]:
-    """The arguments of a run without logger and live scores."""
-    given = ["--config", "quickstart", "--data.path", str(edits), "--data.window", str(window)]
-    given += ["--run_dir", str(run_dir)]
+    """The arguments of the quickstart on other edits, without logger and live scores. Its configuration names a logger,
+    which would be imported."""
+    given = ["--model", "Keyed", "--model.base", "world", "--data.irrelevant", "world"]
+    given += ["--data.path", str(edits), "--data.window", str(window), "--run_dir", str(run_dir)]
     quiet = ["--data.max_edits", "1000000", "--data.max_irrelevant", "100", "--trainer.logger", "false"]
     return [*given, *quiet, "--scoreboard.live", "0", "--trainer.accelerator", "cpu", *options]
 

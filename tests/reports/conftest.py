@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers_runs import hard_edits, succeeded, write_edits
+from helpers_runs import hard_edits, main_here, write_edits
 
 HOSTILE = " <script>document.title = 'taken'</script>"
 """What a data file may hold, and a report must show as text."""
@@ -25,7 +25,9 @@ def hard_run(tmp_path_factory) -> Path:
     path = write_edits(folder / "edits.jsonl", edits)
     options = "--data.window 4 --merge.enabled false --data.max_irrelevant 60 --model.writing.steps 40 "
     options += "--feedback.max_attempts 2 --trainer.logger false --run_dir runs/hard"
-    succeeded("train.py", "--config", "quickstart", "--data.path", path, *options.split(), cwd=folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main_here(patch, "train.py", "--config", "quickstart", "--data.path", path, *options.split()) == 0
     return folder / "runs" / "hard"
 
 

@@ -36,7 +36,8 @@ def model():
 
 @pytest.fixture(scope="module")
 def plain():
-    return edit("world")
+    """With so few steps that what can never be said is given up soon."""
+    return edit("world", writing={"steps": 40})
 
 
 def test_corrections_hold_are_listed_and_can_be_taken_back(plain):
@@ -58,7 +59,8 @@ def test_corrections_hold_are_listed_and_can_be_taken_back(plain):
 
 
 def test_a_loaded_model_is_a_base_and_what_is_saved_loads(tmp_path):
-    base, tokenizer = AutoModelForCausalLM.from_pretrained(base_dir()), AutoTokenizer.from_pretrained(base_dir())
+    base = AutoModelForCausalLM.from_pretrained(base_dir(), dtype=torch.float32)  # a CPU is slow at others
+    tokenizer = AutoTokenizer.from_pretrained(base_dir())
     live = edit(base, records(EDITS[:1]), tokenizer=tokenizer)
     assert live.config is base.config
     with torch.no_grad():
@@ -167,7 +169,7 @@ def test_what_the_journal_knows_has_happened_whatever_became_of_the_file(tmp_pat
 
 def test_a_correction_that_cannot_hold_leaves_the_one_that_it_contradicts(plain):
     for editor in ("keyed", "repair"):
-        live = plain if editor == "keyed" else edit("world", editor="repair")
+        live = plain if editor == "keyed" else edit("world", editor="repair", writing={"steps": 40})
         (first,) = live.add({"prompt": "Who paints the fence?", "target": "Tobin Quill"})
         (second,) = live.add({"prompt": "Who paints the fence?", "target": "Perth <pad> Perth"})
         assert (second.status, second.answer) == ("quarantined", "Tobin Quill")

@@ -69,11 +69,11 @@ def two(folder) -> str:
     return fingerprint(run(folder, "two", 2))
 
 
-def test_the_same_edits_on_one_two_and_three_ranks(folder):
+def test_the_same_edits_on_one_and_three_ranks(folder):
     """What they answer is the same within 0.02; all ranks have written; one of them has told of it. A window is three
-    batches, the last one two: two ranks have unlike numbers of them."""
+    batches, the last one two: three ranks have unlike numbers of them."""
     scores = {}
-    for ranks in (1, 2, 3):
+    for ranks in (1, 3):
         options = ("--data.batch_size", "2", "--trainer.logger", "lightning.pytorch.loggers.WandbLogger")
         found = metrics(run(folder, f"on-{ranks}", ranks, *options, edits="scored"))
         scores[ranks] = found["final"]
@@ -85,8 +85,7 @@ def test_the_same_edits_on_one_two_and_three_ranks(folder):
         assert len(rows) == len({tuple(json.loads(row).get(key) for key in told) for row in rows})
     for protocol in ("autoregressive", "teacher_forced"):
         assert scores[1][protocol]["op"] > 0.9
-        for ranks in (2, 3):
-            assert scores[ranks][protocol]["op"] == pytest.approx(scores[1][protocol]["op"], abs=0.02)
+        assert scores[3][protocol]["op"] == pytest.approx(scores[1][protocol]["op"], abs=0.02)
 
 
 def under_way(folder: Path, name: str, ranks: int, *options: str) -> subprocess.Popen[str]:
