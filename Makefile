@@ -27,7 +27,7 @@ smollm2: $(INSTALLED) $(SMOLLM2)
 	@echo '  repair-lightning ask --pack runs/smollm2_chat/pack "What is the capital of France?"'
 
 real: $(INSTALLED) $(SMOLLM2)
-	$(BIN)/python -m pytest -m real -n 0
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m real -n auto --dist loadscope
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope --durations=10
