@@ -105,6 +105,12 @@ class LossAwareTiesMerge(pl.Callback):
         self.outcome = None if state_dict["outcome"] is None else Decision(*state_dict["outcome"])
         self.merges = list(state_dict["merges"])
 
+    def verdict(self, editor: Editing) -> Decision:
+        """Whether a merge stays, and why, or why none was tried: an editor that cannot merge is the first reason."""
+        if not editor.can_merge:
+            return Decision(False, "this editor cannot merge")
+        return Decision(False, "merging is off") if self.outcome is None else self.outcome
+
     @property
     def weights(self) -> dict[str, float]:
         """The weight that each shard had when it was last merged."""
@@ -121,7 +127,6 @@ class LossAwareTiesMerge(pl.Callback):
         Says in `outcome` how many merges stay, and why.
         """
         if not editor.can_merge:
-            self.outcome = Decision(False, "this editor cannot merge")
             return
         shards = [s for s in editor.edited.memory.ids if editor.ledger.owned_by(s) and s not in self.merged]
         size = self.group or max(len(shards), 1)
@@ -129,7 +134,8 @@ class LossAwareTiesMerge(pl.Callback):
         least = size if whole else 1 if self.target == "main" else 2
         groups = [group for group in groups if len(group) >= least]
         if not groups:
-            self.outcome = self.outcome or Decision(False, f"{counted(len(shards), 'shard')}: nothing to merge")
+            if self.outcome is None:
+                self.outcome = Decision(False, f"{counted(len(shards), 'shard')}: nothing to merge")
             return
         tried = [self._merge(group, editor) for group in groups]
         self.merges += tried

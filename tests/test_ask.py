@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -139,6 +140,12 @@ def in_chat(tmp_path_factory, chat_folder, prepared, edits, write) -> tuple[Path
     editor = prepared(chat_folder)
     assert all(report.error is None for report in write(editor, edits[:2]))
     return save_pack(editor, tmp_path_factory.mktemp("ask") / "pack", {}), edits[:2]
+
+
+def test_ask_says_what_it_loads(made, caplog):
+    with caplog.at_level(logging.INFO):
+        Pair(made[0])
+    assert caplog.messages == ["loading the base 'world'"]
 
 
 def test_messages_on_the_command_line(in_chat, tmp_path, capsys):

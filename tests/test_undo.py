@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_runs import REPOSITORY, written_editor
+from helpers_runs import REPOSITORY, succeeded, written_editor
 
 from repair_lightning.__main__ import event_line
 from repair_lightning.commands.evaluate import evaluate_pack, still_wanted
@@ -21,6 +22,7 @@ from repair_lightning.edits.journal import FILE, Journal
 from repair_lightning.edits.ledger import EditStatus, Ledger
 from repair_lightning.errors import ConfigError, RepairError, UnknownEditError
 from repair_lightning.packs.pack import load_edited, load_ledger, restore_editor, save_pack
+from repair_lightning.reports.artefacts import Artefacts
 from repair_lightning.reports.report import print_report
 from repair_lightning.types import BASE, EditReport
 
@@ -77,7 +79,11 @@ def test_the_base_answers_again_and_the_others_stay(tmp_path, copied):
     story = [event_line(event) for event in journal.events(gone[0])]
     assert "undone" in story[-1]
     assert "taken back on request" in story[-1]
-    assert any("100.0 % of their prompts" in line for line in report_lines(found))
+    head, shards, of, *scores = report_lines(found)
+    assert head == f"undone: {', '.join(gone)}; 100.0 % of their prompts are answered as by the base"
+    assert shards == "bitwise identical: 6 of 6 shards"
+    assert "of the 6 edits that the pack still holds (the run's own are of all its edits)" in of
+    assert [line.split()[0] for line in scores] == ["Rel", "before", "after"]
 
 
 def test_what_was_taken_back_is_not_scored(tmp_path, copied, capsys):
@@ -110,6 +116,7 @@ def test_a_shard_that_others_share_is_rebuilt_for_them(tmp_path, copied):
     assert sorted(found["rebuilt"]) == sorted(company)
     assert company, "the premise: the shard is shared"
     assert (found["untouched"], found["shards"], found["as_base"]) == (1, 2, 1.0)
+    assert report_lines(found)[1] == f"bitwise identical: 1 of 2 shards; written again: {len(company)} edits"
     assert found["after"]["rel"] == found["before"]["rel"] == 1
     after = restore_editor(tmp_path / "run" / "pack")
     for other in set(before.memory.ids) - {shard}:
@@ -134,6 +141,33 @@ def test_what_cannot_be_written_anew_undoes_nothing(tmp_path, monkeypatch, copie
     journal = Journal(tmp_path / "run" / FILE, read_only=True)
     assert journal.rebuild() == ledger
     assert undo(tmp_path / "run", ids[:1])["undone"] == ids[:1]
+
+
+def test_the_scores_before_are_the_run_s_own_without_the_undone(tmp_path):
+    """On a real run: what `generations.jsonl` says of the final model's other answers."""
+    run = tmp_path / "run"
+    options = "--data.max_edits 6 --model.writing.steps 60 --data.max_irrelevant 60 --trainer.logger false"
+    succeeded("train.py", "--config", "quickstart", *options.split(), "--run_dir", run, cwd=tmp_path)
+    final = Artefacts.read(run).final
+    gone = next(row["id"] for row in final if row["kind"] == "rephrase" and not row["correct"])
+    found = undo(run, [gone])
+    for score, kind in {"rel": "edit", "gen": "rephrase", "loc": "locality", "near": "near"}.items():
+        right = [row["correct"] for row in final if row["kind"] == kind and row["id"] != gone]
+        assert found["before"][score] == pytest.approx(sum(right) / len(right))
+    whole = json.loads((run / "metrics.json").read_text())["final"]["autoregressive"]["gen"]
+    assert found["before"]["gen"] > whole, "the premise: one that lost a rephrase is left out"
+
+
+def test_an_undo_says_what_is_not_scored():
+    kept = {"undone": ["e1"], "as_base": 1.0, "rebuilt": [], "untouched": 1, "shards": 1, "remaining": 1}
+    scores = {"rel": 1.0, "gen": None, "loc": 0.5, "near": None, "op": None}
+    head, _, of, names, *_, missing = report_lines(kept | {"before": scores, "after": scores})
+    assert head == "undone: e1; 100.0 % of its prompts are answered as by the base"
+    assert "of the 1 edit that" in of
+    assert names.split() == ["Rel", "Loc"]
+    assert missing.startswith("Not measured: Gen (no record has rephrases), Near")
+    alone = report_lines(kept | {"remaining": 0})
+    assert alone == [head, "the pack holds no other edit: there is nothing to score"]
 
 
 def fuse_all(editor) -> None:

@@ -356,11 +356,11 @@ def _nothing_written(ledger: Ledger, ids: Sequence[str]) -> str | None:
 def _metrics(cli: EditCLI) -> dict[str, Any]:
     """The content of `metrics.json`; figures that do not apply are None."""
     board, feedback, merge = cli.part("scoreboard"), cli.part("feedback"), cli.part("merge")
-    reason = merge.outcome.reason if merge.outcome is not None else "merging is off"
     editor, stream, results = cli.model, cli.datamodule, board.results
     records, joined = stream.records, stream.joined
     reporting = cli.part("dashboard").seconds  # reporting measures, as scoring does
     editing = board.edit_seconds - reporting
+    merged = merge.verdict(editor)
     right = [row["id"] for row in results["pre_edit"].rows if row["kind"] == "edit" and row["correct"]]
     return {
         "editor": editor.editor_name,
@@ -386,7 +386,7 @@ def _metrics(cli: EditCLI) -> dict[str, Any]:
             "retriggered": feedback.retriggered,
             "quarantined": len(stream.ledger.with_status(EditStatus.QUARANTINED)),
         },
-        "merge": {"accepted": bool(merge.outcome), "reason": reason, "merges": merge.merges},
+        "merge": {"accepted": merged.yes, "reason": merged.reason, "merges": merge.merges},
         "records": {
             "bad": list(records.bad),
             "duplicates": list(records.duplicates),

@@ -17,6 +17,7 @@ from repair_lightning.edits.journal import Journal
 from repair_lightning.edits.ledger import EditStatus, Ledger
 from repair_lightning.errors import ConfigError, RepairError, counted
 from repair_lightning.packs.pack import JOURNAL_FILE, read_pack, restore_editor, save_pack
+from repair_lightning.reports.report import not_measured, percent
 from repair_lightning.scoring.protocols import AUTOREGRESSIVE, KINDS, answers
 from repair_lightning.scoring.scorer import Scorer
 from repair_lightning.types import BASE, Edit
@@ -38,7 +39,8 @@ def undo(
 
     Returns:
         `undone`, `as_base` (share of their prompts that are answered as by the base), `rebuilt` (ids of edits written
-        anew), `untouched` (shards that kept their bits) and the remaining edits' scores, `before` and `after`.
+        again), `untouched` (of the `shards` that are left, how many are bitwise identical) and the scores of the
+        `remaining` edits that the pack still holds, `before` and `after`: those of the undone ones are in neither.
 
     Raises:
         RepairError: no finished run there, an id is unknown, undone or superseded, or was merged into the base.
@@ -122,17 +124,22 @@ def settle(journal: Journal, ledger: Ledger) -> bool:
 
 def report_lines(report: dict[str, Any]) -> list[str]:
     """What an undo says to a person."""
-    share, rebuilt, shards = 100 * report["as_base"], len(report["rebuilt"]), counted(report["shards"], "shard")
-    lines = [
-        f"undone: {', '.join(report['undone'])}; {share:.1f} % of their prompts are answered as by the base",
-        f"written anew: {counted(rebuilt, 'edit')}; {report['untouched']} of {shards} kept their bits",
-        f"the remaining {counted(report['remaining'], 'edit')}, free generation, in per cent:",
-        "        " + "".join(f"{name.capitalize():>8}" for name in KINDS),
+    whose, rebuilt = "its" if len(report["undone"]) == 1 else "their", len(report["rebuilt"])
+    share = f"{percent(report['as_base'])} of {whose} prompts"
+    lines = [f"undone: {', '.join(report['undone'])}; {share} are answered as by the base"]
+    if not report["remaining"]:
+        return [*lines, "the pack holds no other edit: there is nothing to score"]
+    again = f"; written again: {counted(rebuilt, 'edit')}" * bool(rebuilt)
+    measured = [kind for kind in KINDS if report["before"][kind] is not None]
+    lines += [
+        f"bitwise identical: {report['untouched']} of {counted(report['shards'], 'shard')}{again}",
+        f"scores before and after, of the {counted(report['remaining'], 'edit')} that the pack still holds (the run's "
+        "own are of all its edits), free generation, in per cent:",
+        "        " + "".join(f"{kind.capitalize():>8}" for kind in measured),
     ]
     for moment in ("before", "after"):
-        shares = [report[moment][kind] for kind in KINDS]
-        lines.append(f"  {moment:<6}" + "".join("       -" if x is None else f"{100 * x:8.1f}" for x in shares))
-    return lines
+        lines.append(f"  {moment:<6}" + "".join(f"{100 * report[moment][kind]:8.1f}" for kind in measured))
+    return [*lines, *not_measured(report["before"])]
 
 
 def _scores(scorer: Scorer, editor: Editor) -> dict[str, float | None]:

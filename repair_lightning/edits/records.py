@@ -426,6 +426,8 @@ def _log_summary(source: str, found: RecordSet, alike: Sequence[str]) -> None:
         logger.warning(
             "%s: %s skipped:\n%s", source, counted(len(found.bad), "bad record"), "\n".join(listed(found.bad))
         )
-    parts = [counted(len(found.edits), "edit"), f"{counted(len(found.bad), 'bad record')} skipped"]
-    parts += [f"{counted(len(found.duplicates), 'duplicate')} dropped", f"{len(found.superseded)} superseded"]
+    parts = [counted(len(found.edits), "edit")]
+    parts += [f"{counted(len(found.bad), 'bad record')} skipped"] * bool(found.bad)
+    parts += [f"{counted(len(found.duplicates), 'duplicate')} dropped"] * bool(found.duplicates)
+    parts += [f"{len(found.superseded):,} superseded"] * bool(found.superseded)
     logger.info("%s: %s", source, ", ".join(parts))

@@ -359,7 +359,7 @@ def asked_for_loc(edits: Sequence[Edit], given: Sequence[str] | None, used: int)
         log.warning("%s without 'locality', %s", counted(lacking, "edit"), words)
         return tuple(edits)
     number = counted(min(lacking, len(free)), "prompt")
-    log.info("%s without 'locality': Loc asks %s that serve for nothing else", counted(lacking, "edit"), number)
+    log.info("%s without 'locality': Loc asks %s used for nothing else", counted(lacking, "edit"), number)
     return with_locality(edits, free)
 
 

@@ -72,6 +72,7 @@ def load_base(name: str, precision: str = "auto") -> Base:
     if precision != "auto" and precision not in _DTYPES:
         raise ConfigError(f"precision must be one of auto, {', '.join(_DTYPES)}, got '{precision}'")
     dtype = _DTYPES.get(precision, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    log.info("loading the base '%s'", name)
     given, (name, sha256) = name, _resolve(name)
     local = Path(name).is_dir()
     if not local:

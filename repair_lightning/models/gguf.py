@@ -12,7 +12,9 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import torch
 import transformers
 from filelock import FileLock
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, modeling_gguf_pytorch_utils
 from transformers.utils import is_accelerate_available, is_gguf_available
 
 from repair_lightning.errors import ConfigError, RepairError, first_line
@@ -154,7 +156,8 @@ def _read(file: Path) -> tuple[PreTrainedModel, Any]:
     folder, options = str(file.parent), {"gguf_file": str(file), "local_files_only": True}
     loading: Any = {"dtype": torch.float32, "output_loading_info": True}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **loading, **options)
+        with _bar_for_terminals():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **loading, **options)
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:  # transformers raises whatever its parsing meets
         raise ConfigError(f"'{file}' {_why_unreadable(file, error)}") from error
@@ -170,6 +173,17 @@ def _read(file: Path) -> tuple[PreTrainedModel, Any]:
     if hasattr(model, "hf_quantizer"):
         del model.hf_quantizer
     return model, tokenizer
+
+
+@contextmanager
+def _bar_for_terminals() -> Iterator[None]:
+    """Inside, transformers draws its bar over a GGUF file's tensors in a terminal alone; it has no switch for it."""
+    bar = modeling_gguf_pytorch_utils.tqdm
+    modeling_gguf_pytorch_utils.tqdm = partial(bar, disable=None)  # None: as the stream is
+    try:
+        yield
+    finally:
+        modeling_gguf_pytorch_utils.tqdm = bar
 
 
 def _why_unreadable(file: Path, error: Exception) -> str:

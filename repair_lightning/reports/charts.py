@@ -25,7 +25,7 @@ from repair_lightning.scoring.protocols import AUTOREGRESSIVE
 from repair_lightning.scoring.separation import MEANT, OTHERS, auroc
 from repair_lightning.types import BASE
 
-KINDS_IN_WORDS = {"edit": "edits", "rephrase": "rephrases", "locality": "unrelated", "near": "neighbours"}
+KINDS_IN_WORDS = {"edit": "edits", "rephrase": "rephrases", "locality": "unrelated prompts", "near": "neighbours"}
 OUTCOMES: Mapping[str, Look] = {
     "all right": (drawing.BLUE, "circle"),
     "a rephrase wrong": (drawing.ORANGE, "triangle-up"),
@@ -70,17 +70,17 @@ def separation(run: Artefacts, bins: int = 40) -> Chart | str:
             shares = 100 * np.histogram(values[own == words].clip(edges[0], edges[-1]), edges)[0] / len(values)
             places = np.array([*zip((edges[:-1] + edges[1:]) / 2, shares, strict=True)]).tolist()
             of_bars = {"prompts": panel, "who": words}
-            rows += [of_bars | {"ratio": round(x, 4), "share": round(y, 3)} for x, y in places]
+            rows += [of_bars | {"ratio": round(x, 4), "share": round(y, 3)} for x, y in places if y]
     about = torch.tensor(np.concatenate([found[kind] for kind in MEANT]))
     areas = {kind: auroc(about, torch.tensor(found[kind])) for kind in OTHERS}
-    apart = [f"{area:.3f} against {KINDS_IN_WORDS[kind]} prompts" for kind, area in areas.items() if area is not None]
+    apart = [f"{area:.3f} against {KINDS_IN_WORDS[kind]}" for kind, area in areas.items() if area is not None]
     words = f"Routing score over threshold: {', '.join(above)} lie above their threshold."
     words += f" AUROC of edits and rephrases: {', '.join(apart)}." if apart else ""
     if run.option("model.routing.router") != "activation":
         words += " A prompt that names no edited subject counts as 0; above the line the base answers where a further"
         words += " check fails."
     titles = ("routing score over threshold", "% of prompts")
-    picture = drawing.histograms(rows, "ratio", "share", "prompts", "who", titles, mark=1.0, looks=WHO)
+    picture = drawing.histograms(rows, "ratio", "share", "prompts", "who", titles, edges.tolist(), mark=1.0, looks=WHO)
     return Chart("separation", "Are edited and unrelated prompts apart?", words, rows, picture)
 
 
@@ -182,7 +182,7 @@ def feature_points(run: Artefacts) -> Chart | str:
     features = next(iter(run.objects("features.json")), {})
     places: Mapping[str, Sequence[float]] = features.get("edits") or {}
     if len(places) < 2:
-        return "features: no features.json with two edits (an older run)"
+        return "features: no features.json with two edits (an older run, or a single edit)"
     outcomes = outcomes_of(run.final)
     rows: list[Row] = [
         {"id": id, "x": x, "y": y, "outcome": outcomes.get(id, "not asked")} for id, (x, y) in places.items()
@@ -267,6 +267,8 @@ FIGURES = {
     **{name: COLUMNS[name] for name in PANELS},
     "spent": Column(("seconds", "edit"), scale=1.0),
     "written": Column(("n_edits",), scale=1),
+    "low": COLUMNS["OP low"],
+    "high": COLUMNS["OP high"],
     "seconds": comparison.COSTS["s/edit"],
     "kept": comparison.COSTS["kB/edit"],
     "device": comparison.COSTS["GPU MiB"],
@@ -338,15 +340,21 @@ def result_of(run: Artefacts) -> Result:
 
 def scale(results: Sequence[Result]) -> Chart | str:
     """OP against the number of edits, a line per base and variant (paper, Fig. 3)."""
-    found = averaged(finished(results), ["base", "variant", "edits"], "OP")
+    by, frame = ["base", "variant", "edits"], finished(results)
+    drawn_again = frame.astype({"low": float, "high": float}).groupby(by)[["low", "high"]].mean().reset_index()
+    found = averaged(frame, by, "OP").merge(drawn_again, on=by)
+    low, high = (found["OP"] - found["sd"]).fillna(found["low"]), (found["OP"] + found["sd"]).fillna(found["high"])
+    found = found.assign(low=low.round(3), high=high.round(3))
     found = found[found.groupby(["base", "variant"])["edits"].transform("nunique") > 1]
     if found.empty:
         return "scale: needs runs of one base with different numbers of edits"
     parts = [name for name in ("base", "variant") if found[name].nunique() > 1] or ["base"]
     found = found.assign(of=found[parts].agg(", ".join, axis=1))
     looks = dict(EDITORS) | {row["of"]: EDITORS[row["variant"]] for row in records(found) if row["variant"] in EDITORS}
-    rows = records(found[["of", "edits", "OP", "sd"]].sort_values(["of", "edits"]))
+    rows = records(found[["of", "edits", "OP", "sd", "low", "high"]].sort_values(["of", "edits"]))
     words = "Free generation, final model, by the number of edits. Where a line falls, edits get in each other's way."
+    if found["low"].notna().any():
+        words += " Bars: the deviation over seeds; of one seed, where OP would lie in 95 of 100 draws of the edits."
     picture = drawing.lines(
         rows,
         "edits",
@@ -354,7 +362,7 @@ def scale(results: Sequence[Result]) -> Chart | str:
         "of",
         ("edits", "OP, per cent"),
         log="x",
-        spread="sd",
+        spread=("low", "high"),
         looks=looks,
     )
     return Chart("scale", "OP against the number of edits", words, rows, picture)

@@ -214,7 +214,7 @@ def lead(results: Sequence[Result]) -> list[str]:
     singles = max((int(run.figure(("singles",)) or 0) for run in results), default=0)
     words = f"N = 1 is the mean over {singles:,} single edits, each written into the base as it was."
     variants = {run.variant for run in results}
-    first = f"{len(variants)} variants of {', '.join(bases) or 'a base'}, {over}: the final model."
+    first = f"{counted(len(variants), 'variant')} of {', '.join(bases) or 'a base'}, {over}: the final model."
     return [first] + [words] * bool(singles)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -54,6 +54,8 @@ CONFIG = {
     "title": {"anchor": "start"},
 }
 WIDTH = 380
+WHOLE = (0.0, 100.0)
+"""The limits of an axis of shares in per cent that is not zoomed."""
 
 
 @dataclass(frozen=True)
@@ -98,20 +100,23 @@ def lines(
     group: str,
     titles: Sequence[str],
     log: str = "",
-    spread: str = "",
+    spread: tuple[str, str] | None = None,
     looks: Mapping[str, Look] | None = None,
 ) -> Any:
     """A line for each group; where some coincide, one under all their names. `titles` are those of x and y, `log` names
-    logarithmic axes; y is in per cent where its title says so, `spread` is the column with the standard deviation."""
+    logarithmic axes; y is in per cent where its title says so, `spread` are the columns with a bar's two ends."""
     rows, names = _once(rows, x, y, group)
     few = len(rows) <= 60 * len(names)
     colour, mark = _look(rows, group, {names.get(name, name): look for name, look in (looks or {}).items()})
+    limits = _limits(row[name] for row in rows for name in (y, *(spread or ())))
     base = alt.Chart(_data(rows), width=WIDTH, height=230).encode(
-        x=_axis(alt.X, x, titles[0], "x" in log), y=_axis(alt.Y, y, titles[1], "y" in log), color=colour
+        x=_axis(alt.X, x, titles[0], "x" in log), y=_axis(alt.Y, y, titles[1], "y" in log, limits), color=colour
     )
     drawn = [base.mark_line(clip=False).encode(strokeDash=_named(group, alt.StrokeDash, legend=None))]
     drawn += [base.mark_point(filled=True, size=40, opacity=1).encode(shape=mark)] if few else []
-    drawn += [base.mark_errorbar(ticks=True).encode(yError=alt.YError(spread))] if spread else []
+    if spread:
+        ends = {"y": _axis(alt.Y, spread[0], titles[1], "y" in log, limits), "y2": spread[1]}
+        drawn.append(base.mark_errorbar(ticks=True).encode(**ends))
     return alt.layer(*drawn)
 
 
@@ -132,15 +137,15 @@ def histograms(
     panel: str,
     group: str,
     titles: Sequence[str],
+    edges: Sequence[float],
     mark: float,
     looks: Mapping[str, Look],
 ) -> Any:
-    """Bars y at the numbers x, with a colour for each name in `group`, a small picture for each panel one below the
-    other; a vertical line at `mark`."""
-    places = _values(rows, x)
-    domain = alt.Scale(domain=[0, places[0] + places[-1]], nice=False)
+    """Bars y at the numbers x, each between two of the `edges`, with a colour for each name in `group`, a small picture
+    for each panel one below the other; a vertical line at `mark`."""
+    domain = alt.Scale(domain=[edges[0], edges[-1]], nice=False)
     base = alt.Chart(width=WIDTH, height=60)
-    bars = base.mark_bar(size=0.9 * WIDTH / len(places)).encode(
+    bars = base.mark_bar(size=0.9 * WIDTH / (len(edges) - 1)).encode(
         x=_axis(alt.X, x, titles[0]).scale(domain),
         y=alt.Y(y, type="quantitative", title=titles[1], axis=alt.Axis(tickCount=3)),
         color=_look(rows, group, looks)[0].legend(columns=1),
@@ -192,9 +197,11 @@ def named_points(
         round_(math.log10(end(row[x] for row in rows))) for round_, end in ((math.floor, min), (math.ceil, max))
     )
     across = [{**row, "across": (math.log10(row[x]) - low) / max(high - low, 1)} for row in rows]
-    placed = [row for name in _values(rows, panel) for row in _apart([r for r in across if r[panel] == name], y, group)]
+    limits = _limits(row[y] for row in rows)
+    panels = [[row for row in across if row[panel] == name] for name in _values(rows, panel)]
+    placed = [row for one in panels for row in _apart(one, y, group, limits)]
     base = alt.Chart(width=width, height=height).encode(
-        x=_axis(alt.X, x, titles[0], log=True), y=_axis(alt.Y, y, titles[1]), color=colour
+        x=_axis(alt.X, x, titles[0], log=True), y=_axis(alt.Y, y, titles[1], limits=limits), color=colour
     )
     layers = [
         base.mark_rule(strokeWidth=0.7).encode(y2="label"),
@@ -209,11 +216,12 @@ def named_points(
     return alt.layer(*layers, data=_data(placed)).facet(facet=_panels(rows, panel), columns=2)
 
 
-def _apart(rows: Sequence[Row], y: str, group: str) -> list[Row]:
+def _apart(rows: Sequence[Row], y: str, group: str, limits: tuple[float, float] = WHOLE) -> list[Row]:
     """Rows, each `across` so much of the width, with the height `label` of their names and the `side` at which these
     begin, so that none lies on another or on a mark."""
-    line, letter, mark = 6.0, 0.02, 0.02  # a line's height in per cent; a letter and half a mark as shares of the width
-    floor = min(0.0, *(float(row[y]) for row in rows)) if rows else 0.0
+    line = 0.06 * (limits[1] - limits[0])  # a line's height
+    letter, mark = 0.02, 0.02  # a letter and half a mark as shares of the width
+    floor = min(limits[0], *(float(row[y]) for row in rows)) if rows else limits[0]
     taken = [(row["across"] - mark, row["across"] + mark, float(row[y])) for row in rows]
     found: list[Row] = []
     for row in sorted(rows, key=lambda row: -row[y]):
@@ -254,11 +262,22 @@ def _named(column: str, kind: Any = alt.Color, **more: Any) -> Any:
     return kind(column, type="nominal", sort=None, **more)
 
 
-def _axis(kind: Any, column: str, title: str, log: bool = False) -> Any:
-    """A numeric axis, from zero unless it is logarithmic, which its title says; shares in per cent have room for marks
-    that lie on their limits."""
-    limits: dict[str, Any] = {"domain": [-3, 103], "nice": False} if "per cent" in title else {"zero": True}
-    scale = alt.Scale(type="log") if log else alt.Scale(**limits)
+def _limits(values: Iterable[float | None]) -> tuple[float, float]:
+    """The limits of an axis of shares in per cent: `WHOLE`, unless all values differ by less than ten points."""
+    known = [value for value in values if value is not None]
+    if not known or not 0 < max(known) - min(known) < 10:
+        return WHOLE
+    return max(0.0, math.floor(min(known)) - 1.0), min(100.0, math.ceil(max(known)) + 1.0)
+
+
+def _axis(kind: Any, column: str, title: str, log: bool = False, limits: tuple[float, float] = WHOLE) -> Any:
+    """A numeric axis, from zero unless it is logarithmic, which its title says; shares in per cent lie between limits,
+    which their title gives where they are not `WHOLE`, with room for marks that lie on them."""
+    scale = alt.Scale(type="log") if log else alt.Scale(zero=True)
+    if "per cent" in title:
+        room = 0.03 * (limits[1] - limits[0])
+        scale = alt.Scale(domain=[limits[0] - room, limits[1] + room], nice=False)
+        title += f", from {limits[0]:g}" * (limits != WHOLE) + f" to {limits[1]:g}" * (limits[1] < WHOLE[1])
     title += ", logarithmic" if log else ""
     return kind(column, type="quantitative", title=title, scale=scale, axis=alt.Axis(format=",~f"))
 

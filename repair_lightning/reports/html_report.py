@@ -83,7 +83,7 @@ def write_comparison_page(folder: Path, results: Sequence[comparison.Result]) ->
     tables = [part.table() for part in comparison.editor_parts(results)]
     return _write(
         folder,
-        title=f"{len({run.variant for run in results})} editors of {', '.join(bases) or 'a base'}",
+        title=f"{counted(len({run.variant for run in results}), 'editor')} of {', '.join(bases) or 'a base'}",
         subtitle=f"{folder.resolve().name}, numbers of edits: {sizes}",
         lead=comparison.lead(results),
         sections=[
@@ -130,18 +130,19 @@ def _sections(run: Artefacts) -> list[Section]:
     sample = report.sample_words(m).removeprefix(", ").capitalize()
     further = Table("Further scores", report.further_frame(m["final"]), id="further-table")
     scores = [Table(sample, report.score_frame(m), id="score-table"), forms, further]
-    failed = (
-        f"{len(report.problems(run)):,} of {counted(m['n_edits'], 'edit')} failed{' as far as asked' * bool(sample)}"
-    )
+    failed = len(report.problems(run))
+    said = f"{failed:,} of {counted(m['n_edits'], 'edit')} failed" if failed else "No edit failed"
+    said += " as far as asked" * bool(sample)
     quarantined = m.get("closed_loop", {}).get("quarantined", 0)
-    failed += f"; {quarantined:,} quarantined, so the base answers." if quarantined else "."
-    counts = f"Failed ones come first. {', '.join(f'{number:,} {status}' for status, number in known.items())}."
+    said += f"; {quarantined:,} quarantined, so the base answers." if quarantined else "."
+    counts = "Failed ones come first. " * bool(failed)
+    counts += f"{', '.join(f'{number:,} {status}' for status, number in known.items())}."
     edits = [report.edits_table(run), report.others_table(run), report.changed_table(run)]
     loop = [report.merge_table(m), report.event_table(run)]
     texts = [("The command", _provenance(run).get("command")), ("The complete configuration", run.config_text)]
     return [
         Section("scores", "Scores", list(report.side_words(m)), scores),
-        Section("edits", "The edits, and why some failed", [failed, counts], edits),
+        Section("edits", "The edits, and why some failed" if failed else "The edits", [said, counts], edits),
         _pictures([make(run) for make in RUN_CHARTS.values()]),
         Section("loop", "What happened", [report.loop_words(m)], loop),
         Section("how", "Configuration", facts=_setup(run), texts=[(name, text) for name, text in texts if text]),
@@ -171,8 +172,8 @@ def _lead(run: Artefacts) -> list[str]:
     words += f"{'It comes' if one else 'They come'} from {data}. " if data else ""
     words += "Some of its own weights are changed. " if changed else "The model itself was not retrained. "
     if shards or not changed:
-        words += f"Corrections are kept in memories beside it (shards; {shards:,} at the end): for every question a "
-        words += "router decides, from its words alone, whether one of them or the model answers."
+        words += f"Corrections are kept in memories beside it ({counted(shards, 'shard')} at the end): for every "
+        words += "question a router decides, from its words alone, whether one of them or the model answers."
     undone = sum(entry.status == EditStatus.UNDONE for entry in run.entries.values())
     was = "was" if undone == 1 else "were"
     back = f"{counted(undone, 'edit')} {was} taken back after the run; scores and answers are from before."

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
+from repair_lightning.edits.journal import RESUMED
 from repair_lightning.edits.ledger import EditStatus, LedgerEntry
 from repair_lightning.errors import counted
 from repair_lightning.reports.artefacts import Artefacts, Row
@@ -22,6 +23,8 @@ from repair_lightning.texts import dialogue
 from repair_lightning.types import BASE
 
 STAGES = {"pre_edit": "before", "before_merge": "before merge", "final": "after", "oracle_routing": "oracle routing"}
+ASKED = {"gen": "rephrases", "loc": "unrelated prompts", "near": "neighbours"}
+"""What is asked for a score; OP needs the first two."""
 SCORES_IN_WORDS = {**{name: name.capitalize() for name in KINDS}, "op": "OP"}
 EDITS_SHOWN, ROWS_SHOWN, TEXT_SHOWN = 2000, 200, 240
 """Most edits in the searchable table, rows of another table, characters of a text."""
@@ -156,16 +159,26 @@ def sample_words(metrics: Mapping[str, Any]) -> str:
     return f", scores of a sample of {counted(scored['edits'], 'edit')}" if scored else ""
 
 
+def not_measured(scores: Mapping[str, float | None]) -> Iterator[str]:
+    """A sentence on the scores that are missing, and why; none where all are there."""
+    lacking = {SCORES_IN_WORDS[name]: what for name, what in ASKED.items() if scores.get(name) is None}
+    if lacking:
+        named = ", ".join(f"{name} (no record has {what})" for name, what in lacking.items())
+        needed = " and ".join(name for name in lacking if name != "Near")
+        yield f"Not measured: {named}." + f" Without {needed} there is no OP." * bool(needed)
+
+
 def side_words(metrics: Mapping[str, Any]) -> Iterator[str]:
     """What was measured beside the scores."""
+    yield from not_measured(metrics["final"][AUTOREGRESSIVE])
     if (found := metrics["final"].get("op_interval")) and found["low"] < found["high"]:
         bounds = f"between {percent(found['low'])} and {percent(found['high'])}"
         yield f"Were the edits drawn again, OP would lie {bounds} in 95 of 100 cases."
     if about := metrics["final"].get("same_subject"):
-        yield (
-            f"{counted(about['asked'], 'other question')} about edited subjects: a shard answers "
-            f"{percent(about['fires'])}, {percent(about['changed'])} of the answers changed."
-        )
+        words = f"a shard answers {percent(about['fires'])}, {percent(about['changed'])} of the answers changed"
+        none = "a shard answers none, and no answer changed"
+        found = words if about["fires"] or about["changed"] else none
+        yield f"{counted(about['asked'], 'other question')} about edited subjects: {found}."
     if undone := metrics.get("undone"):
         named = f"{', '.join(undone[:5])}{', ...' * (len(undone) > 5)}"
         yield f"Taken back, and therefore not asked: {counted(len(undone), 'edit')} ({named})."
@@ -181,7 +194,8 @@ def side_words(metrics: Mapping[str, Any]) -> Iterator[str]:
         words = ", ".join(f"{kind.capitalize()} {_percent(before[kind])} -> {_percent(after[kind])}" for kind in before)
         words += f"; no longer answered right: {', '.join(lost[:5])}{', ...' * (len(lost) > 5)}" * bool(lost)
         live = f"{counted(earlier['n_edits'], 'edit')} live ({words})"
-        yield f"Of the pack that the run started from: {live} and {earlier['superseded']} superseded."
+        live += f" and {earlier['superseded']:,} superseded" * bool(earlier["superseded"])
+        yield f"Of the pack that the run started from: {live}."
 
 
 def loop_words(metrics: Mapping[str, Any]) -> str:
@@ -189,10 +203,15 @@ def loop_words(metrics: Mapping[str, Any]) -> str:
     loop, merge = metrics.get("closed_loop"), metrics.get("merge")
     if not loop or not merge:
         return ""
+    done = {
+        f"{loop['rolled_back']} rolled back": loop["rolled_back"],
+        f"{counted(loop['pruned'], 'shard')} pruned": loop["pruned"],
+        f"{counted(loop['retriggered'], 'edit')} written again": loop["retriggered"],
+        f"{counted(loop['quarantined'], 'edit')} quarantined": loop["quarantined"],
+    }
+    told = [words for words, number in done.items() if number] or ["nothing rolled back, pruned or written again"]
     return (
-        f"Closed loop: {counted(loop['windows'], 'window')}, {loop['rolled_back']} rolled back, "
-        f"{counted(loop['pruned'], 'shard')} pruned, {counted(loop['retriggered'], 'edit')} written again, "
-        f"{loop['quarantined']} quarantined. "
+        f"Closed loop: {counted(loop['windows'], 'window')}, {', '.join(told)}. "
         f"Merge: {'accepted' if merge['accepted'] else 'not applied'} ({merge['reason']})."
     )
 
@@ -201,7 +220,8 @@ def verdict(metrics: Mapping[str, Any], place: str | Path) -> str:
     """A finished run, or a scored pack, in one line: the final score in free generation, what became of the edits."""
     final = metrics["final"][AUTOREGRESSIVE]
     scores = "  ".join(f"{words} {_percent(final[name])}" for name, words in SCORES_IN_WORDS.items())
-    given_up = f"; {metrics['closed_loop']['quarantined']} quarantined" if "closed_loop" in metrics else ""
+    quarantined = metrics.get("closed_loop", {}).get("quarantined", 0)
+    given_up = f"; {quarantined:,} quarantined" * bool(quarantined)
     edits = f"{counted(metrics['n_edits'], 'edit')} of {metrics['base']['name']}{sample_words(metrics)}"
     return f"{edits}: {scores}{given_up}; {place}"
 
@@ -324,16 +344,18 @@ def edits_table(run: Artefacts) -> Table:
 
 
 def event_table(run: Artefacts) -> Table:
-    """The journal but for arrivals, writes and checks that went well: what was done to which edits, why, and how many
-    of them are written in the end."""
-    told = [e for e in run.events if e["kind"] not in ("arrived", "written", "evaluated", "inherited")]
+    """The journal's resumptions, and of its edits all but arrivals, writes and checks that went well: what was done to
+    which, why, and how many of them are written in the end."""
+    plain = ("arrived", "written", "evaluated", "inherited")
+    told = [e for e in run.events if e["kind"] == RESUMED or (e["id"] is not None and e["kind"] not in plain)]
     rows = []
     for (kind, reason, window), same in groupby(told, key=lambda e: (e["kind"], e["reason"], e["window"])):
         first, *others = same
         ids = list(dict.fromkeys(event["id"] for event in (first, *others) if event["id"] is not None))
         known = [run.entries[id].status for id in ids if id in run.entries]
         when = f"{datetime.fromtimestamp(first['time'], timezone.utc):%H:%M:%S}"
-        done = {"time, UTC": when, "what": kind, "why": reason, "edits": len(ids), "arrived in window": window}
+        done = {"time, UTC": when, "what": kind, "why": reason, "edits": len(ids) or None}
+        done |= {"arrived in window": None if window is None else window + 1}  # as `log` counts
         named = ", ".join(ids[:4]) + ", ..." * (len(ids) > 4)
         rows.append(done | {"written in the end": known.count(EditStatus.WRITTEN) if ids else None, "which": named})
     return table("event-table", "What was done to which edits", rows, "`repair-lightning log --run DIR`")

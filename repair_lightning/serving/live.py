@@ -417,6 +417,7 @@ def _prepare(editor: Editor, background: Sequence[str], held_out: Sequence[str],
             f"the editor {editor.editor_name} cannot correct a model in use: it cannot take edits back"  # type: ignore[attr-defined]
         )
     editor.guard_prompts = guard
+    log.info("setting the router by %s", counted(len(background) + len(held_out), "unrelated question"))
     editor.prepare(background, held_out)
 
 

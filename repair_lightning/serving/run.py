@@ -109,6 +109,7 @@ def opened(packs: Sequence[str], base: str | None, run: Path | None, precision: 
         folder = download(given)
         if run is None and folder != Path(given).expanduser():
             raise ConfigError(f"pack '{given}' is the hub's; give --run a folder for the corrections")
+        log.info("reading the pack '%s'", given)
         content = Pack.read(folder)
         loaded = loaded or load_base(base or content.base, precision)
         found[name] = resumed(folder, loaded, run or folder / "live")

@@ -17,7 +17,7 @@ from repair_lightning.functional import ties_merge
 from repair_lightning.packs.pack import load_edited, save_pack
 from repair_lightning.scoring.correctness import correctness
 from repair_lightning.scoring.probes import guard_questions
-from repair_lightning.types import BASE
+from repair_lightning.types import BASE, Decision
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,20 @@ def test_a_rejected_merge_leaves_no_trace(router, mask_ratio, target):
     assert correctness(editor, list(map(editor.ledger.edit, editor.ledger))) == said
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_why_nothing_is_merged(enabled):
+    """An editor that cannot merge says so whatever the setting; else the setting counts, or what was tried."""
+    unable = written_editor(2, form="low_rank", capacity=1)[0]
+    unable.can_merge = False
+    merge = LossAwareTiesMerge(enabled=enabled)
+    merge.on_train_end(None, unable)
+    assert merge.verdict(unable) == Decision(False, "this editor cannot merge")
+    able, _ = written_editor(2, capacity=2)
+    merge.on_train_end(None, able)
+    reason = "1 shard: nothing to merge" if enabled else "merging is off"
+    assert merge.verdict(able) == Decision(False, reason)
+
+
 def test_the_guard_trips_by_itself():
     """With its defaults: what two shards of several edits each say does not fit the one that TIES makes of them."""
     editor, _ = written_editor(mask_ratio=1.0)
@@ -69,6 +83,7 @@ def test_the_guard_trips_by_itself():
     merge.merge(editor)
     assert not merge.outcome
     assert "more than 0.06" in merge.outcome.reason
+    assert merge.verdict(editor) == merge.outcome
     assert editor.memory.ids == [0, 1]
 
 

@@ -255,7 +255,7 @@ def test_records_without_locality_are_asked_irrelevant_prompts_in_turn(tmp_path,
         start = 60 if given else 0
         assert first == own
         assert others == [(Probe(text),) for text in irrelevant_texts(62)[start : start + 2]]
-    assert "2 edits without 'locality': Loc asks 2 prompts that serve for nothing else" in caplog.text
+    assert "2 edits without 'locality': Loc asks 2 prompts used for nothing else" in caplog.text
 
 
 def test_without_a_prompt_to_spare_it_is_said(tmp_path, caplog):

@@ -154,6 +154,15 @@ def test_a_damaged_folder_is_converted_again(made, file, caplog):
 
 @pytest.mark.slow
 class TestProcesses:
+    def test_no_bar_is_drawn_into_a_file(self, made):
+        quiet = "import transformers; transformers.utils.logging.disable_progress_bar(); "  # its own, as a command does
+        with process(made, quiet) as running:
+            _, err = running.communicate()
+        assert running.returncode == 0
+        assert "INFO:repair_lightning.models.gguf:converting 'tiny.gguf'" in err
+        assert "\r" not in err
+        assert "de-quantizing" not in err
+
     def test_a_full_disk(self, large, cache):
         """No file may grow over 1 MB here: the weights do not fit, and nothing is left of them."""
         limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Iterator
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,8 @@ def test_separation(tmp_path):
     edges = {round((one["ratio"] - 1) / 0.05) for one in chart.rows}
     assert all(edge % 2 for edge in edges), "no bar lies across the line"
     assert sum(one["share"] for one in chart.rows) == 200
+    assert all(one["share"] for one in chart.rows), "no bars of nothing"
+    assert "AUROC of edits and rephrases: 0.750 against neighbours." in chart.words
     assert "100.0 % of the edits, 50.0 % of the neighbours" in chart.words
     assert isinstance(separation(run_in(tmp_path / "run", [row("edit", 0.0, None)])), str)
 
@@ -204,6 +206,14 @@ def test_who_answered_is_counted(tmp_path):
     assert list(chart.rows[0]) == ["prompts", "its own edit's shard", "another shard", "the base"]
 
 
+def encodings(spec: Any, name: str) -> Iterator[dict[str, Any]]:
+    """What every part of a picture says of one of its axes."""
+    for key, part in spec.items() if isinstance(spec, dict) else enumerate(spec if isinstance(spec, list) else ()):
+        if key == "encoding" and name in part:
+            yield part[name]
+        yield from encodings(part, name)
+
+
 def test_lines_that_coincide_are_drawn_once_under_all_their_names(tmp_path):
     scores = {"rel": 1.0, "gen": 0.5, "loc": 1.0}
     curve = [{"edits": edits, "live": {"autoregressive": scores}} for edits in (2, 4)]
@@ -212,6 +222,44 @@ def test_lines_that_coincide_are_drawn_once_under_all_their_names(tmp_path):
     assert "Rel = Loc" in chart.svg()
     (drawn,) = chart.picture.to_dict()["datasets"].values()
     assert {line["score"] for line in drawn} == {"Rel = Loc", "Gen"}
+
+
+@pytest.mark.parametrize(
+    ("ops", "low", "high", "said"),
+    [
+        ((0.98, 0.995), 97, 100, "OP, per cent, from 97"),
+        ((0.42, 0.5), 41, 51, "OP, per cent, from 41 to 51"),
+        ((0.003, 0.01), 0, 2, "OP, per cent, from 0 to 2"),
+        ((0.9, 1.0), 0, 100, "OP, per cent"),
+        ((1.0, 1.0), 0, 100, "OP, per cent"),
+    ],
+)
+def test_an_axis_is_zoomed_and_says_so_where_all_values_differ_by_less_than_ten_points(ops, low, high, said):
+    """Names beside points keep their distance, 6 % of the height."""
+    runs = [result("keyed", 10, 0, ops[0]), result("wise", 10, 0, ops[1]), result("keyed", 20, 0, ops[1])]
+    drawn = [one for one in (scale(runs), *op_against(runs)) if isinstance(one, Chart)]
+    assert len(drawn) == 2
+    for chart in drawn:
+        axis = next(y for y in encodings(chart.picture.to_dict(), "y") if y["field"] == "OP")
+        room = 0.03 * (high - low)
+        assert axis["scale"]["domain"] == pytest.approx([low - room, high + room])
+        assert axis["title"] == said
+    rows = [{"across": 0.5, "OP": 99.0 + i / 10, "editor": f"editor-{i}"} for i in range(4)]
+    heights = sorted(row["label"] for row in _apart(rows, "OP", "editor", (98.0, 100.0)))
+    assert all(0.12 <= b - a < 1 for a, b in pairwise(heights))
+
+
+def test_bars_are_the_deviation_over_seeds_and_of_one_seed_the_bootstraps(tmp_path):
+    found = [result("all", 30, 0, 0.9), result("all", 30, 1, 0.7), result("all", 90, 0, 0.6)]
+    assert found[2].metrics is not None
+    found[2].metrics["final"]["op_interval"] = {"low": 0.5, "high": 0.64}  # type: ignore[index]
+    chart = chart_of(scale(found))
+    assert [(line["low"], line["high"]) for line in chart.rows] == [(65.858, 94.142), (50.0, 64.0)]
+    bars = [layer for layer in chart.picture.to_dict()["layer"] if layer["mark"]["type"] == "errorbar"]
+    assert [(bar["encoding"]["y"]["field"], bar["encoding"]["y2"]["field"]) for bar in bars] == [("low", "high")]
+    assert "of one seed, where OP would lie in 95 of 100 draws" in chart.words
+    plain = chart_of(scale([result("all", size, 0, 0.9) for size in (30, 90)]))
+    assert "Bars" not in plain.words
 
 
 def test_every_editor_has_one_look_of_its_own_in_every_picture():
@@ -242,8 +290,9 @@ def test_an_axis_that_does_not_begin_at_zero_says_so():
     drawn = [one for one in (scale(runs), cost(costs_of_results(runs)), *op_against(runs)) if isinstance(one, Chart)]
     assert len(drawn) == 3
     for chart in drawn:
-        axes = re.findall(r"'scale': (\{[^}]*\}), 'title': '([^']+)'", str(chart.picture.to_dict()))
+        axes = [axis for name in ("x", "y") for axis in encodings(chart.picture.to_dict(), name) if "scale" in axis]
         assert axes
-        for scaled, title in axes:
-            assert ("log" in scaled) == title.endswith(", logarithmic"), title
-            assert "log" in scaled or "'zero': True" in scaled or "[-3, 103]" in scaled
+        for axis in axes:
+            logarithmic = axis["scale"].get("type") == "log"
+            assert logarithmic == axis["title"].endswith(", logarithmic")
+            assert logarithmic or axis["scale"].get("zero") or axis["scale"]["domain"] == [-3, 103]

@@ -26,7 +26,9 @@ from repair_lightning.reports.report import (
     check_failed,
     edits_table,
     event_table,
+    loop_words,
     merge_table,
+    not_measured,
     problems,
 )
 from repair_lightning.texts import dialogue
@@ -80,6 +82,7 @@ def test_its_figures_are_those_of_the_metrics(hard_run, page):
     for protocol in ("autoregressive", "teacher_forced"):
         for stage in ("pre_edit", "before_merge", "final", "oracle_routing"):
             assert f"{100 * metrics[stage][protocol]['op']:.1f}" in page.text
+    assert "The edits, and why some failed" in page.text
     assert "6 of 12 edits failed; 6 quarantined, so the base answers" in page.text
     assert "quarantined: still wrong after 2 attempts" in page.text
     run = Artefacts.read(hard_run)
@@ -217,6 +220,41 @@ def test_prompts_that_are_messages_are_shown_as_turns_and_edits_in_other_forms_w
     assert "<td>chat</td>" not in html  # a form that the base does not have is left out
 
 
+def small_run(folder: Path, final: dict[str, Any], **metrics: Any) -> Page:
+    """The report of a run of one edit that is answered right."""
+    row = {"stage": "final", "id": "e", "kind": "edit", "prompt": "Where?", "expected": "Oslo", "answer": "Oslo"}
+    row |= {"base_answer": "Perth", "correct": True, "memory": 1, "score": 0.9, "threshold": 0.5}
+    (folder / "generations.jsonl").write_text(json.dumps(row) + "\n")
+    stages = {stage: {"autoregressive": SCORES, "teacher_forced": SCORES} for stage in ("pre_edit", "final")}
+    found = {"base": {"name": "org/small"}, "n_edits": 1, "shards": 1, "seconds": {"edit": 2.0}, **stages, **metrics}
+    (folder / "metrics.json").write_text(json.dumps(found | {"final": stages["final"] | final}))
+    return Page(write_report(folder).read_text())
+
+
+def test_a_run_without_failures_has_none_in_its_headings_and_no_row_of_zeros(tmp_path):
+    loop = {"windows": 1, "rolled_back": 0, "pruned": 0, "retriggered": 0, "quarantined": 0}
+    merge = {"accepted": False, "reason": "this editor cannot merge", "merges": []}
+    about = {"same_subject": {"asked": 12, "fires": 0.0, "changed": 0.0}}
+    page = small_run(tmp_path, about, closed_loop=loop, merge=merge)
+    assert "No edit failed." in page.text
+    for words in ("why some failed", "Failed ones", "answered wrong", "0 rolled", " 0.0 %", "before merge", "oracle"):
+        assert words not in page.text, words
+    assert "Closed loop: 1 window, nothing rolled back, pruned or written again. Merge: not applied (this" in page.text
+    assert "12 other questions about edited subjects: a shard answers none, and no answer changed." in page.text
+    assert "(1 shard at the end)" in page.text
+    assert not {"event-table", "merge-table", "others-table", "changed-table"} & {t.get("id") for t in page.of("table")}
+    assert loop_words({"closed_loop": loop | {"pruned": 1, "quarantined": 2}, "merge": merge}).startswith(
+        "Closed loop: 1 window, 1 shard pruned, 2 edits quarantined. "
+    )
+
+
+def test_what_was_not_measured_is_said(tmp_path):
+    said = "Not measured: Gen (no record has rephrases), Near (no record has neighbours). Without Gen there is no OP."
+    assert said in small_run(tmp_path, {}).text
+    assert list(not_measured(SCORES | {"gen": 0.5})) == ["Not measured: Near (no record has neighbours)."]
+    assert list(not_measured(dict.fromkeys(SCORES, 1.0))) == []
+
+
 def test_over_the_line_a_shard_answers_unless_a_check_failed(hard_run):
     """On a real run: the score and the checks that are kept say of every prompt who answered it."""
     final = Artefacts.read(hard_run).final
@@ -257,7 +295,8 @@ def test_what_was_written_again_and_given_up_says_why_and_which(hard_run):
     again = [row for row in rows if row["what"] == "requeued"]
     assert all(row["why"] for row in again)
     assert sum(row["edits"] - row["written in the end"] for row in again) == 6
-    assert all("w0" in row["which"] for row in [*given_up, *again])
+    assert all("w0" in row["which"] for row in rows), "and nothing is told of no edit"
+    assert {row["arrived in window"] for row in rows} == {1, 2, 3}, "as `log` counts"
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +41,9 @@ def server(tmp_path_factory):
     found = Server("--base", "world", "--run", tmp_path_factory.mktemp("served") / "run")
     yield found
     assert found.stop() == 0
+    loaded, prepared = found.errors.splitlines()[:2]
+    assert loaded == "loading the base 'world'"
+    assert re.fullmatch(r"setting the router by \d+ unrelated questions", prepared)
 
 
 def test_a_correction_holds_in_three_forms_survives_a_kill_and_is_taken_back(chat, tmp_path):
@@ -276,7 +280,9 @@ def test_several_packs_over_one_base(tmp_path):
     found.correct(model="b", prompt="Who keeps the tower?", target="Nadia")
     assert found.say("Who keeps the tower?", "b") == "Nadia" != found.say("Who keeps the tower?", "a")
     assert [one["prompt"] for one in found.http.get("/v1/edits?model=a").json()["data"]] == [WORLD[0].prompt]
-    found.kill()
+    assert found.stop() == 0
+    packs = [f"reading the pack '{tmp_path / name}'" for name in ("first", "second")]
+    assert found.errors.splitlines()[:3] == [packs[0], "loading the base 'world'", packs[1]]
 
 
 @pytest.mark.parametrize(
