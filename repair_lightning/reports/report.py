@@ -20,7 +20,7 @@ from repair_lightning.reports.artefacts import Artefacts, Row
 from repair_lightning.scoring.protocols import AUTOREGRESSIVE, KINDS, PROTOCOLS
 from repair_lightning.scoring.separation import OTHERS
 from repair_lightning.texts import dialogue
-from repair_lightning.types import BASE
+from repair_lightning.types import BASE, READS
 
 STAGES = {"pre_edit": "before", "before_merge": "before merge", "final": "after", "oracle_routing": "oracle routing"}
 ASKED = {"gen": "rephrases", "loc": "unrelated prompts", "near": "neighbours"}
@@ -282,6 +282,8 @@ def why_wrong(row: Row, entry: LedgerEntry | None) -> str:
     score, threshold = row["score"], row["threshold"]
     scored = score is not None and threshold is not None
     words = f"score {score:.2f}, needed {threshold:.2f}" if scored else ""
+    if memory == READS:
+        return f"it asks for a text: the base answered, which has read edit {row['nearest']}"
     if memory == BASE:
         if kept:
             return "the base answered, and its own weights have changed"
@@ -298,6 +300,11 @@ def why_wrong(row: Row, entry: LedgerEntry | None) -> str:
     if memory == owner:
         return "its own shard answered, in other words than the target"
     return f"another edit's shard answered: {memory} ({words})"
+
+
+def _by(memory: int, base: str) -> str:
+    """Who answered, in words; `base` names the base."""
+    return {BASE: base, READS: "base, which has read edits"}.get(memory, f"shard {memory}")
 
 
 def others_table(run: Artefacts) -> Table:
@@ -319,7 +326,7 @@ def changed_table(run: Artefacts) -> Table:
     for row in run.about_subjects:
         if not row["kept"]:
             said = {"of edit": row["id"], "asked": dialogue.shown(row["prompt"]), "the base says": row["base_answer"]}
-            by = "the base, changed" if row["memory"] == BASE else f"shard {row['memory']}"
+            by = _by(row["memory"], "the base, changed")
             rows.append(said | {"now says": row["answer"], "answered by": by})
     title = "Other questions about edited subjects that changed"
     return table("changed-table", title, rows, "generations.jsonl, kind `same_subject`")
@@ -337,7 +344,7 @@ def edits_table(run: Artefacts) -> Table:
         said |= {"before": row.get("base_answer"), "now": "not asked", "answered by": None}
         if row:
             said["now"] = "right" if row["correct"] else "wrong"
-            said["answered by"] = base if row["memory"] == BASE else f"shard {row['memory']}"
+            said["answered by"] = _by(row["memory"], base)
         said |= {"status": str(entry.status), "writes": entry.attempts} if entry else {"status": None, "writes": None}
         rows.append(said | {"why": why.get(one) or (entry.reason if entry else None)})
     return table("all-edits", "", rows, "edits.parquet and generations.jsonl", EDITS_SHOWN)

@@ -6,8 +6,10 @@ import json
 
 import pytest
 
+from repair_lightning.reports.report import why_wrong
 from repair_lightning.storage import files
 from repair_lightning.storage.files import write_json, write_rows
+from repair_lightning.types import READS
 
 
 def test_json_is_json_and_rows_are_lines(tmp_path):
@@ -37,3 +39,8 @@ def test_a_reader_never_sees_half_a_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         write_json(path, {"new": 1})
     assert json.loads(path.read_text()) == {"old": 1}
+
+
+def test_why_a_text_that_was_asked_for_in_place_of_an_answer_is_wrong():
+    row = {"kind": "rephrase", "memory": READS, "score": 0.1, "threshold": 0.4, "nearest": "e1"}
+    assert why_wrong(row, None) == "it asks for a text: the base answered, which has read edit e1"
