@@ -321,14 +321,13 @@ def others_table(run: Artefacts) -> Table:
 
 
 def changed_table(run: Artefacts) -> Table:
-    """Other questions about edited subjects whose answers changed."""
+    """Other questions about edited subjects that were asked, those whose answers changed first."""
     rows = []
-    for row in run.about_subjects:
-        if not row["kept"]:
-            said = {"of edit": row["id"], "asked": dialogue.shown(row["prompt"]), "the base says": row["base_answer"]}
-            by = _by(row["memory"], "the base, changed")
-            rows.append(said | {"now says": row["answer"], "answered by": by})
-    title = "Other questions about edited subjects that changed"
+    for row in sorted(run.about_subjects, key=lambda row: row["kept"]):
+        said = {"of edit": row["id"], "asked": dialogue.shown(row["prompt"]), "the base says": row["base_answer"]}
+        by = _by(row["memory"], "the base" if row["kept"] else "the base, changed")
+        rows.append(said | {"now says": "the same" if row["kept"] else row["answer"], "answered by": by})
+    title = "Other questions about edited subjects, and which of their answers changed"
     return table("changed-table", title, rows, "generations.jsonl, kind `same_subject`")
 
 

@@ -174,12 +174,16 @@ def _plain(text: str, subject: str | None) -> str:
 def same_subject(
     model: EditedModel, edits: Sequence[Edit], base_changed: bool = False
 ) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-    """How many were asked, and the shares of them that a shard answered and whose answer changed, and a row for each
-    that was asked twice; None where no edit names a subject."""
+    """How many were asked, and the shares of them that a shard answered and whose answer changed; and a row for each,
+    of what the base answers as before without answers. None where no edit names a subject."""
     questions = questions_about_subjects(edits)
     if not questions:
         return None, []
     memory, rows = protocols.kept_rows(model, "same_subject", questions, 16, base_changed)
     changed = sum(not row["kept"] for row in rows)
     fires = float((memory != BASE).float().mean())
+    twice = {row["prompt"] for row in rows}
+    same: dict[str, Any] = {"stage": "further", "kind": "same_subject", "kept": True, "memory": BASE}
+    same |= {"answer": None, "base_answer": None}
+    rows += [same | {"id": id, "prompt": text} for text, id in questions.items() if text not in twice]
     return {"asked": len(questions), "fires": fires, "changed": changed / len(questions)}, rows

@@ -210,7 +210,7 @@ def test_prompts_that_are_messages_are_shown_as_turns_and_edits_in_other_forms_w
     assert "1 correction was written into small." in text
     assert "1 of 40other questions about edited subjects that changed" in text
     assert "<td>Who taught Mara Quill?</td><td>Ilse</td><td>Oslo</td><td>shard 1</td>" in html
-    assert "Is it kept?" not in text
+    assert "<td>Is it kept?</td><td>Ilse</td><td>the same</td><td>shard 1</td>" in html
     assert "40 other questions about edited subjects: a shard answers 5.0 %, 2.5 % of the answers changed" in text
     assert "Were the edits drawn again, OP would lie between 25.0 % and 75.0 % in 95 of 100 cases." in text
     assert "<td>bare</td>" in html

@@ -49,7 +49,13 @@ def test_by_hand(editor, edits, monkeypatch):
         "fires": pytest.approx(int((memory != BASE).sum()) / len(questions)),
         "changed": pytest.approx(changed / len(questions)),
     }
-    assert [row["prompt"] for row in rows] == questions[::4]
+    assert [row["prompt"] for row in rows] == questions[::4] + [text for i, text in enumerate(questions) if i % 4]
+    rest = rows[len(questions[::4]) :]
+    rows = rows[: -len(rest)]
+    assert {(row["answer"], row["kept"], row["memory"], row["kind"]) for row in rest} == {
+        (None, True, BASE, "same_subject")
+    }
+    assert all(row["id"] == about[row["prompt"]] for row in rest)
     assert [row["base_answer"] for row in rows] == before[::4]
     assert all(row["kept"] == (row["answer"] == row["base_answer"]) for row in rows)
     assert sum(not row["kept"] for row in rows) == changed
