@@ -367,6 +367,14 @@ def wants_text(request: str, stand_in: str) -> bool:
     return bool(orders) and before[-1] in _LISTS["text links"] and known
 
 
+def roles_of(text: str) -> frozenset[str]:
+    """What makes another person of a role that a text asks for: what qualifies it (`deputy mayor`), and kin."""
+    said = spellings(text)
+    roles = [i for i, word in enumerate(said) if word in ROLES]
+    qualified = {" ".join(said[i - 1 : i + 1]) for i in roles if i and said[i - 1] in _LISTS["role qualifiers"]}
+    return frozenset(qualified | (_LISTS["kin"].intersection(said) if roles else set()))
+
+
 def is_code(text: str) -> bool:
     """Whether a text looks like code, in which every sign counts."""
     return bool(_CODE.search(text.strip()))

@@ -93,6 +93,14 @@ class TestReaches:
     def test_the_same_question_in_other_words_and_no_other(self, edit, text, same_question):
         assert fires(edit, text) is same_question
 
+    @pytest.mark.parametrize(
+        "text",
+        ["Who was the first mayor of Orsk?", "Who is the deputy mayor of Orsk?", "Who is the mayor of Orsk's wife?"],
+    )
+    def test_who_is_beside_a_role_is_somebody_else(self, text):
+        assert not fires(MAYOR, text)
+        assert fires(("Orsk", text), text)
+
     def test_numbers_tell_edits_apart(self):
         asked = [f"Who was the mayor of Orsk in {year}?" for year in (1990, 1991)]
         router = with_edits(*(("Orsk", text) for text in asked))

@@ -208,3 +208,18 @@ def test_says_the_same_but_for_courtesy(one, other, same):
 )
 def test_a_text_about_something_is_asked_for(text, wanted):
     assert asking.wants_text(text, "this") is wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("Who is the mayor of this?", set()),
+        ("Who was the first mayor of this?", {"first mayor"}),
+        ("Who is the vice-president of this?", {"vice president"}),
+        ("Who is the mayor of this's wife?", {"wife"}),
+        ("When was this first aired?", set()),
+        ("Who is the wife of this?", set()),
+    ],
+)
+def test_what_makes_another_person_of_a_role(text, found):
+    assert asking.roles_of(text) == found

@@ -19,12 +19,14 @@ _NO_WORD = ""
 
 class Asks(NamedTuple):
     """What is compared of an edit's prompt: what it asks, with the stand-in for its subject, whether every sign counts,
-    whether it denies something, its words with digits outside the subject, and how many sentences it has."""
+    whether it denies something, its words with digits outside the subject, what makes another person of a role, and how
+    many sentences it has."""
 
     relation: str
     code: bool
     denies: bool
     numbers: frozenset[str]
+    roles: frozenset[str]
     sentences: int
 
 
@@ -48,7 +50,8 @@ class Known:
         if self._asks is None:
             relation = self.relation
             code, denies = asking.is_code(self.asked), asking.negated(relation)
-            self._asks = Asks(relation, code, denies, _numbers(relation), len(asking.sentences(self.asked)))
+            told_apart = _numbers(relation), asking.roles_of(relation)
+            self._asks = Asks(relation, code, denies, *told_apart, len(asking.sentences(self.asked)))
         return self._asks
 
     @property
@@ -157,6 +160,8 @@ class NameIndex:
             return Candidate(row, number, "", True, len(known.subject)) if same else None
         relation = _masked(window, known.subject) if known.subject else window
         if relation is None or asking.negated(relation) != asks.denies or _numbers(relation) != asks.numbers:
+            return None
+        if asking.roles_of(relation) != asks.roles:
             return None
         if not known.subject and self._in_common(known.asked, window) < _UNNAMED:
             return None
