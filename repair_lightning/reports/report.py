@@ -333,7 +333,8 @@ def changed_table(run: Artefacts) -> Table:
 
 
 def edits_table(run: Artefacts) -> Table:
-    """All edits: failed ones first with the reason, then in order of arrival."""
+    """All edits: failed ones first with the reason, then in order of arrival. Answers of those that were taken back are
+    from before, and say so."""
     why, answered = problems(run), run.own_rows
     base = "base, changed" if "deviation" in run.metrics.get("method", {}) else "base"
     rows = []
@@ -345,6 +346,8 @@ def edits_table(run: Artefacts) -> Table:
         if row:
             said["now"] = "right" if row["correct"] else "wrong"
             said["answered by"] = _by(row["memory"], base)
+            if entry and entry.status == EditStatus.UNDONE:
+                said |= {name: f"before it was taken back: {said[name]}" for name in ("says", "now", "answered by")}
         said |= {"status": str(entry.status), "writes": entry.attempts} if entry else {"status": None, "writes": None}
         rows.append(said | {"why": why.get(one) or (entry.reason if entry else None)})
     return table("all-edits", "", rows, "edits.parquet and generations.jsonl", EDITS_SHOWN)

@@ -140,9 +140,16 @@ def test_an_older_run_has_a_report_without_what_it_lacks_and_undone_edits_are_sa
         (copied_run / name).unlink()
     shutil.rmtree(copied_run / "pack")
     ledger = Ledger.from_parquet(copied_run / "edits.parquet")
+    found = [edits_table(Artefacts.read(copied_run)).frame.set_index("edit")]
     ledger.undo(["w0005"], "undone")
     ledger.to_parquet(copied_run / "edits.parquet")
     text = Page(write_report(copied_run).read_text()).text
+    found.append(edits_table(Artefacts.read(copied_run)).frame.set_index("edit"))
+    said, told = (frame.loc["w0005"] for frame in found)
+    for name in ("says", "now", "answered by"):
+        assert told[name] == f"before it was taken back: {said[name]}"
+    assert told["status"] == "undone"
+    assert found[0].drop("w0005").sort_index().equals(found[1].drop("w0005").sort_index())
     assert "Left out: live: needs live scores of two windows" in text
     assert "Left out: features: no features.json" in text
     assert "1 edit was taken back after the run" in text
