@@ -106,15 +106,16 @@ FURTHER = {
 
 
 def further_frame(final: Mapping[str, Any]) -> pd.DataFrame:
-    """What was scored beside, in per cent, and the age of the edits; what was not asked is left out."""
+    """What was scored beside, in per cent, and the age of the edits where every fifth has some; what was not asked is
+    left out."""
     rows = []
     for words, path in FURTHER.items():
         found: Any = final
         for name in path:
             found = found.get(name) if isinstance(found, Mapping) else None
         rows += [[words, _percent(found)]] if found is not None else []
-    fifths = [part for part in final.get("age") or () if part["edits"]]
-    for kind in ("rel", "gen") if len(fifths) > 1 else ():
+    fifths = final.get("age") or ()
+    for kind in ("rel", "gen") if all(part["edits"] for part in fifths) else ():
         if any(part[kind] is not None for part in fifths):
             known = " ".join(_percent(part[kind]) for part in fifths)
             rows.append([f"{kind.capitalize()} by age, oldest fifth first", known])
