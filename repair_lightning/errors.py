@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from difflib import get_close_matches
 
 LISTED = 20
 """So many bad records of a file are named, then how many more there are."""
+IDS_LISTED = 10
+"""So many ids are all named; of more, those that are like what was given."""
 
 
 def _one_line(message: str) -> str:
@@ -102,11 +105,18 @@ class LedgerError(RepairError):
 
 
 class UnknownEditError(LedgerError, KeyError):
-    """The ledger does not know this edit."""
+    """The ledger does not know this edit; `known` are the ids that it knows, which its message names."""
 
-    def __init__(self, id: str) -> None:
-        self.id = id
+    def __init__(self, id: str, known: Collection[str] = ()) -> None:
+        self.id, self.known = id, known
         super().__init__(id)
 
     def __str__(self) -> str:
-        return f"the ledger knows no edit with the id {self.id!r}; let it arrive first"
+        words, known = f"the ledger knows no edit with the id {self.id!r}", list(self.known)
+        if not known:
+            return f"{words}, nor any other; let it arrive first"
+        close = get_close_matches(self.id, known, n=3)
+        alike = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+        if len(known) <= IDS_LISTED:
+            return f"{words}; {alike}known: {', '.join(map(repr, known))}"
+        return f"{words}; {alike}`repair-lightning log --run DIR` lists all {len(known):,}"

@@ -81,7 +81,7 @@ def test_the_base_answers_again_and_the_others_stay(tmp_path, copied):
     assert "taken back on request" in story[-1]
     head, shards, of, *scores = report_lines(found)
     assert head == f"undone: {', '.join(gone)}; 100.0 % of their prompts are answered as by the base"
-    assert shards == "bitwise identical: 6 of 6 shards"
+    assert shards == "the other edits' shards: 6 of 6 unchanged, bit by bit"
     assert "of the 6 edits that the pack still holds (the run's own are of all its edits)" in of
     assert [line.split()[0] for line in scores] == ["Rel", "before", "after"]
 
@@ -116,7 +116,8 @@ def test_a_shard_that_others_share_is_rebuilt_for_them(tmp_path, copied):
     assert sorted(found["rebuilt"]) == sorted(company)
     assert company, "the premise: the shard is shared"
     assert (found["untouched"], found["shards"], found["as_base"]) == (1, 2, 1.0)
-    assert report_lines(found)[1] == f"bitwise identical: 1 of 2 shards; written again: {len(company)} edits"
+    kept = "the other edits' shards: 1 of 2 unchanged, bit by bit"
+    assert report_lines(found)[1] == f"{kept}; written again: {len(company)} edits"
     assert found["after"]["rel"] == found["before"]["rel"] == 1
     after = restore_editor(tmp_path / "run" / "pack")
     for other in set(before.memory.ids) - {shard}:
@@ -201,7 +202,7 @@ def test_refusals_change_nothing(tmp_path):
 
     ids = finished_run(tmp_path / "run", change=supersede, form="low_rank", capacity=1)
     kept, told = weights(tmp_path / "run"), Journal(tmp_path / "run" / FILE, read_only=True).last
-    with pytest.raises(UnknownEditError, match="nobody"):
+    with pytest.raises(UnknownEditError, match=f"the id 'nobody'; known: '{ids[0]}', .*'{ids[7]}'$"):
         undo(tmp_path / "run", [ids[3], "nobody"])
     with pytest.raises(ConfigError, match=f"superseded by {ids[1]}: nothing of it is left; undo its successor"):
         undo(tmp_path / "run", ids[:1])

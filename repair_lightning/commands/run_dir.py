@@ -124,7 +124,7 @@ class RunDirectory:
 
     def leave(self) -> None:
         """Where no edit was written: remove what :meth:`hold` has made, and nothing that was there before."""
-        if self._begun() and not self._fruitless():
+        if self._begun() and not self.fruitless:
             return
         if self.path in self._made:
             shutil.rmtree(self.path, ignore_errors=True)
@@ -157,19 +157,20 @@ class RunDirectory:
             return f"an unfinished run whose {SETTINGS_FILE} is damaged ({error}); --overwrite starts it anew"
         now = _flat(self.settings)
         for name in sorted(known.keys() | now.keys()):
-            if known.get(name) != now.get(name) and not self._fruitless():
+            if known.get(name) != now.get(name) and not self.fruitless:
                 values = f"{name} {known.get(name)!r}, now {now.get(name)!r}"
                 return f"an unfinished run with {values}; give the same, another --run_dir, or --overwrite"
         return None
 
-    def _fruitless(self) -> bool:
-        """Whether the run was stopped before it had written an edit: it begins anew, under whatever settings."""
+    @property
+    def fruitless(self) -> bool:
+        """Whether the run was stopped before it had written an edit, whatever it took over from a pack: it begins anew,
+        under whatever settings."""
         if (self.path / CHECKPOINT).is_file():
             return False
         try:
             with closing(Journal(self.path / JOURNAL_FILE, read_only=True)) as journal:
-                ledger = journal.rebuild()
-                return journal.checkpoint is None and not any(ledger.entry(id).attempts for id in ledger)
+                return journal.checkpoint is None and journal.last_note("written") is None
         except (RepairError, OSError):  # it is told of where the journal is needed
             return False
 

@@ -132,7 +132,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     again = f"; written again: {counted(rebuilt, 'edit')}" * bool(rebuilt)
     measured = [kind for kind in KINDS if report["before"][kind] is not None]
     lines += [
-        f"bitwise identical: {report['untouched']} of {counted(report['shards'], 'shard')}{again}",
+        f"the other edits' shards: {report['untouched']} of {report['shards']} unchanged, bit by bit{again}",
         f"scores before and after, of the {counted(report['remaining'], 'edit')} that the pack still holds (the run's "
         "own are of all its edits), free generation, in per cent:",
         "        " + "".join(f"{kind.capitalize():>8}" for kind in measured),

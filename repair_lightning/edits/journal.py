@@ -198,8 +198,9 @@ class Journal:
             names, row = [column[0] for column in found.description], None
             for row in found:
                 yield dict(zip(names, row, strict=True))
-        if row is None and id is not None:
-            raise UnknownEditError(id)
+            if row is None and id is not None:
+                known = self._db.execute("SELECT id FROM events WHERE id IS NOT NULL GROUP BY id ORDER BY min(seq)")
+                raise UnknownEditError(id, [one for (one,) in known])
 
     def rebuild(self) -> Ledger:
         """The ledger as the events left it; void ones do not count."""

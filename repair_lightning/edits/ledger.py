@@ -116,7 +116,7 @@ class Entries(Mapping[str, LedgerEntry]):
 
     def __getitem__(self, id: str) -> LedgerEntry:
         if id not in self._entries:
-            raise UnknownEditError(id)
+            raise UnknownEditError(id, self._entries)
         return self._entries[id]
 
     def entries(self) -> list[LedgerEntry]:

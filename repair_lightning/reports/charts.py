@@ -144,8 +144,8 @@ def retention(run: Artefacts, bins: int = 12) -> Chart | str:
     final = [row for row in run.final if row["kind"] in MEANT]
     asked = {row["id"]: None for row in final}
     order = [id for id in run.entries if id in asked] or list(asked)
-    if len(order) < 2:
-        return "retention: fewer than two scored edits in generations.jsonl"
+    if len(order) < 5:
+        return "retention: fewer than five scored edits in generations.jsonl"
     rel, gen, first = names = "Rel at the end", "Gen at the end", "Rel right after writing"
     scores = [(rel if row["kind"] == "edit" else gen, row["id"], float(row["correct"])) for row in final]
     scores += [(first, id, score) for id, score in first_scores(run.events).items()]

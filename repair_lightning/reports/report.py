@@ -106,15 +106,16 @@ FURTHER = {
 
 
 def further_frame(final: Mapping[str, Any]) -> pd.DataFrame:
-    """What was scored beside, in per cent, and the age of the edits; what was not asked is left out."""
+    """What was scored beside, in per cent, and the age of the edits where every fifth has some; what was not asked is
+    left out."""
     rows = []
     for words, path in FURTHER.items():
         found: Any = final
         for name in path:
             found = found.get(name) if isinstance(found, Mapping) else None
         rows += [[words, _percent(found)]] if found is not None else []
-    fifths = [part for part in final.get("age") or () if part["edits"]]
-    for kind in ("rel", "gen") if len(fifths) > 1 else ():
+    fifths = final.get("age") or ()
+    for kind in ("rel", "gen") if all(part["edits"] for part in fifths) else ():
         if any(part[kind] is not None for part in fifths):
             known = " ".join(_percent(part[kind]) for part in fifths)
             rows.append([f"{kind.capitalize()} by age, oldest fifth first", known])
@@ -332,7 +333,8 @@ def changed_table(run: Artefacts) -> Table:
 
 
 def edits_table(run: Artefacts) -> Table:
-    """All edits: failed ones first with the reason, then in order of arrival."""
+    """All edits: failed ones first with the reason, then in order of arrival. Answers of those that were taken back are
+    from before, and say so."""
     why, answered = problems(run), run.own_rows
     base = "base, changed" if "deviation" in run.metrics.get("method", {}) else "base"
     rows = []
@@ -344,6 +346,8 @@ def edits_table(run: Artefacts) -> Table:
         if row:
             said["now"] = "right" if row["correct"] else "wrong"
             said["answered by"] = _by(row["memory"], base)
+            if entry and entry.status == EditStatus.UNDONE:
+                said |= {name: f"before it was taken back: {said[name]}" for name in ("says", "now", "answered by")}
         said |= {"status": str(entry.status), "writes": entry.attempts} if entry else {"status": None, "writes": None}
         rows.append(said | {"why": why.get(one) or (entry.reason if entry else None)})
     return table("all-edits", "", rows, "edits.parquet and generations.jsonl", EDITS_SHOWN)

@@ -399,6 +399,8 @@ def begun(
 
 def resumed(pack: Path, base: Base | str | None, run: str | Path | None = None, precision: str = "auto") -> LiveModel:
     """A live model around a pack, with what was corrected since, where there is a `run`."""
+    if run is not None and (Path(run) / "pack").resolve() == pack.resolve():
+        raise ConfigError(f"'{run}' holds the pack '{pack}' itself; give the corrections another folder")
     editor = restore_editor(pack, base, precision)
     if editor.base_changed:
         words = f"pack '{pack}' has its edits in the base's own weights"

@@ -7,6 +7,7 @@ run. What the journal tells beyond the last checkpoint was answered to nobody, a
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,19 @@ class Store:
 
     Args:
         path: made where it is missing.
-        settings: what the model is; a directory goes on with the same alone.
+        settings: what the model is; a directory goes on with the same alone, or begins anew where nothing was
+            corrected in it.
     """
 
     def __init__(self, path: str | Path, settings: Mapping[str, Any]) -> None:
         self._run, asked = RunDirectory(path), plain({"live": FORMAT, **settings})
         file = self._run.path / SETTINGS_FILE
-        if file.is_file() and (known := file.read_text(encoding="utf-8")) != written(asked):
-            words = f"'{path}' holds the corrections of something else ({' '.join(known.split())[:200]})"
-            raise ConfigError(f"{words}; give another folder, or the model that they belong to")
+        known = file.read_text(encoding="utf-8") if file.is_file() else None
+        if known not in (None, written(asked)) and not self._run.fruitless:
+            there, aside = shlex.quote(str(path)), shlex.quote(f"{path}.before")
+            words = f"'{path}' holds the corrections of something else ({' '.join(str(known).split())[:200]})"
+            remedy = f"`repair-lightning log --run {there}` lists them, `mv {there} {aside}` begins without them"
+            raise ConfigError(f"{words}; {remedy}")
         self._run.open(asked)
         self._run.begin()
         self._windows = 0

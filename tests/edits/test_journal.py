@@ -96,7 +96,7 @@ def test_the_events_of_one_edit(ledger, journal):
     journal.note("finished", "3 edits")
     told = [(event["kind"], event["status"]) for event in journal.events("b")]
     assert told == [("arrived", "pending"), ("written", "written")]
-    with pytest.raises(UnknownEditError, match="knows no edit with the id 'z'"):
+    with pytest.raises(UnknownEditError, match="knows no edit with the id 'z'; known: 'a', 'b', 'c'"):
         list(journal.events("z"))
 
 

@@ -53,6 +53,23 @@ def test_scores_decide_between_written_and_failed(ledger):
 
 
 @pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (0, "'w0099', nor any other; let it arrive first"),
+        (2, "'w0099'; did you mean 'w0001' or 'w0000'? known: 'w0000', 'w0001'"),
+        (120, "'w0099-'; did you mean 'w0099' or 'w0109' or 'w0098'? `repair-lightning log --run DIR` lists all 120"),
+        (1200, "'x'; `repair-lightning log --run DIR` lists all 1,200"),
+    ],
+)
+def test_an_unknown_id_is_told_which_are_known(number, message):
+    ledger = Ledger()
+    ledger.arrive([edit(f"w{i:04}") for i in range(number)], 0)
+    with pytest.raises(UnknownEditError) as caught:
+        ledger.entry(message.split("'")[1])
+    assert str(caught.value) == f"the ledger knows no edit with the id {message}"
+
+
+@pytest.mark.parametrize(
     ("command", "error", "message"),
     [
         (lambda x: x.entry("zz"), UnknownEditError, "the ledger knows no edit with the id 'zz'"),

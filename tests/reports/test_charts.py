@@ -43,14 +43,14 @@ SCORES = {"rel": 1.0, "gen": 0.5, "loc": 1.0, "near": None, "op": 0.7937}
 def run_in(folder: Path, rows: list[dict[str, Any]] = (), curve: list[dict[str, Any]] = ()) -> Artefacts:  # type: ignore[assignment]
     """A small run directory."""
     stages = {stage: {"autoregressive": SCORES, "teacher_forced": SCORES} for stage in ("pre_edit", "final")}
-    content = {"base": {"name": "org/small"}, "editor": "repair", "n_edits": 4, "seconds": {"edit": 2.0}, **stages}
+    content = {"base": {"name": "org/small"}, "editor": "repair", "n_edits": 6, "seconds": {"edit": 2.0}, **stages}
     folder.mkdir(exist_ok=True)
     (folder / "metrics.json").write_text(json.dumps(content))
     (folder / "generations.jsonl").write_text("".join(json.dumps({"stage": "final"} | row) + "\n" for row in rows))
     (folder / "curves.jsonl").write_text("".join(json.dumps(line) + "\n" for line in curve))
     ledger = Ledger()
-    ledger.arrive([Edit(f"e{i}", f"Who is {i}?", "She") for i in range(4)], 0)
-    ledger.written([EditReport(f"e{i}", i % 3, 0.1, 0.0, 3) for i in range(4)])
+    ledger.arrive([Edit(f"e{i}", f"Who is {i}?", "She") for i in range(6)], 0)
+    ledger.written([EditReport(f"e{i}", i % 3, 0.1, 0.0, 3) for i in range(6)])
     ledger.to_parquet(folder / "edits.parquet")
     return Artefacts.read(folder)
 
@@ -102,12 +102,15 @@ def test_outcomes_of_edits():
 
 
 def test_retention_by_age(tmp_path):
-    """Four edits in two groups: the older two, of which one is lost, have 2.5 later edits in the mean."""
-    rows = [row("edit", 1, id=f"e{i}", correct=i != 0) for i in (2, 0, 3, 1)]
-    rows += [row("rephrase", 1, id="e3", correct=False)]
+    """Six edits in two groups: the older three, of which one is lost, have four later edits in the mean."""
+    rows = [row("edit", 1, id=f"e{i}", correct=i != 0) for i in (2, 0, 3, 1, 5, 4)]
+    rows += [row("rephrase", 1, id="e5", correct=False)]
     chart = chart_of(retention(run_in(tmp_path / "run", rows), bins=2))
     rel, gen = "Rel at the end", "Gen at the end"
-    assert [tuple(line.values()) for line in chart.rows] == [(2.5, rel, 50, 2), (0.5, rel, 100, 2), (0.0, gen, 0, 1)]
+    expected = [(4.0, rel, 66.667, 3), (1.0, rel, 100, 3), (0.0, gen, 0, 1)]
+    assert [tuple(line.values()) for line in chart.rows] == expected
+    few = "retention: fewer than five scored edits in generations.jsonl"
+    assert retention(run_in(tmp_path / "run", rows[:4])) == few
 
 
 def test_the_first_score_after_the_last_write():
@@ -125,7 +128,7 @@ def test_live_and_cost_follow_the_curve(tmp_path):
     run = run_in(tmp_path / "run", curve=[line(2, 1.0, rel=0.5, near=None), line(4, 3.0), line(4, 3.5, rel=1.0)])
     assert [tuple(one.values()) for one in chart_of(live(run)).rows] == [(2, "Rel", 50.0), (4, "Rel", 100.0)]
     assert costs_of([run]).values.tolist() == [["run", 2, 1.0], ["run", 4, 3.0], ["run", 4, 3.5]]
-    assert costs_of([run_in(tmp_path / "old")]).values.tolist() == [["old", 4, 2.0]]
+    assert costs_of([run_in(tmp_path / "old")]).values.tolist() == [["old", 6, 2.0]]
 
 
 def test_what_is_missing_is_one_line(tmp_path):

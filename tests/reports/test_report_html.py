@@ -26,6 +26,7 @@ from repair_lightning.reports.report import (
     check_failed,
     edits_table,
     event_table,
+    further_frame,
     loop_words,
     merge_table,
     not_measured,
@@ -140,9 +141,16 @@ def test_an_older_run_has_a_report_without_what_it_lacks_and_undone_edits_are_sa
         (copied_run / name).unlink()
     shutil.rmtree(copied_run / "pack")
     ledger = Ledger.from_parquet(copied_run / "edits.parquet")
+    found = [edits_table(Artefacts.read(copied_run)).frame.set_index("edit")]
     ledger.undo(["w0005"], "undone")
     ledger.to_parquet(copied_run / "edits.parquet")
     text = Page(write_report(copied_run).read_text()).text
+    found.append(edits_table(Artefacts.read(copied_run)).frame.set_index("edit"))
+    said, told = (frame.loc["w0005"] for frame in found)
+    for name in ("says", "now", "answered by"):
+        assert told[name] == f"before it was taken back: {said[name]}"
+    assert told["status"] == "undone"
+    assert found[0].drop("w0005").sort_index().equals(found[1].drop("w0005").sort_index())
     assert "Left out: live: needs live scores of two windows" in text
     assert "Left out: features: no features.json" in text
     assert "1 edit was taken back after the run" in text
@@ -198,7 +206,7 @@ def test_prompts_that_are_messages_are_shown_as_turns_and_edits_in_other_forms_w
     about = {"forms": FORMS, "same_subject": {"asked": 40, "fires": 0.05, "changed": 0.025}}
     about |= {"op_interval": {"low": 0.25, "high": 0.75}}
     about |= {"portability": {"all": {"asked": 8, "with_leak": 0.25, "without_leak": None}}, "multi_hop": None}
-    about |= {"age": [{"edits": 1, "rel": rel, "gen": None} for rel in (0.5, 1.0)]}
+    about |= {"age": [{"edits": 1, "rel": rel, "gen": None} for rel in (0.5, 1.0, 1.0, 0.0, 1.0)]}
     metrics = {"base": {"name": "org/small"}, "n_edits": 1, "seconds": {"edit": 2.0}, **stages}
     (tmp_path / "metrics.json").write_text(json.dumps(metrics | {"final": stages["final"] | about}))
     html = write_report(tmp_path).read_text()
@@ -215,7 +223,9 @@ def test_prompts_that_are_messages_are_shown_as_turns_and_edits_in_other_forms_w
     assert "Were the edits drawn again, OP would lie between 25.0 % and 75.0 % in 95 of 100 cases." in text
     assert "<td>bare</td>" in html
     assert '<td>portability</td><td class="number">25.0</td>' in html
-    assert "<td>Rel by age, oldest fifth first</td><td>50.0 100.0</td>" in html
+    assert "<td>Rel by age, oldest fifth first</td><td>50.0 100.0 100.0 0.0 100.0</td>" in html
+    about["age"][1] = {"edits": 0, "rel": None, "gen": None}
+    assert not further_frame(about)["score"].str.contains("by age").any()
     assert "several hops" not in html  # what no record asks
     assert "<td>chat</td>" not in html  # a form that the base does not have is left out
 

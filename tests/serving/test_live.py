@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,8 +14,11 @@ from helpers_runs import world_edits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from repair_lightning import edit, load_edited
+from repair_lightning.commands.undo import undo
 from repair_lightning.errors import ConfigError, RepairError
 from repair_lightning.serving import live as module
+from repair_lightning.serving.app import Served
+from repair_lightning.serving.run import opened
 from repair_lightning.world import base_dir
 
 EDITS = world_edits(6)
@@ -116,6 +121,42 @@ def test_a_directory_remembers_what_was_answered(tmp_path):
     again.close()
     with pytest.raises(ConfigError, match="of something else"):
         edit("world", editor="repair", run=tmp_path / "run")
+
+
+def test_a_pack_that_an_undo_changed_is_served_again_unless_others_corrected_it(tmp_path):
+    """What was served without a correction is begun anew; what was corrected stays as it is, and is told how to go
+    on."""
+    run, pack = tmp_path / "run", tmp_path / "run" / "pack"
+    first = edit("world", records(EDITS[:2]), run=run)
+    ids = [one["id"] for one in first.edits()]
+    first.save_pretrained(pack)
+    first.close()
+    (run / "metrics.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"holds the pack '.*' itself; give the corrections another folder"):
+        opened([str(pack)], None, run)
+
+    def served(*corrections) -> list[str]:
+        models = opened([str(pack)], None, None)
+        if corrections:
+            models["edited"].add(corrections)
+        found = [one["status"] for one in models["edited"].edits()]
+        Served(models).close()
+        return found
+
+    assert served() == ["written", "written"]
+    undo(run, ids[:1])
+    assert served() == ["undone", "written"]
+    assert served(*records(EDITS[2:3])) == ["undone", "written", "written"]
+    undo(run, ids[1:])
+    live = pack / "live"
+    kept = {file: file.read_bytes() for file in live.rglob("*") if file.is_file()}
+    with pytest.raises(ConfigError, match=r"something else .*; `repair-lightning log --run .*` lists") as refused:
+        served()
+    assert {file: file.read_bytes() for file in live.rglob("*") if file.is_file()} == kept
+    move = str(refused.value).split("`")[3]
+    assert move == f"mv {live} {live}.before"
+    subprocess.run(shlex.split(move), check=True)
+    assert served() == ["undone", "undone"]
 
 
 def test_dense_shards_are_corrected_and_remembered_too(tmp_path):
