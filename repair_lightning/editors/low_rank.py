@@ -106,9 +106,9 @@ class Outcome:
     def without(self, spared: float) -> Outcome:
         """The same with the least rank that leaves out at most this share of the product's sum of squares."""
         (outer, inner), (base, other) = torch.linalg.qr(self.left), torch.linalg.qr(self.right.T)
-        turned, sizes, back = torch.linalg.svd(inner @ other.T)
+        turned, sizes, back = torch.linalg.svd(inner @ other.T, full_matrices=False)
         share = sizes.square().cumsum(0) / sizes.square().sum().clamp_min(1e-30)
-        rank = int((share < 1 - spared).sum()) + 1
+        rank = min(int((share < 1 - spared).sum()) + 1, len(sizes))
         left, right = outer @ turned[:, :rank] * sizes[:rank], back[:rank] @ base.T
         return Outcome(left, right, self.steps, self.loss) if rank < len(self.right) else self
 

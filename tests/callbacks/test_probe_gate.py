@@ -50,10 +50,12 @@ def misroute(editor: Any, *guilty: str) -> None:
 
 def blow_up(editor: Any, shard: int) -> None:
     """Let a shard hold noise beside what was written: whatever it answers is wrong."""
-    module = editor.memory[shard]
-    part = module.delta.data if hasattr(module, "mask") else module.left
-    noise = torch.randn(part.shape, generator=torch.Generator().manual_seed(0))
-    part.add_(noise * (1 if hasattr(module, "mask") else 1e4))
+    module, dice = editor.memory[shard], torch.Generator().manual_seed(0)
+    if hasattr(module, "mask"):
+        module.delta.data.add_(torch.randn(module.delta.shape, generator=dice))
+    else:
+        left, right = module.factors()
+        editor.memory.put(shard, left + 1e4 * torch.randn(left.shape, generator=dice), right)
 
 
 def let_spoil(editor: Any, *guilty: str) -> None:

@@ -79,9 +79,14 @@ class TestShortened:
             assert float(lost) <= spared
         assert whole.without(0.005) is whole, "nothing is turned where nothing is saved"
 
-    def test_nothing_at_all_is_shortened_to_one_pair(self):
-        found = Outcome(torch.zeros(4, 3), torch.zeros(3, 6), 1, 0.0).without(0.1)
-        assert torch.equal(found.left @ found.right, torch.zeros(4, 6))
+    @pytest.mark.parametrize(("d", "f", "rank"), [(4, 6, 3), (3, 9, 5), (9, 3, 5), (2, 2, 7)])
+    def test_more_pairs_than_the_matrix_is_wide(self, d, f, rank):
+        """Also of what is zero, and where nothing may be left out."""
+        left, right = torch.randn(d, rank), torch.randn(rank, f)
+        for whole in (Outcome(left, right, 1, 0.0), Outcome(0 * left, right, 1, 0.0)):
+            found = whole.without(1e-9)
+            assert found.left.shape[1] == len(found.right) <= rank
+            torch.testing.assert_close(found.left @ found.right, whole.left @ whole.right, atol=1e-4, rtol=1e-4)
 
     def test_edits_keep_their_margin_in_every_form(self, prepared, chat_folder, write, edits):
         """Asked by the shards as they are kept; most of them need fewer pairs than they have target tokens."""
