@@ -7,8 +7,8 @@ from difflib import get_close_matches
 
 LISTED = 20
 """So many bad records of a file are named, then how many more there are."""
-IDS_LISTED = 10
-"""So many ids are all named; of more, those that are like what was given."""
+IDS_LISTED, IDS_COMPARED = 10, 1000
+"""So many ids are all named; of up to so many, those that are like what was given: to compare more takes seconds."""
 
 
 def _one_line(message: str) -> str:
@@ -115,7 +115,7 @@ class UnknownEditError(LedgerError, KeyError):
         words, known = f"the ledger knows no edit with the id {self.id!r}", list(self.known)
         if not known:
             return f"{words}, nor any other; let it arrive first"
-        close = get_close_matches(self.id, known, n=3)
+        close = get_close_matches(str(self.id), known, n=3) if len(known) <= IDS_COMPARED else []
         alike = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
         if len(known) <= IDS_LISTED:
             return f"{words}; {alike}known: {', '.join(map(repr, known))}"

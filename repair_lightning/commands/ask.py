@@ -155,7 +155,7 @@ def difference_lines(replies: Sequence[Reply], to: Path | None = None) -> list[s
     already, and how many there are."""
     differing = [reply for reply in replies if reply.differs]
     listed = [] if to else [line for reply in differing for line in (*reply.lines(), "")]
-    fired = sum(reply.route.memory != BASE for reply in replies)
+    fired = sum(reply.route.memory >= 0 for reply in replies)
     share = 100 * len(differing) / max(len(replies), 1)
     words = f"{len(differing)} of {counted(len(replies), 'prompt')} answered differently ({share:.1f} %)"
     words += f"; a shard answered {fired}, the base {len(replies) - fired}"

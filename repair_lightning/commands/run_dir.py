@@ -156,9 +156,9 @@ class RunDirectory:
         except (ValueError, AttributeError, OSError) as error:  # no JSON, no settings, not to be read
             return f"an unfinished run whose {SETTINGS_FILE} is damaged ({error}); --overwrite starts it anew"
         now = _flat(self.settings)
-        for name in sorted(known.keys() | now.keys()):
-            if known.get(name) != now.get(name) and not self.fruitless:
-                values = f"{name} {known.get(name)!r}, now {now.get(name)!r}"
+        for name in sorted(known.keys() & now.keys()):  # what one of them lacks is an option of another version
+            if known[name] != now[name] and not self.fruitless:
+                values = f"{name} {known[name]!r}, now {now[name]!r}"
                 return f"an unfinished run with {values}; give the same, another --run_dir, or --overwrite"
         return None
 

@@ -31,8 +31,7 @@ class Keyed(ShardEditor):
         base: folder or hub name of a Hugging Face causal LM.
         relation_false_rate: share of other questions about a subject, from a bank of our own, that may pass for the one
             that was edited.
-        in_text: whether the base reads the edits about a subject before it writes a text about it; other prompts that
-            no shard answers get its own answer, bitwise.
+        in_text: whether the base reads the edits about a subject before it writes a text about it.
         writing: the inner steps.
         hold: where shards are kept, on the base's `device` or on the `host`, in the CPU's memory: many edits of a large
             base are more than a GPU holds.

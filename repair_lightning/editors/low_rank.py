@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,12 +22,13 @@ from torch import Tensor, nn
 
 from repair_lightning.editors.inner_loop import AskedBack, TargetRows, TargetTail, descend
 from repair_lightning.editors.rivals import rivals_of
+from repair_lightning.functional.int8 import quantized
 from repair_lightning.memory.shards import Factors, Selection
 
 if TYPE_CHECKING:
     from repair_lightning.editors.keyed import Keyed
 
-SPARED = (0.1, 0.03, 0.01)
+SPARED = (0.1, 0.03, 0.01, 0.0)
 """Shares of a shard's sum of squares that are left out, where its edit holds without them; the largest first."""
 RIDGE = 1e-4  # added to `K K^T`, as a share of its mean diagonal: two positions with one key must not blow up
 
@@ -104,13 +105,18 @@ class Outcome:
         return math.isfinite(self.loss) and bool(self.left.isfinite().all() and self.right.isfinite().all())
 
     def without(self, spared: float) -> Outcome:
-        """The same with the least rank that leaves out at most this share of the product's sum of squares."""
+        """The same with the least rank that leaves out at most this share of the product's sum of squares: its singular
+        vectors, which lose less in a byte per number than a dual basis does."""
         (outer, inner), (base, other) = torch.linalg.qr(self.left), torch.linalg.qr(self.right.T)
         turned, sizes, back = torch.linalg.svd(inner @ other.T, full_matrices=False)
         share = sizes.square().cumsum(0) / sizes.square().sum().clamp_min(1e-30)
         rank = min(int((share < 1 - spared).sum()) + 1, len(sizes))
-        left, right = outer @ turned[:, :rank] * sizes[:rank], back[:rank] @ base.T
-        return Outcome(left, right, self.steps, self.loss) if rank < len(self.right) else self
+        return replace(self, left=outer @ turned[:, :rank] * sizes[:rank], right=back[:rank] @ base.T)
+
+    def kept(self) -> Outcome:
+        """The same as a bank keeps it, in a byte per number."""
+        left, right, scale = quantized(self.left, self.right)
+        return replace(self, left=left * scale, right=right.float())
 
 
 class LowRankWriter:
@@ -175,16 +181,15 @@ def factors_of(outcomes: Sequence[Outcome], rows: TargetRows) -> Factors:
 def shortened(
     outcomes: list[Outcome], written: AskedBack, other: AskedBack | None, margin: float | None
 ) -> list[Outcome]:
-    """The outcomes of the least rank at which each edit has its margin in the rows that it was `written` in, and holds
-    in those of the `other` forms: the same answers in fewer bytes."""
+    """The outcomes of the least rank at which each edit, as it is kept, has its margin in the rows that it was
+    `written` in, and holds in those of the `other` forms: the same answers in fewer bytes. One that has no margin at
+    any rank, as where the steps have run out, loses none."""
     found, still = list(outcomes), [i for i, one in enumerate(outcomes) if one.is_finite()]
     for spared in SPARED:
-        tried = list(outcomes)
         for i in still:
-            tried[i] = outcomes[i].without(spared)
-        fails = set(written.fails(factors_of(tried, written.rows), margin))
-        fails.update(() if other is None else other.fails(factors_of(tried, other.rows)))
-        for i in still:
-            found[i] = found[i] if i in fails else tried[i]
+            found[i] = outcomes[i].without(spared)
+        kept = [one.kept() if one.is_finite() else one for one in found]
+        fails = set(written.fails(factors_of(kept, written.rows), margin))
+        fails.update(() if other is None else other.fails(factors_of(kept, other.rows)))
         still = [i for i in still if i in fails]
     return found

@@ -120,14 +120,15 @@ class ShardBank(nn.Module):
 
     def low_rank_tensors(self, shards: Iterable[int] | None = None) -> dict[str, Tensor]:
         """Low-rank shards, by default all, as tensors: `ids` and `ranks` (N,), `left` (sum R, D), `right` (sum R, F)
-        and, of those in int8, `scale` (sum R,); nothing where there are none."""
+        and, of those in int8, `scale` (sum R,); nothing where there are none. Beside shards in half precision, of an
+        earlier version, those in int8 are given in half precision too, which holds them exactly."""
         ids = list(self._low if shards is None else shards)
         if not ids:
             return {}
         found = [self._low[shard] for shard in ids]
-        if any(shard.scale is not None for shard in found):  # those of an earlier version were in half precision
-            found = [shard if shard.scale is not None else _in_int8(shard) for shard in found]
         parts = [shard.state_dict() | {"left": shard.left.T} for shard in found]
+        if any(shard.scale is not None for shard in found):
+            parts = [{"scale": torch.ones(len(part["right"]), device=part["right"].device)} | part for part in parts]
         joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         return {"ids": torch.tensor(ids), "ranks": torch.tensor([len(shard.right) for shard in found])} | joined
 
@@ -171,8 +172,3 @@ class ShardBank(nn.Module):
         self._low = {}
         self.shards = nn.ModuleDict({name: made[name].to(self.device) for name in sorted(names, key=int)})
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _in_int8(shard: LowRankShard) -> LowRankShard:
-    left, right, scale = quantized(*shard.factors())
-    return LowRankShard(left, right, shard.number, scale)

@@ -90,7 +90,8 @@ class EditedModel(RoutedModel):
             with self.forced(None):
                 return self.base.generate(input_ids=ids, attention_mask=mask, **options)
         turn = self._new_turn(rows, texts)
-        read = self.read(rows, turn.memory)  # type: ignore[arg-type]
+        goes_on = options.get("past_key_values") is not None and not self.router.prefaces
+        read = rows if goes_on else self.read(rows, turn.memory)  # type: ignore[arg-type]
         if options.get("num_beams", 1) != 1:
             turn.rest = []  # beams change places, and nothing says how
         if read != rows:
@@ -110,6 +111,9 @@ class EditedModel(RoutedModel):
         if options.get("past_key_values") is not None:
             raise RepairError(_NO_CACHE)
         padded, seen = pad_left(read, self.padding, self.device)
+        added = padded.shape[1] - ids.shape[1]
+        longer = {name: options[name] + added for name in ("max_length", "min_length") if options.get(name)}
+        options = options | longer
         with self.during(turn):
             output = self.base.generate(input_ids=padded, attention_mask=seen, **options)
         sequences = output if isinstance(output, Tensor) else output.sequences

@@ -86,7 +86,7 @@ def separation(run: Artefacts, bins: int = 40) -> Chart | str:
 
 def _who(row: Row) -> str:
     """Who answered a prompt, and by what, in the words of `WHO`."""
-    if row.get("memory", BASE) != BASE:
+    if row.get("memory", BASE) >= 0:
         return FIRES
     score, threshold = row.get("score"), row.get("threshold")
     if score is None or threshold is None or score <= threshold:

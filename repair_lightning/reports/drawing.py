@@ -264,7 +264,7 @@ def _named(column: str, kind: Any = alt.Color, **more: Any) -> Any:
 
 def _limits(values: Iterable[float | None]) -> tuple[float, float]:
     """The limits of an axis of shares in per cent: `WHOLE`, unless all values differ by less than ten points."""
-    known = [value for value in values if value is not None]
+    known = [value for value in values if value is not None and math.isfinite(value)]
     if not known or not 0 < max(known) - min(known) < 10:
         return WHOLE
     return max(0.0, math.floor(min(known)) - 1.0), min(100.0, math.ceil(max(known)) + 1.0)

@@ -18,7 +18,7 @@ from repair_lightning.scoring.probability import probability_scores
 from repair_lightning.scoring.protocols import kept_rows, mean_of, still_says
 from repair_lightning.scoring.scorer import sample_of
 from repair_lightning.texts import asking, dialogue
-from repair_lightning.types import BASE, Edit
+from repair_lightning.types import Edit
 
 QUINTILES = 5
 DENIAL = "It is not true that {}"
@@ -94,7 +94,7 @@ def negation(
         return None, []
     memory, rows = kept_rows(model, "negation", denied, _TOKENS, base_changed)
     changed = sum(not row["kept"] for row in rows)
-    shares = {"fires": float((memory != BASE).float().mean()), "kept": 1 - changed / len(denied)}
+    shares = {"fires": float((memory >= 0).float().mean()), "kept": 1 - changed / len(denied)}
     return {"asked": len(denied), **shares}, rows
 
 

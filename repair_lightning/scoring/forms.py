@@ -94,7 +94,7 @@ def _answered(model: EditedModel, asked: Sequence[tuple[Edit, list[int]]]) -> li
         found = protocols.answer_rows(model, [rows[i] for i in at], memory[at], [limits[i] for i in at])
         return dict(zip(at, found, strict=True))
 
-    fires, known = (choice.memory != BASE).tolist(), protocols.vouched(model, choice)
+    fires, known = (choice.memory >= 0).tolist(), protocols.vouched(model, choice)
     said = known | answers([i for i in range(len(rows)) if i not in known], choice.memory)
     right = [says(said[i], expected[i]) for i in range(len(asked))]
     doubtful = [i for i, fired in enumerate(fires) if fired and not right[i]]
@@ -181,7 +181,7 @@ def same_subject(
         return None, []
     memory, rows = protocols.kept_rows(model, "same_subject", questions, 16, base_changed)
     changed = sum(not row["kept"] for row in rows)
-    fires = float((memory != BASE).float().mean())
+    fires = float((memory >= 0).float().mean())
     twice = {row["prompt"] for row in rows}
     same: dict[str, Any] = {"stage": "further", "kind": "same_subject", "kept": True, "memory": BASE}
     same |= {"answer": None, "base_answer": None}

@@ -136,5 +136,5 @@ class EditedLM(TemplateLM):
     def _memory(self, contexts: Sequence[list[int]]) -> Tensor:
         memory = route_contexts(self.edited, contexts) if self.routed else torch.full((len(contexts),), BASE)
         self.requests += len(memory)
-        self.by_shards += int((memory != BASE).sum())
+        self.by_shards += int((memory >= 0).sum())
         return memory

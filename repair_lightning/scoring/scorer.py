@@ -202,7 +202,7 @@ class Scorer:
 
     def _garbled(self, row: dict[str, Any]) -> bool:
         """Whether a shard's answer is neither a target nor the base's."""
-        if row["memory"] == BASE or row["answer"] == row["base_answer"] or row["correct"]:
+        if row["memory"] < 0 or row["answer"] == row["base_answer"] or row["correct"]:
             return False
         of_shard = self.model.target_of(row["nearest"]) if row["nearest"] is not None else None
         return not protocols.says(row["answer"], [target for target in (of_shard, row["expected"]) if target])
@@ -219,7 +219,7 @@ def confusion(questions: Sequence[Question], memory: Tensor, owners: Tensor) -> 
     is who answered each, `owners` (N,) the shard that owns each question's edit, or `BASE`."""
     who: dict[str, list[str]] = {kind: [] for kind in KIND_OF_PROMPT}
     for question, chosen, owner in zip(questions, memory.tolist(), owners.tolist(), strict=True):
-        who[question.kind].append("base" if chosen == BASE else "right" if chosen == owner else "wrong")
+        who[question.kind].append("base" if chosen < 0 else "right" if chosen == owner else "wrong")
     return {
         kind: {name: found.count(name) / len(found) for name in ("base", "right", "wrong")} if found else None
         for kind, found in who.items()

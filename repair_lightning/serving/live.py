@@ -38,7 +38,7 @@ from repair_lightning.packs.pack import CONFIG_FILE, restore_editor, save_pack
 from repair_lightning.scoring.correctness import correctness
 from repair_lightning.scoring.protocols import answers
 from repair_lightning.serving.store import Store
-from repair_lightning.types import BASE, Edit, EditBatch
+from repair_lightning.types import Edit, EditBatch
 from repair_lightning.world import irrelevant_path
 
 log = logging.getLogger(__name__)
@@ -250,7 +250,7 @@ class LiveModel:
     def _fired(self) -> float:
         """The share of irrelevant prompts that a shard answers."""
         asked = list(self.editor.guard_prompts[:GUARDS])
-        return float((self.editor.choose(asked).memory != BASE).float().mean()) if asked else 0.0
+        return float((self.editor.choose(asked).memory >= 0).float().mean()) if asked else 0.0
 
     @contextmanager
     def _whole(self) -> Iterator[None]:

@@ -57,6 +57,8 @@ _ABBREVIATIONS = _LISTS["titles"] | _LISTS["abbreviations"]
 _STARTERS = _QUESTION_WORDS | _LISTS["verbs"] | _LISTS["sentence openers"]
 _ASIDES = _QUESTION_WORDS | _LISTS["asides"] | _COURTESY
 _LEAD = _COURTESY | _LISTS["orders"] | _LISTS["lead"]
+_FORMER = {"previous": "former", "ex": "former", "interim": "acting"}
+"""Qualifiers of a role that mean another one."""
 _ARTICLES = frozenset(("the", "a", "an"))
 _TEXT_REQUEST = _COURTESY.union(
     *(_LISTS[name] for name in ("before orders", "text orders", "text links", "text words"))
@@ -357,22 +359,44 @@ def wants_text(request: str, stand_in: str) -> bool:
     sentences about this.`, but not `Write about the mother of this.`"""
     said = list(spellings(request))
     others = {word for word in said if word != stand_in and not word.isdigit()}
-    if said.count(stand_in) != 1 or not _TEXT_REQUEST.issuperset(others):
+    if said.count(stand_in) != 1 or not _TEXT_REQUEST.issuperset(others) or negated(request):
         return False
     before = said[: said.index(stand_in)]
     while before and before[-1] in _ARTICLES:
         before.pop()
     orders = TEXT_ORDERS.intersection(before)
-    known = orders != {"know"} or "what" in before  # not `Do you know of this?`
-    return bool(orders) and before[-1] in _LISTS["text links"] and known
+    # `What do you know about this?`, but not `What would you like to know about this?`; and `Tell me about this.`, but
+    # neither `Do you know of this?` nor `Let me tell you about this.` nor `Say nothing of this.`
+    asks = orders <= {"know", "say", "tell"} and {"what", "you"}.issubset(before) and "like" not in before
+    told = "let" not in before and not {"what", "nothing"}.intersection(before) and orders != {"know"}
+    return bool(orders) and before[-1] in _LISTS["text links"] and (asks or told)
 
 
-def roles_of(text: str) -> frozenset[str]:
-    """What makes another person of a role that a text asks for: what qualifies it (`deputy mayor`), and kin."""
+def only_quoted(window: str, text: str) -> bool:
+    """Whether a part of a text is quoted behind something else that is asked: `Translate: "Write about Orsk."`"""
+    before = text[: max(text.find(window), 0)].rstrip()
+    return before[-1:] in tuple("\"'“„‘«「『") and not is_courtesy(before[:-1])
+
+
+class Roles(NamedTuple):
+    """What tells persons around a role apart: what qualifies roles (`deputy mayor`), whether there is any, and kin."""
+
+    qualified: frozenset[str]
+    named: bool
+    kin: bool
+
+    def other(self, than: Roles) -> bool:
+        """Whether another person is asked for: kin says so only where both name a role, as the mayor's wife."""
+        return self.qualified != than.qualified or (self.named and than.named and self.kin != than.kin)
+
+
+def roles_of(text: str) -> Roles:
+    """The roles that a text names."""
     said = spellings(text)
     roles = [i for i, word in enumerate(said) if word in ROLES]
-    qualified = {" ".join(said[i - 1 : i + 1]) for i in roles if i and said[i - 1] in _LISTS["role qualifiers"]}
-    return frozenset(qualified | (_LISTS["kin"].intersection(said) if roles else set()))
+    before = [(said[i - 1], said[i]) for i in roles if i and said[i - 1] in _LISTS["role qualifiers"]]
+    qualified = frozenset(f"{_FORMER.get(word, word)} {role}" for word, role in before)
+    return Roles(qualified, bool(roles), not _LISTS["kin"].isdisjoint(said))
 
 
 def is_code(text: str) -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers_chat import system, user
+from transformers import DynamicCache
 
-from repair_lightning.errors import RepairError
 from repair_lightning.models.prefix import pad_left
 from repair_lightning.models.telling import USED
 from repair_lightning.packs.pack import load_edited, save_pack
@@ -99,12 +99,18 @@ def test_packed_and_opened_again(editor, edits, tmp_path):
     assert torch.equal(model.generate(asked, max_new_tokens=8), editor.edited.generate(asked, max_new_tokens=8))
 
 
-def test_a_cache_that_knows_the_prompt_otherwise_is_refused(editor, edits):
+def test_with_a_cache_that_knows_the_prompt_the_base_goes_on(editor, edits):
+    rows = [editor.edited.forms.ids(REQUEST.format(edits[0].subject))]
+    ids, _ = pad_left(rows)
+    said = editor.edited.generate(ids, past_key_values=DynamicCache(), max_new_tokens=8)
+    assert said[0, len(rows[0]) :].tolist() == greedy(editor, rows)[0]
+
+
+def test_what_is_read_does_not_count_as_length(editor, edits):
     asked = REQUEST.format(edits[0].subject)
-    ids, mask = pad_left([editor.edited.forms.ids(asked)])
-    cache = editor.base.model(ids, attention_mask=mask).past_key_values
-    with pytest.raises(RepairError, match="ask it without a cache"):
-        editor.edited.generate(ids, past_key_values=cache)
+    row = editor.edited.forms.ids(asked)
+    said = editor.edited.generate(asked, max_length=len(row) + 8)[0]
+    assert said[len(row) :].tolist() == expected(editor, asked, edits[0].id, "oboe")
 
 
 def test_turned_off_it_is_the_base(prepared, chat_folder, write, edits):

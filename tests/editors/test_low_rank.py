@@ -77,7 +77,6 @@ class TestShortened:
             assert (len(found.right), found.left.shape[1]) == (rank, rank)
             lost = (found.left @ found.right - left @ right).square().sum() / (left @ right).square().sum()
             assert float(lost) <= spared
-        assert whole.without(0.005) is whole, "nothing is turned where nothing is saved"
 
     @pytest.mark.parametrize(("d", "f", "rank"), [(4, 6, 3), (3, 9, 5), (9, 3, 5), (2, 2, 7)])
     def test_more_pairs_than_the_matrix_is_wide(self, d, f, rank):

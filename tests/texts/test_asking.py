@@ -204,6 +204,12 @@ def test_says_the_same_but_for_courtesy(one, other, same):
         ("What about this?", False),
         ("Who is this?", False),
         ("Tell me this.", False),
+        ("Don't tell me about this.", False),
+        ("Say nothing of this.", False),
+        ("Let me tell you about this.", False),
+        ("What would you like to know about this?", False),
+        ("What does the story say about this?", False),
+        ("I want you to say something about this.", True),
     ],
 )
 def test_a_text_about_something_is_asked_for(text, wanted):
@@ -213,13 +219,31 @@ def test_a_text_about_something_is_asked_for(text, wanted):
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ("Who is the mayor of this?", set()),
-        ("Who was the first mayor of this?", {"first mayor"}),
-        ("Who is the vice-president of this?", {"vice president"}),
-        ("Who is the mayor of this's wife?", {"wife"}),
-        ("When was this first aired?", set()),
-        ("Who is the wife of this?", set()),
+        ("Who is the mayor of this?", False),
+        ("Who was the first mayor of this?", True),
+        ("Who is the deputy mayor of this?", True),
+        ("Who is the mayor of this's wife?", True),
+        ("When was this mayor first?", False),
+        ("Who rules this with a wife?", False),
     ],
 )
 def test_what_makes_another_person_of_a_role(text, found):
-    assert asking.roles_of(text) == found
+    assert asking.roles_of(text).other(asking.roles_of("Who is the mayor of this?")) is found
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Who was the former mayor of this?", "Who was the previous mayor of this?"),
+        ("Who is the spouse of the mayor of this?", "Who is the wife of the mayor of this?"),
+        ("Who is the mother of this?", "Who is the mother of author this?"),
+    ],
+)
+def test_the_same_person_beside_a_role(one, other):
+    assert not asking.roles_of(one).other(asking.roles_of(other))
+
+
+def test_what_is_only_quoted():
+    assert asking.only_quoted("Write about Orsk.", 'Translate into French: "Write about Orsk."')
+    assert not asking.only_quoted("Write about Orsk.", 'Please: "Write about Orsk."')
+    assert not asking.only_quoted("Write about Orsk.", "Hello! Write about Orsk.")

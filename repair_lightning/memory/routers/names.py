@@ -26,7 +26,7 @@ class Asks(NamedTuple):
     code: bool
     denies: bool
     numbers: frozenset[str]
-    roles: frozenset[str]
+    roles: asking.Roles
     sentences: int
 
 
@@ -140,7 +140,8 @@ class NameIndex:
         count."""
         for window in asking.windows(text):
             found, spelled = {}, asking.spellings(window)
-            for number in self._under(spelled) if asking.TEXT_ORDERS.intersection(spelled) else ():
+            asks = asking.TEXT_ORDERS.intersection(spelled) and not asking.only_quoted(window, text)
+            for number in self._under(spelled) if asks else ():
                 subject = self.known[number].subject
                 request = _masked(window, subject) if subject else None
                 if request is not None and asking.wants_text(request, STAND_IN):
@@ -161,7 +162,7 @@ class NameIndex:
         relation = _masked(window, known.subject) if known.subject else window
         if relation is None or asking.negated(relation) != asks.denies or _numbers(relation) != asks.numbers:
             return None
-        if asking.roles_of(relation) != asks.roles:
+        if asking.roles_of(relation).other(asks.roles):
             return None
         if not known.subject and self._in_common(known.asked, window) < _UNNAMED:
             return None
