@@ -22,13 +22,12 @@ from torch import Tensor, nn
 
 from repair_lightning.editors.inner_loop import AskedBack, TargetRows, TargetTail, descend
 from repair_lightning.editors.rivals import rivals_of
-from repair_lightning.functional.int8 import quantized
-from repair_lightning.memory.shards import Factors, Selection
+from repair_lightning.memory.shards import Factors, HasFactors, LowRankShard, Selection
 
 if TYPE_CHECKING:
     from repair_lightning.editors.keyed import Keyed
 
-SPARED = (0.1, 0.03, 0.01, 0.0)
+SPARED = (0.1, 0.03, 0.01)
 """Shares of a shard's sum of squares that are left out, where its edit holds without them; the largest first."""
 RIDGE = 1e-4  # added to `K K^T`, as a share of its mean diagonal: two positions with one key must not blow up
 
@@ -104,19 +103,18 @@ class Outcome:
         """Whether it may become a shard."""
         return math.isfinite(self.loss) and bool(self.left.isfinite().all() and self.right.isfinite().all())
 
-    def without(self, spared: float) -> Outcome:
-        """The same with the least rank that leaves out at most this share of the product's sum of squares: its singular
-        vectors, which lose less in a byte per number than a dual basis does."""
+    def turned(self) -> Outcome:
+        """The same product by its singular vectors, the largest first, which lose less in a byte per number than a dual
+        basis does; the columns of `left` have the singular values' lengths."""
         (outer, inner), (base, other) = torch.linalg.qr(self.left), torch.linalg.qr(self.right.T)
-        turned, sizes, back = torch.linalg.svd(inner @ other.T, full_matrices=False)
-        share = sizes.square().cumsum(0) / sizes.square().sum().clamp_min(1e-30)
-        rank = min(int((share < 1 - spared).sum()) + 1, len(sizes))
-        return replace(self, left=outer @ turned[:, :rank] * sizes[:rank], right=back[:rank] @ base.T)
+        left, sizes, right = torch.linalg.svd(inner @ other.T, full_matrices=False)
+        return replace(self, left=outer @ left * sizes, right=right @ base.T)
 
-    def kept(self) -> Outcome:
-        """The same as a bank keeps it, in a byte per number."""
-        left, right, scale = quantized(self.left, self.right)
-        return replace(self, left=left * scale, right=right.float())
+    def without(self, spared: float) -> Outcome:
+        """One that is :meth:`turned`, of the least rank that leaves out at most this share of its sum of squares."""
+        share = self.left.square().sum(0).cumsum(0)
+        rank = min(int((share < (1 - spared) * share[-1]).sum()) + 1, len(share))
+        return replace(self, left=self.left[:, :rank], right=self.right[:rank])
 
 
 class LowRankWriter:
@@ -173,7 +171,7 @@ class LowRankWriter:
         return step, ready.tolist(), losses
 
 
-def factors_of(outcomes: Sequence[Outcome], rows: TargetRows) -> Factors:
+def factors_of(outcomes: Sequence[HasFactors], rows: TargetRows) -> Factors:
     """What each row's edit adds to it."""
     return Factors([outcomes[edit] for edit in rows.owner.tolist()], rows.hidden.device)
 
@@ -184,12 +182,18 @@ def shortened(
     """The outcomes of the least rank at which each edit, as it is kept, has its margin in the rows that it was
     `written` in, and holds in those of the `other` forms: the same answers in fewer bytes. One that has no margin at
     any rank, as where the steps have run out, loses none."""
-    found, still = list(outcomes), [i for i, one in enumerate(outcomes) if one.is_finite()]
-    for spared in SPARED:
-        for i in still:
-            found[i] = outcomes[i].without(spared)
-        kept = [one.kept() if one.is_finite() else one for one in found]
+    still = [i for i, one in enumerate(outcomes) if one.is_finite()]
+    whole = [one.turned() if one.is_finite() else one for one in outcomes]
+    found = list(whole)
+    for spared in SPARED if still else ():
+        tried, kept = {i: whole[i].without(spared) for i in still}, list[HasFactors](whole)
+        for i, one in tried.items():
+            kept[i] = LowRankShard.in_int8(one.left, one.right)
         fails = set(written.fails(factors_of(kept, written.rows), margin))
         fails.update(() if other is None else other.fails(factors_of(kept, other.rows)))
+        for i in set(still) - fails:
+            found[i] = tried[i]
         still = [i for i in still if i in fails]
+        if not still:
+            break
     return found

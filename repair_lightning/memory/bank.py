@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from repair_lightning.errors import RepairError
-from repair_lightning.functional.int8 import quantized
 from repair_lightning.memory.rows import Rows
 from repair_lightning.memory.shards import AnyShard, LowRankShard, Shard, ValueShard
 
@@ -24,7 +23,7 @@ class ShardBank(nn.Module):
     Args:
         shape: (D, F) of the value matrix.
         host: keep low-rank shards in the CPU's memory, wherever the rest of the bank is.
-        int8: keep new low-rank shards in a byte per entry, see :func:`quantized`.
+        int8: keep new low-rank shards in a byte per entry, see `LowRankShard`.
     """
 
     _place: Tensor
@@ -89,8 +88,8 @@ class ShardBank(nn.Module):
     def _low_rank_shard(self, left: Tensor, right: Tensor) -> LowRankShard:
         """A shard with a number that is never given twice, whatever is restored."""
         self.next_number += 1
-        kept = quantized(left, right) if self.int8 else (left, right, None)
-        return LowRankShard(*kept[:2], self.next_number - 1, kept[2])
+        make = LowRankShard.in_int8 if self.int8 else LowRankShard
+        return make(left, right, self.next_number - 1)
 
     def _put(self, shard: int, found: AnyShard) -> int:
         if isinstance(found, LowRankShard):

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from repair_lightning.errors import RepairError
 from repair_lightning.functional import pack_mask, pack_values, unpack_mask, unpack_values
+from repair_lightning.functional.int8 import quantized
 
 
 def content_hash(tensor: Tensor) -> str:
@@ -88,6 +89,12 @@ class LowRankShard:
 
     def __init__(self, left: Tensor, right: Tensor, number: int, scale: Tensor | None = None) -> None:
         self.left, self.right, self.number, self.scale = left.detach(), right.detach(), number, scale
+
+    @classmethod
+    def in_int8(cls, left: Tensor, right: Tensor, number: int = 0) -> LowRankShard:
+        """One that takes a byte per entry, from finite factors."""
+        left, right, scale = quantized(left, right)
+        return cls(left, right, number, scale)
 
     @property
     def delta(self) -> Tensor:

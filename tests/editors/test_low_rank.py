@@ -71,7 +71,7 @@ class TestShortened:
     def test_the_least_rank_that_leaves_out_a_share(self):
         """Of sizes 10, 3 and 1, whose squares are 90.9, 8.2 and 0.9 %."""
         left, right = torch.eye(5)[:, :3] * torch.tensor([10.0, 3.0, 1.0]), torch.eye(7)[:3]
-        whole = Outcome(left, right, 4, 0.5)
+        whole = Outcome(left, right, 4, 0.5).turned()
         for spared, rank in ((0.1, 1), (0.05, 2), (0.005, 3)):
             found = whole.without(spared)
             assert (len(found.right), found.left.shape[1]) == (rank, rank)
@@ -83,7 +83,7 @@ class TestShortened:
         """Also of what is zero, and where nothing may be left out."""
         left, right = torch.randn(d, rank), torch.randn(rank, f)
         for whole in (Outcome(left, right, 1, 0.0), Outcome(0 * left, right, 1, 0.0)):
-            found = whole.without(1e-9)
+            found = whole.turned().without(1e-9)
             assert found.left.shape[1] == len(found.right) <= rank
             torch.testing.assert_close(found.left @ found.right, whole.left @ whole.right, atol=1e-4, rtol=1e-4)
 
